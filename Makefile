@@ -1,0 +1,66 @@
+# `make demo` and `make test` are all a fresh machine needs: both set up .venv first, once.
+PYTHON ?= python3
+# Where pip looks for torch, when your default index would bring its CUDA build (several GB):
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINS := requirements/cpu.txt requirements/lmdeploy.txt pyproject.toml
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench clean distclean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## virtual environment in .venv, with everything pinned and .venv/bin/epbackend
+
+$(READY): $(PINS) scripts/check_setup.py
+	@echo "== 1/4 virtual environment ($$($(PYTHON) --version))"
+	@$(PYTHON) -c 'import sys; sys.exit("epbackend is pinned for Python 3.11 to 3.13; name one: make setup PYTHON=python3.11" * (not (3, 11) <= sys.version_info < (3, 14)))'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "== 2/4 torch"
+	$(PIP) install --progress-bar on $$(grep '^torch==' requirements/cpu.txt) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@echo "== 3/4 LMDeploy and what its PyTorch engine imports"
+	$(PIP) install --progress-bar on -r requirements/cpu.txt
+	$(PIP) install --progress-bar on --no-deps -r requirements/lmdeploy.txt
+	@echo "== 4/4 epbackend"
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python scripts/check_setup.py
+	@touch $@
+
+demo: setup ## the main job: a LMDeploy pipeline whose experts live in two processes
+	$(BIN)/epbackend demo
+
+test: setup lint test-cpu ## everything that this machine can check
+
+test-cpu: setup ## the suite on the CPU; tests of a device that is missing skip with the reason
+	$(BIN)/python -m pytest -m "not slow"
+
+test-cuda: setup ## the contract suite on a CUDA GPU
+	$(BIN)/python -m pytest tests/contract -m cuda
+
+test-ascend: setup ## the contract suite on an NPU
+	$(BIN)/python -m pytest tests/contract -m ascend
+
+test-full: setup lint ## with the rarer combinations too
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff, mypy, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## the MoE layer beside its peers, and each dispatcher; tables, JSON and pictures in benchmarks/results
+	$(BIN)/python -m benchmarks.moe_layer
+	$(BIN)/python -m benchmarks.dispatchers
+
+clean: ## caches and results of runs
+	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+distclean: clean ## the virtual environment too
+	rm -rf $(VENV) *.egg-info

@@ -1,0 +1,47 @@
+"""`epbackend generate`: one prompt, one answer, and what the experts did for it."""
+
+from typing import Annotated
+
+import typer
+
+from epbackend.cli.loads import facts, print_load
+from epbackend.cli.output import console, json_stdout
+from epbackend.cli.session import ConfigOption, JsonOption, ModelArgument, ask, load_config, running
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    config: ConfigOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    chat_template: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt with the model's experts spread over the config's ranks."""
+    settings = load_config(config)
+    generation = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        generation["temperature"] = temperature
+    if as_json:
+        with json_stdout() as print_json:
+            with running(model, settings) as pipe:
+                answer = ask(pipe, prompt, raw=not chat_template, **generation)
+                load = pipe.load()
+            print_json(
+                {
+                    "text": answer.text,
+                    "token_ids": answer.token_ids,
+                    "tokens_per_second": round(answer.tokens_per_second, 2),
+                    **facts(settings, load),
+                }
+            )
+        return
+
+    with running(model, settings) as pipe:
+        show = (lambda text: console.out(text, end="")) if stream else None
+        answer = ask(pipe, prompt, show=show, raw=not chat_template, **generation)
+        console.out("" if stream else answer.text)
+        print_load(pipe.load())
+        console.print(f"{answer.tokens_per_second:.1f} tokens/s", highlight=False)

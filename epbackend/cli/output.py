@@ -1,0 +1,52 @@
+"""What all commands read and print: people read tables on the terminal, programs one JSON object on stdout."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from epbackend.config import ConfigWarning, EPConfig
+
+console = Console()
+error_console = Console(stderr=True)
+
+
+def say(where: Console, text: str, style: str) -> None:
+    """One line as it is: no markup, no wrapping, so that it can be searched and piped."""
+    where.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def read_config(file: Path) -> tuple[EPConfig, list[str]]:
+    """The configuration of a file, and the warnings about it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConfigWarning)
+        config = EPConfig.load(file)
+    return config, [str(warning.message) for warning in caught if warning.category is ConfigWarning]
+
+
+@contextmanager
+def json_stdout() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Keep stdout for one JSON object: whatever else is printed meanwhile, by worker processes too, goes to stderr.
+
+    Yields the function that prints the object.
+    """
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield lambda answer: _write(stdout, json.dumps(answer, ensure_ascii=False) + "\n")
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def _write(descriptor: int, text: str) -> None:
+    with os.fdopen(os.dup(descriptor), "w") as file:
+        file.write(text)

@@ -1,0 +1,25 @@
+"""Hugging Face transformers' own greedy answers: what every engine's tokens are held against."""
+
+from collections.abc import Sequence
+
+
+def greedy_tokens(model_path: str, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """The `max_new_tokens` ids that float32 `generate` continues each prompt with, in this process, past any EOS."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    tokens = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=None,  # write on past the end of a text, as the engine does with ignore_eos
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        tokens.append(output[0, inputs.input_ids.shape[1] :].tolist())
+    return tokens

@@ -1,0 +1,205 @@
+"""Translates MindIE's server `config.json`: maps what has a counterpart, and names all that it ignores.
+
+Source of the keys and their meaning: MindIE LLM's developer guide, "Configuration Parameters
+(Service-Specific)", "Configuration Parameters (Model Side)" and "Expert Parallel".
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from epbackend.config.mindie_sizes import SIZE_KEYS, MindIEKeyError, parallel_sizes
+from epbackend.config.problems import config_error, did_you_mean
+
+# MindIE's section and key -> the setting of ours that takes the value as it is.
+COUNTERPARTS = {
+    ("ModelDeployConfig", "maxSeqLen"): "engine.session_len",
+    ("ScheduleConfig", "maxBatchSize"): "engine.max_batch_size",
+    ("ScheduleConfig", "maxPrefillTokens"): "engine.max_prefill_token_num",
+    ("ScheduleConfig", "cacheBlockSize"): "engine.block_size",
+    ("models", "ep_level"): "ep_level",
+    ("models", "enable_init_routing_cutoff"): "enable_init_routing_cutoff",
+    ("models", "topk_scaling_factor"): "topk_scaling_factor",
+    ("models", "alltoall_ep_buffer_scale_factors"): "alltoall_ep_buffer_scale_factors",
+}
+# Keys that the functions below read in their own way.
+READ_OTHERWISE = {
+    "top level": {"BackendConfig"},
+    "BackendConfig": {"ModelDeployConfig", "ScheduleConfig", "multiNodesInferEnabled"},
+    "ModelDeployConfig": {"ModelConfig"},
+    "ModelConfig": {*SIZE_KEYS, "models", "modelWeightPath", "npuMemSize", "plugin_params"},
+}
+MARKS = ("BackendConfig", "ModelDeployConfig", "ModelConfig", "worldSize", "models")
+EP_SETTINGS = [key for section, key in COUNTERPARTS if section == "models"]
+
+Sections = dict[str, Mapping[str, Any]]
+
+
+@dataclass
+class Translation:
+    """A MindIE file in our terms.
+
+    settings: what EPConfig validates.
+    origins: our setting (dotted) -> MindIE's key, so that an error can name what the user wrote.
+    notes: what was ignored or reads differently here.
+    """
+
+    settings: dict[str, Any]
+    origins: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, setting: str, value: Any, origin: str) -> None:
+        """Sets a setting of ours and remembers the key of MindIE's it comes from."""
+        section, _, name = setting.rpartition(".")
+        (self.settings[section] if section else self.settings)[name] = value
+        self.origins[setting] = origin
+
+    def note(self, text: str) -> None:
+        self.notes.append(f"MindIE config: {text}")
+
+
+def is_mindie(content: Mapping[str, Any]) -> bool:
+    """Whether a mapping is MindIE's file, or the part of it from one of its inner sections down."""
+    return any(key in content for key in MARKS)
+
+
+def translate(content: Mapping[str, Any], source: str | None = None) -> Translation:
+    """MindIE's file as settings of ours.
+
+    Raises:
+        ConfigError: the nesting is not MindIE's, its sizes contradict, or LMDeploy has no such form.
+    """
+    translation = Translation(settings={"device": "ascend", "engine": {}})
+    try:
+        sections = _sections(content)
+        for (section, key), setting in COUNTERPARTS.items():
+            if key in sections[section]:
+                translation.take(setting, sections[section][key], f"{section}.{key}")
+        _take_sizes(sections, translation)
+        _take_model_settings(sections["ModelConfig"], translation)
+        _adapt_ep_settings(translation)
+    except MindIEKeyError as error:
+        raise config_error([error.problem], source) from None
+    _note_ignored(sections, translation)
+    return translation
+
+
+def _sections(content: Mapping[str, Any]) -> Sections:
+    """MindIE's nested sections side by side."""
+    whole = _with_outer_sections(content)
+    backend = _inner(whole, "BackendConfig")
+    deploy = _inner(backend, "ModelDeployConfig")
+    model = _only_model(deploy.get("ModelConfig"))
+    return {
+        "top level": whole,
+        "BackendConfig": backend,
+        "ModelDeployConfig": deploy,
+        "ModelConfig": model,
+        "ScheduleConfig": _inner(backend, "ScheduleConfig"),
+        "models": _only_family(_inner(model, "models")),
+    }
+
+
+def _with_outer_sections(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A fragment, as MindIE's documentation prints them, put back into the sections around it."""
+    if "worldSize" in content or "models" in content:
+        content = {"ModelConfig": [content]}
+    if "ModelConfig" in content:
+        content = {"ModelDeployConfig": content}
+    if "ModelDeployConfig" in content:
+        content = {"BackendConfig": content}
+    return content
+
+
+def _inner(section: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = section.get(key, {})
+    if not isinstance(value, Mapping):
+        raise MindIEKeyError(key, "must be an object, as in MindIE's own file", value)
+    return value
+
+
+def _only_model(models: Any) -> Mapping[str, Any]:
+    """The one entry of the ModelConfig list."""
+    if not isinstance(models, list) or len(models) != 1 or not isinstance(models[0], Mapping):
+        raise MindIEKeyError(
+            "BackendConfig.ModelDeployConfig.ModelConfig", "must be a list of one model", models
+        )
+    return models[0]
+
+
+def _only_family(families: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the model family (`deepseekv2`, ...): the only one, or the only one that sets EP."""
+    blocks = {name: _inner(families, name) for name in families}
+    if len(blocks) > 1:
+        blocks = {name: block for name, block in blocks.items() if any(key in block for key in EP_SETTINGS)}
+    if len(blocks) > 1:
+        raise MindIEKeyError(
+            "ModelConfig.models",
+            "sets expert parallelism for several families: keep the one you serve",
+            list(blocks),
+        )
+    return next(iter(blocks.values()), {})
+
+
+def _take_sizes(sections: Sections, translation: Translation) -> None:
+    several_nodes = sections["BackendConfig"].get("multiNodesInferEnabled") is True
+    sizes = parallel_sizes(sections["ModelConfig"], several_nodes)
+    translation.take("ep_size", sizes.ep, "ModelConfig.moe_ep")
+    translation.take("engine.dp", sizes.dp, "ModelConfig.dp")
+    translation.take("engine.tp", sizes.tp, "ModelConfig.tp")
+    if sizes.ep == 1 and sections["models"].keys() & set(EP_SETTINGS):
+        translation.note("moe_ep is not set: the experts are not spread (ep_size 1)")
+    if several_nodes:
+        translation.take("engine.executor", "ray", "BackendConfig.multiNodesInferEnabled")
+        translation.note(
+            "multiNodesInferEnabled: Ray starts all ranks; worldSize and the rank table are not read"
+        )
+
+
+def _take_model_settings(model: Mapping[str, Any], translation: Translation) -> None:
+    if model.get("npuMemSize", -1) != -1:
+        translation.take("engine.cache_gb", model["npuMemSize"], "ModelConfig.npuMemSize")
+    if path := model.get("modelWeightPath"):
+        translation.note(f"modelWeightPath is not a setting here: give the command its MODEL, {path}")
+    plugins = _plugins(model)
+    if "prefix_cache" in plugins:
+        translation.take("engine.enable_prefix_caching", True, "ModelConfig.plugin_params")
+    if others := [name for name in plugins if name != "prefix_cache"]:
+        translation.note(f"ignored, no counterpart (plugin_params): {', '.join(others)}")
+
+
+def _plugins(model: Mapping[str, Any]) -> list[str]:
+    """The names in plugin_params, JSON inside a string: `{"plugin_type": "mtp,prefix_cache", ...}`."""
+    text = model.get("plugin_params") or "{}"
+    try:
+        names = json.loads(text).get("plugin_type", "")
+        return [name.strip() for name in names.split(",") if name.strip()]
+    except (TypeError, ValueError, AttributeError):
+        raise MindIEKeyError(
+            "ModelConfig.plugin_params", "must be a JSON object inside a string", text
+        ) from None
+
+
+def _adapt_ep_settings(translation: Translation) -> None:
+    """Two forms of MindIE's that mean something else than our names say."""
+    settings = translation.settings
+    if settings.get("ep_level") == 3:
+        settings["ep_level"] = {"prefill": 2, "decode": 1}
+        translation.note("ep_level 3 is MindIE's mix: ep_level 2 for prefill, 1 for decode")
+    if settings.get("enable_init_routing_cutoff") is False and "topk_scaling_factor" in settings:
+        factor = settings.pop("topk_scaling_factor")
+        translation.note(f"topk_scaling_factor {factor} has no effect: enable_init_routing_cutoff is false")
+
+
+def _note_ignored(sections: Sections, translation: Translation) -> None:
+    """One note for each section with keys that nothing above has read."""
+    families = sections["ModelConfig"].get("models", {})
+    if others := [name for name, block in families.items() if block is not sections["models"]]:
+        translation.note(f"ignored, sets no expert parallelism (models): {', '.join(others)}")
+    for section, content in sections.items():
+        read = {key for where, key in COUNTERPARTS if where == section} | READ_OTHERWISE.get(section, set())
+        known = EP_SETTINGS if section == "models" else ()
+        ignored = [key + did_you_mean(key, known) for key in content if key not in read]
+        if ignored:
+            translation.note(f"ignored, no counterpart ({section}): {', '.join(ignored)}")

@@ -1,0 +1,94 @@
+"""Every setting, drawn from the models: for `config show`, `config schema` and docs/configuration.md."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from epbackend.config.settings import EPConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: its dotted name, what it accepts (in words), its default, and what it does."""
+
+    name: str
+    accepts: str
+    default: Any
+    description: str
+
+
+def settings() -> list[Setting]:
+    """Every setting, those of the engine under `engine.`."""
+    schema = EPConfig.model_json_schema()
+    defaults = EPConfig().model_dump(mode="json")
+    return [
+        *_section(schema["properties"], defaults, prefix=""),
+        *_section(schema["$defs"]["EngineSettings"]["properties"], defaults["engine"], prefix="engine."),
+    ]
+
+
+def values(config: EPConfig) -> dict[str, Any]:
+    """The value of every setting by its dotted name."""
+    top = config.model_dump(mode="json")
+    engine = top.pop("engine")
+    return {**top, **{f"engine.{name}": value for name, value in engine.items()}}
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a configuration file, for editors."""
+    schema = EPConfig.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"]["moe_ep"] = {
+        **schema["properties"]["ep_size"],
+        "title": "MoE EP",
+        "description": "MindIE's name for ep_size.",
+    }
+    return schema
+
+
+def markdown() -> str:
+    """The table of docs/configuration.md."""
+    rows = [
+        f"| `{setting.name}` | {setting.accepts} | {_shown(setting.default)} | {setting.description} |"
+        for setting in settings()
+    ]
+    return "\n".join(["| setting | accepts | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def _section(properties: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> Iterator[Setting]:
+    for name, schema in properties.items():
+        if name != "engine":
+            yield Setting(prefix + name, _accepts(schema), defaults[name], schema["description"])
+
+
+def _accepts(schema: Mapping[str, Any]) -> str:
+    """A JSON schema in a few words, such as `integer >= 1` or `number in (0, 1]`."""
+    for choices in ("anyOf", "oneOf"):
+        if choices in schema:
+            return " or ".join(_accepts(choice) for choice in schema[choices] if choice.get("type") != "null")
+    if "$ref" in schema:
+        return "one for each phase"
+    for known in ("enum", "examples"):
+        if known in schema:
+            return ", ".join(str(choice) for choice in schema[known])
+    if schema["type"] in ("integer", "number"):
+        return schema["type"] + _range(schema)
+    if schema["type"] == "array":
+        pair = schema["items"]["prefixItems"]
+        return f"list of [{', '.join(_accepts(item) for item in pair)}]"
+    return {"boolean": "true, false", "object": "a mapping"}[schema["type"]]
+
+
+def _range(schema: Mapping[str, Any]) -> str:
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    if high is None and below is None:
+        return f" >= {low}" if above is None else f" > {above}"
+    start = f"[{low}" if above is None else f"({above}"
+    end = f"{high}]" if below is None else f"{below})"
+    return f" in {start}, {end}"
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else f"`{value if isinstance(value, str) else json.dumps(value)}`"

@@ -1,0 +1,80 @@
+"""Rules between settings: what contradicts, and what has no effect."""
+
+from typing import TYPE_CHECKING
+
+from epbackend.config import parallel
+from epbackend.config.base import Section
+from epbackend.config.problems import Problem
+
+if TYPE_CHECKING:
+    from epbackend.config.settings import EPConfig
+
+# The ep_level each dispatcher serves; their own classes import torch, which the configuration must not need.
+LEVEL_OF_DISPATCHER = {"replicated": 1, "allgather": 1, "alltoall": 2}
+
+
+def contradictions(config: "EPConfig") -> list[Problem]:
+    """Settings, each valid by itself, that cannot stand together."""
+    engine = config.engine
+    return [
+        *_cutoff(config),
+        *_pinned_dispatcher(config),
+        *parallel.problems(config.ep_size, engine.tp, engine.dp, engine.executor),
+        *_cache(config),
+    ]
+
+
+def without_effect(config: "EPConfig") -> list[str]:
+    """Settings that differ from their default and change nothing, one sentence each."""
+    levels = {config.level("prefill"), config.level("decode")}
+    found = []
+    if config.enable_init_routing_cutoff and 1 not in levels:
+        found.append("enable_init_routing_cutoff has no effect: it is for ep_level 1, which no phase uses")
+    if _changed(config, "init_routing_cutoff_min_tokens") and not config.enable_init_routing_cutoff:
+        found.append("init_routing_cutoff_min_tokens has no effect without enable_init_routing_cutoff: true")
+    for name in ("alltoall_ep_buffer_scale_factors", "overlap_chunks", "overlap_min_tokens"):
+        if _changed(config, name) and 2 not in levels:
+            found.append(f"{name} has no effect: it is for ep_level 2, which no phase uses")
+    if _changed(config.engine, "cache_max_entry_count") and config.device == "cpu":
+        found.append("engine.cache_max_entry_count has no effect on the CPU: set engine.cache_gb instead")
+    return found
+
+
+def _changed(section: Section, name: str) -> bool:
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
+def _cutoff(config: "EPConfig") -> list[Problem]:
+    factor, enabled = config.topk_scaling_factor, config.enable_init_routing_cutoff
+    if factor is not None and not enabled:
+        remedy = "needs its switch: set enable_init_routing_cutoff: true, or remove it"
+        return [Problem("topk_scaling_factor", remedy, factor)]
+    if enabled and factor is None:
+        remedy = "needs topk_scaling_factor, a number in (0, 1]"
+        return [Problem("enable_init_routing_cutoff", remedy, enabled)]
+    return []
+
+
+def _pinned_dispatcher(config: "EPConfig") -> list[Problem]:
+    name = config.dispatcher
+    if name == "auto":
+        return []
+    reason = _unfit(name, config)
+    return [Problem("dispatcher", f"{reason}: write auto, or change one of them", name)] if reason else []
+
+
+def _unfit(dispatcher: str, config: "EPConfig") -> str | None:
+    served = LEVEL_OF_DISPATCHER[dispatcher]
+    for phase in ("prefill", "decode"):
+        if config.level(phase) != served:
+            return f"serves ep_level {served}, but ep_level of {phase} is {config.level(phase)}"
+    if dispatcher == "replicated" and config.engine.dp > 1:
+        return f"needs all tokens on every rank, but engine.dp is {config.engine.dp}"
+    return None
+
+
+def _cache(config: "EPConfig") -> list[Problem]:
+    blocks = config.engine.cache_blocks
+    if blocks is None or config.engine.cache_gb is None:
+        return []
+    return [Problem("engine.cache_blocks", "and engine.cache_gb both size the KV cache: keep one", blocks)]

@@ -1,0 +1,7 @@
+from __future__ import annotations
+
+from abc import ABC
+
+
+class Device(ABC):
+    name: str

@@ -1,0 +1,1 @@
+"""How rows travel between ranks: one file a strategy."""

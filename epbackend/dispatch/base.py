@@ -1,0 +1,87 @@
+"""The contract of a dispatcher: how rows reach the ranks of their experts and come back.
+
+    exchange = dispatcher.begin(hidden_TD, slot_ids_TK, weights_TK)
+    for batch in exchange.dispatch():
+        exchange.combine(expert_mlp(batch.rows_SD, batch.counts_L), batch)
+    out_TD = exchange.finish()
+
+A dispatcher is stateless; all that belongs to one layer call lives in its Exchange. Every rank runs the same calls,
+also with no token of its own, because the exchange holds collectives.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.kernels import Kernels
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is known of a layer before its first token: enough to choose a dispatcher and to build it."""
+
+    ranks: RankGroup
+    kernels: Kernels
+    settings: DispatchSettings
+    slots: int
+    """L: slots of each rank."""
+    top_k: int
+    layer: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for this rank's experts, sorted by local slot; rows past `counts_L.sum()` are garbage."""
+
+    rows_SD: Tensor
+    counts_L: Tensor
+    source_S: Tensor
+    step: int
+
+
+class Exchange(ABC):
+    """One layer call on its way."""
+
+    passes: int = 1
+    """Times that this rank's rows had to be cut to keep within the cutoff's bound. Known once dispatch ends."""
+    rounds: int = 1
+    """Times that rows had to travel to keep within the buffers. Known once dispatch begins."""
+
+    @abstractmethod
+    def dispatch(self) -> Iterator[Batch]:
+        """The rows for this rank's experts, batch by batch."""
+
+    @abstractmethod
+    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
+        """Take the experts' results for `batch`, in the same order of rows."""
+
+    @abstractmethod
+    def finish(self) -> Tensor:
+        """out_TD: for each of this rank's tokens the weighted sum over its choices, in the tokens' dtype."""
+
+
+class Dispatcher(ABC):
+    """One way for rows to travel."""
+
+    name: str
+    level: int
+    """The `ep_level` it serves."""
+    summary: str
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    @classmethod
+    @abstractmethod
+    def unsupported(cls, problem: Problem) -> str | None:
+        """Why this dispatcher cannot serve the problem; None if it can."""
+
+    @abstractmethod
+    def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
+        """Start one layer call for this rank's tokens; `slot_ids_TK` name slots of all ranks."""

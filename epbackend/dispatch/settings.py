@@ -1,0 +1,27 @@
+"""How rows may travel: the settings of one layer in one phase."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DispatchSettings:
+    """Names and meanings follow MindIE's expert parallelism; nothing is ever dropped, what does not fit goes on."""
+
+    level: int = 1
+    """1: gather tokens, reduce-scatter results. 2: send each token only where its experts live."""
+    dispatcher: str = "auto"
+    """A dispatcher's name pins it; "auto" takes the best that can serve the level."""
+    topk_scaling_factor: float | None = None
+    """Level 1: a pass holds about this share of the worst case's rows. None: everything in one pass."""
+    cutoff_min_tokens: int = 65536
+    """Level 1: the bound never falls below the rows of so many tokens (MindIE's constant)."""
+    buffer_scale_factors: tuple[tuple[int, float], ...] = ()
+    """Level 2: (length, scale), lengths descending; the first whose length <= this rank's tokens sizes its buffer."""
+    overlap_chunks: int = 2
+    """Level 2: chunks to cut a long batch into, so that one travels while another is multiplied."""
+    overlap_min_tokens: int = 4096
+    """Level 2: shorter batches are not cut: splitting the matmuls would cost more than the overlap wins."""
+    timeout_s: float = 120.0
+    """Seconds until a collective that does not finish becomes an error naming the ranks that do not answer."""

@@ -1,0 +1,53 @@
+"""Ranks that hold the same tokens share the work: each sends its slice of them, then all gather the finished rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
+from epbackend.dispatch.collectives import Collectives
+
+
+class Sliced(Dispatcher):
+    """Any dispatcher, on this rank's slice of its token group's tokens."""
+
+    def __init__(self, inner: Dispatcher) -> None:
+        super().__init__(inner.problem)
+        self.name = inner.name
+        self._inner = inner
+
+    @classmethod
+    def unsupported(cls, problem: Problem) -> str | None:
+        return None if problem.ranks.token_size > 1 else "no other rank holds this rank's tokens"
+
+    def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
+        ranks = self.problem.ranks
+        width = -(-len(hidden_TD) // ranks.token_size)
+        mine = slice(ranks.token_rank * width, (ranks.token_rank + 1) * width)
+        inner = self._inner.begin(hidden_TD[mine], slot_ids_TK[mine], weights_TK[mine])
+        return _SlicedExchange(inner, self.problem, len(hidden_TD), width)
+
+
+class _SlicedExchange(Exchange):
+    def __init__(self, inner: Exchange, problem: Problem, tokens: int, width: int) -> None:
+        self._inner, self._problem = inner, problem
+        self._tokens, self._width = tokens, width
+        self.rounds = inner.rounds
+
+    def dispatch(self) -> Iterator[Batch]:
+        yield from self._inner.dispatch()
+        self.passes = self._inner.passes
+
+    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
+        self._inner.combine(rows_SD, batch)
+
+    def finish(self) -> Tensor:
+        part_TD = self._inner.finish()
+        if not self._tokens:
+            return part_TD
+        padded_TD = torch.zeros(self._width, part_TD.shape[1], dtype=part_TD.dtype, device=part_TD.device)
+        padded_TD[: len(part_TD)] = part_TD
+        return Collectives.among_same_tokens(self._problem).all_gather(padded_TD)[: self._tokens]

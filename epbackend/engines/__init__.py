@@ -1,0 +1,1 @@
+"""Inference engines that epbackend plugs into: one package an engine."""

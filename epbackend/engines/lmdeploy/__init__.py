@@ -1,0 +1,70 @@
+"""The plug into LMDeploy's PyTorch engine.
+
+    with pipeline("tiny-qwen3-moe", config) as pipe:        # the whole of it
+        print(pipe(["Once"])[0].text, pipe.load().tokens_per_rank)
+
+    enable(config)                                          # or by hand
+    pipe = lmdeploy.pipeline(model, backend_config=engine_config(config))
+    ...
+    pipe.close(); disable()
+
+One idea a file. `plug` switches on and off; `patching` and `patches` change LMDeploy and put it back; `backend`,
+`attention`, `moe`, `sampling` are the CPU's operators; `workers`, `guard`, `ray_workers`, `engine_process` bring the
+plug into the processes LMDeploy starts; `load` brings their counters back; `checks` refuses what cannot work before
+anything starts; `pipelines`, `replicas` and `server` are the three ways to run a model.
+Importing this package does not import LMDeploy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from epbackend.config import EPConfig
+from epbackend.engines.lmdeploy.engine import engine_config
+from epbackend.engines.lmdeploy.load import LoadReport
+from epbackend.engines.lmdeploy.patching import check_version
+from epbackend.engines.lmdeploy.plug import disable, enable
+
+if TYPE_CHECKING:
+    from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
+    from epbackend.engines.lmdeploy.replicas import ReplicatedPipeline
+
+__all__ = ["LoadReport", "disable", "enable", "engine_config", "pipeline", "serve"]
+
+
+def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipeline | ReplicatedPipeline:
+    """A pipeline for a model: a directory, or the name of a model that comes with epbackend.
+
+    Further arguments go to LMDeploy's pipeline (chat_template_config, log_level, ...). With `engine.dp` > 1 the
+    engines run in processes of their own and share the prompts.
+
+    Raises:
+        UnavailableError: no such model or device, or LMDeploy is not the release it must be.
+        ConfigError: the model does not suit the settings, or memory does not suffice for the cache.
+        WorkerError: a worker process died while starting.
+    """
+    from epbackend.engines.lmdeploy.checks import check_model
+    from epbackend.models import resolve
+
+    check_version()
+    path = resolve(model)
+    check_model(path, config)
+    if config.engine.dp > 1:
+        from epbackend.engines.lmdeploy.replicas import ReplicatedPipeline
+
+        return ReplicatedPipeline(path, config, **kwargs)
+    from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
+
+    return ExpertParallelPipeline(path, config, **kwargs)
+
+
+def serve(model: str, config: EPConfig, host: str = "127.0.0.1", port: int = 23333, **kwargs: Any) -> None:
+    """Serves a model by LMDeploy's OpenAI API until SIGINT or SIGTERM; see `server.serve_model`."""
+    from epbackend.engines.lmdeploy.checks import check_model
+    from epbackend.engines.lmdeploy.server import serve_model
+    from epbackend.models import resolve
+
+    check_version()
+    path = resolve(model)
+    check_model(path, config)
+    serve_model(path, config, host, port, **kwargs)

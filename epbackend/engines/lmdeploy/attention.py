@@ -1,0 +1,127 @@
+"""Paged attention on the CPU, for grouped-query attention and for DeepSeek's latent attention (MLA).
+
+The caches are strided views [pages, block, heads, dim] into one pool, so keys are written by (page, slot) and read by
+page. Latent attention keeps one head whose values are the first `v_head_size` numbers of its keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from lmdeploy.pytorch.backends.attention import AttentionImpl, PagedAttentionBuildSpec
+from torch import Tensor
+
+from epbackend.engines.lmdeploy.attention_plan import AttentionPlan, DecodeGroup, Sequence
+from epbackend.errors import UnavailableError
+
+
+class PagedAttention(AttentionImpl[AttentionPlan]):
+    """Attention of one layer over the paged cache.
+
+    Raises:
+        UnavailableError: the model needs a form of attention that the CPU does not have (named in the message).
+    """
+
+    def __init__(self, spec: PagedAttentionBuildSpec) -> None:
+        if missing := _unsupported(spec):
+            raise UnavailableError(
+                f"device: cpu has no paged attention with {missing}, which this model needs; use device: cuda"
+            )
+        super().__init__(
+            num_heads=spec.num_heads,
+            head_size=spec.head_dim,
+            scale=spec.scale,
+            num_kv_heads=spec.num_kv_heads,
+            v_head_size=spec.v_head_dim,
+            causal=spec.causal,
+        )
+        window = spec.sliding_window
+        left = window[0] if isinstance(window, tuple | list) else window
+        self.window = left if left is not None and left > 0 else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        attn_metadata: AttentionPlan,
+        k_scales_zeros: Tensor | None = None,
+        v_scales_zeros: Tensor | None = None,
+        learnable_sink: Tensor | None = None,
+        nsa_indices: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
+        """Writes key and value [T, kv heads, dim] to the cache, then attends: query [T, H, dim] -> [T, H, v dim]."""
+        plan = attn_metadata
+        values_in_keys = v_cache.data_ptr() == k_cache.data_ptr()
+        k_cache[plan.page_T, plan.slot_T] = key.reshape(-1, *k_cache.shape[2:]).to(k_cache.dtype)
+        if not values_in_keys:
+            v_cache[plan.page_T, plan.slot_T] = value.reshape(-1, *v_cache.shape[2:]).to(v_cache.dtype)
+
+        out = query.new_empty(*query.shape[:-1], self.v_head_size)
+        for group in plan.decoding:
+            # Of one sequence or of many, a decoding step has one query each: batch them.
+            keys, values = _read(k_cache, v_cache, group.pages_BP, values_in_keys, query.dtype)
+            out[group.rows_B] = self._decode(query[group.rows_B], keys, values, group)
+        for sequence in plan.prefilling:
+            keys, values = _read(k_cache, v_cache, sequence.pages_P[None], values_in_keys, query.dtype)
+            out[sequence.rows] = self._prefill(query[sequence.rows], keys[0], values[0], sequence)
+        return out
+
+    def _decode(self, query_BHD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, group: DecodeGroup) -> Tensor:
+        """One query a sequence: the query heads that share a key head stand where query positions would."""
+        batch, heads, dim = query_BHD.shape
+        shared = query_BHD.view(batch, self.num_kv_heads, heads // self.num_kv_heads, dim)
+        mask_B11S = group.mask_BS(keys_BSGD.shape[1], self.window)[:, None, None]
+        attended = F.scaled_dot_product_attention(
+            shared, keys_BSGD.transpose(1, 2), values_BSGD.transpose(1, 2), attn_mask=mask_B11S, scale=self.scale
+        )
+        return attended.reshape(batch, heads, -1)[..., : self.v_head_size]
+
+    def _prefill(self, query_THD: Tensor, keys_SGD: Tensor, values_SGD: Tensor, sequence: Sequence) -> Tensor:
+        """The new positions of one sequence against all of it: [T, H, v dim]."""
+        length = sequence.length
+        new = query_THD.shape[0]
+        whole = new == length and self.window is None
+        attended = F.scaled_dot_product_attention(
+            query_THD.transpose(0, 1)[None],
+            keys_SGD[:length].transpose(0, 1)[None],
+            values_SGD[:length].transpose(0, 1)[None],
+            attn_mask=None if whole or not self.causal else _causal_mask(new, length, self.window),
+            is_causal=whole and self.causal,
+            scale=self.scale,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        return attended[0].transpose(0, 1)[..., : self.v_head_size]
+
+
+def _read(
+    k_cache: Tensor, v_cache: Tensor, pages_BP: Tensor, values_in_keys: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of each sequence, its pages joined: [B, pages * block, kv heads, dim] both.
+
+    Values that lie in the keys stay there, their whole width: torch's fast path wants keys and values of one width,
+    and the caller cuts the result.
+    """
+    keys = k_cache[pages_BP].flatten(1, 2).to(dtype)
+    return keys, keys if values_in_keys else v_cache[pages_BP].flatten(1, 2).to(dtype)
+
+
+def _causal_mask(new: int, length: int, window: int | None) -> Tensor:
+    """True where the query (one of the last `new` positions) may see the key: [new, length]."""
+    distance = torch.arange(length - new, length)[:, None] - torch.arange(length)[None]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _unsupported(spec: PagedAttentionBuildSpec) -> str | None:
+    """What the CPU lacks of the form of attention asked for."""
+    lacking = {
+        "ALiBi": spec.alibi,
+        "logit soft-capping": bool(spec.logit_softcapping),
+        "attention sinks": spec.learnable_sink,
+        "a sparse index (DeepSeek sparse attention)": spec.mla_index_topk is not None,
+        "block-sparse masks": spec.block_sparse_size > 1,
+    }
+    return ", ".join(name for name, asked in lacking.items() if asked) or None

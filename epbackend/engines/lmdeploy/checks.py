@@ -1,0 +1,71 @@
+"""What can be known to be wrong with a model before any process is started for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from epbackend.config import EPConfig
+from epbackend.device import get_device
+from epbackend.errors import ConfigError, UnavailableError
+
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+"""The names under which the model families state their number of experts."""
+
+
+def check_model(path: str, config: EPConfig) -> None:
+    """Raises an error that says why the model in the directory `path` cannot run with `config`.
+
+    Raises:
+        UnavailableError: there is no model at the path.
+        ConfigError: its experts, or their number, or its quantisation do not suit the settings.
+    """
+    settings = _read_config(Path(path))
+    experts = expert_count(settings)
+    if config.ep_size > 1:
+        if experts is None:
+            raise ConfigError(
+                f"ep_size: {config.ep_size}, but {path} is a model without experts "
+                f"({_architecture(settings)}): nothing can be spread; use a mixture-of-experts model, or ep_size: 1"
+            )
+        if experts % config.ep_size:
+            fitting = [str(size) for size in range(1, experts + 1) if experts % size == 0]
+            raise ConfigError(
+                f"ep_size: {config.ep_size} does not divide the {experts} experts of {path}; "
+                f"use one of {', '.join(fitting)}"
+            )
+    quantised = settings.get("quantization_config") or settings.get("text_config", {}).get("quantization_config")
+    if quantised and get_device(config.device).name == "cpu":
+        raise ConfigError(
+            f"device: cpu computes unquantised weights only, and {path} holds "
+            f"{quantised.get('quant_method', 'quantised')} ones; use the original checkpoint, or device: cuda"
+        )
+
+
+def expert_count(settings: dict[str, Any]) -> int | None:
+    """Routed experts of a model from its config.json; None for a dense model."""
+    for level in (settings, settings.get("text_config") or {}):
+        for name in EXPERT_COUNTS:
+            if level.get(name):
+                return int(level[name])
+    return None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not path.exists():
+        raise UnavailableError(f"there is no model at {path}: give a directory with config.json and its weights")
+    if not file.is_file():
+        raise UnavailableError(f"{path} is not a model directory: it has no config.json")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnavailableError(f"{file} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UnavailableError(f"{file} does not hold an object")
+    return settings
+
+
+def _architecture(settings: dict[str, Any]) -> str:
+    return ", ".join(settings.get("architectures") or []) or str(settings.get("model_type", "unknown architecture"))

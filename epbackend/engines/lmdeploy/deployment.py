@@ -1,0 +1,83 @@
+"""Processes of a deployment with `engine.dp` > 1: one engine each, joined in one group of expert ranks.
+
+Importing this module does not import LMDeploy, which reads its environment when it is imported: a new process sets it
+first.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from epbackend.config import EPConfig
+from epbackend.engines.lmdeploy.guard import GRACE_S, guard_process
+from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard
+from epbackend.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
+
+
+def start_engines(
+    config: EPConfig, board: LoadBoard, target: Callable[..., None], arguments: Iterable[tuple]
+) -> list[BaseProcess]:
+    """Starts `target(*arguments_of_its_rank)` in a process for each of the dp engines.
+
+    The processes end with their parent. They meet at a port of the loopback interface.
+    """
+    environment = {
+        "LMDEPLOY_DP_MASTER_ADDR": LOOPBACK,
+        "LMDEPLOY_DP_MASTER_PORT": str(free_port()),
+        BOARD_VARIABLE: board.variable,
+    }
+    context = multiprocessing.get_context("spawn")
+    # Not daemons: an API server starts a process for its engine.
+    processes = [
+        context.Process(target=_run, args=(environment, target, each), name=f"epbackend-engine-{dp_rank}")
+        for dp_rank, each in enumerate(arguments)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0) -> None:
+    """Ends the processes: those still there after `grace_s` by SIGTERM, and by force where that is not heeded."""
+    processes = list(processes)
+    for process in processes:
+        process.join(timeout=grace_s)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(timeout=5 * GRACE_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError where a server could not listen."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} of {host} cannot be used ({error.strerror}): stop what listens there, or choose another"
+            ) from error
+
+
+def _run(environment: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    guard_process()
+    target(*arguments)

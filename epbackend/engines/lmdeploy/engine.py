@@ -1,0 +1,40 @@
+"""From our settings to LMDeploy's engine configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from epbackend.config import EPConfig
+from epbackend.device import get_device
+from epbackend.engines.lmdeploy.plug import executor
+
+if TYPE_CHECKING:
+    from lmdeploy import PytorchEngineConfig
+
+
+def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
+    """LMDeploy's configuration of the engine, for `lmdeploy.pipeline` after `enable(config)`.
+
+    dp_rank tells the engines of one deployment with `engine.dp` > 1 apart; each is a process of its own.
+    """
+    from lmdeploy import PytorchEngineConfig
+
+    engine = config.engine
+    settings: dict[str, Any] = {
+        "device_type": get_device(config.device).name,
+        "dtype": engine.dtype,
+        "tp": engine.tp,
+        "dp": engine.dp,
+        "dp_rank": dp_rank,
+        "ep": config.ep_size,
+        "session_len": engine.session_len,
+        "max_batch_size": engine.max_batch_size,
+        "max_prefill_token_num": engine.max_prefill_token_num,
+        "cache_max_entry_count": engine.cache_max_entry_count,
+        "num_gpu_blocks": engine.cache_blocks or 0,
+        "block_size": engine.block_size,
+        "enable_prefix_caching": engine.enable_prefix_caching,
+        "eager_mode": engine.eager_mode,
+        "distributed_executor_backend": executor(config),
+    }
+    return PytorchEngineConfig(**settings, **engine.extra)

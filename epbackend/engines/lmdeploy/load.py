@@ -1,0 +1,171 @@
+"""What the workers' MoE layers did, seen from the process that started them.
+
+The parent makes one shared-memory segment, the `LoadBoard`; each worker's layers add up their counters in it after
+every call (`LoadWriter`), and the parent reads them at any time (`LoadReport`). The segment belongs to the parent: its
+resource tracker removes it even where the parent is killed. Workers map the file behind it, because attaching through
+`multiprocessing` would make their own tracker remove it with the first worker that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from epbackend.errors import EPError
+
+if TYPE_CHECKING:
+    from epbackend.moe import ExpertParallelMoE
+
+BOARD_VARIABLE = "EPBACKEND_LOAD_BOARD"
+"""Names the segment to worker processes, as `ranks:name`."""
+
+MAX_LAYERS, MAX_EXPERTS = 256, 1024
+
+# The board is an array of these, one a rank. Memory is taken only where something is written.
+_RANK = np.dtype(
+    [
+        ("error", "S4096"),
+        ("dispatchers", "S4096"),
+        ("experts", np.int64),
+        ("calls", np.int64, MAX_LAYERS),
+        ("passes", np.int64, MAX_LAYERS),
+        ("rounds", np.int64, MAX_LAYERS),
+        ("tokens", np.int64, (MAX_LAYERS, MAX_EXPERTS)),
+    ]
+)
+
+logger = logging.getLogger("epbackend")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The work of all ranks since the engine started, its warm-up included."""
+
+    layers: tuple[int, ...]
+    """The model's layers that have experts: the second axis of tokens_RLE."""
+    tokens_RLE: np.ndarray
+    """Tokens that rank R computed for expert E of the layer, int64."""
+    calls: int
+    """Forward calls of one layer."""
+    passes: int
+    """The most passes that a single call took (1: the cutoff never bound)."""
+    rounds: int
+    """The most rounds that a single call took (1: the buffers always sufficed)."""
+    dispatchers: dict[str, dict[str, Any]]
+    """phase -> name of its dispatcher, the reason, and why others were passed over."""
+
+    @property
+    def tokens_per_rank(self) -> list[int]:
+        """Expert tokens of each rank over all layers."""
+        return self.tokens_RLE.sum(axis=(1, 2)).tolist()
+
+    def since(self, earlier: LoadReport) -> LoadReport:
+        """The work after `earlier` was read; the maxima stay those of the whole time."""
+        return LoadReport(
+            self.layers,
+            self.tokens_RLE - earlier.tokens_RLE if earlier.layers else self.tokens_RLE,
+            self.calls - earlier.calls,
+            self.passes,
+            self.rounds,
+            self.dispatchers,
+        )
+
+
+class LoadBoard:
+    """The parent's end: makes the segment, reads it, removes it."""
+
+    def __init__(self, ranks: int) -> None:
+        self._memory = SharedMemory(create=True, size=ranks * _RANK.itemsize)
+        self._ranks = np.ndarray(ranks, _RANK, buffer=self._memory.buf)
+
+    @property
+    def variable(self) -> str:
+        """The value of BOARD_VARIABLE for workers."""
+        return f"{len(self._ranks)}:{self._memory.name}"
+
+    def report(self) -> LoadReport:
+        """What has been counted so far."""
+        layers = np.flatnonzero(self._ranks["calls"].any(axis=0))
+        experts = int(self._ranks["experts"].max())
+        notes = [json.loads(note) for note in self._ranks["dispatchers"] if note]
+        return LoadReport(
+            layers=tuple(layers.tolist()),
+            tokens_RLE=self._ranks["tokens"][:, layers, :experts].copy(),
+            calls=int(self._ranks["calls"].max()),
+            passes=int(self._ranks["passes"].max()),
+            rounds=int(self._ranks["rounds"].max()),
+            dispatchers=notes[0] if notes else {},
+        )
+
+    def remove(self) -> None:
+        """Takes the segment away. Workers that still run keep writing to memory nobody sees."""
+        del self._ranks
+        self._memory.close()
+        self._memory.unlink()
+
+
+class LoadWriter:
+    """One layer of one worker; writes nothing where no parent reads (`epbackend.enable` was not the starter)."""
+
+    def __init__(self, rank_row: np.ndarray | None, layer: int) -> None:
+        self._row, self._layer = rank_row, layer
+
+    @classmethod
+    def attach(cls, rank: int, layer: int) -> LoadWriter:
+        """The writer for a layer of this process.
+
+        Raises:
+            EPError: the model has more layers than the board.
+        """
+        if layer >= MAX_LAYERS:
+            raise EPError(f"MoE layer {layer}: the load report has room for {MAX_LAYERS} layers")
+        return cls(_rank_row(rank), layer)
+
+    def record(self, layer: ExpertParallelMoE) -> None:
+        """Publishes the layer's counters, which are sums since it was built."""
+        if self._row is None:
+            return
+        row, load, tokens_E = self._row, layer.load, layer.load.tokens_E.numpy()
+        if not row["calls"][self._layer]:
+            row["experts"] = len(tokens_E)
+            row["dispatchers"] = _note({phase: asdict(choice) for phase, choice in layer.dispatchers.items()})
+        row["tokens"][self._layer, : len(tokens_E)] = tokens_E
+        row["passes"][self._layer], row["rounds"][self._layer] = load.passes.max, load.rounds.max
+        row["calls"][self._layer] = load.calls
+
+
+def record_error(rank: int, text: str) -> None:
+    """Leaves the worker's last words for its parent."""
+    row = _rank_row(rank)
+    if row is not None:
+        row["error"] = text.encode()[:4096]
+
+
+def last_words(rank: int) -> str | None:
+    """What the worker of that rank left, if it failed by an exception."""
+    row = _rank_row(rank)
+    return None if row is None else row["error"].decode(errors="replace") or None
+
+
+def _note(value: Any) -> bytes:
+    text = json.dumps(value).encode()
+    return text if len(text) <= _RANK["dispatchers"].itemsize else b""
+
+
+def _rank_row(rank: int) -> np.ndarray | None:
+    """This rank's row of the board named in the environment."""
+    ranks, _, name = os.environ.get(BOARD_VARIABLE, "").partition(":")
+    if not name:
+        return None
+    path = Path("/dev/shm") / name
+    if not path.exists():
+        logger.warning("rank %d runs on another machine than its parent: its load is not reported", rank)
+        return None
+    return np.memmap(path, _RANK, mode="r+", shape=int(ranks))[rank]

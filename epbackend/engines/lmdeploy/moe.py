@@ -1,0 +1,97 @@
+"""LMDeploy's fused MoE operator, carried out by `epbackend.moe.ExpertParallelMoE`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec, FusedMoEImpl
+from lmdeploy.pytorch.distributed import get_dist_manager
+from lmdeploy.pytorch.model_inputs import get_step_ctx_manager
+from torch import Tensor
+
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.engines.lmdeploy.load import LoadWriter
+from epbackend.engines.lmdeploy.plug import active
+from epbackend.errors import EPError
+from epbackend.moe import ExpertParallelMoE
+from epbackend.slots import SlotMap
+
+
+class ExpertParallelFusedMoE(FusedMoEImpl):
+    """One MoE layer of one rank: LMDeploy loads the weights of `ep_expert_list`, this packs and computes them.
+
+    LMDeploy's part: routing, the shared experts, and with ep_size 1 and tp > 1 the sum over the shards of each expert.
+    """
+
+    def __init__(self, spec: FusedMoEBuildSpec, device: str) -> None:
+        config = active().config
+        self.spec = spec
+        self.device = device
+        self.ranks = _ranks(spec)
+        self.slot_map = SlotMap.uniform(spec.num_experts, self.ranks.size)
+        self.settings = {phase: config.dispatch_settings(phase) for phase in ("prefill", "decode")}
+        self.load_writer = LoadWriter.attach(get_dist_manager().current_context().rank, spec.layer_idx)
+        self.gate_up_bias: Tensor | None = None
+        self.down_bias: Tensor | None = None
+        self.activation: Callable[[Tensor], Tensor] | None = None
+        self.layer: ExpertParallelMoE | None = None
+
+    def ep_expert_list(self, world_size: int, rank: int) -> list[int]:
+        """The logical expert of each of this rank's slots; LMDeploy loads their weights in this order."""
+        return list(self.slot_map.local_experts(rank))
+
+    def set_extras(self, gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: Callable | None) -> None:
+        """Takes what belongs to the weights and LMDeploy hands over with each call only."""
+        self.gate_up_bias, self.down_bias, self.activation = gate_up_bias, down_bias, activation
+
+    def update_weights(self, gate_up_weights: Tensor, down_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Packs the weights [L, 2F, D] and [L, D, F]; LMDeploy gets empty ones back, so that they are held once."""
+        self.layer = ExpertParallelMoE(
+            gate_up_weights.data,
+            down_weights.data,
+            slot_map=self.slot_map,
+            ranks=self.ranks,
+            settings=self.settings,
+            device=self.device,
+            top_k=self.spec.top_k,
+            gate_up_bias_L2F=self.gate_up_bias,
+            down_bias_LD=self.down_bias,
+            activation=self.activation,
+            layer=self.spec.layer_idx,
+        )
+        return gate_up_weights.new_empty(0), down_weights.new_empty(0)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        gate_up_weights: Tensor,
+        down_weights: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        expert_list: list[int] | None = None,
+        act_func: Callable | None = None,
+    ) -> Tensor:
+        """hidden_states [T, D], topk_weights and topk_ids [T, K] -> [T, D]; weights and biases are already packed."""
+        if self.layer is None:
+            raise EPError(f"MoE layer {self.spec.layer_idx} has no weights yet: load them before the first forward")
+        if self.spec.renormalize:
+            topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
+        out = self.layer(hidden_states, topk_ids, topk_weights, phase=_phase())
+        self.load_writer.record(self.layer)
+        return out
+
+
+def _phase() -> str:
+    """The step's phase, the same on every rank: with dp > 1 LMDeploy agrees on it before each forward."""
+    return "decode" if get_step_ctx_manager().current_context().global_is_decoding() else "prefill"
+
+
+def _ranks(spec: FusedMoEBuildSpec) -> RankGroup:
+    """This rank's place among the expert ranks; without expert parallelism each rank holds every expert, or a shard."""
+    if spec.ep_size == 1:
+        return RankGroup.single()
+    tokens = get_dist_manager().current_context().attn_tp_group
+    return RankGroup.of(spec.ep_group, tokens.gpu_group)

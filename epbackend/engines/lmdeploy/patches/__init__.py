@@ -1,0 +1,19 @@
+"""Every change to LMDeploy 0.18.0, by theme. Each says what it replaces, why, and when it is needed."""
+
+from __future__ import annotations
+
+from epbackend.engines.lmdeploy.patches import cache, config, device, executors, models
+from epbackend.engines.lmdeploy.patching import Patch
+
+PATCHES: tuple[Patch, ...] = tuple(
+    value
+    for theme in (config, device, cache, executors, models)
+    for value in vars(theme).values()
+    if isinstance(value, Patch)
+)
+
+
+def needed(device_name: str, ep_size: int, executor: str) -> tuple[Patch, ...]:
+    """The patches for a device, a number of expert ranks and an executor (uni, mp, ray)."""
+    present = {"always", device_name, executor} | ({"ep"} if ep_size > 1 else set())
+    return tuple(each for each in PATCHES if each.when in present)

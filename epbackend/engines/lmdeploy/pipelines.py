@@ -1,0 +1,74 @@
+"""One engine with expert parallelism, in the form of LMDeploy's pipeline."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Iterator
+from typing import Any
+
+from lmdeploy import Pipeline
+from lmdeploy.messages import Response
+
+from epbackend.config import EPConfig
+from epbackend.engines.lmdeploy import plug
+from epbackend.engines.lmdeploy.engine import engine_config
+from epbackend.engines.lmdeploy.load import LoadReport
+
+
+class ExpertParallelPipeline(Pipeline):
+    """LMDeploy's pipeline; in addition it reports the load of the experts, and fails by an error when a rank dies.
+
+    Close it, or use it as a context manager: that ends its processes and disables the plug.
+    """
+
+    def __init__(self, model_path: str, config: EPConfig, dp_rank: int = 0, **kwargs: Any) -> None:
+        plug.enable(config)
+        self._closed = False
+        self._final_load: LoadReport | None = None
+        kwargs.setdefault("log_level", config.engine.log_level)
+        try:
+            super().__init__(model_path, backend_config=engine_config(config, dp_rank), **kwargs)
+        except BaseException:
+            plug.disable()
+            raise
+        atexit.register(self.close)
+
+    def load(self) -> LoadReport:
+        """What the experts of every rank did so far; still readable after `close`."""
+        return self._final_load or plug.active().load_report()
+
+    def infer(self, *args: Any, **kwargs: Any) -> Any:
+        """As LMDeploy's.
+
+        Raises:
+            WorkerError: a worker process died, before or meanwhile.
+        """
+        responses = super().infer(*args, **kwargs)
+        self._raise_failure()
+        return responses
+
+    def stream_infer(self, *args: Any, **kwargs: Any) -> Iterator[Response]:
+        """As LMDeploy's; raises as `infer` does."""
+        for response in super().stream_infer(*args, **kwargs):
+            if response.finish_reason == "error":
+                self._raise_failure()
+            yield response
+
+    def close(self) -> None:
+        """Ends the engine and its processes, and disables the plug. A second call does nothing."""
+        if self._closed:
+            return
+        if plug.active().board is not None:
+            self._final_load = self.load()
+        self._closed = True
+        atexit.unregister(self.close)
+        try:
+            super().close()
+        finally:
+            plug.disable()
+
+    def _raise_failure(self) -> None:
+        executor = getattr(self.async_engine.engine, "executor", None)
+        failure = getattr(executor, "failure", None)
+        if failure is not None:
+            raise failure

@@ -1,0 +1,140 @@
+"""Switching the plug on and off in this process, and what is on.
+
+What the workers must know travels in the environment, so that every way LMDeploy has of starting a process will do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from dataclasses import dataclass, field
+
+from epbackend.config import EPConfig
+from epbackend.device import get_device
+from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard, LoadReport
+from epbackend.engines.lmdeploy.patching import Patches, check_version
+from epbackend.errors import ConfigError, EPError
+
+CONFIG_VARIABLE = "EPBACKEND_CONFIG"
+
+
+@dataclass
+class _Plug:
+    """What is on, and what it takes to switch it off."""
+
+    config: EPConfig
+    patches: Patches = field(default_factory=Patches)
+    environment: dict[str, str | None] = field(default_factory=dict)
+    """The variables we set, as they were before."""
+    board: LoadBoard | None = None
+
+    def set_environment(self, name: str, value: str) -> None:
+        self.environment.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+
+    @property
+    def worker_environment(self) -> dict[str, str]:
+        """What a worker needs to find in its environment, for starters that do not hand down ours."""
+        names = (CONFIG_VARIABLE, BOARD_VARIABLE, "TORCH_COMPILE_DISABLE")
+        return {name: os.environ[name] for name in names if name in os.environ}
+
+    def load_report(self) -> LoadReport:
+        """What the workers of this process did.
+
+        Raises:
+            EPError: this process is itself part of an engine, whose starter has the report.
+        """
+        if self.board is None:
+            raise EPError("the load report belongs to the process that started the engines")
+        return self.board.report()
+
+    def switch_off(self) -> None:
+        self.patches.restore()
+        if self.board is not None:
+            self.board.remove()
+        for name, value in self.environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+_plug: _Plug | None = None
+
+
+def enable(config: EPConfig) -> None:
+    """Plugs expert parallelism into LMDeploy for the pipelines that this process makes from now on.
+
+    Make them with `engine_config(config)`, or use `pipeline`, which does both. Enabling the same config again does
+    nothing.
+
+    Raises:
+        UnavailableError: LMDeploy is missing, is another release or was changed; or the device cannot be used here.
+        ConfigError: another config is enabled.
+    """
+    if _plug is not None:
+        if _plug.config == config:
+            return
+        raise ConfigError("another config is enabled in this process: call epbackend.disable() first")
+    _switch_on(config, check_hooks=True)
+
+
+def enable_worker() -> None:
+    """`enable` with what the parent left in the environment, for the processes that LMDeploy starts."""
+    if _plug is None:
+        # The parent has checked the hooks, and reading the sources again would delay every worker.
+        _switch_on(EPConfig.from_json(os.environ[CONFIG_VARIABLE]), check_hooks=False)
+
+
+def disable() -> None:
+    """Leaves LMDeploy, torch and the environment as they were before `enable`; nothing where nothing is enabled."""
+    global _plug
+    if _plug is not None:
+        _plug.switch_off()
+        _plug = None
+        atexit.unregister(disable)
+
+
+def active() -> _Plug:
+    """What is on.
+
+    Raises:
+        EPError: nothing is.
+    """
+    if _plug is None:
+        raise EPError("expert parallelism is not enabled in this process: call epbackend.enable(config) first")
+    return _plug
+
+
+def executor(config: EPConfig) -> str:
+    """How LMDeploy starts the ranks: uni, mp or ray."""
+    if config.engine.executor != "auto":
+        return config.engine.executor
+    if config.world_size == 1:
+        return "uni"
+    # LMDeploy runs dp > 1 by Ray only. On one machine mp starts twice as fast.
+    return "ray" if config.engine.dp > 1 else "mp"
+
+
+def _switch_on(config: EPConfig, *, check_hooks: bool) -> None:
+    global _plug
+    check_version()
+    device = get_device(config.device).name
+    # Imported late: the table imports LMDeploy, whose release has to be checked first.
+    from epbackend.engines.lmdeploy.patches import needed
+
+    plug = _Plug(config)
+    try:
+        plug.set_environment(CONFIG_VARIABLE, config.to_json())
+        if device == "cpu":
+            # LMDeploy compiles its rotary embedding: 4 to 28 s at the first start, to save microseconds on a CPU.
+            plug.set_environment("TORCH_COMPILE_DISABLE", "1")
+        if BOARD_VARIABLE not in os.environ:
+            plug.board = LoadBoard(config.world_size)
+            plug.set_environment(BOARD_VARIABLE, plug.board.variable)
+        plug.patches.apply(needed(device, config.ep_size, executor(config)), check=check_hooks)
+    except BaseException:
+        plug.switch_off()
+        raise
+    _plug = plug
+    atexit.register(disable)

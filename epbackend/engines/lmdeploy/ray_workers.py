@@ -1,0 +1,65 @@
+"""LMDeploy's Ray executor on CPUs. Imports ray, which takes two seconds: only where ray runs the ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import torch.distributed as dist
+from lmdeploy.pytorch.devices import get_device_manager
+from lmdeploy.pytorch.engine.executor.ray_executor import RayWorkerWrapper
+
+from epbackend.engines.lmdeploy import plug
+from epbackend.engines.lmdeploy.threads import set_threads
+
+CPU_RESOURCE = "epbackend_cpu_rank"
+"""One of these a rank: Ray allows no placement by its own CPU resource."""
+
+OBJECT_STORE_BYTES = 512 << 20
+
+
+class PluggedRayWorker(RayWorkerWrapper):
+    """A Ray actor. Pickled by reference, so that creating it imports the plug in its process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        plug.enable_worker()
+        set_threads()
+        super().__init__(*args, **kwargs)
+
+    def warmup_dist(self) -> None:
+        """Brings the ranks together once; LMDeploy's own way reduces a tensor on 'cuda'."""
+        if self.device_type == "cpu":
+            dist.barrier()
+        else:
+            super().warmup_dist()
+
+
+def resource_of(original: Callable) -> Callable:
+    """`get_device_str` that knows the CPU too."""
+
+    def get_device_str(device_type: str | None = None) -> str:
+        device_type = device_type or get_device_manager().current_context().device_type
+        return CPU_RESOURCE if device_type == "cpu" else original(device_type)
+
+    return get_device_str
+
+
+def start_cluster(ranks: int, address: str | None) -> None:
+    """Starts Ray on this machine for so many ranks, unless it runs or the user named a cluster.
+
+    A cluster of ours is a private one, never one that another process happens to run.
+    """
+    if ray.is_initialized() or address is not None or "RAY_ADDRESS" in os.environ:
+        return
+    ray.init(
+        address="local",
+        num_cpus=ranks,
+        resources={CPU_RESOURCE: ranks},
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+    )

@@ -1,0 +1,158 @@
+"""Generating with `engine.dp` > 1: several engines, each with its own requests, that share the experts."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any
+
+from epbackend.config import EPConfig
+from epbackend.engines.lmdeploy.deployment import start_engines, stop_engines
+from epbackend.engines.lmdeploy.load import LoadBoard, LoadReport
+from epbackend.errors import EPError, WorkerError
+
+if TYPE_CHECKING:
+    from lmdeploy import GenerationConfig
+    from lmdeploy.messages import Response
+
+CLOSING_S = 10.0
+"""Time that the engines have for closing by themselves; Ray takes a few seconds."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Prompts for one engine; `index` is the place of each among all."""
+
+    prompts: list[Any]
+    index: list[int]
+    gen_config: Any
+    arguments: dict[str, Any]
+
+
+class ReplicatedPipeline:
+    """dp engines behind the calls of LMDeploy's pipeline. Prompts go round the engines. Not for concurrent callers.
+
+    An engine without requests takes part in the others' steps with an empty batch, so all are closed together.
+    """
+
+    def __init__(self, model_path: str, config: EPConfig, **kwargs: Any) -> None:
+        self._board: LoadBoard | None = LoadBoard(config.world_size)
+        ends = [Pipe() for _ in range(config.engine.dp)]
+        self._engines = [ours for ours, _ in ends]
+        self._processes = start_engines(
+            config,
+            self._board,
+            _serve_pipe,
+            [(theirs, model_path, config.to_json(), rank, kwargs) for rank, (_, theirs) in enumerate(ends)],
+        )
+        for _, theirs in ends:
+            theirs.close()
+        atexit.register(self.close)
+        try:
+            self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, prompts: Any, gen_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
+        return self.infer(prompts, gen_config, **kwargs)
+
+    def infer(self, prompts: Any, gen_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
+        """One Response for a single prompt, a list of them for a list.
+
+        Raises:
+            WorkerError: an engine died, before or meanwhile.
+        """
+        whole: dict[int, Response] = {}
+        for part in self.stream_infer(prompts, gen_config=gen_config, stream_response=False, **kwargs):
+            whole[part.index] = whole[part.index].extend(part) if part.index in whole else part
+        return whole[0] if isinstance(prompts, str) else [whole[index] for index in sorted(whole)]
+
+    def stream_infer(
+        self, prompts: Any, gen_config: GenerationConfig | list | None = None, **kwargs: Any
+    ) -> Iterator[Response]:
+        """Parts of the responses as they come; `index` tells the prompt of each. Raises as `infer` does."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        busy = []
+        for rank, engine in enumerate(self._engines):
+            index = list(range(rank, len(prompts), len(self._engines)))
+            if index:
+                configs = [gen_config[i] for i in index] if isinstance(gen_config, Sequence) else gen_config
+                engine.send(_Work([prompts[i] for i in index], index, configs, kwargs))
+                busy.append(engine)
+        while busy:
+            for engine in wait(busy):
+                part = self._receive(engine)
+                if part is None:
+                    busy.remove(engine)
+                else:
+                    yield part
+
+    def load(self) -> LoadReport:
+        """What the experts of every rank did so far; still readable after `close`."""
+        if self._board is not None:
+            self._last_load = self._board.report()
+        return self._last_load
+
+    def close(self) -> None:
+        """Ends all engines and their processes. A second call does nothing."""
+        if self._board is None:
+            return
+        atexit.unregister(self.close)
+        self.load()
+        for engine, process in zip(self._engines, self._processes, strict=True):
+            if process.is_alive():
+                engine.send(None)
+        stop_engines(self._processes, grace_s=CLOSING_S)
+        self._board.remove()
+        self._board = None
+
+    def __enter__(self) -> ReplicatedPipeline:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _await_ready(self) -> None:
+        waiting = list(self._engines)
+        while waiting:
+            for engine in wait(waiting):
+                self._receive(engine)
+                waiting.remove(engine)
+
+    def _receive(self, engine: Connection) -> Response | None:
+        """A part of a response, or None at the end of the work."""
+        rank = self._engines.index(engine)
+        try:
+            received = engine.recv()
+        except EOFError:
+            self._processes[rank].join(timeout=1)
+            raise WorkerError(
+                f"the engine process of dp rank {rank} ended with exit code {self._processes[rank].exitcode}; "
+                "its log is above"
+            ) from None
+        if isinstance(received, BaseException):
+            raise received
+        return received
+
+
+def _serve_pipe(connection: Connection, model_path: str, config_json: str, dp_rank: int, kwargs: dict) -> None:
+    """An engine process: answers the work that comes through the pipe until it is stopped."""
+    from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
+
+    try:
+        pipe = ExpertParallelPipeline(model_path, EPConfig.from_json(config_json), dp_rank, **kwargs)
+        connection.send(None)
+        while (work := connection.recv()) is not None:
+            for part in pipe.stream_infer(work.prompts, gen_config=work.gen_config, **work.arguments):
+                connection.send(replace(part, index=work.index[part.index]))
+            connection.send(None)
+        pipe.close()
+    except EPError as error:
+        connection.send(error)
+    except Exception as error:
+        connection.send(WorkerError(f"the engine of dp rank {dp_rank} failed: {type(error).__name__}: {error}"))
+        raise

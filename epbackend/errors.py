@@ -1,0 +1,24 @@
+"""Errors meant for people: each message names what is wrong and what to do about it.
+
+The command line prints them without a traceback and exits with code 2.
+"""
+
+
+class EPError(Exception):
+    """Base of every error that epbackend raises on purpose."""
+
+
+class ConfigError(EPError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class UnavailableError(EPError):
+    """A device, package, model or version that is needed and not there."""
+
+
+class CollectiveError(EPError):
+    """A collective that failed or timed out; names the collective and the ranks that did not answer."""
+
+
+class WorkerError(EPError):
+    """A process of the engine that ended although nobody had asked it to; names its rank."""

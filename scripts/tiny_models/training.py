@@ -1,0 +1,89 @@
+"""The training loop: Muon and AdamW under a cosine, batches half prose and half Python, routers alive but uneven."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from .muon import Muon
+from .routing import counted_loads, routers
+
+WINDOW = 256  # tokens
+WARM_UP = 100  # steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast to train."""
+
+    steps: int
+    batch: int = 8  # windows a step, half of each kind
+    muon_rate: float = 0.02  # of the matrices inside the layers
+    adam_rate: float = 4e-3  # of everything else
+    bias_rate: float = 2e-3  # change of a router's correction bias a step
+    seed: int = 0
+
+
+def train(model: PreTrainedModel, streams: list[torch.Tensor], plan: Plan) -> None:
+    """Train the model in place on windows drawn evenly from the token streams."""
+    draw = torch.Generator().manual_seed(plan.seed)
+    optimizers = make_optimizers(model, plan)
+    schedules = [LambdaLR(optimizer, lambda step: _rate(step, plan.steps)) for optimizer in optimizers]
+    started, average = time.monotonic(), math.log(model.config.vocab_size)
+    model.train()
+    for step in range(1, plan.steps + 1):
+        batch_BT = torch.cat([draw_windows(s, plan.batch // len(streams), draw) for s in streams])
+        with counted_loads(model) as loads:
+            # The router logits bring Qwen3-MoE's weak auxiliary loss with them.
+            loss = model(input_ids=batch_BT, labels=batch_BT, use_cache=False, output_router_logits=True).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        revive(model, loads, plan.bias_rate)
+        average += 0.02 * (loss.item() - average)
+        if step % 100 == 0:
+            speed = step * batch_BT.numel() / (time.monotonic() - started)
+            print(f"step {step}/{plan.steps}  loss {average:.3f}  {speed:.0f} tokens/s", flush=True)
+    model.eval()
+
+
+def make_optimizers(model: PreTrainedModel, plan: Plan) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices and expert stacks inside the layers; AdamW for embedding, head, routers and norms."""
+    inside, other = [], []
+    for name, weight in model.named_parameters():
+        hidden = weight.dim() > 1 and ".layers." in name and not name.endswith("mlp.gate.weight")
+        (inside if hidden else other).append(weight)
+    adam = torch.optim.AdamW(other, lr=plan.adam_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return [Muon(inside, lr=plan.muon_rate), adam]
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: a linear warm-up, then a cosine down to a twentieth."""
+    progress = min(1.0, max(0, step - WARM_UP) / max(1, steps - WARM_UP))
+    return min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def draw_windows(stream: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
+    """`count` random windows of a token stream, [count, WINDOW]."""
+    starts = torch.randint(len(stream) - WINDOW, (count,), generator=draw).tolist()
+    return torch.stack([stream[start : start + WINDOW] for start in starts])
+
+
+def revive(model: PreTrainedModel, loads: list[torch.Tensor], rate: float) -> None:
+    """Nudge the correction bias of starved and of flooded experts (DeepSeek-V3's aux-loss-free balance, section 2.1.2).
+
+    Only experts outside a third to three times the mean load are touched: all stay alive, and what the text makes
+    uneven stays uneven. Routers without the bias (Qwen3-MoE) have their auxiliary loss instead.
+    """
+    for router, loads_E in zip(routers(model), loads, strict=True):
+        if hasattr(router, "e_score_correction_bias"):
+            relative_E = loads_E / loads_E.float().mean()
+            router.e_score_correction_bias += rate * ((relative_E < 1 / 3).float() - (relative_E > 3).float())

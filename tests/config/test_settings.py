@@ -1,0 +1,142 @@
+"""Defaults, round trips, the settings of a phase, and warnings of what has no effect."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import yaml
+from hypothesis import given
+
+from epbackend.config import ConfigWarning, EPConfig, PhaseLevels
+from epbackend.config.reference import values
+from epbackend.dispatch.settings import DispatchSettings
+
+from .strategies import settings
+
+
+def load_quietly(source):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConfigWarning)
+        return EPConfig.load(source)
+
+
+@given(settings())
+def test_valid_settings_load_and_survive_json(mapping):
+    config = load_quietly(mapping)
+    again = EPConfig.from_json(config.to_json())
+    assert again == config
+    assert again.to_json() == config.to_json()
+    assert again.warnings() == config.warnings()
+
+
+@given(settings())
+def test_what_is_written_is_what_is_set(mapping):
+    config = json.loads(load_quietly(mapping).to_json())
+    written = {("ep_size" if name == "moe_ep" else name): value for name, value in mapping.items()}
+    engine = written.pop("engine")
+    assert written.items() <= config.items()
+    assert engine.items() <= config["engine"].items()
+
+
+@given(settings())
+def test_yaml_and_json_text_mean_the_same(mapping):
+    as_yaml = yaml.safe_load(yaml.safe_dump(mapping))
+    assert load_quietly(as_yaml) == load_quietly(json.loads(json.dumps(mapping))) == load_quietly(mapping)
+
+
+@given(settings())
+def test_ranks_divide_evenly_and_every_setting_is_listed(mapping):
+    config = load_quietly(mapping)
+    assert config.attn_tp * config.engine.dp == config.world_size
+    assert config.world_size % config.ep_size == 0
+    dumped = json.loads(config.to_json())
+    assert len(values(config)) == len(dumped) - 1 + len(dumped["engine"])
+
+
+def test_defaults_are_those_of_the_data_path():
+    config = EPConfig()
+    assert config.dispatch_settings("prefill") == config.dispatch_settings("decode") == DispatchSettings()
+    assert (config.ep_size, config.world_size, config.attn_tp) == (1, 1, 1)
+
+
+def test_each_phase_has_its_level():
+    config = EPConfig.load({"ep_size": 2, "ep_level": {"prefill": 2, "decode": 1}})
+    assert config.ep_level == PhaseLevels(prefill=2, decode=1)
+    assert (config.level("prefill"), config.level("decode")) == (2, 1)
+    assert [config.dispatch_settings(phase).level for phase in ("prefill", "decode")] == [2, 1]
+
+
+def test_dispatch_settings_carry_every_value():
+    config = load_quietly(
+        {
+            "ep_level": 2,
+            "dispatcher": "alltoall",
+            "enable_init_routing_cutoff": True,
+            "topk_scaling_factor": 0.25,
+            "init_routing_cutoff_min_tokens": 7,
+            "alltoall_ep_buffer_scale_factors": [[8192, 2], [0, 8.0]],
+            "overlap_chunks": 3,
+            "overlap_min_tokens": 5,
+            "timeout_s": 9,
+        }
+    )
+    assert config.dispatch_settings("decode") == DispatchSettings(
+        level=2,
+        dispatcher="alltoall",
+        topk_scaling_factor=0.25,
+        cutoff_min_tokens=7,
+        buffer_scale_factors=((8192, 2.0), (0, 8.0)),
+        overlap_chunks=3,
+        overlap_min_tokens=5,
+        timeout_s=9.0,
+    )
+
+
+CUTOFF = {"enable_init_routing_cutoff": True, "topk_scaling_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("mapping", "name"),
+    [
+        ({"ep_level": 2, **CUTOFF}, "enable_init_routing_cutoff"),
+        ({"init_routing_cutoff_min_tokens": 8}, "init_routing_cutoff_min_tokens"),
+        ({"alltoall_ep_buffer_scale_factors": [[0, 8.0]]}, "alltoall_ep_buffer_scale_factors"),
+        ({"overlap_chunks": 4}, "overlap_chunks"),
+        ({"device": "cpu", "engine": {"cache_max_entry_count": 0.5}}, "engine.cache_max_entry_count"),
+    ],
+)
+def test_settings_without_effect_warn_by_name(mapping, name):
+    with pytest.warns(ConfigWarning, match=f"^{name} has no effect") as caught:
+        EPConfig.load(mapping)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {},
+        {"ep_level": 1, **CUTOFF},
+        {"ep_level": {"prefill": 1, "decode": 2}, **CUTOFF, "alltoall_ep_buffer_scale_factors": [[0, 8.0]]},
+        {"ep_level": 2, "overlap_chunks": 4},
+        {"device": "cuda", "engine": {"cache_max_entry_count": 0.5}},
+    ],
+)
+def test_settings_with_effect_do_not_warn(mapping):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EPConfig.load(mapping)
+
+
+def test_pinned_dispatchers_are_those_of_the_data_path():
+    from epbackend.config.rules import LEVEL_OF_DISPATCHER
+    from epbackend.dispatch.choose import DISPATCHERS
+
+    assert {dispatcher.name: dispatcher.level for dispatcher in DISPATCHERS} == LEVEL_OF_DISPATCHER
+
+
+def test_reading_a_config_imports_no_torch():
+    script = "import sys; from epbackend.config import EPConfig; EPConfig(); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

@@ -1,0 +1,42 @@
+"""Models and their reference answers, made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from epbackend.engines.lmdeploy import disable
+from tests.engines import models
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """form -> folder of the model of that form."""
+    folder = tmp_path_factory.mktemp("models")
+    return cache(lambda form: models.save(form, folder))
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], list[list[int]]]:
+    """form -> Hugging Face's greedy tokens for `models.prompts()`."""
+    return cache(lambda form: models.greedy_tokens(checkpoint(form), models.prompts()))
+
+
+@pytest.fixture(autouse=True)
+def _unplugged() -> Iterator[None]:
+    """No test leaves the plug enabled for the next."""
+    yield
+    disable()

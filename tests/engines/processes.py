@@ -1,0 +1,92 @@
+"""Runs an engine in a process of its own and sees what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+
+GENERATE = """
+import sys
+import epbackend
+from epbackend import EPConfig
+from lmdeploy import GenerationConfig
+
+def main(model, config):
+    with epbackend.pipeline(model, EPConfig.from_json(config)) as pipe:
+        endless = GenerationConfig(max_new_tokens=300, ignore_eos=True, do_sample=False)
+        print("READY", flush=True)
+        while True:
+            pipe(["the quick"] * 4, gen_config=endless, do_preprocess=False)
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+"""
+
+
+@dataclass
+class Running:
+    """A process, those it started, and the shared memory they mapped."""
+
+    process: subprocess.Popen
+    family: list[psutil.Process] = field(default_factory=list)
+    segments: set[str] = field(default_factory=set)
+
+    def look(self) -> None:
+        """Notes who is there now, and what they map."""
+        parent = psutil.Process(self.process.pid)
+        self.family = [parent, *parent.children(recursive=True)]
+        self.segments |= {segment for each in self.family for segment in _segments(each.pid)}
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that multiprocessing started for ranks or engines."""
+        return [each for each in self.family[1:] if "multiprocessing.spawn" in " ".join(each.cmdline())]
+
+    def assert_nothing_left(self, timeout_s: float = 20) -> None:
+        """No process of the family still runs, no segment of theirs still is."""
+        deadline = time.monotonic() + timeout_s
+        while left := self._left():
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(0.1)
+
+    def _left(self) -> list[str]:
+        alive = [each for each in self.family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+        return [str(each) for each in alive] + [name for name in self.segments if Path(name).exists()]
+
+
+def start(tmp_path: Path, script: str, *arguments: str, ready: str = "READY", timeout_s: float = 120) -> Running:
+    """Starts the script and waits until it prints a line with `ready`; its output goes to tmp_path/log."""
+    file, log = tmp_path / "script.py", tmp_path / "log"
+    file.write_text(script)
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(file), *arguments],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+    running = Running(process)
+    deadline = time.monotonic() + timeout_s
+    while ready not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    running.look()
+    return running
+
+
+def _segments(pid: int) -> set[str]:
+    try:
+        return set(re.findall(r"/dev/shm/\S+", Path(f"/proc/{pid}/maps").read_text()))
+    except OSError:
+        return set()

@@ -1,0 +1,84 @@
+"""However an engine ends, it ends promptly, says why, and leaves no process and no shared memory behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+from lmdeploy import GenerationConfig
+
+import epbackend
+from epbackend import EPConfig
+from epbackend.errors import WorkerError
+from tests.engines.processes import GENERATE, start
+
+TWO_RANKS = EPConfig.load({"device": "cpu", "ep_size": 2, "ep_level": 2, "engine": {"session_len": 400}})
+
+
+@pytest.mark.parametrize(
+    "ending", [signal.SIGINT, pytest.param(signal.SIGTERM), pytest.param(signal.SIGKILL)], ids=lambda ending: ending.name
+)
+def test_nothing_is_left_when_the_parent_is_told_to_end(ending, checkpoint, tmp_path):
+    running = start(tmp_path, GENERATE, str(checkpoint("qwen3-moe")), TWO_RANKS.to_json())
+    assert len(running.workers()) == 2
+    assert running.segments
+    time.sleep(1)  # in the middle of generating, with the ranks in a collective more often than not
+
+    if ending is signal.SIGINT:
+        os.killpg(running.process.pid, ending)  # what Ctrl-C does: every process of the terminal gets it
+    else:
+        running.process.send_signal(ending)
+
+    running.process.wait(timeout=30)
+    running.assert_nothing_left()
+
+
+def test_a_worker_killed_while_generating_fails_the_call(checkpoint):
+    endless = GenerationConfig(max_new_tokens=390, ignore_eos=True)
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), TWO_RANKS) as pipe:
+        pipe(["hello"], gen_config=GenerationConfig(max_new_tokens=2))
+        victim = _workers()[1]
+        threading.Timer(0.5, victim.kill).start()
+        began = time.monotonic()
+        with pytest.raises(WorkerError, match=r"rank 1 was killed by SIGKILL"):
+            while time.monotonic() < began + 60:
+                pipe(["the quick"] * 4, gen_config=endless, do_preprocess=False)
+        assert time.monotonic() < began + 30
+    _assert_no_workers()
+
+
+def test_a_worker_killed_at_start_fails_the_start(checkpoint):
+    def kill_first() -> None:
+        while not (workers := _workers()):
+            time.sleep(0.02)
+        workers[0].kill()
+
+    killer = threading.Thread(target=kill_first)
+    killer.start()
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"rank 0 was killed by SIGKILL"):
+        epbackend.pipeline(str(checkpoint("qwen3-moe")), TWO_RANKS)
+    killer.join()
+    assert time.monotonic() < began + 60
+    _assert_no_workers()
+
+
+def test_a_worker_that_fails_is_quoted(checkpoint):
+    """The weights of one layer are missing: found by the workers, told by the parent."""
+    broken = EPConfig.load({"device": "cpu", "ep_size": 2, "engine": {"extra": {"hf_overrides": {"hidden_size": 96}}}})
+    with pytest.raises(WorkerError, match=r"rank [01] failed: RuntimeError: .*size"):
+        epbackend.pipeline(str(checkpoint("qwen3-moe")), broken)
+    _assert_no_workers()
+
+
+def _workers() -> list[psutil.Process]:
+    return [psutil.Process(each.pid) for each in sorted(multiprocessing.active_children(), key=lambda p: p.name)]
+
+
+def _assert_no_workers() -> None:
+    assert multiprocessing.active_children() == []
