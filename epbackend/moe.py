@@ -1,8 +1,24 @@
-"""The data path of one MoE layer: assign -> dispatch -> experts -> combine."""
+"""The data path of one MoE layer: assign -> dispatch -> experts -> combine.
+
+Usable on its own, without any serving engine. In a script started by `torchrun --nproc-per-node 2 script.py`:
+
+    dist.init_process_group("gloo")
+    ranks = RankGroup.of(dist.group.WORLD)
+    slot_map = SlotMap.uniform(experts=16, ranks=ranks.size)
+    mine = slot_map.local_experts(ranks.rank)
+    layer = ExpertParallelMoE(
+        (gate_up_E2FD[expert] for expert in mine),
+        (down_EDF[expert] for expert in mine),
+        slot_map=slot_map, ranks=ranks, settings=DispatchSettings(level=2), top_k=4,
+    )
+    out_TD = layer(hidden_TD, topk_ids_TK, topk_weights_TK)
+
+`examples/layer_torchrun.py` is the whole script, and docs/layer.md explains it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +29,7 @@ from epbackend.dispatch.base import Problem
 from epbackend.dispatch.choose import Choice, choose
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
+from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
 from epbackend.slots import SlotMap
 
@@ -32,16 +49,18 @@ class Counter:
 
 
 class Load:
-    """What one layer did on this rank so far."""
+    """What one layer has done on this rank so far."""
 
-    def __init__(self, experts_L: tuple[int, ...], experts: int, device: torch.device) -> None:
+    def __init__(self, local_experts: tuple[int, ...], experts: int) -> None:
         self.calls = 0
-        self.passes, self.rounds = Counter(), Counter()
-        self._rows_L = torch.zeros(len(experts_L), dtype=torch.int64, device=device)
-        self._experts_L, self._experts = experts_L, experts
+        self.passes = Counter()
+        self.rounds = Counter()
+        self._experts_L, self._experts = torch.tensor(local_experts), experts
+        self._rows_L = torch.zeros(len(local_experts), dtype=torch.int64)
 
     def add_rows(self, counts_L: Tensor) -> None:
-        self._rows_L += counts_L
+        """Count the rows of one batch, on the experts' device."""
+        self._rows_L = self._rows_L.to(counts_L.device) + counts_L
 
     def add_call(self, passes: int, rounds: int) -> None:
         self.calls += 1
@@ -50,38 +69,94 @@ class Load:
 
     @property
     def tokens_E(self) -> Tensor:
-        """Tokens that this rank's experts computed, per logical expert [E] int64, on the CPU."""
-        tokens_E = torch.zeros(self._experts, dtype=torch.int64)
-        return tokens_E.index_add_(0, torch.tensor(self._experts_L), self._rows_L.cpu())
+        """Tokens that this rank's experts computed, per logical expert ([E], int64, on the CPU)."""
+        return torch.zeros(self._experts, dtype=torch.int64).index_add_(
+            0, self._experts_L, self._rows_L.cpu()
+        )
 
 
 class ExpertParallelMoE:
-    """The experts of one layer, spread over ranks."""
+    """The routed experts of one layer, spread over ranks: out = sum over k of weight * expert(hidden)."""
 
-    def __init__(self, gate_up_L2FD: Tensor, down_LDF: Tensor, *, slot_map: SlotMap, ranks: RankGroup,
-                 settings: DispatchSettings | Mapping[str, DispatchSettings], device: str = "cpu", top_k: int,
-                 gate_up_bias_L2F: Tensor | None = None, down_bias_LD: Tensor | None = None,
-                 activation: Callable[[Tensor], Tensor] | None = None, layer: int = 0) -> None:
-        self._kernels = get_device(device).kernels
+    def __init__(
+        self,
+        gate_up_L2FD: Iterable[Tensor],
+        down_LDF: Iterable[Tensor],
+        *,
+        slot_map: SlotMap,
+        ranks: RankGroup,
+        settings: DispatchSettings | Mapping[str, DispatchSettings],
+        top_k: int,
+        device: str = "cpu",
+        gate_up_bias_L2F: Tensor | None = None,
+        down_bias_LD: Tensor | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
+        layer: int = 0,
+    ) -> None:
+        """Pack this rank's L experts and choose how rows travel.
+
+        `gate_up_L2FD` and `down_LDF` hold the experts of `slot_map.local_experts(ranks.rank)`, [out, in] each, as one
+        tensor or as any iterable of L matrices. They are packed one by one and no reference to them is kept: from a
+        generator that reads the checkpoint, the weights never exist twice. `settings` is one for both phases, or one
+        for each ("prefill", "decode"). `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU.
+        `layer` only serves messages.
+
+        Raises ConfigError for weights, map, ranks and settings that do not fit each other, and UnavailableError for a
+        device that cannot be used here.
+        """
+        if slot_map.ranks != ranks.size:
+            raise ConfigError(f"slot_map is for {slot_map.ranks} ranks, but {ranks.size} share the experts")
         self.slot_map, self.ranks, self.layer = slot_map, ranks, layer
+        self._kernels = get_device(device).kernels
         by_phase = settings if isinstance(settings, Mapping) else dict.fromkeys(PHASES, settings)
+        if set(by_phase) != set(PHASES):
+            raise ConfigError(f"settings are needed for {' and '.join(PHASES)}, not for {sorted(by_phase)}")
+        slots = slot_map.slots_per_rank
         chosen = {
-            phase: choose(Problem(ranks, self._kernels, by_phase[phase], slot_map.slots_per_rank, top_k, layer))
+            phase: choose(Problem(ranks, self._kernels, by_phase[phase], slots, top_k, layer))
             for phase in PHASES
         }
         self._dispatchers = {phase: dispatcher for phase, (dispatcher, _) in chosen.items()}
         self.dispatchers: dict[str, Choice] = {phase: choice for phase, (_, choice) in chosen.items()}
+        """How rows travel in each phase, and why."""
         self._weights = ExpertWeights(
-            self._kernels.pack(gate_up_L2FD), self._kernels.pack(down_LDF), gate_up_bias_L2F, down_bias_LD, activation
+            gate_up=self._kernels.pack(_exactly(slots, gate_up_L2FD, "gate_up_L2FD")),
+            down=self._kernels.pack(_exactly(slots, down_LDF, "down_LDF")),
+            gate_up_bias_L2F=gate_up_bias_L2F,
+            down_bias_LD=down_bias_LD,
+            activation=activation,
         )
-        self.load = Load(slot_map.local_experts(ranks.rank), slot_map.experts, gate_up_L2FD.device)
+        self.load = Load(slot_map.local_experts(ranks.rank), slot_map.experts)
+        """What this rank has done so far."""
 
-    def __call__(self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor,
-                 phase: str = "prefill") -> Tensor:
-        slot_ids_TK = self.slot_map.assign(topk_ids_TK)
-        exchange = self._dispatchers[phase].begin(hidden_TD, slot_ids_TK, topk_weights_TK)
+    @torch.no_grad()
+    def __call__(
+        self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, phase: str = "prefill"
+    ) -> Tensor:
+        """out_TD, in the dtype of `hidden_TD`, for this rank's T tokens (T = 0 too).
+
+        `topk_ids_TK` are logical experts. All ranks make the call together and name the same phase. Raises
+        CollectiveError when a rank does not take part in time.
+        """
+        if phase not in PHASES:
+            raise ConfigError(f"phase {phase!r} is unknown; it is one of {', '.join(PHASES)}")
+        exchange = self._dispatchers[phase].begin(
+            hidden_TD, self.slot_map.assign(topk_ids_TK), topk_weights_TK
+        )
         for batch in exchange.dispatch():
             self.load.add_rows(batch.counts_L)
-            exchange.combine(self._kernels.expert_mlp(batch.rows_SD, batch.counts_L, self._weights), batch)
+            rows_SD = self._kernels.expert_mlp(batch.rows_SD, batch.counts_L, self._weights)
+            exchange.combine(rows_SD, batch)
+        out_TD = exchange.finish()
         self.load.add_call(exchange.passes, exchange.rounds)
-        return exchange.finish()
+        return out_TD
+
+
+def _exactly(slots: int, matrices: Iterable[Tensor], name: str) -> Iterator[Tensor]:
+    """The matrices one by one; raises ConfigError unless they are as many as the slots."""
+    count = 0
+    for matrix in matrices:
+        count += 1
+        yield matrix
+    if count != slots:
+        raise ConfigError(f"{name} has {count} experts, but this rank has {slots} slots")

@@ -1,4 +1,4 @@
-"""Where experts live: the map from physical slots to logical experts, any number of copies each.
+"""Where experts live: the map from physical slots to logical experts, with any number of copies of each.
 
 Slots are numbered over all ranks: with P slots on R ranks, rank r holds slots [r * P/R, (r + 1) * P/R).
 """
@@ -6,7 +6,7 @@ Slots are numbered over all ranks: with P slots on R ranks, rank r holds slots [
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,26 +16,33 @@ from epbackend.errors import ConfigError
 
 @dataclass(frozen=True)
 class SlotMap:
-    """slot -> logical expert. Every expert has a slot at least; every rank has as many slots as the others."""
+    """Slot -> logical expert. Every expert has one slot at least; every rank has as many slots as the others.
+
+    Raises ConfigError for a map that leaves an expert out or cannot be cut into equal parts.
+    """
 
     slot_to_expert_P: tuple[int, ...]
     ranks: int
 
     def __post_init__(self) -> None:
-        slots = len(self.slot_to_expert_P)
-        if self.ranks < 1 or slots == 0 or slots % self.ranks:
-            raise ConfigError(f"{slots} slots cannot be spread evenly over {self.ranks} ranks")
-        present = set(self.slot_to_expert_P)
-        if missing := sorted(set(range(max(present) + 1)) - present):
-            raise ConfigError(f"experts {missing[:8]} have no slot")
-        if min(present) < 0:
-            raise ConfigError(f"slot {self.slot_to_expert_P.index(min(present))} names expert {min(present)}")
+        experts_P = self.slot_to_expert_P
+        if self.ranks < 1 or not experts_P or len(experts_P) % self.ranks:
+            raise ConfigError(
+                f"slot map: {len(experts_P)} slots cannot be spread evenly over {self.ranks} ranks (ep_size); "
+                "make the number of slots a multiple of the ranks"
+            )
+        if min(experts_P) < 0:
+            raise ConfigError(
+                f"slot map: slot {experts_P.index(min(experts_P))} names expert {min(experts_P)}"
+            )
+        if missing := sorted(set(range(max(experts_P) + 1)) - set(experts_P)):
+            raise ConfigError(
+                f"slot map: no slot holds expert {missing[0]} ({len(missing)} experts have none)"
+            )
 
     @classmethod
     def uniform(cls, experts: int, ranks: int) -> SlotMap:
         """One slot an expert, in the experts' order."""
-        if ranks < 1 or experts % ranks:
-            raise ConfigError(f"{experts} experts cannot be spread evenly over {ranks} ranks (ep_size)")
         return cls(tuple(range(experts)), ranks)
 
     @property
@@ -54,29 +61,34 @@ class SlotMap:
         return self.slot_to_expert_P[first : first + self.slots_per_rank]
 
     def assign(self, topk_ids_TK: Tensor) -> Tensor:
-        """slot_ids_TK for logical ids; an expert's choices go round its copies.
+        """slot_ids_TK (int64) for logical ids in [0, E): the choices of an expert take its copies in turn.
 
-        The copy that comes first depends on the ids alone: ranks that hold the same tokens agree, and ranks that hold
-        different ones do not all begin with the same copy.
+        Which copy has the first turn follows from the ids themselves: ranks that hold the same tokens agree without
+        a word, and ranks that hold different ones do not all begin with the same copy.
         """
-        copies_E, slots_EC = (table.to(topk_ids_TK.device) for table in self._tables)
+        ids_S = topk_ids_TK.reshape(-1).long()
+        copies_E, slots_EC = _tables(self.slot_to_expert_P, topk_ids_TK.device)
         if slots_EC.shape[1] == 1:
-            return slots_EC[:, 0][topk_ids_TK]
-        flat_S = topk_ids_TK.reshape(-1)
-        order_S = flat_S.argsort(stable=True)
-        starts_E = torch.bincount(flat_S, minlength=self.experts).cumsum(0).roll(1)
-        starts_E[0] = 0
-        turn_S = torch.empty_like(flat_S)
-        turn_S[order_S] = torch.arange(len(flat_S), device=flat_S.device) - starts_E[flat_S[order_S]]
-        copy_S = (turn_S + flat_S.sum()) % copies_E[flat_S]
-        return slots_EC[flat_S, copy_S].view_as(topk_ids_TK)
+            return slots_EC[ids_S, 0].view(topk_ids_TK.shape)
+        turn_S = (_nth_occurrence(ids_S, self.experts) + ids_S.sum()) % copies_E[ids_S]
+        return slots_EC[ids_S, turn_S].view(topk_ids_TK.shape)
 
-    @cached_property
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        """copies_E: how many slots each expert has. slots_EC: which; the rows of experts with fewer are padded."""
-        slots_of = [[] for _ in range(self.experts)]
-        for slot, expert in enumerate(self.slot_to_expert_P):
-            slots_of[expert].append(slot)
-        copies_E = torch.tensor([len(slots) for slots in slots_of])
-        most = int(copies_E.max())
-        return copies_E, torch.tensor([slots + [-1] * (most - len(slots)) for slots in slots_of])
+
+def _nth_occurrence(ids_S: Tensor, experts: int) -> Tensor:
+    """How often each entry's value came before it: [5, 3, 5, 5] -> [0, 0, 1, 2]."""
+    counts_E = torch.bincount(ids_S, minlength=experts)
+    starts_E = counts_E.cumsum(0) - counts_E
+    order_S = ids_S.argsort(stable=True)
+    rank_S = torch.arange(len(ids_S), device=ids_S.device) - starts_E[ids_S[order_S]]
+    return torch.empty_like(ids_S).scatter_(0, order_S, rank_S)
+
+
+@lru_cache(maxsize=64)
+def _tables(slot_to_expert_P: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """copies_E: how many slots each expert has. slots_EC: which, C being the most copies; shorter rows are padded."""
+    slots_of: list[list[int]] = [[] for _ in range(max(slot_to_expert_P) + 1)]
+    for slot, expert in enumerate(slot_to_expert_P):
+        slots_of[expert].append(slot)
+    most = max(map(len, slots_of))
+    slots_EC = torch.tensor([slots + [-1] * (most - len(slots)) for slots in slots_of], device=device)
+    return torch.tensor([len(slots) for slots in slots_of], device=device), slots_EC

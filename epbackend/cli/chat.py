@@ -24,7 +24,11 @@ def chat(
                 continue
             messages.append({"role": "user", "content": text})
             answer = ask(
-                pipe, messages, show=lambda piece: console.out(piece, end=""), raw=False, max_new_tokens=max_new_tokens
+                pipe,
+                messages,
+                {"max_new_tokens": max_new_tokens},
+                show=lambda piece: console.out(piece, end="", highlight=False),
+                raw=False,
             )
             console.out("")
             messages.append({"role": "assistant", "content": answer.text})

@@ -1,5 +1,6 @@
 """`epbackend demo`: the main job in a minute, checked against Hugging Face transformers."""
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,9 @@ PROMPTS = (
 
 
 def demo(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(TINY_MODELS)}, or a path.")] = "tiny-qwen3-moe",
+    model: Annotated[
+        str, typer.Option(help=f"One of {', '.join(TINY_MODELS)}, or a path.")
+    ] = "tiny-qwen3-moe",
     ranks: Annotated[Literal["1", "2", "4"], typer.Option(help="Processes that share the experts.")] = "2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 48,
     out: Annotated[Path, typer.Option(help="Folder for the heat map.")] = Path("out"),
@@ -33,9 +36,18 @@ def demo(
             "device": "cpu",
             "ep_size": int(ranks),
             "ep_level": 2,
-            "engine": {"dtype": "float32", "session_len": 512, "max_batch_size": 8, "cache_gb": 0.1},
+            "engine": {
+                "dtype": "float32",
+                "session_len": 512,
+                "max_batch_size": 8,
+                "cache_gb": 0.1,
+                "log_level": "ERROR",
+            },
         }
     )
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # the models load in a blink; their progress bars would only flicker
     if as_json:
         with json_stdout() as print_json:
             result = _run(model, config, max_new_tokens, out, talk=False)
@@ -73,7 +85,9 @@ def _run(model: str, config: EPConfig, max_new_tokens: int, out: Path, *, talk: 
         verdict = "[green]identical[/green]" if identical else "[red]DIFFERENT[/red]"
         console.print(f"{result['tokens_per_second']} tokens/s; heat map: {picture}", highlight=False)
         console.print(f"{sum(map(len, expected))} tokens beside Hugging Face's own generate: {verdict}")
-        console.print(f"all in {result['seconds']} s, {result['start_seconds']} s of it the start", highlight=False)
+        console.print(
+            f"all in {result['seconds']} s, {result['start_seconds']} s of it the start", highlight=False
+        )
     return result
 
 
@@ -82,7 +96,7 @@ def _answer(pipe: Any, prompt: str, max_new_tokens: int, talk: bool) -> Answer:
     if talk:
         console.out(f"\n{prompt}", style="bold", end="", highlight=False)
     show = (lambda text: console.out(text, end="", highlight=False)) if talk else None
-    answer = ask(pipe, prompt, show=show, max_new_tokens=max_new_tokens, ignore_eos=True)
+    answer = ask(pipe, prompt, {"max_new_tokens": max_new_tokens, "ignore_eos": True}, show=show)
     if talk:
         console.out("")
     return answer

@@ -1,4 +1,102 @@
 """`epbackend doctor`: what this machine can do, and what it lacks for the rest."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
 import typer
-def doctor() -> None:
-    """x"""
+from rich.markup import escape
+from rich.table import Table
+
+from epbackend.cli.output import console, json_stdout
+from epbackend.cli.session import JsonOption
+from epbackend.device import devices
+from epbackend.dispatch.choose import dispatchers
+from epbackend.engines.lmdeploy.patching import check_version
+from epbackend.errors import EPError
+
+NEEDED_FOR = {
+    "torch": "everything",
+    "transformers": "models and tokenizers",
+    "lmdeploy": "the engine",
+    "ray": "engine.dp > 1: pip install 'epbackend[serve]'",
+    "fastapi": "epbackend serve: pip install 'epbackend[serve]'",
+    "triton": "device cuda: pip install 'epbackend[cuda]'",
+    "torch-npu": "device ascend: pip install 'epbackend[ascend]'",
+}
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Tell of every device, dispatcher, engine and package: usable, or why not and what to install."""
+    if as_json:
+        with json_stdout() as print_json:
+            findings = examine()
+            print_json(findings)
+    else:
+        findings = examine()
+        _show(findings)
+    if not any(device["usable"] for device in findings["devices"].values()):
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """The findings as one object; a `reason` is None where all is well."""
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "devices": {name: _finding(device.unavailable()) for name, device in devices().items()},
+        "dispatchers": {
+            each.name: {**_finding(each.unavailable), "ep_level": each.level, "summary": each.summary}
+            for each in dispatchers()
+        },
+        "engine": _finding(_engine_trouble()),
+        "packages": {name: _version(name) for name in NEEDED_FOR},
+    }
+
+
+def _finding(reason: str | None) -> dict[str, Any]:
+    return {"usable": reason is None, "reason": reason}
+
+
+def _engine_trouble() -> str | None:
+    """Why the plug would refuse this LMDeploy; None if every hook is where it must be."""
+    try:
+        check_version()
+        # Imported late: the table imports LMDeploy, whose release has to be checked first.
+        from epbackend.engines.lmdeploy.patches import needed
+
+        executor = "ray" if _version("ray") else "mp"
+        for device in devices():
+            for patch in needed(device, ep_size=2, executor=executor):
+                patch.check()
+    except EPError as error:
+        return str(error)
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _show(findings: dict[str, Any]) -> None:
+    console.print(f"Python {findings['python']}, {findings['machine']}", highlight=False)
+    table = Table("", "", "", show_header=False, box=None, pad_edge=False)
+    for name, device in findings["devices"].items():
+        table.add_row(f"device {name}", *_verdict(device, ""))
+    for name, dispatcher in findings["dispatchers"].items():
+        table.add_row(f"dispatcher {name}", *_verdict(dispatcher, dispatcher["summary"]))
+    table.add_row("engine LMDeploy", *_verdict(findings["engine"], "every hook is in place"))
+    for name, found in findings["packages"].items():
+        table.add_row(
+            f"package {name}", found or "[yellow]missing[/yellow]", escape(f"for {NEEDED_FOR[name]}")
+        )
+    console.print(table)
+
+
+def _verdict(finding: dict[str, Any], remark: str) -> tuple[str, str]:
+    if finding["usable"]:
+        return "[green]usable[/green]", remark
+    return "[yellow]no[/yellow]", escape(finding["reason"])

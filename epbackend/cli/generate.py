@@ -1,6 +1,6 @@
 """`epbackend generate`: one prompt, one answer, and what the experts did for it."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,19 +15,21 @@ def generate(
     config: ConfigOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
-    chat_template: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    chat_template: Annotated[
+        bool, typer.Option(help="Wrap the prompt in the model's chat template.")
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt with the model's experts spread over the config's ranks."""
     settings = load_config(config)
-    generation = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         generation["temperature"] = temperature
     if as_json:
         with json_stdout() as print_json:
             with running(model, settings) as pipe:
-                answer = ask(pipe, prompt, raw=not chat_template, **generation)
+                answer = ask(pipe, prompt, generation, raw=not chat_template)
                 load = pipe.load()
             print_json(
                 {
@@ -40,8 +42,8 @@ def generate(
         return
 
     with running(model, settings) as pipe:
-        show = (lambda text: console.out(text, end="")) if stream else None
-        answer = ask(pipe, prompt, show=show, raw=not chat_template, **generation)
+        show = (lambda text: console.out(text, end="", highlight=False)) if stream else None
+        answer = ask(pipe, prompt, generation, show=show, raw=not chat_template)
         console.out("" if stream else answer.text)
         print_load(pipe.load())
         console.print(f"{answer.tokens_per_second:.1f} tokens/s", highlight=False)

@@ -31,14 +31,19 @@ def facts(config: EPConfig, load: "LoadReport") -> dict[str, Any]:
 def print_load(load: "LoadReport") -> None:
     """Which dispatcher served and why, and the load of each rank."""
     for reason, phases in _choices(load).items():
-        console.print(f"dispatcher of {' and '.join(phases)}: {reason}", highlight=False)
-    table = Table("rank", "expert tokens", "share", "busiest expert", title="load of the ranks", title_justify="left")
+        console.print(f"dispatcher ({', '.join(phases)}): {reason}", highlight=False)
+    table = Table(
+        "rank", "expert tokens", "share", "busiest expert", title="load of the ranks", title_justify="left"
+    )
     tokens_RE = load.tokens_RLE.sum(axis=1)
     total = max(1, tokens_RE.sum())
     for rank, tokens_E in enumerate(tokens_RE):
         busiest = int(tokens_E.argmax())
         table.add_row(
-            str(rank), f"{tokens_E.sum():,}", f"{tokens_E.sum() / total:.1%}", f"{busiest} ({tokens_E[busiest]:,})"
+            str(rank),
+            f"{tokens_E.sum():,}",
+            f"{tokens_E.sum() / total:.1%}",
+            f"{busiest} ({tokens_E[busiest]:,})",
         )
     console.print(table)
 
@@ -47,8 +52,8 @@ def _choices(load: "LoadReport") -> dict[str, list[str]]:
     """What to say of the dispatchers -> the phases it is true of."""
     said: dict[str, list[str]] = {}
     for phase, choice in load.dispatchers.items():
-        others = "; ".join(f"not {name}: {reason}" for name, reason in choice["passed_over"])
-        said.setdefault(f"{choice['name']} ({choice['reason']}{'; ' + others if others else ''})", []).append(phase)
+        others = "".join(f"\n  not {name}: {reason}" for name, reason in choice["passed_over"])
+        said.setdefault(f"{choice['name']}: {choice['reason']}{others}", []).append(phase)
     return said
 
 

@@ -12,12 +12,14 @@ from epbackend.engines import lmdeploy
 def serve(
     model: ModelArgument,
     config: ConfigOption = None,
-    host: Annotated[str, typer.Option(help="Address to bind; the default is reached from this machine only.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(help="Address to bind; the default is reached from this machine only.")
+    ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=1, max=65535)] = 23333,
 ) -> None:
     """Serve a model at http://HOST:PORT/v1; with dp > 1 one engine a data-parallel rank, behind LMDeploy's proxy."""
     settings = load_config(config)
-    error_console.print(f"serving {model} at http://{host}:{port}/v1 ({settings.world_size} ranks)", highlight=False)
+    error_console.print(
+        f"serving {model} at http://{host}:{port}/v1 ({settings.world_size} ranks)", highlight=False
+    )
     lmdeploy.serve(model, settings, host=host, port=port)

@@ -16,7 +16,9 @@ from epbackend.errors import EPError
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="YAML, JSON or MindIE config.json; without it: one rank, every default."),
+    typer.Option(
+        "--config", "-c", help="YAML, JSON or MindIE config.json; without it: one rank, every default."
+    ),
 ]
 ModelArgument = Annotated[
     str, typer.Argument(help="Path of a checkpoint, or tiny-qwen3-moe, tiny-deepseek-v3 (packaged).")
@@ -58,12 +60,17 @@ def running(model: str, config: EPConfig) -> Iterator[Any]:
 
 
 def ask(
-    pipe: Any, prompt: Any, *, show: Callable[[str], None] | None = None, raw: bool = True, **generation: Any
+    pipe: Any,
+    prompt: Any,
+    generation: dict[str, Any],
+    *,
+    show: Callable[[str], None] | None = None,
+    raw: bool = True,
 ) -> Answer:
     """The answer to one prompt; `show` gets each piece of text as it comes.
 
-    `raw` continues the prompt as it stands, otherwise the model's chat template is applied. `generation` are
-    fields of LMDeploy's GenerationConfig; greedy unless they say otherwise.
+    `generation` holds fields of LMDeploy's GenerationConfig: greedy unless they say otherwise. `raw` continues the
+    prompt as it stands, otherwise the model's chat template is applied.
     """
     from lmdeploy import GenerationConfig
 

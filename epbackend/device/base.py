@@ -1,7 +1,43 @@
+"""What a device is: whether it can be used and why not, its memory, its collectives, its kernels."""
+
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from epbackend.kernels import Kernels
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device's memory; `free` is what a new allocation may hope for."""
+
+    total: int
+    free: int
 
 
 class Device(ABC):
+    """One kind of device. Another vendor's is a package with an entry point in the group `epbackend.devices`."""
+
     name: str
+    collective_backend: str
+    """The torch.distributed backend that moves this device's tensors."""
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why this device cannot be used here and what would help; None if it can."""
+
+    @property
+    @abstractmethod
+    def kernels(self) -> Kernels:
+        """Its math; raises UnavailableError where `unavailable` gives a reason."""
+
+    @abstractmethod
+    def torch_device(self, local_rank: int) -> torch.device:
+        """The device of one of a machine's ranks."""
+
+    @abstractmethod
+    def memory(self, local_rank: int = 0) -> Memory:
+        """The memory that this rank can use now."""

@@ -1,1 +1,1 @@
-"""How rows travel between ranks: one file a strategy."""
+"""How rows travel between ranks: one file a strategy, chosen in `choose.py`, on the contract of `base.py`."""

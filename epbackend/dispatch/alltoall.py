@@ -9,7 +9,7 @@ and results of the one before travel back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class AllToAll(Dispatcher):
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:
         if problem.settings.level != cls.level:
-            return f"serves ep_level 2, and ep_level is {problem.settings.level}"
+            return f"it serves ep_level {cls.level}, and ep_level is {problem.settings.level}"
         if problem.ranks.size == 1:
             return "there is one rank, so no row travels"
         return None
@@ -59,91 +59,91 @@ class Plan:
     steps: int
 
     @classmethod
-    def of(cls, counts_RR: list[list[int]], tokens_R: list[int], top_k: int, settings: DispatchSettings) -> Plan:
-        shares_R = [peer_share(tokens, top_k, len(tokens_R), settings) for tokens in tokens_R]
-        needed = [-(-max(counts_R) // share) for counts_R, share in zip(counts_RR, shares_R, strict=True) if share]
-        rounds = max([1, *needed])
+    def of(
+        cls, counts_RR: list[list[int]], tokens_R: list[int], top_k: int, settings: DispatchSettings
+    ) -> Plan:
+        rounds = 1
+        for tokens, counts_R in zip(tokens_R, counts_RR, strict=True):
+            share = peer_share(tokens, top_k, len(tokens_R), settings)
+            rounds = max(rounds, -(-max(counts_R) // share) if share else 1)
         chunks = settings.overlap_chunks if max(tokens_R) >= settings.overlap_min_tokens else 1
         steps = max(rounds, chunks) if any(map(any, counts_RR)) else 0
         return cls(counts_RR, rounds, steps)
 
-    def rows(self, source: int, target: int, step: int) -> tuple[int, int]:
-        """The range, among the rows from `source` to `target`, that travels in `step`."""
+    def rows(self, source: int, target: int, step: int) -> range:
+        """Which of the rows from `source` to `target` travel in `step`: as many in each, give or take one."""
         count = self.counts_RR[source][target]
-        return count * step // self.steps, count * (step + 1) // self.steps
+        return range(count * step // self.steps, count * (step + 1) // self.steps)
 
 
 class _AllToAllExchange(Exchange):
     def __init__(self, problem: Problem, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
         self._problem, self._collectives = problem, Collectives.of(problem)
         self._hidden_TD, self._top_k = hidden_TD, slot_ids_TK.shape[1]
-        self._out_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
         self._bytes_TB = pack(hidden_TD, slot_ids_TK, weights_TK)
+        self._sums_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
         wanted_RT = _wanted(slot_ids_TK, problem.slots, problem.ranks.size)
-        self._peer_M, self._token_M = wanted_RT.nonzero(as_tuple=True)  # sorted by peer, then by token
-        mine = torch.cat([wanted_RT.sum(1), self._token_M.new_tensor([len(hidden_TD)])])
-        table = self._collectives.all_gather(mine.unsqueeze(0)).tolist()
-        counts_RR, tokens_R = [row[:-1] for row in table], [row[-1] for row in table]
+        # M rows to send, sorted by peer, then by token
+        self._peer_M, self._token_M = wanted_RT.nonzero(as_tuple=True)
+        mine = [len(hidden_TD), *wanted_RT.sum(1).tolist()]
+        table = self._collectives.all_gather_ints(mine, hidden_TD.device)
+        tokens_R, counts_RR = [row[0] for row in table], [row[1:] for row in table]
         self._plan = Plan.of(counts_RR, tokens_R, self._top_k, problem.settings)
         self.rounds = self._plan.rounds
-        self._coming_back: tuple[int, Pending] | None = None
+        self._returning: tuple[Tensor, Pending] | None = None
 
     def dispatch(self) -> Iterator[Batch]:
-        steps = self._plan.steps
-        travelling = self._send(0) if steps else None
-        for step in range(steps):
-            received = travelling
-            travelling = self._send(step + 1) if step + 1 < steps else None
-            tokens = unpack(received.wait(), self._hidden_TD.shape[1], self._top_k, self._hidden_TD.dtype)
-            self._local = LocalRows(self._problem, *tokens)
-            yield from self._local.batches(step)
+        steps = range(self._plan.steps)
+        travelling = [self._send(step) for step in steps[:1]]
+        for step in steps:
+            arriving = travelling.pop()
+            travelling = [self._send(following) for following in steps[step + 1 : step + 2]]
+            rows = unpack(arriving.wait(), self._hidden_TD.shape[1], self._top_k, self._hidden_TD.dtype)
+            self._local = LocalRows(self._problem, *rows)
+            yield replace(self._local.batch(0), step=step)
 
     def combine(self, rows_SD: Tensor, batch: Batch) -> None:
         self._local.add(rows_SD, batch)
-        sums_MD = self._local.out_ND.to(self._hidden_TD.dtype)
-        self._receive_results()
+        self._collect()
+        sums_ND = self._local.sums_ND.to(self._hidden_TD.dtype)
         send_R, receive_R = self._splits(batch.step)
-        self._coming_back = batch.step, self._collectives.all_to_all(sums_MD, receive_R, send_R)
+        self._returning = self._sent(batch.step), self._collectives.all_to_all(sums_ND, receive_R, send_R)
 
     def finish(self) -> Tensor:
-        self._receive_results()
-        return self._out_TD.to(self._hidden_TD.dtype)
+        self._collect()
+        return self._sums_TD.to(self._hidden_TD.dtype)
 
     def _send(self, step: int) -> Pending:
-        send_R, receive_R = self._splits(step)
-        return self._collectives.all_to_all(self._bytes_TB[self._token_M[self._sent(step)]], send_R, receive_R)
+        rows_MB = self._bytes_TB[self._token_M[self._sent(step)]]
+        return self._collectives.all_to_all(rows_MB, *self._splits(step))
 
-    def _receive_results(self) -> None:
-        """Add the partial sums of the step before; one source index a (token, peer) keeps the order fixed."""
-        if self._coming_back is None:
+    def _collect(self) -> None:
+        """Add the partial sums that are on their way back, if any, peer by peer for each token."""
+        if self._returning is None:
             return
-        step, pending = self._coming_back
-        self._coming_back = None
+        (sent_M, pending), self._returning = self._returning, None
         peers = self._problem.ranks.size
-        sent = self._sent(step)
-        source_M = self._token_M[sent] * peers + self._peer_M[sent]
-        ones_TR = self._out_TD.new_ones(len(self._out_TD), peers)
-        self._problem.kernels.unpermute(pending.wait(), source_M, ones_TR, self._out_TD)
+        source_M = self._token_M[sent_M] * peers + self._peer_M[sent_M]
+        ones_TR = self._sums_TD.new_ones(len(self._sums_TD), peers)
+        self._problem.kernels.unpermute(pending.wait(), source_M, ones_TR, self._sums_TD)
 
     def _splits(self, step: int) -> tuple[list[int], list[int]]:
-        """Rows to send to each rank and to receive from each rank in `step`."""
-        me, size = self._problem.ranks.rank, self._problem.ranks.size
-        ranges = [(self._plan.rows(me, peer, step), self._plan.rows(peer, me, step)) for peer in range(size)]
-        return [b - a for (a, b), _ in ranges], [b - a for _, (a, b) in ranges]
+        """Rows to send to each rank, and to receive from each, in `step`."""
+        me, peers = self._problem.ranks.rank, range(self._problem.ranks.size)
+        send_R = [len(self._plan.rows(me, peer, step)) for peer in peers]
+        return send_R, [len(self._plan.rows(peer, me, step)) for peer in peers]
 
     def _sent(self, step: int) -> Tensor:
-        """Positions, among this rank's rows sorted by peer, of those that it sends in `step`."""
-        me, parts, base = self._problem.ranks.rank, [], 0
+        """Which of the M rows travel in `step`."""
+        me, first, parts = self._problem.ranks.rank, 0, []
         for peer, count in enumerate(self._plan.counts_RR[me]):
-            first, last = self._plan.rows(me, peer, step)
-            parts.append(torch.arange(base + first, base + last, device=self._token_M.device))
-            base += count
+            rows = self._plan.rows(me, peer, step)
+            parts.append(torch.arange(first + rows.start, first + rows.stop, device=self._token_M.device))
+            first += count
         return torch.cat(parts)
 
 
 def _wanted(slot_ids_TK: Tensor, slots: int, ranks: int) -> Tensor:
-    """wanted_RT (bool): which ranks hold a slot that the token chose."""
-    none = slot_ids_TK < 0
-    rank_TK = torch.where(none, ranks, slot_ids_TK // slots)
-    wanted_TR = slot_ids_TK.new_zeros(len(slot_ids_TK), ranks + 1, dtype=torch.bool)
-    return wanted_TR.scatter_(1, rank_TK, True)[:, :ranks].t()
+    """wanted_RT (bool): whether the token chose a slot of the rank."""
+    wanted_TR = slot_ids_TK.new_zeros(len(slot_ids_TK), ranks, dtype=torch.bool)
+    return wanted_TR.scatter_(1, slot_ids_TK // slots, True).t()

@@ -1,12 +1,13 @@
-"""The contract of a dispatcher: how rows reach the ranks of their experts and come back.
+"""The contract of a dispatcher: how rows reach the ranks of their experts, and come back.
 
     exchange = dispatcher.begin(hidden_TD, slot_ids_TK, weights_TK)
     for batch in exchange.dispatch():
         exchange.combine(expert_mlp(batch.rows_SD, batch.counts_L), batch)
     out_TD = exchange.finish()
 
-A dispatcher is stateless; all that belongs to one layer call lives in its Exchange. Every rank runs the same calls,
-also with no token of its own, because the exchange holds collectives.
+A dispatcher is stateless: what belongs to one layer call lives in its Exchange. Every rank makes the same calls, also
+with no token of its own, because they hold collectives. N is the number of tokens that a rank works on, its own or
+received.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from epbackend.kernels import Kernels
 
 @dataclass(frozen=True)
 class Problem:
-    """What is known of a layer before its first token: enough to choose a dispatcher and to build it."""
+    """What is known of a layer before its first token: enough to choose a dispatcher, and all that it needs."""
 
     ranks: RankGroup
     kernels: Kernels
@@ -33,6 +34,7 @@ class Problem:
     """L: slots of each rank."""
     top_k: int
     layer: int = 0
+    """Only for messages."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +44,26 @@ class Batch:
     rows_SD: Tensor
     counts_L: Tensor
     source_S: Tensor
+    """Which choice each row serves, as in `kernels.Permuted`."""
     step: int
+    """The number of the pass (level 1) or of the exchange (level 2) that the rows belong to."""
 
 
 class Exchange(ABC):
-    """One layer call on its way."""
+    """One layer call under way."""
 
     passes: int = 1
-    """Times that this rank's rows had to be cut to keep within the cutoff's bound. Known once dispatch ends."""
+    """Parts that this rank's rows were cut into to keep within the cutoff's bound; known when dispatch ends."""
     rounds: int = 1
-    """Times that rows had to travel to keep within the buffers. Known once dispatch begins."""
+    """Exchanges that the buffers' sizes asked for; the same on all ranks."""
 
     @abstractmethod
     def dispatch(self) -> Iterator[Batch]:
-        """The rows for this rank's experts, batch by batch."""
+        """The rows for this rank's experts, batch by batch; each is combined before the next is asked for."""
 
     @abstractmethod
     def combine(self, rows_SD: Tensor, batch: Batch) -> None:
-        """Take the experts' results for `batch`, in the same order of rows."""
+        """Take the experts' results for `batch`, in the order of its rows."""
 
     @abstractmethod
     def finish(self) -> Tensor:
@@ -71,8 +75,9 @@ class Dispatcher(ABC):
 
     name: str
     level: int
-    """The `ep_level` it serves."""
+    """The `ep_level` that it serves."""
     summary: str
+    """What it does, in one line for people."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

@@ -1,42 +1,47 @@
 """Every torch.distributed call of the data path: the same code for gloo, NCCL and HCCL.
 
-Each collective carries its own timeout, which the backend itself keeps (a timeout on the wait alone would leave the
-backend's thread stuck in the collective, and the process could not exit).
+Each collective carries its timeout into the backend. A timeout on the wait alone would leave the backend's own thread
+stuck in the collective, and the process could not exit; and a timeout on the group would bind its other users too.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from epbackend.dispatch.base import Problem
+from epbackend.dispatch.rollcall import blame
 from epbackend.errors import CollectiveError
 
 
 @dataclass(frozen=True)
 class Pending:
-    """Rows under way. Holds the sent rows too: the backend reads them until the collective ends."""
+    """Rows under way. Holds the sent rows as well, which the backend reads until the collective ends."""
 
-    rows: Tensor
-    sent: Tensor
+    _received: Tensor
+    _sent: Tensor
     _wait: Callable[[], None]
 
     def wait(self) -> Tensor:
         """The received rows; raises CollectiveError when they do not come."""
         self._wait()
-        return self.rows
+        return self._received
 
 
 @dataclass(frozen=True)
 class Collectives:
-    """The collectives of one process group on behalf of one layer."""
+    """The collectives of one process group on behalf of one layer; all raise CollectiveError when they fail."""
 
-    group: dist.ProcessGroup
+    group: Any
+    """A dist.ProcessGroup; None for a single rank, which has nobody to talk to."""
     timeout_s: float
     layer: int
 
@@ -50,40 +55,68 @@ class Collectives:
         """Among the ranks that hold the same tokens."""
         return cls(problem.ranks.token_group, problem.settings.timeout_s, problem.layer)
 
+    @property
+    def size(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def all_gather_ints(self, values: list[int], device: torch.device) -> list[list[int]]:
+        """The `values` of each rank; as many on all."""
+        return self.all_gather(torch.tensor([values], device=device)).tolist()
+
     def all_gather(self, part: Tensor) -> Tensor:
         """The parts of all ranks, one after the other along the first dimension; equal shapes."""
-        whole = part.new_empty(self.group.size() * part.shape[0], *part.shape[1:])
-        self._run("all_gather", c10d.AllgatherOptions(),
-                  lambda opts: self.group._allgather_base(whole, part.contiguous(), opts))()
+        whole = part.new_empty(self.size * part.shape[0], *part.shape[1:])
+        self._start(
+            "all_gather", c10d.AllgatherOptions(), lambda o: self.group._allgather_base(whole, part, o)
+        )()
         return whole
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over all ranks, in place."""
-        self._run("all_reduce", c10d.AllreduceOptions(), lambda opts: self.group.allreduce([tensor], opts))()
+        self._start("all_reduce", c10d.AllreduceOptions(), lambda o: self.group.allreduce([tensor], o))()
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
         """This rank's part, along the first dimension, of the sum over all ranks."""
-        part = whole.new_empty(whole.shape[0] // self.group.size(), *whole.shape[1:])
-        self._run("reduce_scatter", c10d.ReduceScatterOptions(),
-                  lambda opts: self.group._reduce_scatter_base(part, whole, opts))()
+        part = whole.new_empty(whole.shape[0] // self.size, *whole.shape[1:])
+        self._start(
+            "reduce_scatter",
+            c10d.ReduceScatterOptions(),
+            lambda o: self.group._reduce_scatter_base(part, whole, o),
+        )()
         return part
 
     def all_to_all(self, rows: Tensor, send_R: list[int], receive_R: list[int]) -> Pending:
-        """Start sending `send_R[r]` rows to each rank r; comes back at once."""
+        """Start to send `send_R[r]` rows to each rank r and to receive `receive_R[r]`; returns at once."""
         received = rows.new_empty(sum(receive_R), *rows.shape[1:])
-        wait = self._run("all_to_all", c10d.AllToAllOptions(),
-                         lambda opts: self.group.alltoall_base(received, rows, receive_R, send_R, opts))
+        wait = self._start(
+            "all_to_all",
+            c10d.AllToAllOptions(),
+            lambda o: self.group.alltoall_base(received, rows, receive_R, send_R, o),
+        )
         return Pending(received, rows, wait)
 
-    def _run(self, name: str, opts, start) -> Callable[[], None]:
-        opts.timeout = timedelta(seconds=self.timeout_s)
-        opts.asyncOp = True
-        work = start(opts)
+    def _start(self, name: str, options: Any, call: Callable[[Any], Any]) -> Callable[[], None]:
+        """Start a collective; calling what comes back waits for it."""
+        options.timeout = timedelta(seconds=self.timeout_s)
+        options.asyncOp = True
+        started = time.monotonic()
+        try:
+            work = call(options)
+        except RuntimeError as error:
+            raise self._failure(name, started, error) from error
 
         def wait() -> None:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise CollectiveError(f"{name} of layer {self.layer} failed: {error}") from error
+                raise self._failure(name, started, error) from error
 
         return wait
+
+    def _failure(self, name: str, started: float, error: RuntimeError) -> CollectiveError:
+        patience_s = started + self.timeout_s - time.monotonic()
+        seconds = time.monotonic() - started
+        return CollectiveError(
+            f"{name} of MoE layer {self.layer} failed after {seconds:.1f} s (timeout_s {self.timeout_s:g}): "
+            f"{blame(self.group, max(0.0, patience_s))}. The backend said: {error}"
+        )

@@ -33,4 +33,6 @@ class RankGroup:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if token_group is None:
             return cls(group, rank, size)
-        return cls(group, rank, size, token_group, dist.get_rank(token_group), dist.get_world_size(token_group))
+        return cls(
+            group, rank, size, token_group, dist.get_rank(token_group), dist.get_world_size(token_group)
+        )

@@ -1,17 +1,15 @@
-"""Every rank already holds all tokens: no row travels, the ranks' partial sums are added up.
+"""Every rank already holds all tokens: no row travels, and the ranks' partial sums are added up.
 
 The right one under attention tensor parallelism (dp = 1), and for a single rank, where nothing is left to add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
-from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
+from epbackend.dispatch.base import Dispatcher, Exchange, Problem
 from epbackend.dispatch.collectives import Collectives
-from epbackend.dispatch.passes import LocalRows, row_bound
+from epbackend.dispatch.passes import LocalRows, PassesExchange, row_bound
 
 
 class Replicated(Dispatcher):
@@ -21,34 +19,32 @@ class Replicated(Dispatcher):
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:
-        ranks = problem.ranks
+        ranks, level = problem.ranks, problem.settings.level
         if ranks.size == 1:
             return None
-        if problem.settings.level != cls.level:
-            return f"serves ep_level 1, and ep_level is {problem.settings.level}"
+        if level != cls.level:
+            return f"it serves ep_level {cls.level}, and ep_level is {level}"
         if ranks.token_size != ranks.size:
-            return f"the ranks hold different tokens (each token is on {ranks.token_size} of {ranks.size} ranks)"
+            return (
+                f"the ranks hold different tokens (each token is on {ranks.token_size} of {ranks.size} ranks)"
+            )
         return None
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
-        return _ReplicatedExchange(self.problem, hidden_TD, slot_ids_TK, weights_TK)
+        tokens, top_k = slot_ids_TK.shape
+        bound = row_bound(tokens, top_k, self.problem.settings)
+        local = LocalRows(self.problem, hidden_TD, slot_ids_TK, weights_TK, bound)
+        return _ReplicatedExchange(local, self.problem, hidden_TD)
 
 
-class _ReplicatedExchange(Exchange):
-    def __init__(self, problem: Problem, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
-        bound = row_bound(*slot_ids_TK.shape, problem.settings)
-        self._local = LocalRows(problem, hidden_TD, slot_ids_TK, weights_TK, bound)
-        self._problem, self._dtype = problem, hidden_TD.dtype
-
-    def dispatch(self) -> Iterator[Batch]:
-        yield from self._local.batches()
-        self.passes = self._local.passes
-
-    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
-        self._local.add(rows_SD, batch)
+class _ReplicatedExchange(PassesExchange):
+    def __init__(self, local: LocalRows, problem: Problem, hidden_TD: Tensor) -> None:
+        super().__init__(local)
+        self._collectives = Collectives.of(problem)
+        self._dtype = hidden_TD.dtype
 
     def finish(self) -> Tensor:
-        out_TD = self._local.out_ND
-        if self._problem.ranks.size > 1 and out_TD.shape[0]:
-            Collectives.of(self._problem).all_reduce(out_TD)
-        return out_TD.to(self._dtype)
+        sums_TD = self._local.sums_ND
+        if self._collectives.size > 1 and len(sums_TD):
+            self._collectives.all_reduce(sums_TD)
+        return sums_TD.to(self._dtype)

@@ -26,13 +26,17 @@ def pack(hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor, tokens: int
     return bytes_TB
 
 
-def unpack(bytes_TB: Tensor, hidden_size: int, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(
+    bytes_TB: Tensor, hidden_size: int, top_k: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden_TD, slot_ids_TK, weights_TK) of packed rows; hidden and weights are views of the bytes."""
     ids, weights, hidden = _fields(bytes_TB, hidden_size, top_k, dtype)
     return hidden, ids.long(), weights
 
 
-def _fields(bytes_TB: Tensor, hidden_size: int, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _fields(
+    bytes_TB: Tensor, hidden_size: int, top_k: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     ids = bytes_TB[:, : 4 * top_k].view(torch.int32)
     weights = bytes_TB[:, 4 * top_k : 8 * top_k].view(torch.float32)
     hidden = bytes_TB[:, 8 * top_k : 8 * top_k + hidden_size * dtype.itemsize].view(dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
@@ -12,11 +11,11 @@ from epbackend.dispatch.collectives import Collectives
 
 
 class Sliced(Dispatcher):
-    """Any dispatcher, on this rank's slice of its token group's tokens."""
+    """Another dispatcher, on this rank's slice of its token group's tokens."""
 
     def __init__(self, inner: Dispatcher) -> None:
         super().__init__(inner.problem)
-        self.name = inner.name
+        self.name, self.level, self.summary = inner.name, inner.level, inner.summary
         self._inner = inner
 
     @classmethod
@@ -24,16 +23,18 @@ class Sliced(Dispatcher):
         return None if problem.ranks.token_size > 1 else "no other rank holds this rank's tokens"
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
-        ranks = self.problem.ranks
-        width = -(-len(hidden_TD) // ranks.token_size)
-        mine = slice(ranks.token_rank * width, (ranks.token_rank + 1) * width)
+        ranks, tokens = self.problem.ranks, len(hidden_TD)
+        width = -(-tokens // ranks.token_size)
+        mine = slice(
+            ranks.token_rank * width, (ranks.token_rank + 1) * width
+        )  # shorter, or empty, on the last ranks
         inner = self._inner.begin(hidden_TD[mine], slot_ids_TK[mine], weights_TK[mine])
-        return _SlicedExchange(inner, self.problem, len(hidden_TD), width)
+        return _SlicedExchange(inner, Collectives.among_same_tokens(self.problem), tokens, width)
 
 
 class _SlicedExchange(Exchange):
-    def __init__(self, inner: Exchange, problem: Problem, tokens: int, width: int) -> None:
-        self._inner, self._problem = inner, problem
+    def __init__(self, inner: Exchange, collectives: Collectives, tokens: int, width: int) -> None:
+        self._inner, self._collectives = inner, collectives
         self._tokens, self._width = tokens, width
         self.rounds = inner.rounds
 
@@ -48,6 +49,6 @@ class _SlicedExchange(Exchange):
         part_TD = self._inner.finish()
         if not self._tokens:
             return part_TD
-        padded_TD = torch.zeros(self._width, part_TD.shape[1], dtype=part_TD.dtype, device=part_TD.device)
+        padded_TD = part_TD.new_zeros(self._width, part_TD.shape[1])
         padded_TD[: len(part_TD)] = part_TD
-        return Collectives.among_same_tokens(self._problem).all_gather(padded_TD)[: self._tokens]
+        return self._collectives.all_gather(padded_TD)[: self._tokens]

@@ -1,65 +1,72 @@
 """Math on one device, no ranks: the contract that every device's kernels keep.
 
 `reference.py` is the contract in plain torch and the oracle of the tests. Shapes: T tokens, D hidden size, K top-k,
-F expert width, L local slots, S expanded rows (one for each token and slot of this rank that chose each other).
+F expert width, L local slots, S expanded rows (one for each choice of a token that fell on a slot of this rank).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-Packed = Any  # the weights of L slots in a device's own layout; only the kernels that packed them read them
+Packed = Any  # the matrices of L slots in a device's own layout: only the kernels that packed them read them
 
 
 @dataclass(frozen=True)
 class Permuted:
-    """Rows sorted by local slot. Rows past `counts_L.sum()` are garbage, and their `source_S` is -1."""
+    """Rows sorted by local slot. A device may return more rows than `counts_L.sum()`: garbage, with source -1."""
 
     rows_SD: Tensor
-    counts_L: Tensor  # int64: rows of each slot
-    source_S: Tensor  # int64: flat index t * K + k of the (token, choice) that a row serves
+    counts_L: Tensor
+    """int64: rows of each slot."""
+    source_S: Tensor
+    """int64: flat index t * K + k of the choice that a row serves."""
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
     """The experts of one rank: packed matrices, optional biases, and the activation between the two products."""
 
-    gate_up: Packed  # of gate_up_L2FD
-    down: Packed  # of down_LDF
+    gate_up: Packed
+    """Of gate_up_L2FD."""
+    down: Packed
+    """Of down_LDF."""
     gate_up_bias_L2F: Tensor | None = None
     down_bias_LD: Tensor | None = None
-    activation: Callable[[Tensor], Tensor] | None = None  # [S, 2F] -> [S, F]; None: swiglu
+    activation: Callable[[Tensor], Tensor] | None = None
+    """rows_S2F -> rows_SF; None: swiglu."""
 
 
 class Kernels(Protocol):
     """What a device must offer. Slot ids outside [0, slots) belong to other ranks and are ignored."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
-        """counts_L: how many (token, choice) pairs chose each local slot."""
+        """counts_L (int64): how many choices fell on each local slot."""
 
-    def permute(self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int,
-                window: tuple[int, int] | None = None) -> Permuted:
-        """Copy each token once for each local slot it chose, sorted by slot, ties in the order of (token, choice).
+    def permute(
+        self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+    ) -> Permuted:
+        """Copy each token once for each choice of a local slot, sorted by slot, ties in the order of (t, k).
 
         `window` (first, last) keeps only that range of the sorted rows, so that a pass holds a bounded number.
         """
 
     def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
-        """Add weight * row to each row's token in `out_TD` (float32), always in the same order."""
+        """Add weight * row to each row's token in `out_TD` (float32), in a fixed order."""
 
-    def pack(self, weight_LNK: Tensor) -> Packed:
-        """Bring [out, in] matrices into the layout that `grouped_matmul` reads fastest."""
+    def pack(self, weights_LNK: Iterable[Tensor]) -> Packed:
+        """Bring [out, in] matrices, one a slot, into the layout that `grouped_matmul` reads fastest."""
 
-    def grouped_matmul(self, rows_SK: Tensor, packed: Packed, counts_L: Tensor,
-                       bias_LN: Tensor | None = None) -> Tensor:
+    def grouped_matmul(
+        self, rows_SK: Tensor, packed: Packed, counts_L: Tensor, bias_LN: Tensor | None = None
+    ) -> Tensor:
         """rows_SN: each row times the transposed matrix of its slot, plus its slot's bias."""
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
-        """rows_SF: silu(gate) * up, where gate is the first half of a row and up the second."""
+        """rows_SF: silu(gate) * up, gate being the first half of a row and up the second."""
 
     def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
         """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot."""

@@ -28,13 +28,14 @@ def qwen3_moe(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
             num_experts=32,
             num_experts_per_tok=4,
             norm_topk_prob=True,
+            router_aux_loss_coef=0.004,  # weak: no expert dies, the text's own unevenness stays
         )
     )
 
 
 def deepseek_v3(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """DeepSeek-V3: latent attention, a dense first layer, a shared expert, sigmoid scores and group-limited top 4."""
-    model = DeepseekV3ForCausalLM(
+    return DeepseekV3ForCausalLM(
         DeepseekV3Config(
             **_common(tokenizer),
             intermediate_size=256,
@@ -60,7 +61,6 @@ def deepseek_v3(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
             topk_method="noaux_tc",
         )
     )
-    return model
 
 
 def _common(tokenizer: PreTrainedTokenizerFast) -> dict:

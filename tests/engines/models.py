@@ -24,7 +24,7 @@ from transformers import (
 
 EXPERTS, TOP_K = 16, 4
 NEW_TOKENS = 16
-WORDS = "the quick brown fox jumps over a lazy dog while expert parallel load balancing says hello to you today".split()
+WORDS = "the quick brown fox jumps over a lazy dog while expert parallel load says hello today".split(" ")  # noqa: SIM905
 
 _SIZES = {
     "vocab_size": 512,
@@ -109,7 +109,7 @@ def prompts() -> list[str]:
 
 
 def greedy_tokens(path: Path, texts: list[str]) -> list[list[int]]:
-    """Hugging Face's own answer to each text, alone: NEW_TOKENS token ids."""
+    """Hugging Face's own answer to each text, alone: NEW_TOKENS token ids, never the end of text (ignore_eos)."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     answers = []
@@ -121,8 +121,6 @@ def greedy_tokens(path: Path, texts: list[str]) -> list[list[int]]:
                 max_new_tokens=NEW_TOKENS,
                 min_new_tokens=NEW_TOKENS,
                 do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
             )
         answers.append(whole[0, ids.shape[1] :].tolist())
     return answers

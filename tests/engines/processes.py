@@ -62,7 +62,9 @@ class Running:
         return [str(each) for each in alive] + [name for name in self.segments if Path(name).exists()]
 
 
-def start(tmp_path: Path, script: str, *arguments: str, ready: str = "READY", timeout_s: float = 120) -> Running:
+def start(
+    tmp_path: Path, script: str, *arguments: str, ready: str = "READY", timeout_s: float = 120
+) -> Running:
     """Starts the script and waits until it prints a line with `ready`; its output goes to tmp_path/log."""
     file, log = tmp_path / "script.py", tmp_path / "log"
     file.write_text(script)

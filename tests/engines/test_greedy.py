@@ -25,7 +25,8 @@ CROWDED = {
 
 
 def config(engine: dict[str, Any] | None = None, **settings: Any) -> EPConfig:
-    return EPConfig.load({"device": "cpu", "engine": {"log_level": "ERROR", "session_len": 400} | (engine or {})} | settings)
+    common = {"log_level": "ERROR", "session_len": 400}
+    return EPConfig.load({"device": "cpu", "engine": common | (engine or {})} | settings)
 
 
 ONE_RANK = [("qwen3-moe", config()), ("deepseek-v2", config(CROWDED)), ("deepseek-v3", config(CROWDED))]
@@ -46,7 +47,8 @@ RARER = [
 
 
 @pytest.mark.parametrize(
-    ("form", "settings"), [*ONE_RANK, *TWO_RANKS, *(pytest.param(*case, marks=pytest.mark.slow) for case in RARER)]
+    ("form", "settings"),
+    [*ONE_RANK, *TWO_RANKS, *(pytest.param(*case, marks=pytest.mark.slow) for case in RARER)],
 )
 def test_tokens_are_those_of_hugging_face(form, settings, checkpoint, reference):
     texts = prompts()
@@ -75,9 +77,11 @@ def _check_load(load, settings, prompt_lengths):
         routed = load.tokens_RLE.sum(axis=(0, 2))
     else:
         routed = load.tokens_RLE[0].sum(axis=1)
-    # A prompt's last new token is drawn but not fed back.
+    # A prompt's last new token need not be fed back; the engine does where it has begun the next step already.
     fed = sum(length + NEW_TOKENS - 1 for length in prompt_lengths)
-    assert set(routed.tolist()) == {fed * TOP_K}
+    (steps,) = set(routed.tolist())
+    assert steps % TOP_K == 0
+    assert fed <= steps // TOP_K <= fed + len(prompt_lengths)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +101,9 @@ def _check_load(load, settings, prompt_lengths):
     ids=["passes", "rounds"],
 )
 def test_forced_passes_and_rounds_lose_nothing(level, forced, counted, checkpoint, reference):
-    with epbackend.pipeline(str(checkpoint("qwen3-moe")), config(ep_size=2, ep_level=level, **forced)) as pipe:
+    with epbackend.pipeline(
+        str(checkpoint("qwen3-moe")), config(ep_size=2, ep_level=level, **forced)
+    ) as pipe:
         answers = pipe(prompts(), gen_config=GREEDY, do_preprocess=False)
         load = pipe.load()
     assert [answer.token_ids for answer in answers] == reference("qwen3-moe")

@@ -7,9 +7,9 @@ page. Latent attention keeps one head whose values are the first `v_head_size` n
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from lmdeploy.pytorch.backends.attention import AttentionImpl, PagedAttentionBuildSpec
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from epbackend.engines.lmdeploy.attention_plan import AttentionPlan, DecodeGroup, Sequence
 from epbackend.errors import UnavailableError
@@ -70,13 +70,19 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
             out[sequence.rows] = self._prefill(query[sequence.rows], keys[0], values[0], sequence)
         return out
 
-    def _decode(self, query_BHD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, group: DecodeGroup) -> Tensor:
+    def _decode(
+        self, query_BHD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, group: DecodeGroup
+    ) -> Tensor:
         """One query a sequence: the query heads that share a key head stand where query positions would."""
         batch, heads, dim = query_BHD.shape
         shared = query_BHD.view(batch, self.num_kv_heads, heads // self.num_kv_heads, dim)
         mask_B11S = group.mask_BS(keys_BSGD.shape[1], self.window)[:, None, None]
-        attended = F.scaled_dot_product_attention(
-            shared, keys_BSGD.transpose(1, 2), values_BSGD.transpose(1, 2), attn_mask=mask_B11S, scale=self.scale
+        attended = scaled_dot_product_attention(
+            shared,
+            keys_BSGD.transpose(1, 2),
+            values_BSGD.transpose(1, 2),
+            attn_mask=mask_B11S,
+            scale=self.scale,
         )
         return attended.reshape(batch, heads, -1)[..., : self.v_head_size]
 
@@ -85,7 +91,7 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
         length = sequence.length
         new = query_THD.shape[0]
         whole = new == length and self.window is None
-        attended = F.scaled_dot_product_attention(
+        attended = scaled_dot_product_attention(
             query_THD.transpose(0, 1)[None],
             keys_SGD[:length].transpose(0, 1)[None],
             values_SGD[:length].transpose(0, 1)[None],

@@ -76,7 +76,9 @@ def plan_attention(context: Any) -> AttentionPlan:
             for group in group_by_length({i: lengths[i] for i in range(len(news)) if news[i] == 1})
         ],
         prefilling=[
-            Sequence(slice(starts[i], starts[i] + news[i]), pages[i, : _blocks(lengths[i], block)], lengths[i])
+            Sequence(
+                slice(starts[i], starts[i] + news[i]), pages[i, : _blocks(lengths[i], block)], lengths[i]
+            )
             for i in alone
         ],
     )
@@ -94,7 +96,9 @@ def group_by_length(lengths: dict[int, int]) -> list[list[int]]:
     groups: list[list[int]] = []
     longest = 0
     for index in sorted(lengths, key=lambda i: -lengths[i]):
-        fits = groups and longest <= 2 * lengths[index] + 64 and longest * (len(groups[-1]) + 1) <= PADDED_TOKENS
+        fits = (
+            groups and longest <= 2 * lengths[index] + 64 and longest * (len(groups[-1]) + 1) <= PADDED_TOKENS
+        )
         if fits:
             groups[-1].append(index)
         else:

@@ -54,7 +54,11 @@ class CpuBackend(DefaultOpsBackend):
 
     @staticmethod
     def build_graph_runner(
-        model: torch.nn.Module, model_config: Any, cache_config: Any, backend_config: Any, device: torch.device
+        model: torch.nn.Module,
+        model_config: Any,
+        cache_config: Any,
+        backend_config: Any,
+        device: torch.device,
     ) -> EagerRunner:
         return EagerRunner(model, model_config, cache_config, backend_config, device)
 

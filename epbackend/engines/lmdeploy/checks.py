@@ -35,7 +35,9 @@ def check_model(path: str, config: EPConfig) -> None:
                 f"ep_size: {config.ep_size} does not divide the {experts} experts of {path}; "
                 f"use one of {', '.join(fitting)}"
             )
-    quantised = settings.get("quantization_config") or settings.get("text_config", {}).get("quantization_config")
+    quantised = settings.get("quantization_config") or settings.get("text_config", {}).get(
+        "quantization_config"
+    )
     if quantised and get_device(config.device).name == "cpu":
         raise ConfigError(
             f"device: cpu computes unquantised weights only, and {path} holds "
@@ -55,7 +57,9 @@ def expert_count(settings: dict[str, Any]) -> int | None:
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not path.exists():
-        raise UnavailableError(f"there is no model at {path}: give a directory with config.json and its weights")
+        raise UnavailableError(
+            f"there is no model at {path}: give a directory with config.json and its weights"
+        )
     if not file.is_file():
         raise UnavailableError(f"{path} is not a model directory: it has no config.json")
     try:
@@ -68,4 +72,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _architecture(settings: dict[str, Any]) -> str:
-    return ", ".join(settings.get("architectures") or []) or str(settings.get("model_type", "unknown architecture"))
+    return ", ".join(settings.get("architectures") or []) or str(
+        settings.get("model_type", "unknown architecture")
+    )

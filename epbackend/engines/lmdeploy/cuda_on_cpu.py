@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
+from epbackend.device import get_device
 
 
 class Stream:
@@ -80,9 +80,9 @@ def current_device() -> str:
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
-    """Free and total bytes of the machine."""
-    memory = psutil.virtual_memory()
-    return memory.available, memory.total
+    """Free and total bytes that this process may use."""
+    memory = get_device("cpu").memory()
+    return memory.free, memory.total
 
 
 def get_device_properties(device: Any = None) -> SimpleNamespace:

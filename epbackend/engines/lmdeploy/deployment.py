@@ -35,7 +35,7 @@ def start_engines(
     }
     context = multiprocessing.get_context("spawn")
     # Not daemons: an API server starts a process for its engine.
-    processes = [
+    processes: list[BaseProcess] = [
         context.Process(target=_run, args=(environment, target, each), name=f"epbackend-engine-{dp_rank}")
         for dp_rank, each in enumerate(arguments)
     ]

@@ -34,10 +34,12 @@ def guard_process() -> None:
 
 def _guard(signals: socket.socket, _keep_open: socket.socket) -> None:
     parent = multiprocessing.parent_process()
-    watched = [signals] if parent is None else [signals, parent.sentinel]
+    watched: list[socket.socket | int] = [signals]
+    if parent is not None:
+        watched.append(parent.sentinel)
     while True:
         ready = wait(watched)
-        if parent is not None and parent.sentinel in ready:
+        if ready != [signals]:
             os._exit(1)
         if signal.SIGTERM in signals.recv(64):
             time.sleep(GRACE_S)

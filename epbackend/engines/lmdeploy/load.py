@@ -151,7 +151,7 @@ def record_error(rank: int, text: str) -> None:
 def last_words(rank: int) -> str | None:
     """What the worker of that rank left, if it failed by an exception."""
     row = _rank_row(rank)
-    return None if row is None else row["error"].decode(errors="replace") or None
+    return None if row is None else bytes(row["error"]).rstrip(b"\0").decode(errors="replace") or None
 
 
 def _note(value: Any) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec, FusedMoEImpl
 from lmdeploy.pytorch.distributed import get_dist_manager
 from lmdeploy.pytorch.model_inputs import get_step_ctx_manager
@@ -41,7 +40,9 @@ class ExpertParallelFusedMoE(FusedMoEImpl):
         """The logical expert of each of this rank's slots; LMDeploy loads their weights in this order."""
         return list(self.slot_map.local_experts(rank))
 
-    def set_extras(self, gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: Callable | None) -> None:
+    def set_extras(
+        self, gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: Callable | None
+    ) -> None:
         """Takes what belongs to the weights and LMDeploy hands over with each call only."""
         self.gate_up_bias, self.down_bias, self.activation = gate_up_bias, down_bias, activation
 
@@ -76,7 +77,9 @@ class ExpertParallelFusedMoE(FusedMoEImpl):
     ) -> Tensor:
         """hidden_states [T, D], topk_weights and topk_ids [T, K] -> [T, D]; weights and biases are already packed."""
         if self.layer is None:
-            raise EPError(f"MoE layer {self.spec.layer_idx} has no weights yet: load them before the first forward")
+            raise EPError(
+                f"MoE layer {self.spec.layer_idx} has no weights yet: load them before the first forward"
+            )
         if self.spec.renormalize:
             topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
         out = self.layer(hidden_states, topk_ids, topk_weights, phase=_phase())

@@ -9,6 +9,8 @@ import atexit
 import os
 from dataclasses import dataclass, field
 
+import torch
+
 from epbackend.config import EPConfig
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard, LoadReport
@@ -35,7 +37,7 @@ class _Plug:
     @property
     def worker_environment(self) -> dict[str, str]:
         """What a worker needs to find in its environment, for starters that do not hand down ours."""
-        names = (CONFIG_VARIABLE, BOARD_VARIABLE, "TORCH_COMPILE_DISABLE")
+        names = (CONFIG_VARIABLE, BOARD_VARIABLE)
         return {name: os.environ[name] for name in names if name in os.environ}
 
     def load_report(self) -> LoadReport:
@@ -102,7 +104,9 @@ def active() -> _Plug:
         EPError: nothing is.
     """
     if _plug is None:
-        raise EPError("expert parallelism is not enabled in this process: call epbackend.enable(config) first")
+        raise EPError(
+            "expert parallelism is not enabled in this process: call epbackend.enable(config) first"
+        )
     return _plug
 
 
@@ -120,15 +124,17 @@ def _switch_on(config: EPConfig, *, check_hooks: bool) -> None:
     global _plug
     check_version()
     device = get_device(config.device).name
+    if device == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            "device: cpu stands in for torch.cuda, and this process sees a GPU: "
+            "set CUDA_VISIBLE_DEVICES='' in its environment, or use device: cuda"
+        )
     # Imported late: the table imports LMDeploy, whose release has to be checked first.
     from epbackend.engines.lmdeploy.patches import needed
 
     plug = _Plug(config)
     try:
         plug.set_environment(CONFIG_VARIABLE, config.to_json())
-        if device == "cpu":
-            # LMDeploy compiles its rotary embedding: 4 to 28 s at the first start, to save microseconds on a CPU.
-            plug.set_environment("TORCH_COMPILE_DISABLE", "1")
         if BOARD_VARIABLE not in os.environ:
             plug.board = LoadBoard(config.world_size)
             plug.set_environment(BOARD_VARIABLE, plug.board.variable)

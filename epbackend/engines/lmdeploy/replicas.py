@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy.deployment import start_engines, stop_engines
@@ -84,7 +84,7 @@ class ReplicatedPipeline:
                 engine.send(_Work([prompts[i] for i in index], index, configs, kwargs))
                 busy.append(engine)
         while busy:
-            for engine in wait(busy):
+            for engine in cast("list[Connection]", wait(busy)):
                 part = self._receive(engine)
                 if part is None:
                     busy.remove(engine)
@@ -119,7 +119,7 @@ class ReplicatedPipeline:
     def _await_ready(self) -> None:
         waiting = list(self._engines)
         while waiting:
-            for engine in wait(waiting):
+            for engine in cast("list[Connection]", wait(waiting)):
                 self._receive(engine)
                 waiting.remove(engine)
 
@@ -139,7 +139,9 @@ class ReplicatedPipeline:
         return received
 
 
-def _serve_pipe(connection: Connection, model_path: str, config_json: str, dp_rank: int, kwargs: dict) -> None:
+def _serve_pipe(
+    connection: Connection, model_path: str, config_json: str, dp_rank: int, kwargs: dict
+) -> None:
     """An engine process: answers the work that comes through the pipe until it is stopped."""
     from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
 
@@ -154,5 +156,7 @@ def _serve_pipe(connection: Connection, model_path: str, config_json: str, dp_ra
     except EPError as error:
         connection.send(error)
     except Exception as error:
-        connection.send(WorkerError(f"the engine of dp rank {dp_rank} failed: {type(error).__name__}: {error}"))
+        connection.send(
+            WorkerError(f"the engine of dp rank {dp_rank} failed: {type(error).__name__}: {error}")
+        )
         raise

@@ -17,7 +17,9 @@ class SeededMultinomial(MultinomialSamplingImpl):
         """One token of each row: scores [B, V] (probabilities up to a factor), seeds and offsets [B] -> ids [B]."""
         cumulative_BV = scores.double().cumsum(dim=-1)
         threshold_B1 = uniform(seeds, offsets)[:, None] * cumulative_BV[:, -1:]
-        column_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True).clamp_(max=scores.shape[1] - 1)
+        column_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True).clamp_(
+            max=scores.shape[1] - 1
+        )
         chosen = column_B1 if indices is None else indices.gather(1, column_B1)
         return chosen.view(-1)
 

@@ -62,7 +62,9 @@ def _serve_engine(
     )
 
 
-def _serve_behind_proxy(model_path: str, config: EPConfig, host: str, port: int, kwargs: dict[str, Any]) -> None:
+def _serve_behind_proxy(
+    model_path: str, config: EPConfig, host: str, port: int, kwargs: dict[str, Any]
+) -> None:
     from lmdeploy.serve.proxy.proxy import proxy
 
     board = LoadBoard(config.world_size)
@@ -89,7 +91,12 @@ def _serve_behind_proxy(model_path: str, config: EPConfig, host: str, port: int,
 
 
 def _run_engine_server(
-    model_path: str, config_json: str, dp_rank: int, port: int, proxy_at: tuple[str, int], kwargs: dict[str, Any]
+    model_path: str,
+    config_json: str,
+    dp_rank: int,
+    port: int,
+    proxy_at: tuple[str, int],
+    kwargs: dict[str, Any],
 ) -> None:
     """An engine process behind the proxy."""
     config = EPConfig.from_json(config_json)
@@ -108,7 +115,9 @@ def _await_listener(address: tuple[str, int]) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise WorkerError(f"the proxy does not listen at {address[0]}:{address[1]}: {error}") from error
+                raise WorkerError(
+                    f"the proxy does not listen at {address[0]}:{address[1]}: {error}"
+                ) from error
             time.sleep(0.2)
 
 

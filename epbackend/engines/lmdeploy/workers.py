@@ -7,20 +7,19 @@ LMDeploy runs there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
 from lmdeploy.pytorch.engine.executor import mp_executor
-from lmdeploy.pytorch.engine.executor.mp_executor import ExecutorProc, MPExecutor, MPWorkerWrapper, Notifier
+from lmdeploy.pytorch.engine.executor.mp_executor import ExecutorProc, MPExecutor, MPWorkerWrapper
 
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.guard import GRACE_S, guard_process
@@ -31,85 +30,23 @@ from epbackend.errors import WorkerError
 logger = logging.getLogger("lmdeploy")
 
 
-class WatchedNotifier(Notifier):
-    """A notifier whose waits end when the worker at the other end does, and that never blocks the event loop.
-
-    LMDeploy waits for the barrier of every 32nd message in the event loop. Gloo's collectives block that loop too (on
-    a GPU they are only queued), so that one rank can sit in the barrier while another waits for it in an all-reduce.
-    """
-
-    failure: WorkerError | None = None
-
-    def fail(self, failure: WorkerError) -> None:
-        """Lets everybody who waits here raise `failure`."""
-        self.failure = failure
-        self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "failure"}
-
-    def set(self) -> None:
-        with self._failing():
-            super().set()
-
-    async def set_async(self) -> None:
-        if self._event_id < mp_executor.NUM_SHARED_BLOCK - 1:
-            self.set()
-        else:
-            await _off_loop(self.set)
-
-    @contextmanager
-    def wait(self) -> Iterator[None]:
-        with self._failing():
-            self.events[self._event_id].wait()
-        yield
-        with self._failing():
-            self._turn_over()
-
-    @asynccontextmanager
-    async def wait_async(self) -> AsyncIterator[None]:
-        with self._failing():
-            await _off_loop(self.events[self._event_id].wait)
-        yield
-        with self._failing():
-            if self._event_id < mp_executor.NUM_SHARED_BLOCK - 1:
-                self._turn_over()
-            else:
-                await _off_loop(self._turn_over)
-
-    def _turn_over(self) -> None:
-        """After the last event of the ring, waits until its sender has cleared them all."""
-        if self._event_id == mp_executor.NUM_SHARED_BLOCK - 1:
-            self.bar.wait()
-            self.bar.wait()
-        self._update_event_id()
-
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except threading.BrokenBarrierError:
-            if self.failure is None:
-                raise
-        if self.failure is not None:
-            raise self.failure
-
-
 class WatchedExecutor(MPExecutor):
     """The parent's end: fails, naming the rank, as soon as a worker is gone."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.failure: WorkerError | None = None
         self._stop_reader, self._stop_writer = Pipe(duplex=False)
+        handler = signal.getsignal(signal.SIGUSR1)
         super().__init__(*args, **kwargs)
-        # LMDeploy's handler would end the whole process without a word; the watch tells what happened.
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        # LMDeploy's own would end the whole process without a word; the watch tells what happened.
+        signal.signal(signal.SIGUSR1, handler)
         threading.Thread(target=self._watch, name="epbackend-watch", daemon=True).start()
 
     @classmethod
     def setup_master_addr(cls) -> None:
         """A port of its own for each engine: LMDeploy would go on with the first one's."""
-        mp_executor.setup_master_addr("127.0.0.1", mp_executor.find_available_port())
+        plug.active().set_environment("MASTER_ADDR", "127.0.0.1")
+        plug.active().set_environment("MASTER_PORT", str(mp_executor.find_available_port()))
 
     def init(self) -> None:
         try:
@@ -128,11 +65,12 @@ class WatchedExecutor(MPExecutor):
         ended = wait([*ranks, self._stop_reader])
         if self._stop_reader in ended:
             return
-        rank = ranks[ended[0]]
-        self.failure = _failure(rank, self.procs[rank]._proc)
+        # The others fail because of the first, so one that was killed is the one to name.
+        rank = min((ranks[sentinel] for sentinel in ended), key=lambda rank: self.procs[rank].exit_code())
+        self.failure = _failure(rank, self.procs[rank].exit_code())
         logger.error(str(self.failure))
         for buffer in (self.comm_buf, *self.ret_bufs):
-            buffer.notifier.fail(self.failure)
+            buffer.notifier.failure = self.failure
 
 
 class GuardedProc(ExecutorProc):
@@ -147,20 +85,26 @@ class GuardedProc(ExecutorProc):
             self._proc.kill()
             self._proc.join()
 
+    def exit_code(self) -> int:
+        """Of the ended process: negative for the signal that killed it."""
+        self._proc.join()
+        return self._proc.exitcode
+
     def _main_loop(self, proc_id: int, *args: Any, **kwargs: Any) -> None:
         guard_process()
         # One machine: its ranks meet on the loopback interface.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        kwargs["comm_notifier"].receiver = proc_id
         with ending_on_error(proc_id):
             plug.enable_worker()
             set_threads()
             super()._main_loop(proc_id, *args, **kwargs)
 
-
-    async def _main_loop_impl(self, *args: Any, **kwargs: Any) -> None:
+    async def _main_loop_impl(self, proc_id: int, *args: Any, **kwargs: Any) -> None:
         # There is nothing to put in order that the kernel would not; LMDeploy's handler trips over its own buffers.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-        await super()._main_loop_impl(*args, **kwargs)
+        with ending_on_error(proc_id):
+            await super()._main_loop_impl(proc_id, *args, **kwargs)
 
 
 class FailingWorker(MPWorkerWrapper):
@@ -189,40 +133,15 @@ def ending_on_error(rank: int) -> Iterator[None]:
         os._exit(1)
 
 
-async def _off_loop(function: Callable[[], Any]) -> None:
-    """Awaits a blocking call in a daemon thread.
-
-    The event loop's own threads are joined when Python ends, and that would be never with an engine nobody closed.
-    """
-    loop = asyncio.get_running_loop()
-    done = loop.create_future()
-
-    def finish(error: BaseException | None) -> None:
-        if not done.done():
-            done.set_exception(error) if error else done.set_result(None)
-
-    def call() -> None:
-        try:
-            function()
-            error = None
-        except BaseException as caught:
-            error = caught
-        # A loop that was closed meanwhile has nobody left to tell.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(finish, error)
-
-    threading.Thread(target=call, daemon=True).start()
-    await done
-
-
-def _failure(rank: int, process: Any) -> WorkerError:
-    process.join()
-    code = process.exitcode
+def _failure(rank: int, exit_code: int) -> WorkerError:
     said = last_words(rank)
-    how = f"failed: {said}" if said else (
-        f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if said:
+        how = f"failed: {said}"
+    elif exit_code < 0:
+        how = f"was killed by {signal.Signals(-exit_code).name}"
+    else:
+        how = f"ended with exit code {exit_code}"
+    remedy = (
+        "Where the system ran out of memory, lower engine.cache_gb. " if exit_code == -signal.SIGKILL else ""
     )
-    return WorkerError(
-        f"the worker process of rank {rank} {how}. The other ranks were stopped. "
-        "Its log is above; start again, and where it was killed for memory lower engine.cache_gb or ep more ranks."
-    )
+    return WorkerError(f"rank {rank} {how}. {remedy}The other ranks were stopped; the log above tells more.")

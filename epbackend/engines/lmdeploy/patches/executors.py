@@ -11,21 +11,33 @@ _MP = "lmdeploy.pytorch.engine.executor.mp_executor"
 _RAY = "lmdeploy.pytorch.engine.executor.ray_executor"
 
 
-@patch(f"{_MP}:ExecutorProc", why="a worker must load the plug and not outlive its parent", when="mp", fingerprint="00a81fbedc58")
+@patch(
+    f"{_MP}:ExecutorProc",
+    why="a worker must load the plug and not outlive its parent",
+    when="mp",
+    fingerprint="00a81fbedc58",
+)
 def mp_process(original: type) -> type:
     from epbackend.engines.lmdeploy.workers import GuardedProc
 
     return GuardedProc
 
 
-@patch(f"{_MP}:MPWorkerWrapper", why="a failed forward pass goes unnoticed", when="mp", fingerprint="30a85ca91013")
+@patch(
+    f"{_MP}:MPWorkerWrapper",
+    why="a failed forward pass goes unnoticed",
+    when="mp",
+    fingerprint="30a85ca91013",
+)
 def mp_worker(original: type) -> type:
     from epbackend.engines.lmdeploy.workers import FailingWorker
 
     return FailingWorker
 
 
-@patch(f"{_MP}:MPExecutor", why="it waits for ever for a worker that died", when="mp", fingerprint="07780870b5df")
+@patch(
+    f"{_MP}:MPExecutor", why="it waits for ever for a worker that died", when="mp", fingerprint="07780870b5df"
+)
 def mp_executor(original: type) -> type:
     from epbackend.engines.lmdeploy.workers import WatchedExecutor
 
@@ -34,14 +46,14 @@ def mp_executor(original: type) -> type:
 
 @patch(
     f"{_MP}:Notifier",
-    why="its barrier blocks the event loop: with gloo a deadlock at every 32nd message",
+    why="its barrier blocks the event loop (with gloo a deadlock at every 32nd message) and waits for the dead",
     when="mp",
     fingerprint="197c9bbabf2e",
 )
 def mp_notifier(original: type) -> type:
-    from epbackend.engines.lmdeploy.workers import WatchedNotifier
+    from epbackend.engines.lmdeploy.notifier import RingNotifier
 
-    return WatchedNotifier
+    return RingNotifier
 
 
 @patch(
@@ -80,14 +92,24 @@ def ray_environment(original: Callable) -> Callable:
     return update_runtime_envs
 
 
-@patch(f"{_RAY}:get_device_str", why="it knows no Ray resource for the CPU", when="ray", fingerprint="b6e6b6e0bb0c")
+@patch(
+    f"{_RAY}:get_device_str",
+    why="it knows no Ray resource for the CPU",
+    when="ray",
+    fingerprint="b6e6b6e0bb0c",
+)
 def ray_resource_of_executor(original: Callable) -> Callable:
     from epbackend.engines.lmdeploy.ray_workers import resource_of
 
     return resource_of(original)
 
 
-@patch("lmdeploy.pytorch.ray:get_device_str", why="it knows no Ray resource for the CPU", when="ray", fingerprint="b6e6b6e0bb0c")
+@patch(
+    "lmdeploy.pytorch.ray:get_device_str",
+    why="it knows no Ray resource for the CPU",
+    when="ray",
+    fingerprint="b6e6b6e0bb0c",
+)
 def ray_resource_of_cluster(original: Callable) -> Callable:
     from epbackend.engines.lmdeploy.ray_workers import resource_of
 

@@ -6,26 +6,40 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from epbackend.engines.lmdeploy.patching import patch
+from epbackend.engines.lmdeploy.patching import Patch, patch
 
 
-@patch(
-    "lmdeploy.pytorch.models.deepseek_v2:DeepseekV2MoE.__init__",
-    why="with dp 1 it sums the routed experts' output over all ranks, though each rank has the whole sum already",
-    when="ep",
-    fingerprint="f0e43633d5f1",
+def _sums_once(name: str, target: str, shared: str, fingerprint: str) -> Patch:
+    """For a MoE block whose shared experts are the attribute `shared`."""
+
+    def build(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if self._all_reduce:
+                # What is left to sum: the shared experts, where tensor parallelism cut them.
+                self._all_reduce = False
+                shared_experts = getattr(self, shared)
+                if shared_experts is not None and shared_experts.down_proj.tp > 1:
+                    shared_experts.down_proj.all_reduce = True
+
+        return init
+
+    why = "it sums the routed experts' output over all ranks, though each rank has the whole sum already"
+    return Patch(name, f"lmdeploy.pytorch.models.{target}.__init__", why, "ep", build, fingerprint)
+
+
+# Other models of LMDeploy's (Qwen3-MoE, Qwen3-Next, Kimi K2, ...) know of expert parallelism and need no help.
+deepseek_v2_sums_once = _sums_once(
+    "deepseek-v2-sums-once", "deepseek_v2:DeepseekV2MoE", "shared_experts", "f0e43633d5f1"
 )
-def deepseek_sums_once(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if self._all_reduce:
-            # What is left to sum: the shared experts, where tensor parallelism cut them.
-            self._all_reduce = False
-            if self.shared_experts is not None and self.shared_experts.down_proj.tp > 1:
-                self.shared_experts.down_proj.all_reduce = True
-
-    return init
+deepseek_sums_once = _sums_once(
+    "deepseek-sums-once", "deepseek:DeepseekMoE", "shared_experts", "88804328d218"
+)
+glm4_moe_sums_once = _sums_once("glm4-moe-sums-once", "glm4_moe:Glm4MoE", "shared_experts", "e9a3138970d6")
+qwen2_moe_sums_once = _sums_once(
+    "qwen2-moe-sums-once", "qwen2_moe:Qwen2MoeSparseMoeBlock", "shared_expert", "caa575bda374"
+)
 
 
 @patch(

@@ -1,0 +1,203 @@
+"""The commands as a person runs them: real processes, real engines."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+EPBACKEND = str(Path(sys.executable).with_name("epbackend"))
+TWO_RANKS = {
+    "device": "cpu",
+    "ep_size": 2,
+    "engine": {"dtype": "float32", "session_len": 256, "cache_gb": 0.05},
+}
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A command that ends by itself."""
+    return subprocess.run(
+        [EPBACKEND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(**settings):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**TWO_RANKS, **settings}))
+        return path
+
+    return write
+
+
+def test_demo_equals_transformers_and_leaves_a_picture(tmp_path):
+    before = shared_memory()
+    result = run("demo", "--json", "--max-new-tokens", 12, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert said["tokens_identical"] is True
+    assert (said["ranks"], said["ep_level"], said["dispatcher"]) == (2, 2, "alltoall")
+    assert len(said["answers"]) == 3
+    assert said["seconds"] > said["start_seconds"] > 0
+    assert Path(tmp_path, said["heat_map"]).read_bytes().startswith(b"\x89PNG")
+    assert shared_memory() <= before
+
+
+def test_demo_shows_dispatcher_load_and_verdict(tmp_path):
+    result = run("demo", "--ranks", 1, "--model", "tiny-deepseek-v3", "--max-new-tokens", 4, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "replicated" in result.stdout
+    assert "load of the ranks" in result.stdout
+    assert "12 tokens beside Hugging Face's own generate: identical" in result.stdout
+
+
+def test_generate_prints_one_object(config_file):
+    result = run(
+        "generate", "tiny-deepseek-v3", "--config", config_file(ep_level=1), "--prompt", "The", "--max-new-tokens", 5,
+        "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert len(said["token_ids"]) == 5
+    assert (said["device"], said["ep_size"], said["ep_level"]) == ("cpu", 2, 1)
+    assert said["dispatcher"] == "replicated"
+    assert len(said["expert_tokens_per_rank"]) == 2
+    assert sum(said["expert_tokens_per_rank"]) > 0
+    assert (said["passes"], said["rounds"]) == (1, 1)
+    assert said["tokens_per_second"] > 0
+
+
+def test_generate_streams_text(config_file):
+    result = run(
+        "generate",
+        "tiny-qwen3-moe",
+        "-c",
+        config_file(),
+        "-p",
+        "The state of",
+        "--max-new-tokens",
+        8,
+        "--stream",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "load of the ranks" in result.stdout
+
+
+def test_chat_answers_until_the_input_ends(config_file):
+    talk = subprocess.run(
+        [EPBACKEND, "chat", "tiny-qwen3-moe", "-c", str(config_file()), "--max-new-tokens", "4"],
+        input="The whale\n/new\nThe ship\n\n", capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert talk.returncode == 0, talk.stderr
+    assert talk.stdout.count("you:") == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "message"),
+    [
+        ({}, "/no/such/model", "there is no model at /no/such/model"),
+        ({"ep_size": 3}, "tiny-qwen3-moe", "ep_size: 3 does not divide"),
+        ({"ep_level": 3}, "tiny-qwen3-moe", "ep_level: must be 1"),
+        ({"device": "cuda"}, "tiny-qwen3-moe", "cuda"),
+        ({"engine": {"tp": 4, "dp": 2}}, "tiny-qwen3-moe", "tp"),
+        ({"engine": {"cache_gb": 1e6}}, "tiny-qwen3-moe", "cache_gb"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_starts(config_file, settings, model, message):
+    if settings.get("device") == "cuda":
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("this machine has CUDA")
+    result = run("generate", model, "--config", config_file(**settings), "--prompt", "x", "--json")
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_doctor_tells_every_device_and_dispatcher():
+    result = run("doctor", "--json")
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert said["devices"]["cpu"] == {"usable": True, "reason": None}
+    assert {"cuda", "ascend"} <= said["devices"].keys()
+    assert all(device["usable"] or device["reason"] for device in said["devices"].values())
+    assert {"replicated", "allgather", "alltoall"} <= said["dispatchers"].keys()
+    assert said["engine"]["usable"] is True
+    assert said["packages"]["torch"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until_served(url: str, server: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"{url}/v1/models", timeout=5).read()
+            return
+        except OSError:
+            time.sleep(0.3)
+    raise AssertionError(f"no server at {url}: exit code {server.poll()}")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_serve_answers_and_ends_clean(config_file, stop):
+    before = shared_memory()
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [EPBACKEND, "serve", "tiny-qwen3-moe", "-c", str(config_file()), "--port", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_until_served(url, server)
+        model = json.loads(urllib.request.urlopen(f"{url}/v1/models").read())["data"][0]["id"]
+        request = {"model": model, "prompt": "The", "max_tokens": 4, "temperature": 0}
+        answer = urllib.request.urlopen(
+            urllib.request.Request(
+                f"{url}/v1/completions", json.dumps(request).encode(), {"Content-Type": "application/json"}
+            )
+        )
+        assert json.loads(answer.read())["usage"]["completion_tokens"] >= 4
+
+        taken = run("serve", "tiny-qwen3-moe", "--port", port)
+        assert taken.returncode == 2
+        assert f"port {port}" in taken.stderr
+
+        server.send_signal(stop)
+        server.wait(timeout=30)
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+    assert not processes_of_session(server.pid)
+    assert shared_memory() <= before
+
+
+def processes_of_session(session: int) -> list[str]:
+    """Command lines of the processes that the session leader left behind."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except (OSError, ProcessLookupError):
+            continue
+    return found

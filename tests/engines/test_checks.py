@@ -1,0 +1,120 @@
+"""What cannot work is refused before anything starts, and the message names the setting and the way out."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+
+import epbackend
+from epbackend import EPConfig
+from epbackend.engines.lmdeploy.checks import expert_count
+from epbackend.engines.lmdeploy.patches.cache import GIB, cache_blocks
+from epbackend.errors import ConfigError, EPError, UnavailableError
+
+
+def two_ranks(**engine) -> EPConfig:
+    return EPConfig.load({"device": "cpu", "ep_size": 2, "engine": engine})
+
+
+@pytest.fixture
+def write_model(tmp_path):
+    def write(**settings):
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        return str(tmp_path)
+
+    return write
+
+
+def refused(model: str, config: EPConfig, error: type[EPError], match: str) -> None:
+    with pytest.raises(error, match=match):
+        epbackend.pipeline(model, config)
+    assert multiprocessing.active_children() == []
+
+
+def test_no_such_model(tmp_path):
+    refused(str(tmp_path / "nowhere"), two_ranks(), UnavailableError, "there is no model at .*nowhere")
+
+
+def test_directory_without_a_model(tmp_path):
+    refused(str(tmp_path), two_ranks(), UnavailableError, r"no config\.json")
+
+
+def test_broken_config(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    refused(str(tmp_path), two_ranks(), UnavailableError, "not JSON")
+
+
+def test_dense_model(checkpoint):
+    refused(
+        str(checkpoint("dense")), two_ranks(), ConfigError, "ep_size: 2.*without experts.*Qwen3ForCausalLM"
+    )
+
+
+def test_ep_size_that_does_not_divide_the_experts(write_model):
+    model = write_model(num_experts=9, architectures=["Qwen3MoeForCausalLM"])
+    refused(model, two_ranks(), ConfigError, "ep_size: 2 does not divide the 9 experts.*1, 3, 9")
+
+
+def test_quantised_checkpoint(write_model):
+    model = write_model(n_routed_experts=8, quantization_config={"quant_method": "fp8"})
+    refused(model, two_ranks(), ConfigError, "cpu.*unquantised.*fp8")
+
+
+def test_cache_that_memory_cannot_hold(checkpoint):
+    refused(
+        str(checkpoint("qwen3-moe")),
+        EPConfig.load({"device": "cpu", "engine": {"cache_gb": 1e6}}),
+        ConfigError,
+        r"engine\.cache_gb: 1e\+06 GiB.*not enough memory",
+    )
+
+
+def test_dense_model_on_one_rank_is_fine(checkpoint):
+    config = EPConfig.load({"device": "cpu", "engine": {"session_len": 64}})
+    with epbackend.pipeline(str(checkpoint("dense")), config) as pipe:
+        assert pipe("hello").token_ids
+        assert pipe.load().layers == ()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_that_is_not_there(checkpoint):
+    config = EPConfig.load({"device": "cuda", "ep_size": 2})
+    refused(str(checkpoint("qwen3-moe")), config, UnavailableError, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"num_experts": 16}, 16),
+        ({"n_routed_experts": 256, "n_shared_experts": 1}, 256),
+        ({"text_config": {"num_local_experts": 8}}, 8),
+        ({"n_routed_experts": None}, None),
+        ({"hidden_size": 64}, None),
+    ],
+)
+def test_expert_count(settings, count):
+    assert expert_count(settings) == count
+
+
+def test_cache_budget():
+    assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=None, blocks=None) == 100
+    assert cache_blocks(GIB // 100, GIB // 2, gigabytes=None, blocks=None) == 45
+    assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=2.0, blocks=None) == 200
+    assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=None, blocks=77) == 77
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"gigabytes": 8.0, "blocks": None}, r"engine\.cache_gb: 8 GiB.*lower it"),
+        ({"gigabytes": None, "blocks": 500}, r"engine\.cache_blocks: 500.*lower it"),
+        ({"gigabytes": 0.01, "blocks": None}, r"engine\.cache_gb: 0\.01 GiB.*at least 16"),
+        ({"gigabytes": None, "blocks": 3}, r"engine\.cache_blocks: 3.*at least 16"),
+    ],
+)
+def test_cache_settings_that_cannot_work(arguments, match):
+    with pytest.raises(ConfigError, match=match):
+        cache_blocks(GIB // 100, 4 * GIB, **arguments)

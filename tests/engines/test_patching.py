@@ -1,0 +1,129 @@
+"""Enabling changes LMDeploy as the table says; disabling puts back every object; a hook that moved is named."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import metadata
+
+import pytest
+import torch
+
+import epbackend
+from epbackend import EPConfig
+from epbackend.engines.lmdeploy import patching, plug
+from epbackend.engines.lmdeploy.patches import PATCHES, needed
+from epbackend.errors import ConfigError, EPError, UnavailableError
+
+RAY = EPConfig.load({"device": "cpu", "ep_size": 2, "engine": {"dp": 2}})
+MP = EPConfig.load({"device": "cpu", "ep_size": 2})
+
+
+@pytest.mark.parametrize("each", PATCHES, ids=lambda each: each.name)
+def test_every_hook_is_the_one_it_was_written_for(each):
+    each.check()
+    assert each.fingerprint or each.target.startswith("torch.cuda:"), (
+        "LMDeploy's own hooks carry a fingerprint"
+    )
+
+
+def test_names_are_unique_and_reasons_given():
+    assert len({each.name for each in PATCHES}) == len(PATCHES)
+    assert all(len(each.why) > 20 for each in PATCHES)
+
+
+@pytest.mark.parametrize("config", [MP, RAY], ids=["mp", "ray"])
+def test_disable_puts_back_every_object(config):
+    places = [(each, *each.find()) for each in PATCHES]
+    originals = [inspect.getattr_static(owner, name) for _, owner, name in places]
+    code = [getattr(original, "__code__", None) for original in originals]
+    environment = dict(os.environ)
+
+    epbackend.enable(config)
+    replaced = {
+        each.name
+        for (each, owner, name), original in zip(places, originals, strict=True)
+        if inspect.getattr_static(owner, name) is not original
+    }
+    expected = {each.name for each in needed("cpu", config.ep_size, plug.executor(config))}
+    assert replaced == expected
+    assert os.environ != environment
+
+    epbackend.disable()
+    assert [inspect.getattr_static(owner, name) for _, owner, name in places] == originals
+    assert [getattr(original, "__code__", None) for original in originals] == code
+    assert dict(os.environ) == environment
+    assert isinstance(torch.cuda.Stream, type)
+    assert not torch.cuda.is_available()
+
+
+def test_enabling_twice_is_enabling_once():
+    epbackend.enable(MP)
+    epbackend.enable(EPConfig.from_json(MP.to_json()))
+    with pytest.raises(ConfigError, match="disable"):
+        epbackend.enable(RAY)
+    epbackend.disable()
+    epbackend.disable()
+    epbackend.enable(RAY)
+    assert plug.active().config == RAY
+
+
+def test_nothing_is_active_before_enable():
+    with pytest.raises(EPError, match=r"epbackend\.enable"):
+        plug.active()
+
+
+def test_only_what_is_needed_is_patched():
+    cpu_one = {each.name for each in needed("cpu", 1, "uni")}
+    cuda_two = {each.name for each in needed("cuda", 2, "ray")}
+    assert "deepseek-v2-sums-once" in cuda_two
+    assert "deepseek-v2-sums-once" not in cpu_one
+    assert not any(name.startswith("torch-cuda") for name in cuda_two)
+    assert "mp-notifier" not in cpu_one | cuda_two
+
+
+def test_a_moved_hook_is_named_and_nothing_is_changed(monkeypatch):
+    from lmdeploy.pytorch import config as target
+
+    moved = replace(PATCHES[1], name="moved", target="lmdeploy.pytorch.config:gone_away")
+    changed = replace(PATCHES[1], name="changed", fingerprint=hashlib.sha256(b"").hexdigest()[:12])
+    original = target.is_bf16_supported
+    for broken, said in ((moved, "gone_away"), (changed, "another")):
+        patches = patching.Patches()
+        with pytest.raises(UnavailableError, match=rf"{broken.name}.*0\.18\.0.*{said}"):
+            patches.apply([PATCHES[1], broken])
+        assert target.is_bf16_supported is original
+
+
+@pytest.mark.parametrize("installed", ["0.17.2", "0.19.0"])
+def test_other_releases_are_refused_by_name(installed, monkeypatch):
+    monkeypatch.setattr(patching, "version", lambda _: installed)
+    with pytest.raises(UnavailableError, match=rf"{installed}.*0\.18\.0.*pip install"):
+        epbackend.enable(MP)
+
+
+def test_missing_lmdeploy_is_said(monkeypatch):
+    def missing(_):
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(patching, "version", missing)
+    with pytest.raises(UnavailableError, match=r"not installed.*pip install"):
+        epbackend.enable(MP)
+
+
+def test_importing_the_plug_does_not_import_lmdeploy():
+    program = "import sys, epbackend.engines.lmdeploy; print('lmdeploy' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
+
+
+def test_a_failed_check_of_lmdeploy_raises():
+    """LMDeploy itself would end the process."""
+    from lmdeploy.pytorch.check_env.base import BaseChecker
+
+    epbackend.enable(MP)
+    with pytest.raises(ConfigError, match=r"Dist.*no good"):
+        BaseChecker().log_and_exit(mod_name="Dist", message="no good")

@@ -1,0 +1,65 @@
+"""Two engines (dp 2), each with its own prompts, on shared experts: by Ray, LMDeploy's only way."""
+
+from __future__ import annotations
+
+import pytest
+
+import epbackend
+from epbackend.errors import WorkerError
+from tests.engines.models import NEW_TOKENS, prompts
+from tests.engines.processes import GENERATE, start
+from tests.engines.test_greedy import GREEDY, config
+
+
+def test_tokens_with_uneven_and_empty_ranks(checkpoint, reference):
+    """Twelve prompts of 1 to 150 words go round; then one alone, while the other engine has nothing to do."""
+    texts, expected = prompts(), reference("qwen3-moe")
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), config({"dp": 2}, ep_size=2, ep_level=2)) as pipe:
+        crowd = pipe(texts, gen_config=GREEDY, do_preprocess=False)
+        alone = pipe(texts[4], gen_config=GREEDY, do_preprocess=False)
+        parts = list(pipe.stream_infer(texts[1:4], gen_config=GREEDY, do_preprocess=False))
+        load = pipe.load()
+        mine = [engine for engine in pipe._processes if engine.is_alive()]
+    assert [answer.token_ids for answer in crowd] == expected
+    assert alone.token_ids == expected[4]
+    for index in range(3):
+        assert [token for part in parts if part.index == index for token in part.token_ids] == expected[
+            1 + index
+        ]
+    assert len(parts) >= NEW_TOKENS
+    assert len(mine) == 2
+    assert all(tokens > 0 for tokens in load.tokens_per_rank)
+    assert load.dispatchers["decode"]["name"] == "alltoall"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        ("deepseek-v3", config({"dp": 2}, ep_size=4, ep_level=2)),
+        ("deepseek-v2", config({"dp": 2}, ep_size=4, ep_level=1)),
+        ("deepseek-v3", config({"dp": 2}, ep_size=2, ep_level=1)),
+    ],
+)
+def test_rarer_forms(form, settings, checkpoint, reference):
+    """Among them the mixed form: two engines with two attention ranks each."""
+    with epbackend.pipeline(str(checkpoint(form)), settings) as pipe:
+        answers = pipe(prompts(), gen_config=GREEDY, do_preprocess=False)
+    assert [answer.token_ids for answer in answers] == reference(form)
+
+
+@pytest.mark.slow
+def test_a_killed_engine_fails_the_call(checkpoint):
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), config({"dp": 2}, ep_size=2)) as pipe:
+        pipe._processes[1].kill()
+        with pytest.raises(WorkerError, match="dp rank 1"):
+            pipe(prompts(), gen_config=GREEDY, do_preprocess=False)
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_ray_when_the_parent_is_killed(checkpoint, tmp_path):
+    settings = config({"dp": 2}, ep_size=2)
+    running = start(tmp_path, GENERATE, str(checkpoint("qwen3-moe")), settings.to_json())
+    running.process.kill()
+    running.process.wait(timeout=30)
+    running.assert_nothing_left(timeout_s=60)

@@ -1,0 +1,95 @@
+"""LMDeploy's OpenAI server with expert parallelism: answers, refuses a port in use, leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+
+import pytest
+import requests
+from transformers import AutoTokenizer
+
+from epbackend.engines.lmdeploy import serve
+from epbackend.engines.lmdeploy.deployment import LOOPBACK, free_port
+from epbackend.errors import ConfigError
+from tests.engines.models import NEW_TOKENS, prompts
+from tests.engines.processes import start
+from tests.engines.test_greedy import config
+
+SERVE = """
+import sys
+from epbackend import EPConfig
+from epbackend.engines.lmdeploy import serve
+
+if __name__ == "__main__":
+    model, config, port = sys.argv[1:]
+    serve(model, EPConfig.from_json(config), port=int(port), model_name="tiny")
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "ending", "ready"),
+    [
+        ({}, signal.SIGTERM, "Application startup complete"),
+        pytest.param({"dp": 2}, signal.SIGINT, "", marks=pytest.mark.slow),
+        pytest.param({}, signal.SIGKILL, "Application startup complete", marks=pytest.mark.slow),
+    ],
+    ids=["dp1-sigterm", "dp2-sigint", "dp1-sigkill"],
+)
+def test_serves_and_leaves_nothing(engine, ending, ready, checkpoint, reference, tmp_path):
+    model, port = checkpoint("qwen3-moe"), free_port()
+    settings = config(engine, ep_size=2, ep_level=2)
+    running = start(tmp_path, SERVE, str(model), settings.to_json(), str(port), ready=ready)
+    _await_model(port)
+    running.look()
+
+    texts = prompts()[:4]
+    answers = [_complete(port, text) for text in texts]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert answers == [tokenizer.decode(tokens) for tokens in reference("qwen3-moe")[:4]]
+
+    listening = {address for each in running.family for address in _listening(each)}
+    assert (LOOPBACK, port) in listening
+    os.kill(running.process.pid, ending)
+    running.process.wait(timeout=60)
+    running.assert_nothing_left(timeout_s=60)
+
+
+def test_a_port_in_use_is_refused_before_anything_loads(checkpoint):
+    with socket.socket() as taken:
+        taken.bind((LOOPBACK, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} .*in use.*another"):
+            serve(str(checkpoint("qwen3-moe")), config(ep_size=2), port=port)
+
+
+def _await_model(port: int, timeout_s: float = 120) -> None:
+    import time
+
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if len(requests.get(f"http://{LOOPBACK}:{port}/v1/models", timeout=5).json()["data"]) >= 1:
+                return
+        except (requests.ConnectionError, requests.Timeout):
+            pass
+        time.sleep(0.3)
+    raise AssertionError("the server does not know its model")
+
+
+def _complete(port: int, text: str) -> str:
+    request = {
+        "model": "tiny",
+        "prompt": text,
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    response = requests.post(f"http://{LOOPBACK}:{port}/v1/completions", json=request, timeout=60)
+    return response.json()["choices"][0]["text"]
+
+
+def _listening(process) -> set[tuple[str, int]]:
+    return {tuple(each.laddr) for each in process.net_connections("tcp") if each.status == "LISTEN"}
