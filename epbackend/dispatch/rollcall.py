@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import time
-from datetime import timedelta
 from threading import Thread
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 GRACE_S = 2.0  # ranks do not fail at the same moment
+POLL_S = 0.05
 
 
 def blame(group: dist.ProcessGroup, patience_s: float) -> str:
@@ -37,17 +37,16 @@ def blame(group: dist.ProcessGroup, patience_s: float) -> str:
 
 
 def _collect(group: dist.ProcessGroup, deadline: float, signed: set[int]) -> None:
-    """Sign, then add to `signed` each rank that has signed before the deadline."""
+    """Sign, then add to `signed` each rank that has signed, until all have or the deadline passes."""
     store = c10d._get_process_group_store(group)
+    waiting = set(dist.get_process_group_ranks(group))
     try:
         store.set(_signature(dist.get_rank()), "here")
-        for rank in dist.get_process_group_ranks(group):
-            left_s = max(0.1, deadline - time.monotonic())
-            try:
-                store.wait([_signature(rank)], timedelta(seconds=left_s))
-            except dist.DistStoreError:
-                continue
-            signed.add(rank)
+        while waiting and time.monotonic() < deadline:
+            here = {rank for rank in waiting if store.check([_signature(rank)])}
+            signed |= here
+            waiting -= here
+            time.sleep(POLL_S)
     except dist.DistNetworkError:
         return  # the store is gone, which `blame` sees by the missing signatures
 

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from epbackend.engines.lmdeploy import disable
-from tests.engines import models
+from tests.engines import models, processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,6 +34,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], list[list[int]]]:
     """form -> Hugging Face's greedy tokens for `models.prompts()`."""
     return cache(lambda form: models.greedy_tokens(checkpoint(form), models.prompts()))
+
+
+@pytest.fixture
+def start_process(tmp_path: Path) -> Iterator[Callable[..., processes.Running]]:
+    """`processes.start` in a folder of its own; whatever still runs at the end of the test is killed."""
+    started: list[processes.Running] = []
+
+    def start(script: str, *arguments: str, **options: Any) -> processes.Running:
+        started.append(processes.start(tmp_path, script, *arguments, **options))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.kill()
 
 
 @pytest.fixture(autouse=True)

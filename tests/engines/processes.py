@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from epbackend.engines.lmdeploy.guard import descendants
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,8 +45,8 @@ class Running:
 
     def look(self) -> None:
         """Notes who is there now, and what they map."""
-        parent = psutil.Process(self.process.pid)
-        self.family = [parent, *parent.children(recursive=True)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.family = [psutil.Process(self.process.pid), *descendants(self.process.pid)]
         self.segments |= {segment for each in self.family for segment in _segments(each.pid)}
 
     def workers(self) -> list[psutil.Process]:
@@ -56,6 +59,12 @@ class Running:
         while left := self._left():
             assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Ends whoever is still there."""
+        for each in [*descendants(self.process.pid), *self.family]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
     def _left(self) -> list[str]:
         alive = [each for each in self.family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
@@ -79,11 +88,15 @@ def start(
         )
     running = Running(process)
     deadline = time.monotonic() + timeout_s
-    while ready not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
-    running.look()
+    try:
+        while ready not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+    finally:
+        running.look()
+        if ready not in log.read_text():
+            running.kill()
     return running
 
 

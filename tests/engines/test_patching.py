@@ -26,9 +26,7 @@ MP = EPConfig.load({"device": "cpu", "ep_size": 2})
 @pytest.mark.parametrize("each", PATCHES, ids=lambda each: each.name)
 def test_every_hook_is_the_one_it_was_written_for(each):
     each.check()
-    assert each.fingerprint or each.target.startswith("torch.cuda:"), (
-        "LMDeploy's own hooks carry a fingerprint"
-    )
+    assert each.fingerprint or each.target.startswith("torch"), "LMDeploy's own hooks carry a fingerprint"
 
 
 def test_names_are_unique_and_reasons_given():
@@ -118,6 +116,27 @@ def test_missing_lmdeploy_is_said(monkeypatch):
 def test_importing_the_plug_does_not_import_lmdeploy():
     program = "import sys, epbackend.engines.lmdeploy; print('lmdeploy' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
+
+
+def test_functions_of_lmdeploy_are_compiled_only_where_the_plug_is_not(monkeypatch):
+    compiled = []
+
+    def compile(model, **options):
+        compiled.append(options)
+        return model
+
+    def helper(x):
+        return x + 1
+
+    monkeypatch.setattr(torch, "compile", compile)
+    epbackend.enable(MP)
+    helper.__module__ = "lmdeploy.pytorch.nn.norm"
+    decorated = torch.compile(dynamic=True)(helper)
+    assert (decorated(1), compiled) == (2, [])
+    torch.compile(test_enabling_twice_is_enabling_once)
+    assert compiled == [{}]
+    epbackend.disable()
+    assert (decorated(1), decorated(2), compiled) == (2, 3, [{}, {"dynamic": True}])
 
 
 def test_a_failed_check_of_lmdeploy_raises():

@@ -15,7 +15,7 @@ from lmdeploy import GenerationConfig
 import epbackend
 from epbackend import EPConfig
 from epbackend.errors import WorkerError
-from tests.engines.processes import GENERATE, start
+from tests.engines.processes import GENERATE
 
 TWO_RANKS = EPConfig.load({"device": "cpu", "ep_size": 2, "ep_level": 2, "engine": {"session_len": 400}})
 
@@ -23,8 +23,8 @@ TWO_RANKS = EPConfig.load({"device": "cpu", "ep_size": 2, "ep_level": 2, "engine
 @pytest.mark.parametrize(
     "ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda ending: ending.name
 )
-def test_nothing_is_left_when_the_parent_is_told_to_end(ending, checkpoint, tmp_path):
-    running = start(tmp_path, GENERATE, str(checkpoint("qwen3-moe")), TWO_RANKS.to_json())
+def test_nothing_is_left_when_the_parent_is_told_to_end(ending, checkpoint, start_process):
+    running = start_process(GENERATE, str(checkpoint("qwen3-moe")), TWO_RANKS.to_json())
     assert len(running.workers()) == 2
     assert running.segments
     time.sleep(1)  # in the middle of generating, with the ranks in a collective more often than not

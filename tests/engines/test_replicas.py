@@ -7,7 +7,7 @@ import pytest
 import epbackend
 from epbackend.errors import WorkerError
 from tests.engines.models import NEW_TOKENS, prompts
-from tests.engines.processes import GENERATE, start
+from tests.engines.processes import GENERATE
 from tests.engines.test_greedy import GREEDY, config
 
 
@@ -57,9 +57,9 @@ def test_a_killed_engine_fails_the_call(checkpoint):
 
 
 @pytest.mark.slow
-def test_nothing_is_left_of_ray_when_the_parent_is_killed(checkpoint, tmp_path):
+def test_nothing_is_left_of_ray_when_the_parent_is_killed(checkpoint, start_process):
     settings = config({"dp": 2}, ep_size=2)
-    running = start(tmp_path, GENERATE, str(checkpoint("qwen3-moe")), settings.to_json())
+    running = start_process(GENERATE, str(checkpoint("qwen3-moe")), settings.to_json())
     running.process.kill()
     running.process.wait(timeout=30)
     running.assert_nothing_left(timeout_s=60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 
 import pytest
 import requests
@@ -14,7 +15,6 @@ from epbackend.engines.lmdeploy import serve
 from epbackend.engines.lmdeploy.deployment import LOOPBACK, free_port
 from epbackend.errors import ConfigError
 from tests.engines.models import NEW_TOKENS, prompts
-from tests.engines.processes import start
 from tests.engines.test_greedy import config
 
 SERVE = """
@@ -37,17 +37,19 @@ if __name__ == "__main__":
     ],
     ids=["dp1-sigterm", "dp2-sigint", "dp1-sigkill"],
 )
-def test_serves_and_leaves_nothing(engine, ending, ready, checkpoint, reference, tmp_path):
+def test_serves_and_leaves_nothing(engine, ending, ready, checkpoint, reference, start_process):
     model, port = checkpoint("qwen3-moe"), free_port()
     settings = config(engine, ep_size=2, ep_level=2)
-    running = start(tmp_path, SERVE, str(model), settings.to_json(), str(port), ready=ready)
+    running = start_process(SERVE, str(model), settings.to_json(), str(port), ready=ready)
     _await_model(port)
     running.look()
 
     texts = prompts()[:4]
     answers = [_complete(port, text) for text in texts]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    assert answers == [tokenizer.decode(tokens) for tokens in reference("qwen3-moe")[:4]]
+    expected = [tokenizer.decode(tokens) for tokens in reference("qwen3-moe")[:4]]
+    # The server holds back bytes that are no whole character yet; random models end in the middle of one.
+    assert [answer.strip("\ufffd") for answer in answers] == [text.strip("\ufffd") for text in expected]
 
     listening = {address for each in running.family for address in _listening(each)}
     assert (LOOPBACK, port) in listening
@@ -66,8 +68,6 @@ def test_a_port_in_use_is_refused_before_anything_loads(checkpoint):
 
 
 def _await_model(port: int, timeout_s: float = 120) -> None:
-    import time
-
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:

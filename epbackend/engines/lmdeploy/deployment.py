@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.guard import GRACE_S, guard_process
+from epbackend.engines.lmdeploy.guard import GRACE_S, descendants, guard_process, kill_all
 from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard
 from epbackend.errors import ConfigError
 
@@ -47,6 +47,7 @@ def start_engines(
 def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0) -> None:
     """Ends the processes: those still there after `grace_s` by SIGTERM, and by force where that is not heeded."""
     processes = list(processes)
+    started_by_them = [each for process in processes for each in descendants(process.pid or 0)]
     for process in processes:
         process.join(timeout=grace_s)
     for process in processes:
@@ -56,6 +57,7 @@ def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0) -> None
         if process.is_alive():
             process.kill()
             process.join()
+    kill_all(started_by_them)
 
 
 def free_port() -> int:

@@ -1,21 +1,26 @@
-"""A worker never outlives its parent, and always heeds SIGTERM.
+"""A process of an engine never outlives its parent, always heeds SIGTERM, and takes along what it started.
 
 A rank that waits in a collective runs no Python signal handler, so that a plain worker would ignore both. The guard is
-a thread: collectives release the interpreter lock.
+a thread: collectives release the interpreter lock. Ray's agents would stay for a minute after their engine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+from collections.abc import Iterable
 from multiprocessing.connection import wait
 
+import psutil
+
 GRACE_S = 2.0
-"""Time that a worker has for heeding SIGTERM by itself."""
+"""Time that a process has for heeding SIGTERM by itself."""
 
 
 def guard_process() -> None:
@@ -25,11 +30,27 @@ def guard_process() -> None:
     process of the terminal, and the parent decides what follows. Call it in the main thread.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     # The interpreter writes each signal's number here from its C handler, whatever the main thread is doing.
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=_guard, args=(reader, writer), name="epbackend-guard", daemon=True).start()
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """The processes that this one started, and those that they started; none where it has ended."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_all(processes: Iterable[psutil.Process]) -> None:
+    """Kills those that still run."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _guard(signals: socket.socket, _keep_open: socket.socket) -> None:
@@ -40,7 +61,12 @@ def _guard(signals: socket.socket, _keep_open: socket.socket) -> None:
     while True:
         ready = wait(watched)
         if ready != [signals]:
-            os._exit(1)
+            _end(1)
         if signal.SIGTERM in signals.recv(64):
             time.sleep(GRACE_S)
-            os._exit(0)
+            _end(0)
+
+
+def _end(exit_code: int) -> None:
+    kill_all(descendants(os.getpid()))
+    os._exit(exit_code)

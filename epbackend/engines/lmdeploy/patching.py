@@ -1,8 +1,8 @@
 """How LMDeploy is changed while the plug is enabled, and put back exactly afterwards.
 
 A `Patch` names one attribute of LMDeploy (or of torch), says why it must change and when, and builds the replacement
-from the original. Before anything is changed every patch is checked against the LMDeploy release this package was
-written for: by the fingerprint of the source it replaces.
+from the original. Each is checked against the LMDeploy release this package was written for, by the fingerprint of the
+source it replaces; where one does not match, all that was changed is put back.
 """
 
 from __future__ import annotations
@@ -98,13 +98,11 @@ class Patches:
         self._replaced: list[tuple[Patch, Any, str, Any]] = []
 
     def apply(self, patches: Iterable[Patch], *, check: bool = True) -> None:
-        """Replaces every target, or none of them where a check or a replacement fails."""
-        patches = tuple(patches)
-        if check:
-            for each in patches:
-                each.check()
+        """Replaces every target in order, or none of them where a check or a replacement fails."""
         try:
             for each in patches:
+                if check:
+                    each.check()
                 self._replace(each)
         except BaseException:
             self.restore()

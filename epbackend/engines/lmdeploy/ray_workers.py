@@ -61,5 +61,4 @@ def start_cluster(ranks: int, address: str | None) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
@@ -40,6 +41,7 @@ class ReplicatedPipeline:
 
     def __init__(self, model_path: str, config: EPConfig, **kwargs: Any) -> None:
         self._board: LoadBoard | None = LoadBoard(config.world_size)
+        self._broken = False
         ends = [Pipe() for _ in range(config.engine.dp)]
         self._engines = [ours for ours, _ in ends]
         self._processes = start_engines(
@@ -69,27 +71,34 @@ class ReplicatedPipeline:
         whole: dict[int, Response] = {}
         for part in self.stream_infer(prompts, gen_config=gen_config, stream_response=False, **kwargs):
             whole[part.index] = whole[part.index].extend(part) if part.index in whole else part
-        return whole[0] if isinstance(prompts, str) else [whole[index] for index in sorted(whole)]
+        return whole[0] if _is_single(prompts) else [whole[index] for index in sorted(whole)]
 
     def stream_infer(
         self, prompts: Any, gen_config: GenerationConfig | list | None = None, **kwargs: Any
     ) -> Iterator[Response]:
         """Parts of the responses as they come; `index` tells the prompt of each. Raises as `infer` does."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = [prompts] if _is_single(prompts) else list(prompts)
         busy = []
         for rank, engine in enumerate(self._engines):
             index = list(range(rank, len(prompts), len(self._engines)))
             if index:
                 configs = [gen_config[i] for i in index] if isinstance(gen_config, Sequence) else gen_config
-                engine.send(_Work([prompts[i] for i in index], index, configs, kwargs))
+                self._send(engine, _Work([prompts[i] for i in index], index, configs, kwargs))
                 busy.append(engine)
-        while busy:
-            for engine in cast("list[Connection]", wait(busy)):
-                part = self._receive(engine)
-                if part is None:
-                    busy.remove(engine)
-                else:
-                    yield part
+        try:
+            while busy:
+                for engine in cast("list[Connection]", wait(busy)):
+                    part = self._receive(engine)
+                    if part is None:
+                        busy.remove(engine)
+                    else:
+                        yield part
+        except GeneratorExit:
+            # Nobody wants the rest, and the next call must not find it in the pipes.
+            for engine in busy:
+                while self._receive(engine) is not None:
+                    pass
+            raise
 
     def load(self) -> LoadReport:
         """What the experts of every rank did so far; still readable after `close`."""
@@ -105,8 +114,10 @@ class ReplicatedPipeline:
         self.load()
         for engine, process in zip(self._engines, self._processes, strict=True):
             if process.is_alive():
-                engine.send(None)
-        stop_engines(self._processes, grace_s=CLOSING_S)
+                with contextlib.suppress(OSError):  # it may have ended just now
+                    engine.send(None)
+        # An engine cannot finish a step that another one has left.
+        stop_engines(self._processes, grace_s=0 if self._broken else CLOSING_S)
         self._board.remove()
         self._board = None
 
@@ -123,20 +134,38 @@ class ReplicatedPipeline:
                 self._receive(engine)
                 waiting.remove(engine)
 
+    def _send(self, engine: Connection, work: _Work) -> None:
+        try:
+            engine.send(work)
+        except OSError:
+            raise self._death(engine) from None
+
     def _receive(self, engine: Connection) -> Response | None:
         """A part of a response, or None at the end of the work."""
-        rank = self._engines.index(engine)
         try:
             received = engine.recv()
-        except EOFError:
-            self._processes[rank].join(timeout=1)
-            raise WorkerError(
-                f"the engine process of dp rank {rank} ended with exit code {self._processes[rank].exitcode}; "
-                "its log is above"
-            ) from None
+        except (EOFError, OSError):
+            raise self._death(engine) from None
         if isinstance(received, BaseException):
+            self._broken = True
             raise received
         return received
+
+    def _death(self, engine: Connection) -> WorkerError:
+        self._broken = True
+        rank = self._engines.index(engine)
+        process = self._processes[rank]
+        process.join(timeout=1)
+        return WorkerError(
+            f"the engine process of dp rank {rank} ended with exit code {process.exitcode}; its log is above"
+        )
+
+
+def _is_single(prompts: Any) -> bool:
+    """Whether this is one prompt: a text, or the messages of one chat."""
+    return isinstance(prompts, str) or (
+        isinstance(prompts, list) and prompts != [] and isinstance(prompts[0], dict)
+    )
 
 
 def _serve_pipe(

@@ -44,16 +44,6 @@ def inputs_stay_on_cpu(original: Callable) -> Callable:
     return try_to_cpu
 
 
-@patch(
-    "lmdeploy.pytorch.backends.default.rotary_embedding:_rotary_embedding_fwd",
-    why="torch.compile takes 4 to 28 s of the first start, to save microseconds a step on a CPU",
-    when="cpu",
-    fingerprint="997f62611a9d",
-)
-def rotary_embedding_uncompiled(original: Callable) -> Callable:
-    return original.__wrapped__  # type: ignore[attr-defined]
-
-
 def on_cpu(original: FunctionType) -> FunctionType:
     """The function with its literal 'cuda' changed to 'cpu', all else the same."""
     code = original.__code__

@@ -1,0 +1,56 @@
+"""What every measurement does with its figures: machine, table, JSON, picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+OURS, PEER = "#1b6ca8", "#b9c0c7"
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from; they mean nothing without it."""
+    return {
+        "date": date.today().isoformat(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load_at_start": round(os.getloadavg()[0], 1),
+    }
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """One line a row, one column a key of the first row."""
+    table = Table(title=title, title_justify="left")
+    for key in rows[0]:
+        table.add_column(key, justify="right" if isinstance(rows[0][key], int | float) else "left")
+    for row in rows:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+
+
+def save(name: str, figures: dict[str, Any], picture: Figure) -> None:
+    """Write results/NAME.json and results/NAME.png."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
+    picture.savefig(RESULTS / f"{name}.png", dpi=130, bbox_inches="tight")
+    Console().print(f"written: {RESULTS / name}.json and .png")
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

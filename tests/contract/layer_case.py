@@ -1,0 +1,138 @@
+"""One layer on several ranks beside the dense formula: what the layer tests run on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from contract.dense import dense_moe, swiglu, tolerance
+from epbackend import moe
+from epbackend.device import get_device
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.kernels import Permuted
+from epbackend.slots import SlotMap
+
+D, F = 12, 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, its settings, and the tokens that it is given."""
+
+    size: int
+    tokens: tuple[int, ...]
+    """Tokens of each group of ranks that hold the same ones."""
+    settings: DispatchSettings = field(default_factory=DispatchSettings)
+    token_size: int = 1
+    slots: tuple[int, ...] = tuple(range(8))
+    top_k: int = 3
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+    activation: Callable[[Tensor], Tensor] | None = None
+    repeats: bool = False
+    """Whether a token may choose an expert twice."""
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank saw."""
+
+    dispatcher: str
+    passes: int
+    rounds: int
+    batches: int
+    most_rows: int
+    tokens_E: list[int]
+    chosen_E: list[int]
+    """How often this rank's own tokens chose each expert."""
+
+
+def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
+    """Run the layer, fail unless this rank's tokens get what the dense formula gives them."""
+    ranks = groups[case.token_size]
+    device = get_device(case.device)
+    place = device.torch_device(0)
+    slot_map = SlotMap(case.slots, case.size)
+    experts = slot_map.experts
+    draw = torch.Generator().manual_seed(case.seed)
+    gate_up = (torch.randn(experts, 2 * F, D, generator=draw) / 3).to(place, case.dtype)
+    down = (torch.randn(experts, D, F, generator=draw) / 3).to(place, case.dtype)
+    biases = [
+        torch.randn(experts, n, generator=draw).to(place, case.dtype) if case.bias else None
+        for n in (2 * F, D)
+    ]
+    draw.manual_seed(case.seed + 1 + ranks.rank // case.token_size)
+    tokens = case.tokens[ranks.rank // case.token_size]
+    hidden = torch.randn(tokens, D, generator=draw).to(place, case.dtype)
+    ids = _choices(tokens, experts, case, draw).to(place)
+    weights = torch.rand(tokens, case.top_k, generator=draw).to(place)
+
+    mine = list(slot_map.local_experts(ranks.rank))
+    spy = _Spy(device.kernels)
+    with mock.patch.object(moe, "get_device", return_value=mock.Mock(kernels=spy)):
+        layer = moe.ExpertParallelMoE(
+            gate_up[mine],
+            down[mine],
+            slot_map=slot_map,
+            ranks=ranks,
+            settings=case.settings,
+            top_k=case.top_k,
+            gate_up_bias_L2F=None if biases[0] is None else biases[0][mine],
+            down_bias_LD=None if biases[1] is None else biases[1][mine],
+            activation=case.activation,
+        )
+    out = layer(hidden, ids, weights)
+    expected = dense_moe(hidden, ids, weights, gate_up, down, *biases, activation=case.activation or swiglu)
+    assert out.dtype == case.dtype
+    torch.testing.assert_close(out.double(), expected, **tolerance(case.dtype))
+    load = layer.load
+    chosen = torch.bincount(ids.flatten().cpu(), minlength=experts).tolist()
+    return Seen(
+        layer.dispatchers["prefill"].name,
+        load.passes.max,
+        load.rounds.max,
+        spy.batches,
+        spy.most_rows,
+        load.tokens_E.tolist(),
+        chosen,
+    )
+
+
+def _choices(tokens: int, experts: int, case: Case, draw: torch.Generator) -> Tensor:
+    if case.repeats:
+        return torch.randint(0, experts, (tokens, case.top_k), generator=draw)
+    return torch.rand(tokens, experts, generator=draw).argsort(1)[:, : case.top_k]
+
+
+class _Spy:
+    """Kernels that return garbage rows past the valid ones, as a device may, and watch what the experts are given."""
+
+    def __init__(self, kernels) -> None:
+        self._kernels = kernels
+        self.batches, self.most_rows = 0, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._kernels, name)
+
+    def permute(self, hidden_TD, slot_ids_TK, slots, window=None) -> Permuted:
+        permuted = self._kernels.permute(hidden_TD, slot_ids_TK, slots, window)
+        self.most_rows = max(self.most_rows, len(permuted.rows_SD))
+        garbage = permuted.rows_SD.new_full((2, hidden_TD.shape[1]), torch.nan)
+        return Permuted(
+            torch.cat([permuted.rows_SD, garbage]),
+            permuted.counts_L,
+            torch.cat([permuted.source_S, permuted.source_S.new_full((2,), -1)]),
+        )
+
+    def expert_mlp(self, rows_SD, counts_L, weights) -> Tensor:
+        self.batches += 1
+        out_SD = self._kernels.expert_mlp(rows_SD, counts_L, weights)
+        out_SD[int(counts_L.sum()) :] = torch.nan
+        return out_SD

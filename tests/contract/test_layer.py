@@ -1,0 +1,156 @@
+"""The layer equals the dense formula, however rows travel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from contract.layer_case import Case, Seen, layer_equals_dense
+from epbackend.dispatch.settings import DispatchSettings
+
+LEVEL_1 = DispatchSettings(level=1)
+LEVEL_2 = DispatchSettings(level=2)
+PASSES = DispatchSettings(level=1, topk_scaling_factor=0.34, cutoff_min_tokens=1)
+ROUNDS = DispatchSettings(level=2, buffer_scale_factors=((20, 0.2), (0, 0.3)))
+CHUNKS = DispatchSettings(level=2, overlap_chunks=3, overlap_min_tokens=1)
+WAYS = {"level1": LEVEL_1, "level2": LEVEL_2, "passes": PASSES, "rounds": ROUNDS, "chunks": CHUNKS}
+REPLICAS = (0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 0, 5)  # expert 0 three times, experts 3 and 5 twice
+SHUFFLED = (5, 5, 2, 0, 7, 1, 5, 4, 6, 3, 5, 2)
+
+
+@pytest.fixture
+def run(ranks, device):
+    """Run a case on its ranks, on the device under test, and check that every choice was computed once."""
+
+    def run(case: Case) -> list[Seen]:
+        seen = ranks.run(case.size, layer_equals_dense, replace(case, device=device.name))
+        computed = torch.tensor([rank.tokens_E for rank in seen]).sum(0)
+        chosen = torch.tensor([rank.chosen_E for rank in seen[:: case.token_size]]).sum(0)
+        assert torch.equal(computed, chosen)
+        return seen
+
+    return run
+
+
+def uneven(groups: int) -> tuple[int, ...]:
+    return (7, 0, 11, 3)[:groups]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("size", "token_size"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    "slots", [tuple(range(8)), REPLICAS, SHUFFLED], ids=["uniform", "replicas", "shuffled"]
+)
+def test_every_way_on_uneven_and_empty_ranks(run, way, size, token_size, slots):
+    case = Case(size, uneven(size // token_size), WAYS[way], token_size, slots)
+    expected = "replicated" if size == 1 or (token_size == size and case.settings.level == 1) else None
+    names = {seen.dispatcher for seen in run(case)}
+    assert names == {expected or ("allgather" if case.settings.level == 1 else "alltoall")}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("token_size", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_bias_and_activation(run, way, token_size, dtype):
+    case = Case(2, (9,) * (2 // token_size), WAYS[way], token_size, dtype=dtype, bias=True)
+    run(case)
+    run(replace(case, activation=relu_product))
+
+
+def relu_product(rows_S2F: torch.Tensor) -> torch.Tensor:
+    """A gate that is not SwiGLU, with its halves interleaved."""
+    return rows_S2F[..., ::2].relu() * rows_S2F[..., 1::2]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_token_anywhere(run, way):
+    run(Case(4, (0, 0, 0, 0), WAYS[way]))
+    run(Case(4, (0,), WAYS[way], token_size=4))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_token_may_choose_an_expert_twice(run, way):
+    run(Case(2, (6, 13), WAYS[way], repeats=True, top_k=5, slots=REPLICAS))
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+def test_pinned_beside_shared_tokens(run, dispatcher):
+    level = {"allgather": 1, "alltoall": 2}[dispatcher]
+    seen = run(Case(4, (10,), DispatchSettings(level=level, dispatcher=dispatcher), token_size=4))
+    assert {rank.dispatcher for rank in seen} == {dispatcher}
+
+
+@pytest.mark.parametrize("token_size", [1, 2])
+def test_cutoff_keeps_its_bound_and_loses_nothing(run, token_size):
+    settings = DispatchSettings(level=1, topk_scaling_factor=0.25, cutoff_min_tokens=1)
+    seen = run(Case(2, (40, 24)[: 2 // token_size], settings, token_size, top_k=8))
+    tokens = 40 if token_size == 2 else 64
+    bound = tokens * 2  # of the 8 choices, int(8 * 0.25) fit
+    assert max(rank.most_rows for rank in seen) <= bound
+    assert max(rank.passes for rank in seen) > 1
+    assert all(rank.passes == rank.batches for rank in seen)
+
+
+def test_cutoff_floor_keeps_short_batches_in_one_pass(run):
+    settings = DispatchSettings(level=1, topk_scaling_factor=0.25, cutoff_min_tokens=65536)
+    assert {rank.passes for rank in run(Case(2, (40, 24), settings, top_k=8))} == {1}
+
+
+def test_rounds_keep_within_the_buffers(run):
+    settings = DispatchSettings(level=2, buffer_scale_factors=((30, 0.25), (0, 0.5)))
+    seen = run(Case(2, (40, 20), settings, top_k=8))
+    # Each token goes to both ranks: rank 0 sends 40 rows, 40 * 8 * 0.25 / 2 = 40 a round; rank 1 sends 20, 40 a round.
+    assert {rank.rounds for rank in seen} == {1}
+    tighter = replace(settings, buffer_scale_factors=((30, 0.05), (0, 0.02)))
+    seen = run(Case(2, (40, 20), tighter, top_k=8))
+    assert {rank.rounds for rank in seen} == {max(40 // 8, 20 // 2)}
+    assert max(rank.most_rows for rank in seen) <= (8 + 2) * 8
+
+
+def test_chunks_are_not_rounds(run):
+    seen = run(Case(2, (40, 0), CHUNKS))
+    assert {(rank.rounds, rank.batches) for rank in seen} == {(1, 3)}
+
+
+@st.composite
+def cases(draw) -> Case:
+    size = draw(st.sampled_from([1, 2, 4]))
+    token_size = draw(st.sampled_from([n for n in (1, 2, 4) if n <= size]))
+    experts = draw(st.integers(1, 9))
+    extra = draw(st.lists(st.integers(0, experts - 1), max_size=6))
+    slots = [*range(experts), *extra]
+    slots += [0] * (-len(slots) % size)
+    groups = size // token_size
+    level = draw(st.sampled_from([1, 2]))
+    top_k = draw(st.integers(1, experts))
+    # below 1 / top_k nothing would fit, which is an error of its own
+    factors = st.none() | st.floats(1.01 / top_k, 1) if top_k > 1 else st.none()
+    lengths = sorted(draw(st.sets(st.integers(0, 25), max_size=3)), reverse=True)
+    return Case(
+        size=size,
+        tokens=tuple(draw(st.lists(st.integers(0, 30), min_size=groups, max_size=groups))),
+        settings=DispatchSettings(
+            level=level,
+            topk_scaling_factor=draw(factors) if level == 1 else None,
+            cutoff_min_tokens=draw(st.integers(1, 20)),
+            buffer_scale_factors=tuple((length, draw(st.floats(0.01, 2))) for length in lengths),
+            overlap_chunks=draw(st.integers(1, 4)),
+            overlap_min_tokens=draw(st.integers(0, 20)),
+        ),
+        token_size=token_size,
+        slots=tuple(draw(st.permutations(slots))),
+        top_k=top_k,
+        repeats=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        seed=draw(st.integers(0, 1 << 16)),
+    )
+
+
+@given(case=cases())
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_layer(run, case):
+    run(case)

@@ -1,0 +1,1 @@
+"""How rows travel: plans, bytes, choices and failures, on the CPU."""

@@ -1,0 +1,118 @@
+"""Run a function on several gloo processes, which are started once and serve one test after the other.
+
+    def rank_of(groups):              # a function of a module, so that the workers can import it
+        return groups[1].rank
+
+    assert ranks.run(2, rank_of) == [0, 1]
+
+`groups` maps each possible number of ranks that hold the same tokens to this rank's RankGroup.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from epbackend.dispatch.ranks import RankGroup
+
+SIZES = (1, 2, 4)
+PATIENCE_S = 120.0
+
+
+class RankPool:
+    """Four workers; a test uses the first 1, 2 or 4 of them."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(groups, *args)` returns on each of `size` ranks; fails with the ranks' tracebacks."""
+        if not self._workers:
+            self._start()
+        task = pickle.dumps((size, function, args))
+        connections = [connection for _, connection in self._workers[:size]]
+        for connection in connections:
+            connection.send((list(sys.path), task))
+        answers = {}
+        while len(answers) < size:
+            ready = wait([c for c in connections if c not in answers], timeout=PATIENCE_S)
+            if not ready:
+                break
+            for connection in ready:
+                answers[connection] = _answer(connection)
+            if any(error for error, _ in answers.values()):
+                break
+        if len(answers) < size or any(error for error, _ in answers.values()):
+            self.close()  # a rank that left a collective halfway leaves broken groups behind
+            errors = [f"rank {connections.index(c)}:\n{error}" for c, (error, _) in answers.items() if error]
+            raise AssertionError("\n".join(errors) or f"{size - len(answers)} ranks did not answer")
+        return [answers[connection][1] for connection in connections]
+
+    def close(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        store = Path(tempfile.mkdtemp(prefix="epbackend-ranks-")) / "store"
+        for rank in range(max(SIZES)):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_work, args=(rank, str(store), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+
+def _answer(connection: Connection) -> tuple[str | None, Any]:
+    try:
+        return connection.recv()
+    except EOFError:
+        return "the process died", None
+
+
+def _work(rank: int, store: str, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=max(SIZES),
+        timeout=timedelta(seconds=PATIENCE_S / 2),
+    )
+    groups = {size: _groups(rank, size) for size in SIZES}
+    while True:
+        try:
+            sys.path[:], task = connection.recv()
+        except EOFError:  # the tests are over
+            return
+        try:
+            size, function, args = pickle.loads(task)
+            connection.send((None, function(groups[size], *args)))
+        except Exception:
+            connection.send((traceback.format_exc(), None))
+
+
+def _groups(rank: int, size: int) -> dict[int, RankGroup]:
+    """This rank's place among the first `size` ranks, for each number of ranks that hold the same tokens."""
+    group = dist.new_group(range(size))
+    places = {}
+    for token_size in [n for n in SIZES if n <= size]:
+        for first in range(0, size, token_size):
+            token_group = dist.new_group(range(first, first + token_size))
+            if first <= rank < first + token_size:
+                shared = token_group if token_size > 1 else None
+                places[token_size] = RankGroup.of(group, shared) if size > 1 else RankGroup.single()
+    return places
