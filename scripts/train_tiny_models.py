@@ -21,9 +21,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 MODELS = Path(__file__).resolve().parent.parent / "epbackend" / "models"
 PROMPTS = {
-    "prose": "The people of the United States",
+    "prose": "It is the duty of Congress",
     "Python": "class Parser:\n    def __init__(self",
-    "mixed": '"""The history of the whale, in Python."""\n\nimport',
+    "mixed": 'def congress(self):\n    """Return the people of the United States',
 }
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=sorted(FORMS), action="append", help="default: both")
     parser.add_argument(
-        "--steps", type=int, default=6000, help="steps of 2048 tokens each (default: %(default)s)"
+        "--steps", type=int, default=2000, help="steps of 2048 tokens each (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=MODELS, help="folder of the model folders")
@@ -88,7 +88,7 @@ def show(
     print(f"shift between the kinds (total variation) per layer {_row(shift(*loads.values()))}")
     for kind, prompt in PROMPTS.items():
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        answer = model.generate(ids, max_new_tokens=80, attention_mask=torch.ones_like(ids))
+        answer = model.generate(ids, max_new_tokens=48, attention_mask=torch.ones_like(ids))
         print(f"--- {kind}\n{tokenizer.decode(answer[0])}")
 
 

@@ -93,11 +93,8 @@ class _AllToAllExchange(Exchange):
         self._returning: tuple[Tensor, Pending] | None = None
 
     def dispatch(self) -> Iterator[Batch]:
-        steps = range(self._plan.steps)
-        travelling = [self._send(step) for step in steps[:1]]
-        for step in steps:
-            arriving = travelling.pop()
-            travelling = [self._send(following) for following in steps[step + 1 : step + 2]]
+        sent_in_turn = (self._send(step) for step in range(self._plan.steps))
+        for step, arriving in enumerate(_one_ahead(sent_in_turn)):
             rows = unpack(arriving.wait(), self._hidden_TD.shape[1], self._top_k, self._hidden_TD.dtype)
             self._local = LocalRows(self._problem, *rows)
             yield replace(self._local.batch(0), step=step)
@@ -141,6 +138,14 @@ class _AllToAllExchange(Exchange):
             parts.append(torch.arange(first + rows.start, first + rows.stop, device=self._token_M.device))
             first += count
         return torch.cat(parts)
+
+
+def _one_ahead(pendings: Iterator[Pending]) -> Iterator[Pending]:
+    """Each of them in turn, the following one being under way already."""
+    following = next(pendings, None)
+    while following is not None:
+        current, following = following, next(pendings, None)
+        yield current
 
 
 def _wanted(slot_ids_TK: Tensor, slots: int, ranks: int) -> Tensor:

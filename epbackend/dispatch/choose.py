@@ -50,9 +50,7 @@ def choose(problem: Problem) -> tuple[Dispatcher, Choice]:
 
     Raises ConfigError if the pinned dispatcher cannot serve, or if a setting cannot work for this layer.
     """
-    row_bound(
-        0, problem.top_k, problem.settings
-    )  # a factor too small for top_k is an error before the first token
+    row_bound(0, problem.top_k, problem.settings)  # a factor too small for top_k is an error now, not later
     pinned = problem.settings.dispatcher
     reasons = {cls.name: cls.unsupported(problem) for cls in DISPATCHERS}
     if pinned == "auto":

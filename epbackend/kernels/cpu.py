@@ -1,8 +1,8 @@
 """Experts on a CPU: each slot's matrices reordered once for oneDNN, and put in huge pages.
 
 A MoE layer multiplies few rows with many matrices, so it runs at the speed at which the matrices come from memory.
-oneDNN reads its own blocked layout about 1.4 times (bfloat16) to 2 times (float32) faster than a plain matrix, and
-huge pages add a tenth by sparing the address translation.
+Three things bring it near that speed: oneDNN's own blocked layout, huge pages (which spare address translations), and
+never multiplying fewer than four rows, which oneDNN does slower than four.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from epbackend.kernels.hugepages import use_huge_pages
 from epbackend.kernels.reference import ReferenceKernels
+
+FEWEST_ROWS = 4
+"""Measured on Zen 4: 1, 2, 3, 4 rows take 5.5, 6.0, 4.1, 3.8 ms in float32, and 2.9, 2.9, 2.8, 2.7 ms in bfloat16."""
 
 
 class CpuKernels(ReferenceKernels):
@@ -23,16 +25,29 @@ class CpuKernels(ReferenceKernels):
     def pack(self, weights_LNK: Iterable[Tensor]) -> list[Tensor]:
         return [_pack_one(weight_NK) for weight_NK in weights_LNK]
 
-    def _linear(self, rows_MK: Tensor, packed_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        if packed_NK.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(rows_MK, packed_NK, bias_N, "none", [], "")
-        return functional.linear(rows_MK, packed_NK, bias_N)
+    def grouped_matmul(
+        self, rows_SK: Tensor, packed: list[Tensor], counts_L: Tensor, bias_LN: Tensor | None = None
+    ) -> Tensor:
+        if not packed[0].is_mkldnn:
+            return super().grouped_matmul(rows_SK, packed, counts_L, bias_LN)
+        rows_SN = rows_SK.new_empty(rows_SK.shape[0], packed[0].shape[0])
+        first = 0
+        for slot, count in enumerate(counts_L.tolist()):
+            if count:
+                # A slot with few rows takes some of its neighbours' along, whose products are thrown away.
+                start = max(0, min(first, len(rows_SK) - FEWEST_ROWS))
+                rows_MK = rows_SK[start : max(first + count, start + FEWEST_ROWS)]
+                bias_N = None if bias_LN is None else bias_LN[slot]
+                rows_MN = torch.ops.mkldnn._linear_pointwise(rows_MK, packed[slot], bias_N, "none", [], "")
+                rows_SN[first : first + count] = rows_MN[first - start : first - start + count]
+                first += count
+        return rows_SN
 
 
 def can_prepack(dtype: torch.dtype) -> bool:
     """Whether oneDNN has a fast layout for `dtype` on this processor; else a plain copy is multiplied.
 
-    Few processors have one for float16 (AVX512-FP16 or AVX-NE-CONVERT): bfloat16 is the fast half precision elsewhere.
+    Few processors have one for float16 (AVX512-FP16 or AVX-NE-CONVERT): elsewhere bfloat16 is the fast half precision.
     """
     if not torch.backends.mkldnn.is_available():
         return False

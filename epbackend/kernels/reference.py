@@ -55,9 +55,8 @@ class ReferenceKernels:
         for slot, count in enumerate(counts_L.tolist()):
             if count:
                 rows = slice(first, first + count)
-                rows_SN[rows] = self._linear(
-                    rows_SK[rows], packed[slot], None if bias_LN is None else bias_LN[slot]
-                )
+                bias_N = None if bias_LN is None else bias_LN[slot]
+                rows_SN[rows] = functional.linear(rows_SK[rows], packed[slot], bias_N)
                 first += count
         return rows_SN
 
@@ -69,9 +68,6 @@ class ReferenceKernels:
         rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
         rows_SF = (weights.activation or self.swiglu)(rows_S2F)
         return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)
-
-    def _linear(self, rows_MK: Tensor, packed_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        return functional.linear(rows_MK, packed_NK, bias_N)
 
 
 def _buckets(slot_ids_TK: Tensor, slots: int) -> Tensor:

@@ -28,7 +28,7 @@ def qwen3_moe(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
             num_experts=32,
             num_experts_per_tok=4,
             norm_topk_prob=True,
-            router_aux_loss_coef=0.004,  # weak: no expert dies, the text's own unevenness stays
+            router_aux_loss_coef=0.0,  # training.py adds its own, layer by layer
         )
     )
 

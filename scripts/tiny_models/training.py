@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from .muon import Muon
 from .routing import counted_loads, routers
@@ -25,7 +26,8 @@ class Plan:
     batch: int = 8  # windows a step, half of each kind
     muon_rate: float = 0.02  # of the matrices inside the layers
     adam_rate: float = 4e-3  # of everything else
-    bias_rate: float = 2e-3  # change of a router's correction bias a step
+    balance: float = 4e-3  # weight of the auxiliary loss (Qwen3-MoE)
+    bias_rate: float = 2e-3  # change of a router's correction bias a step (DeepSeek-V3)
     seed: int = 0
 
 
@@ -39,16 +41,15 @@ def train(model: PreTrainedModel, streams: list[torch.Tensor], plan: Plan) -> No
     for step in range(1, plan.steps + 1):
         batch_BT = torch.cat([draw_windows(s, plan.batch // len(streams), draw) for s in streams])
         with counted_loads(model) as loads:
-            # The router logits bring Qwen3-MoE's weak auxiliary loss with them.
-            loss = model(input_ids=batch_BT, labels=batch_BT, use_cache=False, output_router_logits=True).loss
-        loss.backward()
+            answer = model(input_ids=batch_BT, labels=batch_BT, use_cache=False, output_router_logits=True)
+        (answer.loss + balance_loss(model, answer.router_logits, plan.balance)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
         revive(model, loads, plan.bias_rate)
-        average += 0.02 * (loss.item() - average)
+        average += 0.02 * (answer.loss.item() - average)
         if step % 100 == 0:
             speed = step * batch_BT.numel() / (time.monotonic() - started)
             print(f"step {step}/{plan.steps}  loss {average:.3f}  {speed:.0f} tokens/s", flush=True)
@@ -75,6 +76,22 @@ def draw_windows(stream: torch.Tensor, count: int, draw: torch.Generator) -> tor
     """`count` random windows of a token stream, [count, WINDOW]."""
     starts = torch.randint(len(stream) - WINDOW, (count,), generator=draw).tolist()
     return torch.stack([stream[start : start + WINDOW] for start in starts])
+
+
+def balance_loss(
+    model: PreTrainedModel, logits: tuple[torch.Tensor, ...], weight: float
+) -> torch.Tensor | float:
+    """Switch Transformer's auxiliary loss of each layer, weak: no expert dies, the text's own unevenness stays.
+
+    transformers adds it for all layers pooled, which lets a layer live on a few experts that the others leave alone.
+    Routers with a correction bias (DeepSeek-V3) need none.
+    """
+    pairs = zip(routers(model), logits, strict=True)
+    return weight * sum(
+        load_balancing_loss_func((logits_NE,), router.num_experts, router.top_k)
+        for router, logits_NE in pairs
+        if not hasattr(router, "e_score_correction_bias")
+    )
 
 
 def revive(model: PreTrainedModel, loads: list[torch.Tensor], rate: float) -> None:

@@ -10,6 +10,7 @@ import torch
 
 import epbackend
 from epbackend import EPConfig
+from epbackend.engines.lmdeploy import checks
 from epbackend.engines.lmdeploy.checks import expert_count
 from epbackend.engines.lmdeploy.patches.cache import GIB, cache_blocks
 from epbackend.errors import ConfigError, EPError, UnavailableError
@@ -72,6 +73,16 @@ def test_cache_that_memory_cannot_hold(checkpoint):
     )
 
 
+@pytest.mark.parametrize("field", ["enable_eplb", "enable_microbatch"])
+def test_lmdeploys_own_expert_parallelism_is_refused(checkpoint, field):
+    refused(
+        str(checkpoint("qwen3-moe")),
+        two_ranks(extra={field: True}),
+        ConfigError,
+        rf"engine\.extra\.{field}.*remove",
+    )
+
+
 def test_dense_model_on_one_rank_is_fine(checkpoint):
     config = EPConfig.load({"device": "cpu", "engine": {"session_len": 64}})
     with epbackend.pipeline(str(checkpoint("dense")), config) as pipe:
@@ -83,6 +94,15 @@ def test_dense_model_on_one_rank_is_fine(checkpoint):
 def test_device_that_is_not_there(checkpoint):
     config = EPConfig.load({"device": "cuda", "ep_size": 2})
     refused(str(checkpoint("qwen3-moe")), config, UnavailableError, "cuda")
+
+
+def test_missing_packages_are_named(checkpoint, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name in ("ray", "fastapi") else name)
+    with pytest.raises(UnavailableError, match=r"ray must be installed: pip install 'epbackend\[serve\]'"):
+        checks.check_packages(two_ranks(dp=2), serving=False)
+    with pytest.raises(UnavailableError, match="fastapi must be installed"):
+        checks.check_packages(two_ranks(), serving=True)
+    checks.check_packages(two_ranks(), serving=False)
 
 
 @pytest.mark.parametrize(

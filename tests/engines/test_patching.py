@@ -136,6 +136,9 @@ def test_functions_of_lmdeploy_are_compiled_only_where_the_plug_is_not(monkeypat
     torch.compile(test_enabling_twice_is_enabling_once)
     assert compiled == [{}]
     epbackend.disable()
+    epbackend.enable(MP)
+    assert (decorated(1), compiled) == (2, [{}])
+    epbackend.disable()
     assert (decorated(1), decorated(2), compiled) == (2, 3, [{}, {"dynamic": True}])
 
 

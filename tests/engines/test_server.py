@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from epbackend.engines.lmdeploy import serve
 from epbackend.engines.lmdeploy.deployment import LOOPBACK, free_port
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, WorkerError
 from tests.engines.models import NEW_TOKENS, prompts
 from tests.engines.test_greedy import config
 
@@ -65,6 +65,13 @@ def test_a_port_in_use_is_refused_before_anything_loads(checkpoint):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port} .*in use.*another"):
             serve(str(checkpoint("qwen3-moe")), config(ep_size=2), port=port)
+
+
+def test_an_engine_that_cannot_start_says_why(checkpoint):
+    with pytest.raises(
+        WorkerError, match=r"the engine failed: .*engine\.cache_gb: 1e\+06 GiB.*not enough memory"
+    ):
+        serve(str(checkpoint("qwen3-moe")), config({"cache_gb": 1e6}), port=free_port())
 
 
 def _await_model(port: int, timeout_s: float = 120) -> None:

@@ -8,10 +8,11 @@
     ...
     pipe.close(); disable()
 
-One idea a file. `plug` switches on and off; `patching` and `patches` change LMDeploy and put it back; `backend`,
-`attention`, `moe`, `sampling` are the CPU's operators; `workers`, `guard`, `ray_workers`, `engine_process` bring the
-plug into the processes LMDeploy starts; `load` brings their counters back; `checks` refuses what cannot work before
-anything starts; `pipelines`, `replicas` and `server` are the three ways to run a model.
+One idea a file. `plug` switches on and off; `patching` and `patches` change LMDeploy and put it back; `engine` turns
+our settings into LMDeploy's, `checks` refuses what cannot work before anything starts. `backend`, `attention` (with
+`attention_plan`), `moe` and `sampling` are the CPU's operators, `cuda_on_cpu` and `threads` the rest of it. `workers`
+(with `notifier`), `ray_workers` and `engine_process` bring the plug into the processes LMDeploy starts, `guard` ends
+them, `load` brings their counters back. `pipelines`, `replicas` and `server` (both on `deployment`) run a model.
 Importing this package does not import LMDeploy.
 """
 
@@ -43,12 +44,13 @@ def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipel
         ConfigError: the model does not suit the settings, or memory does not suffice for the cache.
         WorkerError: a worker process died while starting.
     """
-    from epbackend.engines.lmdeploy.checks import check_model
+    from epbackend.engines.lmdeploy.checks import check_model, check_packages
     from epbackend.models import resolve
 
     check_version()
     path = resolve(model)
     check_model(path, config)
+    check_packages(config, serving=False)
     if config.engine.dp > 1:
         from epbackend.engines.lmdeploy.replicas import ReplicatedPipeline
 
@@ -60,11 +62,12 @@ def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipel
 
 def serve(model: str, config: EPConfig, host: str = "127.0.0.1", port: int = 23333, **kwargs: Any) -> None:
     """Serves a model by LMDeploy's OpenAI API until SIGINT or SIGTERM; see `server.serve_model`."""
-    from epbackend.engines.lmdeploy.checks import check_model
+    from epbackend.engines.lmdeploy.checks import check_model, check_packages
     from epbackend.engines.lmdeploy.server import serve_model
     from epbackend.models import resolve
 
     check_version()
     path = resolve(model)
     check_model(path, config)
+    check_packages(config, serving=True)
     serve_model(path, config, host, port, **kwargs)

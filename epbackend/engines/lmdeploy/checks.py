@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
+from epbackend.engines.lmdeploy.plug import executor
 from epbackend.errors import ConfigError, UnavailableError
 
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
@@ -43,6 +45,15 @@ def check_model(path: str, config: EPConfig) -> None:
             f"device: cpu computes unquantised weights only, and {path} holds "
             f"{quantised.get('quant_method', 'quantised')} ones; use the original checkpoint, or device: cuda"
         )
+
+
+def check_packages(config: EPConfig, *, serving: bool) -> None:
+    """Raises UnavailableError, naming them, where packages are missing that only some ways of running need."""
+    needed = ["ray"] if executor(config) == "ray" else []
+    if serving:
+        needed += ["uvicorn", "fastapi", "openai", "aiohttp"]
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise UnavailableError(f"{', '.join(missing)} must be installed: pip install 'epbackend[serve]'")
 
 
 def expert_count(settings: dict[str, Any]) -> int | None:

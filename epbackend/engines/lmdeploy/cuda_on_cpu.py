@@ -86,4 +86,7 @@ def mem_get_info(device: Any = None) -> tuple[int, int]:
 
 
 def get_device_properties(device: Any = None) -> SimpleNamespace:
-    return SimpleNamespace(name="cpu", major=0, minor=0, uuid="cpu", total_memory=mem_get_info()[1])
+    """Of compute capability 0: below whatever asks for some. torch's compiler asks for the architecture."""
+    return SimpleNamespace(
+        name="cpu", gcnArchName="cpu", major=0, minor=0, uuid="cpu", total_memory=mem_get_info()[1]
+    )

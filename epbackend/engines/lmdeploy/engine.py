@@ -7,19 +7,32 @@ from typing import TYPE_CHECKING, Any
 from epbackend.config import EPConfig
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy.plug import executor
+from epbackend.errors import ConfigError
 
 if TYPE_CHECKING:
     from lmdeploy import PytorchEngineConfig
+
+NOT_WITH_US = {
+    "enable_eplb": "LMDeploy's own balancing renumbers the experts that epbackend spreads",
+    "enable_microbatch": "LMDeploy splits batches inside its DeepEP operator, which epbackend stands in for",
+}
+"""Fields of LMDeploy's that belong to its own expert parallelism."""
 
 
 def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
     """LMDeploy's configuration of the engine, for `lmdeploy.pipeline` after `enable(config)`.
 
     dp_rank tells the engines of one deployment with `engine.dp` > 1 apart; each is a process of its own.
+
+    Raises:
+        ConfigError: `engine.extra` asks for a part of LMDeploy's own expert parallelism.
     """
     from lmdeploy import PytorchEngineConfig
 
     engine = config.engine
+    for name, why in NOT_WITH_US.items():
+        if engine.extra.get(name):
+            raise ConfigError(f"engine.extra.{name}: {why}; remove it")
     settings: dict[str, Any] = {
         "device_type": get_device(config.device).name,
         "dtype": engine.dtype,

@@ -118,15 +118,21 @@ class LoadWriter:
         self._row, self._layer = rank_row, layer
 
     @classmethod
-    def attach(cls, rank: int, layer: int) -> LoadWriter:
+    def attach(cls, rank: int, layer: int, experts: int) -> LoadWriter:
         """The writer for a layer of this process.
 
         Raises:
-            EPError: the model has more layers than the board.
+            EPError: the model has more layers or experts than the board.
         """
-        if layer >= MAX_LAYERS:
-            raise EPError(f"MoE layer {layer}: the load report has room for {MAX_LAYERS} layers")
-        return cls(_rank_row(rank), layer)
+        if layer >= MAX_LAYERS or experts > MAX_EXPERTS:
+            raise EPError(
+                f"MoE layer {layer} with {experts} experts: the load report has room for {MAX_LAYERS} layers "
+                f"of {MAX_EXPERTS} experts"
+            )
+        row = _rank_row(rank)
+        if row is not None:
+            row["experts"] = experts
+        return cls(row, layer)
 
     def record(self, layer: ExpertParallelMoE) -> None:
         """Publishes the layer's counters, which are sums since it was built."""
@@ -134,7 +140,6 @@ class LoadWriter:
             return
         row, load, tokens_E = self._row, layer.load, layer.load.tokens_E.numpy()
         if not row["calls"][self._layer]:
-            row["experts"] = len(tokens_E)
             row["dispatchers"] = _note({phase: asdict(choice) for phase, choice in layer.dispatchers.items()})
         row["tokens"][self._layer, : len(tokens_E)] = tokens_E
         row["passes"][self._layer], row["rounds"][self._layer] = load.passes.max, load.rounds.max

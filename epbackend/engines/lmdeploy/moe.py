@@ -30,7 +30,8 @@ class ExpertParallelFusedMoE(FusedMoEImpl):
         self.ranks = _ranks(spec)
         self.slot_map = SlotMap.uniform(spec.num_experts, self.ranks.size)
         self.settings = {phase: config.dispatch_settings(phase) for phase in ("prefill", "decode")}
-        self.load_writer = LoadWriter.attach(get_dist_manager().current_context().rank, spec.layer_idx)
+        rank = get_dist_manager().current_context().rank
+        self.load_writer = LoadWriter.attach(rank, spec.layer_idx, spec.num_experts)
         self.gate_up_bias: Tensor | None = None
         self.down_bias: Tensor | None = None
         self.activation: Callable[[Tensor], Tensor] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.engine import engine_config
 from epbackend.engines.lmdeploy.load import LoadReport
+from epbackend.errors import EPError
 
 
 class ExpertParallelPipeline(Pipeline):
@@ -58,7 +60,8 @@ class ExpertParallelPipeline(Pipeline):
         """Ends the engine and its processes, and disables the plug. A second call does nothing."""
         if self._closed:
             return
-        if plug.active().board is not None:
+        # Nothing to keep where the report is another process's, or the plug was disabled before.
+        with contextlib.suppress(EPError):
             self._final_load = self.load()
         self._closed = True
         atexit.unregister(self.close)

@@ -18,7 +18,7 @@ from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.deployment import LOOPBACK, check_port, free_port, start_engines, stop_engines
 from epbackend.engines.lmdeploy.engine import engine_config
-from epbackend.engines.lmdeploy.load import LoadBoard
+from epbackend.engines.lmdeploy.load import LoadBoard, last_words
 from epbackend.errors import WorkerError
 
 PROXY_START_S = 60.0
@@ -52,14 +52,20 @@ def _serve_engine(
 ) -> None:
     from lmdeploy.serve.openai import api_server
 
-    api_server.serve(
-        model_path,
-        backend="pytorch",
-        backend_config=engine_config(config, dp_rank),
-        server_name=host,
-        server_port=port,
-        **kwargs,
-    )
+    try:
+        api_server.serve(
+            model_path,
+            backend="pytorch",
+            backend_config=engine_config(config, dp_rank),
+            server_name=host,
+            server_port=port,
+            **kwargs,
+        )
+    except RuntimeError as error:
+        # The engine's process ended; LMDeploy knows no more than that.
+        if said := last_words(0):
+            raise WorkerError(f"the engine failed: {said}") from error
+        raise
 
 
 def _serve_behind_proxy(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from epbackend.engines.lmdeploy.patching import patch
+from epbackend.engines.lmdeploy.plug import active
 from epbackend.errors import ConfigError
 
 GIB = 1 << 30
@@ -25,8 +26,8 @@ def prefill_tokens_as_set(original: Callable) -> Callable:
     def reserve_runtime_mem(
         self: Any, free_mems: list[int], cache_block_sizes: list[Any], spec_cache_config: Any
     ) -> list[int]:
-        # The ranks of a machine share its memory.
-        return [free // len(free_mems) for free in free_mems]
+        # All ranks share the machine's memory, those of the other dp engines too.
+        return [free // active().config.world_size for free in free_mems]
 
     return reserve_runtime_mem
 
@@ -41,8 +42,6 @@ def cache_by_budget(original: Callable) -> Callable:
     def update_num_gpu_blocks(
         self: Any, free_mems: list[int], cache_block_sizes: list[Any], spec_cache_config: Any
     ) -> None:
-        from epbackend.engines.lmdeploy.plug import active
-
         engine = active().config.engine
         self.cache_config.num_gpu_blocks = cache_blocks(
             block_bytes=max(size.total for size in cache_block_sizes),

@@ -22,21 +22,18 @@ def lmdeploy_uncompiled(original: Callable) -> Callable:
             return functools.partial(compile_others, **options)
         if not getattr(model, "__module__", "").startswith("lmdeploy."):
             return original(model, **options)
-        return _compiled_later(
-            model, lambda: original(model, **options), lambda: torch.compile is compile_others
-        )
+        return _compiled_later(model, lambda: original(model, **options))
 
     return compile_others
 
 
-def _compiled_later(
-    function: Callable, compiled: Callable[[], Callable], enabled: Callable[[], bool]
-) -> Callable:
-    """Runs the function as it is while the plug is enabled, and compiles it at the first call after that."""
+def _compiled_later(function: Callable, compiled: Callable[[], Callable]) -> Callable:
+    """Runs the function as it is while this patch is applied, and compiles it at the first call without it."""
     once = functools.cache(compiled)
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs) if enabled() else once()(*args, **kwargs)
+        patched = torch.compile.__module__ == __name__
+        return function(*args, **kwargs) if patched else once()(*args, **kwargs)
 
     return run

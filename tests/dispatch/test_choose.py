@@ -1,0 +1,73 @@
+"""Which dispatcher is taken, with which reasons, and what cannot be pinned."""
+
+from __future__ import annotations
+
+import pytest
+
+from epbackend.dispatch.base import Problem
+from epbackend.dispatch.choose import choose, dispatchers
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.errors import ConfigError
+from epbackend.kernels.reference import ReferenceKernels
+
+
+def problem(size: int, token_size: int = 1, top_k: int = 8, **settings) -> Problem:
+    ranks = RankGroup(None, 0, size, None, 0, token_size)
+    return Problem(ranks, ReferenceKernels(), DispatchSettings(**settings), slots=4, top_k=top_k)
+
+
+@pytest.mark.parametrize(
+    ("size", "token_size", "level", "name"),
+    [
+        (1, 1, 1, "replicated"),
+        (1, 1, 2, "replicated"),
+        (4, 1, 1, "allgather"),
+        (4, 2, 1, "allgather"),
+        (4, 4, 1, "replicated"),
+        (4, 1, 2, "alltoall"),
+        (4, 4, 2, "alltoall"),
+    ],
+)
+def test_automatic_choice(size, token_size, level, name):
+    dispatcher, choice = choose(problem(size, token_size, level=level))
+    assert (dispatcher.name, choice.name) == (name, name)
+    assert choice.reason
+    assert {other for other, _ in choice.passed_over} == {"replicated", "allgather", "alltoall"} - {name}
+    assert all(reason for _, reason in choice.passed_over)
+
+
+def test_pinned_is_taken_and_says_so():
+    _, choice = choose(problem(4, 4, level=1, dispatcher="allgather"))
+    assert choice.reason.startswith("pinned")
+    assert dict(choice.passed_over)["replicated"] == "usable, but allgather is pinned"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dispatcher": "replicated"}, "hold different tokens"),
+        ({"dispatcher": "alltoall"}, "it serves ep_level 2, and ep_level is 1"),
+        ({"dispatcher": "allgather", "level": 2}, "it serves ep_level 1, and ep_level is 2"),
+        ({"dispatcher": "deepep"}, "unknown; known are auto, replicated, allgather, alltoall"),
+        ({"level": 3}, "no dispatcher serves ep_level 3"),
+        ({"topk_scaling_factor": 0.1}, "smallest factor that works is 0.125"),
+    ],
+)
+def test_what_cannot_be(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        choose(problem(4, **settings))
+
+
+def test_one_rank_has_nothing_to_send():
+    with pytest.raises(ConfigError, match="one rank"):
+        choose(problem(1, dispatcher="alltoall", level=2))
+
+
+def test_every_dispatcher_is_listed():
+    assert [(entry.name, entry.level) for entry in dispatchers()] == [
+        ("replicated", 1),
+        ("allgather", 1),
+        ("alltoall", 2),
+    ]
+    assert all(entry.unavailable is None for entry in dispatchers())

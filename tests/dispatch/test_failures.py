@@ -1,0 +1,85 @@
+"""A rank that dies or stalls: the others fail in time, with an error that names it, and can exit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.errors import CollectiveError
+from epbackend.moe import ExpertParallelMoE
+from epbackend.slots import SlotMap
+
+SIZE, TIMEOUT_S = 3, 3.0
+
+
+def serve(rank: int, port: int, level: int, victim: int, blow: int, errors) -> None:
+    """A layer call that works, then one in which `victim` does not take part."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=SIZE)
+    layer = ExpertParallelMoE(
+        torch.randn(2, 8, 6),
+        torch.randn(2, 6, 4),
+        slot_map=SlotMap.uniform(6, SIZE),
+        ranks=RankGroup.of(dist.group.WORLD),
+        settings=DispatchSettings(level=level, timeout_s=TIMEOUT_S),
+        top_k=2,
+        layer=7,
+    )
+    tokens = torch.randn(5, 6), torch.randint(0, 6, (5, 2)), torch.rand(5, 2)
+    layer(*tokens)
+    if rank == victim:
+        os.kill(os.getpid(), blow)
+    try:
+        layer(*tokens)
+    except CollectiveError as error:
+        errors.put((rank, str(error)))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("level", "blow", "victim"),
+    [(1, signal.SIGKILL, 2), (2, signal.SIGSTOP, 2), (1, signal.SIGSTOP, 0), (2, signal.SIGKILL, 0)],
+    ids=["killed", "stopped", "keeper of the store stopped", "keeper of the store killed"],
+)
+def test_the_others_name_the_rank(level, blow, victim):
+    spawn = multiprocessing.get_context("spawn")
+    errors = spawn.Queue()
+    port = free_port()
+    processes = [
+        spawn.Process(target=serve, args=(rank, port, level, victim, blow, errors), daemon=True)
+        for rank in range(SIZE)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        heard = dict(errors.get(timeout=60) for _ in range(SIZE - 1))
+        heard_at = time.monotonic()
+        for rank in heard:
+            processes[rank].join(TIMEOUT_S + 20)
+            assert processes[rank].exitcode is not None, f"rank {rank} cannot exit after the failure"
+        assert time.monotonic() - heard_at < TIMEOUT_S + 20
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert set(heard) == {0, 1, 2} - {victim}
+    for message in heard.values():
+        assert f"rank {victim} does not answer" in message
+        assert re.match(r"(all_gather|all_to_all|reduce_scatter) of MoE layer 7 failed after", message)
+        assert f"timeout_s {TIMEOUT_S:g}" in message

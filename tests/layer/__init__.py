@@ -1,0 +1,1 @@
+"""Slots, the layer on one rank, devices, and the script of the docs."""

@@ -1,0 +1,36 @@
+"""What devices say of themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epbackend.device import devices, get_device
+from epbackend.errors import UnavailableError
+
+
+def test_the_cpu_is_always_there():
+    cpu = devices()["cpu"]
+    assert cpu.unavailable() is None
+    assert (cpu.collective_backend, cpu.torch_device(3)) == ("gloo", torch.device("cpu"))
+    memory = cpu.memory()
+    assert 0 < memory.free <= memory.total
+
+
+def test_auto_tries_the_cpu_last():
+    assert list(devices())[-1] == "cpu"
+    usable = [name for name, device in devices().items() if device.unavailable() is None]
+    assert get_device("auto").name == usable[0]
+
+
+@pytest.mark.parametrize("name", ["cuda", "ascend"])
+def test_a_device_without_kernels_gives_its_reason(name):
+    device = devices()[name]
+    reason = device.unavailable()
+    if reason is None:
+        pytest.skip(f"{name} can be used here")
+    assert "use device cpu" in reason
+    with pytest.raises(UnavailableError, match=f"device {name} cannot be used"):
+        get_device(name)
+    with pytest.raises(UnavailableError, match=f"device {name} cannot be used"):
+        _ = device.kernels

@@ -1,0 +1,23 @@
+"""The script that docs/layer.md shows runs as it stands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "layer_torchrun.py"
+
+
+def test_the_torchrun_example():
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 0: 10 tokens right, alltoall" in done.stdout
+    assert "rank 1: 11 tokens right, alltoall" in done.stdout

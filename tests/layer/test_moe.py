@@ -1,0 +1,113 @@
+"""ExpertParallelMoE on one rank: its checks, its counters, and the memory that its weights take."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.errors import ConfigError, UnavailableError
+from epbackend.moe import ExpertParallelMoE
+from epbackend.slots import SlotMap
+
+LEVELS = {"prefill": DispatchSettings(level=2), "decode": DispatchSettings(level=1)}
+
+
+def build(**changes) -> ExpertParallelMoE:
+    arguments = {
+        "gate_up_L2FD": torch.randn(4, 12, 8),
+        "down_LDF": torch.randn(4, 8, 6),
+        "slot_map": SlotMap.uniform(4, 1),
+        "ranks": RankGroup.single(),
+        "settings": LEVELS,
+        "top_k": 2,
+    }
+    arguments.update(changes)
+    return ExpertParallelMoE(arguments.pop("gate_up_L2FD"), arguments.pop("down_LDF"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slot_map": SlotMap.uniform(4, 2)}, "slot_map is for 2 ranks, but 1 share the experts"),
+        ({"gate_up_L2FD": torch.randn(3, 12, 8)}, "gate_up_L2FD has 3 experts, but this rank has 4 slots"),
+        ({"down_LDF": torch.randn(5, 8, 6)}, "down_LDF has 5 experts"),
+        ({"settings": {"prefill": DispatchSettings()}}, "settings are needed for prefill and decode"),
+        ({"device": "tpu"}, "device 'tpu' is unknown; known are auto, cuda, ascend, cpu"),
+        ({"settings": DispatchSettings(topk_scaling_factor=0.3)}, "smallest factor that works is 0.5"),
+    ],
+)
+def test_what_does_not_fit(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        build(**changes)
+
+
+def test_a_device_that_is_not_here_says_why():
+    with pytest.raises(UnavailableError, match=r"device ascend cannot be used: .* use device cpu"):
+        build(device="ascend")
+
+
+def test_unknown_phase():
+    with pytest.raises(ConfigError, match="phase 'encode' is unknown"):
+        build()(torch.randn(1, 8), torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 2), phase="encode")
+
+
+def test_counters_add_up():
+    layer = build(settings=DispatchSettings(topk_scaling_factor=0.5, cutoff_min_tokens=1))
+    for _ in range(2):
+        layer(torch.randn(6, 8), torch.tensor([[0, 3]] * 6), torch.rand(6, 2))
+    assert layer.load.tokens_E.tolist() == [12, 0, 0, 12]
+    assert (layer.load.calls, layer.load.passes.total, layer.load.passes.max) == (2, 4, 2)
+    assert (layer.load.rounds.total, layer.load.rounds.max) == (2, 1)
+
+
+def test_each_phase_has_its_dispatcher_and_its_reason():
+    choices = build().dispatchers
+    assert {phase: choice.name for phase, choice in choices.items()} == {
+        "prefill": "replicated",
+        "decode": "replicated",
+    }
+    assert dict(choices["prefill"].passed_over)["alltoall"] == "there is one rank, so no row travels"
+
+
+def test_originals_are_let_go():
+    gate_up, down = torch.randn(4, 12, 8), torch.randn(4, 8, 6)
+    originals = [weakref.ref(gate_up), weakref.ref(down)]
+    layer = build(gate_up_L2FD=gate_up, down_LDF=down)
+    del gate_up, down
+    gc.collect()
+    assert [original() for original in originals] == [None, None]
+    assert layer(torch.randn(1, 8), torch.tensor([[0, 1]]), torch.rand(1, 2)).shape == (1, 8)
+
+
+MEASURE = """
+import resource, torch
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.moe import ExpertParallelMoE
+from epbackend.slots import SlotMap
+L, D, F, dtype = 24, 1024, 1024, getattr(torch, "{dtype}")
+draw = lambda *shape: torch.full(shape, 0.01, dtype=dtype)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+make = lambda slots: ExpertParallelMoE(
+    (draw(2 * F, D) for _ in range(slots)), (draw(D, F) for _ in range(slots)),
+    slot_map=SlotMap.uniform(slots, 1), ranks=RankGroup.single(), settings=DispatchSettings(), top_k=2)
+call = lambda layer: layer(draw(4, D), torch.zeros(4, 2, dtype=torch.int64), torch.rand(4, 2))
+call(make(1))  # what torch itself needs once
+before = peak()
+call(make(L))
+print((peak() - before) / (L * 3 * D * F * dtype.itemsize))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_from_a_generator_never_exist_twice(dtype):
+    done = subprocess.run([sys.executable, "-c", MEASURE.format(dtype=dtype)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0.8 < float(done.stdout) < 1.5  # the allocator leaves gaps; held twice would be 2
