@@ -7,9 +7,9 @@ with float32 experts.
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -36,7 +36,6 @@ WAYS = {
 }
 OVERLAP_TOKENS = (256, 1024, 4096)
 CUTOFF_TOKENS = 8192
-MIB = 1 << 20
 
 
 def same_tokens(ranks: RankGroup) -> RankGroup:
@@ -105,14 +104,19 @@ def peak_memory(ranks: RankGroup, factor: float | None) -> tuple[float, int]:
     weights = ExpertWeights(kernels.pack(torch.randn(E, 2 * F, D)), kernels.pack(torch.randn(E, D, F)))
     slot_ids_TK = SlotMap.uniform(E, 1).assign(torch.rand(CUTOFF_TOKENS, E).argsort(1)[:, :K])
     hidden_TD, weights_TK = torch.randn(CUTOFF_TOKENS, D), torch.rand(CUTOFF_TOKENS, K)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     exchange = dispatcher.begin(hidden_TD, slot_ids_TK, weights_TK)
     for batch in exchange.dispatch():
         exchange.combine(kernels.expert_mlp(batch.rows_SD, batch.counts_L, weights), batch)
         del batch
     exchange.finish()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (after - before) * 1024 / MIB, exchange.passes
+    return peak_mib() - before, exchange.passes
+
+
+def peak_mib() -> float:
+    """The process's peak so far. (Not getrusage: its peak may be that of the process which started this one.)"""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) / 1024
 
 
 def picture(costs: list[dict], memory: list[dict]) -> Figure:
@@ -129,7 +133,7 @@ def picture(costs: list[dict], memory: list[dict]) -> Figure:
         axes.legend()
     names = [f"factor {row['topk_scaling_factor']}" for row in memory]
     bars = last.bar(names, [row["peak MiB"] for row in memory], color="#1b6ca8")
-    last.bar_label(bars, [f"{row['passes']} passes" for row in memory])
+    last.bar_label(bars, [f"passes: {row['passes']}" for row in memory])
     last.set(title=f"Peak memory of a level 1 layer, {CUTOFF_TOKENS} tokens", ylabel="MiB")
     return figure
 

@@ -141,7 +141,7 @@ def picture(rows: list[dict]) -> Figure:
             names, values = [row["layer"] for row in mine], [row["fastest ms"] for row in mine]
             bars = axes.barh(names, values, color=[OURS if name == "epbackend" else PEER for name in names])
             axes.bar_label(bars, fmt=" %.1f ms")
-            axes.set_title(f"{dtype}, {tokens} tokens", fontsize=10)
+            axes.set_title(f"{dtype}, T = {tokens}", fontsize=10)
             axes.set_xlim(0, max(values) * 1.3)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(axis="y", labelleft=axes is line[0])

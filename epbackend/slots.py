@@ -66,10 +66,10 @@ class SlotMap:
         Which copy has the first turn follows from the ids themselves: ranks that hold the same tokens agree without
         a word, and ranks that hold different ones do not all begin with the same copy.
         """
-        ids_S = topk_ids_TK.reshape(-1).long()
         copies_E, slots_EC = _tables(self.slot_to_expert_P, topk_ids_TK.device)
         if slots_EC.shape[1] == 1:
-            return slots_EC[ids_S, 0].view(topk_ids_TK.shape)
+            return slots_EC.take(topk_ids_TK.long())
+        ids_S = topk_ids_TK.reshape(-1).long()
         turn_S = (_nth_occurrence(ids_S, self.experts) + ids_S.sum()) % copies_E[ids_S]
         return slots_EC[ids_S, turn_S].view(topk_ids_TK.shape)
 

@@ -35,6 +35,8 @@ class RankPool:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="epbackend-ranks-")
+        self._starts = 0
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What `function(groups, *args)` returns on each of `size` ranks; fails with the ranks' tracebacks."""
@@ -67,7 +69,8 @@ class RankPool:
 
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp(prefix="epbackend-ranks-")) / "store"
+        self._starts += 1
+        store = Path(self._folder.name) / f"store-{self._starts}"
         for rank in range(max(SIZES)):
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_work, args=(rank, str(store), theirs), daemon=True)

@@ -1,6 +1,5 @@
 """`epbackend demo`: the main job in a minute, checked against Hugging Face transformers."""
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -7,7 +7,9 @@ def greedy_tokens(model_path: str, prompts: Sequence[str], max_new_tokens: int) 
     """The `max_new_tokens` ids that float32 `generate` continues each prompt with, in this process, past any EOS."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     tokens = []

@@ -38,10 +38,10 @@ class ReferenceKernels:
         return Permuted(hidden_TD.index_select(0, source_S // slot_ids_TK.shape[1]), counts_L, source_S)
 
     def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
-        valid_S = source_S >= 0
-        if not bool(valid_S.all()):
+        if len(source_S) and int(source_S.min()) < 0:
+            valid_S = source_S >= 0
             rows_SD, source_S = rows_SD[valid_S], source_S[valid_S]
-        weight_S1 = weights_TK.reshape(-1)[source_S].float().unsqueeze(1)
+        weight_S1 = weights_TK.take(source_S).float().unsqueeze(1)
         out_TD.index_add_(0, source_S // weights_TK.shape[1], rows_SD.float() * weight_S1)
 
     def pack(self, weights_LNK: Iterable[Tensor]) -> Packed:
@@ -73,4 +73,4 @@ class ReferenceKernels:
 def _buckets(slot_ids_TK: Tensor, slots: int) -> Tensor:
     """Flat slot ids; every id of another rank becomes `slots`, so that it sorts last."""
     flat_S = slot_ids_TK.reshape(-1)
-    return torch.where((flat_S >= 0) & (flat_S < slots), flat_S, slots)
+    return torch.where(flat_S // slots == 0, flat_S, slots)

@@ -192,12 +192,21 @@ def test_serve_answers_and_ends_clean(config_file, stop):
 
 
 def processes_of_session(session: int) -> list[str]:
-    """Command lines of the processes that the session leader left behind."""
-    found = []
+    """The processes that the session leader left behind, zombies aside, after a moment to go."""
+    deadline = time.monotonic() + 5
+    while (left := _stat_lines(session)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def _stat_lines(session: int) -> list[str]:
+    lines = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
-                found.append((entry / "cmdline").read_text().replace("\0", " "))
-        except (OSError, ProcessLookupError):
+            line = (entry / "stat").read_text() if entry.name.isdigit() else ""
+        except OSError:
             continue
-    return found
+        fields = line.rpartition(")")[2].split()  # state, parent, process group, session, ...
+        if fields and fields[0] != "Z" and int(fields[3]) == session:
+            lines.append(line)
+    return lines

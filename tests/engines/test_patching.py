@@ -16,6 +16,7 @@ import torch
 import epbackend
 from epbackend import EPConfig
 from epbackend.engines.lmdeploy import patching, plug
+from epbackend.engines.lmdeploy.load import BOARD_VARIABLE
 from epbackend.engines.lmdeploy.patches import PATCHES, needed
 from epbackend.errors import ConfigError, EPError, UnavailableError
 
@@ -68,6 +69,14 @@ def test_enabling_twice_is_enabling_once():
     epbackend.disable()
     epbackend.enable(RAY)
     assert plug.active().config == RAY
+
+
+def test_a_process_started_from_one_with_an_engine_counts_its_own_load(monkeypatch):
+    monkeypatch.setenv(BOARD_VARIABLE, "2:somebody-elses")
+    epbackend.enable(MP)
+    assert plug.active().load_report().calls == 0
+    epbackend.disable()
+    assert os.environ[BOARD_VARIABLE] == "2:somebody-elses"
 
 
 def test_nothing_is_active_before_enable():

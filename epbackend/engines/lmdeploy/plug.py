@@ -78,14 +78,13 @@ def enable(config: EPConfig) -> None:
         if _plug.config == config:
             return
         raise ConfigError("another config is enabled in this process: call epbackend.disable() first")
-    _switch_on(config, check_hooks=True)
+    _switch_on(config, worker=False)
 
 
 def enable_worker() -> None:
     """`enable` with what the parent left in the environment, for the processes that LMDeploy starts."""
     if _plug is None:
-        # The parent has checked the hooks, and reading the sources again would delay every worker.
-        _switch_on(EPConfig.from_json(os.environ[CONFIG_VARIABLE]), check_hooks=False)
+        _switch_on(EPConfig.from_json(os.environ[CONFIG_VARIABLE]), worker=True)
 
 
 def disable() -> None:
@@ -120,7 +119,7 @@ def executor(config: EPConfig) -> str:
     return "ray" if config.engine.dp > 1 else "mp"
 
 
-def _switch_on(config: EPConfig, *, check_hooks: bool) -> None:
+def _switch_on(config: EPConfig, *, worker: bool) -> None:
     global _plug
     check_version()
     device = get_device(config.device).name
@@ -135,10 +134,13 @@ def _switch_on(config: EPConfig, *, check_hooks: bool) -> None:
     plug = _Plug(config)
     try:
         plug.set_environment(CONFIG_VARIABLE, config.to_json())
-        if BOARD_VARIABLE not in os.environ:
+        # Workers write to their starter's board, and so do the engines of one deployment. Any other process that
+        # finds one in its environment only happens to be started from a process with an engine.
+        if BOARD_VARIABLE not in os.environ or not (worker or config.engine.dp > 1):
             plug.board = LoadBoard(config.world_size)
             plug.set_environment(BOARD_VARIABLE, plug.board.variable)
-        plug.patches.apply(needed(device, config.ep_size, executor(config)), check=check_hooks)
+        # The parent has checked the hooks, and reading the sources again would delay every worker.
+        plug.patches.apply(needed(device, config.ep_size, executor(config)), check=not worker)
     except BaseException:
         plug.switch_off()
         raise
