@@ -1,10 +1,10 @@
 """Expert parallelism for LMDeploy's PyTorch engine on CUDA, Ascend and CPU, with one config.
 
-    import epbackend
+import epbackend
 
-    config = epbackend.EPConfig.load("configs/cpu-demo.yaml")
-    with epbackend.pipeline("tiny-qwen3-moe", config) as pipe:
-        print(pipe(["The state of the Union is"])[0].text)
+config = epbackend.EPConfig.load("configs/cpu-demo.yaml")
+with epbackend.pipeline("tiny-qwen3-moe", config) as pipe:
+    print(pipe(["The state of the Union is"])[0].text)
 """
 
 from importlib import import_module

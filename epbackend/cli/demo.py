@@ -44,9 +44,6 @@ def demo(
             },
         }
     )
-    os.environ.setdefault(
-        "TQDM_DISABLE", "1"
-    )  # the models load in a blink; their progress bars would only flicker
     if as_json:
         with json_stdout() as print_json:
             result = _run(model, config, max_new_tokens, out, talk=False)

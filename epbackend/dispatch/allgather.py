@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from epbackend.dispatch.base import Dispatcher, Exchange, Problem
+from epbackend.dispatch.base import Dispatcher, Exchange
 from epbackend.dispatch.collectives import Collectives
 from epbackend.dispatch.passes import LocalRows, PassesExchange, row_bound
 from epbackend.dispatch.rowbytes import pack, unpack
@@ -18,14 +18,6 @@ class AllGather(Dispatcher):
     name = "allgather"
     level = 1
     summary = "gather all tokens, local experts, then reduce-scatter"
-
-    @classmethod
-    def unsupported(cls, problem: Problem) -> str | None:
-        if problem.settings.level != cls.level:
-            return f"it serves ep_level {cls.level}, and ep_level is {problem.settings.level}"
-        if problem.ranks.size == 1:
-            return "there is one rank, so no row travels"
-        return None
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         collectives = Collectives.of(self.problem)

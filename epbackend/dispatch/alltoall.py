@@ -26,14 +26,6 @@ class AllToAll(Dispatcher):
     level = 2
     summary = "send each token once to each rank that needs it, in overlapped steps"
 
-    @classmethod
-    def unsupported(cls, problem: Problem) -> str | None:
-        if problem.settings.level != cls.level:
-            return f"it serves ep_level {cls.level}, and ep_level is {problem.settings.level}"
-        if problem.ranks.size == 1:
-            return "there is one rank, so no row travels"
-        return None
-
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         return _AllToAllExchange(self.problem, hidden_TD, slot_ids_TK, weights_TK)
 

@@ -83,9 +83,13 @@ class Dispatcher(ABC):
         self.problem = problem
 
     @classmethod
-    @abstractmethod
     def unsupported(cls, problem: Problem) -> str | None:
         """Why this dispatcher cannot serve the problem; None if it can."""
+        if problem.settings.level != cls.level:
+            return f"it serves ep_level {cls.level}, and ep_level is {problem.settings.level}"
+        if problem.ranks.size == 1:
+            return "there is one rank, so no row travels"
+        return None
 
     @abstractmethod
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:

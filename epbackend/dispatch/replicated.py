@@ -19,16 +19,12 @@ class Replicated(Dispatcher):
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:
-        ranks, level = problem.ranks, problem.settings.level
+        ranks = problem.ranks
         if ranks.size == 1:
             return None
-        if level != cls.level:
-            return f"it serves ep_level {cls.level}, and ep_level is {level}"
         if ranks.token_size != ranks.size:
-            return (
-                f"the ranks hold different tokens (each token is on {ranks.token_size} of {ranks.size} ranks)"
-            )
-        return None
+            return f"the ranks hold different tokens (each is on {ranks.token_size} of {ranks.size} ranks)"
+        return super().unsupported(problem)
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         tokens, top_k = slot_ids_TK.shape

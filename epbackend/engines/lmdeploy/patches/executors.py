@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,21 +66,6 @@ def zmq_process(original: Callable) -> Callable:
     from epbackend.engines.lmdeploy.engine_process import run_engine
 
     return run_engine
-
-
-@patch(
-    "lmdeploy.pytorch.engine.mp_engine.zmq_rpc:AsyncRPCClient.__init__",
-    why="messages to an engine that died keep the API server from ending, for ever",
-    when="always",
-    fingerprint="f5d51971ce7d",
-)
-def zmq_without_linger(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self.sync_socket.linger = self.async_socket.linger = 0
-
-    return init
 
 
 @patch(f"{_RAY}:RayWorkerWrapper", why="a worker must load the plug", when="ray", fingerprint="0b84707a152f")
