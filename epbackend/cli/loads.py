@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 def facts(config: EPConfig, load: "LoadReport") -> dict[str, Any]:
     """The part of every `--json` answer that tells of devices, ranks and experts."""
-    names = {phase: choice["name"] for phase, choice in load.dispatchers.items()}
+    names = {phase: choice["name"] for phase, choice in load.dispatchers.items()}  # empty for a dense model
+    distinct = set(names.values())
     return {
         "device": get_device(config.device).name,
         "ep_size": config.ep_size,
         "ep_level": config.model_dump()["ep_level"],
-        "dispatcher": names["prefill"] if len(set(names.values())) == 1 else names,
+        "dispatcher": names if len(distinct) > 1 else next(iter(distinct), None),
         "expert_tokens_per_rank": load.tokens_per_rank,
         "passes": load.passes,
         "rounds": load.rounds,

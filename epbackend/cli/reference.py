@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def greedy_tokens(model_path: str, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-    """The `max_new_tokens` ids that float32 `generate` continues each prompt with, in this process, past any EOS."""
+    """The `max_new_tokens` ids that greedy float32 `generate` continues each prompt with; none ends the text early."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -19,8 +19,8 @@ def greedy_tokens(model_path: str, prompts: Sequence[str], max_new_tokens: int) 
             output = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
+                min_new_tokens=max_new_tokens,  # what the engine does with ignore_eos
                 do_sample=False,
-                eos_token_id=None,  # write on past the end of a text, as the engine does with ignore_eos
                 pad_token_id=tokenizer.pad_token_id,
             )
         tokens.append(output[0, inputs.input_ids.shape[1] :].tolist())

@@ -34,7 +34,7 @@ __all__ = ["LoadReport", "disable", "enable", "engine_config", "pipeline", "serv
 
 
 def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipeline | ReplicatedPipeline:
-    """A pipeline for a model: a directory, or the name of a model that comes with epbackend.
+    """A pipeline for a model: a directory, a name in the hub, or the name of a model that comes with epbackend.
 
     Further arguments go to LMDeploy's pipeline (chat_template_config, log_level, ...). With `engine.dp` > 1 the
     engines run in processes of their own and share the prompts.
@@ -45,10 +45,10 @@ def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipel
         WorkerError: a worker process died while starting.
     """
     from epbackend.engines.lmdeploy.checks import check_model, check_packages
-    from epbackend.models import resolve
+    from epbackend.engines.lmdeploy.locate import locate
 
     check_version()
-    path = resolve(model)
+    path = locate(model)
     check_model(path, config)
     check_packages(config, serving=False)
     if config.engine.dp > 1:
@@ -63,11 +63,11 @@ def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipel
 def serve(model: str, config: EPConfig, host: str = "127.0.0.1", port: int = 23333, **kwargs: Any) -> None:
     """Serves a model by LMDeploy's OpenAI API until SIGINT or SIGTERM; see `server.serve_model`."""
     from epbackend.engines.lmdeploy.checks import check_model, check_packages
+    from epbackend.engines.lmdeploy.locate import locate
     from epbackend.engines.lmdeploy.server import serve_model
-    from epbackend.models import resolve
 
     check_version()
-    path = resolve(model)
+    path = locate(model)
     check_model(path, config)
     check_packages(config, serving=True)
     serve_model(path, config, host, port, **kwargs)
