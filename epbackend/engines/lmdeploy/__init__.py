@@ -8,11 +8,12 @@
     ...
     pipe.close(); disable()
 
-One idea a file. `plug` switches on and off; `patching` and `patches` change LMDeploy and put it back; `engine` turns
-our settings into LMDeploy's, `checks` refuses what cannot work before anything starts. `backend`, `attention` (with
-`attention_plan`), `moe` and `sampling` are the CPU's operators, `cuda_on_cpu` and `threads` the rest of it. `workers`
-(with `notifier`), `ray_workers` and `engine_process` bring the plug into the processes LMDeploy starts, `guard` ends
-them, `load` brings their counters back. `pipelines`, `replicas` and `server` (both on `deployment`) run a model.
+One idea a file. `plug` switches on and off; `patching` and `patches` change LMDeploy and put it back; `engine`
+turns our settings into LMDeploy's, `locate` finds a model, `checks` refuses what cannot work before anything
+starts. `backend`, `attention` (with `attention_plan`), `moe` and `sampling` are the CPU's operators, `cuda_on_cpu`
+and `threads` the rest of it. `workers` (with `notifier`), `ray_workers` and `engine_process` bring the plug into
+the processes LMDeploy starts, `guard` ends them, `load` brings their counters back. `pipelines`, `replicas` and
+`server` (both on `deployment`) run a model.
 Importing this package does not import LMDeploy.
 """
 
