@@ -20,7 +20,8 @@ setup: $(READY) ## virtual environment in .venv, with everything pinned and .ven
 
 $(READY): $(PINS) scripts/check_setup.py
 	@echo "== 1/4 virtual environment ($$($(PYTHON) --version))"
-	@$(PYTHON) -c 'import sys; sys.exit("epbackend is pinned for Python 3.11 to 3.13; name one: make setup PYTHON=python3.11" * (not (3, 11) <= sys.version_info < (3, 14)))'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "the set-up is pinned for Python 3.11 to 3.13; name one: make setup PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "== 2/4 torch"
 	$(PIP) install --progress-bar on $$(grep '^torch==' requirements/cpu.txt) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
