@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from multiprocessing.connection import wait
 
 import psutil
+from tqdm import tqdm
 
 GRACE_S = 2.0
 """Time that a process has for heeding SIGTERM by itself."""
@@ -29,6 +30,8 @@ def guard_process() -> None:
     It ends at once where its parent does, and within GRACE_S after SIGTERM. It ignores SIGINT: Ctrl-C reaches every
     process of the terminal, and the parent decides what follows. Call it in the main thread.
     """
+    # A progress bar would make a lock that processes share, which nobody removes when this one ends at once.
+    tqdm.set_lock(threading.RLock())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     reader, writer = socket.socketpair()
