@@ -14,9 +14,9 @@ from epbackend.config import EPConfig
 from epbackend.models import TINY_MODELS, resolve
 
 PROMPTS = (
-    "The state of the Union is",
-    "def read_lines(path):\n",
-    "The whale rose out of the sea and",
+    "Fellow citizens of the Senate",
+    "class Parser:\n    def __init__(self",
+    "In the year 1861",
 )
 
 
@@ -25,7 +25,7 @@ def demo(
         str, typer.Option(help=f"One of {', '.join(TINY_MODELS)}, or a path.")
     ] = "tiny-qwen3-moe",
     ranks: Annotated[Literal["1", "2", "4"], typer.Option(help="Processes that share the experts.")] = "2",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 40,
     out: Annotated[Path, typer.Option(help="Folder for the heat map.")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from contract.dense import swiglu, tolerance
@@ -28,7 +28,6 @@ shapes = st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(1, 6), st.i
 
 
 @given(shape=shapes)
-@settings(deadline=None)
 def test_permute_is_a_sorted_selection(kernels, device, shape):
     tokens, top_k, slots, seed = shape
     place = device.torch_device(0)
@@ -46,7 +45,6 @@ def test_permute_is_a_sorted_selection(kernels, device, shape):
 
 
 @given(shape=shapes, width=st.integers(1, 7))
-@settings(deadline=None)
 def test_windows_are_the_whole_in_parts(kernels, device, shape, width):
     tokens, top_k, slots, seed = shape
     place = device.torch_device(0)

@@ -151,6 +151,6 @@ def cases(draw) -> Case:
 
 
 @given(case=cases())
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_layer(run, case):
     run(case)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +73,12 @@ class Running:
         return [str(each) for each in alive] + [name for name in self.segments if Path(name).exists()]
 
 
+def engine_workers() -> list[psutil.Process]:
+    """The ranks that an engine of this very process started, in their order."""
+    children = [child for child in multiprocessing.active_children() if child.name.startswith("ExecutorProc")]
+    return [psutil.Process(child.pid) for child in sorted(children, key=lambda child: child.name)]
+
+
 def start(
     tmp_path: Path, script: str, *arguments: str, ready: str = "READY", timeout_s: float = 120
 ) -> Running:
@@ -85,6 +93,8 @@ def start(
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             start_new_session=True,
+            # A shell's background jobs ignore SIGINT, and would hand that down to what tests start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     running = Running(process)
     deadline = time.monotonic() + timeout_s

@@ -69,7 +69,7 @@ def plain_attention(query_THD, keys_SGD, values_SGE, form: Form):
     return out
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     form=st.sampled_from(FORMS),
     lengths=st.lists(st.tuples(st.integers(0, 11), st.integers(1, 9)), min_size=1, max_size=4),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from epbackend.engines.lmdeploy import checks
 from epbackend.engines.lmdeploy.checks import expert_count
 from epbackend.engines.lmdeploy.patches.cache import GIB, cache_blocks
 from epbackend.errors import ConfigError, EPError, UnavailableError
+from tests.engines.processes import engine_workers
 
 
 def two_ranks(**engine) -> EPConfig:
@@ -32,7 +32,7 @@ def write_model(tmp_path):
 def refused(model: str, config: EPConfig, error: type[EPError], match: str) -> None:
     with pytest.raises(error, match=match):
         epbackend.pipeline(model, config)
-    assert multiprocessing.active_children() == []
+    assert engine_workers() == []
 
 
 def test_no_such_model(tmp_path):

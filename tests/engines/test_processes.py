@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
 import time
 
-import psutil
 import pytest
 from lmdeploy import GenerationConfig
 
 import epbackend
 from epbackend import EPConfig
 from epbackend.errors import WorkerError
-from tests.engines.processes import GENERATE
+from tests.engines.processes import GENERATE, engine_workers
 
 TWO_RANKS = EPConfig.load({"device": "cpu", "ep_size": 2, "ep_level": 2, "engine": {"session_len": 400}})
 
@@ -41,18 +39,18 @@ def test_nothing_is_left_when_the_parent_is_told_to_end(ending, checkpoint, star
 def test_a_worker_killed_while_generating_fails_the_call(checkpoint):
     with epbackend.pipeline(str(checkpoint("qwen3-moe")), TWO_RANKS) as pipe:
         pipe(["hello"], gen_config=GenerationConfig(max_new_tokens=2))
-        victim = _workers()[1]
+        victim = engine_workers()[1]
         threading.Timer(0.5, victim.kill).start()
         began = time.monotonic()
         with pytest.raises(WorkerError, match=r"rank 1 was killed by SIGKILL"):
             _generate_for(60, pipe)
         assert time.monotonic() < began + 30
-    _assert_no_workers()
+    assert engine_workers() == []
 
 
 def test_a_worker_killed_at_start_fails_the_start(checkpoint):
     def kill_first() -> None:
-        while not (workers := _workers()):
+        while not (workers := engine_workers()):
             time.sleep(0.02)
         workers[0].kill()
 
@@ -63,7 +61,7 @@ def test_a_worker_killed_at_start_fails_the_start(checkpoint):
         epbackend.pipeline(str(checkpoint("qwen3-moe")), TWO_RANKS)
     killer.join()
     assert time.monotonic() < began + 60
-    _assert_no_workers()
+    assert engine_workers() == []
 
 
 def test_a_worker_that_fails_is_quoted(checkpoint):
@@ -73,7 +71,7 @@ def test_a_worker_that_fails_is_quoted(checkpoint):
     )
     with pytest.raises(WorkerError, match=r"rank [01] failed: AssertionError: Attempted to load weight"):
         epbackend.pipeline(str(checkpoint("qwen3-moe")), broken)
-    _assert_no_workers()
+    assert engine_workers() == []
 
 
 def _generate_for(seconds: float, pipe) -> None:
@@ -81,13 +79,3 @@ def _generate_for(seconds: float, pipe) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         pipe(["the quick"] * 4, gen_config=endless, do_preprocess=False)
-
-
-def _workers() -> list[psutil.Process]:
-    return [
-        psutil.Process(each.pid) for each in sorted(multiprocessing.active_children(), key=lambda p: p.name)
-    ]
-
-
-def _assert_no_workers() -> None:
-    assert multiprocessing.active_children() == []
