@@ -36,16 +36,12 @@ def print_load(load: "LoadReport") -> None:
     table = Table(
         "rank", "expert tokens", "share", "busiest expert", title="load of the ranks", title_justify="left"
     )
-    tokens_RE = load.tokens_RLE.sum(axis=1)
-    total = max(1, tokens_RE.sum())
-    for rank, tokens_E in enumerate(tokens_RE):
-        busiest = int(tokens_E.argmax())
-        table.add_row(
-            str(rank),
-            f"{tokens_E.sum():,}",
-            f"{tokens_E.sum() / total:.1%}",
-            f"{busiest} ({tokens_E[busiest]:,})",
-        )
+    total = max(1, load.tokens_RLE.sum())
+    for rank, tokens_LE in enumerate(load.tokens_RLE):
+        layer, expert = np.unravel_index(tokens_LE.argmax(), tokens_LE.shape) if tokens_LE.size else (0, 0)
+        tokens, most = tokens_LE.sum(), tokens_LE.max(initial=0)
+        busiest = f"{expert} of layer {load.layers[layer]} ({most:,})" if most else "none"
+        table.add_row(str(rank), f"{tokens:,}", f"{tokens / total:.1%}", busiest)
     console.print(table)
 
 

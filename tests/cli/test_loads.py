@@ -1,0 +1,61 @@
+"""The table, the facts and the picture of the experts' load."""
+
+import numpy as np
+import pytest
+
+from epbackend.cli import loads
+from epbackend.cli.output import console
+from epbackend.config import EPConfig
+from epbackend.engines.lmdeploy import LoadReport
+
+
+def report(tokens_RLE, layers, **phases):
+    """A load report; `phases` name the dispatcher of each phase."""
+    dispatchers = {
+        phase: {"name": name, "reason": "it suits", "passed_over": [("other", "it does not")]}
+        for phase, name in phases.items()
+    }
+    return LoadReport(layers, np.array(tokens_RLE), 1, 1, 1, dispatchers)
+
+
+TWO_RANKS = report([[[1, 2], [0, 0]], [[0, 0], [3, 9]]], (1, 2), prefill="alltoall", decode="replicated")
+DENSE = report(np.zeros((1, 0, 0), dtype=np.int64), ())
+
+
+def test_the_table_names_shares_and_the_busiest_expert_of_a_layer():
+    with console.capture() as captured:
+        loads.print_load(TWO_RANKS)
+    text = captured.get()
+    assert "20.0%" in text
+    assert "1 of layer 1 (2)" in text
+    assert "80.0%" in text
+    assert "1 of layer 2 (9)" in text
+    assert "dispatcher (decode): replicated: it suits" in text
+    assert "not other: it does not" in text
+
+
+@pytest.mark.parametrize(
+    ("load", "dispatcher", "tokens"),
+    [
+        (TWO_RANKS, {"prefill": "alltoall", "decode": "replicated"}, [3, 12]),
+        (report([[[4]]], (0,), prefill="alltoall", decode="alltoall"), "alltoall", [4]),
+        (DENSE, None, [0]),
+    ],
+    ids=["one a phase", "the same", "dense"],
+)
+def test_facts(load, dispatcher, tokens):
+    facts = loads.facts(EPConfig(device="cpu"), load)
+    assert facts["dispatcher"] == dispatcher
+    assert facts["expert_tokens_per_rank"] == tokens
+    assert facts["device"] == "cpu"
+
+
+def test_a_dense_model_has_an_empty_table():
+    with console.capture() as captured:
+        loads.print_load(DENSE)
+    assert "none" in captured.get()
+
+
+def test_the_heat_map_is_a_picture(tmp_path):
+    path = loads.save_heat_map(TWO_RANKS, tmp_path / "new" / "load.png", title="two ranks")
+    assert path.read_bytes().startswith(b"\x89PNG")
