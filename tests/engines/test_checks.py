@@ -54,6 +54,13 @@ def test_dense_model(checkpoint):
     )
 
 
+@pytest.mark.parametrize("architecture", sorted(checks.SUM_TWICE))
+def test_model_that_would_sum_twice(write_model, architecture):
+    model = write_model(num_experts=8, architectures=[architecture])
+    refused(model, two_ranks(), ConfigError, f"ep_size: 2.*{architecture}.*use ep_size: 1")
+    checks.check_model(model, EPConfig.load({"device": "cpu"}))
+
+
 def test_ep_size_that_does_not_divide_the_experts(write_model):
     model = write_model(num_experts=9, architectures=["Qwen3MoeForCausalLM"])
     refused(model, two_ranks(), ConfigError, "ep_size: 2 does not divide the 9 experts.*1, 3, 9")

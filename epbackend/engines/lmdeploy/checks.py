@@ -14,6 +14,8 @@ from epbackend.errors import ConfigError, UnavailableError
 
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 """The names under which the model families state their number of experts."""
+SUM_TWICE = {"HYV3ForCausalLM", "Llama4ForConditionalGeneration"}
+"""Models of LMDeploy that add up complete expert outputs over all ranks, and that no patch of ours puts right yet."""
 
 
 def check_model(path: str, config: EPConfig) -> None:
@@ -21,11 +23,16 @@ def check_model(path: str, config: EPConfig) -> None:
 
     Raises:
         UnavailableError: there is no model at the path.
-        ConfigError: its experts, or their number, or its quantisation do not suit the settings.
+        ConfigError: its form, its experts or their number, or its quantisation do not suit the settings.
     """
     settings = _read_config(Path(path))
     experts = expert_count(settings)
     if config.ep_size > 1:
+        if wrong := SUM_TWICE.intersection(settings.get("architectures") or []):
+            raise ConfigError(
+                f"ep_size: {config.ep_size}, but LMDeploy's {', '.join(wrong)} adds up the experts' outputs twice when "
+                "they are spread, which would give wrong answers; use ep_size: 1"
+            )
         if experts is None:
             raise ConfigError(
                 f"ep_size: {config.ep_size}, but {path} is a model without experts "

@@ -29,7 +29,7 @@ def _sums_once(name: str, target: str, shared: str, fingerprint: str) -> Patch:
     return Patch(name, f"lmdeploy.pytorch.models.{target}.__init__", why, "ep", build, fingerprint)
 
 
-# Other models of LMDeploy's (Qwen3-MoE, Qwen3-Next, Kimi K2, ...) know of expert parallelism and need no help.
+# Qwen3-MoE, Qwen3-Next, Kimi K2 and others know of expert parallelism and need no help; `checks.SUM_TWICE` are refused.
 deepseek_v2_sums_once = _sums_once(
     "deepseek-v2-sums-once", "deepseek_v2:DeepseekV2MoE", "shared_experts", "f0e43633d5f1"
 )
