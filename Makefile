@@ -19,18 +19,20 @@ help: ## this list
 setup: $(READY) ## virtual environment in .venv, with everything pinned and .venv/bin/epbackend
 
 $(READY): $(PINS) scripts/check_setup.py
-	@echo "== 1/4 virtual environment ($$($(PYTHON) --version))"
+	@echo "== 1/5 virtual environment ($$($(PYTHON) --version))"
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 	  { echo "the set-up is pinned for Python 3.11 to 3.13; name one: make setup PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "== 2/4 torch"
+	@echo "== 2/5 torch"
 	$(PIP) install --progress-bar on $$(grep '^torch==' requirements/cpu.txt) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	@echo "== 3/4 LMDeploy and what its PyTorch engine imports"
+	@echo "== 3/5 LMDeploy and what its PyTorch engine imports"
 	$(PIP) install --progress-bar on -r requirements/cpu.txt
 	$(PIP) install --progress-bar on --no-deps -r requirements/lmdeploy.txt
-	@echo "== 4/4 epbackend"
+	@echo "== 4/5 epbackend"
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/python scripts/check_setup.py
+	@echo "== 5/5 the planner, compiled once"
+	$(BIN)/python -m epbackend.placement.compiled
 	@touch $@
 
 demo: setup ## the main job: a LMDeploy pipeline whose experts live in two processes
@@ -56,9 +58,10 @@ lint: setup ## ruff, mypy, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup ## the MoE layer beside its peers, and each dispatcher; tables, JSON and pictures in benchmarks/results
+bench: setup ## the MoE layer and the planner beside their peers, and each dispatcher; tables, JSON and pictures in benchmarks/results
 	$(BIN)/python -m benchmarks.moe_layer
 	$(BIN)/python -m benchmarks.dispatchers
+	$(BIN)/python -m benchmarks.placement
 
 clean: ## caches and results of runs
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -24,7 +24,6 @@ from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.cpu import CpuKernels
-from epbackend.slots import SlotMap
 
 E, D, F, K = 32, 1024, 512, 4
 TOKENS = (1, 16, 256, 2048)
@@ -102,7 +101,7 @@ def peak_memory(ranks: RankGroup, factor: float | None) -> tuple[float, int]:
     settings = DispatchSettings(level=1, topk_scaling_factor=factor, cutoff_min_tokens=1)
     dispatcher, _ = choose(Problem(ranks, kernels, settings, E, K))
     weights = ExpertWeights(kernels.pack(torch.randn(E, 2 * F, D)), kernels.pack(torch.randn(E, D, F)))
-    slot_ids_TK = SlotMap.uniform(E, 1).assign(torch.rand(CUTOFF_TOKENS, E).argsort(1)[:, :K])
+    slot_ids_TK = torch.rand(CUTOFF_TOKENS, E).argsort(1)[:, :K]
     hidden_TD, weights_TK = torch.randn(CUTOFF_TOKENS, D), torch.rand(CUTOFF_TOKENS, K)
     before = peak_mib()
     exchange = dispatcher.begin(hidden_TD, slot_ids_TK, weights_TK)

@@ -3,6 +3,9 @@
 The command line prints them without a traceback and exits with code 2.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class EPError(Exception):
     """Base of every error that epbackend raises on purpose."""
@@ -22,3 +25,9 @@ class CollectiveError(EPError):
 
 class WorkerError(EPError):
     """A process of the engine that ended although nobody had asked it to; names its rank."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`", did you mean 'x'?"` for the closest known name, or nothing."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""

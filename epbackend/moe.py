@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,8 +33,10 @@ from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
 from epbackend.slots import SlotMap
+from epbackend.split import TokenSplit
 
 PHASES = ("prefill", "decode")
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -87,18 +90,20 @@ class ExpertParallelMoE:
         ranks: RankGroup,
         settings: DispatchSettings | Mapping[str, DispatchSettings],
         top_k: int,
+        split: str | Mapping[str, str] = "even",
         device: str = "cpu",
         gate_up_bias_L2F: Tensor | None = None,
         down_bias_LD: Tensor | None = None,
         activation: Callable[[Tensor], Tensor] | None = None,
         layer: int = 0,
     ) -> None:
-        """Pack this rank's L experts and choose how rows travel.
+        """Pack this rank's experts and choose how rows travel.
 
         `gate_up_L2FD` and `down_LDF` hold the experts of `slot_map.local_experts(ranks.rank)`, [out, in] each, as one
-        tensor or as any iterable of L matrices. They are packed one by one and no reference to them is kept: from a
+        tensor or as any iterable of matrices. They are packed one by one and no reference to them is kept: from a
         generator that reads the checkpoint, the weights never exist twice. `settings` is one for both phases, or one
-        for each ("prefill", "decode"). `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU.
+        for each ("prefill", "decode"); so is `split`, which chooses among the copies of an expert: even, nearest or
+        level (`epbackend.split`). `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU.
         `layer` only serves messages.
 
         Raises ConfigError for weights, map, ranks and settings that do not fit each other, and UnavailableError for a
@@ -108,14 +113,16 @@ class ExpertParallelMoE:
             raise ConfigError(f"slot_map is for {slot_map.ranks} ranks, but {ranks.size} share the experts")
         self.slot_map, self.ranks, self.layer = slot_map, ranks, layer
         self._kernels = get_device(device).kernels
-        by_phase = settings if isinstance(settings, Mapping) else dict.fromkeys(PHASES, settings)
-        if set(by_phase) != set(PHASES):
-            raise ConfigError(f"settings are needed for {' and '.join(PHASES)}, not for {sorted(by_phase)}")
-        slots = slot_map.slots_per_rank
-        chosen = {
-            phase: choose(Problem(ranks, self._kernels, by_phase[phase], slots, top_k, layer))
+        settings_of, split_of = _by_phase("settings", settings), _by_phase("split", split)
+        problems = {
+            phase: Problem(ranks, self._kernels, settings_of[phase], slot_map.slots_per_rank, top_k, layer)
             for phase in PHASES
         }
+        chosen = {phase: choose(problem) for phase, problem in problems.items()}
+        self._splits = {
+            phase: TokenSplit(split_of[phase], slot_map, problem) for phase, problem in problems.items()
+        }
+        self._slots = slots = len(slot_map.local_experts(ranks.rank))
         self._dispatchers = {phase: dispatcher for phase, (dispatcher, _) in chosen.items()}
         self.dispatchers: dict[str, Choice] = {phase: choice for phase, (_, choice) in chosen.items()}
         """How rows travel in each phase, and why."""
@@ -141,15 +148,25 @@ class ExpertParallelMoE:
         if phase not in PHASES:
             raise ConfigError(f"phase {phase!r} is unknown; it is one of {', '.join(PHASES)}")
         exchange = self._dispatchers[phase].begin(
-            hidden_TD, self.slot_map.assign(topk_ids_TK), topk_weights_TK
+            hidden_TD, self._splits[phase](topk_ids_TK), topk_weights_TK
         )
         for batch in exchange.dispatch():
-            self.load.add_rows(batch.counts_L)
-            rows_SD = self._kernels.expert_mlp(batch.rows_SD, batch.counts_L, self._weights)
+            # The ids after these are of slots that only other ranks have.
+            counts_L = batch.counts_L[: self._slots]
+            self.load.add_rows(counts_L)
+            rows_SD = self._kernels.expert_mlp(batch.rows_SD, counts_L, self._weights)
             exchange.combine(rows_SD, batch)
         out_TD = exchange.finish()
         self.load.add_call(exchange.passes, exchange.rounds)
         return out_TD
+
+
+def _by_phase(name: str, value: Value | Mapping[str, Value]) -> Mapping[str, Value]:
+    """One value for each phase, from one for all or one for each."""
+    found = value if isinstance(value, Mapping) else dict.fromkeys(PHASES, value)
+    if set(found) != set(PHASES):
+        raise ConfigError(f"{name}: needed for {' and '.join(PHASES)}, not for {sorted(found)}")
+    return found
 
 
 def _exactly(slots: int, matrices: Iterable[Tensor], name: str) -> Iterator[Tensor]:

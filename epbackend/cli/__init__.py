@@ -1,20 +1,42 @@
-"""The `epbackend` command."""
+"""The `epbackend` command: each command is a file, imported when it is called.
+
+`plan`, `compare`, `convert` and `show` need neither torch nor LMDeploy, and none of them pays for what another imports.
+"""
 
 import signal
 import sys
+from importlib import import_module
 from types import FrameType
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from epbackend.cli import chat, config, demo, doctor, generate, serve
 from epbackend.cli.output import error_console, say
-from epbackend.errors import EPError
+from epbackend.errors import EPError, UnavailableError
+
+COMMANDS = {
+    "demo": "Answer prompts with experts in several processes, every token checked.",
+    "generate": "Continue a prompt.",
+    "chat": "Talk with a model.",
+    "serve": "Serve a model by LMDeploy's OpenAI-compatible server.",
+    "record": "Answer prompts and write down what the experts did, to plan on.",
+    "plan": "Decide where the experts live, from recorded loads.",
+    "compare": "All planning algorithms and token splits beside each other.",
+    "show": "What a placement does to the load of each rank.",
+    "convert": "Loads and placements to and from the formats of other programs.",
+    "doctor": "What this machine can do, and what it lacks.",
+    "config": "Check, show and describe configurations.",
+}
+"""Each lives in the module of its name: as a function of that name, or as `app` if it has commands of its own."""
 
 
 class Commands(TyperGroup):
-    """Prints errors meant for people without a traceback, and exits with 2."""
+    """Loads the command that is called; prints errors meant for people without a traceback, and exits with 2."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, listed, rest = super().resolve_command(ctx, args)
+        return name, _load(name) if name else listed, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -24,18 +46,34 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from error
 
 
+def _load(name: str) -> Any:
+    try:
+        module = import_module(f"epbackend.cli.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("epbackend"):
+            raise
+        raise UnavailableError(
+            f"{error.name} is not installed, which epbackend {name} needs: pip install 'epbackend[cpu]'"
+        ) from error
+    if hasattr(module, "app"):
+        return typer.main.get_command(module.app)
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(getattr(module, name))
+    return typer.main.get_command(alone)
+
+
+def _listed() -> None:
+    """Stands for a command in the list, until it is called."""
+
+
 app = typer.Typer(
     cls=Commands,
     help="Expert parallelism for LMDeploy: CUDA, Ascend and CPU, one config.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(demo.demo)
-app.command()(generate.generate)
-app.command()(chat.chat)
-app.command()(serve.serve)
-app.command()(doctor.doctor)
-app.add_typer(config.app, name="config")
+for _name, _summary in COMMANDS.items():
+    app.command(_name, help=_summary)(_listed)
 
 
 def main() -> None:

@@ -85,7 +85,9 @@ def _summary(config: EPConfig) -> str:
     prefill, decode = config.level("prefill"), config.level("decode")
     level = str(prefill) if prefill == decode else f"{prefill} for prefill and {decode} for decode"
     groups = f"{config.engine.dp} attention group{'s' * (config.engine.dp > 1)} of {config.attn_tp}"
-    return f"device {config.device}, ep_size {config.ep_size}, ep_level {level}, {groups}"
+    source = config.placement.file or ", ".join(config.placement.loads)
+    placed = f", experts placed by {source}" if source else ""
+    return f"device {config.device}, ep_size {config.ep_size}, ep_level {level}, {groups}{placed}"
 
 
 def _warn(remarks: list[str]) -> None:

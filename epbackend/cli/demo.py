@@ -1,16 +1,25 @@
-"""`epbackend demo`: the main job in a minute, checked against Hugging Face transformers."""
+"""`epbackend demo`: the main job in a minute, checked against Hugging Face transformers, then with experts placed."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from epbackend.cli.loads import facts, print_load, save_heat_map
-from epbackend.cli.output import console, json_stdout
+from epbackend.cli.loads import (
+    facts,
+    imbalance,
+    imbalance_in_words,
+    print_load,
+    save_comparison,
+    save_heat_map,
+)
+from epbackend.cli.output import JsonOption, console, json_stdout
 from epbackend.cli.reference import greedy_tokens
-from epbackend.cli.session import Answer, JsonOption, ask, running
+from epbackend.cli.session import Answer, ask, running
 from epbackend.config import EPConfig
+from epbackend.engines.lmdeploy import LoadReport
 from epbackend.models import TINY_MODELS, resolve
 
 PROMPTS = (
@@ -18,6 +27,35 @@ PROMPTS = (
     "class Parser:\n    def __init__(self",
     "In the year 1861",
 )
+REDUNDANT_EXPERTS = 8
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "ep_level": 2,
+    "engine": {
+        "dtype": "float32",
+        "session_len": 512,
+        "max_batch_size": 8,
+        "cache_gb": 0.1,
+        "log_level": "ERROR",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine, started, asked every prompt, and ended."""
+
+    answers: list[Answer]
+    load: LoadReport
+    start_seconds: float
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        return [answer.token_ids for answer in self.answers]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.token_ids)) / sum(answer.seconds for answer in self.answers)
 
 
 def demo(
@@ -26,65 +64,98 @@ def demo(
     ] = "tiny-qwen3-moe",
     ranks: Annotated[Literal["1", "2", "4"], typer.Option(help="Processes that share the experts.")] = "2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 40,
-    out: Annotated[Path, typer.Option(help="Folder for the heat map.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Folder for pictures and recorded loads.")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:
-    """Answer three prompts with a MoE model whose experts live in several processes, and check every token."""
-    config = EPConfig.load(
-        {
-            "device": "cpu",
-            "ep_size": int(ranks),
-            "ep_level": 2,
-            "engine": {
-                "dtype": "float32",
-                "session_len": 512,
-                "max_batch_size": 8,
-                "cache_gb": 0.1,
-                "log_level": "ERROR",
-            },
-        }
-    )
+    """Answer three prompts with a MoE model whose experts live in several processes, and check every token.
+
+    Then record what the experts did, plan a placement with copies of the busy ones, and answer again.
+    """
+    config = EPConfig.load({**SETTINGS, "ep_size": int(ranks)})
     if as_json:
         with json_stdout() as print_json:
-            result = _run(model, config, max_new_tokens, out, talk=False)
+            result = _demo(model, config, max_new_tokens, out, talk=False)
             print_json(result)
     else:
-        result = _run(model, config, max_new_tokens, out, talk=True)
+        result = _demo(model, config, max_new_tokens, out, talk=True)
     raise typer.Exit(0 if result["tokens_identical"] else 1)
 
 
-def _run(model: str, config: EPConfig, max_new_tokens: int, out: Path, *, talk: bool) -> dict:
+def _demo(model: str, config: EPConfig, max_new_tokens: int, out: Path, *, talk: bool) -> dict[str, Any]:
     """The demo's facts as one object; with `talk` shown as they come."""
     start = time.perf_counter()
-    with running(model, config) as pipe:
-        started = time.perf_counter() - start
-        answers = [_answer(pipe, prompt, max_new_tokens, talk) for prompt in PROMPTS]
-        load = pipe.load()
-        if talk:
-            print_load(load)
-    picture = save_heat_map(load, out / "expert-load.png", title=f"{model}, {config.ep_size} ranks")
-
+    run = _run(model, config, max_new_tokens, talk)
+    picture = save_heat_map(run.load, out / "expert-load.png", title=f"{model}, {config.ep_size} ranks")
     expected = greedy_tokens(resolve(model), PROMPTS, max_new_tokens)
-    identical = [answer.token_ids for answer in answers] == expected
+    identical = run.token_ids == expected
+    if talk:
+        print_load(run.load)
+        console.print(f"{run.tokens_per_second:.1f} tokens/s; heat map: {picture}", highlight=False)
+        console.print(f"{_count(expected)} tokens beside Hugging Face's own generate: {_verdict(identical)}")
     result = {
         "tokens_identical": identical,
-        "seconds": round(time.perf_counter() - start, 2),
-        "start_seconds": round(started, 2),
+        "start_seconds": round(run.start_seconds, 2),
         "ranks": config.ep_size,
         "model": model,
-        "tokens_per_second": round(_speed(answers), 1),
-        "answers": [answer.text for answer in answers],
+        "tokens_per_second": round(run.tokens_per_second, 1),
+        "answers": [answer.text for answer in run.answers],
         "heat_map": str(picture),
-        **facts(config, load),
+        **facts(config, run.load),
     }
+    if config.ep_size > 1:
+        result["placement"] = _placed(model, config, run, max_new_tokens, out, talk)
+        result["tokens_identical"] = identical and result["placement"]["tokens_identical"]
+    result["seconds"] = round(time.perf_counter() - start, 2)
     if talk:
-        verdict = "[green]identical[/green]" if identical else "[red]DIFFERENT[/red]"
-        console.print(f"{result['tokens_per_second']} tokens/s; heat map: {picture}", highlight=False)
-        console.print(f"{sum(map(len, expected))} tokens beside Hugging Face's own generate: {verdict}")
         console.print(
             f"all in {result['seconds']} s, {result['start_seconds']} s of it the start", highlight=False
         )
     return result
+
+
+def _placed(
+    model: str, config: EPConfig, before: Run, max_new_tokens: int, out: Path, talk: bool
+) -> dict[str, Any]:
+    """The same answers once more, from experts that live where the first run's loads say."""
+    from epbackend.engines.lmdeploy.recording import Recording
+
+    recorded = out / "loads.json"
+    Recording.of(recorded, resolve(model), config.ep_size).write(before.load)
+    placement = {"loads": str(recorded), "redundant_experts": REDUNDANT_EXPERTS, "split": "level"}
+    placed = EPConfig.load({**SETTINGS, "ep_size": config.ep_size, "placement": placement})
+    after = _run(model, placed, max_new_tokens, talk=False)
+    identical = after.token_ids == before.token_ids
+    picture = save_comparison(
+        {"experts in order": before.load, "placed and levelled": after.load},
+        out / "placement.png",
+        title=f"{model}: {REDUNDANT_EXPERTS} copies of busy experts, placed on {config.ep_size} ranks",
+    )
+    if talk:
+        console.print(
+            f"\nplaced by these loads, {REDUNDANT_EXPERTS} copies a layer, every batch levelled over them:"
+        )
+        console.print(f"busiest rank of a layer before: {imbalance_in_words(before.load)}", highlight=False)
+        console.print(f"busiest rank of a layer after:  {imbalance_in_words(after.load)}", highlight=False)
+        console.print(f"the same {_count(after.token_ids)} tokens again: {_verdict(identical)}")
+        console.print(f"loads: {recorded}; before and after: {picture}", highlight=False)
+    return {
+        "tokens_identical": identical,
+        "loads": str(recorded),
+        "redundant_experts": REDUNDANT_EXPERTS,
+        "split": "level",
+        "before": imbalance(before.load),
+        "after": imbalance(after.load),
+        "picture": str(picture),
+    }
+
+
+def _run(model: str, config: EPConfig, max_new_tokens: int, talk: bool) -> Run:
+    start = time.perf_counter()
+    with running(model, config) as pipe:
+        start_seconds = time.perf_counter() - start
+        before = pipe.load()
+        answers = [_answer(pipe, prompt, max_new_tokens, talk) for prompt in PROMPTS]
+        return Run(answers, pipe.load().since(before), start_seconds)
 
 
 def _answer(pipe: Any, prompt: str, max_new_tokens: int, talk: bool) -> Answer:
@@ -98,6 +169,9 @@ def _answer(pipe: Any, prompt: str, max_new_tokens: int, talk: bool) -> Answer:
     return answer
 
 
-def _speed(answers: list[Answer]) -> float:
-    """Tokens per second over all answers."""
-    return sum(len(answer.token_ids) for answer in answers) / sum(answer.seconds for answer in answers)
+def _count(token_ids: list[list[int]]) -> int:
+    return sum(map(len, token_ids))
+
+
+def _verdict(identical: bool) -> str:
+    return "[green]identical[/green]" if identical else "[red]DIFFERENT[/red]"

@@ -8,8 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from epbackend.cli.output import console, json_stdout
-from epbackend.cli.session import JsonOption
+from epbackend.cli.output import JsonOption, console, json_stdout
 from epbackend.device import devices
 from epbackend.dispatch.choose import dispatchers
 from epbackend.engines.lmdeploy.patching import check_version

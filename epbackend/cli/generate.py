@@ -5,8 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from epbackend.cli.loads import facts, print_load
-from epbackend.cli.output import console, json_stdout
-from epbackend.cli.session import ConfigOption, JsonOption, ModelArgument, ask, load_config, running
+from epbackend.cli.output import JsonOption, console, json_stdout
+from epbackend.cli.session import ConfigOption, ModelArgument, ask, load_config, running
 
 
 def generate(

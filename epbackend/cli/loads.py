@@ -11,7 +11,12 @@ from epbackend.config import EPConfig
 from epbackend.device import get_device
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from epbackend.engines.lmdeploy import LoadReport
+
+MOST_LABELS = 64
+"""Numbers that a picture can show."""
 
 
 def facts(config: EPConfig, load: "LoadReport") -> dict[str, Any]:
@@ -26,6 +31,17 @@ def facts(config: EPConfig, load: "LoadReport") -> dict[str, Any]:
         "expert_tokens_per_rank": load.tokens_per_rank,
         "passes": load.passes,
         "rounds": load.rounds,
+        **imbalance(load),
+    }
+
+
+def imbalance(load: "LoadReport") -> dict[str, float]:
+    """The busiest rank's tokens over the ranks' mean, of the run and step by step: in all layers, in the worst."""
+    found = {"imbalance": load.imbalance_L, "step_imbalance": load.step_imbalance_L}
+    return {
+        f"{name}_{what}": round(float(number(ratio_L)), 4) if ratio_L.size else 1.0
+        for name, ratio_L in found.items()
+        for what, number in (("mean", np.mean), ("worst", np.max))
     }
 
 
@@ -43,6 +59,16 @@ def print_load(load: "LoadReport") -> None:
         busiest = f"{expert} of layer {load.layers[layer]} ({most:,})" if most else "none"
         table.add_row(str(rank), f"{tokens:,}", f"{tokens / total:.1%}", busiest)
     console.print(table)
+    console.print(f"busiest rank of a layer: {imbalance_in_words(load)}", highlight=False)
+
+
+def imbalance_in_words(load: "LoadReport") -> str:
+    """The imbalance for people."""
+    found = imbalance(load)
+    step, worst, run = (
+        found[name] for name in ("step_imbalance_mean", "step_imbalance_worst", "imbalance_mean")
+    )
+    return f"{step:.3f} times the mean of a step ({worst:.3f} in the worst layer), {run:.3f} of the run"
 
 
 def _choices(load: "LoadReport") -> dict[str, list[str]]:
@@ -55,21 +81,56 @@ def _choices(load: "LoadReport") -> dict[str, list[str]]:
 
 
 def save_heat_map(load: "LoadReport", path: Path, *, title: str) -> Path:
-    """A PNG: tokens of each expert in each layer, relative to the layer's mean; lines divide the ranks."""
+    """A PNG: tokens of each expert and of each rank in each layer, relative to the layer's means."""
     from matplotlib.figure import Figure
 
-    tokens_LE = load.tokens_RLE.sum(axis=0)
-    relative_LE = tokens_LE / np.maximum(tokens_LE.mean(axis=1, keepdims=True), 1e-9)
-    layers, experts = relative_LE.shape
-    figure = Figure(figsize=(max(6.0, 0.3 * experts), max(2.6, 0.5 * layers + 1.4)), layout="constrained")
+    experts_LE, ranks_LR = load.tokens_RLE.sum(axis=0), load.tokens_RLE.sum(axis=2).T
+    layers, experts = experts_LE.shape
+    width = max(6.0, 0.3 * experts)
+    figure = Figure(figsize=(width + 3, max(2.6, 0.5 * layers + 1.4)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=(width, 3))
+    shown = {"expert": experts_LE, "rank": ranks_LR}
+    highest = max(_relative(tokens).max(initial=1.0) for tokens in shown.values())
+    for axes, (what, tokens) in zip(panels, shown.items(), strict=True):
+        image = axes.imshow(_relative(tokens), aspect="auto", cmap="magma", vmin=0, vmax=highest)
+        axes.set_xlabel(what)
+    panels[0].set_yticks(range(layers), [str(layer) for layer in load.layers])
+    panels[0].set_ylabel("layer")
+    panels[1].set_xticks(range(ranks_LR.shape[1]))
+    if ranks_LR.size <= MOST_LABELS:
+        for (layer, rank), ratio in np.ndenumerate(_relative(ranks_LR)):
+            panels[1].text(rank, layer, f"{ratio:.2f}", color="white", ha="center", va="center")
+    figure.suptitle(f"{title}: load of each expert and rank")
+    figure.colorbar(image, ax=panels.tolist(), label="tokens / mean of the layer")
+    return _save(figure, path)
+
+
+def save_comparison(loads: "dict[str, LoadReport]", path: Path, *, title: str) -> Path:
+    """A PNG: how far the busiest rank is above the mean, step by step, for several runs of the same model."""
+    from matplotlib.figure import Figure
+
+    layers = next(iter(loads.values())).layers
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(relative_LE, aspect="auto", cmap="magma", vmin=0)
-    ranks = len(load.tokens_RLE)
-    for rank in range(1, ranks):
-        axes.axvline(rank * experts / ranks - 0.5, color="white", linewidth=2)
-    axes.set_yticks(range(layers), [str(layer) for layer in load.layers])
-    axes.set(xlabel="expert (white lines: ranks)", ylabel="layer", title=f"{title}: load of each expert")
-    figure.colorbar(image, label="tokens / mean of the layer")
+    width = 0.8 / len(loads)
+    for index, (name, load) in enumerate(loads.items()):
+        places = np.arange(len(layers)) + (index - (len(loads) - 1) / 2) * width
+        label = f"{name}: {load.step_imbalance_L.mean():.2f} times the mean"
+        bars = axes.bar(places, 100 * (load.step_imbalance_L - 1), width, label=label, color=f"C{1 - index}")
+        axes.bar_label(bars, fmt="%.0f%%", padding=2)
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set(xlabel="layer", ylabel="busiest rank of a step, above the mean (%)", title=title)
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def _relative(tokens_LX: np.ndarray) -> np.ndarray:
+    return tokens_LX / np.maximum(tokens_LX.mean(axis=1, keepdims=True), 1e-9)
+
+
+def _save(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path

@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
-from epbackend.config import ConfigWarning, EPConfig
+if TYPE_CHECKING:
+    from epbackend.config import EPConfig
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else, on stdout.")]
 
 console = Console()
 error_console = Console(stderr=True)
@@ -22,12 +26,24 @@ def say(where: Console, text: str, style: str) -> None:
     where.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def read_config(file: Path) -> tuple[EPConfig, list[str]]:
+def read_config(file: Path) -> "tuple[EPConfig, list[str]]":
     """The configuration of a file, and the warnings about it."""
+    from epbackend.config import ConfigWarning, EPConfig  # needs pydantic, which planning has not
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConfigWarning)
         config = EPConfig.load(file)
     return config, [str(warning.message) for warning in caught if warning.category is ConfigWarning]
+
+
+@contextmanager
+def watching(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the terminal, gone when all is done; yields the function that moves it to (done, total)."""
+    from rich.progress import Progress
+
+    with Progress(console=error_console, transient=True, disable=not error_console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager

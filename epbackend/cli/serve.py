@@ -1,5 +1,6 @@
 """`epbackend serve`: LMDeploy's OpenAI-compatible server with expert parallelism."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,10 +17,16 @@ def serve(
         str, typer.Option(help="Address to bind; the default is reached from this machine only.")
     ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=1, max=65535)] = 23333,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the experts' loads there, now and then and at the end, to plan on."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model at http://HOST:PORT/v1; with dp > 1 one engine a data-parallel rank, behind LMDeploy's proxy."""
     settings = load_config(config)
     error_console.print(
         f"serving {model} at http://{host}:{port}/v1 ({settings.world_size} ranks)", highlight=False
     )
-    lmdeploy.serve(model, settings, host=host, port=port)
+    lmdeploy.serve(model, settings, host=host, port=port, record=record)

@@ -23,7 +23,6 @@ ConfigOption = Annotated[
 ModelArgument = Annotated[
     str, typer.Argument(help="Path of a checkpoint, or tiny-qwen3-moe, tiny-deepseek-v3 (packaged).")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else, on stdout.")]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from epbackend.config.problems import did_you_mean
+from epbackend.errors import did_you_mean
 
 # LMDeploy's field -> the setting of ours that decides it.
 FIELDS_SET_BY_US = {

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from epbackend.config.mindie_sizes import SIZE_KEYS, MindIEKeyError, parallel_sizes
-from epbackend.config.problems import config_error, did_you_mean
+from epbackend.config.problems import config_error
+from epbackend.errors import did_you_mean
 
 # MindIE's section and key -> the setting of ours that takes the value as it is.
 COUNTERPARTS = {

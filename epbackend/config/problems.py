@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, did_you_mean
 
 Path = tuple[str | int, ...]
 NO_VALUE = object()
@@ -44,12 +44,6 @@ def _line(problem: Problem, origin: str | None) -> str:
     name = f"{problem.field} (from {origin})" if renamed else problem.field
     given = "" if problem.value is NO_VALUE else f" (got {_short.repr(problem.value)})"
     return f"{name}: {problem.message}{given}"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`", did you mean 'x'?"` for the closest known name, or nothing."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def from_pydantic(error: ValidationError, sections: Mapping[str, Iterable[str]]) -> list[Problem]:

@@ -5,7 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from epbackend.config.base import Section
+from epbackend.config.engine import EngineSettings
+from epbackend.config.placement import PlacementSettings
 from epbackend.config.settings import EPConfig
+
+SECTIONS: dict[str, type[Section]] = {"placement": PlacementSettings, "engine": EngineSettings}
 
 
 @dataclass(frozen=True)
@@ -19,20 +24,23 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """Every setting, those of the engine under `engine.`."""
+    """Every setting, those of a section under its name, such as `engine.tp`."""
     schema = EPConfig.model_json_schema()
     defaults = EPConfig().model_dump(mode="json")
-    return [
-        *_section(schema["properties"], defaults, prefix=""),
-        *_section(schema["$defs"]["EngineSettings"]["properties"], defaults["engine"], prefix="engine."),
-    ]
+    found = [*_section(schema["properties"], defaults, prefix="")]
+    for name, section in SECTIONS.items():
+        properties = schema["$defs"][section.__name__]["properties"]
+        found += _section(properties, defaults[name], prefix=f"{name}.")
+    return found
 
 
 def values(config: EPConfig) -> dict[str, Any]:
     """The value of every setting by its dotted name."""
     top = config.model_dump(mode="json")
-    engine = top.pop("engine")
-    return {**top, **{f"engine.{name}": value for name, value in engine.items()}}
+    sections = {section: top.pop(section) for section in SECTIONS}
+    return top | {
+        f"{section}.{name}": value for section in SECTIONS for name, value in sections[section].items()
+    }
 
 
 def json_schema() -> dict[str, Any]:
@@ -58,26 +66,28 @@ def markdown() -> str:
 
 def _section(properties: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> Iterator[Setting]:
     for name, schema in properties.items():
-        if name != "engine":
+        if name not in SECTIONS:
             yield Setting(prefix + name, _accepts(schema), defaults[name], schema["description"])
 
 
 def _accepts(schema: Mapping[str, Any]) -> str:
     """A JSON schema in a few words, such as `integer >= 1` or `number in (0, 1]`."""
+    if "examples" in schema:
+        return ", ".join(map(str, schema["examples"]))
     for choices in ("anyOf", "oneOf"):
         if choices in schema:
             return " or ".join(_accepts(choice) for choice in schema[choices] if choice.get("type") != "null")
     if "$ref" in schema:
         return "one for each phase"
-    for known in ("enum", "examples"):
-        if known in schema:
-            return ", ".join(str(choice) for choice in schema[known])
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
     if schema["type"] in ("integer", "number"):
         return schema["type"] + _range(schema)
     if schema["type"] == "array":
-        pair = schema["items"]["prefixItems"]
-        return f"list of [{', '.join(_accepts(item) for item in pair)}]"
-    return {"boolean": "true, false", "object": "a mapping"}[schema["type"]]
+        if "prefixItems" not in schema["items"]:
+            return f"list of {_accepts(schema['items'])}s"
+        return f"list of [{', '.join(_accepts(item) for item in schema['items']['prefixItems'])}]"
+    return {"boolean": "true, false", "object": "a mapping", "string": "text"}[schema["type"]]
 
 
 def _range(schema: Mapping[str, Any]) -> str:

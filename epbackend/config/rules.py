@@ -21,6 +21,7 @@ def contradictions(config: "EPConfig") -> list[Problem]:
         *_pinned_dispatcher(config),
         *parallel.problems(config.ep_size, engine.tp, engine.dp, engine.executor),
         *_cache(config),
+        *_placement(config),
     ]
 
 
@@ -37,6 +38,10 @@ def without_effect(config: "EPConfig") -> list[str]:
             found.append(f"{name} has no effect: it is for ep_level 2, which no phase uses")
     if _changed(config.engine, "cache_max_entry_count") and config.device == "cpu":
         found.append("engine.cache_max_entry_count has no effect on the CPU: set engine.cache_gb instead")
+    if _changed(config.placement, "split") and not config.placement.given:
+        found.append(
+            "placement.split has no effect without placement.file or placement.loads: no expert has copies"
+        )
     return found
 
 
@@ -78,3 +83,30 @@ def _cache(config: "EPConfig") -> list[Problem]:
     if blocks is None or config.engine.cache_gb is None:
         return []
     return [Problem("engine.cache_blocks", "and engine.cache_gb both size the KV cache: keep one", blocks)]
+
+
+PLANNING = ("algorithm", "redundant_experts", "budget", "objective", "search_ms")
+
+
+def _placement(config: "EPConfig") -> list[Problem]:
+    placement = config.placement
+    planning = [name for name in PLANNING if _changed(placement, name)]
+    found = []
+    if placement.file is not None:
+        for name in [*(["loads"] if placement.loads else []), *planning]:
+            reason = "is for planning, but placement.file is a finished placement: keep one of them"
+            found.append(Problem(f"placement.{name}", reason, getattr(placement, name)))
+    elif not placement.loads:
+        for name in [*planning, *(["node_size"] if placement.node_size else [])]:
+            reason = "has nothing to work on: give recorded loads as placement.loads, or a placement.file"
+            found.append(Problem(f"placement.{name}", reason, getattr(placement, name)))
+    if placement.budget is not None and placement.redundant_experts is not None:
+        reason = "is for all layers together, placement.redundant_experts for each: keep one of them"
+        found.append(Problem("placement.budget", reason, placement.budget))
+    if placement.given and config.ep_size == 1:
+        reason = "needs ranks to place experts on: set ep_size, or remove the section"
+        found.append(Problem("placement", reason))
+    if placement.node_size and config.ep_size % placement.node_size:
+        reason = f"must divide ep_size {config.ep_size}"
+        found.append(Problem("placement.node_size", reason, placement.node_size))
+    return found

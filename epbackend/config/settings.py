@@ -24,9 +24,11 @@ from epbackend.config import mindie, parallel, rules
 from epbackend.config.base import ConfigWarning, Section
 from epbackend.config.engine import EngineSettings, Positive
 from epbackend.config.files import read_mapping
-from epbackend.config.problems import UNION_TAGS, Problem, config_error, did_you_mean, from_pydantic
+from epbackend.config.placement import PhaseSplits, PlacementSettings
+from epbackend.config.problems import UNION_TAGS, Problem, config_error, from_pydantic
 from epbackend.config.rules import LEVEL_OF_DISPATCHER
 from epbackend.dispatch.settings import DispatchSettings
+from epbackend.errors import did_you_mean
 
 Phase = Literal["prefill", "decode"]
 BUILT_IN_DEVICES = ("cpu", "cuda", "ascend")
@@ -129,6 +131,10 @@ class EPConfig(Section):
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=_DEFAULTS.timeout_s,
         description="Seconds a collective may take. Then it fails, naming the ranks that do not answer.",
+    )
+    placement: PlacementSettings = Field(
+        default_factory=PlacementSettings,
+        description="Which rank holds which experts, and which copy a token takes.",
     )
     engine: EngineSettings = Field(
         default_factory=EngineSettings, description="Settings of LMDeploy's PyTorch engine."
@@ -251,6 +257,8 @@ def _resolve_moe_ep(data: Any) -> tuple[Any, list[Problem]]:
 
 _SECTIONS = {
     "": EPConfig.model_fields.keys(),
+    "placement": PlacementSettings.model_fields.keys(),
     "engine": EngineSettings.model_fields.keys(),
     "ep_level": PhaseLevels.model_fields.keys(),
+    "placement.split": PhaseSplits.model_fields.keys(),
 }

@@ -12,7 +12,8 @@ class RankGroup:
     """This rank's place among the R ranks that share the experts.
 
     `token_group` are the ranks that hold the same tokens (attention tensor parallelism), a part of `group`;
-    its size 1 means that every rank has tokens of its own.
+    its size 1 means that every rank has tokens of its own. Such a part, whose ranks follow each other in `group`, is a
+    *source* of tokens.
     """
 
     group: dist.ProcessGroup | None
@@ -21,6 +22,16 @@ class RankGroup:
     token_group: dist.ProcessGroup | None = None
     token_rank: int = 0
     token_size: int = 1
+
+    @property
+    def sources(self) -> int:
+        """Sources of tokens."""
+        return self.size // self.token_size
+
+    @property
+    def source(self) -> int:
+        """Which of them this rank belongs to."""
+        return self.rank // self.token_size
 
     @classmethod
     def single(cls) -> RankGroup:

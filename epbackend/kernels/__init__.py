@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from epbackend.placement.layout import Layout
+
 Packed = Any  # the matrices of L slots in a device's own layout: only the kernels that packed them read them
 
 
@@ -70,3 +72,17 @@ class Kernels(Protocol):
 
     def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
         """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot."""
+
+
+class LevelKernels(Kernels, Protocol):
+    """Kernels of a device that has the split `level` as well."""
+
+    def level_quota(
+        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
+    ) -> Tensor:
+        """quota_P (int64): how many of a source's choices each slot takes, so that the ranks' loads are level.
+
+        `counts_GE` (int64) are the choices of all G sources, `layout` the slots of the ranks, and `by_source` the same
+        slots with each source's ranks taken together. The result is `placement.split.own_quota` of
+        `placement.split.level_shares`, to the last token: all ranks must agree.
+        """

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from epbackend.kernels.hugepages import use_huge_pages
 from epbackend.kernels.reference import ReferenceKernels
+from epbackend.placement.layout import Layout
+from epbackend.placement.split import level_shares, own_quota
 
 FEWEST_ROWS = 4
 """Measured on Zen 4: 1, 2, 3, 4 rows take 5.5, 6.0, 4.1, 3.8 ms in float32, and 2.9, 2.9, 2.8, 2.7 ms in bfloat16."""
@@ -49,6 +51,13 @@ class CpuKernels(ReferenceKernels):
                 rows_SN[first : first + count] = rows_MN[first - start : first - start + count]
                 first += count
         return rows_SN
+
+    def level_quota(
+        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
+    ) -> Tensor:
+        counts = counts_GE.contiguous().numpy()
+        shares_P = level_shares(counts.sum(axis=0), layout)
+        return torch.from_numpy(own_quota(counts, shares_P, by_source, source, node_sources))
 
 
 def can_prepack(dtype: torch.dtype) -> bool:

@@ -52,7 +52,13 @@ def test_demo_equals_transformers_and_leaves_a_picture(tmp_path):
     assert (said["ranks"], said["ep_level"], said["dispatcher"]) == (2, 2, "alltoall")
     assert len(said["answers"]) == 3
     assert said["seconds"] > said["start_seconds"] > 0
-    assert Path(tmp_path, said["heat_map"]).read_bytes().startswith(b"\x89PNG")
+    placed = said["placement"]
+    assert placed["tokens_identical"] is True
+    assert placed["before"] == {name: said[name] for name in placed["before"]}
+    assert placed["after"]["step_imbalance_mean"] < placed["before"]["step_imbalance_mean"]
+    for picture in (said["heat_map"], placed["picture"]):
+        assert Path(tmp_path, picture).read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads(Path(tmp_path, placed["loads"]).read_text())["logical_count"]) == 4
     assert shared_memory() <= before
 
 
@@ -126,6 +132,45 @@ def test_what_cannot_work_is_said_before_anything_starts(config_file, settings, 
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    ["The whale\n\nThe ship\n", '["The whale", "The ship"]'],
+    ids=["lines", "json"],
+)
+def test_record_writes_the_loads_of_every_layer(config_file, tmp_path, prompts):
+    (tmp_path / "prompts").write_text(prompts)
+    result = run(
+        "record", "tiny-deepseek-v3", "--config", config_file(), "--prompts", "prompts", "--out", "loads.json",
+        "--max-new-tokens", 4, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert (said["loads"], said["prompts"]) == ("loads.json", 2)
+    counts = json.loads((tmp_path / "loads.json").read_text())["logical_count"]
+    totals = [sum(layer) for layer in counts]
+    assert totals[0] == 0  # a dense layer
+    assert totals[1] == totals[2] == totals[3] > 0
+    assert sum(totals) == sum(said["expert_tokens_per_rank"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "cannot be read"),
+        ("\n \n", "has none"),
+        ("[1]", "list of texts"),
+        ("[", "neither text nor JSON"),
+    ],
+)
+def test_record_wants_prompts(tmp_path, prompts, message):
+    if prompts is not None:
+        (tmp_path / "prompts").write_text(prompts)
+    result = run("record", "tiny-qwen3-moe", "--prompts", "prompts", "--out", "loads.json", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "error: prompts: prompts" in result.stderr
+    assert message in result.stderr
 
 
 def test_doctor_tells_every_device_and_dispatcher():

@@ -15,7 +15,7 @@ def report(tokens_RLE, layers, **phases):
         phase: {"name": name, "reason": "it suits", "passed_over": [("other", "it does not")]}
         for phase, name in phases.items()
     }
-    return LoadReport(layers, np.array(tokens_RLE), 1, 1, 1, dispatchers)
+    return LoadReport(layers, np.array(tokens_RLE), 1, 1, 1, dispatchers, np.full(len(layers), 2.5))
 
 
 TWO_RANKS = report([[[1, 2], [0, 0]], [[0, 0], [3, 9]]], (1, 2), prefill="alltoall", decode="replicated")
@@ -54,6 +54,21 @@ def test_a_dense_model_has_an_empty_table():
     with console.capture() as captured:
         loads.print_load(DENSE)
     assert "none" in captured.get()
+
+
+@pytest.mark.parametrize(("load", "run", "step"), [(TWO_RANKS, 2.0, 2.5), (DENSE, 1.0, 1.0)])
+def test_imbalance(load, run, step):
+    found = loads.imbalance(load)
+    assert (found["imbalance_mean"], found["imbalance_worst"]) == (run, run)
+    assert (found["step_imbalance_mean"], found["step_imbalance_worst"]) == (step, step)
+
+
+def test_two_runs_beside_each_other(tmp_path):
+    level = report([[[1, 0], [6, 0]], [[0, 2], [0, 6]]], (1, 2))
+    path = loads.save_comparison(
+        {"before": TWO_RANKS, "after": level}, tmp_path / "both.png", title="two runs"
+    )
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_heat_map_is_a_picture(tmp_path):

@@ -26,6 +26,31 @@ def buffers():
     ).map(lambda pairs: [list(pair) for pair in pairs])
 
 
+def splits():
+    """One for both phases, or one for each."""
+    name = st.sampled_from(["even", "nearest", "level"])
+    return name | st.fixed_dictionaries({"prefill": name, "decode": name})
+
+
+@st.composite
+def placements(draw, ep):
+    """A section that goes with `ep` ranks; nothing but a split for one rank."""
+    split = {"split": splits()}
+    if ep == 1:
+        return draw(st.fixed_dictionaries({}, optional=split))
+    nodes = {"node_size": st.sampled_from([size for size in range(ep + 1) if not size or ep % size == 0])}
+    if draw(st.booleans()):
+        return draw(st.fixed_dictionaries({"file": st.text()}, optional=split | nodes))
+    size = {draw(st.sampled_from(["redundant_experts", "budget"])): st.integers(0, 999)}
+    planning = {
+        "algorithm": st.sampled_from(["refined", "omni", "eplb", "lplb"]),
+        "objective": st.text(),
+        "search_ms": st.floats(0, 1e4) | st.integers(0, 99),
+    }
+    files = {"loads": st.lists(st.text(), min_size=1, max_size=3)}
+    return draw(st.fixed_dictionaries(files, optional=split | nodes | size | planning))
+
+
 @st.composite
 def settings(draw):
     """A mapping as a file would hold it: any subset of the settings, none contradicting another."""
@@ -71,4 +96,4 @@ def settings(draw):
             },
         )
     )
-    return {**found, "engine": engine}
+    return {**found, "placement": draw(placements(ep)), "engine": engine}

@@ -54,6 +54,24 @@ BAD = [
     ({"dispatcher": "alltoall"}, ["dispatcher:", "serves ep_level 2", "prefill is 1", "'alltoall'"]),
     ({"dispatcher": "allgather", "ep_level": {"prefill": 1, "decode": 2}}, ["dispatcher:", "decode is 2"]),
     ({"dispatcher": "replicated", "ep_size": 2, "engine": {"dp": 2}}, ["dispatcher:", "engine.dp is 2"]),
+    # the placement
+    ({"placement": {"split": "levl"}}, ["placement.split:", "even, nearest or level", "(got 'levl')"]),
+    ({"placement": {"split": {"prefill": "level"}}}, ["placement.split.decode:", "missing"]),
+    ({"placement": {"algorithm": "eplp"}}, ["placement.algorithm:", "refined", "did you mean 'eplb'?"]),
+    ({"placement": {"redundant": 3}}, ["placement.redundant:", "did you mean"]),
+    ({"placement": {"loads": [3]}}, ["placement.loads:", "list of file names"]),
+    ({"ep_size": 2, "placement": {"loads": "a", "budget": -1}}, ["placement.budget:", "(got -1)"]),
+    (
+        {"ep_size": 2, "placement": {"file": "a", "algorithm": "refined", "loads": ["b"]}},
+        ["placement.algorithm:", "placement.loads:", "placement.file is a finished placement", "keep one"],
+    ),
+    (
+        {"ep_size": 2, "placement": {"loads": "a", "budget": 4, "redundant_experts": 2}},
+        ["placement.budget:", "placement.redundant_experts", "keep one"],
+    ),
+    ({"ep_size": 2, "placement": {"redundant_experts": 2}}, ["placement.redundant_experts:", "loads"]),
+    ({"placement": {"file": "a"}}, ["placement:", "set ep_size"]),
+    ({"ep_size": 4, "placement": {"file": "a", "node_size": 3}}, ["placement.node_size:", "ep_size 4"]),
     # the engine
     ({"engine": {"block_size": 48}}, ["engine.block_size:", "power of two", "(got 48)"]),
     ({"engine": {"dtype": "fp8"}}, ["engine.dtype:", "bfloat16", "(got 'fp8')"]),

@@ -35,9 +35,9 @@ def test_valid_settings_load_and_survive_json(mapping):
 def test_what_is_written_is_what_is_set(mapping):
     config = json.loads(load_quietly(mapping).to_json())
     written = {("ep_size" if name == "moe_ep" else name): value for name, value in mapping.items()}
-    engine = written.pop("engine")
+    for section in ("placement", "engine"):
+        assert written.pop(section).items() <= config[section].items()
     assert written.items() <= config.items()
-    assert engine.items() <= config["engine"].items()
 
 
 @given(settings())
@@ -52,7 +52,7 @@ def test_ranks_divide_evenly_and_every_setting_is_listed(mapping):
     assert config.attn_tp * config.engine.dp == config.world_size
     assert config.world_size % config.ep_size == 0
     dumped = json.loads(config.to_json())
-    assert len(values(config)) == len(dumped) - 1 + len(dumped["engine"])
+    assert len(values(config)) == len(dumped) - 2 + len(dumped["placement"]) + len(dumped["engine"])
 
 
 def test_defaults_are_those_of_the_data_path():
@@ -94,6 +94,22 @@ def test_dispatch_settings_carry_every_value():
     )
 
 
+def test_each_phase_has_its_split():
+    both = EPConfig.load({"ep_size": 2, "placement": {"file": "x", "split": "level"}}).placement
+    assert (both.split_of("prefill"), both.split_of("decode"), both.given) == ("level", "level", True)
+    split = {"prefill": "level", "decode": "nearest"}
+    each = EPConfig.load({"ep_size": 2, "placement": {"loads": "x", "split": split}}).placement
+    assert (each.split_of("prefill"), each.split_of("decode"), each.loads) == ("level", "nearest", ("x",))
+    assert not EPConfig().placement.given
+
+
+def test_splits_are_those_of_the_data_path():
+    from epbackend.config.placement import SPLIT_NAMES
+    from epbackend.placement.split import SPLITS
+
+    assert SPLIT_NAMES == SPLITS
+
+
 CUTOFF = {"enable_init_routing_cutoff": True, "topk_scaling_factor": 0.5}
 
 
@@ -105,6 +121,7 @@ CUTOFF = {"enable_init_routing_cutoff": True, "topk_scaling_factor": 0.5}
         ({"alltoall_ep_buffer_scale_factors": [[0, 8.0]]}, "alltoall_ep_buffer_scale_factors"),
         ({"overlap_chunks": 4}, "overlap_chunks"),
         ({"device": "cpu", "engine": {"cache_max_entry_count": 0.5}}, "engine.cache_max_entry_count"),
+        ({"placement": {"split": "level"}}, "placement.split"),
     ],
 )
 def test_settings_without_effect_warn_by_name(mapping, name):
@@ -120,6 +137,7 @@ def test_settings_without_effect_warn_by_name(mapping, name):
         {"ep_level": 1, **CUTOFF},
         {"ep_level": {"prefill": 1, "decode": 2}, **CUTOFF, "alltoall_ep_buffer_scale_factors": [[0, 8.0]]},
         {"ep_level": 2, "overlap_chunks": 4},
+        {"ep_size": 2, "placement": {"loads": ["a.json"], "split": "level"}},
         {"device": "cuda", "engine": {"cache_max_entry_count": 0.5}},
     ],
 )

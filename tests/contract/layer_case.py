@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from unittest import mock
 
 import torch
@@ -15,6 +16,7 @@ from epbackend.device import get_device
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.kernels import Permuted
+from epbackend.placement.layout import Layout
 from epbackend.slots import SlotMap
 
 D, F = 12, 10
@@ -30,6 +32,11 @@ class Case:
     settings: DispatchSettings = field(default_factory=DispatchSettings)
     token_size: int = 1
     slots: tuple[int, ...] = tuple(range(8))
+    """The expert in each slot, rank by rank."""
+    slots_R: tuple[int, ...] = ()
+    """How many slots each rank has; empty: equally many."""
+    split: str = "even"
+    node_size: int = 0
     top_k: int = 3
     dtype: torch.dtype = torch.float32
     bias: bool = False
@@ -38,6 +45,14 @@ class Case:
     """Whether a token may choose an expert twice."""
     seed: int = 0
     device: str = "cpu"
+
+    @property
+    def slot_map(self) -> SlotMap:
+        if not self.slots_R:
+            return SlotMap.of(self.slots, self.size)
+        slots = iter(self.slots)
+        held = tuple(tuple(islice(slots, count)) for count in self.slots_R)
+        return SlotMap(Layout(held, max(self.slots) + 1), self.node_size)
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
     ranks = groups[case.token_size]
     device = get_device(case.device)
     place = device.torch_device(0)
-    slot_map = SlotMap(case.slots, case.size)
+    slot_map = case.slot_map
     experts = slot_map.experts
     draw = torch.Generator().manual_seed(case.seed)
     gate_up = (torch.randn(experts, 2 * F, D, generator=draw) / 3).to(place, case.dtype)
@@ -83,6 +98,7 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
             slot_map=slot_map,
             ranks=ranks,
             settings=case.settings,
+            split=case.split,
             top_k=case.top_k,
             gate_up_bias_L2F=None if biases[0] is None else biases[0][mine],
             down_bias_LD=None if biases[1] is None else biases[1][mine],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from contract.dense import swiglu, tolerance
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.reference import ReferenceKernels
+from epbackend.placement.layout import Layout
+from epbackend.placement.split import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -135,3 +138,21 @@ def test_no_rows_at_all(kernels, device):
         0,
         8,
     )
+
+
+@given(
+    counts=st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4), min_size=2, max_size=2),
+    source=st.integers(0, 1),
+    node_sources=st.integers(0, 1),
+)
+def test_level_quota_is_the_plain_one_to_the_last_token(device, counts, source, node_sources):
+    """Two sources of two ranks each; expert 0 is everywhere, 3 twice, and on one rank twice."""
+    if not hasattr(device.kernels, "level_quota"):
+        pytest.skip(f"{device.name} has no split level yet")
+    layout = Layout(((0, 1), (0, 3, 3), (2, 0), (3, 0, 1)), experts=4)
+    by_source = Layout(((0, 1, 0, 3, 3), (2, 0, 3, 0, 1)), experts=4)
+    counts_GE = torch.tensor(counts, device=device.torch_device(0))
+    found = device.kernels.level_quota(counts_GE, layout, by_source, source, node_sources)
+    plain = np.array(counts)
+    shares_P = reference.level_shares(plain.sum(axis=0), layout)
+    assert found.tolist() == reference.own_quota(plain, shares_P, by_source, source, node_sources).tolist()

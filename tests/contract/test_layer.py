@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ CHUNKS = DispatchSettings(level=2, overlap_chunks=3, overlap_min_tokens=1)
 WAYS = {"level1": LEVEL_1, "level2": LEVEL_2, "passes": PASSES, "rounds": ROUNDS, "chunks": CHUNKS}
 REPLICAS = (0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 0, 5)  # expert 0 three times, experts 3 and 5 twice
 SHUFFLED = (5, 5, 2, 0, 7, 1, 5, 4, 6, 3, 5, 2)
+
+
+SPLITS = ("even", "nearest", "level")
+# 13 slots: expert 0 four times, twice of them on the first rank
+UNEVEN = (0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 5, 0)
+UNEVEN_CUTS = {1: (13,), 2: (9, 4), 4: (5, 1, 4, 3)}
 
 
 @pytest.fixture
@@ -50,6 +57,32 @@ def test_every_way_on_uneven_and_empty_ranks(run, way, size, token_size, slots):
     expected = "replicated" if size == 1 or (token_size == size and case.settings.level == 1) else None
     names = {seen.dispatcher for seen in run(case)}
     assert names == {expected or ("allgather" if case.settings.level == 1 else "alltoall")}
+
+
+@pytest.mark.parametrize("way", ["level1", "level2", "chunks"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(("size", "token_size"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+def test_every_split_on_ranks_with_unequal_slots(run, way, split, size, token_size):
+    """Ranks that hold the same tokens agree, or a choice would be computed twice or not at all."""
+    tokens = uneven(size // token_size)
+    node_size = 2 if size == 4 else 0
+    run(Case(size, tokens, WAYS[way], token_size, UNEVEN, UNEVEN_CUTS[size], split, node_size, bias=True))
+
+
+@pytest.mark.parametrize("token_size", [1, 2, 4])
+def test_level_levels_the_ranks(run, token_size):
+    """Every rank can take every expert, so that none needs to take more than its part, give or take a token."""
+    everywhere = tuple(range(4)) * 4
+    case = Case(4, (40, 3, 0, 11)[: 4 // token_size], LEVEL_2, token_size, everywhere, split="level")
+    loads = [sum(seen.tokens_E) for seen in run(case)]
+    assert max(loads) - min(loads) <= 1
+
+
+def test_near_copies_keep_tokens_at_home(run):
+    """Every expert is on every rank: with `nearest` each rank computes what its own tokens chose."""
+    case = Case(2, (9, 30), LEVEL_2, slots=(0, 1, 2, 3) * 2, split="nearest")
+    for seen in run(case):
+        assert seen.tokens_E == seen.chosen_E
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -123,7 +156,13 @@ def cases(draw) -> Case:
     experts = draw(st.integers(1, 9))
     extra = draw(st.lists(st.integers(0, experts - 1), max_size=6))
     slots = [*range(experts), *extra]
-    slots += [0] * (-len(slots) % size)
+    slots += [0] * max(0, size - len(slots))
+    cuts = sorted(
+        draw(st.sets(st.integers(1, len(slots) - 1), min_size=size - 1, max_size=size - 1))
+        if size > 1
+        else ()
+    )
+    slots_R = tuple(last - first for first, last in pairwise([0, *cuts, len(slots)]))
     groups = size // token_size
     level = draw(st.sampled_from([1, 2]))
     top_k = draw(st.integers(1, experts))
@@ -143,6 +182,9 @@ def cases(draw) -> Case:
         ),
         token_size=token_size,
         slots=tuple(draw(st.permutations(slots))),
+        slots_R=slots_R,
+        split=draw(st.sampled_from(SPLITS)),
+        node_size=draw(st.sampled_from([n for n in (0, 1, 2) if not n or size % n == 0])),
         top_k=top_k,
         repeats=draw(st.booleans()),
         bias=draw(st.booleans()),

@@ -14,8 +14,12 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -83,12 +87,42 @@ def deepseek_v3() -> PreTrainedModel:
     return model
 
 
+def mixtral() -> PreTrainedModel:
+    """Its blocks in LMDeploy do not know their layer; neither do those of qwen2_moe."""
+    settings = {name: value for name, value in _SIZES.items() if name != "moe_intermediate_size"}
+    own = {
+        "num_key_value_heads": 2,
+        "num_local_experts": EXPERTS,
+        "intermediate_size": 32,
+        "sliding_window": None,
+    }
+    return MixtralForCausalLM(MixtralConfig(**(settings | own), initializer_range=0.2))
+
+
+def qwen2_moe() -> PreTrainedModel:
+    own = {
+        "num_key_value_heads": 2,
+        "num_experts": EXPERTS,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+    }
+    shared = {"shared_expert_intermediate_size": 48, "mlp_only_layers": [], "tie_word_embeddings": False}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_SIZES, **own, **shared, initializer_range=0.2))
+
+
 def dense() -> PreTrainedModel:
     settings = {name: value for name, value in _SIZES.items() if "expert" not in name and "moe" not in name}
     return Qwen3ForCausalLM(Qwen3Config(**settings, num_key_value_heads=2, head_dim=16))
 
 
-FORMS = {"qwen3-moe": qwen3_moe, "deepseek-v2": deepseek_v2, "deepseek-v3": deepseek_v3, "dense": dense}
+FORMS = {
+    "qwen3-moe": qwen3_moe,
+    "deepseek-v2": deepseek_v2,
+    "deepseek-v3": deepseek_v3,
+    "mixtral": mixtral,
+    "qwen2-moe": qwen2_moe,
+    "dense": dense,
+}
 
 
 def save(form: str, folder: Path) -> Path:

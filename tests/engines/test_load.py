@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from epbackend.engines.lmdeploy import load
-from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, MAX_EXPERTS, MAX_LAYERS, LoadBoard, LoadWriter
+from epbackend.engines.lmdeploy.load import (
+    BOARD_VARIABLE,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    LoadBoard,
+    LoadReport,
+    LoadWriter,
+)
 from epbackend.errors import EPError
 
 
@@ -68,6 +75,43 @@ def test_since_subtracts_and_a_report_does_not_change(board):
     assert second.since(first).tokens_RLE[0].tolist() == [[4, 3]]
     assert second.since(first).calls == 3
     assert np.array_equal(first.since(nothing).tokens_RLE, first.tokens_RLE)
+
+
+def report(tokens_RLE, layers):
+    return LoadReport(layers, np.array(tokens_RLE), 1, 1, 1, {}, np.ones(len(layers)))
+
+
+def test_imbalance_is_the_busiest_rank_over_the_mean():
+    two = report([[[3, 0], [0, 0], [2, 0]], [[0, 1], [0, 0], [0, 2]]], (1, 2, 3))
+    assert two.imbalance_L.tolist() == [1.5, 1.0, 1.0]
+    assert report(np.zeros((2, 0, 0), dtype=np.int64), ()).imbalance_L.size == 0
+
+
+def test_steps_are_looked_at_one_by_one(board):
+    """Two ranks that are busy in turn are level over the run, and twice as busy as need be in each step."""
+    writers = [LoadWriter.attach(rank, 0, 1) for rank in (0, 1)]
+    for call in range(1, 2 * load.STEPS):
+        for rank, writer in enumerate(writers):
+            writer.record(layer([3 * ((call + rank) // 2)], calls=call))
+    report = board.report()
+    assert report.imbalance_L == pytest.approx([1.0], abs=0.01)
+    assert report.step_imbalance_L == pytest.approx([2.0])
+
+
+def test_steps_of_a_rank_that_is_behind_are_left_out(board):
+    first, second = (LoadWriter.attach(rank, 0, 1) for rank in (0, 1))
+    first.record(layer([2], calls=1))
+    assert board.report().step_imbalance_L.tolist() == [1.0]
+    second.record(layer([1], calls=1))
+    first.record(layer([9], calls=2))
+    assert board.report().step_imbalance_L == pytest.approx([2 / 1.5])
+
+
+def test_loads_are_those_of_the_model():
+    """Copies of an expert add up, layers without experts are there, and shards of an expert count once."""
+    both = report([[[3, 0], [1, 1]], [[4, 1], [0, 2]]], (1, 3))
+    assert both.loads_LE(4, ep_size=2).tolist() == [[0, 0], [7, 1], [0, 0], [1, 3]]
+    assert both.loads_LE(4, ep_size=1).tolist() == [[0, 0], [3, 0], [0, 0], [1, 1]]
 
 
 def test_last_words_cross_processes(board):

@@ -9,16 +9,17 @@
     pipe.close(); disable()
 
 One idea a file. `plug` switches on and off; `patching` and `patches` change LMDeploy and put it back; `engine`
-turns our settings into LMDeploy's, `locate` finds a model, `checks` refuses what cannot work before anything
-starts. `backend`, `attention` (with `attention_plan`), `moe` and `sampling` are the CPU's operators, `cuda_on_cpu`
-and `threads` the rest of it. `workers` (with `notifier`), `ray_workers` and `engine_process` bring the plug into
-the processes LMDeploy starts, `guard` ends them, `load` brings their counters back. `pipelines`, `replicas` and
-`server` (both on `deployment`) run a model.
+turns our settings into LMDeploy's, `locate` finds a model, `checks` refuses what cannot work before anything starts.
+`backend`, `attention` (with `attention_plan`), `moe` (with `layers`) and `sampling` are the CPU's operators,
+`cuda_on_cpu` and `threads` the rest of it. `workers` (with `notifier`), `ray_workers` and `engine_process` bring the
+plug into the processes LMDeploy starts, `guard` ends them, `load` brings their counters back. `pipelines`, `replicas`
+and `server` (both on `deployment`) run a model; `recording` writes down what its experts did.
 Importing this package does not import LMDeploy.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epbackend.config import EPConfig
@@ -26,6 +27,7 @@ from epbackend.engines.lmdeploy.engine import engine_config
 from epbackend.engines.lmdeploy.load import LoadReport
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.engines.lmdeploy.plug import disable, enable
+from epbackend.engines.placing import finished_placement
 
 if TYPE_CHECKING:
     from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
@@ -49,26 +51,38 @@ def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipel
     from epbackend.engines.lmdeploy.locate import locate
 
     check_version()
-    path = locate(model)
-    check_model(path, config)
+    path, placement = locate(model), finished_placement(config)
+    check_model(path, config, placement)
     check_packages(config, serving=False)
     if config.engine.dp > 1:
         from epbackend.engines.lmdeploy.replicas import ReplicatedPipeline
 
-        return ReplicatedPipeline(path, config, **kwargs)
+        return ReplicatedPipeline(path, config, placement, **kwargs)
     from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
 
-    return ExpertParallelPipeline(path, config, **kwargs)
+    return ExpertParallelPipeline(path, config, placement=placement, **kwargs)
 
 
-def serve(model: str, config: EPConfig, host: str = "127.0.0.1", port: int = 23333, **kwargs: Any) -> None:
-    """Serves a model by LMDeploy's OpenAI API until SIGINT or SIGTERM; see `server.serve_model`."""
+def serve(
+    model: str,
+    config: EPConfig,
+    host: str = "127.0.0.1",
+    port: int = 23333,
+    record: Path | None = None,
+    **kwargs: Any,
+) -> None:
+    """Serves a model by LMDeploy's OpenAI API until SIGINT or SIGTERM; see `server.serve_model`.
+
+    `record` is a file for the experts' loads, written now and then and at the end: what a placement is planned on.
+    """
     from epbackend.engines.lmdeploy.checks import check_model, check_packages
     from epbackend.engines.lmdeploy.locate import locate
+    from epbackend.engines.lmdeploy.recording import Recording
     from epbackend.engines.lmdeploy.server import serve_model
 
     check_version()
-    path = locate(model)
-    check_model(path, config)
+    path, placement = locate(model), finished_placement(config)
+    check_model(path, config, placement)
     check_packages(config, serving=True)
-    serve_model(path, config, host, port, **kwargs)
+    recording = Recording.of(record, path, config.ep_size) if record else None
+    serve_model(path, config, host, port, placement, recording, **kwargs)

@@ -11,6 +11,7 @@ from epbackend.config import EPConfig
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy.plug import executor
 from epbackend.errors import ConfigError, UnavailableError
+from epbackend.placement.placement import Placement
 
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 """The names under which the model families state their number of experts."""
@@ -18,14 +19,14 @@ SUM_TWICE = {"HYV3ForCausalLM", "Llama4ForConditionalGeneration"}
 """Models of LMDeploy that add up complete expert outputs over all ranks, and that no patch of ours puts right yet."""
 
 
-def check_model(path: str, config: EPConfig) -> None:
-    """Raises an error that says why the model in the directory `path` cannot run with `config`.
+def check_model(path: str, config: EPConfig, placement: Placement | None = None) -> None:
+    """Raises an error that says why the model in the directory `path` cannot run with `config` and a placement.
 
     Raises:
         UnavailableError: there is no model at the path.
         ConfigError: its form, its experts or their number, or its quantisation do not suit the settings.
     """
-    settings = _read_config(Path(path))
+    settings = read_model_config(Path(path))
     experts = expert_count(settings)
     if config.ep_size > 1:
         if wrong := SUM_TWICE.intersection(settings.get("architectures") or []):
@@ -38,11 +39,13 @@ def check_model(path: str, config: EPConfig) -> None:
                 f"ep_size: {config.ep_size}, but {path} is a model without experts "
                 f"({_architecture(settings)}): nothing can be spread; use a mixture-of-experts model, or ep_size: 1"
             )
-        if experts % config.ep_size:
+        if placement is not None:
+            _check_placement(placement, settings, path, config.ep_size)
+        elif experts % config.ep_size:
             fitting = [str(size) for size in range(1, experts + 1) if experts % size == 0]
             raise ConfigError(
                 f"ep_size: {config.ep_size} does not divide the {experts} experts of {path}; "
-                f"use one of {', '.join(fitting)}"
+                f"use one of {', '.join(fitting)}, or a placement"
             )
     quantised = settings.get("quantization_config") or settings.get("text_config", {}).get(
         "quantization_config"
@@ -72,7 +75,29 @@ def expert_count(settings: dict[str, Any]) -> int | None:
     return None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def layer_count(settings: dict[str, Any]) -> int | None:
+    """Layers of a model, dense ones too, from its config.json; None where it does not say."""
+    for level in (settings, settings.get("text_config") or {}):
+        if level.get("num_hidden_layers"):
+            return int(level["num_hidden_layers"])
+    return None
+
+
+def _check_placement(placement: Placement, settings: dict[str, Any], path: str, ep_size: int) -> None:
+    """Raises ConfigError for a placement of another model or other ranks."""
+    has = {"ranks": placement.ranks, "experts": placement.experts, "layers": len(placement.layers)}
+    needed = {"ranks": ep_size, "experts": expert_count(settings), "layers": layer_count(settings)}
+    of = {"ranks": "ep_size", "experts": path, "layers": f"{path} (dense layers count)"}
+    for name in has:
+        if has[name] != needed[name]:
+            raise ConfigError(
+                f"placement: it has {has[name]} {name}, but {needed[name]} are those of {of[name]}; plan one on loads "
+                f"recorded with this model (epbackend record), for {ep_size} ranks"
+            )
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """The model's config.json. Raises UnavailableError where there is no such model."""
     file = path / "config.json"
     if not path.exists():
         raise UnavailableError(

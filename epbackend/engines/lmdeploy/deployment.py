@@ -19,6 +19,8 @@ from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard
 from epbackend.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
+POLL_S = 0.2
+"""Between two looks at whether somebody listens."""
 
 
 def start_engines(
@@ -77,6 +79,15 @@ def check_port(host: str, port: int) -> None:
             raise ConfigError(
                 f"port {port} of {host} cannot be used ({error.strerror}): stop what listens there, or choose another"
             ) from error
+
+
+def listens(address: tuple[str, int]) -> bool:
+    """Whether a connection is accepted there."""
+    try:
+        socket.create_connection(address, timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def _run(environment: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -27,6 +27,10 @@ BOARD_VARIABLE = "EPBACKEND_LOAD_BOARD"
 """Names the segment to worker processes, as `ranks:name`."""
 
 MAX_LAYERS, MAX_EXPERTS = 256, 1024
+STEPS = 1024
+"""Calls of a layer whose tokens are kept one by one."""
+AHEAD = 8
+"""More calls than a rank can be ahead of another one."""
 
 # The board is an array of these, one a rank. Memory is taken only where something is written.
 _RANK = np.dtype(
@@ -38,6 +42,7 @@ _RANK = np.dtype(
         ("passes", np.int64, MAX_LAYERS),
         ("rounds", np.int64, MAX_LAYERS),
         ("tokens", np.int64, (MAX_LAYERS, MAX_EXPERTS)),
+        ("steps", np.int64, (MAX_LAYERS, STEPS)),
     ]
 )
 
@@ -60,14 +65,33 @@ class LoadReport:
     """The most rounds that a single call took (1: the buffers always sufficed)."""
     dispatchers: dict[str, dict[str, Any]]
     """phase -> name of its dispatcher, the reason, and why others were passed over."""
+    step_imbalance_L: np.ndarray
+    """As `imbalance_L`, but each call by itself, since in each the ranks wait for the busiest: the sum of the calls'
+    maxima over the sum of their means, in the last thousand calls of each layer."""
 
     @property
     def tokens_per_rank(self) -> list[int]:
         """Expert tokens of each rank over all layers."""
         return self.tokens_RLE.sum(axis=(1, 2)).tolist()
 
+    @property
+    def imbalance_L(self) -> np.ndarray:
+        """The busiest rank's tokens over the ranks' mean, for each of `layers` (1.0: level, or no token at all)."""
+        tokens_RL = self.tokens_RLE.sum(axis=2)
+        mean_L = tokens_RL.mean(axis=0)
+        return np.where(mean_L > 0, tokens_RL.max(axis=0) / np.maximum(mean_L, 1e-9), 1.0)
+
+    def loads_LE(self, layers: int, ep_size: int) -> np.ndarray:
+        """Tokens of each logical expert in all `layers` of the model, int64; zeros where a layer has no experts.
+
+        With `ep_size` 1 every rank computes (its share of) every token, so that one rank has seen them all.
+        """
+        loads_LE = np.zeros((layers, self.tokens_RLE.shape[2]), dtype=np.int64)
+        loads_LE[list(self.layers)] = self.tokens_RLE[:ep_size].sum(axis=0)
+        return loads_LE
+
     def since(self, earlier: LoadReport) -> LoadReport:
-        """The work after `earlier` was read; the maxima stay those of the whole time."""
+        """The work after `earlier` was read; maxima and step_imbalance_L stay those of the whole time."""
         return LoadReport(
             self.layers,
             self.tokens_RLE - earlier.tokens_RLE if earlier.layers else self.tokens_RLE,
@@ -75,6 +99,7 @@ class LoadReport:
             self.passes,
             self.rounds,
             self.dispatchers,
+            self.step_imbalance_L,
         )
 
 
@@ -102,7 +127,15 @@ class LoadBoard:
             passes=int(self._ranks["passes"].max()),
             rounds=int(self._ranks["rounds"].max()),
             dispatchers=notes[0] if notes else {},
+            step_imbalance_L=np.array([self._step_imbalance(layer) for layer in layers.tolist()]),
         )
+
+    def _step_imbalance(self, layer: int) -> float:
+        calls = int(self._ranks["calls"][:, layer].min())
+        kept = np.arange(max(0, calls - STEPS + AHEAD), calls) % STEPS
+        tokens_RS = self._ranks["steps"][:, layer][:, kept]
+        mean = tokens_RS.mean(axis=0).sum()
+        return float(tokens_RS.max(axis=0).sum() / mean) if mean else 1.0
 
     def remove(self) -> None:
         """Takes the segment away. Workers that still run keep writing to memory nobody sees."""
@@ -141,6 +174,8 @@ class LoadWriter:
         row, load, tokens_E = self._row, layer.load, layer.load.tokens_E.numpy()
         if not row["calls"][self._layer]:
             row["dispatchers"] = _note({phase: asdict(choice) for phase, choice in layer.dispatchers.items()})
+        tokens_before = row["tokens"][self._layer].sum()
+        row["steps"][self._layer, (load.calls - 1) % STEPS] = tokens_E.sum() - tokens_before
         row["tokens"][self._layer, : len(tokens_E)] = tokens_E
         row["passes"][self._layer], row["rounds"][self._layer] = load.passes.max, load.rounds.max
         row["calls"][self._layer] = load.calls

@@ -10,10 +10,12 @@ from lmdeploy.pytorch.model_inputs import get_step_ctx_manager
 from torch import Tensor
 
 from epbackend.dispatch.ranks import RankGroup
+from epbackend.engines.lmdeploy.layers import layer_being_built
 from epbackend.engines.lmdeploy.load import LoadWriter
 from epbackend.engines.lmdeploy.plug import active
-from epbackend.errors import EPError
-from epbackend.moe import ExpertParallelMoE
+from epbackend.errors import ConfigError, EPError
+from epbackend.moe import PHASES, ExpertParallelMoE
+from epbackend.placement.placement import Placement
 from epbackend.slots import SlotMap
 
 
@@ -26,12 +28,14 @@ class ExpertParallelFusedMoE(FusedMoEImpl):
     def __init__(self, spec: FusedMoEBuildSpec, device: str) -> None:
         config = active().config
         self.spec = spec
+        self.layer_number = layer_being_built(spec.layer_idx)
         self.device = device
         self.ranks = _ranks(spec)
-        self.slot_map = SlotMap.uniform(spec.num_experts, self.ranks.size)
+        self.slot_map = _slot_map(active().placement, self.layer_number, spec.num_experts, self.ranks.size)
         self.settings = {phase: config.dispatch_settings(phase) for phase in ("prefill", "decode")}
+        self.split = {phase: config.placement.split_of(phase) for phase in PHASES}
         rank = get_dist_manager().current_context().rank
-        self.load_writer = LoadWriter.attach(rank, spec.layer_idx, spec.num_experts)
+        self.load_writer = LoadWriter.attach(rank, self.layer_number, spec.num_experts)
         self.gate_up_bias: Tensor | None = None
         self.down_bias: Tensor | None = None
         self.activation: Callable[[Tensor], Tensor] | None = None
@@ -48,19 +52,20 @@ class ExpertParallelFusedMoE(FusedMoEImpl):
         self.gate_up_bias, self.down_bias, self.activation = gate_up_bias, down_bias, activation
 
     def update_weights(self, gate_up_weights: Tensor, down_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Packs the weights [L, 2F, D] and [L, D, F]; LMDeploy gets empty ones back, so that they are held once."""
+        """Packs the rank's weights [L, 2F, D], [L, D, F]; LMDeploy gets empty ones back, so that they are held once."""
         self.layer = ExpertParallelMoE(
             gate_up_weights.data,
             down_weights.data,
             slot_map=self.slot_map,
             ranks=self.ranks,
             settings=self.settings,
+            split=self.split,
             device=self.device,
             top_k=self.spec.top_k,
             gate_up_bias_L2F=self.gate_up_bias,
             down_bias_LD=self.down_bias,
             activation=self.activation,
-            layer=self.spec.layer_idx,
+            layer=self.layer_number,
         )
         return gate_up_weights.new_empty(0), down_weights.new_empty(0)
 
@@ -79,13 +84,24 @@ class ExpertParallelFusedMoE(FusedMoEImpl):
         """hidden_states [T, D], topk_weights and topk_ids [T, K] -> [T, D]; weights and biases are already packed."""
         if self.layer is None:
             raise EPError(
-                f"MoE layer {self.spec.layer_idx} has no weights yet: load them before the first forward"
+                f"MoE layer {self.layer_number} has no weights yet: load them before the first forward"
             )
         if self.spec.renormalize:
             topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
         out = self.layer(hidden_states, topk_ids, topk_weights, phase=_phase())
         self.load_writer.record(self.layer)
         return out
+
+
+def _slot_map(placement: Placement | None, layer: int, experts: int, ranks: int) -> SlotMap:
+    """Where this layer's experts live. Layers after the model's own, those of a draft model, are not in a placement."""
+    if placement is None or layer >= len(placement.layers):
+        return SlotMap.uniform(experts, ranks)
+    if placement.experts != experts:
+        raise ConfigError(
+            f"placement: it has {placement.experts} experts, but MoE layer {layer} has {experts}; plan one for it"
+        )
+    return SlotMap(placement.layers[layer], placement.node_size)
 
 
 def _phase() -> str:

@@ -15,6 +15,7 @@ from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.engine import engine_config
 from epbackend.engines.lmdeploy.load import LoadReport
 from epbackend.errors import EPError
+from epbackend.placement.placement import Placement
 
 
 class ExpertParallelPipeline(Pipeline):
@@ -23,8 +24,15 @@ class ExpertParallelPipeline(Pipeline):
     Close it, or use it as a context manager: that ends its processes and disables the plug.
     """
 
-    def __init__(self, model_path: str, config: EPConfig, dp_rank: int = 0, **kwargs: Any) -> None:
-        plug.enable(config)
+    def __init__(
+        self,
+        model_path: str,
+        config: EPConfig,
+        dp_rank: int = 0,
+        placement: Placement | None = None,
+        **kwargs: Any,
+    ) -> None:
+        plug.enable(config, placement)
         self._closed = False
         self._final_load: LoadReport | None = None
         kwargs.setdefault("log_level", config.engine.log_level)

@@ -15,9 +15,13 @@ from epbackend.config import EPConfig
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard, LoadReport
 from epbackend.engines.lmdeploy.patching import Patches, check_version
+from epbackend.engines.placing import finished_placement, pack, unpack, warm_splits
 from epbackend.errors import ConfigError, EPError
+from epbackend.placement.placement import Placement
 
 CONFIG_VARIABLE = "EPBACKEND_CONFIG"
+PLACEMENT_VARIABLE = "EPBACKEND_PLACEMENT"
+"""Holds the finished placement, packed: every rank has the identical one, on whatever machine it runs."""
 
 
 @dataclass
@@ -25,6 +29,7 @@ class _Plug:
     """What is on, and what it takes to switch it off."""
 
     config: EPConfig
+    placement: Placement | None = None
     patches: Patches = field(default_factory=Patches)
     environment: dict[str, str | None] = field(default_factory=dict)
     """The variables we set, as they were before."""
@@ -37,7 +42,7 @@ class _Plug:
     @property
     def worker_environment(self) -> dict[str, str]:
         """What a worker needs to find in its environment, for starters that do not hand down ours."""
-        names = (CONFIG_VARIABLE, BOARD_VARIABLE)
+        names = (CONFIG_VARIABLE, PLACEMENT_VARIABLE, BOARD_VARIABLE)
         return {name: os.environ[name] for name in names if name in os.environ}
 
     def load_report(self) -> LoadReport:
@@ -64,27 +69,33 @@ class _Plug:
 _plug: _Plug | None = None
 
 
-def enable(config: EPConfig) -> None:
+def enable(config: EPConfig, placement: Placement | None = None) -> None:
     """Plugs expert parallelism into LMDeploy for the pipelines that this process makes from now on.
 
     Make them with `engine_config(config)`, or use `pipeline`, which does both. Enabling the same config again does
-    nothing.
+    nothing. `placement` is what the config's section stands for, where that is known already; it is read or planned
+    otherwise.
 
     Raises:
         UnavailableError: LMDeploy is missing, is another release or was changed; or the device cannot be used here.
-        ConfigError: another config is enabled.
+        ConfigError: another config is enabled, or the config's placement cannot be made.
     """
     if _plug is not None:
         if _plug.config == config:
             return
         raise ConfigError("another config is enabled in this process: call epbackend.disable() first")
-    _switch_on(config, worker=False)
+    placement = placement or finished_placement(config)
+    warm_splits(config)
+    _switch_on(config, placement, worker=False)
 
 
 def enable_worker() -> None:
     """`enable` with what the parent left in the environment, for the processes that LMDeploy starts."""
     if _plug is None:
-        _switch_on(EPConfig.from_json(os.environ[CONFIG_VARIABLE]), worker=True)
+        packed = os.environ.get(PLACEMENT_VARIABLE)
+        config = EPConfig.from_json(os.environ[CONFIG_VARIABLE])
+        warm_splits(config)
+        _switch_on(config, unpack(packed) if packed else None, worker=True)
 
 
 def disable() -> None:
@@ -119,7 +130,7 @@ def executor(config: EPConfig) -> str:
     return "ray" if config.engine.dp > 1 else "mp"
 
 
-def _switch_on(config: EPConfig, *, worker: bool) -> None:
+def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -> None:
     global _plug
     check_version()
     device = get_device(config.device).name
@@ -131,9 +142,10 @@ def _switch_on(config: EPConfig, *, worker: bool) -> None:
     # Imported late: the table imports LMDeploy, whose release has to be checked first.
     from epbackend.engines.lmdeploy.patches import needed
 
-    plug = _Plug(config)
+    plug = _Plug(config, placement)
     try:
         plug.set_environment(CONFIG_VARIABLE, config.to_json())
+        plug.set_environment(PLACEMENT_VARIABLE, pack(placement) if placement else "")
         # Workers write to their starter's board, and so do the engines of one deployment. Any other process that
         # finds one in its environment only happens to be started from a process with an engine.
         if BOARD_VARIABLE not in os.environ or not (worker or config.engine.dp > 1):

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy.deployment import start_engines, stop_engines
 from epbackend.engines.lmdeploy.load import LoadBoard, LoadReport
+from epbackend.engines.placing import warm_splits
 from epbackend.errors import EPError, WorkerError
+from epbackend.placement.placement import Placement
 
 if TYPE_CHECKING:
     from lmdeploy import GenerationConfig
@@ -39,7 +41,10 @@ class ReplicatedPipeline:
     An engine without requests takes part in the others' steps with an empty batch, so all are closed together.
     """
 
-    def __init__(self, model_path: str, config: EPConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, model_path: str, config: EPConfig, placement: Placement | None = None, **kwargs: Any
+    ) -> None:
+        warm_splits(config)
         self._board: LoadBoard | None = LoadBoard(config.world_size)
         self._broken = False
         ends = [Pipe() for _ in range(config.engine.dp)]
@@ -48,7 +53,10 @@ class ReplicatedPipeline:
             config,
             self._board,
             _serve_pipe,
-            [(theirs, model_path, config.to_json(), rank, kwargs) for rank, (_, theirs) in enumerate(ends)],
+            [
+                (theirs, model_path, config.to_json(), rank, placement, kwargs)
+                for rank, (_, theirs) in enumerate(ends)
+            ],
         )
         for _, theirs in ends:
             theirs.close()
@@ -169,13 +177,19 @@ def _is_single(prompts: Any) -> bool:
 
 
 def _serve_pipe(
-    connection: Connection, model_path: str, config_json: str, dp_rank: int, kwargs: dict
+    connection: Connection,
+    model_path: str,
+    config_json: str,
+    dp_rank: int,
+    placement: Placement | None,
+    kwargs: dict[str, Any],
 ) -> None:
     """An engine process: answers the work that comes through the pipe until it is stopped."""
     from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
 
     try:
-        pipe = ExpertParallelPipeline(model_path, EPConfig.from_json(config_json), dp_rank, **kwargs)
+        config = EPConfig.from_json(config_json)
+        pipe = ExpertParallelPipeline(model_path, config, dp_rank, placement, **kwargs)
         connection.send(None)
         while (work := connection.recv()) is not None:
             for part in pipe.stream_infer(work.prompts, gen_config=work.gen_config, **work.arguments):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -16,19 +15,39 @@ from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.deployment import LOOPBACK, check_port, free_port, start_engines, stop_engines
+from epbackend.engines.lmdeploy.deployment import (
+    LOOPBACK,
+    POLL_S,
+    check_port,
+    free_port,
+    listens,
+    start_engines,
+    stop_engines,
+)
 from epbackend.engines.lmdeploy.engine import engine_config
 from epbackend.engines.lmdeploy.load import LoadBoard, last_words
+from epbackend.engines.lmdeploy.recording import Recording, recording_server
+from epbackend.engines.placing import warm_splits
 from epbackend.errors import WorkerError
+from epbackend.placement.placement import Placement
 
 PROXY_START_S = 60.0
 
 
-def serve_model(model_path: str, config: EPConfig, host: str, port: int, **kwargs: Any) -> None:
+def serve_model(
+    model_path: str,
+    config: EPConfig,
+    host: str,
+    port: int,
+    placement: Placement | None = None,
+    recording: Recording | None = None,
+    **kwargs: Any,
+) -> None:
     """Serves until SIGINT or SIGTERM, then ends every process. Call it in the main thread.
 
     With `engine.dp` > 1 a proxy listens at host and port, and its engines at free ports of the loopback interface.
-    Further arguments go to LMDeploy's `api_server.serve` (model_name, api_keys, ...).
+    `recording` takes down what the experts do. Further arguments go to LMDeploy's `api_server.serve` (model_name,
+    api_keys, ...).
 
     Raises:
         ConfigError: the port is in use; checked before anything is loaded.
@@ -38,13 +57,15 @@ def serve_model(model_path: str, config: EPConfig, host: str, port: int, **kwarg
     kwargs.setdefault("log_level", config.engine.log_level)
     with _sigterm_as_exit():
         if config.engine.dp == 1:
-            plug.enable(config)
+            plug.enable(config, placement)
             try:
-                _serve_engine(model_path, config, 0, host, port, kwargs)
+                with recording_server(recording, plug.active().load_report, [(host, port)]):
+                    _serve_engine(model_path, config, 0, host, port, kwargs)
             finally:
                 plug.disable()
         else:
-            _serve_behind_proxy(model_path, config, host, port, kwargs)
+            warm_splits(config)
+            _serve_behind_proxy(model_path, config, host, port, placement, recording, kwargs)
 
 
 def _serve_engine(
@@ -69,26 +90,36 @@ def _serve_engine(
 
 
 def _serve_behind_proxy(
-    model_path: str, config: EPConfig, host: str, port: int, kwargs: dict[str, Any]
+    model_path: str,
+    config: EPConfig,
+    host: str,
+    port: int,
+    placement: Placement | None,
+    recording: Recording | None,
+    kwargs: dict[str, Any],
 ) -> None:
     from lmdeploy.serve.proxy.proxy import proxy
 
     board = LoadBoard(config.world_size)
     proxy_at = LOOPBACK if host == "0.0.0.0" else host
+    ports = [free_port() for _ in range(config.engine.dp)]
     processes = start_engines(
         config,
         board,
         _run_engine_server,
         [
-            (model_path, config.to_json(), dp_rank, free_port(), (proxy_at, port), kwargs)
-            for dp_rank in range(config.engine.dp)
+            (model_path, config.to_json(), dp_rank, engine_port, (proxy_at, port), placement, kwargs)
+            for dp_rank, engine_port in enumerate(ports)
         ],
     )
     ended: list[BaseProcess] = []
     threading.Thread(target=_stop_with_first, args=(processes, ended), daemon=True).start()
     try:
-        # Its status file would bring nodes of an earlier deployment back.
-        proxy(server_name=host, server_port=port, disable_cache_status=True, log_level=kwargs["log_level"])
+        with recording_server(recording, board.report, [(LOOPBACK, each) for each in ports]):
+            # Its status file would bring nodes of an earlier deployment back.
+            proxy(
+                server_name=host, server_port=port, disable_cache_status=True, log_level=kwargs["log_level"]
+            )
     finally:
         stop_engines(processes)
         board.remove()
@@ -102,11 +133,12 @@ def _run_engine_server(
     dp_rank: int,
     port: int,
     proxy_at: tuple[str, int],
+    placement: Placement | None,
     kwargs: dict[str, Any],
 ) -> None:
     """An engine process behind the proxy."""
     config = EPConfig.from_json(config_json)
-    plug.enable(config)
+    plug.enable(config, placement)
     _await_listener(proxy_at)
     proxy_url = f"http://{proxy_at[0]}:{proxy_at[1]}"
     _serve_engine(model_path, config, dp_rank, LOOPBACK, port, {**kwargs, "proxy_url": proxy_url})
@@ -115,16 +147,10 @@ def _run_engine_server(
 def _await_listener(address: tuple[str, int]) -> None:
     """LMDeploy tells the proxy of its server once, so the proxy has to listen by then."""
     deadline = time.monotonic() + PROXY_START_S
-    while True:
-        try:
-            socket.create_connection(address, timeout=1).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise WorkerError(
-                    f"the proxy does not listen at {address[0]}:{address[1]}: {error}"
-                ) from error
-            time.sleep(0.2)
+    while not listens(address):
+        if time.monotonic() > deadline:
+            raise WorkerError(f"the proxy does not listen at {address[0]}:{address[1]}")
+        time.sleep(POLL_S)
 
 
 def _stop_with_first(processes: list[BaseProcess], ended: list[BaseProcess]) -> None:

@@ -1,4 +1,4 @@
-"""Layers of LMDeploy's models that go wrong with experts spread over ranks, on any device."""
+"""Layers of LMDeploy's models that go wrong with experts spread over ranks or placed by layer, on any device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from epbackend.engines.lmdeploy.layers import building
 from epbackend.engines.lmdeploy.patching import Patch, patch
 
 
@@ -39,6 +40,35 @@ deepseek_sums_once = _sums_once(
 glm4_moe_sums_once = _sums_once("glm4-moe-sums-once", "glm4_moe:Glm4MoE", "shared_experts", "e9a3138970d6")
 qwen2_moe_sums_once = _sums_once(
     "qwen2-moe-sums-once", "qwen2_moe:Qwen2MoeSparseMoeBlock", "shared_expert", "caa575bda374"
+)
+
+
+def _tells_its_layer(name: str, target: str, fingerprint: str) -> Patch:
+    """For a decoder layer that knows its number and does not hand it on."""
+
+    def build(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def init(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
+            with building(layer_idx):
+                original(self, config, layer_idx, *args, **kwargs)
+
+        return init
+
+    why = "its experts are not told their layer, on which their places and their load report depend"
+    return Patch(name, f"lmdeploy.pytorch.models.{target}.__init__", why, "always", build, fingerprint)
+
+
+deepseek_tells_its_layer = _tells_its_layer(
+    "deepseek-tells-its-layer", "deepseek:DeepseekDecoderLayer", "5bed4ab01ddf"
+)
+mixtral_tells_its_layer = _tells_its_layer(
+    "mixtral-tells-its-layer", "mixtral:MixtralDecoderLayer", "1a5b078995fb"
+)
+phi3_moe_tells_its_layer = _tells_its_layer(
+    "phi3-moe-tells-its-layer", "phi3_moe:PhiMoEDecoderLayer", "932afb2e6faf"
+)
+qwen2_moe_tells_its_layer = _tells_its_layer(
+    "qwen2-moe-tells-its-layer", "qwen2_moe:Qwen2MoeDecoderLayer", "d0891d24e6af"
 )
 
 

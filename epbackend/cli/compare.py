@@ -1,0 +1,85 @@
+"""`epbackend compare`: every algorithm and every split beside each other, on the same loads."""
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from epbackend.cli.inputs import LoadsArgument, RanksOption, SlotsOption, load_windows
+from epbackend.cli.output import JsonOption, console, say, watching
+from epbackend.placement import compiled
+from epbackend.placement.table import Row, ScoreTable, score_table
+
+
+def compare(
+    loads: LoadsArgument,
+    ranks: RanksOption,
+    slots: SlotsOption = None,
+    objective: Annotated[
+        str,
+        typer.Option(help="What is balanced: tokens, activated[:BATCH], or a JSON file of measured times."),
+    ] = "tokens",
+    node_size: Annotated[int, typer.Option(help="Ranks a node; 0: one node.")] = 0,
+    search_ms: Annotated[float, typer.Option(help="Milliseconds a layer for algorithms that search.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of searches and of noisy batches.")] = 0,
+    plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out/compare.png"),
+    as_json: JsonOption = False,
+) -> None:
+    """Compare all algorithms and splits: balance, worst layer, noise, drift, time."""
+    from epbackend.cli.pictures import save_score_table
+
+    recorded = load_windows(loads)
+    compiled.warm_up()  # so that the times are of planning, not of loading machine code
+    with watching("comparing") as progress:
+        table = score_table(
+            recorded,
+            ranks=ranks,
+            slots=slots,
+            objective=objective,
+            node_size=node_size,
+            search_ms=search_ms,
+            seed=seed,
+            progress=progress,
+        )
+    picture = save_score_table(table, plot)
+    if as_json:
+        rows = [row.to_dict() for row in table.rows]
+        print(json.dumps({"rows": rows, "left_out": dict(table.left_out), "plot": str(picture)}))
+        return
+    console.print(_table(table))
+    for algorithm, reason in table.left_out:
+        say(console, f"left out: {algorithm}: {reason}", "dim")
+    say(console, f"picture: {picture}", "")
+
+
+def _table(table: ScoreTable) -> Table:
+    shown = Table(
+        box=SIMPLE, title="load of the busiest rank, over the mean", title_justify="left", pad_edge=False
+    )
+    for column in ("algorithm", "split"):
+        shown.add_column(column, no_wrap=True)
+    for column in ("mean", "worst layer", "noise", "heavy noise", "drift", "seconds"):
+        shown.add_column(column, justify="right")
+    for algorithm, rows in groupby(table.rows, key=lambda row: row.score.algorithm):
+        shown.add_section()
+        for index, row in enumerate(rows):
+            first = (algorithm, f"{row.seconds:.3f}") if index == 0 else ("", "")
+            shown.add_row(first[0], row.score.split, *_cells(row), first[1])
+    return shown
+
+
+def _cells(row: Row) -> list[str]:
+    """The imbalances of a row; drift needs a second window."""
+    judged = row.score
+    ratios = (
+        judged.imbalance_mean,
+        judged.imbalance_worst,
+        row.noise_multinomial,
+        row.noise_over_dispersed,
+        row.drift,
+    )
+    return ["" if ratio is None else f"{ratio:.4f}" for ratio in ratios]

@@ -1,0 +1,86 @@
+"""What the placement commands have in common: the loads and slots they are given, and the words for a placement."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from epbackend.errors import ConfigError
+from epbackend.placement.formats import read_loads
+from epbackend.placement.loads import Loads
+from epbackend.placement.placement import Placement
+from epbackend.placement.synthetic import synthetic_loads
+
+SYNTHETIC = "synthetic"
+
+_LOADS_HELP = (
+    "Recorded loads (JSON or .pt of SGLang, LMDeploy's statistics, CSV, npy), each a window; or the word synthetic: "
+    "loads like DeepSeek-V3's. Repeat it for windows that drift."
+)
+LoadsArgument = Annotated[list[str], typer.Argument(metavar="LOADS...", help=_LOADS_HELP)]
+LoadsOption = Annotated[list[str] | None, typer.Argument(metavar="[LOADS...]", help=_LOADS_HELP)]
+RanksOption = Annotated[int, typer.Option(help="Ranks that share the experts.")]
+SlotsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Slots of each layer over all ranks; what exceeds the experts are copies. [default: no copies]"
+    ),
+]
+DenseOption = Annotated[
+    str,
+    typer.Option(
+        metavar="LAYERS", help="Layers without experts, as 0-2 or 0,1,2, for formats that leave them out."
+    ),
+]
+
+
+def load_windows(names: list[str]) -> Loads:
+    """The windows of all files, and as many synthetic ones as the word is there, which come first."""
+    files = [name for name in names if name != SYNTHETIC]
+    recorded = [read_loads(files)] if files else []
+    if wanted := names.count(SYNTHETIC):
+        recorded.insert(0, synthetic_loads(61, 256, dense_layers=3, windows=wanted))
+    return Loads.of(
+        [tokens_LE for loads in recorded for tokens_LE in loads.tokens_WLE],
+        [name for loads in recorded for name in loads.names],
+    )
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """`0-2,7` as (0, 1, 2, 7). Raises ConfigError for anything else."""
+    numbers: list[int] = []
+    for part in filter(None, text.split(",")):
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        first, last = (int(number or found[1]) for number in found.groups()) if found else (1, 0)
+        if last < first:
+            raise ConfigError(
+                f"dense_layers: {part!r} is neither a layer nor a range of them; write 0-2 or 0,1,2"
+            )
+        numbers += range(first, last + 1)
+    return tuple(numbers)
+
+
+def unplanned(loads: Loads, ranks: int) -> Placement:
+    """What there is before planning: experts in order, and copies only where ranks would be empty."""
+    return Placement.even(loads.layers, loads.experts, ranks, max(loads.experts, ranks))
+
+
+def slots_in_words(placement: Placement) -> str:
+    """How many slots it has."""
+    if placement.slots is None:
+        return f"{sum(layer.slots for layer in placement.layers):,} slots over all layers"
+    return f"{placement.slots} slots a layer"
+
+
+def algorithm_in_words(placement: Placement) -> str:
+    """What made it."""
+    algorithm = placement.provenance.algorithm
+    return "experts in order" if algorithm == "even" else algorithm
+
+
+def described(placement: Placement) -> str:
+    """Its size."""
+    size = f"{len(placement.layers)} layers, {placement.experts} experts in {slots_in_words(placement)}"
+    return f"{size} on {placement.ranks} ranks"

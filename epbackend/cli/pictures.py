@@ -1,0 +1,177 @@
+"""Pictures of placements: one message each, legible on a slide, safe for colour-blind eyes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from epbackend.cli.inputs import algorithm_in_words, slots_in_words
+from epbackend.errors import ConfigError
+from epbackend.placement.loads import Loads
+from epbackend.placement.placement import Placement
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+    from epbackend.placement.table import ScoreTable
+
+LABEL, TITLE = 13, 17
+MARKS = {"even": ("#0072B2", "o"), "nearest": ("#E69F00", "s"), "level": ("#009E73", "D")}
+"""Of the splits: colours of Okabe and Ito, which colour-blind eyes tell apart."""
+LEAST_PERCENT = 1e-3
+"""The logarithmic axis ends somewhere."""
+
+
+def rank_loads_LR(placement: Placement, tokens_LE: np.ndarray) -> np.ndarray:
+    """The tokens of each rank in each layer, copies sharing evenly; over the mean of the layer, float64 [L, R]."""
+    loads_LR = np.array(
+        [
+            np.bincount(
+                layer.rank_of_slot_P,
+                (tokens_E / layer.copies_E)[layer.slot_to_expert_P],
+                minlength=placement.ranks,
+            )
+            for layer, tokens_E in zip(placement.layers, tokens_LE, strict=True)
+        ]
+    )
+    return loads_LR / np.maximum(loads_LR.mean(axis=1, keepdims=True), np.finfo(float).tiny)
+
+
+def save_before_after(before: Placement, after: Placement, loads: Loads, path: Path) -> Path:
+    """The load of each rank in each layer with experts, under two placements, on one scale of colours.
+
+    Several windows are shown as their mixture.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    layers = list(loads.loaded_layers)
+    tokens_LE = loads.mixture_LE()
+    loads_LR = [rank_loads_LR(each, tokens_LE)[layers] for each in (before, after)]
+    busiest = [each_LR.max(axis=1) for each_LR in loads_LR]
+    # Symmetric about the mean: white is balanced, and what balancing did is seen at a glance.
+    furthest = max(1.05, float(np.quantile(busiest[0], 0.9)))
+    norm = LogNorm(1 / furthest, furthest)
+
+    figure = Figure(figsize=(13.3, 6.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, placement, each_LR, worst_L in zip(panels, (before, after), loads_LR, busiest, strict=True):
+        image = axes.imshow(each_LR, aspect="auto", interpolation="nearest", cmap="RdBu_r", norm=norm)
+        found = f"busiest rank {_times(worst_L.mean())} the mean, {_times(worst_L.max())} in the worst layer"
+        axes.set_title(f"{_name(placement)}\n{found}", fontsize=LABEL)
+        axes.set_xlabel("rank", fontsize=LABEL)
+        _few_ticks(axes, layers)
+    panels[0].set_ylabel("layer", fontsize=LABEL)
+    _colour_bar(figure, image, panels, furthest)
+    was, now = (_times(worst_L.mean()) for worst_L in busiest)
+    figure.suptitle(
+        f"Busiest of {after.ranks} ranks: from {was} to {now} the mean load",
+        fontsize=TITLE,
+        fontweight="bold",
+    )
+    return _save(figure, path)
+
+
+def save_score_table(table: ScoreTable, path: Path) -> Path:
+    """How far the busiest rank is above the mean: algorithms one below the other, splits by colour and mark."""
+    from matplotlib.figure import Figure
+
+    algorithms = list(dict.fromkeys(row.score.algorithm for row in table.rows))
+    views = {
+        "recorded loads": lambda row: row.score.imbalance_mean,
+        "single batches, heavy noise": lambda row: row.noise_over_dispersed,
+        "placed on the first window,\njudged on the others": lambda row: row.drift,
+    }
+    shown = {name: view for name, view in views.items() if all(view(row) is not None for row in table.rows)}
+    figure = Figure(figsize=(13.3, 1.9 + 0.62 * len(algorithms)), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, view) in zip(panels, shown.items(), strict=True):
+        axes.set_title(name, fontsize=LABEL)
+        for place, (split, (colour, mark)) in enumerate(MARKS.items()):
+            rows = [row for row in table.rows if row.score.split == split]
+            above = [max(100 * (view(row) - 1), LEAST_PERCENT) for row in rows]
+            height = [algorithms.index(row.score.algorithm) + 0.22 * (place - 1) for row in rows]
+            axes.scatter(
+                above, height, s=95, color=colour, marker=mark, label=split, edgecolor="white", zorder=3
+            )
+    for axes in panels:  # only now do they know the axis that they share
+        _dress(axes, len(algorithms))
+    panels[0].set_yticks(range(len(algorithms)), algorithms, fontsize=LABEL)
+    handles, labels = panels[0].get_legend_handles_labels()
+    names = [f"{label} split" for label in labels]
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=LABEL, frameon=False)
+    scores = [row.score for row in table.rows]
+    best = min(scores, key=lambda found: round(found.imbalance_mean, 3))
+    was, now = (_percent(100 * (found.imbalance_mean - 1)) for found in (scores[0], best))
+    figure.suptitle(
+        f"Busiest of {best.ranks} ranks above the mean: {was} {scores[0].algorithm}, {now} {best.algorithm}",
+        fontsize=TITLE,
+        fontweight="bold",
+    )
+    return _save(figure, path)
+
+
+def _dress(axes: Axes, rows: int) -> None:
+    """A logarithmic axis in percent, and bands that keep the rows apart."""
+    for row in range(0, rows, 2):
+        axes.axhspan(row - 0.5, row + 0.5, color="0.965", zorder=0)
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.set_xscale("log")
+    least, most = axes.get_xlim()
+    axes.set_xticks([tick for tick in _ticks(wide=most > 300 * least) if least <= tick <= most])
+    axes.xaxis.set_major_formatter(lambda percent, _: f"{percent:g}%")
+    axes.minorticks_off()
+    axes.grid(axis="x", color="0.88", zorder=1)
+    axes.tick_params(labelsize=LABEL - 1, left=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _ticks(*, wide: bool) -> list[float]:
+    """Decades, and what lies between them if there are few."""
+    return [step * 10.0**decade for decade in range(-3, 5) for step in ((1,) if wide else (1, 2, 5))]
+
+
+def _colour_bar(figure: Figure, image: AxesImage, panels: np.ndarray, furthest: float) -> None:
+    bar = figure.colorbar(image, ax=panels.tolist(), pad=0.01, extend="both")
+    ticks = [1 / furthest, 1, furthest]
+    bar.set_ticks(ticks, labels=[f"{tick:.2f}×" for tick in ticks], fontsize=LABEL - 1)
+    bar.minorticks_off()
+    bar.set_label("tokens of the rank / mean of the layer", fontsize=LABEL)
+
+
+def _few_ticks(axes: Axes, layers: list[int]) -> None:
+    """At most about ten names of layers."""
+    step = max(1, len(layers) // 10)
+    axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axes.tick_params(labelsize=LABEL - 2)
+
+
+def _name(placement: Placement) -> str:
+    """A placement in a few words."""
+    slots = "no copies" if placement.slots == placement.experts else slots_in_words(placement)
+    return f"{algorithm_in_words(placement)}, {slots}"
+
+
+def _times(ratio: float) -> str:
+    """A ratio with the digits that matter: 2.31×, 1.0004×."""
+    return f"{ratio:.2f}×" if ratio >= 1.1 else f"{ratio:.4f}×"
+
+
+def _percent(value: float) -> str:
+    """Two digits that matter, and no exponent: 102%, 0.026%."""
+    digits = max(0, 1 - math.floor(math.log10(max(value, LEAST_PERCENT))))
+    return f"{value:.{digits}f}%"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"plot: {path} cannot be written: {error}; name a .png, .svg or .pdf") from None
+    return path

@@ -1,0 +1,144 @@
+"""`epbackend plan`: where the experts of a model live, decided on recorded loads."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from epbackend.cli.inputs import (
+    LoadsArgument,
+    RanksOption,
+    SlotsOption,
+    algorithm_in_words,
+    described,
+    load_windows,
+    unplanned,
+)
+from epbackend.cli.output import JsonOption, console, say, watching
+from epbackend.errors import ConfigError
+from epbackend.placement import compiled, planners
+from epbackend.placement.formats import Hints, read_placement, write
+from epbackend.placement.loads import Loads
+from epbackend.placement.placement import Placement
+from epbackend.placement.score import Score, score
+
+COMPILED = ("refined", "incremental")
+
+
+def plan(
+    loads: LoadsArgument,
+    ranks: RanksOption,
+    slots: SlotsOption = None,
+    algorithm: Annotated[
+        str, typer.Option(help="refined, incremental, eplb, omni, lplb, or one that a package adds.")
+    ] = "refined",
+    objective: Annotated[
+        str,
+        typer.Option(help="What is balanced: tokens, activated[:BATCH], or a JSON file of measured times."),
+    ] = "tokens",
+    node_size: Annotated[int, typer.Option(help="Ranks a node, for algorithms that care; 0: one node.")] = 0,
+    budget: Annotated[
+        int | None, typer.Option(help="Copies over all layers, given to layers by need, instead of --slots.")
+    ] = None,
+    search_ms: Annotated[float, typer.Option(help="Milliseconds a layer to search for a better plan.")] = 0.0,
+    current: Annotated[
+        Path | None,
+        typer.Option(help="The placement in use: incremental starts from it, and moves are counted."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of searches.")] = 0,
+    extra: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="NAME=VALUE", help="What only this algorithm knows: topology=ring."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the placement goes.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where a heat map goes: load by layer and rank.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan where the experts live, on LOADS recorded from a real run."""
+    asked: dict[str, Any] = {
+        "ranks": ranks,
+        "slots": slots,
+        "algorithm": algorithm,
+        "objective": objective,
+        "node_size": node_size,
+        "budget": budget,
+        "search_ms": search_ms,
+        "seed": seed,
+    }
+    recorded = load_windows(loads)
+    before = read_placement(current, Hints(ranks=ranks)) if current else None
+    if algorithm in COMPILED:
+        compiled.warm_up()  # so that the seconds below are of planning, not of loading machine code
+    with watching("planning") as progress:
+        start = time.perf_counter()
+        placement = planners.plan(
+            recorded, **asked, current=before, progress=progress, **_options(extra, asked)
+        )
+        seconds = time.perf_counter() - start
+
+    reference = before or unplanned(recorded, ranks)
+    judged = score(placement, recorded, objective=objective, baseline=before)
+    result = {**judged.to_dict(), **_more(placement, recorded), "seconds": round(seconds, 4)}
+    if out:
+        write(placement, out, "epbackend")
+        result["out"] = str(out)
+    if plot:
+        # Imported late: matplotlib takes longer to import than most plans take.
+        from epbackend.cli.pictures import save_before_after
+
+        result["plot"] = str(save_before_after(reference, placement, recorded, plot))
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _tell(result, placement, reference, score(reference, recorded, objective=objective))
+
+
+def _options(extra: list[str] | None, asked: dict[str, Any]) -> dict[str, Any]:
+    """NAME=VALUE pairs; values are JSON where they can be, else text."""
+    options: dict[str, Any] = {}
+    for text in extra or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"option: {text!r} must be NAME=VALUE")
+        if name in (*asked, "current", "progress"):
+            raise ConfigError(f"option: {name} has an option of its own, --{name.replace('_', '-')}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def _more(placement: Placement, loads: Loads) -> dict[str, Any]:
+    """What `--json` says besides the score."""
+    return {
+        "slots_over_all_layers": sum(layer.slots for layer in placement.layers),
+        "experts": placement.experts,
+        "windows": list(loads.names),
+    }
+
+
+def _tell(result: dict[str, Any], placement: Placement, before: Placement, was: Score) -> None:
+    """The same for people, beside the score of what was there before."""
+    say(console, f"{result['algorithm']}: {described(placement)}", "bold")
+    table = Table("busiest rank, over the mean", box=SIMPLE)
+    for column in (algorithm_in_words(before), "planned", "lower bound"):
+        table.add_column(column, justify="right")
+    means = (was.imbalance_mean, result["imbalance_mean"], result["lower_bound_mean"])
+    table.add_row(f"mean of {result['layers']} layers", *(f"{mean:.4f}" for mean in means))
+    table.add_row("worst layer", f"{was.imbalance_worst:.4f}", f"{result['imbalance_worst']:.4f}")
+    console.print(table)
+    say(
+        console,
+        f"planned in {result['seconds']} s; two copies on one rank: {result['duplicates_on_rank']}",
+        "",
+    )
+    if result["moves"] is not None:
+        say(console, f"experts to move: {result['moves']}, {result['moves_share']:.1%} of the slots", "")
+    for key, what in (("out", "placement"), ("plot", "heat map")):
+        if key in result:
+            say(console, f"{what}: {result[key]}", "")

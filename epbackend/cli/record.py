@@ -1,0 +1,71 @@
+"""`epbackend record`: the loads of a real run, to plan a placement on."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from epbackend.cli.loads import facts, print_load
+from epbackend.cli.output import JsonOption, console, json_stdout
+from epbackend.cli.session import ConfigOption, ModelArgument, load_config, running
+from epbackend.config import EPConfig
+from epbackend.errors import ConfigError, EPError
+
+
+def record(
+    model: ModelArgument,
+    prompts: Annotated[Path, typer.Option(help="One prompt a line, or a JSON list of them.")],
+    out: Annotated[Path, typer.Option(help="JSON for the loads of every layer: what plan and SGLang read.")],
+    config: ConfigOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 64,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer prompts, and write down how many tokens each expert of each layer got."""
+    texts, settings = read_prompts(prompts), load_config(config)
+    if as_json:
+        with json_stdout() as print_json:
+            load = _run(model, settings, texts, out, max_new_tokens)
+            print_json({"loads": str(out), "prompts": len(texts), **facts(settings, load)})
+        return
+    load = _run(model, settings, texts, out, max_new_tokens)
+    print_load(load)
+    console.print(f"{len(texts)} prompts; loads: {out}", highlight=False)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file.
+
+    Raises ConfigError for a file that is missing, has none, or whose JSON is no list of texts.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        prompts = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except OSError as error:
+        raise ConfigError(f"prompts: {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"prompts: {path} is neither text nor JSON: {error}") from None
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(f"prompts: {path} must be a list of texts")
+    if not (found := [prompt for prompt in prompts if prompt.strip()]):
+        raise ConfigError(f"prompts: {path} has none; write one a line")
+    return found
+
+
+def _run(model: str, config: EPConfig, prompts: list[str], out: Path, max_new_tokens: int) -> Any:
+    """The load of answering the prompts, written to `out`."""
+    from lmdeploy import GenerationConfig
+
+    from epbackend.engines.lmdeploy.locate import locate
+    from epbackend.engines.lmdeploy.recording import Recording
+
+    recording = Recording.of(out, locate(model), config.ep_size)
+    generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
+    with running(model, config) as pipe:
+        before = pipe.load()
+        answers = pipe.infer(prompts, gen_config=generation, do_preprocess=False)
+        load = pipe.load().since(before)
+    if failed := [answer for answer in answers if answer.finish_reason == "error"]:
+        raise EPError(f"the engine failed: {failed[0].error_message} (its log above says more)")
+    recording.write(load)
+    return load

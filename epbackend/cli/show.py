@@ -1,0 +1,88 @@
+"""`epbackend show`: what a placement holds, and what it does to the load of each rank."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from epbackend.cli.inputs import LoadsOption, described, load_windows, unplanned
+from epbackend.cli.output import console, say
+from epbackend.cli.pictures import rank_loads_LR, save_before_after
+from epbackend.errors import ConfigError
+from epbackend.placement.formats import Hints, read_placement
+from epbackend.placement.loads import Loads
+from epbackend.placement.placement import Placement
+
+WORST = 5
+"""Layers in the table."""
+
+
+def show(
+    placement: Annotated[
+        Path, typer.Argument(metavar="PLACEMENT", help="A placement in any format that is known.")
+    ],
+    loads: LoadsOption = None,
+    plot: Annotated[
+        Path,
+        typer.Option(
+            help="Where the heat map goes, if there are loads: load by layer and rank, before and after."
+        ),
+    ] = Path("out/placement.png"),
+    ranks: Annotated[int | None, typer.Option(help="Ranks, where the file does not say (sglang).")] = None,
+) -> None:
+    """Show a placement; with LOADS, the load of each rank without it and with it."""
+    found = read_placement(placement, Hints(ranks=ranks))
+    say(console, f"{placement}: {described(found)}", "bold")
+    say(console, _origin(found), "")
+    say(console, _copies(found), "")
+    if not loads:
+        say(console, "Give recorded LOADS as well to see what it does to them.", "dim")
+        return
+    recorded = load_windows(loads)
+    if (recorded.layers, recorded.experts) != (len(found.layers), found.experts):
+        raise ConfigError(
+            f"loads: have {recorded.layers} layers of {recorded.experts} experts, {placement} has "
+            f"{len(found.layers)} of {found.experts}; give loads of the same model"
+        )
+    before = unplanned(recorded, found.ranks)
+    console.print(_table(before, found, recorded))
+    say(console, f"heat map: {save_before_after(before, found, recorded, plot)}", "")
+
+
+def _origin(placement: Placement) -> str:
+    provenance = placement.provenance
+    options = "".join(f", {name} {value}" for name, value in provenance.options)
+    version = f" of epbackend {provenance.version}" if provenance.version else ""
+    loads = f", planned on {', '.join(provenance.loads)}" if provenance.loads else ""
+    return f"algorithm: {provenance.algorithm}{version}{options}{loads}"
+
+
+def _copies(placement: Placement) -> str:
+    copied = [int((layer.copies_E > 1).sum()) for layer in placement.layers]
+    most = max(int(layer.copies_E.max()) for layer in placement.layers)
+    each = np.concatenate([layer.slots_R for layer in placement.layers])
+    return (
+        f"in a layer: {_span(each.min(), each.max())} slots a rank, {_span(min(copied), max(copied))} experts with "
+        f"copies, at most {most} of one; two on one rank: {placement.duplicates_on_rank}"
+    )
+
+
+def _span(least: int, most: int) -> str:
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def _table(before: Placement, after: Placement, loads: Loads) -> Table:
+    """The busiest rank of the layers that were worst, and of all layers."""
+    layers = np.array(loads.loaded_layers)
+    tokens_LE = loads.mixture_LE()
+    was_L, is_L = (rank_loads_LR(each, tokens_LE)[layers].max(axis=1) for each in (before, after))
+    table = Table("layer", title="load of the busiest rank, over the mean", title_justify="left")
+    for name in ("experts in order", after.provenance.algorithm):
+        table.add_column(name, justify="right")
+    for index in np.argsort(-is_L, kind="stable")[:WORST]:
+        table.add_row(str(layers[index]), f"{was_L[index]:.4f}", f"{is_L[index]:.4f}")
+    table.add_section()
+    table.add_row(f"mean of {len(layers)}", f"{was_L.mean():.4f}", f"{is_L.mean():.4f}", style="bold")
+    return table

@@ -1,0 +1,97 @@
+"""The loads of a real run as a file that placements are planned on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from epbackend.engines.lmdeploy.checks import layer_count, read_model_config
+from epbackend.engines.lmdeploy.deployment import POLL_S, listens
+from epbackend.engines.lmdeploy.load import LoadReport
+from epbackend.errors import ConfigError, EPError
+from epbackend.placement.formats import write
+from epbackend.placement.loads import Loads
+
+EVERY_S = 30.0
+"""How often a server's file is brought up to date."""
+
+logger = logging.getLogger("epbackend")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A file for the loads of one model."""
+
+    path: Path
+    layers: int
+    """Of the model, dense ones too."""
+    ep_size: int
+
+    @classmethod
+    def of(cls, path: Path, model_path: str, ep_size: int) -> Recording:
+        """Raises ConfigError where nothing could be written, or the model does not say how many layers it has."""
+        layers = layer_count(read_model_config(Path(model_path)))
+        if layers is None:
+            raise ConfigError(f"record: {model_path} does not say how many layers it has (num_hidden_layers)")
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"record: {path} cannot be written; name a file in a folder that exists")
+        return cls(path, layers, ep_size)
+
+    def write(self, report: LoadReport) -> None:
+        """Replaces the file at once: who reads it meanwhile finds the old one or the new one.
+
+        Raises:
+            EPError: no expert has had a token, or the file cannot be written.
+        """
+        if not report.tokens_RLE.any():
+            raise EPError(f"{self.path}: nothing to record, no expert has had a token")
+        loads = Loads.of(report.loads_LE(self.layers, self.ep_size), [self.path.stem])
+        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        write(loads, unfinished, "sglang")
+        unfinished.replace(self.path)
+
+
+@contextmanager
+def recording_server(
+    recording: Recording | None, report: Callable[[], LoadReport], addresses: Sequence[tuple[str, int]]
+) -> Iterator[None]:
+    """Records what engines do while the block runs: every EVERY_S seconds, and at its end. None: does nothing.
+
+    Counts from when their servers listen at `addresses`: before that they warm up, with tokens that nobody asked for.
+    """
+    if recording is None:
+        yield
+        return
+    stop = threading.Event()
+    clerk = threading.Thread(target=_record, args=(recording, report, addresses, stop), daemon=True)
+    clerk.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        clerk.join()
+
+
+def _record(
+    recording: Recording,
+    report: Callable[[], LoadReport],
+    addresses: Sequence[tuple[str, int]],
+    stop: threading.Event,
+) -> None:
+    while not all(map(listens, addresses)):
+        if stop.wait(POLL_S):
+            return
+    start = report()
+    while not stop.is_set():
+        stop.wait(EVERY_S)
+        done = report().since(start)
+        if stop.is_set() or done.tokens_RLE.any():
+            try:
+                recording.write(done)
+            except EPError as error:
+                logger.error(str(error))

@@ -1,0 +1,142 @@
+"""Recorded loads and placements in the formats of other programs: read by content, written by name.
+
+    loads = read_loads(["prefill.json", "decode.pt"])           # one window a file
+    write(plan(loads, ranks=32, slots=288), "map.json", "vllm-ascend", dense_layers=(0, 1, 2))
+
+One file a format. Every error is a ConfigError that names the file, the field and the remedy; sizes are checked before
+memory is taken, and no pickle is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from epbackend.errors import ConfigError, UnavailableError, did_you_mean
+from epbackend.placement.formats import expert_map, lmdeploy, native, npy, omni, sglang, sglang_pt, table
+from epbackend.placement.formats.base import Hints, LoadsFormat, PlacementFormat
+from epbackend.placement.formats.file import PICKLE, File
+from epbackend.placement.loads import Loads
+from epbackend.placement.placement import Placement
+
+__all__ = ["LOADS", "PLACEMENTS", "Hints", "read", "read_loads", "read_placement", "usage", "write"]
+
+LOADS: dict[str, LoadsFormat] = {
+    each.name: each for each in (sglang.LOADS, sglang_pt.LOADS, lmdeploy.LOADS, npy.LOADS, table.LOADS)
+}
+PLACEMENTS: dict[str, PlacementFormat] = {
+    each.name: each
+    for each in (
+        native.PLACEMENT,
+        sglang.PLACEMENT,
+        expert_map.VLLM_ASCEND,
+        expert_map.MINDIE,
+        omni.PLACEMENT,
+        lmdeploy.PLACEMENT,
+    )
+}
+
+NO_HINTS = Hints()
+
+
+def read_loads(paths: str | Path | Sequence[str | Path]) -> Loads:
+    """The windows of all files, in their order.
+
+    Raises ConfigError for a file that holds no loads, or those of another model than the first.
+    """
+    each = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not each:
+        raise ConfigError("loads: no file is given; name one at least")
+    recorded = [_read_loads(Path(path)) for path in each]
+    windows = [tokens_LE for loads in recorded for tokens_LE in loads.tokens_WLE]
+    return Loads.of(windows, [name for loads in recorded for name in loads.names])
+
+
+def read_placement(path: str | Path, hints: Hints = NO_HINTS) -> Placement:
+    """The placement of a file; `hints` say what its format leaves out."""
+    found = _read(Path(path), [*PLACEMENTS.values(), *LOADS.values()], hints)
+    if not isinstance(found, Placement):
+        raise ConfigError(
+            f"{path}: holds loads, not a placement; plan one: epbackend plan {path} --ranks R --slots P --out FILE"
+        )
+    return found
+
+
+def read(path: str | Path, name: str | None = None, hints: Hints = NO_HINTS) -> Loads | Placement:
+    """Loads or a placement, by content; with a `name`, only of that format.
+
+    LMDeploy's statistics are loads, unless the hints give slots: then the placement that its EPLB makes of them.
+    """
+    placements = [
+        form for form in PLACEMENTS.values() if hints.slots is not None or form is not lmdeploy.PLACEMENT
+    ]
+    every: list[LoadsFormat | PlacementFormat] = [*placements, *LOADS.values()]
+    forms = [form for form in every if name in (None, form.name)]
+    if not forms:
+        raise _unknown(str(name), {**PLACEMENTS, **LOADS}, "format")
+    return _read(Path(path), forms, hints)
+
+
+def write(thing: Loads | Placement, path: str | Path, name: str, dense_layers: tuple[int, ...] = ()) -> None:
+    """Loads or a placement in the format of that name. Equal things give equal bytes.
+
+    dense_layers: the layers of a placement that have no experts; formats which number MoE layers alone leave them out.
+
+    Raises ConfigError for an unknown format, one of the other kind, and what the format cannot express.
+    """
+    try:
+        content = _content(thing, name, dense_layers)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def usage(placement: Placement, name: str, path: str | Path) -> str:
+    """How the program of that format takes the file at `path`."""
+    return _placement_format(name).usage(placement, str(path))
+
+
+def _content(thing: Loads | Placement, name: str, dense_layers: tuple[int, ...]) -> bytes:
+    if isinstance(thing, Placement):
+        return _placement_format(name).write(thing, dense_layers)
+    writable = {form.name: form.write for form in LOADS.values() if form.write}
+    if name not in writable:
+        raise _unknown(name, writable, "format of loads to write")
+    return writable[name](thing)
+
+
+def _placement_format(name: str) -> PlacementFormat:
+    if name not in PLACEMENTS:
+        raise _unknown(name, PLACEMENTS, "format of placements")
+    return PLACEMENTS[name]
+
+
+def _unknown(name: str, known: Iterable[str], what: str) -> ConfigError:
+    return ConfigError(f"{name!r} is no {what}{did_you_mean(name, known)}; known are {', '.join(known)}")
+
+
+def _read_loads(path: Path) -> Loads:
+    found = _read(path, [*LOADS.values(), *PLACEMENTS.values()], NO_HINTS)
+    if not isinstance(found, Loads):
+        raise ConfigError(f"{path}: holds a placement, not loads; give a recording of the experts' tokens")
+    return found
+
+
+def _read(path: Path, forms: Sequence[LoadsFormat | PlacementFormat], hints: Hints) -> Loads | Placement:
+    """In the first of the formats that the content matches; errors start with the path."""
+    file = File(path)
+    try:
+        if file.kind == PICKLE:
+            raise ConfigError("is a pickle, which may run any code: never read; save it as JSON, CSV or npy")
+        form = next((form for form in forms if form.matches(file)), None)
+        if form is None:
+            raise ConfigError(
+                f"{file.kind} of none of these formats: {', '.join(form.name for form in forms)}"
+            )
+        return form.read(file, hints) if isinstance(form, PlacementFormat) else form.read(file)
+    except (ConfigError, UnavailableError) as error:
+        raise type(error)(f"{path}: {error}") from None

@@ -1,0 +1,118 @@
+"""What a file format is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from epbackend.errors import ConfigError
+from epbackend.placement.formats.file import File
+from epbackend.placement.layout import Layout
+from epbackend.placement.loads import Loads
+from epbackend.placement.placement import Placement, Provenance
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What some formats leave out, and the reader has to be told."""
+
+    ranks: int | None = None
+    slots: int | None = None
+    """P of a layer; asks for the placement that LMDeploy makes of its statistics."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers of the model without experts, which files that number MoE layers alone do not have."""
+
+    def need_ranks(self, what: str) -> int:
+        if self.ranks is None or self.ranks < 1:
+            raise ConfigError(f"ranks: {what} does not say how many there are; give them (--ranks)")
+        return self.ranks
+
+
+@dataclass(frozen=True)
+class LoadsFormat:
+    """A format for recorded loads."""
+
+    name: str
+    summary: str
+    matches: Callable[[File], bool]
+    """By content, cheaply."""
+    read: Callable[[File], Loads]
+    write: Callable[[Loads], bytes] | None = None
+    """None: it can only be read."""
+
+
+@dataclass(frozen=True)
+class PlacementFormat:
+    """A format for placements."""
+
+    name: str
+    summary: str
+    matches: Callable[[File], bool]
+    read: Callable[[File, Hints], Placement]
+    write: Callable[[Placement, tuple[int, ...]], bytes]
+    """From a placement and its dense layers; raises ConfigError for what the format cannot express."""
+    usage: Callable[[Placement, str], str]
+    """How the program whose format it is takes the file of that name."""
+
+
+def imported(layers: tuple[Layout, ...], file: File, name: str) -> Placement:
+    """The placement of a file that does not say where it comes from."""
+    return Placement(
+        layers, provenance=Provenance("imported", options=(("file", file.name), ("format", name)))
+    )
+
+
+def layout_of_layer(layer: int, experts_of_rank: list[list[int]], experts: int) -> Layout:
+    """A layout whose errors name the layer."""
+    try:
+        return Layout(tuple(map(tuple, experts_of_rank)), experts)
+    except ConfigError as error:
+        raise ConfigError(f"layer {layer}: {error}") from None
+
+
+NumberedLayers = list[tuple[int, Layout]]
+"""Layers with the model's number of each, so that errors can name it."""
+
+
+def moe_layers(placement: Placement, dense_layers: tuple[int, ...]) -> NumberedLayers:
+    """The layers with experts."""
+    _check_dense(dense_layers, len(placement.layers))
+    return [(index, layer) for index, layer in enumerate(placement.layers) if index not in dense_layers]
+
+
+def with_dense(layers: list[Layout], dense_layers: tuple[int, ...]) -> tuple[Layout, ...]:
+    """MoE layers with the dense ones put back between them, as even layouts."""
+    every = range(len(layers) + len(set(dense_layers)))
+    _check_dense(dense_layers, len(every))
+    even = Layout.even(layers[0].experts, layers[0].ranks, layers[0].slots)
+    moe = iter(layers)
+    return tuple(even if layer in dense_layers else next(moe) for layer in every)
+
+
+def check_equal_slots(layers: NumberedLayers, program: str) -> None:
+    """Raises ConfigError where layers or ranks differ in slots."""
+    for index, layer in layers:
+        if layer.slots != layers[0][1].slots or layer.slots_R.min() != layer.slots_R.max():
+            raise ConfigError(
+                f"layer {index}: has {layer.slots} slots, {layer.slots_R.min()} to {layer.slots_R.max()} a rank; "
+                f"{program} needs the same number on every rank and in every layer: plan with slots, not a budget"
+            )
+
+
+def check_no_duplicates(layers: NumberedLayers, program: str) -> None:
+    """Raises ConfigError for a layer with two copies of an expert on one rank."""
+    for index, layer in layers:
+        if layer.duplicates_on_rank:
+            raise ConfigError(
+                f"layer {index}: a rank holds two copies of one expert, which {program} cannot express; plan with "
+                "refined or omni"
+            )
+
+
+def _check_dense(dense_layers: tuple[int, ...], layers: int) -> None:
+    if beyond := [layer for layer in dense_layers if not 0 <= layer < layers]:
+        raise ConfigError(
+            f"dense_layers: {beyond[0]} is no layer of a model with {layers}; they are numbered from 0"
+        )
+    if len(set(dense_layers)) >= layers:
+        raise ConfigError("dense_layers: they are all layers of the model; leave those with experts out")

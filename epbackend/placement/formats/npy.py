@@ -1,0 +1,73 @@
+"""NumPy's own files: [layers, experts], or [windows, layers, experts]."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+
+from epbackend.errors import ConfigError
+from epbackend.placement.formats.base import LoadsFormat
+from epbackend.placement.formats.file import MAX_BINARY_BYTES, NPY, File, check_values
+from epbackend.placement.loads import Loads
+
+
+def read_array(file: File) -> np.ndarray:
+    """The array, numbers only. Its header is checked first: shape and type against the size of the file."""
+    file.check_size(MAX_BINARY_BYTES)
+    try:
+        with file.path.open("rb") as opened:
+            version = np.lib.format.read_magic(opened)
+            if version > (2, 0):  # 3.0 differs in the names of record fields, which are no numbers
+                raise ConfigError(f"is npy of version {version}; save a plain array of numbers")
+            header = (
+                np.lib.format.read_array_header_1_0
+                if version < (2, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = header(opened)
+            start = opened.tell()
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"has a broken npy header: {error}") from None
+    if dtype.kind not in "iufb":
+        raise ConfigError(
+            f"holds {dtype}, not numbers; pickled objects are never loaded: save integers or floats"
+        )
+    check_values(shape)
+    if file.size != start + math.prod(shape) * dtype.itemsize:
+        raise ConfigError(
+            f"is truncated: a {dtype} array of shape {shape} does not fit its {file.size:,} bytes"
+        )
+    return np.load(file.path, allow_pickle=False)
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """The content of a npy file; the same array always gives the same bytes."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _read(file: File) -> Loads:
+    tokens = read_array(file)
+    if tokens.ndim not in (2, 3):
+        raise ConfigError(
+            f"shape: {tokens.shape} is neither [layers, experts] nor [windows, layers, experts]; reshape the array"
+        )
+    if tokens.ndim == 2 or len(tokens) == 1:
+        return Loads.of(tokens.reshape(tokens.shape[-2:]), [file.name])
+    return Loads(tokens, tuple(f"{file.name} {window}" for window in range(len(tokens))))
+
+
+def _write(loads: Loads) -> bytes:
+    return array_bytes(loads.tokens_WLE[0] if loads.windows == 1 else loads.tokens_WLE)
+
+
+LOADS = LoadsFormat(
+    "npy",
+    "[layers, experts] or [windows, layers, experts]; names of windows are lost",
+    lambda file: file.kind == NPY,
+    _read,
+    _write,
+)

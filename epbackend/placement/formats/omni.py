@@ -1,0 +1,62 @@
+"""OmniPlacement's pattern: npy [ranks, MoE layers, experts] of 0 and 1.
+
+Ranks and layers may differ in slots, but a rank holds an expert once at most, in ascending order: the order of slots
+within a rank is not kept, nor node size and provenance. Dense layers are not in the file.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from epbackend.errors import ConfigError
+from epbackend.placement.formats.base import (
+    Hints,
+    PlacementFormat,
+    check_no_duplicates,
+    imported,
+    layout_of_layer,
+    moe_layers,
+    with_dense,
+)
+from epbackend.placement.formats.file import NPY, File
+from epbackend.placement.formats.npy import array_bytes, read_array
+from epbackend.placement.placement import Placement
+
+
+def _matches(file: File) -> bool:
+    if file.kind != NPY:
+        return False
+    pattern = read_array(file)
+    return pattern.ndim == 3 and bool(np.isin(pattern, (0, 1)).all())
+
+
+def _read(file: File, hints: Hints) -> Placement:
+    pattern_RLE = read_array(file)
+    if pattern_RLE.ndim != 3 or 0 in pattern_RLE.shape or not np.isin(pattern_RLE, (0, 1)).all():
+        raise ConfigError(
+            f"pattern: must be [ranks, layers, experts] of 0 and 1, not of shape {pattern_RLE.shape}"
+        )
+    experts = pattern_RLE.shape[2]
+    layers = [
+        layout_of_layer(index, [np.flatnonzero(held_E).tolist() for held_E in pattern_RLE[:, index]], experts)
+        for index in range(pattern_RLE.shape[1])
+    ]
+    return imported(with_dense(layers, hints.dense_layers), file, "omni")
+
+
+def _write(placement: Placement, dense_layers: tuple[int, ...]) -> bytes:
+    moe = moe_layers(placement, dense_layers)
+    check_no_duplicates(moe, "OmniPlacement")
+    pattern_RLE = np.zeros((placement.ranks, len(moe), placement.experts), dtype=np.int32)
+    for row, (_, layer) in enumerate(moe):
+        pattern_RLE[layer.rank_of_slot_P, row, layer.slot_to_expert_P] = 1
+    return array_bytes(pattern_RLE)
+
+
+def _usage(placement: Placement, file: str) -> str:
+    return f"OmniPlacement: pattern_path: {file}"
+
+
+PLACEMENT = PlacementFormat(
+    "omni", "npy of 0 and 1, [ranks, MoE layers, experts]", _matches, _read, _write, _usage
+)

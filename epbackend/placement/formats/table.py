@@ -1,0 +1,92 @@
+"""Loads as CSV: one count a line under the header `layer,expert,tokens`, or a plain matrix, one layer a line.
+
+Several windows have a further column `window` in front, with their names. What a list leaves out is 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from array import array
+from collections.abc import Callable, Iterable
+from itertools import chain
+
+import numpy as np
+
+from epbackend.errors import ConfigError
+from epbackend.placement.formats.base import LoadsFormat
+from epbackend.placement.formats.file import MAX_VALUES, TEXT, File, check_values
+from epbackend.placement.loads import Loads
+
+HEADER = ["layer", "expert", "tokens"]
+
+
+def _read(file: File) -> Loads:
+    rows = ((number, row) for number, row in enumerate(csv.reader(io.StringIO(file.text)), 1) if any(row))
+    first, head = next(rows)
+    names = [cell.strip().lower() for cell in head]
+    if names in (HEADER, ["window", *HEADER]):
+        return _read_list(rows, file.name, named=len(names) > len(HEADER))
+    values = array("d")
+    for number, row in chain([(first, head)], rows):
+        if len(row) != len(head):
+            raise ConfigError(
+                f"line {number}: has {len(row)} numbers, the first one has {len(head)}; make them equal"
+            )
+        values.extend(_number(float, cell, number) for cell in row)
+    return Loads.of(np.array(values).reshape(-1, len(head)), [file.name])
+
+
+def _read_list(rows: Iterable[tuple[int, list[str]]], name: str, *, named: bool) -> Loads:
+    """One count a line; the first column is the window's name if they are `named`."""
+    window_of: dict[str, int] = {}
+    indices, tokens = array("q"), array("d")
+    for number, row in rows:
+        if len(row) != len(HEADER) + named:
+            raise ConfigError(f"line {number}: has {len(row)} fields, the header {len(HEADER) + named}")
+        place = [int(_number(int, cell, number)) for cell in row[-3:-1]]
+        if not all(0 <= index < MAX_VALUES for index in place):
+            raise ConfigError(
+                f"line {number}: layer {place[0]}, expert {place[1]}: must be 0 or more, and sensible"
+            )
+        indices.extend([window_of.setdefault(row[0] if named else name, len(window_of)), *place])
+        tokens.append(_number(float, row[-1], number))
+    if not tokens:
+        raise ConfigError("has a header and no counts")
+    index_N3 = np.array(indices).reshape(-1, 3)
+    shape = tuple((index_N3.max(axis=0) + 1).tolist())
+    check_values(shape)
+    flat_N = np.ravel_multi_index(tuple(index_N3.T), shape)
+    if len(repeated := np.flatnonzero(np.bincount(flat_N) > 1)):
+        _, layer, expert = np.unravel_index(repeated[0], shape)
+        raise ConfigError(f"layer {layer}, expert {expert}: is there more than once; add its counts up")
+    tokens_WLE = np.zeros(shape)
+    tokens_WLE.flat[flat_N] = tokens
+    return Loads(tokens_WLE, tuple(window_of))
+
+
+def _number(kind: Callable[[str], float], cell: str, line: int) -> float:
+    try:
+        return kind(cell)
+    except ValueError:
+        raise ConfigError(
+            f"line {line}: {cell[:40]!r} is no number; write a matrix of numbers, or the header {','.join(HEADER)}"
+        ) from None
+
+
+def _write(loads: Loads) -> bytes:
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    named = loads.windows > 1
+    lines.writerow(["window"] * named + HEADER)
+    for (window, layer, expert), tokens in np.ndenumerate(loads.tokens_WLE):
+        value = float(tokens)
+        lines.writerow(
+            [loads.names[window]] * named + [layer, expert, int(value) if value.is_integer() else value]
+        )
+    return text.getvalue().encode()
+
+
+LOADS = LoadsFormat(
+    "csv", f"header {','.join(HEADER)}, or a matrix", lambda file: file.kind == TEXT, _read, _write
+)

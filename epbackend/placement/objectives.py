@@ -1,0 +1,178 @@
+"""What a placement is to level: the cost of the rank that waits longest.
+
+Every objective is a table over two things that add up over the slots of a rank, its tokens and its activated experts:
+
+* `tokens`: the cost is the tokens themselves, as recorded (compute-bound: prefill);
+* `activated[:BATCH]`: the experts that a batch is expected to touch, whose weights must be read (memory-bound: decode);
+* a path to a JSON file: measured microseconds over both, `{"tokens": [..], "experts": [..], "microseconds": [[..]]}`,
+  one row a number of tokens; bilinear inside the table, and as its outermost cells outside. `"batch"` may be given.
+
+A batch is counted as loads are: a token that goes to K experts counts K times.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from epbackend.errors import ConfigError
+
+DEFAULT_BATCH = 1024
+"""Tokens of a batch unless said otherwise: 128 requests that decode one token each, for 8 experts."""
+
+Grid = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The cost of a rank by its tokens (X) and its activated experts (Y). The default is the tokens alone.
+
+    Raises ConfigError for a table that cannot be one.
+    """
+
+    name: str = "tokens"
+    batch: int = 0
+    """Tokens of a batch over all ranks, to which loads are scaled; 0: costs are of the loads as recorded."""
+    tokens_X: tuple[float, ...] = (0.0, 1.0)
+    experts_Y: tuple[float, ...] = (0.0, 1.0)
+    cost_XY: Grid = ((0.0, 0.0), (1.0, 1.0))
+
+    def __post_init__(self) -> None:
+        for axis, values in (("tokens", self.tokens_X), ("experts", self.experts_Y)):
+            if len(values) < 2 or not np.isfinite(values).all() or not (np.diff(values) > 0).all():
+                raise ConfigError(
+                    f"objective {self.name}: {axis} must be two numbers or more, each above the one before"
+                )
+        shape = (len(self.tokens_X), len(self.experts_Y))
+        if [len(row) for row in self.cost_XY] != [shape[1]] * shape[0]:
+            raise ConfigError(
+                f"objective {self.name}: microseconds must have {shape[0]} rows (tokens) of {shape[1]} (experts)"
+            )
+        cost_XY = self.table[2]
+        if not np.isfinite(cost_XY).all() or cost_XY.min() < 0:
+            raise ConfigError(f"objective {self.name}: microseconds must be finite and 0 or more")
+        if self.batch < 0 or (self.batch == 0 and (cost_XY != cost_XY[:, :1]).any()):
+            raise ConfigError(
+                f"objective {self.name}: batch is {self.batch}; give the tokens of a batch, 1 or more"
+            )
+
+    @cached_property
+    def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The axes X and Y, and the costs [X, Y], as float64 arrays."""
+        return np.array(self.tokens_X), np.array(self.experts_Y), np.array(self.cost_XY)
+
+    def features(self, tokens_P: np.ndarray, total: float) -> tuple[np.ndarray, np.ndarray]:
+        """Of slots with these loads, out of `total` over all: their tokens, and how likely a batch activates each."""
+        shares_P = tokens_P / total if total > 0 else np.zeros_like(tokens_P, dtype=np.float64)
+        if not self.batch:
+            return np.asarray(tokens_P, dtype=np.float64), np.zeros(shares_P.shape)
+        return shares_P * self.batch, 1.0 - (1.0 - np.minimum(shares_P, 1.0)) ** self.batch
+
+    def cost(self, tokens: ArrayLike, experts: ArrayLike) -> np.ndarray:
+        """The table at these tokens and activated experts, elementwise."""
+        tokens_X, experts_Y, table_XY = self.table
+        x, fx = _cell(tokens_X, tokens)
+        y, fy = _cell(experts_Y, experts)
+        low = table_XY[x, y] + fy * (table_XY[x, y + 1] - table_XY[x, y])
+        high = table_XY[x + 1, y] + fy * (table_XY[x + 1, y + 1] - table_XY[x + 1, y])
+        return low + fx * (high - low)
+
+    @cached_property
+    def plane(self) -> tuple[float, float] | None:
+        """Cost of a token and of an activated expert, where a rank costs the sum of both: then slots add up."""
+        tokens_X, experts_Y, cost_XY = self.table
+        token = (cost_XY[1, 0] - cost_XY[0, 0]) / (tokens_X[1] - tokens_X[0])
+        expert = (cost_XY[0, 1] - cost_XY[0, 0]) / (experts_Y[1] - experts_Y[0])
+        if not np.allclose(token * tokens_X[:, None] + expert * experts_Y, cost_XY):
+            return None
+        return float(token), float(expert)
+
+    def rank_costs(self, tokens_P: np.ndarray, rank_of_slot_P: np.ndarray, ranks: int) -> np.ndarray:
+        """Cost of every rank, float64 [R], for the tokens that each slot gets (any split, any unit of load)."""
+        tokens_P, experts_P = self.features(tokens_P, float(np.sum(tokens_P)))
+        tokens_R = np.bincount(rank_of_slot_P, weights=tokens_P, minlength=ranks)
+        experts_R = np.bincount(rank_of_slot_P, weights=experts_P, minlength=ranks)
+        return self.cost(tokens_R, experts_R)
+
+
+TOKENS = Objective()
+
+
+def activated(batch: int = DEFAULT_BATCH) -> Objective:
+    """Level the experts that a batch of so many tokens is expected to activate."""
+    return Objective(f"activated:{batch}", batch, cost_XY=((0.0, 1.0), (0.0, 1.0)))
+
+
+def parse_objective(given: str | Path | Objective) -> Objective:
+    """`tokens`, `activated`, `activated:BATCH` or the path of a time table; an objective stays as it is.
+
+    Raises ConfigError for anything else.
+    """
+    if isinstance(given, Objective):
+        return given
+    text = str(given)
+    if text == "tokens":
+        return TOKENS
+    if text == "activated":
+        return activated()
+    name, _, batch = text.partition(":")
+    if name == "activated":
+        if not re.fullmatch(r"[1-9][0-9]{0,11}", batch):
+            raise ConfigError(
+                f"objective: {text!r} needs the tokens of a batch after the colon, as activated:1024"
+            )
+        return activated(int(batch))
+    if text.endswith(".json"):
+        return read_table(Path(text))
+    raise ConfigError(
+        f"objective: {text!r} is unknown; use tokens, activated, activated:BATCH or the path of a time table (.json)"
+    )
+
+
+def read_table(path: Path) -> Objective:
+    """A measured time table. Raises ConfigError where the file cannot be read, or is no table."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"objective: {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"objective: {path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"objective: {path} must be an object with tokens, experts and microseconds")
+    batch = data.get("batch", DEFAULT_BATCH)
+    if type(batch) is not int or not 1 <= batch < 10**12:
+        raise ConfigError(
+            f"objective: batch in {path} must be a whole number of tokens, 1 or more, not {batch!r}"
+        )
+    rows = data.get("microseconds")
+    if not isinstance(rows, list):
+        raise ConfigError(f"objective: microseconds in {path} must be a list of rows, one a number of tokens")
+    return Objective(
+        path.name,
+        batch,
+        _numbers(data.get("tokens"), "tokens", path),
+        _numbers(data.get("experts"), "experts", path),
+        tuple(_numbers(row, f"microseconds[{index}]", path) for index, row in enumerate(rows)),
+    )
+
+
+def _numbers(values: Any, field: str, path: Path) -> tuple[float, ...]:
+    if not isinstance(values, list) or any(type(value) not in (int, float) for value in values):
+        raise ConfigError(f"objective: {field} in {path} must be a list of numbers")
+    try:
+        return tuple(float(value) for value in values)
+    except OverflowError:
+        raise ConfigError(f"objective: {field} in {path} has a number that is too large") from None
+
+
+def _cell(axis: np.ndarray, value: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """The cell of the axis that holds each value, and where in it: 0 at its start, 1 at its end, beyond outside."""
+    index = np.clip(np.searchsorted(axis, value, side="right") - 1, 0, len(axis) - 2)
+    return index, (np.asarray(value) - axis[index]) / (axis[index + 1] - axis[index])

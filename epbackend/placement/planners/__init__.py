@@ -1,0 +1,127 @@
+"""`plan`: one call for every planner; planners of third parties plug in by entry point `epbackend.planners`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType, NoneType
+from typing import Any
+
+import numpy as np
+
+from epbackend import __version__
+from epbackend.errors import ConfigError, UnavailableError, did_you_mean
+from epbackend.placement.loads import Loads
+from epbackend.placement.objectives import TOKENS, Objective, parse_objective
+from epbackend.placement.placement import Placement, Provenance
+from epbackend.placement.planners.base import Planner, Progress, Task, silent
+from epbackend.placement.planners.checks import check_answer, check_task
+from epbackend.placement.values import real_number, whole_number
+
+__all__ = ["find_planner", "plan", "planner_names"]
+
+GROUP = "epbackend.planners"
+BUILT_IN = ("refined", "incremental", "eplb", "omni", "lplb")
+
+
+def plan(
+    loads: Loads | np.ndarray,
+    *,
+    ranks: int,
+    slots: int | None = None,
+    algorithm: str = "refined",
+    objective: str | Path | Objective = "tokens",
+    node_size: int = 0,
+    budget: int | None = None,
+    search_ms: float = 0.0,
+    seed: int = 0,
+    current: Placement | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Placement:
+    """Decides where the experts of every layer live. The same arguments give the same placement, unless it searches.
+
+    loads: recorded loads, or one [layers, experts] array of tokens.  ranks: R.
+    slots: P of every layer, a multiple of the ranks; unless given: those of `current`, or one an expert.
+    algorithm: one of `planner_names()`.  objective: what is balanced, see `objectives.parse_objective`.
+    node_size: ranks a node, 0 for one node.  budget: redundant slots over all layers, given to layers by need,
+    instead of `slots`.  search_ms: milliseconds of search a layer may get beyond the first answer.
+    current: the placement in use.  options: what only this planner knows (its module has the list).
+
+    Raises ConfigError for what cannot work, UnavailableError for a planner whose package does not load.
+    """
+    loads = loads if isinstance(loads, Loads) else Loads.of(loads)
+    if slots is not None and budget is not None:
+        raise ConfigError(
+            "slots: cannot be given beside budget; slots are for every layer, a budget is for all layers"
+        )
+    task = Task(
+        loads=loads,
+        ranks=whole_number("ranks", ranks, 1),
+        slots=whole_number("slots", slots, 1) if slots is not None else _usual_slots(loads, budget, current),
+        objective=parse_objective(objective),
+        node_size=whole_number("node_size", node_size),
+        budget=whole_number("budget", budget) if budget is not None else None,
+        search_ms=real_number("search_ms", search_ms),
+        seed=whole_number("seed", seed),
+        current=current,
+        options=MappingProxyType(options),
+        progress=progress,
+    )
+    check_task(task)
+    layers = check_answer(algorithm, find_planner(algorithm)(task), task)
+    progress(loads.layers, loads.layers)
+    return Placement(layers, task.node_size, Provenance(algorithm, loads.names, __version__, _asked(task)))
+
+
+def planner_names() -> tuple[str, ...]:
+    """Every algorithm that `plan` knows: the default first, those of third parties last."""
+    return tuple(dict.fromkeys([*BUILT_IN, *sorted(entry_points(group=GROUP).names)]))
+
+
+def find_planner(algorithm: str) -> Planner:
+    """The planner of that name. Those that come along need no entry point, and none can take their name.
+
+    Raises ConfigError for an unknown name, UnavailableError for a package that does not load.
+    """
+    if algorithm in BUILT_IN:
+        return import_module(f"{__name__}.{algorithm}").plan_layers
+    points = entry_points(group=GROUP, name=algorithm)
+    if not points:
+        known = planner_names()
+        raise ConfigError(
+            f"algorithm: {algorithm!r} is unknown{did_you_mean(str(algorithm), known)}; known are {', '.join(known)}"
+        )
+    (point, *_) = points
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise UnavailableError(
+            f"algorithm: {algorithm!r} of {point.value} does not load: {error}; repair or remove that package"
+        ) from error
+
+
+def _usual_slots(loads: Loads, budget: int | None, current: Placement | None) -> int:
+    """What is meant where no slots are given."""
+    in_use = current.slots if current is not None and budget is None else None
+    return in_use or loads.experts
+
+
+def _asked(task: Task) -> tuple[tuple[str, Any], ...]:
+    """What was asked beyond loads, ranks and slots, as plain values, for the provenance."""
+    usual = Task(task.loads, task.ranks, task.slots, TOKENS)
+    asked = {name: getattr(task, name) for name in ("budget", "search_ms", "seed")}
+    changed = {name: value for name, value in asked.items() if value != getattr(usual, name)}
+    if task.objective != TOKENS:
+        changed["objective"] = task.objective.name
+    return tuple(sorted({**changed, **{name: _plain(value) for name, value in task.options.items()}}.items()))
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold, and gives back the same."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, NoneType)) else str(value)

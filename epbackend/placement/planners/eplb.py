@@ -1,0 +1,116 @@
+"""DeepSeek's Expert Parallelism Load Balancer, slot for slot: the reference that other planners are measured against.
+
+Source: the published description and example of https://github.com/deepseek-ai/EPLB, written anew, all layers at once.
+Three steps, each greedy: groups of experts to nodes, copies within a node to the expert with the most load a copy, and
+copies to ranks, heaviest first. Loads are added and divided in float32 as there, and equal ones sorted as torch does.
+
+Options: `groups`, the expert groups of the router. Where nodes divide them, the groups stay whole on a node
+(hierarchical; costs balance), else any copy may go to any rank (global). Two copies may meet on one rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from epbackend.errors import ConfigError
+from epbackend.placement.layout import Layout
+from epbackend.placement.planners.base import Task, all_layers
+from epbackend.placement.planners.checks import refuse_unknown
+from epbackend.placement.planners.introsort import descending_order
+from epbackend.placement.values import whole_number
+
+
+class Copies(NamedTuple):
+    """The copies of B independent problems with E experts and P copies each."""
+
+    expert_BP: np.ndarray
+    """The expert of each copy: first one of every expert, then the further ones in the order they were given."""
+    count_BE: np.ndarray
+
+
+def plan_layers(task: Task) -> tuple[Layout, ...]:
+    """See the module. Several windows are planned as their mixture."""
+    refuse_unknown("eplb", task, options=("groups",))
+    groups = whole_number("groups", task.options.get("groups", 1), 1)
+    if task.loads.experts % groups:
+        raise ConfigError(
+            f"groups: {groups} do not divide the {task.loads.experts} experts; use the router's number (n_group)"
+        )
+    nodes = task.ranks // task.node_size if task.node_size else 1
+    loaded = task.loads.loaded_layers
+    weight_LE = task.loads.mixture_LE()[list(loaded)]
+    expert_LP = rebalance(weight_LE, task.slots, task.ranks, groups, nodes)
+    layouts = (Layout.of(held_P, task.ranks, task.loads.experts) for held_P in expert_LP)
+    return all_layers(task, dict(zip(loaded, layouts, strict=True)))
+
+
+def rebalance(weight_LE: np.ndarray, slots: int, ranks: int, groups: int = 1, nodes: int = 1) -> np.ndarray:
+    """The expert of every slot, int64 [L, P].
+
+    groups: must divide the experts.  nodes: must divide the ranks.  slots: must be a multiple of the ranks.
+    """
+    if groups % nodes:
+        groups = nodes = 1
+    layers, experts = weight_LE.shape
+    weight_LE = weight_LE.astype(np.float32)
+    by_node_LE = _experts_by_node(weight_LE, groups, nodes)
+    weight_BE = np.take_along_axis(weight_LE, by_node_LE, axis=1).reshape(layers * nodes, experts // nodes)
+    copies = replicate(weight_BE, slots // nodes)
+    load_BE = weight_BE / copies.count_BE.astype(np.float32)
+    load_BP = np.take_along_axis(load_BE, copies.expert_BP, axis=1)
+    copy_BP = pack(load_BP, ranks // nodes)
+    expert_BP = np.take_along_axis(copies.expert_BP, copy_BP, axis=1)
+    first_N1 = np.arange(nodes)[:, None] * (experts // nodes)
+    local_LP = (expert_BP.reshape(layers, nodes, slots // nodes) + first_N1).reshape(layers, slots)
+    return np.take_along_axis(by_node_LE, local_LP, axis=1)
+
+
+def replicate(weight_BE: np.ndarray, slots: int) -> Copies:
+    """One copy of each expert, and then one copy more of the expert with the most load a copy, until slots are used."""
+    problems, experts = weight_BE.shape
+    every_B = np.arange(problems)
+    expert_BP = np.tile(np.arange(slots), (problems, 1))
+    count_BE = np.ones((problems, experts), dtype=np.int64)
+    load_BE = weight_BE.copy()
+    for slot in range(experts, slots):
+        heaviest_B = load_BE.argmax(axis=1)
+        expert_BP[:, slot] = heaviest_B
+        count_BE[every_B, heaviest_B] += 1
+        copies_B = count_BE[every_B, heaviest_B].astype(np.float32)
+        load_BE[every_B, heaviest_B] = weight_BE[every_B, heaviest_B] / copies_B
+    return Copies(expert_BP, count_BE)
+
+
+def pack(load_BI: np.ndarray, packs: int) -> np.ndarray:
+    """Items into packs of equal number, heaviest item first, each into the lightest pack with room.
+
+    Returns the items in the order of packs, int64 [B, I]: pack k holds entries [k * I / packs, (k + 1) * I / packs).
+    """
+    problems, items = load_BI.shape
+    room = items // packs
+    if room == 1:  # as published: items stay where they are, not sorted
+        return np.tile(np.arange(items), (problems, 1))
+    every_B = np.arange(problems)
+    order_BI = descending_order(load_BI)
+    packed_BI = np.empty((problems, items), dtype=np.int64)
+    held_BK = np.zeros((problems, packs), dtype=np.int64)
+    weight_BK = np.zeros((problems, packs), dtype=np.float32)  # infinite for a full pack
+    for item_B in order_BI.T:
+        pack_B = weight_BK.argmin(axis=1)
+        position_B = held_BK[every_B, pack_B]
+        packed_BI[every_B, pack_B * room + position_B] = item_B
+        held_BK[every_B, pack_B] += 1
+        grown_B = weight_BK[every_B, pack_B] + load_BI[every_B, item_B]
+        weight_BK[every_B, pack_B] = np.where(position_B + 1 < room, grown_B, np.inf)
+    return packed_BI
+
+
+def _experts_by_node(weight_LE: np.ndarray, groups: int, nodes: int) -> np.ndarray:
+    """The experts in the order of nodes, int64 [L, E]: groups stay whole, and every node gets as many."""
+    layers, experts = weight_LE.shape
+    size = experts // groups
+    weight_LG = weight_LE.reshape(layers, groups, size).sum(axis=2)
+    group_LG = pack(weight_LG, nodes)
+    return (group_LG[:, :, None] * size + np.arange(size)).reshape(layers, experts)

@@ -1,0 +1,101 @@
+"""From the placement in use to one that is balanced for new loads, with few changes.
+
+The worst rank is relieved by the swap or the replaced copy that brings most for each expert that a rank has to fetch,
+until no rank costs more than `target` times the mean. Where such steps do not get there, the layer is refined as
+`refined` does, whatever that moves. Slots that keep their expert keep their place, layers that are balanced stay as
+they are, and no layer gets worse. Two copies of an expert on one rank are taken apart, unless that would cost balance.
+
+A slot counts as changed if its rank did not hold its expert before: what has to be fetched.
+
+Options: `target`, the worst rank over the mean, 1.02 unless given; `windows` as for `refined`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from epbackend.errors import ConfigError
+from epbackend.placement.layout import Layout
+from epbackend.placement.placement import Placement
+from epbackend.placement.planners.base import Task
+from epbackend.placement.planners.checks import refuse_options
+from epbackend.placement.planners.problem import Features, layout_of
+from epbackend.placement.values import real_number
+
+OPTIONS = ("target", "windows")
+
+TARGET = 1.02
+
+LAST_KICKS = 256
+"""Kicks of the search for a layer that few changes do not balance."""
+
+
+def plan_layers(task: Task) -> tuple[Layout, ...]:
+    """See the module. Raises ConfigError where there is no placement to start from, or it has other slots."""
+    from epbackend.placement import compiled
+
+    refuse_options("incremental", task, OPTIONS)
+    current = _start(task)
+    target = real_number("target", task.options.get("target", TARGET))
+    if target < 1:
+        raise ConfigError(
+            f"target: {target} is below 1, and the worst rank cannot be below the mean; use 1 or more"
+        )
+    features = Features.of(task)
+    layers = list(current.layers)
+    compiled.announce()
+    for done, layer in enumerate(task.loads.loaded_layers, start=1):
+        layers[layer] = _replan(features, layer, layers[layer], target, task.seed % 2**32)
+        task.progress(done, len(task.loads.loaded_layers))
+    return tuple(layers)
+
+
+def _start(task: Task) -> Placement:
+    current = task.current
+    if current is None:
+        raise ConfigError(
+            "current: is missing, and incremental starts from it; give the placement in use, or use 'refined'"
+        )
+    if task.budget is not None:
+        raise ConfigError(
+            "budget: incremental keeps the slots of every layer; leave it out, or use 'refined'"
+        )
+    if current.slots not in (None, task.slots):
+        raise ConfigError(
+            f"slots: the placement in use has {current.slots}, and incremental keeps them; ask for {current.slots}, "
+            "or use algorithm 'refined'"
+        )
+    return current
+
+
+def _replan(features: Features, layer: int, before: Layout, target: float, seed: int) -> Layout:
+    from epbackend.placement.compiled.change import change
+    from epbackend.placement.compiled.search import improve, judge
+
+    first_R = np.concatenate(([0], np.cumsum(before.slots_R)))
+    problem = features.problem(layer, first_R)
+    before_P = before.slot_to_expert_P.copy()  # a read-only array would be compiled for once more
+    expert_P, reached = change(problem, before_P, target)
+    if not reached:
+        expert_P, _ = improve(problem, expert_P, expert_P, LAST_KICKS, seed)
+    if judge(problem, expert_P) > judge(problem, before_P):
+        return before
+    after = layout_of(expert_P, first_R, before.experts).experts_of_rank
+    return Layout(tuple(map(_keep_places, before.experts_of_rank, after)), before.experts)
+
+
+def _keep_places(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
+    """The experts of `after`, those that were there before in their old places."""
+    stay = Counter(before) & Counter(after)
+    fetched = iter((Counter(after) - Counter(before)).elements())
+    held = []
+    for expert in before:
+        if stay[expert]:
+            stay[expert] -= 1
+            held.append(expert)
+        else:
+            held.append(next(fetched))
+    return tuple(held)

@@ -1,0 +1,106 @@
+"""The default planner: copies that are as light as they can be, packed, then exchanged until nothing helps.
+
+1. Copies: one at a time to the expert whose copies weigh most, which minimises the heaviest copy. Where activated
+   experts cost, the copies that add least are tried too.
+2. Packing: the heaviest copy first, to the rank that is cheapest with it, never two of an expert on one rank.
+3. Refinement: swaps and replaced copies that relieve the worst rank. Random kicks and refinement again for small
+   layers, and for all of them as long as `search_ms` lasts.
+
+Where the layout in order is still better, it is taken instead. The answer to a task is always the same, unless it has
+`search_ms`: then the clock decides how many kicks there are.
+
+Options: `kicks`, how many per layer before any `search_ms` (by the size of the layer unless given); `windows`,
+"mixture" (the default) or "worst": level the mixture of several windows, or the worst of them; `node_penalty`, with
+`node_size`: what each copy that crowds on a node while another node has none may cost, in mean rank loads (0.001: the
+worst rank may get 0.1% more load to avoid it), so that `nearest` finds copies near by.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from epbackend.placement.budget import first_slots, share_out
+from epbackend.placement.layout import Layout
+from epbackend.placement.planners.base import Task, all_layers
+from epbackend.placement.planners.checks import refuse_options
+from epbackend.placement.planners.problem import Features, layout_of
+from epbackend.placement.values import whole_number
+
+if TYPE_CHECKING:
+    from epbackend.placement.compiled.ranks import Problem
+
+OPTIONS = ("kicks", "node_penalty", "windows")
+
+USUAL_KICKS = 2**16
+"""Kicks of a layer, times its slots squared: many for a toy, none for 256 experts, which take about as long."""
+
+
+def plan_layers(task: Task) -> tuple[Layout, ...]:
+    """See the module."""
+    from epbackend.placement import compiled
+
+    refuse_options("refined", task, OPTIONS)
+    features = Features.of(task)
+    slots_L = np.full(task.loads.layers, task.slots)
+    if task.budget is not None:
+        slots_L = share_out(features.weight_LE, task.ranks, task.slots, task.budget)
+    loaded = task.loads.loaded_layers
+    first_LR = first_slots(slots_L[list(loaded)], task.ranks)
+    planned = {}
+    compiled.announce()
+    for done, layer in enumerate(loaded):
+        planned[layer] = _plan_layer(task, features, layer, first_LR[done])
+        task.progress(done + 1, len(loaded))
+    return all_layers(task, planned)
+
+
+def _plan_layer(task: Task, features: Features, layer: int, first_R: np.ndarray) -> Layout:
+    from epbackend.placement.compiled.search import improve, judge
+
+    problem = features.problem(layer, first_R)
+    slots, experts = problem.rank_P.size, task.loads.experts
+    kicks = whole_number("kicks", task.options.get("kicks", USUAL_KICKS // slots**2))
+    seed = task.seed % 2**32
+    answers = [
+        (*improve(problem, start_P, start_P, kicks, seed), start_P)
+        for start_P in _starts(problem, features.weight_LE[layer])
+    ]
+    expert_P, cost, start_P = min(answers, key=lambda answer: answer[1])
+    expert_P, cost = _search(problem, expert_P, cost, start_P, task.search_ms / 1e3, seed)
+    in_order_P = np.arange(slots) % experts
+    if judge(problem, in_order_P) < cost:
+        expert_P = in_order_P
+    # Ascending within each rank: the order of a rank's slots means nothing, so let it be easy to read and to compare.
+    return layout_of(np.sort(problem.rank_P * experts + expert_P) % experts, first_R, experts)
+
+
+def _starts(problem: Problem, weight_E: np.ndarray) -> Iterator[np.ndarray]:
+    """Packed layers [P] to refine."""
+    from epbackend.placement.compiled.packing import cheapest_copies, optimal_copies, pack
+
+    slots, ranks = problem.rank_P.size, problem.node_R.size
+    copies_E = optimal_copies(weight_E, np.argsort(-weight_E, kind="stable"), slots, ranks)
+    yield pack(problem, copies_E, np.argsort(-weight_E / copies_E, kind="stable"))
+    if problem.batch:
+        copies_E = cheapest_copies(problem)
+        yield pack(problem, copies_E, np.argsort(-weight_E / copies_E, kind="stable"))
+
+
+def _search(
+    problem: Problem, expert_P: np.ndarray, cost: float, start_P: np.ndarray, seconds: float, seed: int
+) -> tuple[np.ndarray, float]:
+    """Kicks until the time is over: first a few, then as many as half of the time left is enough for, and so on."""
+    from epbackend.placement.compiled.search import improve
+
+    began = time.perf_counter()
+    done, kicks = 0, 8
+    while (left := seconds - (time.perf_counter() - began)) > 0:
+        if done:
+            kicks = max(1, int(done / (time.perf_counter() - began) * left / 2))
+        expert_P, cost = improve(problem, expert_P, start_P, kicks, seed + 1 + done)
+        done += kicks
+    return expert_P, cost

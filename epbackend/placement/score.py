@@ -1,0 +1,130 @@
+"""How good a placement is on given loads, under a given split."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epbackend.errors import ConfigError
+from epbackend.placement.bounds import lower_bound
+from epbackend.placement.layout import Layout
+from epbackend.placement.loads import Loads
+from epbackend.placement.moves import count_moves
+from epbackend.placement.objectives import TOKENS, Objective, parse_objective
+from epbackend.placement.placement import Placement
+from epbackend.placement.split.expected import expected_shares
+
+
+@dataclass(frozen=True)
+class Score:
+    """Imbalance is the largest rank cost over the mean one, of one layer in one window of loads: 1 is level."""
+
+    algorithm: str
+    """What made the placement."""
+    split: str
+    objective: str
+    ranks: int
+    slots: int | None
+    """Of each layer; None where layers differ."""
+    layers: int
+    """Layers judged: those that have loads."""
+    imbalance_mean: float
+    """Over layers and windows."""
+    imbalance_worst: float
+    worst_layer: int
+    lower_bound_mean: float
+    """What no placement with these slots, and no split, gets below; 1 for objectives other than tokens."""
+    largest_replica: float
+    """Tokens of the busiest slot over the mean rank load of its layer; above 1 it alone makes its rank too full."""
+    duplicates_on_rank: int
+    """Slots whose expert has another slot on the same rank."""
+    moves: int | None = None
+    """Experts that ranks must receive, coming from the baseline; None without one."""
+    moves_share: float | None = None
+    """The same over the slots."""
+    bytes_most: int | None = None
+    """Bytes that the busiest rank receives; None unless the bytes of an expert are known."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def score(
+    placement: Placement,
+    loads: Loads | np.ndarray,
+    *,
+    split: str = "even",
+    objective: str | Path | Objective = "tokens",
+    baseline: Placement | None = None,
+    expert_bytes: int | None = None,
+) -> Score:
+    """Judges every layer with loads in every window. `expert_bytes`: weights of one expert of one layer.
+
+    Raises ConfigError for loads or a baseline of another model, loads without a token, and an unknown split.
+    """
+    loads = loads if isinstance(loads, Loads) else Loads.of(loads)
+    check_same_model(placement, loads)
+    goal = parse_objective(objective)
+    cells: list[tuple[float, float, float, int]] = []
+    for layer in loads.loaded_layers:
+        layout = placement.layers[layer]
+        tokens_WE = loads.tokens_WLE[:, layer]
+        tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
+        shares_WP = expected_shares(split, tokens_WE, layout, placement.node_size)
+        for tokens_E, shares_P, imbalance in zip(
+            tokens_WE, shares_WP, imbalances(shares_WP, layout, goal), strict=True
+        ):
+            mean = tokens_E.sum() / layout.ranks
+            bound = lower_bound(tokens_E, layout.slots, layout.ranks) / mean if goal == TOKENS else 1.0
+            cells.append((imbalance, bound, shares_P.max() / mean, layer))
+    imbalance_C, bound_C, replica_C, layer_C = (np.array(values) for values in zip(*cells, strict=True))
+    moves = count_moves(baseline, placement, loads.loaded_layers) if baseline else None
+    return Score(
+        algorithm=placement.provenance.algorithm,
+        split=split,
+        objective=goal.name,
+        ranks=placement.ranks,
+        slots=placement.slots,
+        layers=len(loads.loaded_layers),
+        imbalance_mean=float(imbalance_C.mean()),
+        imbalance_worst=float(imbalance_C.max()),
+        worst_layer=int(layer_C[imbalance_C.argmax()]),
+        lower_bound_mean=float(bound_C.mean()),
+        largest_replica=float(replica_C.max()),
+        duplicates_on_rank=placement.duplicates_on_rank,
+        moves=moves.total if moves else None,
+        moves_share=moves.share if moves else None,
+        bytes_most=int(moves.bytes_R(expert_bytes).max()) if moves and expert_bytes is not None else None,
+    )
+
+
+def imbalances(shares_BP: np.ndarray, layout: Layout, objective: Objective = TOKENS) -> np.ndarray:
+    """Largest rank cost over the mean, float64 [B], for the tokens that each slot gets in each batch."""
+    costs_BR = rank_costs(shares_BP, layout, objective)
+    return costs_BR.max(axis=1) / costs_BR.mean(axis=1)
+
+
+def rank_costs(shares_BP: np.ndarray, layout: Layout, objective: Objective = TOKENS) -> np.ndarray:
+    """What each rank waits for, float64 [B, R]: its tokens, or what the objective makes of them."""
+    if objective == TOKENS:
+        first_slot_R = np.cumsum(layout.slots_R) - layout.slots_R
+        return np.add.reduceat(shares_BP, first_slot_R, axis=1)
+    return np.stack([objective.rank_costs(s_P, layout.rank_of_slot_P, layout.ranks) for s_P in shares_BP])
+
+
+def check_same_model(placement: Placement, loads: Loads) -> None:
+    """Raises ConfigError where placement and loads cannot belong together, or nothing is loaded."""
+    for name, of_loads, of_placement in (
+        ("layers", loads.layers, len(placement.layers)),
+        ("experts", loads.experts, placement.experts),
+    ):
+        if of_loads != of_placement:
+            raise ConfigError(
+                f"loads: have {of_loads} {name}, but the placement has {of_placement}; use loads of the same model"
+            )
+    if not loads.loaded_layers:
+        raise ConfigError("loads: no layer has a token; record some before judging a placement by them")

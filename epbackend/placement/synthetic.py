@@ -1,0 +1,109 @@
+"""Loads that look like recorded ones, so that tests, examples and benchmarks need no recording.
+
+The model was fitted by hand to six recordings of DeepSeek-V3 (58 MoE layers of 256 experts, decode and prefill):
+
+* The logarithm of an expert's load is a normal variable plus an exponential one (TAIL), so that a few experts stand
+  out and none vanish. No expert gets much more than LIMIT times the mean, as a token chooses each expert only once.
+* `skew` is the standard deviation of the logarithm, before the limit makes it 7% smaller. Recorded are 0.59 (decode)
+  to 0.86 (prefill of 4096 tokens), median 0.69. Layers differ in it by a log-normal factor (SPREAD).
+* `drift` is the total variation distance between two windows: recorded are 0.01 to 0.11 between windows of the same
+  phase (median 0.055), and 0.18 to 0.20 between decode and prefill.
+
+How close it comes, as the maximum over the mean of a layer at the quantiles 0.1, 0.5 and 0.9 of the layers, and as the
+imbalance that EPLB leaves (its mean over layers) with 272, 288, 320 and 288 slots on 16, 32, 64 and 144 ranks:
+
+    recorded   3.6 to 4.9   5.2 to 8.2   8.0 to 11.4     1.002 to 1.003   1.006 to 1.007   1.016 to 1.021   1.16 to 1.26
+    defaults   4.4          6.8          11.3            1.002            1.007            1.018            1.17
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+
+from epbackend.errors import ConfigError
+from epbackend.placement.loads import Loads
+from epbackend.placement.values import real_number, whole_number
+
+TAIL = 0.6
+"""Weight of the exponential variable in the logarithm of a load; its variance is the square of that."""
+LIMIT = 16.0
+"""Times the mean load: where the load of an expert saturates."""
+SPREAD = 0.16
+"""Standard deviation of the logarithm of a layer's skew."""
+TINY = np.finfo(float).tiny
+
+
+def synthetic_loads(
+    layers: int = 58,
+    experts: int = 256,
+    *,
+    tokens: int = 2**26,
+    skew: float = 0.74,
+    drift: float = 0.055,
+    noise: float = 0.0,
+    windows: int = 1,
+    dense_layers: int = 0,
+    seed: int = 0,
+) -> Loads:
+    """The same arguments give the same loads. The defaults look like a recording of DeepSeek-V3's MoE layers.
+
+    layers: of the model, of which the first `dense_layers` have no experts and stay all zero.
+    tokens: choices in each layer and window, which is tokens times experts a token.
+    skew: how unequal the experts of a layer are, see above; 0 makes all equally likely.
+    drift: total variation distance of any two windows, from 0 to below 1; no more than the skew allows.
+    noise: 0 when tokens choose independently; above, they come in clumps and the variance is 1 + noise times as large.
+
+    Raises ConfigError for values outside of these ranges.
+    """
+    windows, layers = whole_number("windows", windows, 1), whole_number("layers", layers, 1)
+    experts, tokens = whole_number("experts", experts, 1), whole_number("tokens", tokens)
+    dense_layers, seed = whole_number("dense_layers", dense_layers), whole_number("seed", seed)
+    skew, noise, drift = (
+        real_number("skew", skew),
+        real_number("noise", noise),
+        real_number("drift", drift, below=1),
+    )
+    if dense_layers > layers:
+        raise ConfigError(f"dense_layers: {dense_layers} are more than the {layers} layers")
+    random = np.random.default_rng(seed)
+    chance_WLE = _chances(random, (windows, layers - dense_layers, experts), skew, drift)
+    if noise:
+        chance_WLE = _shares(random.gamma(chance_WLE * tokens / noise) + TINY)
+    tokens_WLE = np.zeros((windows, layers, experts))
+    tokens_WLE[:, dense_layers:] = random.multinomial(tokens, chance_WLE)
+    return Loads(tokens_WLE, tuple(f"synthetic {seed}.{window}" for window in range(windows)))
+
+
+def _chances(
+    random: np.random.Generator, shape_WLE: tuple[int, int, int], skew: float, drift: float
+) -> np.ndarray:
+    """How likely a choice is for each expert, float64 [W, L, E]; the windows share part of their variance."""
+    _, layers, experts = shape_WLE
+    skew_L1 = skew * np.exp(SPREAD * random.standard_normal((layers, 1)))
+    shared_L1 = _shared_part(skew_L1, drift)
+    common_LE, own_WLE = _tailed(random, (layers, experts)), _tailed(random, shape_WLE)
+    log_WLE = skew_L1 * (np.sqrt(shared_L1) * common_LE + np.sqrt(1 - shared_L1) * own_WLE)
+    load_WLE = _shares(np.exp(log_WLE - log_WLE.max(axis=2, keepdims=True))) * experts
+    return _shares(load_WLE / (1 + load_WLE / LIMIT))
+
+
+def _tailed(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Draws of mean 0 and variance 1 whose upper tail is the longer one."""
+    return np.sqrt(1 - TAIL**2) * random.standard_normal(shape) + TAIL * (
+        random.standard_exponential(shape) - 1
+    )
+
+
+def _shared_part(skew_L1: np.ndarray, drift: float) -> np.ndarray:
+    """How much of the variance of a layer's logarithms all windows have in common.
+
+    Two log-normal loads whose logarithms differ by the standard deviation d are 2 Phi(d / 2) - 1 apart.
+    """
+    difference = 2 * NormalDist().inv_cdf((1 + drift) / 2)
+    return np.maximum(1 - difference**2 / 2 / np.maximum(skew_L1**2, TINY), 0)
+
+
+def _shares(values_WLE: np.ndarray) -> np.ndarray:
+    return values_WLE / values_WLE.sum(axis=2, keepdims=True)

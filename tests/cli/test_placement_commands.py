@@ -1,0 +1,223 @@
+"""`epbackend plan | compare | show | convert`, as people and programs run them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from epbackend.cli import COMMANDS, app
+from epbackend.cli.inputs import layer_numbers
+from epbackend.errors import ConfigError
+from epbackend.placement.formats import read_placement, write
+from epbackend.placement.loads import Loads
+from epbackend.placement.placement import Placement
+from epbackend.placement.synthetic import synthetic_loads
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture
+def run():
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A model of 5 layers with 16 experts, the first one dense."""
+    path = tmp_path / "recorded.json"
+    write(synthetic_loads(5, 16, tokens=10_000, dense_layers=1, seed=3), path, "sglang")
+    return path
+
+
+@pytest.fixture
+def planned(tmp_path, recorded, run):
+    path = tmp_path / "placement.json"
+    assert run("plan", recorded, "--ranks", 4, "--slots", 20, "--out", path).exit_code == 0
+    return path
+
+
+def test_plan_prints_one_object_and_writes_what_it_says(run, tmp_path, recorded):
+    out, plot = tmp_path / "new" / "placement.json", tmp_path / "new" / "placement.png"
+    result = run("plan", recorded, "--ranks", 4, "--slots", 20, "--out", out, "--plot", plot, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert (said["algorithm"], said["ranks"], said["slots"]) == ("refined", 4, 20)
+    assert 1 <= said["lower_bound_mean"] <= said["imbalance_mean"] <= said["imbalance_worst"] < 1.2
+    assert said["seconds"] > 0
+    assert said["duplicates_on_rank"] == 0
+    placement = read_placement(out)
+    assert (placement.ranks, placement.slots, len(placement.layers)) == (4, 20, 5)
+    assert placement.provenance.loads == ("recorded",)
+    assert plot.read_bytes().startswith(PNG)
+
+
+def test_plan_tells_people(run, recorded):
+    result = run("plan", recorded, "--ranks", 4, "--slots", 20, "--algorithm", "eplb")
+    assert result.exit_code == 0, result.output
+    assert "5 layers, 16 experts in 20 slots a layer on 4 ranks" in result.stdout
+    assert "worst layer" in result.stdout
+
+
+def test_plan_with_a_budget_has_uneven_layers(run, recorded):
+    said = json.loads(run("plan", recorded, "--ranks", 4, "--budget", 6, "--json").stdout)
+    assert said["slots"] is None
+    assert said["slots_over_all_layers"] == 5 * 16 + 6
+
+
+def test_plan_from_a_current_placement_counts_moves(run, tmp_path, planned):
+    write(synthetic_loads(5, 16, tokens=10_000, dense_layers=1, seed=4), tmp_path / "now.csv", "csv")
+    asked = ("plan", tmp_path / "now.csv", "--ranks", 4, "--current", planned, "--json")
+    few = json.loads(run(*asked, "--algorithm", "incremental").stdout)
+    anew = json.loads(run(*asked, "--slots", 20).stdout)
+    assert 0 < few["moves"] < anew["moves"]
+
+
+def test_an_option_that_one_algorithm_knows(run, recorded):
+    result = run(
+        "plan", recorded, "--ranks", 4, "--slots", 20, "--algorithm", "eplb", "--option", "groups=4", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    result = run("plan", recorded, "--ranks", 4, "--slots", 20, "--option", "groups=4")
+    assert result.exit_code == 2
+    assert "groups" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "nothing.json", "--ranks", 4), "nothing.json: there is no such file"),
+        (("plan", "{recorded}", "--ranks", 4, "--slots", 15), "slots: 15"),
+        (("plan", "{recorded}", "--ranks", 4, "--slots", 18), "slots: 18"),
+        (("plan", "{recorded}", "--ranks", 0), "ranks"),
+        (("plan", "{recorded}", "--ranks", 4, "--algorithm", "refind"), "did you mean 'refined'"),
+        (("plan", "{recorded}", "--ranks", 4, "--option", "groups"), "option: 'groups' must be NAME=VALUE"),
+        (("plan", "{recorded}", "--ranks", 4, "--option", "seed=1"), "option: seed"),
+        (("plan", "{recorded}", "--ranks", 4, "--current", "{recorded}"), "holds loads, not a placement"),
+        (("show", "{recorded}"), "holds loads, not a placement"),
+        (("convert", "{recorded}", "x", "--to", "omni"), "'omni' is no format of loads to write"),
+        (
+            ("convert", "{recorded}", "x", "--to", "csv", "--from", "npz"),
+            "'npz' is no format, did you mean 'npy'",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_without_a_traceback(run, recorded, arguments, message):
+    result = run(*(str(argument).format(recorded=recorded) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_show_draws_before_and_after(run, tmp_path, recorded, planned):
+    result = run("show", planned, recorded, "--plot", tmp_path / "heat.png")
+    assert result.exit_code == 0, result.output
+    assert "refined" in result.stdout
+    assert "mean of 4" in result.stdout
+    assert (tmp_path / "heat.png").read_bytes().startswith(PNG)
+
+
+def test_show_without_loads(run, planned):
+    result = run("show", planned)
+    assert result.exit_code == 0, result.output
+    assert "5 layers, 16 experts in 20 slots a layer on 4 ranks" in result.stdout
+    assert "recorded LOADS" in result.stdout
+
+
+def test_show_wants_loads_of_the_same_model(run, tmp_path, planned):
+    write(Loads.of(np.ones((5, 8))), tmp_path / "other.npy", "npy")
+    result = run("show", planned, tmp_path / "other.npy")
+    assert result.exit_code == 2
+    assert "loads: have 5 layers of 8 experts" in result.stderr
+
+
+def test_convert_there_and_back(run, tmp_path, planned):
+    there = run("convert", planned, tmp_path / "map.json", "--to", "vllm-ascend", "--dense-layers", "0")
+    assert there.exit_code == 0, there.output
+    assert "expert_map_path" in there.stdout
+    back = run(
+        "convert", tmp_path / "map.json", tmp_path / "p.json", "--to", "epbackend", "--dense-layers", "0"
+    )
+    assert back.exit_code == 0, back.output
+    assert read_placement(tmp_path / "p.json").layers[1:] == read_placement(planned).layers[1:]
+
+
+def test_convert_warns_of_layers_that_look_dense(run, tmp_path, planned):
+    result = run("convert", planned, tmp_path / "pattern.npy", "--to", "omni")
+    assert result.exit_code == 0, result.output
+    assert (
+        "warning: layers 0 are not planned; if they have no experts, say so: --dense-layers 0"
+        in result.stderr
+    )
+
+
+def test_convert_statistics_of_lmdeploy_as_loads_or_as_its_placement(run, tmp_path, recorded):
+    statistics = tmp_path / "statistics.json"
+    assert run("convert", recorded, statistics, "--to", "lmdeploy").exit_code == 0
+    assert "loads of 4 layers" in run("convert", statistics, tmp_path / "l.csv", "--to", "csv").stdout
+    made = run("convert", statistics, tmp_path / "p.json", "--to", "epbackend", "--ranks", 4, "--slots", 20)
+    assert "placement of 5 layers" in made.stdout
+    assert read_placement(tmp_path / "p.json").slots == 20
+
+
+@pytest.mark.parametrize(("text", "layers"), [("", ()), ("0-2", (0, 1, 2)), ("1,5-6", (1, 5, 6))])
+def test_numbers_of_layers(text, layers):
+    assert layer_numbers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1-", "2-1", "1--2", "0-999999999"])
+def test_what_are_no_numbers_of_layers(text):
+    with pytest.raises(ConfigError, match="dense_layers"):
+        layer_numbers(text)
+
+
+def test_every_command_is_listed_and_loads(run):
+    listed = run("--help").stdout
+    for name in COMMANDS:
+        assert f" {name} " in listed
+        assert run(name, "--help").exit_code == 0
+
+
+BARE = """
+import sys
+for name in ("torch", "lmdeploy", "transformers", "epbackend.config", "epbackend.engines"):
+    sys.modules[name] = None
+from epbackend.cli import main
+sys.argv = ["epbackend", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "{recorded}", "--ranks", "4", "--slots", "20", "--json"),
+        ("compare", "{recorded}", "--ranks", "4", "--slots", "20", "--json"),
+        ("convert", "{recorded}", "x.csv", "--to", "csv"),
+        ("show", "{placement}", "{recorded}"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_on_a_login_node_without_torch_and_lmdeploy(tmp_path, recorded, arguments):
+    placement = tmp_path / "even.json"
+    write(Placement.even(5, 16, 4), placement, "epbackend")
+    arguments = [argument.format(recorded=recorded, placement=placement) for argument in arguments]
+    result = subprocess.run(
+        [sys.executable, "-c", BARE, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_a_command_that_needs_more_says_what(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", BARE, "doctor"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert (
+        "torch is not installed, which epbackend doctor needs: pip install 'epbackend[cpu]'" in result.stderr
+    )

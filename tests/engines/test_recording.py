@@ -1,0 +1,83 @@
+"""Loads of a real run: what is written is what was routed, in a file that is whole at any moment."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from epbackend.engines.lmdeploy import LoadReport
+from epbackend.engines.lmdeploy.deployment import POLL_S, free_port
+from epbackend.engines.lmdeploy.recording import Recording
+from epbackend.errors import ConfigError, EPError
+from epbackend.models import resolve
+from epbackend.placement.formats import read_loads
+from tests.engines.models import EXPERTS, NEW_TOKENS, TOP_K, prompts
+from tests.engines.test_greedy import config
+from tests.engines.test_server import _await_model, _complete
+
+SERVE = """
+import sys
+from pathlib import Path
+from epbackend import EPConfig
+from epbackend.engines.lmdeploy import recording, serve
+
+recording.EVERY_S = 0.5
+if __name__ == "__main__":
+    model, config, port, path = sys.argv[1:]
+    serve(model, EPConfig.from_json(config), port=int(port), record=Path(path), model_name="tiny")
+"""
+
+
+def report(tokens_RLE) -> LoadReport:
+    return LoadReport((1, 2, 3), np.array(tokens_RLE), 1, 1, 1, {}, np.ones(3))
+
+
+def test_the_file_is_what_planners_read(tmp_path):
+    file = Recording.of(tmp_path / "loads.json", resolve("tiny-deepseek-v3"), ep_size=2)
+    file.write(report(np.ones((2, 3, 32), dtype=np.int64)))
+    loads = read_loads(tmp_path / "loads.json")
+    assert loads.tokens_WLE.shape == (1, 4, 32)
+    assert loads.loaded_layers == (1, 2, 3)
+    assert (loads.tokens_WLE[0, 1:] == 2).all()
+    assert [each.name for each in tmp_path.iterdir()] == ["loads.json"]
+
+
+def test_nothing_to_record(tmp_path):
+    file = Recording.of(tmp_path / "loads.json", resolve("tiny-deepseek-v3"), ep_size=2)
+    with pytest.raises(EPError, match="no expert has had a token"):
+        file.write(report(np.zeros((2, 3, 32), dtype=np.int64)))
+    assert not file.path.exists()
+
+
+def test_a_file_that_cannot_be_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match=r"record: .*nowhere.* cannot be written"):
+        Recording.of(tmp_path / "nowhere" / "loads.json", resolve("tiny-deepseek-v3"), ep_size=2)
+
+
+def test_a_server_counts_its_requests_and_not_its_warm_up(checkpoint, start_process, tmp_path):
+    model, port, path = checkpoint("qwen3-moe"), free_port(), tmp_path / "loads.json"
+    settings = config(ep_size=2, ep_level=2)
+    ready = "Application startup complete"
+    running = start_process(SERVE, str(model), settings.to_json(), str(port), str(path), ready=ready)
+    _await_model(port)
+    running.look()
+    time.sleep(5 * POLL_S)  # within this time the clerk has seen that the server listens
+    texts = prompts()[:4]
+    for text in texts:
+        _complete(port, text)
+    running.process.send_signal(signal.SIGTERM)
+    running.process.wait(timeout=60)
+    counts_LE = np.array(json.loads(path.read_text())["logical_count"])
+    assert counts_LE.shape == (3, EXPERTS)
+    (routed,) = set(counts_LE.sum(axis=1).tolist())  # every layer routed the same tokens
+    assert routed % TOP_K == 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    asked = sum(len(tokenizer(text).input_ids) for text in texts)
+    # Of each answer the last token need not be fed back, but may be.
+    assert 0 <= routed // TOP_K - asked - len(texts) * (NEW_TOKENS - 1) <= len(texts)
+    running.assert_nothing_left(timeout_s=60)

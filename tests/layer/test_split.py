@@ -1,0 +1,150 @@
+"""The splits on tensors give what `epbackend.placement.split` says, to the last token."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epbackend.dispatch.base import Problem
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.errors import ConfigError, UnavailableError
+from epbackend.kernels.cpu import CpuKernels
+from epbackend.kernels.reference import ReferenceKernels
+from epbackend.placement import split as on_arrays
+from epbackend.placement.layout import Layout
+from epbackend.slots import SlotMap
+from epbackend.split import TokenSplit
+
+E, K = 5, 3
+
+
+def problem(rank: int, size: int, token_size: int = 1, kernels=None) -> Problem:
+    ranks = RankGroup(None, rank, size, token_size=token_size)
+    return Problem(ranks, kernels or CpuKernels(), DispatchSettings(), slots=0, top_k=K)
+
+
+@st.composite
+def layouts(draw) -> Layout:
+    """Up to four ranks with unequal slots; experts may be on a rank twice."""
+    ranks = draw(st.sampled_from([1, 2, 4]))
+    more = draw(st.lists(st.integers(0, E - 1), max_size=8))
+    slots = draw(st.permutations([*range(E), *more]))
+    cuts = sorted(draw(st.sets(st.integers(1, len(slots) - 1), min_size=ranks - 1, max_size=ranks - 1)))
+    bounds = [0, *cuts, len(slots)]
+    held = tuple(tuple(slots[first:last]) for first, last in pairwise(bounds))
+    return Layout(held, E)
+
+
+def chosen(tokens: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, E, (tokens, K), generator=torch.Generator().manual_seed(seed))
+
+
+def expected_slots(ids_TK: torch.Tensor, quota_P: np.ndarray, slot_map: SlotMap) -> torch.Tensor:
+    """`placement.split.assign`, in the ids of the slot map."""
+    slots_TK = on_arrays.assign(ids_TK.numpy(), quota_P, slot_map.layout)
+    ids_P = np.empty(slot_map.layout.slots, dtype=np.int64)
+    there = slot_map.layout.slots_EC >= 0
+    ids_P[slot_map.layout.slots_EC[there]] = slot_map.slot_ids_EC[there]
+    return torch.from_numpy(ids_P[slots_TK])
+
+
+@settings(max_examples=40)
+@given(layout=layouts(), tokens=st.integers(0, 40), seed=st.integers(0, 99), rank=st.integers(0, 3))
+def test_even_takes_turns_from_call_to_call(layout, tokens, seed, rank):
+    rank, slot_map = rank % layout.ranks, SlotMap(layout)
+    split = TokenSplit("even", slot_map, problem(rank, layout.ranks))
+    for call in range(3):
+        ids = chosen(tokens, seed + call)
+        counts = np.bincount(ids.flatten(), minlength=E)
+        quota = on_arrays.even_shares(counts, layout, turn=rank + call)
+        assert torch.equal(split(ids), expected_slots(ids, quota, slot_map))
+
+
+@settings(max_examples=40)
+@given(layout=layouts(), tokens=st.integers(0, 40), rank=st.integers(0, 3), node=st.sampled_from([0, 1, 2]))
+def test_nearest(layout, tokens, rank, node):
+    rank, slot_map = rank % layout.ranks, SlotMap(layout, node)
+    ids = chosen(tokens, seed=0)
+    quota = on_arrays.nearest_quota(np.bincount(ids.flatten(), minlength=E), layout, rank, node)
+    split = TokenSplit("nearest", slot_map, problem(rank, layout.ranks))
+    assert torch.equal(split(ids), expected_slots(ids, quota, slot_map))
+
+
+@settings(max_examples=40)
+@given(layout=layouts(), tokens=st.integers(0, 40), rank=st.integers(0, 3))
+def test_level_where_all_ranks_hold_the_same_tokens(layout, tokens, rank):
+    """Nobody is asked: there is no process group here."""
+    slot_map, ids = SlotMap(layout), chosen(tokens, seed=1)
+    quota = on_arrays.level_shares(np.bincount(ids.flatten(), minlength=E), layout)
+    split = TokenSplit("level", slot_map, problem(rank % layout.ranks, layout.ranks, layout.ranks))
+    assert torch.equal(split(ids), expected_slots(ids, quota, slot_map))
+
+
+def level_of_all(groups, layout: Layout, token_size: int, tokens: tuple[int, ...], node_size: int) -> bool:
+    """Whether this rank's `level` is the one of the gathered counts."""
+    ranks = groups[token_size]
+    slot_map = SlotMap(layout, node_size)
+    chosen_by_source = [chosen(count, seed) for seed, count in enumerate(tokens)]
+    counts = np.array([np.bincount(ids.flatten(), minlength=E) for ids in chosen_by_source])
+    held = layout.experts_of_rank
+    grouped = [sum(held[first : first + token_size], ()) for first in range(0, len(held), token_size)]
+    shares = on_arrays.level_shares(counts.sum(axis=0), layout)
+    node = node_size // token_size
+    quota = on_arrays.own_quota(counts, shares, Layout(tuple(grouped), E), ranks.source, node)
+    ids = chosen_by_source[ranks.source]
+    found = TokenSplit("level", slot_map, Problem(ranks, CpuKernels(), DispatchSettings(), 0, K))(ids)
+    return torch.equal(found, expected_slots(ids, quota, slot_map))
+
+
+@pytest.mark.parametrize("node_size", [0, 2])
+@pytest.mark.parametrize("token_size", [1, 2])
+def test_level_asks_the_other_sources(ranks, token_size, node_size):
+    layout = Layout(((0, 1, 2), (3, 4), (0, 0, 3, 1), (2, 0)), E)
+    tokens = (20, 0, 3, 11)[: 4 // token_size]
+    assert ranks.run(4, level_of_all, layout, token_size, tokens, node_size) == [True] * 4
+
+
+@pytest.mark.parametrize("name", on_arrays.SPLITS)
+def test_without_copies_there_is_nothing_to_split(name):
+    """Not even the other ranks are asked."""
+    slot_map = SlotMap(Layout(((4, 1), (0, 2, 3)), E))
+    ids = torch.tensor([[0, 4, 3]])
+    assert TokenSplit(name, slot_map, problem(0, 2))(ids).tolist() == [[3, 0, 5]]
+
+
+def test_what_there_is_not():
+    copies = SlotMap.of((0, 1, 0, 1), 2)
+    with pytest.raises(ConfigError, match="split 'random' is unknown; it is one of even, nearest, level"):
+        TokenSplit("random", copies, problem(0, 2))
+    with pytest.raises(UnavailableError, match="split level has no kernel for this device"):
+        TokenSplit("level", copies, problem(0, 2, kernels=ReferenceKernels()))
+    TokenSplit("level", SlotMap.uniform(4, 2), problem(0, 2, kernels=SimpleNamespace()))
+
+
+def test_nothing_is_compiled_or_loaded_for_it_unless_level_is_used():
+    """numba takes half a second to import, in every rank."""
+    script = (
+        "import sys, torch\n"
+        "from epbackend.dispatch.ranks import RankGroup\n"
+        "from epbackend.dispatch.settings import DispatchSettings\n"
+        "from epbackend.moe import ExpertParallelMoE\n"
+        "from epbackend.slots import SlotMap\n"
+        "layer = ExpertParallelMoE(torch.ones(3, 4, 2), torch.ones(3, 2, 2), slot_map=SlotMap.of((0, 1, 0), 1),\n"
+        "    ranks=RankGroup.single(), settings=DispatchSettings(), top_k=1, split=sys.argv[1])\n"
+        "layer(torch.ones(2, 2), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))\n"
+        "print('numba' in sys.modules)"
+    )
+    for split, loaded in (("nearest", "False"), ("level", "True")):
+        done = subprocess.run(
+            [sys.executable, "-c", script, split], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == loaded

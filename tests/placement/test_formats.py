@@ -1,0 +1,272 @@
+"""Loads and placements in other programs' formats: round trips, what those programs read, what a format cannot say."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epbackend.errors import ConfigError
+from epbackend.placement.formats import (
+    LOADS,
+    PLACEMENTS,
+    Hints,
+    read,
+    read_loads,
+    read_placement,
+    usage,
+    write,
+)
+from epbackend.placement.layout import Layout
+from epbackend.placement.loads import Loads
+from epbackend.placement.placement import Placement, Provenance
+
+COUNTS_LE = np.array([[0, 0, 0, 0], [5, 0, 2, 1], [1, 1, 1, 9]])
+ONE = Loads.of(COUNTS_LE)
+TWO = Loads.of([COUNTS_LE, COUNTS_LE * 2 + 0.5], ["prefill", "decode"])
+
+PLAN = Placement(
+    (
+        Layout.even(4, 2, 6),
+        Layout(((3, 1, 0), (2, 3, 1)), 4),
+        Layout(((0, 2, 1), (1, 3, 0)), 4),
+    ),
+    provenance=Provenance("refined", ("a",), "0.1.0"),
+)
+ONE_EACH = Placement((Layout(((1,), (0,)), 2),))
+UNEVEN = Placement((Layout(((3, 1, 0), (2, 3)), 4), Layout(((0, 2), (1, 3)), 4)))
+TWICE = Placement((Layout(((0, 0, 1), (1, 2, 3)), 4),))
+
+
+def on_ranks(placement):
+    """What each rank holds, whatever the order of its slots."""
+    return [[sorted(held) for held in layer.experts_of_rank] for layer in placement.layers]
+
+
+WRITABLE_LOADS = [name for name, form in LOADS.items() if form.write]
+
+
+@pytest.mark.parametrize("name", WRITABLE_LOADS)
+def test_loads_come_back(tmp_path, name):
+    write(ONE, tmp_path / "recorded", name)
+    again = read_loads(tmp_path / "recorded")
+    np.testing.assert_array_equal(again.tokens_WLE, ONE.tokens_WLE)
+    assert again.names == ("recorded",)
+
+
+@pytest.mark.parametrize("name", ["sglang", "csv", "npy"])
+def test_windows_come_back(tmp_path, name):
+    write(TWO, tmp_path / "recorded", name)
+    again = read_loads(tmp_path / "recorded")
+    np.testing.assert_array_equal(again.tokens_WLE, TWO.tokens_WLE)
+    assert again.names == (TWO.names if name != "npy" else ("recorded 0", "recorded 1"))
+
+
+@given(counts=st.lists(st.lists(st.floats(0, 2**40), min_size=3, max_size=3), min_size=1, max_size=4))
+@settings(max_examples=25, deadline=None)
+def test_any_counts_come_back(tmp_path_factory, counts):
+    folder = tmp_path_factory.mktemp("formats")
+    for name in WRITABLE_LOADS:
+        write(Loads.of(np.array(counts)), folder / name, name)
+        np.testing.assert_array_equal(read_loads(folder / name).tokens_WLE[0], counts)
+
+
+def test_lmdeploy_takes_the_mixture_of_windows(tmp_path):
+    write(TWO, tmp_path / "statistics.json", "lmdeploy")
+    np.testing.assert_allclose(json.loads((tmp_path / "statistics.json").read_text()), TWO.mixture_LE())
+
+
+def test_several_files_are_several_windows(tmp_path):
+    write(ONE, tmp_path / "a.json", "sglang")
+    write(ONE, tmp_path / "b.csv", "csv")
+    loads = read_loads([tmp_path / "a.json", tmp_path / "b.csv"])
+    assert (loads.windows, loads.names) == (2, ("a", "b"))
+
+
+def test_steps_of_sglang_are_added_up(tmp_path):
+    steps = np.stack([COUNTS_LE, np.zeros_like(COUNTS_LE), COUNTS_LE])
+    (tmp_path / "a.json").write_text(json.dumps({"logical_count": steps.tolist(), "rank": 0}))
+    np.testing.assert_array_equal(read_loads(tmp_path / "a.json").tokens_WLE, [2 * COUNTS_LE])
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+def test_recordings_of_torch(tmp_path, shape):
+    torch = pytest.importorskip("torch")
+    count = torch.arange(np.prod(shape), dtype=torch.int32).reshape(shape)
+    torch.save(
+        {"rank": 0, "logical_count": count, "average_utilization_rate_over_window": 0.4}, tmp_path / "a.pt"
+    )
+    np.testing.assert_array_equal(read_loads(tmp_path / "a.pt").tokens_WLE[0], count.reshape(-1, 3, 4).sum(0))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0,0\n5,2\n", "layer,expert,tokens\n1,1,2\n1,0,5\n", "\ufeffLayer, Expert, Tokens\n1,0,5\n1,1,2\n\n"],
+)
+def test_both_forms_of_csv(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    np.testing.assert_array_equal(read_loads(tmp_path / "a.csv").tokens_WLE, [[[0, 0], [5, 2]]])
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_placements_come_back(tmp_path, name):
+    """Formats of MoE layers alone leave the dense layer 0 out and get it back."""
+    plan = PLAN if name != "lmdeploy" else lmdeploy_plan()
+    write(plan, tmp_path / "plan", name, dense_layers=(0,))
+    again = read(tmp_path / "plan", name, Hints(ranks=plan.ranks, slots=plan.slots, dense_layers=(0,)))
+    assert on_ranks(again)[1:] == on_ranks(plan)[1:]
+    if name not in ("lmdeploy", "omni"):  # which have no order of slots within a rank
+        assert again.layers == plan.layers
+    assert (again == plan) == (name == "epbackend")
+    assert name == "epbackend" or again.provenance.algorithm == "imported"
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_the_same_placement_gives_the_same_bytes(tmp_path, name):
+    plan = PLAN if name != "lmdeploy" else lmdeploy_plan()
+    for file in ("a", "b"):
+        write(plan, tmp_path / file, name, dense_layers=(0,))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert "new/plan.bin" in usage(plan, name, "new/plan.bin")
+
+
+def test_placements_are_known_by_their_content(tmp_path):
+    for name in ("epbackend", "sglang", "vllm-ascend", "omni"):
+        write(PLAN, tmp_path / "plan.bin", name, dense_layers=(0,))
+        assert on_ranks(read(tmp_path / "plan.bin", hints=Hints(ranks=2)))[-1] == on_ranks(PLAN)[-1]
+
+
+def test_what_vllm_ascend_reads(tmp_path):
+    write(PLAN, tmp_path / "map.json", "vllm-ascend", dense_layers=(0,))
+    written = json.loads((tmp_path / "map.json").read_text())
+    assert written["moe_layer_count"] == len(written["layer_list"]) == 2
+    assert [layer["layer_id"] for layer in written["layer_list"]] == [0, 1]
+    assert written["layer_list"][0] == {
+        "layer_id": 0,
+        "device_count": 2,
+        "device_list": [
+            {"device_id": 0, "device_expert": [3, 1, 0]},
+            {"device_id": 1, "device_expert": [2, 3, 1]},
+        ],
+    }
+
+
+def test_what_sglang_reads(tmp_path):
+    write(PLAN, tmp_path / "map.json", "sglang")
+    assert json.loads((tmp_path / "map.json").read_text()) == {
+        "physical_to_logical_map": [[0, 1, 2, 3, 0, 1], [3, 1, 0, 2, 3, 1], [0, 2, 1, 1, 3, 0]]
+    }
+
+
+def test_what_omniplacement_reads(tmp_path):
+    write(UNEVEN, tmp_path / "pattern.npy", "omni")
+    pattern_RLE = np.load(tmp_path / "pattern.npy")
+    assert pattern_RLE.tolist() == [[[1, 1, 0, 1], [1, 0, 1, 0]], [[0, 0, 1, 1], [0, 1, 0, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("plan", "name", "message"),
+    [
+        (UNEVEN, "sglang", "layer 0: has 5 slots, 2 to 3 a rank; SGLang needs the same number"),
+        (UNEVEN, "vllm-ascend", "vllm-ascend needs the same number"),
+        (UNEVEN, "lmdeploy", "LMDeploy needs the same number"),
+        (TWICE, "omni", "layer 0: a rank holds two copies of one expert, which OmniPlacement cannot express"),
+        (TWICE, "mindie", "MindIE cannot express"),
+        (TWICE, "lmdeploy", "layer 0: LMDeploy's EPLB cannot be brought to this placement"),
+        (ONE_EACH, "lmdeploy", "with one slot a rank it keeps experts in order"),
+        (PLAN, "csv", "'csv' is no format of placements; known are epbackend, sglang"),
+        (PLAN, "sglnag", "did you mean 'sglang'"),
+        (ONE, "omni", "'omni' is no format of loads to write"),
+        (ONE, "sglang-pt", "'sglang-pt' is no format of loads to write"),
+    ],
+)
+def test_what_a_format_cannot_say(tmp_path, plan, name, message):
+    with pytest.raises(ConfigError, match=message):
+        write(plan, tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dense_layers_must_be_layers(tmp_path):
+    with pytest.raises(ConfigError, match="dense_layers: 3 is no layer of a model with 3"):
+        write(PLAN, tmp_path / "out", "omni", dense_layers=(3,))
+    with pytest.raises(ConfigError, match="dense_layers: they are all layers"):
+        write(PLAN, tmp_path / "out", "omni", dense_layers=(0, 1, 2))
+
+
+def test_loads_and_placements_are_told_apart(tmp_path):
+    write(ONE, tmp_path / "loads.json", "sglang")
+    write(PLAN, tmp_path / "plan.json", "epbackend")
+    with pytest.raises(ConfigError, match=r"plan.json: holds a placement, not loads"):
+        read_loads(tmp_path / "plan.json")
+    with pytest.raises(
+        ConfigError, match=r"loads.json: holds loads, not a placement; plan one: epbackend plan"
+    ):
+        read_placement(tmp_path / "loads.json")
+
+
+def test_a_file_of_sglang_needs_ranks(tmp_path):
+    write(PLAN, tmp_path / "plan.json", "sglang")
+    with pytest.raises(ConfigError, match=r"ranks: a placement of SGLang does not say .* \(--ranks\)"):
+        read_placement(tmp_path / "plan.json")
+    with pytest.raises(ConfigError, match="ranks: 4 do not divide the 6 slots"):
+        read_placement(tmp_path / "plan.json", Hints(ranks=4))
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write(PLAN, tmp_path, "epbackend")
+
+
+def lmdeploy_plan():
+    """Two ranks with room to steer: expert 0 has a copy on each."""
+    moe = Layout(((0, 1, 2, 3), (0, 4, 5, 6)), 7)
+    return Placement((Layout.even(7, 2, 8), moe, Layout(((6, 5, 3, 1), (6, 0, 2, 4)), 7)))
+
+
+def test_lmdeploy_itself_makes_the_placement(tmp_path):
+    """LMDeploy's own code on the written file, with the settings that `usage` names."""
+    torch = pytest.importorskip("torch")
+    lmdeploy = pytest.importorskip("lmdeploy.pytorch.nn.eplb")
+    plan = random_plan(experts=64, ranks=8, slots=80, layers=4, seed=3)
+    write(plan, tmp_path / "statistics.json", "lmdeploy")
+    assert usage(plan, "lmdeploy", "a.json") == (
+        "LMDeploy: LMDEPLOY_EPLB_EXPERTS_STATISTIC_FILE=a.json LMDEPLOY_EPLB_NUM_GROUPS=1 "
+        "LMDEPLOY_EPLB_RANKS_PER_NODE=8 LMDEPLOY_EPLB_NUM_REDUNDANT_EXPERTS=16, enable_eplb"
+    )
+    statistics = torch.tensor(json.loads((tmp_path / "statistics.json").read_text()), dtype=torch.float32)
+    expert_LP, _, _ = lmdeploy.rebalance_experts(
+        statistics, num_replicas=80, num_groups=1, num_nodes=1, num_gpus=8
+    )
+    made = [[sorted(held) for held in expert_P.reshape(8, -1).tolist()] for expert_P in expert_LP]
+    assert made == on_ranks(plan)
+
+
+@given(seed=st.integers(0, 1000), ranks=st.sampled_from([2, 4, 8]), each=st.integers(5, 9))
+@settings(max_examples=25, deadline=None)
+def test_lmdeploy_counts_make_the_placement_or_say_why_not(tmp_path_factory, seed, ranks, each):
+    plan = random_plan(experts=ranks * each - ranks, ranks=ranks, slots=ranks * each, layers=1, seed=seed)
+    path = tmp_path_factory.mktemp("lmdeploy") / "statistics.json"
+    try:
+        write(plan, path, "lmdeploy")
+    except ConfigError:
+        assert not path.exists()
+    else:
+        assert on_ranks(read_placement(path, Hints(ranks=ranks, slots=plan.slots))) == on_ranks(plan)
+
+
+def random_plan(*, experts, ranks, slots, layers, seed):
+    """Random copies on random ranks, never two on one."""
+    random = np.random.default_rng(seed)
+    each = slots // ranks
+    made = []
+    while len(made) < layers:
+        copies_E = 1 + np.bincount(random.integers(0, experts, slots - experts), minlength=experts)
+        held = [[] for _ in range(ranks)]
+        for expert in np.argsort(-copies_E):
+            emptiest = np.argsort([len(slots) + random.random() * 0.9 for slots in held], kind="stable")
+            for rank in emptiest[: copies_E[expert]]:
+                held[rank].append(int(expert))
+        if {len(slots) for slots in held} == {each}:
+            made.append(Layout(tuple(map(tuple, held)), experts))
+    return Placement(tuple(made))

@@ -1,0 +1,170 @@
+"""The levelling split: as good as the linear program, and the same everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epbackend.errors import ConfigError
+from epbackend.placement.layout import Layout
+from epbackend.placement.split import even_shares, level_shares, reference
+from tests.placement.linear_program import optimum
+from tests.placement.strategies import layouts
+
+
+def within_the_gap(most: float, bound: float) -> bool:
+    """A thousandth above the bound at most, once the bound is rounded up to a whole token."""
+    return int(most) - (int(most) >> 10) <= np.ceil(bound - 1e-6)
+
+
+def rank_loads(shares_P: np.ndarray, layout: Layout) -> np.ndarray:
+    return np.bincount(layout.rank_of_slot_P, weights=shares_P, minlength=layout.ranks)
+
+
+def expert_sums(shares_P: np.ndarray, layout: Layout) -> list[int]:
+    return (
+        np.bincount(layout.slot_to_expert_P, weights=shares_P, minlength=layout.experts).astype(int).tolist()
+    )
+
+
+def topology(ranks: int, each: int, partners: list[list[int]]) -> Layout:
+    """Experts in order, and beside them copies of the k-th expert of the k-th partner, as LPLB has them."""
+    own = [list(range(rank * each, (rank + 1) * each)) for rank in range(ranks)]
+    copies = [[own[partner[rank]][k] for k, partner in enumerate(partners)] for rank in range(ranks)]
+    return Layout(tuple(tuple(a + b) for a, b in zip(own, copies, strict=True)), ranks * each)
+
+
+def ring(ranks: int, step: int) -> list[int]:
+    return [(rank + step) % ranks for rank in range(ranks)]
+
+
+def anywhere(experts: int, ranks: int, slots: int, seed: int) -> Layout:
+    """Copies of any experts on any ranks, also twice on one, and any number of slots a rank."""
+    random = np.random.default_rng(seed)
+    held_P = random.permutation([*range(experts), *random.integers(0, experts, slots - experts)])
+    cuts = np.sort(random.choice(np.arange(1, slots), ranks - 1, replace=False))
+    return Layout(tuple(tuple(part.tolist()) for part in np.split(held_P, cuts)), experts)
+
+
+CUBE = ([3, 0, 1, 2, 7, 4, 5, 6], [6, 7, 4, 5, 0, 1, 2, 3])
+LAYOUTS = {
+    "one ring": topology(32, 8, [ring(32, 1)]),
+    "two rings": topology(64, 4, [ring(64, 1), ring(64, -1)]),
+    "cubes": topology(16, 4, [[8 * (r // 8) + column[r % 8] for r in range(16)] for column in CUBE]),
+    "even": Layout.even(64, 16, 80),
+    "uneven": anywhere(64, 16, 96, seed=1),
+    "many copies": anywhere(16, 12, 96, seed=2),
+    "chain": Layout(((0,), *((rank, rank - 1) for rank in range(1, 39)), (38,)), 39),
+}
+SKEWS = {
+    "flat": lambda random, experts: random.uniform(0.9, 1.1, experts),
+    "log-normal": lambda random, experts: random.lognormal(0, 0.8, experts),
+    "one hot": lambda random, experts: np.eye(experts)[random.integers(experts)] + 1e-3,
+    "some unused": lambda random, experts: random.exponential(1, experts) * (random.random(experts) < 0.3),
+}
+
+
+@pytest.mark.parametrize("skew", SKEWS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_within_the_promised_gap_of_the_linear_program(name, skew):
+    layout, random = LAYOUTS[name], np.random.default_rng(7)
+    for tokens in (300, 8192, 10**7):
+        weight_E = SKEWS[skew](random, layout.experts)
+        tokens_E = random.multinomial(tokens, weight_E / weight_E.sum())
+        shares_P = level_shares(tokens_E, layout)
+        assert expert_sums(shares_P, layout) == tokens_E.tolist()
+        assert within_the_gap(rank_loads(shares_P, layout).max(), optimum(tokens_E, layout))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_costs_less_than_half_a_point_at_1024_tokens(seed):
+    layout, random = LAYOUTS["one ring"], np.random.default_rng(seed)
+    chance_E = random.dirichlet(np.full(layout.experts, 8.0))
+    for tokens_E in random.multinomial(1024 * 8, chance_E, size=5):
+        points = 100 * (
+            rank_loads(level_shares(tokens_E, layout), layout).max() / optimum(tokens_E, layout) - 1
+        )
+        assert points <= 0.5
+
+
+@given(layouts(), st.data())
+def test_compiled_and_reference_agree_to_the_token(layout, data):
+    tokens_E = np.array(
+        data.draw(st.lists(st.integers(0, 50), min_size=layout.experts, max_size=layout.experts))
+    )
+    shares_P = level_shares(tokens_E, layout)
+    assert shares_P.tolist() == reference.level_shares(tokens_E, layout).tolist()
+    assert expert_sums(shares_P, layout) == tokens_E.tolist()
+    assert shares_P.min() >= 0
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_compiled_and_reference_agree_on_larger_layers(name):
+    layout, random = LAYOUTS[name], np.random.default_rng(3)
+    for scale in (1, 30, 10**6):
+        tokens_E = np.floor(random.lognormal(0, 1, layout.experts) * scale).astype(np.int64)
+        assert level_shares(tokens_E, layout).tolist() == reference.level_shares(tokens_E, layout).tolist()
+
+
+@settings(max_examples=50)
+@given(layouts(), st.integers(0, 2**32))
+def test_never_fuller_than_the_even_split(layout, seed):
+    tokens_E = np.random.default_rng(seed).integers(0, 2000, layout.experts)
+    level, even = (rank_loads(split(tokens_E, layout), layout).max() for split in (level_shares, even_shares))
+    assert within_the_gap(level, even)
+
+
+def test_a_small_case_by_hand():
+    layout = Layout(((0, 1), (0, 2), (0, 3)), 4)
+    # 30 tokens of expert 0 level ranks that carry 30, 10 and 2: only the last two are under the water, at 21.
+    assert level_shares(np.array([30, 30, 10, 2]), layout).tolist() == [0, 30, 11, 10, 19, 2]
+
+
+def test_of_two_slots_on_a_rank_the_first_takes_all():
+    layout = Layout(((0, 0), (0, 1)), 2)
+    assert level_shares(np.array([8, 2]), layout).tolist() == [5, 0, 3, 2]
+
+
+def test_no_token_at_all():
+    assert not level_shares(np.zeros(64, np.int64), LAYOUTS["even"]).any()
+
+
+def test_the_kind_of_integer_does_not_matter():
+    layout = LAYOUTS["uneven"]
+    tokens_E = np.random.default_rng(0).integers(0, 99, 2 * layout.experts)
+    expected = level_shares(tokens_E[::2].copy(), layout).tolist()
+    for given_E in (
+        tokens_E[::2],
+        tokens_E[::2].astype(np.int32),
+        tokens_E[::2].astype(np.uint8),
+        tokens_E[::2].tolist(),
+    ):
+        assert level_shares(given_E, layout).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("counts", "problem"),
+    [
+        ([1, 2, 3], "experts"),
+        ([1.5, 2.0], "whole numbers"),
+        ([1, -2], "0 or more"),
+        ([2**40, 1], "in all at most"),
+        ([2**62, 2**62], "in all at most"),
+    ],
+)
+def test_bad_counts(counts, problem):
+    with pytest.raises(ConfigError, match=problem):
+        level_shares(np.array(counts), Layout.even(2, 2))
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 10**4), min_size=1, max_size=6))
+def test_pouring_levels_what_is_under_the_water(amount, loads):
+    loads_C = np.array(loads)
+    shares_C = reference.pour(amount, loads_C)
+    assert shares_C.sum() == amount
+    assert shares_C.min() >= 0
+    ends_C = loads_C + shares_C
+    if amount:
+        assert ends_C[shares_C > 0].max() - ends_C.min() <= 1
