@@ -29,8 +29,8 @@ DTYPES = {
 }
 """aclDataType of the types that occur."""
 
-FORMAT_ND = {-1, 0, 2}
-"""aclFormat of plain tensors: undefined, NCHW and ND, which torch_npu all uses for them."""
+PLAIN_FORMATS = {-1, 0, 2, 30, 47}
+"""aclFormat of tensors without a layout of their own: undefined, NCHW, ND, NCDHW, NCL."""
 
 
 class Refused(Exception):
@@ -75,7 +75,7 @@ class Handles:
         code, layout = read.tensor_dtype(handle), read.tensor_format(handle)
         if code not in DTYPES:
             raise Refused(f"a tensor of aclDataType {code} is not emulated")
-        if layout not in FORMAT_ND:
+        if layout not in PLAIN_FORMATS:
             raise Refused(f"a tensor of aclFormat {layout} is not emulated")
         return over_bytes(
             read.tensor_data(handle), shape, strides, read.tensor_offset(handle), DTYPES[code], math.prod(storage)

@@ -93,10 +93,9 @@ def _plan(name: str, operator: Operator, handles: Handles, runtime: ctypes.CDLL)
         try:
             if not workspace or not executor:
                 raise Refused("torch_npu passes other arguments than the emulation expects")
-            arguments = {
-                argument: ARGUMENTS[code].read(handles, value)
-                for (argument, code), value in zip(codes.items(), values, strict=True)
-            }
+            arguments = {}
+            for (argument, code), value in zip(codes.items(), values, strict=True):
+                arguments[argument] = _read(handles, argument, code, value)
             calls.append((name, {argument: _in_short(value) for argument, value in arguments.items()}))
             workspace[0], executor[0] = 0, next(_numbers)
             _planned[executor[0]] = arguments
@@ -105,6 +104,13 @@ def _plan(name: str, operator: Operator, handles: Handles, runtime: ctypes.CDLL)
             return _report(name, error, runtime)
 
     return prototype(plan)
+
+
+def _read(handles: Handles, argument: str, code: str, value: Any) -> Any:
+    try:
+        return ARGUMENTS[code].read(handles, value)
+    except Refused as error:
+        raise Refused(f"{argument}: {error}") from None
 
 
 def _run(name: str, operator: Operator, runtime: ctypes.CDLL) -> Any:

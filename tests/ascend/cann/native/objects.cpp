@@ -43,6 +43,10 @@ int destroy(const void *object) {
   return 0;
 }
 
+void *make_list(const void *const *items, uint64_t n) {
+  return new List{{kList}, std::vector<const void *>(items, items + n)};  // braces would make a list of two pointers
+}
+
 }  // namespace
 
 extern "C" {
@@ -70,12 +74,12 @@ int aclDestroyBoolArray(const void *object) { return destroy<Object>(object); }
 void *aclCreateFloatArray(const float *, uint64_t) { return new Object{kOther}; }
 int aclDestroyFloatArray(const void *object) { return destroy<Object>(object); }
 
-void *aclCreateTensorList(const void *const *items, uint64_t n) { return new List{{kList}, {items, items + n}}; }
+void *aclCreateTensorList(const void *const *items, uint64_t n) { return make_list(items, n); }
 int aclDestroyTensorList(const void *object) {
   if (object) std::for_each(list(object).items.begin(), list(object).items.end(), aclDestroyTensor);
   return destroy<List>(object);
 }
-void *aclCreateScalarList(const void *const *items, uint64_t n) { return new List{{kList}, {items, items + n}}; }
+void *aclCreateScalarList(const void *const *items, uint64_t n) { return make_list(items, n); }
 int aclDestroyScalarList(const void *object) {
   if (object) std::for_each(list(object).items.begin(), list(object).items.end(), aclDestroyScalar);
   return destroy<List>(object);
