@@ -44,7 +44,7 @@ class Batch:
     rows_SD: Tensor
     counts_L: Tensor
     source_S: Tensor
-    """Which choice each row serves, as in `kernels.Permuted`."""
+    """Which choice each row serves, as in `kernels.Permuted`; a fused dispatcher's own notes instead (`mc2`)."""
     step: int
     """The number of the pass (level 1) or of the exchange (level 2) that the rows belong to."""
 

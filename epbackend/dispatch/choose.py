@@ -9,12 +9,13 @@ import torch.distributed as dist
 from epbackend.dispatch.allgather import AllGather
 from epbackend.dispatch.alltoall import AllToAll
 from epbackend.dispatch.base import Dispatcher, Problem
+from epbackend.dispatch.mc2 import Mc2
 from epbackend.dispatch.passes import row_bound
 from epbackend.dispatch.replicated import Replicated
 from epbackend.dispatch.sliced import Sliced
 from epbackend.errors import ConfigError
 
-DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, AllToAll)
+DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, AllToAll)
 """The one that is preferred where several can serve comes first."""
 
 

@@ -37,6 +37,7 @@ class Case:
     repeats: bool = False
     """Whether a token may choose an expert twice."""
     seed: int = 0
+    hidden: int = D
     device: str = "cpu"
 
 
@@ -62,14 +63,14 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
     slot_map = SlotMap(case.slots, case.size)
     experts = slot_map.experts
     draw = torch.Generator().manual_seed(case.seed)
-    gate_up = (torch.randn(experts, 2 * F, D, generator=draw) / 3).to(case.dtype)
-    down = (torch.randn(experts, D, F, generator=draw) / 3).to(case.dtype)
+    gate_up = (torch.randn(experts, 2 * F, case.hidden, generator=draw) / case.hidden**0.5).to(case.dtype)
+    down = (torch.randn(experts, case.hidden, F, generator=draw) / 3).to(case.dtype)
     biases = [
-        torch.randn(experts, n, generator=draw).to(case.dtype) if case.bias else None for n in (2 * F, D)
+        torch.randn(experts, n, generator=draw).to(case.dtype) if case.bias else None for n in (2 * F, case.hidden)
     ]
     draw.manual_seed(case.seed + 1 + ranks.rank // case.token_size)
     tokens = case.tokens[ranks.rank // case.token_size]
-    hidden = torch.randn(tokens, D, generator=draw).to(case.dtype)
+    hidden = torch.randn(tokens, case.hidden, generator=draw).to(case.dtype)
     ids = _choices(tokens, experts, case, draw)
     weights = torch.rand(tokens, case.top_k, generator=draw)
 

@@ -7,6 +7,7 @@ passed that one of these versions does not know. Limits are those of the operato
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -39,7 +40,7 @@ def init_routing(hidden_TD: Tensor, ids_TK: Tensor, experts: int, active: int) -
         expert_tokens_num_type=1,  # counts, not sums
         expert_tokens_num_flag=True,
         active_expert_range=[0, active],  # its default is whatever the process's first call said
-        quant_mode=-1,  # its default is 0 before torch-npu 2.8
+        quant_mode=-1,  # its default is 0 up to torch-npu 2.9
         row_idx_type=1,  # from row to choice, and the type that has the fast path for large batches
     )
     return rows_SD, source_S, counts_L
@@ -118,4 +119,84 @@ def dequant_swiglu_quant(
         group_index=counts_L,
         activate_left=True,  # the first half is the gate
         quant_mode=1,  # a scale for each row
+    )
+
+
+def hccl_backend(store: Any, name: str, ranks: list[int], rank: int, buffer_mb: int) -> Any:
+    """A ProcessGroupHCCL called `name`, whose communicator has a buffer of its own size instead of HCCL_BUFFSIZE's.
+
+    `ranks` are global, `rank` is this one's place among them.
+    """
+    hccl = _npu()._C._distributed_c10d.ProcessGroupHCCL
+    options = hccl.Options()
+    options.hccl_config = {"hccl_buffer_size": buffer_mb}
+    options.global_ranks_in_group = ranks
+    options.group_id = name
+    return hccl(store, rank, len(ranks), options)
+
+
+@dataclass(frozen=True)
+class FusedGroup:
+    """The ranks of a fused dispatch, and what must be the same on all of them and for dispatch and combine."""
+
+    communicator: str
+    """Its name; see `epbackend.device.hccl`."""
+    rank: int
+    size: int
+    slots: int
+    """Experts of each rank."""
+    tokens: int
+    """Of each rank: the same on all."""
+    algorithm: str
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "group_ep": self.communicator,
+            "ep_world_size": self.size,
+            "ep_rank_id": self.rank,
+            "moe_expert_num": self.slots * self.size,
+            "global_bs": self.tokens * self.size,
+            "comm_alg": self.algorithm,
+        }
+
+
+@dataclass(frozen=True)
+class FusedRows:
+    """What arrived, and what only combine can read."""
+
+    rows_SD: Tensor
+    """Sorted by expert; rows past the counts are garbage."""
+    counts_L: Tensor
+    assist_info: Tensor
+    arrived: Tensor
+
+
+def moe_dispatch(hidden_TD: Tensor, ids_TK: Tensor, active_T: Tensor, group: FusedGroup) -> FusedRows:
+    """Send each token of the mask to its experts. `ids_TK`: int32, valid and different within a row, masked or not.
+
+    `active_T` is True first, then False. Limits: `epbackend.dispatch.mc2_limits`.
+    """
+    rows_SD, _, assist_info, counts_L, arrived, _, _ = _npu().npu_moe_distribute_dispatch_v2(
+        x=hidden_TD,
+        expert_ids=ids_TK,
+        x_active_mask=active_T,
+        quant_mode=0,
+        expert_token_nums_type=1,  # counts, not sums
+        **group.arguments(),
+    )
+    return FusedRows(rows_SD, counts_L, assist_info, arrived)
+
+
+def moe_combine(
+    rows_SD: Tensor, ids_TK: Tensor, weights_TK: Tensor, active_T: Tensor, sent: FusedRows, group: FusedGroup
+) -> Tensor:
+    """out_TD: the weighted sums (`weights_TK` float32), on the tokens' own ranks; rows outside the mask are garbage."""
+    return _npu().npu_moe_distribute_combine_v2(
+        expand_x=rows_SD,
+        expert_ids=ids_TK,
+        assist_info_for_combine=sent.assist_info,
+        ep_send_counts=sent.arrived,
+        expert_scales=weights_TK,
+        x_active_mask=active_T,
+        **group.arguments(),
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -45,11 +45,15 @@ def build(wheel: Path, operators: Iterable[str]) -> Path:
     content = [Path(__file__).read_bytes(), *(source.read_bytes() for source in sources)]
     key = hashlib.sha256(b"\0".join([*content, version.encode(), *(name.encode() for name in operators)]))
     done = wheel / "cann" / key.hexdigest()[:16]
-    if not done.exists():
-        half_done = done.with_suffix(f".{os.getpid()}")
-        half_done.mkdir(parents=True)
-        _build(wheel / "torch_npu", operators, half_done)
-        half_done.rename(done)
+    done.parent.mkdir(exist_ok=True)
+    with (done.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ranks start together
+        if not done.exists():
+            half_done = done.with_suffix(".building")
+            shutil.rmtree(half_done, ignore_errors=True)
+            half_done.mkdir()
+            _build(wheel / "torch_npu", operators, half_done)
+            half_done.rename(done)
     return done
 
 

@@ -9,6 +9,8 @@
 
 namespace {
 
+constexpr uint32_t kDefaultBufferMb = 200;
+
 Communicator &of(HcclComm comm) { return *static_cast<Communicator *>(comm); }
 
 size_t item_bytes(HcclDataType type) {
@@ -102,7 +104,9 @@ void exchange(Communicator &comm, const char *send, const uint64_t *send_counts,
 
 extern "C" {
 
+// For Python (hccl.py)
 void *emulation_communicator(const char *name) { return find_communicator(name); }
+uint32_t emulation_buffer_mb(HcclComm comm) { return of(comm).buffer_mb(); }
 
 HcclResult HcclGetRootInfo(HcclRootInfo *info) {
   std::random_device random;
@@ -111,11 +115,13 @@ HcclResult HcclGetRootInfo(HcclRootInfo *info) {
   return HCCL_SUCCESS;
 }
 HcclResult HcclCommInitRootInfo(uint32_t size, const HcclRootInfo *info, uint32_t rank, HcclComm *comm) {
-  return run([&] { *comm = new Communicator(size, rank, info->internal, ""); });
+  return run([&] { *comm = new Communicator(size, rank, info->internal, "", kDefaultBufferMb); });
 }
 HcclResult HcclCommInitRootInfoConfig(uint32_t size, const HcclRootInfo *info, uint32_t rank,
                                       const HcclCommConfig *config, HcclComm *comm) {
-  return run([&] { *comm = new Communicator(size, rank, info->internal, config->hcclCommName); });
+  const uint32_t asked_mb = config->hcclBufferSize;
+  const uint32_t buffer_mb = asked_mb == HCCL_COMM_BUFFSIZE_CONFIG_NOT_SET ? kDefaultBufferMb : asked_mb;
+  return run([&] { *comm = new Communicator(size, rank, info->internal, config->hcclCommName, buffer_mb); });
 }
 uint32_t HcclGetCommConfigCapability() { return HCCL_COMM_CONFIG_RESERVED; }
 HcclResult HcclCommDestroy(HcclComm comm) { delete &of(comm); return HCCL_SUCCESS; }

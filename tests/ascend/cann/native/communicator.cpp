@@ -21,8 +21,9 @@ std::map<std::string, Communicator *> by_name;
 
 }  // namespace
 
-Communicator::Communicator(uint32_t size, uint32_t rank, const std::string &id, const std::string &name)
-    : size_(size), rank_(rank), name_(name.empty() ? "hccl_" + id : name) {
+Communicator::Communicator(uint32_t size, uint32_t rank, const std::string &id, const std::string &name,
+                           uint32_t buffer_mb)
+    : size_(size), rank_(rank), buffer_mb_(buffer_mb), name_(name.empty() ? "hccl_" + id : name) {
   const std::string path = "/emulated-hccl-" + id;
   const int file = shm_open(path.c_str(), O_RDWR | O_CREAT, 0600);
   if (file < 0 || ftruncate(file, bytes())) throw HCCL_E_MEMORY;

@@ -18,12 +18,13 @@ struct Call {
 class Communicator {
  public:
   // Attach rank `rank` of `size` to the memory called `id`; every rank does so. Throws HcclResult when one is missing.
-  Communicator(uint32_t size, uint32_t rank, const std::string &id, const std::string &name);
+  Communicator(uint32_t size, uint32_t rank, const std::string &id, const std::string &name, uint32_t buffer_mb);
   ~Communicator();
 
   uint32_t size() const { return size_; }
   uint32_t rank() const { return rank_; }
   const std::string &name() const { return name_; }
+  uint32_t buffer_mb() const { return buffer_mb_; }  // what the fused operators have for what they send
 
   // The room in which a rank leaves what it sends; what does not fit throws HCCL_E_MEMORY.
   char *room(uint32_t rank, uint64_t bytes = 0) const;
@@ -41,7 +42,7 @@ class Communicator {
   };
   size_t bytes() const;
 
-  const uint32_t size_, rank_;
+  const uint32_t size_, rank_, buffer_mb_;
   const std::string name_;
   Header *header_;
   char *rooms_;
