@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from epbackend.device import devices
 from epbackend.device.hccl import own_communicator
 from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
 from epbackend.dispatch.mc2_limits import LIMITS, broken, buffer_mb
@@ -25,6 +26,11 @@ class Mc2(Dispatcher):
     name = "mc2"
     level = 2
     summary = "CANN's fused dispatch and combine, without a size through the host"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        reason = devices()["ascend"].unavailable()
+        return super().missing() or (reason and f"it needs device ascend: {reason}")
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:
@@ -82,7 +88,7 @@ def _tokens(problem: Problem) -> int | None:
 
 def _group(problem: Problem, hidden: int, tokens: int) -> ops.FusedGroup:
     ranks, chip = problem.ranks, _chip(problem)
-    assert chip is not None
+    assert chip is not None and ranks.group is not None  # else `unsupported` gave a reason
     buffer = buffer_mb(chip, ranks.size, problem.slots, problem.top_k, tokens, hidden)
     communicator = own_communicator(ranks.group, buffer)
     algorithm = LIMITS[chip].algorithm
