@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
+import ascend
 import hypothesis
 import pytest
 from ranks import RankPool
-
-import ascend
 
 # A machine that does other work as well is slow at any moment, which says nothing about the code.
 hypothesis.settings.register_profile(

@@ -67,7 +67,7 @@ def _pinned_dispatcher(config: "EPConfig") -> list[Problem]:
 
 def _unfit(dispatcher: str, config: "EPConfig") -> str | None:
     served = LEVEL_OF_DISPATCHER[dispatcher]
-    phases: tuple["Phase", ...] = ("decode",) if dispatcher in DECODE_ONLY else ("prefill", "decode")
+    phases: tuple[Phase, ...] = ("decode",) if dispatcher in DECODE_ONLY else ("prefill", "decode")
     for phase in phases:
         if config.level(phase) != served:
             return f"serves ep_level {served}, but ep_level of {phase} is {config.level(phase)}"

@@ -1,4 +1,4 @@
-"""`ep_level` 2 on Ascend by CANN's fused operators: rows go straight to their experts, weighted sums come straight back.
+"""`ep_level` 2 on Ascend by CANN's fused operators: rows go straight to their experts, and weighted sums back.
 
 No size travels through the host, so a step never waits for the device. For that, every rank sends the same number of
 tokens: the most that a call of this phase may have, padded with masked ones. Communicator and buffer are sized for
@@ -48,11 +48,15 @@ class Mc2(Dispatcher):
         tokens = _tokens(self.problem)
         assert tokens is not None  # else `unsupported` gave a reason
         _check(hidden_TD, tokens, _chip(self.problem))
-        return _Mc2Exchange(_group(self.problem, hidden_TD.shape[1], tokens), hidden_TD, slot_ids_TK, weights_TK)
+        return _Mc2Exchange(
+            _group(self.problem, hidden_TD.shape[1], tokens), hidden_TD, slot_ids_TK, weights_TK
+        )
 
 
 class _Mc2Exchange(Exchange):
-    def __init__(self, group: ops.FusedGroup, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
+    def __init__(
+        self, group: ops.FusedGroup, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor
+    ) -> None:
         self._group, self._tokens = group, len(hidden_TD)
         self._hidden_TD = _padded(hidden_TD, group.tokens)
         # Masked tokens, too, must name experts, and different ones.
@@ -88,7 +92,8 @@ def _tokens(problem: Problem) -> int | None:
 
 def _group(problem: Problem, hidden: int, tokens: int) -> ops.FusedGroup:
     ranks, chip = problem.ranks, _chip(problem)
-    assert chip is not None and ranks.group is not None  # else `unsupported` gave a reason
+    assert chip is not None  # else `unsupported` gave a reason
+    assert ranks.group is not None
     buffer = buffer_mb(chip, ranks.size, problem.slots, problem.top_k, tokens, hidden)
     communicator = own_communicator(ranks.group, buffer)
     algorithm = LIMITS[chip].algorithm

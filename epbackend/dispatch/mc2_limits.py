@@ -65,7 +65,7 @@ def broken(chip: str, ranks: int, slots: int, top_k: int, tokens: int | None) ->
     if slots > limits.slots:
         return f"on {chip} a rank may hold {limits.slots} experts, and holds {slots}: raise ep_size"
     if slots * ranks > MOST_EXPERTS:
-        return f"there may be {MOST_EXPERTS} experts with their copies, and there are {slots * ranks}: keep fewer copies"
+        return f"there may be {MOST_EXPERTS} experts with their copies, and there are {slots * ranks}"
     if top_k > limits.top_k:
         return f"on {chip} a token may choose {limits.top_k} experts, and this model's chooses {top_k}"
     if tokens is None:

@@ -7,6 +7,8 @@ whole process and belongs into a run of its own (`make test-ascend`).
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.util import find_spec
 
 import torch
 
@@ -27,6 +29,8 @@ def missing(platform: str) -> str | None:
 def start(platform: str, rank: int = 0) -> None:
     """Make torch.npu work in this process, its current device being the rank's own."""
     if platform == REAL:
+        if find_spec("torch_npu") is None:
+            sys.path.append(str(cann.WHEEL))
         importlib.import_module("torch_npu")
     else:
         cann.start(platform, DEVICES)

@@ -36,7 +36,7 @@ CALLS = {
 }
 
 
-class Caught(Exception):
+class CaughtError(Exception):
     """A call that was about to be made."""
 
     def __init__(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ class Caught(Exception):
 class FakeNpu:
     def __getattr__(self, name: str):
         def catch(*args, **kwargs):
-            raise Caught(name, args, kwargs)
+            raise CaughtError(name, args, kwargs)
 
         return catch
 
@@ -56,7 +56,7 @@ class FakeNpu:
 @pytest.mark.parametrize("call", CALLS)
 def test_every_call_fits_every_version(monkeypatch, call, version):
     monkeypatch.setattr(ops, "_npu", FakeNpu)
-    with pytest.raises(Caught) as caught:
+    with pytest.raises(CaughtError) as caught:
         CALLS[call]()
     made = caught.value
     assert made.name == call.split(",")[0]

@@ -36,8 +36,15 @@ def dispatch(hidden: int, **changes) -> ops.FusedRows:
     ids_TK = torch.arange(2, dtype=INT32).repeat(4, 1).npu()
     chip = LIMITS[NpuKernels().chip]
     return ops.moe_dispatch(
-        npu_tensor(4, hidden), ids_TK, torch.ones(4, dtype=torch.bool).npu(), group(algorithm=chip.algorithm, **changes)
+        npu_tensor(4, hidden),
+        ids_TK,
+        torch.ones(4, dtype=torch.bool).npu(),
+        group(algorithm=chip.algorithm, **changes),
     )
+
+
+def product(rows_SK: torch.Tensor, ends_L: torch.Tensor, bias_LN: torch.Tensor | None = None) -> torch.Tensor:
+    return ops.grouped_matmul(rows_SK, npu_tensor(2, 8, 4), ends_L, bias_LN, torch.bfloat16)
 
 
 INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
@@ -55,24 +62,37 @@ WRONG = {
         "active_expert_range",
     ),
     "inner dimensions fit": (
-        lambda: ops.grouped_matmul(npu_tensor(4, 16), npu_tensor(2, 8, 4), npu_tensor(2, dtype=INT64), None, torch.bfloat16),
+        lambda: ops.grouped_matmul(
+            npu_tensor(4, 16), npu_tensor(2, 8, 4), npu_tensor(2, dtype=INT64), None, torch.bfloat16
+        ),
         "does not fit weight",
     ),
     "a bfloat16 bias is float32": (
         lambda: ops.grouped_matmul(
-            npu_tensor(4, 8), npu_tensor(2, 8, 4), npu_tensor(2, dtype=INT64), npu_tensor(2, 4), torch.bfloat16
+            npu_tensor(4, 8),
+            npu_tensor(2, 8, 4),
+            npu_tensor(2, dtype=INT64),
+            npu_tensor(2, 4),
+            torch.bfloat16,
         ),
         "bias for torch.bfloat16 must be torch.float32",
     ),
     "groups end within the rows": (
-        lambda: ops.grouped_matmul(npu_tensor(4, 8), npu_tensor(2, 8, 4), npu_tensor(2, dtype=INT64) + 5, None, torch.bfloat16),
+        lambda: ops.grouped_matmul(
+            npu_tensor(4, 8), npu_tensor(2, 8, 4), npu_tensor(2, dtype=INT64) + 5, None, torch.bfloat16
+        ),
         "past the 4 rows",
     ),
     "one group for each matrix": (
-        lambda: ops.grouped_matmul(npu_tensor(4, 8), npu_tensor(2, 8, 4), npu_tensor(3, dtype=INT64), None, torch.bfloat16),
+        lambda: ops.grouped_matmul(
+            npu_tensor(4, 8), npu_tensor(2, 8, 4), npu_tensor(3, dtype=INT64), None, torch.bfloat16
+        ),
         "3 groups, but 2 matrices",
     ),
-    "rows to quantise are 16-bit": (lambda: ops.dynamic_quant(npu_tensor(4, 8, dtype=FLOAT32)), "float32|half"),
+    "rows to quantise are 16-bit": (
+        lambda: ops.dynamic_quant(npu_tensor(4, 8, dtype=FLOAT32)),
+        "float32|half",
+    ),
     "fused widths are multiples of 64": (
         lambda: ops.dequant_swiglu_quant(
             npu_tensor(4, 80, dtype=INT32),

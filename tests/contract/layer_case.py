@@ -66,7 +66,8 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
     gate_up = (torch.randn(experts, 2 * F, case.hidden, generator=draw) / case.hidden**0.5).to(case.dtype)
     down = (torch.randn(experts, case.hidden, F, generator=draw) / 3).to(case.dtype)
     biases = [
-        torch.randn(experts, n, generator=draw).to(case.dtype) if case.bias else None for n in (2 * F, case.hidden)
+        torch.randn(experts, n, generator=draw).to(case.dtype) if case.bias else None
+        for n in (2 * F, case.hidden)
     ]
     draw.manual_seed(case.seed + 1 + ranks.rank // case.token_size)
     tokens = case.tokens[ranks.rank // case.token_size]

@@ -65,7 +65,9 @@ def test_experts(kernels, device, dtype, width, slots):
     close(out_SD[:rows], dense_moe(rows_SD[:rows], slot_S1, torch.ones(rows, 1), gate_up_L2FD, down_LDF))
 
 
-def layer_is_close(groups: dict[int, RankGroup], settings: DispatchSettings, slots: tuple[int, ...], name: str) -> None:
+def layer_is_close(
+    groups: dict[int, RankGroup], settings: DispatchSettings, slots: tuple[int, ...], name: str
+) -> None:
     ranks = groups[1]
     device = get_device(name)
     place = device.torch_device(ranks.rank)
@@ -87,7 +89,10 @@ def layer_is_close(groups: dict[int, RankGroup], settings: DispatchSettings, slo
     hidden = torch.randn(tokens, D, generator=draw).bfloat16()
     ids = torch.rand(tokens, E, generator=draw).argsort(1)[:, :K]
     weights = torch.rand(tokens, K, generator=draw)
-    close(layer(hidden.to(place), ids.to(place), weights.to(place)).cpu(), dense_moe(hidden, ids, weights, gate_up, down))
+    close(
+        layer(hidden.to(place), ids.to(place), weights.to(place)).cpu(),
+        dense_moe(hidden, ids, weights, gate_up, down),
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)

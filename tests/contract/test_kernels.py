@@ -36,9 +36,7 @@ def trimmed(permuted: Permuted) -> Permuted:
     """On the CPU, without the garbage rows that a device may add."""
     rows = int(permuted.counts_L.sum())
     assert (permuted.source_S[rows:] == -1).all()
-    return Permuted(
-        permuted.rows_SD[:rows].cpu(), permuted.counts_L.cpu(), permuted.source_S[:rows].cpu()
-    )
+    return Permuted(permuted.rows_SD[:rows].cpu(), permuted.counts_L.cpu(), permuted.source_S[:rows].cpu())
 
 
 shapes = st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(1, 6), st.integers(0, 1 << 20))

@@ -34,7 +34,9 @@ def test_automatic_choice(size, token_size, level, name):
     dispatcher, choice = choose(problem(size, token_size, level=level))
     assert (dispatcher.name, choice.name) == (name, name)
     assert choice.reason
-    assert {other for other, _ in choice.passed_over} == {"replicated", "allgather", "mc2", "alltoall"} - {name}
+    assert {other for other, _ in choice.passed_over} == {"replicated", "allgather", "mc2", "alltoall"} - {
+        name
+    }
     assert all(reason for _, reason in choice.passed_over)
 
 

@@ -16,7 +16,9 @@ from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import ConfigError
 
 
-def problem(chip: str | None = "A3", size=16, slots=16, top_k=8, tokens: int | None = 64, **settings) -> Problem:
+def problem(
+    chip: str | None = "A3", size=16, slots=16, top_k=8, tokens: int | None = 64, **settings
+) -> Problem:
     kernels = mock.Mock(chip=chip) if chip else mock.Mock(spec=[])
     group = RankGroup(mock.Mock(), 0, size, None, 0, 1)
     settings = DispatchSettings(**{"level": 2, "max_tokens": tokens, **settings})

@@ -92,9 +92,7 @@ def _or_last(slot_ids_TK: Tensor, slots: int) -> Tensor:
     return torch.where((slot_ids_TK >= 0) & (slot_ids_TK < slots), slot_ids_TK, slots).int()
 
 
-def _permute_window(
-    hidden_TD: Tensor, ids_TK: Tensor, slots: int, window: tuple[int, int]
-) -> Permuted:
+def _permute_window(hidden_TD: Tensor, ids_TK: Tensor, slots: int, window: tuple[int, int]) -> Permuted:
     """The sorted rows from window[0] to window[1]: the fused operator would expand all rows first."""
     first, last = window
     ids_S = ids_TK.reshape(-1)
@@ -109,7 +107,9 @@ def _rows_of_choices(source_S: Tensor, choices: int) -> Tensor:
     """The inverse of source_S: row_J (int32) for each of J choices, -1 where it has none."""
     row_J = torch.full((choices + 1,), -1, dtype=torch.int32, device=source_S.device)
     rows_S = torch.arange(len(source_S), dtype=torch.int32, device=source_S.device)
-    row_J.scatter_(0, torch.where(source_S < 0, choices, source_S), rows_S)  # garbage rows share the last place
+    row_J.scatter_(
+        0, torch.where(source_S < 0, choices, source_S), rows_S
+    )  # garbage rows share the last place
     return row_J[:choices]
 
 

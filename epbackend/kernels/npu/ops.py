@@ -1,7 +1,7 @@
 """Every torch_npu operator that epbackend calls, and nothing else calls one.
 
-Written for torch-npu 2.9 to 2.14 (tests/ascend/schemas.json has what each accepts): arguments go by keyword, and none is
-passed that one of these versions does not know. Limits are those of the operators' documentation
+Written for torch-npu 2.9 to 2.14 (tests/ascend/schemas.json has what each accepts): arguments go by keyword, and none
+is passed that one of these versions does not know. Limits are those of the operators' documentation
 (https://gitcode.com/Ascend/op-plugin, docs/context). S rows, L groups of rows, N and K as in [out, in] weights.
 """
 
@@ -27,7 +27,9 @@ def chip_name() -> str:
     return torch.get_device_module("npu").get_device_name()
 
 
-def init_routing(hidden_TD: Tensor, ids_TK: Tensor, experts: int, active: int) -> tuple[Tensor, Tensor, Tensor]:
+def init_routing(
+    hidden_TD: Tensor, ids_TK: Tensor, experts: int, active: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(rows_SD, source_S, counts_L): each token once for each choice of an expert below `active`, sorted by expert.
 
     `ids_TK` is int32 and below `experts`; T > 0. S = T * K; rows and sources past the sum of the counts are garbage.

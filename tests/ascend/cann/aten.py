@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ascend.cann.handles import over_bytes
+from ascend.cann.registry import calls, in_short
 
 ALLOCATE = {"aten::empty.memory_format", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 NATIVE = {
@@ -46,6 +47,8 @@ class AtenOnCpu(TorchDispatchMode):
         kwargs = kwargs or {}
         name = operator.name()
         leaves = tree_leaves((args, kwargs))
+        if operator.namespace == "c10d":
+            calls.append((name, {"": _shapes(args)}))
         if operator.namespace != "aten" or not any(map(_is_npu, leaves)):
             return operator(*args, **kwargs)
         _note_wait(name, args, kwargs)
@@ -53,6 +56,11 @@ class AtenOnCpu(TorchDispatchMode):
             result = operator(*args, **kwargs)
             return _poisoned(result) if name in ALLOCATE else result
         return _on_cpu(operator, args, kwargs)
+
+
+def _shapes(args: tuple) -> list[str]:
+    """The rows that a collective moves, in short."""
+    return [in_short(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and _is_npu(leaf)]
 
 
 def _is_npu(value: Any) -> bool:

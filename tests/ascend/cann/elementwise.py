@@ -12,7 +12,9 @@ from ascend.cann.registry import aclnn, require
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(int8 rows, one float32 scale a row): the formula of every dynamic quantisation of CANN."""
     scale = rows.float().abs().amax(-1) / 127
-    return (rows.float() / scale.clamp(min=1e-30).unsqueeze(-1)).round().clamp(-128, 127).to(torch.int8), scale
+    return (rows.float() / scale.clamp(min=1e-30).unsqueeze(-1)).round().clamp(-128, 127).to(
+        torch.int8
+    ), scale
 
 
 @aclnn("x:T dim:i", "out:T")

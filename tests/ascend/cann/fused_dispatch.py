@@ -22,7 +22,9 @@ _OTHER_EXPERTS = "zero_expert_num:i copy_expert_num:i const_expert_num:i"
 def _communicator(group: dict, tokens: int, hidden: int, top_k: int) -> tuple[Communicator, int]:
     """The communicator of a call that keeps all limits, and the experts of a rank."""
     size, experts = group["ep_world_size"], group["moe_expert_num"]
-    require(not group["group_tp"] and group["tp_world_size"] in (0, 1), "a second group of ranks is not emulated")
+    require(
+        not group["group_tp"] and group["tp_world_size"] in (0, 1), "a second group of ranks is not emulated"
+    )
     require(group["shared_expert_rank_num"] == 0, "shared experts are not emulated")
     require(1 <= experts <= 1024 and experts % size == 0, f"{experts} experts on {size} ranks")
     slots = experts // size
@@ -43,7 +45,9 @@ def _communicator(group: dict, tokens: int, hidden: int, top_k: int) -> tuple[Co
     said = communicator.all_gather([tokens, hidden, top_k, experts, group["global_bs"]])
     require(all(other == said[0] for other in said), f"the ranks call with different sizes: {said}")
     needed = _buffer_bytes(tokens, size, slots, hidden, top_k, group["shared_expert_num"])
-    require(communicator.buffer_mb * MEGABYTE >= needed, f"the buffer of {communicator.buffer_mb} MB is too small")
+    require(
+        communicator.buffer_mb * MEGABYTE >= needed, f"the buffer of {communicator.buffer_mb} MB is too small"
+    )
     return communicator, slots
 
 
@@ -65,7 +69,10 @@ def _check_routing(expert_ids: Tensor, mask: Tensor | None, experts: int) -> Ten
     require(different, "a token names an expert twice")
     if mask is None:
         return torch.ones(len(expert_ids), dtype=torch.bool)
-    require(mask.dtype == torch.bool and mask.shape == (len(expert_ids),), "x_active_mask must be bool, one a token")
+    require(
+        mask.dtype == torch.bool and mask.shape == (len(expert_ids),),
+        "x_active_mask must be bool, one a token",
+    )
     require(bool((mask.int().diff() <= 0).all()), "x_active_mask must be True first, then False")
     return mask
 
@@ -77,7 +84,9 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 def _split(rows_SB: Tensor, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(rows, notes int64) of rows that traveled as bytes."""
     width = hidden * dtype.itemsize
-    return rows_SB[:, :width].contiguous().view(dtype), rows_SB[:, width:].contiguous().view(torch.int32).long()
+    return rows_SB[:, :width].contiguous().view(dtype), rows_SB[:, width:].contiguous().view(
+        torch.int32
+    ).long()
 
 
 @aclnn(
@@ -96,7 +105,9 @@ def aclnnMoeDistributeDispatchV4(
     (tokens, hidden), top_k = x.shape, expert_ids.shape[1]
     communicator, slots = _communicator(group, tokens, hidden, top_k)
     mask = _check_routing(expert_ids, x_active_mask, group["moe_expert_num"])
-    require(group["global_bs"] in (0, tokens * communicator.size), "a mask asks for as many tokens on each rank")
+    require(
+        group["global_bs"] in (0, tokens * communicator.size), "a mask asks for as many tokens on each rank"
+    )
 
     expert_S = expert_ids[mask].reshape(-1).long()
     order_S = expert_S.argsort(stable=True)
@@ -127,9 +138,19 @@ def aclnnMoeDistributeDispatchV4(
     "out:T",
 )
 def aclnnMoeDistributeCombineV4(
-    expand_x, expert_ids, assist_info, ep_send_counts, expert_scales, x_active_mask, shared_expert_x, out, **group
+    expand_x,
+    expert_ids,
+    assist_info,
+    ep_send_counts,
+    expert_scales,
+    x_active_mask,
+    shared_expert_x,
+    out,
+    **group,
 ) -> None:
-    require(group["comm_quant_mode"] == 0 and shared_expert_x is None, "only the plain weighted sum is emulated")
+    require(
+        group["comm_quant_mode"] == 0 and shared_expert_x is None, "only the plain weighted sum is emulated"
+    )
     require(expert_scales.dtype == torch.float32, f"expert_scales is {expert_scales.dtype}, must be float32")
     (tokens, hidden), top_k = out.shape, expert_ids.shape[1]
     communicator, slots = _communicator(group, tokens, hidden, top_k)

@@ -33,7 +33,7 @@ PLAIN_FORMATS = {-1, 0, 2, 30, 47}
 """aclFormat of tensors without a layout of their own: undefined, NCHW, ND, NCDHW, NCL."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The call breaks a documented limit, or leaves what is emulated."""
 
 
@@ -74,11 +74,16 @@ class Handles:
         storage = read.tensor_storage(handle)[: read.tensor_storage_dims(handle)]
         code, layout = read.tensor_dtype(handle), read.tensor_format(handle)
         if code not in DTYPES:
-            raise Refused(f"a tensor of aclDataType {code} is not emulated")
+            raise RefusedError(f"a tensor of aclDataType {code} is not emulated")
         if layout not in PLAIN_FORMATS:
-            raise Refused(f"a tensor of aclFormat {layout} is not emulated")
+            raise RefusedError(f"a tensor of aclFormat {layout} is not emulated")
         return over_bytes(
-            read.tensor_data(handle), shape, strides, read.tensor_offset(handle), DTYPES[code], math.prod(storage)
+            read.tensor_data(handle),
+            shape,
+            strides,
+            read.tensor_offset(handle),
+            DTYPES[code],
+            math.prod(storage),
         )
 
     def tensors(self, handle: int | None) -> list[Tensor]:
@@ -102,7 +107,9 @@ class Handles:
 
     def _expect(self, handle: int, kind: int, what: str) -> None:
         if self._library.object_kind(handle) != kind:
-            raise Refused(f"an argument is not {what}: torch_npu passes other arguments than the emulation expects")
+            raise RefusedError(
+                f"an argument is not {what}: torch_npu passes other arguments than the emulation expects"
+            )
 
 
 def over_bytes(
@@ -113,7 +120,7 @@ def over_bytes(
         return torch.empty(shape, dtype=dtype)
     span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if offset + span > storage:
-        raise Refused(f"a view of shape {shape} ends past its storage of {storage} elements")
+        raise RefusedError(f"a view of shape {shape} ends past its storage of {storage} elements")
     memory = (ctypes.c_char * ((offset + span) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).as_strided(shape, strides, offset)
 

@@ -29,7 +29,9 @@ class Communicator:
         self._hccl.HcclGetRankSize(self._handle, byref(found_size))
         self._hccl.HcclGetRankId(self._handle, byref(found_rank))
         found = found_rank.value, found_size.value
-        require(found == (rank, size), f"{name} is rank {found[0]} of {found[1]}, the call says {rank} of {size}")
+        require(
+            found == (rank, size), f"{name} is rank {found[0]} of {found[1]}, the call says {rank} of {size}"
+        )
         self.size, self.rank = size, rank
 
     @property

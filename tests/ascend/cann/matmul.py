@@ -36,10 +36,16 @@ NOT_EMULATED = (
 def group_ends(group_list: Tensor | None, group_list_type: int, rows: int) -> list[int]:
     """Where each group's rows end, of a list of ends (type 0) or of sizes (type 1)."""
     require(group_list is not None, "group_list is missing")
-    require(group_list.dtype == torch.int64 and group_list.dim() == 1, "group_list must be int64 with one dimension")
+    require(
+        group_list.dtype == torch.int64 and group_list.dim() == 1,
+        "group_list must be int64 with one dimension",
+    )
     require(group_list_type in (0, 1), f"group_list_type {group_list_type} is not emulated")
     require(len(group_list) <= MOST_GROUPS, f"{len(group_list)} groups are more than {MOST_GROUPS}")
-    require(group_list_type == 0 or len(group_list) > 1, "sizes (group_list_type 1) of a single group are not allowed")
+    require(
+        group_list_type == 0 or len(group_list) > 1,
+        "sizes (group_list_type 1) of a single group are not allowed",
+    )
     ends = (group_list if group_list_type == 0 else group_list.cumsum(0)).tolist()
     require(ends == sorted(ends) and ends[0] >= 0, f"group_list {group_list.tolist()} is not ascending")
     require(ends[-1] <= rows, f"group_list ends at {ends[-1]}, past the {rows} rows of x")
@@ -47,13 +53,26 @@ def group_ends(group_list: Tensor | None, group_list_type: int, rows: int) -> li
 
 
 def _grouped_matmul(
-    x, weight, bias, scale, per_token_scale, group_list, split_item, group_type, group_list_type, act_type, y, **rest
+    x,
+    weight,
+    bias,
+    scale,
+    per_token_scale,
+    group_list,
+    split_item,
+    group_type,
+    group_list_type,
+    act_type,
+    y,
+    **rest,
 ) -> None:
     for name in NOT_EMULATED:
         require(not rest[name], f"{name} is not emulated")
     require(group_type == 0 and split_item in (2, 3), "only groups of rows (group_type 0, split_item 2 or 3)")
     require(act_type == 0, "an activation inside the product is not emulated")
-    require(len(x) == len(weight) == 1 and weight[0].dim() == 3, "only one x, and one weight of three dimensions")
+    require(
+        len(x) == len(weight) == 1 and weight[0].dim() == 3, "only one x, and one weight of three dimensions"
+    )
     (x,), (weight,), (y,) = x, weight, y
     ends = group_ends(group_list, group_list_type, len(x))
     require(len(ends) == len(weight), f"{len(ends)} groups, but {len(weight)} matrices")
@@ -109,19 +128,39 @@ def aclnnGroupedMatmulV4(**arguments) -> None:
 
 
 @aclnn(
-    "x:T weight_scale:T activation_scale:T bias:T quant_scale:T quant_offset:T group_index:T activate_left:b quant_mode:s",
+    "x:T weight_scale:T activation_scale:T bias:T quant_scale:T quant_offset:T group_index:T activate_left:b "
+    "quant_mode:s",
     "y:T scale:T",
 )
 def aclnnDequantSwigluQuant(
-    x, weight_scale, activation_scale, bias, quant_scale, quant_offset, group_index, activate_left, quant_mode, y, scale
+    x,
+    weight_scale,
+    activation_scale,
+    bias,
+    quant_scale,
+    quant_offset,
+    group_index,
+    activate_left,
+    quant_mode,
+    y,
+    scale,
 ) -> None:
     require(x.dtype == torch.int32 and x.dim() == 2, "only int32 sums are emulated")
-    require(bias is None and quant_scale is None and quant_offset is None, "a bias or smooth scales are not emulated")
+    require(
+        bias is None and quant_scale is None and quant_offset is None,
+        "a bias or smooth scales are not emulated",
+    )
     require(activate_left and quant_mode == "dynamic", "only the left half as gate, and dynamic scales")
     width = x.shape[1] // 2
-    require(width <= 10496 and width % 64 == 0, f"half of a row has {width} values: not a multiple of 64 up to 10496")
+    require(
+        width <= 10496 and width % 64 == 0,
+        f"half of a row has {width} values: not a multiple of 64 up to 10496",
+    )
     require(weight_scale.dtype == torch.float32, f"weight_scale is {weight_scale.dtype}, must be float32")
-    require(activation_scale.dtype == torch.float32, f"activation_scale is {activation_scale.dtype}, must be float32")
+    require(
+        activation_scale.dtype == torch.float32,
+        f"activation_scale is {activation_scale.dtype}, must be float32",
+    )
     ends = group_ends(group_index, 1, len(x)) if len(group_index) > 1 else group_ends(group_index, 0, len(x))
     require(weight_scale.shape == (len(ends), x.shape[1]), "weight_scale must be [groups, 2F]")
     first = 0

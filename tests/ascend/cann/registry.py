@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ascend.cann.build import slots
-from ascend.cann.handles import ARGUMENTS, Handles, Refused
+from ascend.cann.handles import ARGUMENTS, Handles, RefusedError
 
 REFUSED, FAILED = 161002, 561103
 """ACLNN_ERR_PARAM_INVALID and an inner error, as CANN returns them."""
@@ -39,7 +39,7 @@ class Operator:
 
 OPERATORS: dict[str, Operator] = {}
 calls: list[tuple[str, dict[str, Any]]] = []
-"""Every call so far: the operator, and its arguments in short."""
+"""Every operator and collective called so far, and its arguments in short."""
 
 _kept_alive: list[Any] = []
 _planned: dict[int, dict[str, Any]] = {}
@@ -59,7 +59,7 @@ def aclnn(inputs: str, outputs: str = "") -> Callable[[Callable[..., None]], Cal
 def require(condition: bool, limit: str) -> None:
     """Refuse the call unless it keeps a documented limit."""
     if not condition:
-        raise Refused(limit)
+        raise RefusedError(limit)
 
 
 def chip() -> str:
@@ -92,11 +92,11 @@ def _plan(name: str, operator: Operator, handles: Handles, runtime: ctypes.CDLL)
         *values, workspace, executor = passed
         try:
             if not workspace or not executor:
-                raise Refused("torch_npu passes other arguments than the emulation expects")
+                raise RefusedError("torch_npu passes other arguments than the emulation expects")
             arguments = {}
             for (argument, code), value in zip(codes.items(), values, strict=True):
                 arguments[argument] = _read(handles, argument, code, value)
-            calls.append((name, {argument: _in_short(value) for argument, value in arguments.items()}))
+            calls.append((name, {argument: in_short(value) for argument, value in arguments.items()}))
             workspace[0], executor[0] = 0, next(_numbers)
             _planned[executor[0]] = arguments
             return 0
@@ -109,8 +109,8 @@ def _plan(name: str, operator: Operator, handles: Handles, runtime: ctypes.CDLL)
 def _read(handles: Handles, argument: str, code: str, value: Any) -> Any:
     try:
         return ARGUMENTS[code].read(handles, value)
-    except Refused as error:
-        raise Refused(f"{argument}: {error}") from None
+    except RefusedError as error:
+        raise RefusedError(f"{argument}: {error}") from None
 
 
 def _run(name: str, operator: Operator, runtime: ctypes.CDLL) -> Any:
@@ -138,14 +138,15 @@ def _poison(output: Tensor | list[Tensor] | None) -> None:
 
 def _report(name: str, error: Exception, runtime: ctypes.CDLL) -> int:
     """Leave the reason where torch_npu looks for it; a bug of the emulation shows its traceback."""
-    if isinstance(error, Refused):
+    if isinstance(error, RefusedError):
         runtime.emulation_set_error(f"{name}: {error}".encode())
         return REFUSED
     runtime.emulation_set_error(f"{name}, emulation: {traceback.format_exc()}".encode())
     return FAILED
 
 
-def _in_short(value: Any) -> Any:
+def in_short(value: Any) -> Any:
+    """An argument as the log keeps it: tensors by type and shape."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return [_in_short(item) for item in value] if isinstance(value, list) else value
+    return [in_short(item) for item in value] if isinstance(value, list) else value

@@ -36,16 +36,24 @@ def aclnnMoeInitRoutingV3(
 ) -> None:
     require(drop_pad_mode == 0, "only drop_pad_mode 0")
     require(quant_mode == -1 and scale is None and offset is None, "only quant_mode -1 is emulated")
-    require(expert_tokens_num_flag and expert_tokens_num_type == 1, "only expert_tokens_num_type 1, with its flag")
+    require(
+        expert_tokens_num_flag and expert_tokens_num_type == 1, "only expert_tokens_num_type 1, with its flag"
+    )
     require(row_idx_type == 1, "only row_idx_type 1 is emulated")
-    require(x.dim() == 2 and expert_idx.dim() == 2 and len(x) == len(expert_idx), "x [T, H] and expert_idx [T, K]")
+    require(
+        x.dim() == 2 and expert_idx.dim() == 2 and len(x) == len(expert_idx), "x [T, H] and expert_idx [T, K]"
+    )
     require(len(x) > 0, "x has no rows")
     require(expert_idx.dtype == torch.int32, f"expert_idx is {expert_idx.dtype}, must be int32")
     require(active_num == expert_idx.numel(), f"active_num {active_num} must be T * K, {expert_idx.numel()}")
     require(0 < expert_num <= MOST_EXPERTS, f"expert_num {expert_num} is not in 1 to {MOST_EXPERTS}")
-    require(len(active_expert_range) == 2, "active_expert_range is missing: its default is that of the first call")
+    require(
+        len(active_expert_range) == 2, "active_expert_range is missing: its default is that of the first call"
+    )
     first, last = active_expert_range
-    require(0 <= first < last <= expert_num, f"active_expert_range {active_expert_range} is not within expert_num")
+    require(
+        0 <= first < last <= expert_num, f"active_expert_range {active_expert_range} is not within expert_num"
+    )
     flat = expert_idx.reshape(-1).long()
     require(bool(((flat >= 0) & (flat < expert_num)).all()), "an id in expert_idx is not within expert_num")
     active = (flat >= first) & (flat < last)
@@ -65,6 +73,8 @@ def aclnnMoeTokenUnpermute(permuted_tokens, sorted_indices, probs, padded_mode, 
     require(probs.shape[1] <= 512, "top-k is above 512")
     require(len(permuted_tokens) > 0 and len(probs) > 0, "there are no rows")
     indices = sorted_indices.long()
-    require(bool(((indices >= 0) & (indices < len(permuted_tokens))).all()), "an index is outside permuted_tokens")
+    require(
+        bool(((indices >= 0) & (indices < len(permuted_tokens))).all()), "an index is outside permuted_tokens"
+    )
     chosen = permuted_tokens[indices].view(*probs.shape, -1).float()
     out.copy_((chosen * probs.float().unsqueeze(2)).sum(1))
