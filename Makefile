@@ -12,9 +12,10 @@ READY := $(VENV)/.ready
 NPU_WHEEL := .torch-npu
 # Where the Ascend tests run: an emulated A3 or A2, or npu for real ones.
 DEVICE ?= A3
+RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench clean distclean
+.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench bench-ascend clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +57,9 @@ test-cuda: setup ## the contract suite on a CUDA GPU
 
 test-ascend: setup ## the suite of the ascend device on an emulated A3; DEVICE=A2 for that chip, DEVICE=npu for four real NPUs
 	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend $(DEVICE)
+
+bench-ascend: ## milliseconds of a MoE layer on RANKS real NPUs, for each dispatcher (with the Python of your NPU environment)
+	$(PYTHON) -m torch.distributed.run --nproc-per-node $(RANKS) -m benchmarks.ascend_layer
 
 test-full: setup lint ## with the rarer combinations too
 	$(BIN)/python -m pytest
