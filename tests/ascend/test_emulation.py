@@ -20,7 +20,9 @@ def refused(groups: dict[int, RankGroup], mistake: str) -> bool:
         if mistake == "sizes":
             dist.all_reduce(torch.zeros(5 if other else 4, device="npu"), group=ranks.group)
         elif mistake == "types":
-            dist.all_reduce(torch.zeros(4, dtype=torch.int32 if other else torch.float32).npu(), group=ranks.group)
+            dist.all_reduce(
+                torch.zeros(4, dtype=torch.int32 if other else torch.float32).npu(), group=ranks.group
+            )
         elif mistake == "collectives":
             part, whole = torch.zeros(2, device="npu"), torch.zeros(4, device="npu")
             call = dist.reduce_scatter_tensor if other else dist.all_gather_into_tensor

@@ -15,7 +15,7 @@ from epbackend.config import EPConfig
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard, LoadReport
 from epbackend.engines.lmdeploy.patching import Patches, check_version
-from epbackend.errors import ConfigError, EPError
+from epbackend.errors import ConfigError, EPError, UnavailableError
 
 CONFIG_VARIABLE = "EPBACKEND_CONFIG"
 
@@ -127,6 +127,11 @@ def _switch_on(config: EPConfig, *, worker: bool) -> None:
         raise ConfigError(
             "device: cpu stands in for torch.cuda, and this process sees a GPU: "
             "set CUDA_VISIBLE_DEVICES='' in its environment, or use device: cuda"
+        )
+    if device == "ascend":
+        raise UnavailableError(
+            "device: ascend has no plug into LMDeploy yet, whose own experts would run instead of ours: "
+            "use epbackend.moe.ExpertParallelMoE (docs/layer.md), or device: cpu"
         )
     # Imported late: the table imports LMDeploy, whose release has to be checked first.
     from epbackend.engines.lmdeploy.patches import needed
