@@ -63,6 +63,8 @@ bench-ascend: ## milliseconds of a MoE layer on RANKS real NPUs, for each dispat
 
 test-full: setup lint ## with the rarer combinations too
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend A3
+	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend A2
 
 lint: setup ## ruff, mypy, layers
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Milliseconds of one MoE layer on NPUs, for each dispatcher, at the sizes of DeepSeek-V3 with a quarter of its experts.
+"""Milliseconds of one MoE layer on NPUs, for each dispatcher: DeepSeek-V3's sizes, with a quarter of its experts.
 
     python -m torch.distributed.run --nproc-per-node 8 -m benchmarks.ascend_layer
 

@@ -11,6 +11,7 @@ from torch.distributed import distributed_c10d as c10d
 from epbackend.kernels.npu import ops
 
 
+@cache
 def own_communicator(group: dist.ProcessGroup, buffer_mb: int) -> str:
     """The name of a new HCCL communicator among the ranks of `group`, with a buffer of `buffer_mb`.
 

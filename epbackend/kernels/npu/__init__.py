@@ -6,6 +6,7 @@ No call waits for the device: shapes follow from the shapes of the arguments, an
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ FUSED_INT8_STEP, FUSED_INT8_LIMIT = 64, 10496
 class NpuKernels:
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
-    @property
+    @cached_property
     def chip(self) -> str:
         """The generation: "A2", "A3", or CANN's own name of another one."""
         name = ops.chip_name()
@@ -56,6 +57,7 @@ class NpuKernels:
         own_T1 = row_TK.amax(1, keepdim=True)
         row_TK = torch.where(absent_TK, own_T1, row_TK).clamp(min=0)
         weights_TK = weights_TK.float().masked_fill(absent_TK, 0)
+        # float32 rows: the operator rounds its sums to the type of the rows.
         sums_TD = ops.token_unpermute(rows_SD.float(), row_TK.reshape(-1), weights_TK)
         out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
 
@@ -107,10 +109,8 @@ def _rows_of_choices(source_S: Tensor, choices: int) -> Tensor:
     """The inverse of source_S: row_J (int32) for each of J choices, -1 where it has none."""
     row_J = torch.full((choices + 1,), -1, dtype=torch.int32, device=source_S.device)
     rows_S = torch.arange(len(source_S), dtype=torch.int32, device=source_S.device)
-    row_J.scatter_(
-        0, torch.where(source_S < 0, choices, source_S), rows_S
-    )  # garbage rows share the last place
-    return row_J[:choices]
+    place_S = source_S.masked_fill(source_S < 0, choices)  # garbage rows share the last place
+    return row_J.scatter_(0, place_S, rows_S)[:choices]
 
 
 def _refuse_bias(bias_LN: Tensor | None) -> None:
@@ -122,18 +122,18 @@ def _fuses(weights: ExpertWeights) -> bool:
     """Whether dequantisation, SwiGLU and quantisation can be one operator between the two products."""
     if not isinstance(weights.down, Int8Weights) or weights.activation is not None:
         return False
-    _refuse_bias(weights.gate_up_bias_L2F)
     width = weights.down.values_LNK.shape[2]
     return width % FUSED_INT8_STEP == 0 and width <= FUSED_INT8_LIMIT
 
 
 def _int8_mlp(rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
     """Rows stay in int8 between the products, and int32 sums between product and SwiGLU."""
+    _refuse_bias(weights.gate_up_bias_L2F)
+    _refuse_bias(weights.down_bias_LD)
     values_SD, scale_S = ops.dynamic_quant(rows_SD)
     gate_up_LD2F = weights.gate_up.values_LNK.transpose(1, 2)
     sums_S2F = ops.grouped_matmul(values_SD, gate_up_LD2F, counts_L.cumsum(0), None, torch.int32)
     values_SF, scale_S = ops.dequant_swiglu_quant(sums_S2F, weights.gate_up.scale_LN, scale_S, counts_L)
-    _refuse_bias(weights.down_bias_LD)
     return _int8_matmul(values_SF, scale_S, weights.down, counts_L, rows_SD.dtype)
 
 

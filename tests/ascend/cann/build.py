@@ -33,7 +33,7 @@ def missing() -> str | None:
         return f"the emulated CANN has trampolines for x86_64 only, and this is {platform.machine()}"
     absent = [tool for tool in ("g++", "nm") if shutil.which(tool) is None]
     if absent:
-        return f"the emulated CANN is C++ and {' and '.join(absent)} is not installed (apt-get install g++)"
+        return f"the emulated CANN is C++ and needs {' and '.join(absent)} (apt-get install g++ binutils)"
     return None
 
 
@@ -66,7 +66,7 @@ def _build(torch_npu: Path, operators: list[str], out: Path) -> None:
         _compile(torch_npu, out / library, inputs)
     # The wheel names functions that the tests never reach: they get stubs that fail and say so.
     (out / "stubs.c").write_text(_stubs(_undefined(torch_npu) - _defined(out / "libascendcl.so")))
-    _run("gcc", "-c", "-fPIC", "-w", "-o", str(out / "stubs.o"), str(out / "stubs.c"))
+    _run("g++", "-x", "c", "-c", "-fPIC", "-w", "-o", str(out / "stubs.o"), str(out / "stubs.c"))
     _compile(torch_npu, out / "libascendcl.so", [str(NATIVE / "runtime.cpp"), str(out / "stubs.o")])
 
 
@@ -79,7 +79,7 @@ def _compile(torch_npu: Path, library: Path, inputs: list[str]) -> None:
 
 def _trampolines(operators: list[str]) -> str:
     """Each operator exports NAME and NAMEGetWorkspaceSize, which jump through a table that Python fills."""
-    symbols = slots(operators)
+    symbols = table_symbols(operators)
     lines = ["\t.text"]
     for index, symbol in enumerate(symbols):
         lines += [f"\t.globl {symbol}", f"\t.type {symbol},@function", f"{symbol}:"]
@@ -89,7 +89,7 @@ def _trampolines(operators: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def slots(operators: Iterable[str]) -> list[str]:
+def table_symbols(operators: Iterable[str]) -> list[str]:
     """The symbols of the operator table, in its order."""
     return [symbol for name in sorted(operators) for symbol in (f"{name}GetWorkspaceSize", name)]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend.cann.build import slots
+from ascend.cann.build import table_symbols
 from ascend.cann.handles import ARGUMENTS, Handles, RefusedError
 
 REFUSED, FAILED = 161002, 561103
@@ -70,7 +70,7 @@ def chip() -> str:
 def install(opapi: ctypes.CDLL, runtime: ctypes.CDLL) -> None:
     """Put every operator into the table that the trampolines jump through."""
     handles = Handles(opapi)
-    symbols = slots(OPERATORS)
+    symbols = table_symbols(OPERATORS)
     table = (c_void_p * len(symbols)).in_dll(opapi, "operator_table")
     for name, operator in OPERATORS.items():
         plan = _plan(name, operator, handles, runtime)
