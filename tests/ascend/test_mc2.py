@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contract.layer_case import Case, layer_equals_dense
+from contract.test_int8 import layer_is_close
 from contract.test_layer import REPLICAS, SHUFFLED, relu_product, uneven
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -49,6 +50,12 @@ def test_dtypes_bias_and_activation(run, dtype, activation):
 
 def test_no_token_anywhere(run):
     run(Case(4, (0, 0, 0, 0), MC2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("slots", [tuple(range(8)), REPLICAS], ids=["uniform", "replicas"])
+def test_w8a8(ranks, npu, size, slots):
+    ranks.run(size, layer_is_close, MC2, slots, "ascend", HIDDEN)
 
 
 @st.composite

@@ -66,14 +66,19 @@ def test_experts(kernels, device, dtype, width, slots):
 
 
 def layer_is_close(
-    groups: dict[int, RankGroup], settings: DispatchSettings, slots: tuple[int, ...], name: str
+    groups: dict[int, RankGroup],
+    settings: DispatchSettings,
+    slots: tuple[int, ...],
+    name: str,
+    hidden_size: int = D,
 ) -> None:
     ranks = groups[1]
     device = get_device(name)
     place = device.torch_device(ranks.rank)
     slot_map = SlotMap(slots, ranks.size)
     draw = torch.Generator().manual_seed(0)
-    gate_up, down = torch.randn(E, 2 * F, D, generator=draw) / 8, torch.randn(E, D, F, generator=draw) / 8
+    gate_up = torch.randn(E, 2 * F, hidden_size, generator=draw) / hidden_size**0.5
+    down = torch.randn(E, hidden_size, F, generator=draw) / 8
     mine = list(slot_map.local_experts(ranks.rank))
     layer = ExpertParallelMoE(
         quantized(gate_up[mine], place),
@@ -86,7 +91,7 @@ def layer_is_close(
     )
     tokens = (7, 0, 11, 3)[ranks.rank]
     draw.manual_seed(1 + ranks.rank)
-    hidden = torch.randn(tokens, D, generator=draw).bfloat16()
+    hidden = torch.randn(tokens, hidden_size, generator=draw).bfloat16()
     ids = torch.rand(tokens, E, generator=draw).argsort(1)[:, :K]
     weights = torch.rand(tokens, K, generator=draw)
     close(
