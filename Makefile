@@ -9,9 +9,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := requirements/cpu.txt requirements/lmdeploy.txt pyproject.toml
 READY := $(VENV)/.ready
+NPU_WHEEL := .torch-npu
+# Where the Ascend tests run: an emulated A3 or A2, or npu for real ones.
+DEVICE ?= A3
+RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench clean distclean
+.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench bench-ascend clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,10 +39,17 @@ $(READY): $(PINS) scripts/check_setup.py
 	$(BIN)/python -m epbackend.placement.compiled
 	@touch $@
 
+$(NPU_WHEEL)/.ready: requirements/ascend.txt $(READY)
+	@echo "== torch-npu, unpacked aside for the Ascend tests"
+	rm -rf $(NPU_WHEEL) && mkdir $(NPU_WHEEL)
+	$(PIP) install --quiet --no-deps --target $(NPU_WHEEL) -r requirements/ascend.txt || \
+	  echo "torch-npu has no wheel for this machine: make test-ascend will skip"
+	@touch $@
+
 demo: setup ## the main job: a LMDeploy pipeline whose experts live in two processes
 	$(BIN)/epbackend demo
 
-test: setup lint test-cpu ## everything that this machine can check
+test: setup lint test-cpu test-ascend ## everything that this machine can check
 
 test-cpu: setup ## the suite on the CPU; tests of a device that is missing skip with the reason
 	$(BIN)/python -m pytest -m "not slow"
@@ -46,11 +57,16 @@ test-cpu: setup ## the suite on the CPU; tests of a device that is missing skip 
 test-cuda: setup ## the contract suite on a CUDA GPU
 	$(BIN)/python -m pytest tests/contract -m cuda
 
-test-ascend: setup ## the contract suite on an NPU
-	$(BIN)/python -m pytest tests/contract -m ascend
+test-ascend: setup $(NPU_WHEEL)/.ready ## the suite of the ascend device on an emulated A3; DEVICE=A2 for that chip, DEVICE=npu for four real NPUs
+	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend $(DEVICE)
+
+bench-ascend: ## milliseconds of a MoE layer on RANKS real NPUs, for each dispatcher (with the Python of your NPU environment)
+	$(PYTHON) -m torch.distributed.run --nproc-per-node $(RANKS) -m benchmarks.ascend_layer
 
 test-full: setup lint ## with the rarer combinations too
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend A3
+	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend A2
 
 lint: setup ## ruff, mypy, layers
 	$(BIN)/ruff check .
@@ -67,4 +83,4 @@ clean: ## caches and results of runs
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 distclean: clean ## the virtual environment too
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) $(NPU_WHEEL) *.egg-info

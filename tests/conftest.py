@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import ascend
 import hypothesis
 import pytest
 from ranks import RankPool
@@ -13,9 +16,27 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("busy")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--ascend",
+        choices=ascend.PLATFORMS,
+        help="where tests of the ascend device run: on an emulated A3 or A2, or on real NPUs",
+    )
+
+
+def pytest_configure(config):
+    platform = config.getoption("--ascend")
+    if platform is None:
+        return
+    if reason := ascend.missing(platform):
+        pytest.exit(f"skipped: {reason}", returncode=0)
+    ascend.start(platform)
+
+
 @pytest.fixture(scope="session")
-def ranks():
-    """`ranks.run(size, function, *args)` runs a function on gloo processes; see `ranks.py`."""
-    pool = RankPool()
+def ranks(request):
+    """`ranks.run(size, function, *args)` runs a function on processes joined by gloo, or by HCCL; see `ranks.py`."""
+    platform = request.config.getoption("--ascend")
+    pool = RankPool("hccl", partial(ascend.start, platform)) if platform else RankPool()
     yield pool
     pool.close()

@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes, which are started once and serve one test after the other.
+"""Run a function on several processes, which are started once and serve one test after the other.
 
     def rank_of(groups):              # a function of a module, so that the workers can import it
         return groups[1].rank
@@ -33,7 +33,9 @@ PATIENCE_S = 120.0
 class RankPool:
     """Four workers; a test uses the first 1, 2 or 4 of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo", prepare: Callable[..., None] | None = None) -> None:
+        """`backend` joins the workers; `prepare(rank=...)` runs first in each, if given."""
+        self._backend, self._prepare = backend, prepare
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="epbackend-ranks-")
         self._starts = 0
@@ -73,7 +75,8 @@ class RankPool:
         store = Path(self._folder.name) / f"store-{self._starts}"
         for rank in range(max(SIZES)):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_work, args=(rank, str(store), theirs), daemon=True)
+            arguments = (rank, str(store), theirs, self._backend, self._prepare)
+            process = spawn.Process(target=_work, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -86,10 +89,14 @@ def _answer(connection: Connection) -> tuple[str | None, Any]:
         return "the process died", None
 
 
-def _work(rank: int, store: str, connection: Connection) -> None:
+def _work(
+    rank: int, store: str, connection: Connection, backend: str, prepare: Callable[..., None] | None
+) -> None:
     torch.set_num_threads(1)
+    if prepare:
+        prepare(rank=rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=max(SIZES),

@@ -7,10 +7,12 @@ from epbackend.config.base import Section
 from epbackend.config.problems import Problem
 
 if TYPE_CHECKING:
-    from epbackend.config.settings import EPConfig
+    from epbackend.config.settings import EPConfig, Phase
 
 # The ep_level each dispatcher serves; their own classes import torch, which the configuration must not need.
-LEVEL_OF_DISPATCHER = {"replicated": 1, "allgather": 1, "alltoall": 2}
+LEVEL_OF_DISPATCHER = {"replicated": 1, "allgather": 1, "alltoall": 2, "mc2": 2}
+DECODE_ONLY = ("mc2",)
+"""Dispatchers that serve a bounded number of tokens: prefill takes another, by itself."""
 
 
 def contradictions(config: "EPConfig") -> list[Problem]:
@@ -70,9 +72,12 @@ def _pinned_dispatcher(config: "EPConfig") -> list[Problem]:
 
 def _unfit(dispatcher: str, config: "EPConfig") -> str | None:
     served = LEVEL_OF_DISPATCHER[dispatcher]
-    for phase in ("prefill", "decode"):
+    phases: tuple[Phase, ...] = ("decode",) if dispatcher in DECODE_ONLY else ("prefill", "decode")
+    for phase in phases:
         if config.level(phase) != served:
             return f"serves ep_level {served}, but ep_level of {phase} is {config.level(phase)}"
+    if dispatcher in DECODE_ONLY and config.engine.max_batch_size is None:
+        return "is sized by engine.max_batch_size, which is not set"
     if dispatcher == "replicated" and config.engine.dp > 1:
         return f"needs all tokens on every rank, but engine.dp is {config.engine.dp}"
     return None

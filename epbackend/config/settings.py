@@ -26,7 +26,7 @@ from epbackend.config.engine import EngineSettings, Positive
 from epbackend.config.files import read_mapping
 from epbackend.config.placement import PhaseSplits, PlacementSettings
 from epbackend.config.problems import UNION_TAGS, Problem, config_error, from_pydantic
-from epbackend.config.rules import LEVEL_OF_DISPATCHER
+from epbackend.config.rules import DECODE_ONLY, LEVEL_OF_DISPATCHER
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import did_you_mean
 
@@ -97,7 +97,7 @@ class EPConfig(Section):
         default="auto",
         examples=["auto", *LEVEL_OF_DISPATCHER],
         description="Pins how rows travel. It must serve the ep_level; auto takes the best that can, "
-        "and says why.",
+        "and says why. mc2 serves decode only.",
     )
     enable_init_routing_cutoff: bool = Field(
         default=False,
@@ -174,14 +174,16 @@ class EPConfig(Section):
 
     def dispatch_settings(self, phase: Phase) -> DispatchSettings:
         """What the data path of one phase needs to know."""
+        pinned = "auto" if phase == "prefill" and self.dispatcher in DECODE_ONLY else self.dispatcher
         return DispatchSettings(
             level=self.level(phase),
-            dispatcher=self.dispatcher,
+            dispatcher=pinned,
             topk_scaling_factor=self.topk_scaling_factor,
             cutoff_min_tokens=self.init_routing_cutoff_min_tokens,
             buffer_scale_factors=self.alltoall_ep_buffer_scale_factors,
             overlap_chunks=self.overlap_chunks,
             overlap_min_tokens=self.overlap_min_tokens,
+            max_tokens=self.engine.max_batch_size if phase == "decode" else None,
             timeout_s=self.timeout_s,
         )
 

@@ -1,7 +1,9 @@
-"""Ascend NPUs. This version finds torch-npu; the CANN kernels that use it come with a later one."""
+"""Ascend NPUs, through torch-npu: HCCL between ranks, the fused operators of CANN on each."""
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from epbackend.device.base import Device, Memory
 from epbackend.errors import UnavailableError
 from epbackend.kernels import Kernels
+from epbackend.kernels.npu import NpuKernels
 
 
 class AscendDevice(Device):
@@ -16,13 +19,13 @@ class AscendDevice(Device):
     collective_backend = "hccl"
 
     def unavailable(self) -> str | None:
-        if find_spec("torch_npu") is None:
-            return "torch-npu is not installed; install CANN and epbackend[ascend], or use device cpu"
-        return "its kernels come with a later version of epbackend; use device cpu"
+        return _unavailable()
 
     @property
     def kernels(self) -> Kernels:
-        raise UnavailableError(f"device ascend cannot be used: {self.unavailable()}")
+        if reason := self.unavailable():
+            raise UnavailableError(f"device ascend cannot be used: {reason}")
+        return NpuKernels()
 
     def torch_device(self, local_rank: int) -> torch.device:
         return torch.device("npu", local_rank)
@@ -30,3 +33,19 @@ class AscendDevice(Device):
     def memory(self, local_rank: int = 0) -> Memory:
         free, total = torch.get_device_module("npu").mem_get_info(local_rank)
         return Memory(total, free)
+
+
+@cache
+def _unavailable() -> str | None:
+    if find_spec("torch_npu") is None:
+        return "torch-npu is not installed; install CANN and epbackend[ascend], or use device cpu"
+    try:
+        import_module("torch_npu")
+    except (ImportError, OSError) as error:
+        return (
+            f"torch-npu cannot be loaded ({error}); source CANN's set_env.sh and take the torch-npu that fits "
+            f"torch {torch.__version__}, or use device cpu"
+        )
+    if not torch.get_device_module("npu").is_available():
+        return "torch-npu sees no NPU; check npu-smi info and ASCEND_RT_VISIBLE_DEVICES, or use device cpu"
+    return None

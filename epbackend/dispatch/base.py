@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 
 from epbackend.dispatch.ranks import RankGroup
@@ -44,7 +45,7 @@ class Batch:
     rows_SD: Tensor
     counts_L: Tensor
     source_S: Tensor
-    """Which choice each row serves, as in `kernels.Permuted`."""
+    """Which choice each row serves, as in `kernels.Permuted`; a fused dispatcher's own notes instead (`mc2`)."""
     step: int
     """The number of the pass (level 1) or of the exchange (level 2) that the rows belong to."""
 
@@ -81,6 +82,11 @@ class Dispatcher(ABC):
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """What this machine lacks for it; None if nothing."""
+        return None if dist.is_available() else "this torch is built without torch.distributed"
 
     @classmethod
     def unsupported(cls, problem: Problem) -> str | None:

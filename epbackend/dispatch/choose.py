@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from epbackend.dispatch.allgather import AllGather
 from epbackend.dispatch.alltoall import AllToAll
 from epbackend.dispatch.base import Dispatcher, Problem
+from epbackend.dispatch.mc2 import Mc2
 from epbackend.dispatch.passes import row_bound
 from epbackend.dispatch.replicated import Replicated
 from epbackend.dispatch.sliced import Sliced
 from epbackend.errors import ConfigError
 
-DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, AllToAll)
+DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, AllToAll)
 """The one that is preferred where several can serve comes first."""
 
 
@@ -41,8 +40,7 @@ class Listed:
 
 def dispatchers() -> tuple[Listed, ...]:
     """Every dispatcher, usable on this machine or not."""
-    missing = None if dist.is_available() else "this torch is built without torch.distributed"
-    return tuple(Listed(cls.name, cls.level, cls.summary, missing) for cls in DISPATCHERS)
+    return tuple(Listed(cls.name, cls.level, cls.summary, cls.missing()) for cls in DISPATCHERS)
 
 
 def choose(problem: Problem) -> tuple[Dispatcher, Choice]:

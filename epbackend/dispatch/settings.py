@@ -24,5 +24,7 @@ class DispatchSettings:
     overlap_min_tokens: int = 1024
     """Level 2: shorter batches are not cut, as smaller matmuls lose what the overlap wins (measured on gloo, 2 ranks:
     two chunks win nothing at 256 tokens a rank, 3% at 1024, 13% at 4096)."""
+    max_tokens: int | None = None
+    """The most tokens that a rank holds in one call of this phase, where that is known; `mc2` is sized by it."""
     timeout_s: float = 120.0
     """Seconds until a collective that does not finish becomes an error naming the ranks that do not answer."""

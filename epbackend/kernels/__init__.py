@@ -59,8 +59,11 @@ class Kernels(Protocol):
     def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Add weight * row to each row's token in `out_TD` (float32), in a fixed order."""
 
-    def pack(self, weights_LNK: Iterable[Tensor]) -> Packed:
-        """Bring [out, in] matrices, one a slot, into the layout that `grouped_matmul` reads fastest."""
+    def pack(self, weights_LNK: Iterable[Any]) -> Packed:
+        """Bring [out, in] matrices, one a slot, into the layout that `grouped_matmul` reads fastest.
+
+        All are tensors, or all are `int8.Int8Matrix` (W8A8).
+        """
 
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Packed, counts_L: Tensor, bias_LN: Tensor | None = None

@@ -12,7 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from epbackend.kernels import Packed
 from epbackend.kernels.hugepages import use_huge_pages
+from epbackend.kernels.int8 import Int8Matrix, Int8Weights
 from epbackend.kernels.reference import ReferenceKernels
 from epbackend.placement.layout import Layout
 from epbackend.placement.split import level_shares, own_quota
@@ -26,8 +28,9 @@ BLOCK_ROWS = 256
 class CpuKernels(ReferenceKernels):
     """The reference with a faster matrix product. A packed weight is a list, so that one slot can be replaced."""
 
-    def pack(self, weights_LNK: Iterable[Tensor]) -> list[Tensor]:
-        return [_pack_one(weight_NK) for weight_NK in weights_LNK]
+    def pack(self, weights_LNK: Iterable[Tensor | Int8Matrix]) -> Packed:
+        packed = [weight if isinstance(weight, Int8Matrix) else _pack_one(weight) for weight in weights_LNK]
+        return super().pack(packed) if isinstance(packed[0], Int8Matrix) else packed
 
     def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Block by block: a float32 copy of all rows at once costs page faults, and memory that no cutoff bounds."""
@@ -35,9 +38,9 @@ class CpuKernels(ReferenceKernels):
             super().unpermute(block_BD, source_B, weights_TK, out_TD)
 
     def grouped_matmul(
-        self, rows_SK: Tensor, packed: list[Tensor], counts_L: Tensor, bias_LN: Tensor | None = None
+        self, rows_SK: Tensor, packed: Packed, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
-        if not packed[0].is_mkldnn:
+        if isinstance(packed, Int8Weights) or not packed[0].is_mkldnn:
             return super().grouped_matmul(rows_SK, packed, counts_L, bias_LN)
         rows_SN = rows_SK.new_empty(rows_SK.shape[0], packed[0].shape[0])
         first = 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from epbackend.kernels import ExpertWeights, Packed, Permuted
+from epbackend.kernels import ExpertWeights, Packed, Permuted, int8
 
 
 class ReferenceKernels:
@@ -44,12 +44,14 @@ class ReferenceKernels:
         weight_S1 = weights_TK.take(source_S).float().unsqueeze(1)
         out_TD.index_add_(0, source_S // weights_TK.shape[1], rows_SD.float() * weight_S1)
 
-    def pack(self, weights_LNK: Iterable[Tensor]) -> Packed:
-        return torch.stack(list(weights_LNK))
+    def pack(self, weights_LNK: Iterable[Tensor | int8.Int8Matrix]) -> Packed:
+        return int8.stack(weights_LNK)
 
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Packed, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
+        if isinstance(packed, int8.Int8Weights):
+            return int8.grouped_matmul(rows_SK, packed, counts_L, bias_LN)
         rows_SN = rows_SK.new_empty(rows_SK.shape[0], packed[0].shape[0])
         first = 0
         for slot, count in enumerate(counts_L.tolist()):

@@ -44,6 +44,7 @@ class Case:
     repeats: bool = False
     """Whether a token may choose an expert twice."""
     seed: int = 0
+    hidden: int = D
     device: str = "cpu"
 
     @property
@@ -73,43 +74,43 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
     """Run the layer, fail unless this rank's tokens get what the dense formula gives them."""
     ranks = groups[case.token_size]
     device = get_device(case.device)
-    place = device.torch_device(0)
+    place = device.torch_device(ranks.rank)
     slot_map = case.slot_map
     experts = slot_map.experts
     draw = torch.Generator().manual_seed(case.seed)
-    gate_up = (torch.randn(experts, 2 * F, D, generator=draw) / 3).to(place, case.dtype)
-    down = (torch.randn(experts, D, F, generator=draw) / 3).to(place, case.dtype)
+    gate_up = (torch.randn(experts, 2 * F, case.hidden, generator=draw) / case.hidden**0.5).to(case.dtype)
+    down = (torch.randn(experts, case.hidden, F, generator=draw) / 3).to(case.dtype)
     biases = [
-        torch.randn(experts, n, generator=draw).to(place, case.dtype) if case.bias else None
-        for n in (2 * F, D)
+        torch.randn(experts, n, generator=draw).to(case.dtype) if case.bias else None
+        for n in (2 * F, case.hidden)
     ]
     draw.manual_seed(case.seed + 1 + ranks.rank // case.token_size)
     tokens = case.tokens[ranks.rank // case.token_size]
-    hidden = torch.randn(tokens, D, generator=draw).to(place, case.dtype)
-    ids = _choices(tokens, experts, case, draw).to(place)
-    weights = torch.rand(tokens, case.top_k, generator=draw).to(place)
+    hidden = torch.randn(tokens, case.hidden, generator=draw).to(case.dtype)
+    ids = _choices(tokens, experts, case, draw)
+    weights = torch.rand(tokens, case.top_k, generator=draw)
 
     mine = list(slot_map.local_experts(ranks.rank))
     spy = _Spy(device.kernels)
     with mock.patch.object(moe, "get_device", return_value=mock.Mock(kernels=spy)):
         layer = moe.ExpertParallelMoE(
-            gate_up[mine],
-            down[mine],
+            gate_up[mine].to(place),
+            down[mine].to(place),
             slot_map=slot_map,
             ranks=ranks,
             settings=case.settings,
             split=case.split,
             top_k=case.top_k,
-            gate_up_bias_L2F=None if biases[0] is None else biases[0][mine],
-            down_bias_LD=None if biases[1] is None else biases[1][mine],
+            gate_up_bias_L2F=None if biases[0] is None else biases[0][mine].to(place),
+            down_bias_LD=None if biases[1] is None else biases[1][mine].to(place),
             activation=case.activation,
         )
-    out = layer(hidden, ids, weights)
+    out = layer(hidden.to(place), ids.to(place), weights.to(place)).cpu()
     expected = dense_moe(hidden, ids, weights, gate_up, down, *biases, activation=case.activation or swiglu)
     assert out.dtype == case.dtype
     torch.testing.assert_close(out.double(), expected, **tolerance(case.dtype))
     load = layer.load
-    chosen = torch.bincount(ids.flatten().cpu(), minlength=experts).tolist()
+    chosen = torch.bincount(ids.flatten(), minlength=experts).tolist()
     return Seen(
         layer.dispatchers["prefill"].name,
         load.passes.max,

@@ -16,7 +16,7 @@ from epbackend.device import get_device
 from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard, LoadReport
 from epbackend.engines.lmdeploy.patching import Patches, check_version
 from epbackend.engines.placing import finished_placement, pack, unpack, warm_splits
-from epbackend.errors import ConfigError, EPError
+from epbackend.errors import ConfigError, EPError, UnavailableError
 from epbackend.placement.placement import Placement
 
 CONFIG_VARIABLE = "EPBACKEND_CONFIG"
@@ -138,6 +138,11 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
         raise ConfigError(
             "device: cpu stands in for torch.cuda, and this process sees a GPU: "
             "set CUDA_VISIBLE_DEVICES='' in its environment, or use device: cuda"
+        )
+    if device == "ascend":
+        raise UnavailableError(
+            "device: ascend has no plug into LMDeploy yet, whose own experts would run instead of ours: "
+            "use epbackend.moe.ExpertParallelMoE (docs/layer.md), or device: cpu"
         )
     # Imported late: the table imports LMDeploy, whose release has to be checked first.
     from epbackend.engines.lmdeploy.patches import needed

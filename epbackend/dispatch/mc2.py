@@ -1,0 +1,126 @@
+"""`ep_level` 2 on Ascend by CANN's fused operators: rows go straight to their experts, and weighted sums back.
+
+No size travels through the host, so a step never waits for the device. For that, every rank sends the same number of
+tokens: the most that a call of this phase may have, padded with masked ones. Communicator and buffer are sized for
+them when the first call shows the hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from epbackend.device import devices
+from epbackend.device.hccl import own_communicator
+from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
+from epbackend.dispatch.mc2_limits import LIMITS, broken, buffer_mb
+from epbackend.errors import ConfigError
+from epbackend.kernels.npu import ops
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Mc2(Dispatcher):
+    name = "mc2"
+    level = 2
+    summary = "CANN's fused dispatch and combine, without a size through the host"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        reason = devices()["ascend"].unavailable()
+        return super().missing() or (reason and f"it needs device ascend: {reason}")
+
+    @classmethod
+    def unsupported(cls, problem: Problem) -> str | None:
+        chip = _chip(problem)
+        if chip is None:
+            return "it needs an Ascend NPU (device ascend)"
+        ranks, slots = problem.ranks.size, problem.slots
+        return super().unsupported(problem) or broken(chip, ranks, slots, problem.top_k, _tokens(problem))
+
+    def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
+        """Raises ConfigError for a model, or a number of tokens, outside of the operators' limits.
+
+        A token must choose each slot once at most, which the router's top-k sees to.
+        """
+        tokens = _tokens(self.problem)
+        assert tokens is not None  # else `unsupported` gave a reason
+        _check(hidden_TD, tokens, _chip(self.problem))
+        return _Mc2Exchange(
+            _group(self.problem, hidden_TD.shape[1], tokens), hidden_TD, slot_ids_TK, weights_TK
+        )
+
+
+class _Mc2Exchange(Exchange):
+    def __init__(
+        self, group: ops.FusedGroup, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor
+    ) -> None:
+        self._group, self._tokens = group, len(hidden_TD)
+        self._hidden_TD = _padded(hidden_TD, group.tokens)
+        # Masked tokens, too, must name experts, and different ones.
+        self._ids_TK = torch.arange(slot_ids_TK.shape[1], dtype=torch.int32, device=slot_ids_TK.device)
+        self._ids_TK = self._ids_TK.repeat(group.tokens, 1)
+        self._ids_TK[: self._tokens] = slot_ids_TK
+        self._weights_TK = _padded(weights_TK.float(), group.tokens)
+        self._active_T = torch.arange(group.tokens, device=hidden_TD.device) < self._tokens
+
+    def dispatch(self) -> Iterator[Batch]:
+        self._sent = ops.moe_dispatch(self._hidden_TD, self._ids_TK, self._active_T, self._group)
+        yield Batch(self._sent.rows_SD, self._sent.counts_L, self._sent.assist_info, step=0)
+
+    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
+        self._out_TD = ops.moe_combine(
+            rows_SD, self._ids_TK, self._weights_TK, self._active_T, self._sent, self._group
+        )
+
+    def finish(self) -> Tensor:
+        return self._out_TD[: self._tokens]
+
+
+def _chip(problem: Problem) -> str | None:
+    """The NPU's generation; None where the kernels are another device's."""
+    return getattr(problem.kernels, "chip", None)
+
+
+def _tokens(problem: Problem) -> int | None:
+    """The most tokens that a rank sends in one call; ranks that hold the same tokens each send their slice."""
+    most = problem.settings.max_tokens
+    return None if most is None else -(-most // problem.ranks.token_size)
+
+
+def _group(problem: Problem, hidden: int, tokens: int) -> ops.FusedGroup:
+    ranks, chip = problem.ranks, _chip(problem)
+    assert chip is not None  # else `unsupported` gave a reason
+    assert ranks.group is not None
+    buffer = buffer_mb(chip, ranks.size, problem.slots, problem.top_k, tokens, hidden)
+    communicator = own_communicator(ranks.group, buffer)
+    algorithm = LIMITS[chip].algorithm
+    return ops.FusedGroup(communicator, ranks.rank, ranks.size, problem.slots, tokens, algorithm)
+
+
+def _check(hidden_TD: Tensor, tokens: int, chip: str | None) -> None:
+    """Raise ConfigError for what only a call can show to be outside of the limits."""
+    limits = LIMITS[str(chip)]
+    if len(hidden_TD) > tokens:
+        raise ConfigError(
+            f"dispatcher mc2: this rank has {len(hidden_TD)} tokens, and engine.max_batch_size allows {tokens}; "
+            "raise it, or set dispatcher: alltoall"
+        )
+    if hidden_TD.shape[1] not in limits.hidden:
+        raise ConfigError(
+            f"dispatcher mc2: on {chip} the hidden size must be {limits.hidden_in_words}, and this model's is "
+            f"{hidden_TD.shape[1]}; set dispatcher: alltoall"
+        )
+    if hidden_TD.dtype not in DTYPES:
+        raise ConfigError(
+            f"dispatcher mc2: it takes bfloat16 and float16, not {str(hidden_TD.dtype).removeprefix('torch.')}; "
+            "set engine.dtype: bfloat16, or dispatcher: alltoall"
+        )
+
+
+def _padded(tensor_TX: Tensor, tokens: int) -> Tensor:
+    padded_TX = tensor_TX.new_zeros(tokens, tensor_TX.shape[1])
+    padded_TX[: len(tensor_TX)] = tensor_TX
+    return padded_TX

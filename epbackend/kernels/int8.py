@@ -1,0 +1,81 @@
+"""W8A8: int8 weights with a scale for each output channel, int8 rows with a scale each, found as they come.
+
+    row ~ q_row * scale_S,  weight ~ q_weight * scale_N,  so  row @ weight.T ~ (q_row @ q_weight.T) * scale_S * scale_N
+
+Where kernels take matrices, an `Int8Matrix` may stand for each of them: packing, products and experts then run in int8,
+under the same signatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST = 127  # symmetric: -128 is not used
+
+
+@dataclass(frozen=True)
+class Int8Matrix:
+    """One expert's [out, in] matrix: values_NK * scale_N."""
+
+    values_NK: Tensor
+    scale_N: Tensor
+    """float32, positive."""
+
+    @classmethod
+    def of(cls, weight_NK: Tensor) -> Int8Matrix:
+        """The nearest one to a float matrix."""
+        values_NK, scale_N = quantize_rows(weight_NK)
+        return cls(values_NK, scale_N)
+
+    def float(self) -> Tensor:
+        """weight_NK (float32)."""
+        return self.values_NK.float() * self.scale_N.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Int8Weights:
+    """The matrices of L slots."""
+
+    values_LNK: Tensor
+    scale_LN: Tensor
+
+
+def stack(matrices_L: Iterable[Any]) -> Tensor | Int8Weights:
+    """weights_LNK of matrices that are all tensors, or all `Int8Matrix`."""
+    matrices = list(matrices_L)
+    if not isinstance(matrices[0], Int8Matrix):
+        return torch.stack(matrices)
+    values_LNK = torch.stack([matrix.values_NK for matrix in matrices])
+    return Int8Weights(values_LNK, torch.stack([matrix.scale_N.float() for matrix in matrices]))
+
+
+def quantize_rows(rows_SK: Tensor) -> tuple[Tensor, Tensor]:
+    """(values_SK int8, scale_S float32): each row divided by its scale, the largest value of a row becoming 127.
+
+    [[1.0, -2.0]] -> [[64, -127]], [2 / 127]
+    """
+    scale_S = rows_SK.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+    values_SK = (rows_SK.float() / scale_S.unsqueeze(1)).round().clamp(-LARGEST, LARGEST)
+    return values_SK.to(torch.int8), scale_S
+
+
+def grouped_matmul(
+    rows_SK: Tensor, weights: Int8Weights, counts_L: Tensor, bias_LN: Tensor | None = None
+) -> Tensor:
+    """rows_SN in the type of `rows_SK`: the reference of `Kernels.grouped_matmul` for int8 weights."""
+    values_SK, scale_S = quantize_rows(rows_SK)
+    rows_SN = rows_SK.new_empty(len(rows_SK), weights.values_LNK.shape[1])
+    first = 0
+    for slot, count in enumerate(counts_L.tolist()):
+        part = slice(first, first + count)
+        # Sums of int8 products are integers, which float64 holds exactly.
+        sums_MN = values_SK[part].double() @ weights.values_LNK[slot].double().t()
+        out_MN = sums_MN * scale_S[part, None] * weights.scale_LN[slot]
+        rows_SN[part] = out_MN if bias_LN is None else out_MN + bias_LN[slot]
+        first += count
+    return rows_SN

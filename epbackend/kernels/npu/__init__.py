@@ -1,0 +1,146 @@
+"""Experts on an Ascend NPU, by the fused operators of torch_npu.
+
+No call waits for the device: shapes follow from the shapes of the arguments, and rows past the counts are garbage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from epbackend.errors import ConfigError
+from epbackend.kernels import ExpertWeights, Permuted
+from epbackend.kernels.int8 import Int8Matrix, Int8Weights, stack
+from epbackend.kernels.npu import ops
+
+NpuWeights = Tensor | Int8Weights  # weights_LNK as they are: the products read them through transposed views
+
+FUSED_INT8_STEP, FUSED_INT8_LIMIT = 64, 10496
+"""`dequant_swiglu_quant` takes an F that is a multiple of the one and at most the other."""
+
+
+class NpuKernels:
+    """See `epbackend.kernels.Kernels` for what each method promises."""
+
+    @cached_property
+    def chip(self) -> str:
+        """The generation: "A2", "A3", or CANN's own name of another one."""
+        name = ops.chip_name()
+        generations = {"Ascend910B": "A2", "Ascend910_93": "A3"}
+        return next((chip for prefix, chip in generations.items() if name.startswith(prefix)), name)
+
+    def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
+        """By comparison: torch.bincount would wait for the device to learn the largest id."""
+        slots_L = torch.arange(slots, device=slot_ids_TK.device)
+        return (slot_ids_TK.reshape(-1, 1) == slots_L).sum(0)
+
+    def permute(
+        self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+    ) -> Permuted:
+        """Returns T * K rows, or with a window as many as the window is wide."""
+        ids_TK = _or_last(slot_ids_TK, slots)
+        if window or not len(hidden_TD):
+            return _permute_window(hidden_TD, ids_TK, slots, window or (0, 0))
+        rows_SD, source_S, counts_L = ops.init_routing(hidden_TD, ids_TK, slots + 1, active=slots)
+        valid_S = torch.arange(len(rows_SD), device=rows_SD.device) < counts_L.sum()
+        return Permuted(rows_SD, counts_L, source_S.long().masked_fill(~valid_S, -1))
+
+    def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+        if not len(rows_SD) or not len(out_TD):
+            return
+        row_TK = _rows_of_choices(source_S, weights_TK.numel()).view(weights_TK.shape)
+        absent_TK = row_TK < 0
+        # A choice without a row takes one of its token's own, times 0: another row may be garbage, and 0 * NaN is NaN.
+        own_T1 = row_TK.amax(1, keepdim=True)
+        row_TK = torch.where(absent_TK, own_T1, row_TK).clamp(min=0)
+        weights_TK = weights_TK.float().masked_fill(absent_TK, 0)
+        # float32 rows: the operator rounds its sums to the type of the rows.
+        sums_TD = ops.token_unpermute(rows_SD.float(), row_TK.reshape(-1), weights_TK)
+        out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
+
+    def pack(self, weights_LNK: Iterable[Tensor | Int8Matrix]) -> NpuWeights:
+        return stack(weights_LNK)
+
+    def grouped_matmul(
+        self, rows_SK: Tensor, packed: NpuWeights, counts_L: Tensor, bias_LN: Tensor | None = None
+    ) -> Tensor:
+        if isinstance(packed, Int8Weights):
+            _refuse_bias(bias_LN)
+            if not len(rows_SK):
+                return rows_SK.new_empty(0, packed.values_LNK.shape[1])
+            return _int8_matmul(*ops.dynamic_quant(rows_SK), packed, counts_L, rows_SK.dtype)
+        if not len(rows_SK):
+            return rows_SK.new_empty(0, packed.shape[1])
+        if bias_LN is not None and rows_SK.dtype == torch.bfloat16:
+            bias_LN = bias_LN.float()  # the operator's rule
+        return ops.grouped_matmul(rows_SK, packed.transpose(1, 2), counts_L.cumsum(0), bias_LN, rows_SK.dtype)
+
+    def swiglu(self, rows_S2F: Tensor) -> Tensor:
+        return ops.swiglu(rows_S2F)
+
+    def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
+        if len(rows_SD) and _fuses(weights):
+            return _int8_mlp(rows_SD, counts_L, weights)
+        rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
+        rows_SF = (weights.activation or self.swiglu)(rows_S2F)
+        return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)
+
+
+def _or_last(slot_ids_TK: Tensor, slots: int) -> Tensor:
+    """ids_TK (int32), every id of another rank being `slots`: the operators take no id outside their range."""
+    return torch.where((slot_ids_TK >= 0) & (slot_ids_TK < slots), slot_ids_TK, slots).int()
+
+
+def _permute_window(hidden_TD: Tensor, ids_TK: Tensor, slots: int, window: tuple[int, int]) -> Permuted:
+    """The sorted rows from window[0] to window[1]: the fused operator would expand all rows first."""
+    first, last = window
+    ids_S = ids_TK.reshape(-1)
+    order_S = ids_S.argsort(stable=True)[first:last]
+    ends_L = (ids_S.unsqueeze(1) <= torch.arange(slots, device=ids_S.device)).sum(0)
+    counts_L = ends_L.clamp(first, last).diff(prepend=ends_L.new_full((1,), first))
+    source_S = order_S.masked_fill(ids_S[order_S] == slots, -1)
+    return Permuted(hidden_TD.index_select(0, order_S // ids_TK.shape[1]), counts_L, source_S)
+
+
+def _rows_of_choices(source_S: Tensor, choices: int) -> Tensor:
+    """The inverse of source_S: row_J (int32) for each of J choices, -1 where it has none."""
+    row_J = torch.full((choices + 1,), -1, dtype=torch.int32, device=source_S.device)
+    rows_S = torch.arange(len(source_S), dtype=torch.int32, device=source_S.device)
+    place_S = source_S.masked_fill(source_S < 0, choices)  # garbage rows share the last place
+    return row_J.scatter_(0, place_S, rows_S)[:choices]
+
+
+def _refuse_bias(bias_LN: Tensor | None) -> None:
+    if bias_LN is not None:
+        raise ConfigError("device ascend: W8A8 experts with biases are not supported; use bfloat16 weights")
+
+
+def _fuses(weights: ExpertWeights) -> bool:
+    """Whether dequantisation, SwiGLU and quantisation can be one operator between the two products."""
+    if not isinstance(weights.down, Int8Weights) or weights.activation is not None:
+        return False
+    width = weights.down.values_LNK.shape[2]
+    return width % FUSED_INT8_STEP == 0 and width <= FUSED_INT8_LIMIT
+
+
+def _int8_mlp(rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
+    """Rows stay in int8 between the products, and int32 sums between product and SwiGLU."""
+    _refuse_bias(weights.gate_up_bias_L2F)
+    _refuse_bias(weights.down_bias_LD)
+    values_SD, scale_S = ops.dynamic_quant(rows_SD)
+    gate_up_LD2F = weights.gate_up.values_LNK.transpose(1, 2)
+    sums_S2F = ops.grouped_matmul(values_SD, gate_up_LD2F, counts_L.cumsum(0), None, torch.int32)
+    values_SF, scale_S = ops.dequant_swiglu_quant(sums_S2F, weights.gate_up.scale_LN, scale_S, counts_L)
+    return _int8_matmul(values_SF, scale_S, weights.down, counts_L, rows_SD.dtype)
+
+
+def _int8_matmul(
+    values_SK: Tensor, scale_S: Tensor, packed: Int8Weights, counts_L: Tensor, dtype: torch.dtype
+) -> Tensor:
+    weight_LKN = packed.values_LNK.transpose(1, 2)
+    return ops.grouped_matmul_scaled(
+        values_SK, scale_S, weight_LKN, packed.scale_LN, counts_L.cumsum(0), dtype
+    )

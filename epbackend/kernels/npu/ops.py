@@ -1,0 +1,204 @@
+"""Every torch_npu operator that epbackend calls, and nothing else calls one.
+
+Written for torch-npu 2.9 to 2.14 (tests/ascend/schemas.json has what each accepts): arguments go by keyword, and none
+is passed that one of these versions does not know. Limits are those of the operators' documentation
+(https://gitcode.com/Ascend/op-plugin, docs/context). S rows, L groups of rows, N and K as in [out, in] weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _npu() -> Any:
+    """torch_npu, imported on first use: without CANN it cannot be."""
+    return import_module("torch_npu")
+
+
+def chip_name() -> str:
+    """What CANN calls this chip, for example "Ascend910B1" (A2) or "Ascend910_9391" (A3)."""
+    return torch.get_device_module("npu").get_device_name()
+
+
+def init_routing(
+    hidden_TD: Tensor, ids_TK: Tensor, experts: int, active: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows_SD, source_S, counts_L): each token once for each choice of an expert below `active`, sorted by expert.
+
+    `ids_TK` is int32 and below `experts`; T > 0. S = T * K; rows and sources past the sum of the counts are garbage.
+    """
+    rows_SD, source_S, counts_L, _ = _npu().npu_moe_init_routing_v2(
+        hidden_TD,
+        ids_TK,
+        active_num=ids_TK.numel(),  # older versions take no other
+        expert_num=experts,
+        expert_tokens_num_type=1,  # counts, not sums
+        expert_tokens_num_flag=True,
+        active_expert_range=[0, active],  # its default is whatever the process's first call said
+        quant_mode=-1,  # its default is 0 up to torch-npu 2.9
+        row_idx_type=1,  # from row to choice, and the type that has the fast path for large batches
+    )
+    return rows_SD, source_S, counts_L
+
+
+def token_unpermute(rows_SD: Tensor, row_of_choice: Tensor, weights_TK: Tensor) -> Tensor:
+    """out_TD: for each token the weighted sum of its K rows. `row_of_choice` is int32 [T * K]; S > 0 and T > 0."""
+    return _npu().npu_moe_token_unpermute(rows_SD, row_of_choice, probs=weights_TK)
+
+
+def grouped_matmul(
+    rows_SK: Tensor, weight_LKN: Tensor, ends_L: Tensor, bias_LN: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """rows_SN: rows ends[l - 1] to ends[l] times weight[l]; rows past the last end are garbage.
+
+    At most 1024 groups; K and N below 65536. `weight_LKN` may be a transposed view. int8 rows give int32 sums.
+    """
+    return _npu().npu_grouped_matmul(
+        [rows_SK],
+        [weight_LKN],
+        bias=None if bias_LN is None else [bias_LN],
+        group_list=ends_L,
+        split_item=2,  # one tensor comes back
+        group_type=0,  # groups of rows
+        group_list_type=0,  # ends: sizes (1) are not allowed for a single group
+        output_dtype=out_dtype,
+    )[0]
+
+
+def grouped_matmul_scaled(
+    values_SK: Tensor,
+    scale_S: Tensor,
+    weight_LKN: Tensor,
+    scale_LN: Tensor,
+    ends_L: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """rows_SN of int8 rows and weights, both scales applied.
+
+    For bfloat16 the operator takes the weight's scale in bfloat16, for float16 in float32; the rows' is float32.
+    """
+    return _npu().npu_grouped_matmul(
+        [values_SK],
+        [weight_LKN],
+        scale=[scale_LN.to(torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32)],
+        per_token_scale=[scale_S],
+        group_list=ends_L,
+        split_item=2,
+        group_type=0,
+        group_list_type=0,
+        output_dtype=out_dtype,
+    )[0]
+
+
+def swiglu(rows_S2F: Tensor) -> Tensor:
+    """rows_SF: silu(first half) * second half."""
+    return _npu().npu_swiglu(rows_S2F, dim=-1)
+
+
+def dynamic_quant(rows_SK: Tensor) -> tuple[Tensor, Tensor]:
+    """(values_SK int8, scale_S float32) of bfloat16 or float16 rows."""
+    return _npu().npu_dynamic_quant(rows_SK)
+
+
+def dequant_swiglu_quant(
+    sums_S2F: Tensor, scale_L2F: Tensor, scale_S: Tensor, counts_L: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(values_SF int8, scale_S float32): swiglu of int32 sums times both scales, quantised again.
+
+    F at most 10496 and a multiple of 64.
+    """
+    return _npu().npu_dequant_swiglu_quant(
+        sums_S2F,
+        weight_scale=scale_L2F,
+        activation_scale=scale_S,
+        group_index=counts_L,
+        activate_left=True,  # the first half is the gate
+        quant_mode=1,  # a scale for each row
+    )
+
+
+def hccl_backend(store: Any, name: str, ranks: list[int], rank: int, buffer_mb: int) -> Any:
+    """A ProcessGroupHCCL called `name`, whose communicator has a buffer of its own size instead of HCCL_BUFFSIZE's.
+
+    `ranks` are global, `rank` is this one's place among them.
+    """
+    hccl = _npu()._C._distributed_c10d.ProcessGroupHCCL
+    options = hccl.Options()
+    options.hccl_config = {"hccl_buffer_size": buffer_mb}
+    options.global_ranks_in_group = ranks
+    options.group_id = name
+    return hccl(store, rank, len(ranks), options)
+
+
+@dataclass(frozen=True)
+class FusedGroup:
+    """The ranks of a fused dispatch, and what must be the same on all of them and for dispatch and combine."""
+
+    communicator: str
+    """Its name; see `epbackend.device.hccl`."""
+    rank: int
+    size: int
+    slots: int
+    """Experts of each rank."""
+    tokens: int
+    """Of each rank: the same on all."""
+    algorithm: str
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "group_ep": self.communicator,
+            "ep_world_size": self.size,
+            "ep_rank_id": self.rank,
+            "moe_expert_num": self.slots * self.size,
+            "global_bs": self.tokens * self.size,
+            "comm_alg": self.algorithm,
+        }
+
+
+@dataclass(frozen=True)
+class FusedRows:
+    """What arrived, and what only combine can read."""
+
+    rows_SD: Tensor
+    """Sorted by expert; rows past the counts are garbage."""
+    counts_L: Tensor
+    assist_info: Tensor
+    arrived: Tensor
+
+
+def moe_dispatch(hidden_TD: Tensor, ids_TK: Tensor, active_T: Tensor, group: FusedGroup) -> FusedRows:
+    """Send each token of the mask to its experts. `ids_TK`: int32, valid and different within a row, masked or not.
+
+    `active_T` is True first, then False. Limits: `epbackend.dispatch.mc2_limits`.
+    """
+    rows_SD, _, assist_info, counts_L, arrived, _, _ = _npu().npu_moe_distribute_dispatch_v2(
+        x=hidden_TD,
+        expert_ids=ids_TK,
+        x_active_mask=active_T,
+        quant_mode=0,
+        expert_token_nums_type=1,  # counts, not sums
+        **group.arguments(),
+    )
+    return FusedRows(rows_SD, counts_L, assist_info, arrived)
+
+
+def moe_combine(
+    rows_SD: Tensor, ids_TK: Tensor, weights_TK: Tensor, active_T: Tensor, sent: FusedRows, group: FusedGroup
+) -> Tensor:
+    """out_TD: the weighted sums (`weights_TK` float32), on the tokens' own ranks; rows outside the mask are garbage."""
+    return _npu().npu_moe_distribute_combine_v2(
+        expand_x=rows_SD,
+        expert_ids=ids_TK,
+        assist_info_for_combine=sent.assist_info,
+        ep_send_counts=sent.arrived,
+        expert_scales=weights_TK,
+        x_active_mask=active_T,
+        **group.arguments(),
+    )

@@ -1,0 +1,132 @@
+"""Plain torch operators on emulated NPU tensors: computed by the CPU, over the same bytes.
+
+Allocations, views, copies of bytes and everything of `npu::` stay with torch_npu. The mode also notes what makes a real
+NPU stop and wait for its results on the host, which a decode step should not do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ascend.cann.handles import over_bytes
+from ascend.cann.registry import calls, in_short
+
+ALLOCATE = {"aten::empty.memory_format", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+NATIVE = {
+    *ALLOCATE,
+    "aten::resize_",
+    "aten::set_.source_Storage",
+    "aten::_local_scalar_dense",
+    "aten::record_stream",
+    "aten::is_pinned",
+    "aten::_pin_memory",
+}
+WAIT_FOR_THE_DEVICE = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::bincount",
+    "aten::unique2",
+    "aten::repeat_interleave.Tensor",
+    "aten::equal",
+}
+"""Operators whose result, or whose result's shape, is needed on the host."""
+
+host_waits: list[str] = []
+"""What has made the host wait for the device so far."""
+
+
+class AtenOnCpu(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = operator.name()
+        leaves = tree_leaves((args, kwargs))
+        if operator.namespace == "c10d":
+            calls.append((name, {"": _shapes(args)}))
+        if operator.namespace != "aten" or not any(map(_is_npu, leaves)):
+            return operator(*args, **kwargs)
+        _note_wait(name, args, kwargs)
+        if operator.is_view or name in NATIVE or _moves_bytes(name, args):
+            result = operator(*args, **kwargs)
+            return _poisoned(result) if name in ALLOCATE else result
+        return _on_cpu(operator, args, kwargs)
+
+
+def _shapes(args: tuple) -> list[str]:
+    """The rows that a collective moves, in short."""
+    return [in_short(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and _is_npu(leaf)]
+
+
+def _is_npu(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.device.type == "npu"
+    return isinstance(value, torch.device | str) and str(value).startswith("npu")
+
+
+def _moves_bytes(name: str, args: tuple) -> bool:
+    if name != "aten::copy_":
+        return False
+    target, source = args[0], args[1]
+    return target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous()
+
+
+def _note_wait(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    to_host = name == "aten::_to_copy" and not _is_npu(kwargs.get("device", args[0]))
+    copied_out = name == "aten::copy_" and _is_npu(args[1]) and not _is_npu(args[0])
+    by_mask = name.startswith("aten::index.") and any(
+        index is not None and index.dtype == torch.bool for index in args[1]
+    )
+    if name in WAIT_FOR_THE_DEVICE or to_host or copied_out or by_mask:
+        host_waits.append(name)
+
+
+def _on_cpu(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run on CPU tensors that share the bytes; results become NPU tensors, in-place results the tensors they were."""
+    lowered: dict[int, tuple[Tensor, Tensor]] = {}
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and _is_npu(leaf)]
+    place = tensors[0].device if tensors else torch.device("npu", torch.npu.current_device())
+    to_host = "device" in kwargs and not _is_npu(kwargs["device"])
+
+    def lower(value: Any) -> Any:
+        if not _is_npu(value):
+            return value
+        if not isinstance(value, Tensor):
+            return torch.device("cpu")
+        if id(value) not in lowered:
+            lowered[id(value)] = value, host_view(value)
+        return lowered[id(value)][1]
+
+    result = operator(*tree_map(lower, args), **tree_map(lower, kwargs))
+    originals = {id(view): tensor for tensor, view in lowered.values()}
+
+    def lift(value: Any) -> Any:
+        if not isinstance(value, Tensor) or to_host:
+            return value
+        if id(value) in originals:
+            return originals[id(value)]
+        lifted = torch.empty(value.shape, dtype=value.dtype, device=place)
+        host_view(lifted).copy_(value)
+        return lifted
+
+    return tree_map(lift, result)
+
+
+def host_view(tensor: Tensor) -> Tensor:
+    """A CPU tensor over the bytes of an NPU tensor."""
+    address = tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()
+    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    return over_bytes(address, shape, strides, tensor.storage_offset(), tensor.dtype, elements)
+
+
+def _poisoned(tensor: Tensor) -> Tensor:
+    """What a real allocation holds is anybody's guess: here it is NaN, or the type's -1."""
+    if tensor.dtype != torch.bool:
+        ctypes.memset(tensor.data_ptr(), 0xFF, tensor.untyped_storage().nbytes())
+    return tensor

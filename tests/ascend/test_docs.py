@@ -1,0 +1,33 @@
+"""docs/ascend.md shows what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ascend.call_log import layer_calls, markdown
+from benchmarks import ascend_traffic
+
+DOCS = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text()
+
+
+@pytest.mark.cpu
+def test_the_computed_table():
+    assert ascend_traffic.markdown() in DOCS, "paste the output of python -m benchmarks.ascend_traffic"
+
+
+@pytest.mark.ascend
+def test_the_call_log(ranks, npu):
+    if npu != "A3":
+        pytest.skip("the docs show the calls on A3")
+    assert markdown(ranks.run) in DOCS, "paste the output of python -m ascend.call_log"
+
+
+@pytest.mark.ascend
+@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "W8A8"])
+@pytest.mark.parametrize("dispatcher", ["replicated", "mc2"])
+def test_a_step_that_never_waits_for_the_device(ranks, npu, dispatcher, int8):
+    if npu == "npu":
+        pytest.skip("only the emulation notes what waits")
+    assert [waits for _, waits in ranks.run(2, layer_calls, dispatcher, int8)] == [[], []]

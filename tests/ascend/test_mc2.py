@@ -1,0 +1,85 @@
+"""The fused dispatcher equals the dense reference, like the others, within its own limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from contract.layer_case import Case, layer_equals_dense
+from contract.test_int8 import layer_is_close
+from contract.test_layer import REPLICAS, SHUFFLED, relu_product, uneven
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from epbackend.dispatch.settings import DispatchSettings
+
+MC2 = DispatchSettings(level=2, max_tokens=16)
+HIDDEN = 1024  # the least that A3 takes
+
+pytestmark = pytest.mark.ascend
+
+
+@pytest.fixture
+def run(ranks, npu):
+    """Run a case on its ranks by mc2, and check that every choice was computed once."""
+
+    def run(case: Case) -> None:
+        seen = ranks.run(case.size, layer_equals_dense, replace(case, device="ascend", hidden=HIDDEN))
+        assert {rank.dispatcher for rank in seen} == {"mc2"}
+        computed = torch.tensor([rank.tokens_E for rank in seen]).sum(0)
+        chosen = torch.tensor([rank.chosen_E for rank in seen[:: case.token_size]]).sum(0)
+        assert torch.equal(computed, chosen)
+
+    return run
+
+
+@pytest.mark.parametrize(("size", "token_size"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    "slots", [tuple(range(8)), REPLICAS, SHUFFLED], ids=["uniform", "replicas", "shuffled"]
+)
+def test_uneven_and_empty_ranks(run, size, token_size, slots):
+    run(Case(size, uneven(size // token_size), MC2, token_size, slots, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", [None, relu_product], ids=["swiglu", "own"])
+def test_dtypes_bias_and_activation(run, dtype, activation):
+    run(Case(2, (9, 4), MC2, dtype=dtype, bias=True, activation=activation))
+
+
+def test_no_token_anywhere(run):
+    run(Case(4, (0, 0, 0, 0), MC2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("slots", [tuple(range(8)), REPLICAS], ids=["uniform", "replicas"])
+def test_w8a8(ranks, npu, size, slots):
+    ranks.run(size, layer_is_close, MC2, slots, "ascend", HIDDEN)
+
+
+@st.composite
+def cases(draw) -> Case:
+    size = draw(st.sampled_from([2, 4]))
+    token_size = draw(st.sampled_from([n for n in (1, 2, 4) if n <= size]))
+    experts = draw(st.integers(1, 9))
+    slots = [*range(experts), *draw(st.lists(st.integers(0, experts - 1), max_size=6))]
+    slots += [0] * (-len(slots) % size)
+    most = draw(st.integers(1, 20))
+    groups = size // token_size
+    return Case(
+        size=size,
+        tokens=tuple(draw(st.lists(st.integers(0, most), min_size=groups, max_size=groups))),
+        settings=DispatchSettings(level=2, max_tokens=most),
+        token_size=token_size,
+        slots=tuple(draw(st.permutations(slots))),
+        top_k=draw(st.integers(1, experts)),
+        dtype=torch.bfloat16,
+        seed=draw(st.integers(0, 1 << 16)),
+    )
+
+
+@given(case=cases())
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_layer(run, case):
+    run(case)

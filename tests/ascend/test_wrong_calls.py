@@ -1,0 +1,135 @@
+"""Calls that break an operator's documented limits fail: the emulation is as strict as the documentation.
+
+On real NPUs these would be CANN's own refusals, or garbage; so they run on the emulation alone.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ascend import REAL
+from epbackend.dispatch.mc2_limits import LIMITS
+from epbackend.errors import ConfigError
+from epbackend.kernels import int8
+from epbackend.kernels.npu import NpuKernels, ops
+
+pytestmark = pytest.mark.ascend
+
+
+@pytest.fixture(autouse=True)
+def _emulated(npu):
+    if npu == REAL:
+        pytest.skip("the limits of real operators are CANN's to check")
+
+
+def npu_tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype, device="npu")
+
+
+def group(**changes) -> ops.FusedGroup:
+    fields = {"communicator": "nobody", "rank": 0, "size": 2, "slots": 4, "tokens": 4, "algorithm": ""}
+    return ops.FusedGroup(**{**fields, **changes})
+
+
+def dispatch(hidden: int, **changes) -> ops.FusedRows:
+    ids_TK = torch.arange(2, dtype=INT32).repeat(4, 1).npu()
+    chip = LIMITS[NpuKernels().chip]
+    return ops.moe_dispatch(
+        npu_tensor(4, hidden),
+        ids_TK,
+        torch.ones(4, dtype=torch.bool).npu(),
+        group(algorithm=chip.algorithm, **changes),
+    )
+
+
+def product(rows_SK: torch.Tensor, ends_L: torch.Tensor, bias_LN: torch.Tensor | None = None) -> torch.Tensor:
+    return ops.grouped_matmul(rows_SK, npu_tensor(2, 8, 4), ends_L, bias_LN, torch.bfloat16)
+
+
+INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
+WRONG = {
+    "ids must be int32": (
+        lambda: ops.init_routing(npu_tensor(4, 16), npu_tensor(4, 2, dtype=INT64), 4, 3),
+        "int32|Int",
+    ),
+    "ids within the experts": (
+        lambda: ops.init_routing(npu_tensor(4, 16), npu_tensor(4, 2, dtype=INT32) + 5, 4, 3),
+        "not within expert_num",
+    ),
+    "active experts within all": (
+        lambda: ops.init_routing(npu_tensor(4, 16), npu_tensor(4, 2, dtype=INT32), 4, 5),
+        "active_expert_range",
+    ),
+    "inner dimensions fit": (
+        lambda: ops.grouped_matmul(
+            npu_tensor(4, 16), npu_tensor(2, 8, 4), npu_tensor(2, dtype=INT64), None, torch.bfloat16
+        ),
+        "does not fit weight",
+    ),
+    "a bfloat16 bias is float32": (
+        lambda: ops.grouped_matmul(
+            npu_tensor(4, 8),
+            npu_tensor(2, 8, 4),
+            npu_tensor(2, dtype=INT64),
+            npu_tensor(2, 4),
+            torch.bfloat16,
+        ),
+        "bias for torch.bfloat16 must be torch.float32",
+    ),
+    "groups end within the rows": (
+        lambda: ops.grouped_matmul(
+            npu_tensor(4, 8), npu_tensor(2, 8, 4), npu_tensor(2, dtype=INT64) + 5, None, torch.bfloat16
+        ),
+        "past the 4 rows",
+    ),
+    "one group for each matrix": (
+        lambda: ops.grouped_matmul(
+            npu_tensor(4, 8), npu_tensor(2, 8, 4), npu_tensor(3, dtype=INT64), None, torch.bfloat16
+        ),
+        "3 groups, but 2 matrices",
+    ),
+    "rows to quantise are 16-bit": (
+        lambda: ops.dynamic_quant(npu_tensor(4, 8, dtype=FLOAT32)),
+        "float32|half",
+    ),
+    "fused widths are multiples of 64": (
+        lambda: ops.dequant_swiglu_quant(
+            npu_tensor(4, 80, dtype=INT32),
+            npu_tensor(2, 80, dtype=FLOAT32),
+            npu_tensor(4, dtype=FLOAT32),
+            npu_tensor(2, dtype=INT64),
+        ),
+        "multiple of 64",
+    ),
+    "unpermute's indices are rows": (
+        lambda: ops.token_unpermute(npu_tensor(2, 8), npu_tensor(8, dtype=INT32) + 2, npu_tensor(4, 2)),
+        "outside permuted_tokens",
+    ),
+    "a communicator must be there": (lambda: dispatch(1024), "no communicator is called 'nobody'"),
+    "hidden sizes have limits": (lambda: dispatch(9000), "hidden size 9000"),
+    "experts have limits": (lambda: dispatch(1024, slots=600), "1200 experts on 2 ranks"),
+    "no more ranks than A2 and A3 take": (lambda: dispatch(1024, size=1000, slots=1), "ep_world_size 1000"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_refused(name):
+    call, message = WRONG[name]
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+def test_biases_of_int8_experts():
+    kernels = NpuKernels()
+    weights = [int8.Int8Matrix.of(torch.randn(8, 16)) for _ in range(2)]
+    packed = kernels.pack([int8.Int8Matrix(each.values_NK.npu(), each.scale_N.npu()) for each in weights])
+    with pytest.raises(ConfigError, match="W8A8 experts with biases are not supported; use bfloat16 weights"):
+        kernels.grouped_matmul(npu_tensor(4, 16), packed, npu_tensor(2, dtype=INT64), npu_tensor(2, 8))
+
+
+def test_an_operator_that_is_not_emulated_says_its_name():
+    import torch_npu
+
+    with pytest.raises(RuntimeError, match="aclnnMoeGatingTopK"):
+        torch_npu.npu_moe_gating_top_k(npu_tensor(4, 16), 2)

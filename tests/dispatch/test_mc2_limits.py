@@ -1,0 +1,89 @@
+"""What the fused operators of Ascend cannot take is refused before the call, by the name of the setting."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+from epbackend.dispatch.base import Problem
+from epbackend.dispatch.choose import choose
+from epbackend.dispatch.mc2 import Mc2
+from epbackend.dispatch.mc2_limits import broken, buffer_mb
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.errors import ConfigError
+
+
+def problem(
+    chip: str | None = "A3", size=16, slots=16, top_k=8, tokens: int | None = 64, **settings
+) -> Problem:
+    kernels = mock.Mock(chip=chip) if chip else mock.Mock(spec=[])
+    group = RankGroup(mock.Mock(), 0, size, None, 0, 1)
+    settings = DispatchSettings(**{"level": 2, "max_tokens": tokens, **settings})
+    return Problem(group, kernels, settings, slots, top_k)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chip": None}, "needs an Ascend NPU"),
+        ({"chip": "Ascend310P3"}, "for A2 and A3, and this chip is Ascend310P3"),
+        ({"chip": "A2", "size": 12}, "ep_size must be 2 to 8, 16, 32, 64, 128 or 256, and is 12"),
+        ({"size": 769, "slots": 1}, "ep_size must be 2 to 768, and is 769"),
+        ({"size": 1}, "there is one rank"),
+        ({"chip": "A2", "slots": 25}, "a rank may hold 24 experts, and holds 25: raise ep_size"),
+        ({"size": 64, "slots": 17}, "1024 experts with their copies, and there are 1088"),
+        ({"top_k": 13}, "may choose 12 experts, and this model's chooses 13"),
+        ({"chip": "A2", "top_k": 17}, "may choose 16 experts"),
+        ({"tokens": None}, "decode is bounded by engine.max_batch_size"),
+        ({"tokens": 513}, "may send 512 tokens, and engine.max_batch_size allows 513"),
+        ({"chip": "A2", "tokens": 257}, "may send 256 tokens, and engine.max_batch_size allows 257"),
+        ({"level": 1}, "serves ep_level 2, and ep_level is 1"),
+    ],
+)
+def test_what_the_choice_refuses(changes, message):
+    given = problem(**changes, dispatcher="mc2")
+    with pytest.raises(ConfigError, match=f"dispatcher mc2 is pinned but cannot be used: .*{message}"):
+        choose(given)
+
+
+@pytest.mark.parametrize(
+    ("chip", "hidden_TD", "message"),
+    [
+        ("A3", torch.empty(65, 7168).bfloat16(), "has 65 tokens, and engine.max_batch_size allows 64"),
+        ("A3", torch.empty(4, 512).bfloat16(), "hidden size must be 1024 to 8192, and this model's is 512"),
+        ("A2", torch.empty(4, 1000).bfloat16(), "a multiple of 32 up to 7168, and this model's is 1000"),
+        ("A3", torch.empty(4, 1024), "not float32; set engine.dtype: bfloat16, or dispatcher: alltoall"),
+    ],
+)
+def test_what_a_call_refuses(chip, hidden_TD, message):
+    ids, weights = torch.zeros(len(hidden_TD), 8), torch.zeros(len(hidden_TD), 8)
+    with pytest.raises(ConfigError, match=message):
+        Mc2(problem(chip)).begin(hidden_TD, ids, weights)
+
+
+def test_it_is_preferred_where_it_serves():
+    _, choice = choose(problem())
+    assert choice.name == "mc2"
+    assert dict(choice.passed_over)["alltoall"] == "usable, but mc2 is preferred"
+
+
+def test_ranks_with_the_same_tokens_send_a_slice_each():
+    shared = problem(tokens=1024)
+    assert "512 tokens" in str(Mc2.unsupported(shared))
+    ranks = RankGroup(mock.Mock(), 0, 16, mock.Mock(), 0, 2)
+    assert Mc2.unsupported(Problem(ranks, shared.kernels, shared.settings, 16, 8)) is None
+
+
+@pytest.mark.parametrize("chip", ["A2", "A3"])
+def test_the_limits_themselves_are_allowed(chip):
+    ranks, slots, top_k, tokens = {"A2": (256, 4, 16, 256), "A3": (512, 2, 12, 512)}[chip]
+    assert broken(chip, ranks, slots, top_k, tokens) is None
+
+
+def test_buffers():
+    assert buffer_mb("A3", ranks=2, slots=4, top_k=2, tokens=1, hidden=1024) == 200  # HCCL's own is enough
+    assert buffer_mb("A2", ranks=16, slots=16, top_k=8, tokens=128, hidden=7168) == 452
+    assert buffer_mb("A3", ranks=32, slots=8, top_k=8, tokens=64, hidden=7168) == 480
