@@ -32,7 +32,7 @@ def check_weights(weights: Tensor | Int8Weights) -> None:
         )
     if max(sides) >= INNER_LIMIT:
         raise ConfigError(
-            f"device ascend: an expert's matrix is {sides[0]} x {sides[1]}; sides must be below {INNER_LIMIT}"
+            f"device ascend: an expert's matrix is {sides[0]} x {sides[1]}; its sides must be below {INNER_LIMIT}"
         )
     if not isinstance(weights, Int8Weights) and weights.dtype not in FLOATS:
         raise ConfigError(
