@@ -120,6 +120,28 @@ def test_refused(name):
         call()
 
 
+@pytest.mark.parametrize(
+    ("matrices", "message"),
+    [
+        (torch.empty(1025, 2, 2), "may hold 1024 experts, and holds 1025; raise ep_size"),
+        (torch.empty(1, 2, 65536), "2 x 65536; its sides must be below 65536"),
+        (
+            torch.empty(1, 2, 2, dtype=torch.float64),
+            "torch.float64 are not supported; set engine.dtype: bfloat16",
+        ),
+    ],
+)
+def test_matrices(matrices, message):
+    with pytest.raises(ConfigError, match=message):
+        NpuKernels().pack(matrices)
+
+
+def test_rows_of_int8_experts():
+    packed = NpuKernels().pack([int8.Int8Matrix.of(torch.randn(8, 16))])
+    with pytest.raises(ConfigError, match=r"not torch\.float32; set engine.dtype: bfloat16"):
+        NpuKernels().grouped_matmul(npu_tensor(4, 16, dtype=FLOAT32), packed, npu_tensor(1, dtype=INT64))
+
+
 def test_biases_of_int8_experts():
     kernels = NpuKernels()
     weights = [int8.Int8Matrix.of(torch.randn(8, 16)) for _ in range(2)]

@@ -11,15 +11,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.int8 import Int8Matrix, Int8Weights, stack
-from epbackend.kernels.npu import ops
+from epbackend.kernels.npu import limits, ops
 
 NpuWeights = Tensor | Int8Weights  # weights_LNK as they are: the products read them through transposed views
-
-FUSED_INT8_STEP, FUSED_INT8_LIMIT = 64, 10496
-"""`dequant_swiglu_quant` takes an F that is a multiple of the one and at most the other."""
 
 
 class NpuKernels:
@@ -62,13 +58,15 @@ class NpuKernels:
         out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
 
     def pack(self, weights_LNK: Iterable[Tensor | Int8Matrix]) -> NpuWeights:
-        return stack(weights_LNK)
+        packed = stack(weights_LNK)
+        limits.check_weights(packed)
+        return packed
 
     def grouped_matmul(
         self, rows_SK: Tensor, packed: NpuWeights, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
         if isinstance(packed, Int8Weights):
-            _refuse_bias(bias_LN)
+            limits.check_int8(rows_SK, bias_LN)
             if not len(rows_SK):
                 return rows_SK.new_empty(0, packed.values_LNK.shape[1])
             return _int8_matmul(*ops.dynamic_quant(rows_SK), packed, counts_L, rows_SK.dtype)
@@ -82,7 +80,8 @@ class NpuKernels:
         return ops.swiglu(rows_S2F)
 
     def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
-        if len(rows_SD) and _fuses(weights):
+        int8 = isinstance(weights.down, Int8Weights) and weights.activation is None
+        if int8 and len(rows_SD) and limits.fuses(weights.down):
             return _int8_mlp(rows_SD, counts_L, weights)
         rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
         rows_SF = (weights.activation or self.swiglu)(rows_S2F)
@@ -113,23 +112,10 @@ def _rows_of_choices(source_S: Tensor, choices: int) -> Tensor:
     return row_J.scatter_(0, place_S, rows_S)[:choices]
 
 
-def _refuse_bias(bias_LN: Tensor | None) -> None:
-    if bias_LN is not None:
-        raise ConfigError("device ascend: W8A8 experts with biases are not supported; use bfloat16 weights")
-
-
-def _fuses(weights: ExpertWeights) -> bool:
-    """Whether dequantisation, SwiGLU and quantisation can be one operator between the two products."""
-    if not isinstance(weights.down, Int8Weights) or weights.activation is not None:
-        return False
-    width = weights.down.values_LNK.shape[2]
-    return width % FUSED_INT8_STEP == 0 and width <= FUSED_INT8_LIMIT
-
-
 def _int8_mlp(rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
     """Rows stay in int8 between the products, and int32 sums between product and SwiGLU."""
-    _refuse_bias(weights.gate_up_bias_L2F)
-    _refuse_bias(weights.down_bias_LD)
+    limits.check_int8(rows_SD, weights.gate_up_bias_L2F)
+    limits.check_int8(rows_SD, weights.down_bias_LD)
     values_SD, scale_S = ops.dynamic_quant(rows_SD)
     gate_up_LD2F = weights.gate_up.values_LNK.transpose(1, 2)
     sums_S2F = ops.grouped_matmul(values_SD, gate_up_LD2F, counts_L.cumsum(0), None, torch.int32)
