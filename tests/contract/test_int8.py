@@ -75,7 +75,7 @@ def layer_is_close(
     ranks = groups[1]
     device = get_device(name)
     place = device.torch_device(ranks.rank)
-    slot_map = SlotMap(slots, ranks.size)
+    slot_map = SlotMap.of(slots, ranks.size)
     draw = torch.Generator().manual_seed(0)
     gate_up = torch.randn(E, 2 * F, hidden_size, generator=draw) / hidden_size**0.5
     down = torch.randn(E, hidden_size, F, generator=draw) / 8

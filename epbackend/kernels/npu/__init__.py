@@ -1,6 +1,7 @@
 """Experts on an Ascend NPU, by the fused operators of torch_npu.
 
-No call waits for the device: shapes follow from the shapes of the arguments, and rows past the counts are garbage.
+Shapes follow from the shapes of the arguments, and rows past the counts are garbage, so that no call waits for the
+device; but for the split `level`, which the host computes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.int8 import Int8Matrix, Int8Weights, stack
+from epbackend.kernels.level import level_quota_on_host
 from epbackend.kernels.npu import limits, ops
+from epbackend.placement.layout import Layout
 
 NpuWeights = Tensor | Int8Weights  # weights_LNK as they are: the products read them through transposed views
 
@@ -78,6 +81,11 @@ class NpuKernels:
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return ops.swiglu(rows_S2F)
+
+    def level_quota(
+        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
+    ) -> Tensor:
+        return level_quota_on_host(counts_GE, layout, by_source, source, node_sources)
 
     def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
         int8 = isinstance(weights.down, Int8Weights) and weights.activation is None
