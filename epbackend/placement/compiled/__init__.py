@@ -13,7 +13,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SECONDS = 15
+SECONDS = 20
 """About what all compilations take together."""
 
 
@@ -56,7 +56,7 @@ def warm_up(say: Callable[[str], None] = lambda text: None) -> None:
 
     say("compiling the planner and the splits")
     loads = Loads.of(np.array([[5.0, 2.0, 1.0, 1.0]]))
-    refined(Task(loads, ranks=2, slots=4, objective=TOKENS, budget=2))
+    refined(Task(loads, ranks=2, slots=4, objective=TOKENS, budget=2, options={"split": "level"}))
     current = Placement.even(layers=1, experts=4, ranks=2, slots=6)
     incremental(Task(loads, ranks=2, slots=6, objective=TOKENS, current=current, options={"target": 1}))
     layout, counts_RE = current.layers[0], np.ones((2, 4), np.int64)

@@ -50,24 +50,20 @@ def connect(weight_E, copies_E, order_E, first_R, chain):
             if (copies_E[expert] == 1) != alone:
                 continue
             for copy in range(copies_E[expert]):
-                steps_R[:] = ranks
+                for rank in range(ranks):
+                    steps_R[rank] = ranks
                 if copy:
                     _count_steps(expert, expert_P, first_R, next_R, ranks_EC, placed_E, steps_R, queue_R)
-                chosen = -1
+                chosen, most, least = -1, 0, 0.0
                 for rank in range(ranks):
-                    used = next_R[rank] - first_R[rank]
-                    if next_R[rank] == first_R[rank + 1] or steps_R[rank] == 0:
+                    used, steps = next_R[rank] - first_R[rank], steps_R[rank]
+                    if next_R[rank] == first_R[rank + 1] or steps == 0:
                         continue
-                    if chain and copy == 0 and not alone:
-                        steps_R[rank] = used
-                    full = not alone and used >= fair
-                    if chosen >= 0:
-                        more = steps_R[rank] - steps_R[chosen]
-                        if full > chosen_full or (full == chosen_full and more < 0):
-                            continue
-                        if full == chosen_full and more == 0 and load_R[rank] >= load_R[chosen]:
-                            continue
-                    chosen, chosen_full = rank, full
+                    if not alone:
+                        steps = used if chain and copy == 0 else steps
+                        steps -= 2 * ranks if used >= fair else 0
+                    if chosen < 0 or steps > most or (steps == most and load_R[rank] < least):
+                        chosen, most, least = rank, steps, load_R[rank]
                 if chosen < 0:
                     return expert_P
                 expert_P[next_R[chosen]] = expert

@@ -17,8 +17,8 @@ SWEEPS = 2
 """After a change: it goes on from the split before."""
 FIRST_SWEEPS = 32
 
-LEAST_GAIN = 1e-7
-"""Relative gain below which a change is rounding noise."""
+FULL = 0.999
+"""Of the fullest rank: as full as that."""
 LEVEL_ENOUGH = 1.001
 """Mean cost at which nothing is left to gain."""
 
@@ -51,7 +51,7 @@ def climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
         if best < LEVEL_ENOUGH:
             break
         batch = below(random_1, weight_B.size)
-        fullest = np.argmax(load_RB[:, batch])
+        fullest = _a_full_rank(load_RB, batch, below(random_1, first_R.size - 1))
         slot = first_R[fullest] + below(random_1, first_R[fullest + 1] - first_R[fullest])
         other = below(random_1, expert_P.size)
         expert, partner, rank = split.expert_P[slot], split.expert_P[other], split.rank_P[other]
@@ -63,22 +63,25 @@ def climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
         else:
             moves = share_PB[slot, batch] - share_PB[other, batch]
             fuller = load_RB[rank, batch] + moves >= load_RB[fullest, batch]
-            if moves < 0.0 or fuller or _holds(split, fullest, partner):
+            alone = split.copies_E[expert] == 1 and split.copies_E[partner] == 1
+            if (alone and (moves < 0.0 or fuller)) or _holds(split, fullest, partner):
                 continue
             _swap(split, slot, other)
         _sweep(split, SWEEPS)
         cost = _cost(split, weight_B)
-        if cost < best * (1.0 - LEAST_GAIN):
+        if cost <= best:
             best = cost
-            _copy_rows(split, split.share_PB, share_PB)
-            load_RB[:] = split.load_RB
+            _copy_rows(split.share_PB, share_PB)
+            _copy_rows(split.load_RB, load_RB)
+            continue
+        if replaces:
+            _replace(split, other, partner)
         else:
-            if replaces:
-                _replace(split, other, partner)
-            else:
-                _swap(split, slot, other)
-            _copy_rows(split, share_PB, split.share_PB)
-            split.load_RB[:] = load_RB
+            _swap(split, slot, other)
+        for changed in range(expert_P.size):
+            if split.copies_E[split.expert_P[changed]] > 1 or changed in (slot, other):
+                _copy(share_PB[changed], split.share_PB[changed])
+        _copy_rows(load_RB, split.load_RB)
     return split.expert_P
 
 
@@ -88,3 +91,151 @@ def judge(expert_P, first_R, tokens_EB, weight_B):
     split = _even(expert_P, first_R, tokens_EB)
     _sweep(split, FIRST_SWEEPS)
     return _cost(split, weight_B)
+
+
+@inner
+def _even(expert_P, first_R, tokens_EB):
+    """All batches, split evenly."""
+    experts, batches = tokens_EB.shape
+    ranks = first_R.size - 1
+    split = Split(
+        np.empty(expert_P.size, np.int64),
+        expert_P.copy(),
+        np.zeros(experts, np.int64),
+        np.empty((experts, ranks), np.int64),
+        np.empty((expert_P.size, batches)),
+        np.zeros((ranks, batches)),
+    )
+    for rank in range(ranks):
+        for slot in range(first_R[rank], first_R[rank + 1]):
+            split.rank_P[slot] = rank
+            _append(split, expert_P[slot], slot)
+    for slot in range(expert_P.size):
+        expert = expert_P[slot]
+        for batch in range(batches):
+            split.share_PB[slot, batch] = tokens_EB[expert, batch] / split.copies_E[expert]
+        _add(split.share_PB[slot], split.load_RB[split.rank_P[slot]], 1.0)
+    return split
+
+
+@inner
+def _sweep(split, sweeps):
+    """Block-coordinate descent on the sum of squared rank loads: neighbouring copies of an expert level their ranks."""
+    for _ in range(sweeps):
+        for expert in range(split.copies_E.size):
+            copies = split.copies_E[expert]
+            for copy in range(copies if copies > 2 else copies - 1):
+                slot, other = split.slots_EC[expert, copy], split.slots_EC[expert, (copy + 1) % copies]
+                load_B, other_B = split.load_RB[split.rank_P[slot]], split.load_RB[split.rank_P[other]]
+                _level_pair(split.share_PB[slot], split.share_PB[other], load_B, other_B)
+
+
+@inner
+def _level_pair(share_B, other_share_B, load_B, other_load_B):
+    for batch in range(share_B.size):
+        moves = 0.5 * (load_B[batch] - other_load_B[batch])
+        moves = moves if moves < share_B[batch] else share_B[batch]
+        moves = moves if moves > -other_share_B[batch] else -other_share_B[batch]
+        share_B[batch] -= moves
+        other_share_B[batch] += moves
+        load_B[batch] -= moves
+        other_load_B[batch] += moves
+
+
+@inner
+def _cost(split, weight_B):
+    most_B = np.zeros(weight_B.size)
+    for rank in range(split.load_RB.shape[0]):
+        for batch in range(most_B.size):
+            load = split.load_RB[rank, batch]
+            most_B[batch] = load if load > most_B[batch] else most_B[batch]
+    cost = 0.0
+    for batch in range(most_B.size):
+        cost += weight_B[batch] * most_B[batch]
+    return cost
+
+
+@inner
+def _a_full_rank(load_RB, batch, start):
+    """One of the ranks that are as full as the fullest: the first from `start` on, in a circle."""
+    most = 0.0
+    for rank in range(load_RB.shape[0]):
+        most = max(most, load_RB[rank, batch])
+    while load_RB[start, batch] < FULL * most:
+        start = (start + 1) % load_RB.shape[0]
+    return start
+
+
+@inner
+def _holds(split, rank, expert):
+    held = False
+    for copy in range(split.copies_E[expert]):
+        held |= split.rank_P[split.slots_EC[expert, copy]] == rank
+    return held
+
+
+@inner
+def _swap(split, slot, other):
+    """Exchanges the experts of two slots, and what these slots get."""
+    expert, partner = split.expert_P[slot], split.expert_P[other]
+    _rename(split, expert, slot, other)
+    _rename(split, partner, other, slot)
+    split.expert_P[slot], split.expert_P[other] = partner, expert
+    load_B, other_load_B = split.load_RB[split.rank_P[slot]], split.load_RB[split.rank_P[other]]
+    share_B, other_share_B = split.share_PB[slot], split.share_PB[other]
+    for batch in range(share_B.size):
+        moves = share_B[batch] - other_share_B[batch]
+        share_B[batch] -= moves
+        other_share_B[batch] += moves
+        load_B[batch] -= moves
+        other_load_B[batch] += moves
+
+
+@inner
+def _replace(split, slot, expert):
+    """Makes the slot a copy of another expert, still without tokens; a copy of the old one takes over what it had."""
+    loser = split.expert_P[slot]
+    split.copies_E[loser] -= 1
+    _rename(split, loser, slot, split.slots_EC[loser, split.copies_E[loser]])
+    heir = split.slots_EC[loser, 0]
+    share_B = split.share_PB[slot]
+    _add(share_B, split.share_PB[heir], 1.0)
+    _add(share_B, split.load_RB[split.rank_P[heir]], 1.0)
+    _add(share_B, split.load_RB[split.rank_P[slot]], -1.0)
+    for batch in range(share_B.size):
+        share_B[batch] = 0.0
+    split.expert_P[slot] = expert
+    _append(split, expert, slot)
+
+
+@inner
+def _append(split, expert, slot):
+    split.slots_EC[expert, split.copies_E[expert]] = slot
+    split.copies_E[expert] += 1
+
+
+@inner
+def _rename(split, expert, slot, new):
+    """The expert's copy in the one slot is in the other from now on."""
+    for copy in range(split.copies_E[expert]):
+        if split.slots_EC[expert, copy] == slot:
+            split.slots_EC[expert, copy] = new
+            return
+
+
+@inner
+def _add(source_B, target_B, sign):
+    for batch in range(source_B.size):
+        target_B[batch] += sign * source_B[batch]
+
+
+@inner
+def _copy(source_B, target_B):
+    for batch in range(source_B.size):
+        target_B[batch] = source_B[batch]
+
+
+@inner
+def _copy_rows(source_XB, target_XB):
+    for row in range(len(source_XB)):
+        _copy(source_XB[row], target_XB[row])

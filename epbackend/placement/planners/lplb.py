@@ -4,8 +4,8 @@ Source: the published description of https://github.com/deepseek-ai/LPLB, writte
 expert; each rank's experts are ordered by load, heaviest first; then redundant slot k of rank i copies expert k of
 rank r2o[i, k]. Where LPLB solves a linear program a batch, `split="level"` reaches the same optimum.
 
-Options: `topology`, one of spread (default), ring, cube, hypercube, torus; or `r2o`, a matrix of your own (see topologies.py).
-Slots must be the experts plus the same number of redundant slots for every rank.
+Options: `topology`, one of spread (default), ring, cube, hypercube, torus; or `r2o`, a matrix of your own (see
+topologies.py). Slots must be the experts plus the same number of redundant slots for every rank.
 """
 
 from __future__ import annotations

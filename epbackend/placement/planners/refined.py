@@ -12,19 +12,25 @@ Where the layout in order is still better, it is taken instead. The answer to a 
 Options: `kicks`, how many per layer before any `search_ms` (by the size of the layer unless given); `windows`,
 "mixture" (the default) or "worst": level the mixture of several windows, or the worst of them; `node_penalty`, with
 `node_size`: what each copy that crowds on a node while another node has none may cost, in mean rank loads (0.001: the
-worst rank may get 0.1% more load to avoid it), so that `nearest` finds copies near by.
+worst rank may get 0.1% more load to avoid it), so that `nearest` finds copies near by; `split`, "even" (the default) or
+"level": the split that batches will get. For `level` the copies connect the ranks, so that any batch can be levelled
+(see `levelled`); then tokens are the only objective, and the options above play no part.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from epbackend.errors import ConfigError
 from epbackend.placement.budget import first_slots, share_out
 from epbackend.placement.layout import Layout
+from epbackend.placement.objectives import TOKENS
+from epbackend.placement.planners import levelled
 from epbackend.placement.planners.base import Task, all_layers
 from epbackend.placement.planners.checks import refuse_options
 from epbackend.placement.planners.problem import Features, layout_of
@@ -33,7 +39,9 @@ from epbackend.placement.values import whole_number
 if TYPE_CHECKING:
     from epbackend.placement.compiled.ranks import Problem
 
-OPTIONS = ("kicks", "node_penalty", "windows")
+EVEN_OPTIONS = ("kicks", "node_penalty", "windows")
+OPTIONS = (*EVEN_OPTIONS, "split")
+SPLITS = ("even", "level")
 
 USUAL_KICKS = 2**16
 """Kicks of a layer, times its slots squared: many for a toy, none for 256 experts, which take about as long."""
@@ -44,6 +52,7 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
     from epbackend.placement import compiled
 
     refuse_options("refined", task, OPTIONS)
+    plan_layer = _plan_for_level if _split(task) == "level" else _plan_layer
     features = Features.of(task)
     slots_L = np.full(task.loads.layers, task.slots)
     if task.budget is not None:
@@ -53,9 +62,37 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
     planned = {}
     compiled.announce()
     for done, layer in enumerate(loaded):
-        planned[layer] = _plan_layer(task, features, layer, first_LR[done])
+        planned[layer] = plan_layer(task, features, layer, first_LR[done])
         task.progress(done + 1, len(loaded))
     return all_layers(task, planned)
+
+
+def _split(task: Task) -> str:
+    """The option `split`. Raises ConfigError for what `level` cannot go with."""
+    split = task.options.get("split", SPLITS[0])
+    if split not in SPLITS:
+        raise ConfigError(f"split: must be {' or '.join(SPLITS)}, not {split!r}")
+    if split == "level":
+        if task.objective != TOKENS:
+            raise ConfigError(
+                f"objective: the level split levels tokens, not {task.objective.name}; use objective tokens, "
+                "or plan with split even"
+            )
+        for name in EVEN_OPTIONS:
+            if name in task.options:
+                raise ConfigError(
+                    f"{name}: plays no part with split level; leave it out, or plan with split even"
+                )
+    return split
+
+
+def _plan_for_level(task: Task, features: Features, layer: int, first_R: np.ndarray) -> Layout:
+    even = _plan_layer(replace(task, search_ms=0.0), features, layer, first_R)
+    tokens_WE = task.loads.tokens_WLE[:, layer]
+    tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
+    even_P = even.slot_to_expert_P.copy()  # a read-only array would be compiled for once more
+    expert_P = levelled.plan_layer(tokens_WE, first_R, even_P, task.search_ms, task.seed % 2**32)
+    return _in_order(expert_P, first_R, even.experts)
 
 
 def _plan_layer(task: Task, features: Features, layer: int, first_R: np.ndarray) -> Layout:
@@ -74,8 +111,13 @@ def _plan_layer(task: Task, features: Features, layer: int, first_R: np.ndarray)
     in_order_P = np.arange(slots) % experts
     if judge(problem, in_order_P) < cost:
         expert_P = in_order_P
-    # Ascending within each rank: the order of a rank's slots means nothing, so let it be easy to read and to compare.
-    return layout_of(np.sort(problem.rank_P * experts + expert_P) % experts, first_R, experts)
+    return _in_order(expert_P, first_R, experts)
+
+
+def _in_order(expert_P: np.ndarray, first_R: np.ndarray, experts: int) -> Layout:
+    """Ascending within each rank: the order of its slots means nothing, so let it be easy to read and to compare."""
+    rank_P = np.repeat(np.arange(first_R.size - 1), np.diff(first_R))
+    return layout_of(np.sort(rank_P * experts + expert_P) % experts, first_R, experts)
 
 
 def _starts(problem: Problem, weight_E: np.ndarray) -> Iterator[np.ndarray]:
