@@ -4,62 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from contract.dense import swiglu, tolerance
+from contract.routing import routing
 from epbackend.kernels import ExpertWeights
-from epbackend.kernels.reference import ReferenceKernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(scope="session", params=["reference", "own"])
-def kernels(request, device):
-    """The device's own kernels, and the reference that they are held to."""
-    return device.kernels if request.param == "own" else ReferenceKernels()
-
-
-def routing(tokens: int, top_k: int, low: int, high: int, seed: int) -> torch.Tensor:
-    return torch.randint(low, high, (tokens, top_k), generator=torch.Generator().manual_seed(seed))
-
-
-shapes = st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(1, 6), st.integers(0, 1 << 20))
-
-
-@given(shape=shapes)
-def test_permute_is_a_sorted_selection(kernels, device, shape):
-    tokens, top_k, slots, seed = shape
-    place = device.torch_device(0)
-    hidden_TD = torch.arange(tokens * 3.0, device=place).view(tokens, 3)
-    slot_ids_TK = routing(tokens, top_k, -2, slots + 2, seed).to(place)
-    permuted = kernels.permute(hidden_TD, slot_ids_TK, slots)
-    flat = slot_ids_TK.reshape(-1)
-    mine = [index for slot in range(slots) for index in (flat == slot).nonzero().flatten().tolist()]
-    assert permuted.source_S.tolist() == mine
-    assert permuted.counts_L.tolist() == [(flat == slot).sum().item() for slot in range(slots)]
-    assert torch.equal(kernels.count(slot_ids_TK, slots), permuted.counts_L)
-    assert torch.equal(
-        permuted.rows_SD, hidden_TD[torch.tensor(mine, dtype=torch.long, device=place) // top_k]
-    )
-
-
-@given(shape=shapes, width=st.integers(1, 7))
-def test_windows_are_the_whole_in_parts(kernels, device, shape, width):
-    tokens, top_k, slots, seed = shape
-    place = device.torch_device(0)
-    hidden_TD = torch.arange(tokens * 2.0, device=place).view(tokens, 2)
-    slot_ids_TK = routing(tokens, top_k, -1, slots + 1, seed).to(place)
-    whole = kernels.permute(hidden_TD, slot_ids_TK, slots)
-    total = int(whole.counts_L.sum())
-    parts = [
-        kernels.permute(hidden_TD, slot_ids_TK, slots, (first, first + width))
-        for first in range(0, total + 1, width)
-    ]
-    assert all(len(part.rows_SD) == int(part.counts_L.sum()) <= width for part in parts)
-    assert torch.equal(torch.cat([part.rows_SD for part in parts]), whole.rows_SD)
-    assert torch.equal(torch.cat([part.source_S for part in parts]), whole.source_S)
-    assert torch.equal(torch.stack([part.counts_L for part in parts]).sum(0), whole.counts_L)
 
 
 def test_unpermute_inverts_permute(kernels, device):
