@@ -1,4 +1,4 @@
-"""Pieces that the grouped matmuls share: which tile comes next, how a block is loaded, how two are multiplied."""
+"""Pieces that the grouped matmuls share: which tile comes next, how blocks are loaded, multiplied and stored."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
-def banded(tile, row_tiles, column_tiles, BAND: tl.constexpr):
-    """(row tile, column tile) of the tile-th tile: bands of BAND row tiles, and within a band column after column.
+def find_tile(tile, tiles_M3, row_tiles, column_tiles, BAND: tl.constexpr):
+    """(slot, first row, end of the slot's rows, column tile) of the tile-th tile.
 
-    Tiles that run at the same time share BAND row blocks and few column blocks, which stay in the L2 cache.
+    Tiles come in bands of BAND row tiles, and within a band column after column: those that run at the same time share
+    BAND row blocks and few column blocks, which stay in the L2 cache.
     """
     band = tile // (BAND * column_tiles)
     rows_of_band = tl.minimum(row_tiles - band * BAND, BAND)
     within = tile - band * BAND * column_tiles
-    return band * BAND + within % rows_of_band, within // rows_of_band
+    entry = tiles_M3 + 3 * (band * BAND + within % rows_of_band)
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), within // rows_of_band
 
 
 @triton.jit
@@ -37,7 +39,7 @@ def load_block(
         at_column = column + tl.arange(0, COLUMNS)
         inside = (at_row < rows)[:, None] & (at_column < columns)[None, :]
         place = matrix + at_row.to(tl.int64)[:, None] * stride + at_column[None, :]
-        block = tl.load(place, mask=inside, other=0)
+        block = tl.load(place, mask=inside, other=0.0)
     return block
 
 
@@ -46,5 +48,21 @@ def multiply(block_MK, block_NK, sum_MN):
     """sum_MN + block_MK times the transposed block_NK; float32 blocks are multiplied in full precision."""
     if INTERPRETED and block_MK.dtype == tl.bfloat16:
         # Triton 3.7's interpreter would multiply the bit patterns of bfloat16.
-        return tl.dot(block_MK.to(tl.float32), block_NK.to(tl.float32).T, sum_MN, input_precision="ieee")
-    return tl.dot(block_MK, block_NK.T, sum_MN, input_precision="ieee")
+        product = tl.dot(block_MK.to(tl.float32), block_NK.to(tl.float32).T, sum_MN, input_precision="ieee")
+    else:
+        product = tl.dot(block_MK, block_NK.T, sum_MN, input_precision="ieee", out_dtype=sum_MN.dtype)
+    return product
+
+
+@triton.jit
+def swiglu(gate_MN, up_MN):
+    """silu(gate) * up, in float32."""
+    return gate_MN * tl.sigmoid(gate_MN) * up_MN
+
+
+@triton.jit
+def store_block(out_SN, values_MN, row_M, end, column_N, N):
+    """Store the rows before `end` and the columns before N, in the matrix's own dtype."""
+    inside = (row_M < end)[:, None] & (column_N < N)[None, :]
+    place = out_SN + row_M.to(tl.int64)[:, None] * N + column_N[None, :]
+    tl.store(place, values_MN.to(out_SN.dtype.element_ty), mask=inside)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from triton.runtime.driver import driver
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Chip:
 
 
 A100 = Chip("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912)
+L40S = Chip("NVIDIA L40S", (8, 9), 142, 101_376)
 H100 = Chip("NVIDIA H100 80GB HBM3", (9, 0), 132, 232_448)
 B200 = Chip("NVIDIA B200", (10, 0), 148, 232_448)
 INTERPRETER = Chip("Triton's interpreter", (9, 0), 3, 232_448)
@@ -43,9 +45,5 @@ def chip_of(device: torch.device) -> Chip:
     if device.type == "cpu":
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
-    return Chip(
-        found.name,
-        (found.major, found.minor),
-        found.multi_processor_count,
-        found.shared_memory_per_block_optin,
-    )
+    limits = driver.active.utils.get_device_properties(device.index)
+    return Chip(found.name, (found.major, found.minor), found.multi_processor_count, limits["max_shared_mem"])

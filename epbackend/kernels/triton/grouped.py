@@ -1,22 +1,21 @@
 """Grouped matmul of bfloat16, float16 and float32: each row times the transposed matrix of its slot.
 
-One persistent launch: as many programs as fit on the chip take tiles in turn, whatever the counts say, so that empty and
-huge groups cost what their rows cost, and nothing is read back to the host. With GATED the two halves of gate_up are
-multiplied side by side and leave as silu(gate) * up: the wide intermediate never reaches memory.
+One persistent launch: as many programs as fit on the chip take tiles in turn, whatever the counts say, so that empty
+and huge groups cost what their rows cost, and nothing is read back to the host. With GATED the two halves of gate_up
+are multiplied side by side and leave as silu(gate) * up: the wide intermediate never reaches memory.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from epbackend.kernels.triton.blocks import banded, load_block, multiply
+from epbackend.kernels.triton.blocks import find_tile, load_block, multiply, store_block, swiglu
 from epbackend.kernels.triton.chip import Chip
 from epbackend.kernels.triton.matrix import aligned, matrix
 from epbackend.kernels.triton.schedule import Schedule
-from epbackend.kernels.triton.tiles import Tile
+from epbackend.kernels.triton.tile import Tile
 
 
 def grouped_matmul(
@@ -36,11 +35,11 @@ def grouped_matmul(
     out_SN = rows_SK.new_empty(rows, columns)
     if rows == 0:
         return out_SN
-    tma = tile.tma and chip.tma and aligned(rows_SK) and aligned(weight_LNK)
-    flat_weight = weight_LNK.view(slots * height, depth)
+    weight_HK = weight_LNK.view(slots * height, depth)
+    tma = tile.tma and chip.tma and aligned(rows_SK) and aligned(weight_HK)
     _grouped_matmul[(chip.sms * tile.programs,)](
         matrix(rows_SK, (tile.rows, tile.depth), tma),
-        matrix(flat_weight, (tile.columns, tile.depth), tma),
+        matrix(weight_HK, (tile.columns, tile.depth), tma),
         bias_LN,
         out_SN,
         schedule.tiles_M3,
@@ -51,20 +50,13 @@ def grouped_matmul(
         columns,
         depth,
         GATED=gated,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns,
-        BLOCK_K=tile.depth,
-        BAND=tile.band,
         TMA=tma,
-        SPECIALIZE=tile.specialize and tma,
-        FLATTEN=tile.flatten,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.launch(),
     )
     return out_SN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _grouped_matmul(
     rows_SK,
     weight_HK,
@@ -78,16 +70,16 @@ def _grouped_matmul(
     N: tl.constexpr,
     K: tl.constexpr,
     GATED: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
-    TMA: tl.constexpr,
     SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
     """Tiles [BLOCK_M, BLOCK_N] of out_SN; H counts the rows of all slots' matrices, one below the other."""
-    HALVES: tl.constexpr = 2 if GATED else 1
+    HEIGHT: tl.constexpr = 2 * N if GATED else N
     row_tiles = tl.load(total_1)
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(
@@ -97,12 +89,9 @@ def _grouped_matmul(
         flatten=FLATTEN,
         warp_specialize=SPECIALIZE,
     ):
-        row_tile, column_tile = banded(tile, row_tiles, column_tiles, BAND)
-        slot = tl.load(tiles_M3 + 3 * row_tile)
-        first = tl.load(tiles_M3 + 3 * row_tile + 1)
-        end = tl.load(tiles_M3 + 3 * row_tile + 2)
+        slot, first, end, column_tile = find_tile(tile, tiles_M3, row_tiles, column_tiles, BAND)
         column = column_tile * BLOCK_N
-        at = slot * (N * HALVES) + column
+        at = slot * HEIGHT + column
         sum_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for depth in range(0, K, BLOCK_K):
@@ -112,15 +101,13 @@ def _grouped_matmul(
             if GATED:
                 up_block = load_block(weight_HK, at + N, depth, H, K, K, BLOCK_N, BLOCK_K, TMA)
                 up_MN = multiply(row_block, up_block, up_MN)
-        row = first + tl.arange(0, BLOCK_M)
-        columns = column + tl.arange(0, BLOCK_N)
+        row_M = first + tl.arange(0, BLOCK_M)
+        column_N = column + tl.arange(0, BLOCK_N)
         if bias_LN is not None:
-            bias = bias_LN + slot * (N * HALVES) + columns
-            sum_MN += tl.load(bias, mask=columns < N, other=0).to(tl.float32)[None, :]
+            bias = bias_LN + slot * HEIGHT + column_N
+            sum_MN += tl.load(bias, mask=column_N < N, other=0).to(tl.float32)[None, :]
             if GATED:
-                up_MN += tl.load(bias + N, mask=columns < N, other=0).to(tl.float32)[None, :]
+                up_MN += tl.load(bias + N, mask=column_N < N, other=0).to(tl.float32)[None, :]
         if GATED:
-            sum_MN = sum_MN * tl.sigmoid(sum_MN) * up_MN
-        inside = (row < end)[:, None] & (columns < N)[None, :]
-        out = out_SN + row.to(tl.int64)[:, None] * N + columns[None, :]
-        tl.store(out, sum_MN.to(out_SN.dtype.element_ty), mask=inside)
+            sum_MN = swiglu(sum_MN, up_MN)
+        store_block(out_SN, sum_MN, row_M, end, column_N, N)

@@ -1,6 +1,6 @@
 """The kernels' contract on a GPU: everything stays on the device, shapes do not depend on the routing.
 
-Every method can be captured in a CUDA graph: no method waits for the GPU or reads anything back from it.
+Every method can be captured in a CUDA graph: none waits for the GPU or reads anything back from it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from torch import Tensor
 
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
+from epbackend.kernels.quantised import Fp8Blocks, Int8Rows
+from epbackend.kernels.triton import permute, swiglu, unpermute
 from epbackend.kernels.triton.chip import Chip, chip_of
-from epbackend.kernels.triton.grouped import grouped_matmul
-from epbackend.kernels.triton.permute import count, permute
-from epbackend.kernels.triton.schedule import row_tiles
-from epbackend.kernels.triton.swiglu import swiglu
-from epbackend.kernels.triton.tiles import Problem, choose_tile
-from epbackend.kernels.triton.unpermute import unpermute
+from epbackend.kernels.triton.products import Experts, Products, check_same_form
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -30,40 +27,46 @@ class TritonKernels:
         """`chip` None: the one that a call's tensors live on."""
         self._chip = chip
 
-    count = staticmethod(count)
-    permute = staticmethod(permute)
-    unpermute = staticmethod(unpermute)
-    swiglu = staticmethod(swiglu)
+    def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
+        return permute.count(slot_ids_TK, slots)
 
-    def pack(self, weights_LNK: Iterable[Tensor]) -> Tensor:
-        """weight_LNK as LMDeploy lays it: a contiguous tensor is used where it is, single matrices are stacked."""
+    def permute(
+        self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+    ) -> Permuted:
+        return permute.permute(hidden_TD, slot_ids_TK, slots, window)
+
+    def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+        unpermute.unpermute(rows_SD, source_S, weights_TK, out_TD)
+
+    def swiglu(self, rows_S2F: Tensor) -> Tensor:
+        return swiglu.swiglu(rows_S2F)
+
+    def pack(self, weights_LNK: Iterable[Tensor] | Fp8Blocks | Int8Rows) -> Experts:
+        """Stacked as LMDeploy lays them; a contiguous tensor and quantised matrices are used where they are."""
+        if isinstance(weights_LNK, Fp8Blocks | Int8Rows):
+            return weights_LNK
         if not isinstance(weights_LNK, Tensor):
             weights_LNK = torch.stack(list(weights_LNK))
         if weights_LNK.dtype not in DTYPES:
             raise ConfigError(
-                f"weights are {weights_LNK.dtype}, but device cuda multiplies {', '.join(map(str, DTYPES))}; "
-                "convert them, or quantise them with pack_fp8 or pack_int8"
+                f"experts are {weights_LNK.dtype}, but device cuda multiplies {', '.join(map(str, DTYPES))}; convert "
+                "them, or quantise them (epbackend.kernels.quantised)"
             )
         return weights_LNK.detach().contiguous()
 
     def grouped_matmul(
-        self, rows_SK: Tensor, packed: Tensor, counts_L: Tensor, bias_LN: Tensor | None = None
+        self, rows_SK: Tensor, packed: Experts, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
-        return self._multiply(rows_SK, packed, counts_L, bias_LN, gated=False)
+        return self._products(rows_SK, counts_L).plain(rows_SK, packed, bias_LN)
 
     def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
+        check_same_form(weights.gate_up, weights.down)
+        products = self._products(rows_SD, counts_L)
         if weights.activation is None:
-            rows_SF = self._multiply(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F, gated=True)
+            rows_SF = products.gated(rows_SD, weights.gate_up, weights.gate_up_bias_L2F)
         else:
-            rows_SF = weights.activation(
-                self._multiply(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F, gated=False)
-            )
-        return self._multiply(rows_SF, weights.down, counts_L, weights.down_bias_LD, gated=False)
+            rows_SF = weights.activation(products.plain(rows_SD, weights.gate_up, weights.gate_up_bias_L2F))
+        return products.plain(rows_SF, weights.down, weights.down_bias_LD)
 
-    def _multiply(
-        self, rows_SK: Tensor, weight_LNK: Tensor, counts_L: Tensor, bias_LN: Tensor | None, *, gated: bool
-    ) -> Tensor:
-        chip = self._chip or chip_of(rows_SK.device)
-        tile = choose_tile(chip, Problem.of(rows_SK, weight_LNK, gated))
-        schedule = row_tiles(counts_L, len(rows_SK), tile.rows)
-        return grouped_matmul(rows_SK, weight_LNK, schedule, tile, chip, gated=gated, bias_LN=bias_LN)
+    def _products(self, rows_SD: Tensor, counts_L: Tensor) -> Products:
+        return Products(self._chip or chip_of(rows_SD.device), rows_SD, counts_L)

@@ -63,3 +63,10 @@ def _row_tiles(
         tl.store(entry + 2, end, mask=tile < tiles)
     if slot == slots - 1:
         tl.store(total_1, first_tile + tiles)
+
+
+@triton.jit
+def covered_rows(tiles_M3, total_1):
+    """How many rows the counts add up to: where the last tile's slot ends."""
+    tiles = tl.load(total_1)
+    return tl.load(tiles_M3 + 3 * tiles - 1, mask=tiles > 0, other=0)
