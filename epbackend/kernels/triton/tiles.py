@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,10 +59,15 @@ def form_of(experts: Tensor | Fp8Blocks | Int8Rows) -> str:
 @cache
 def choose_tile(chip: Chip, product: Product) -> Tile:
     """The first tile of the product's list that takes its mean number of rows a slot."""
-    entries = _tuned(chip, product) or _family(chip, product)
+    entries = _tuned(chip, product) or family_tiles(chip, product.form, product.gated)
     rows_per_slot = product.rows / product.slots
     fields = next(e for e in entries if e["up_to"] is None or rows_per_slot <= e["up_to"])
     return Tile(**{name: value for name, value in fields.items() if name != "up_to"})
+
+
+def family_tiles(chip: Chip, form: str, gated: bool) -> list[dict[str, Any]]:
+    """What serves a chip that nobody has tuned for."""
+    return table()["families"][FAMILIES[chip.capability[0]]][form]["gated" if gated else "plain"]
 
 
 @cache
@@ -69,9 +75,11 @@ def table() -> dict[str, Any]:
     return json.loads(TABLE.read_text())
 
 
-def _family(chip: Chip, product: Product) -> list[dict[str, Any]]:
-    family = table()["families"][FAMILIES[chip.capability[0]]]
-    return family[product.form]["gated" if product.gated else "plain"]
+def write_table(new: dict[str, Any]) -> None:
+    """Replace tiles.json, one tile a line."""
+    text = json.dumps(new, indent=1)
+    tiles = re.compile(r"\{\s*(\"up_to\"[^}]*?)\s*\}")
+    TABLE.write_text(tiles.sub(lambda found: "{" + re.sub(r"\s+", " ", found[1]) + "}", text) + "\n")
 
 
 def _tuned(chip: Chip, product: Product) -> list[dict[str, Any]] | None:

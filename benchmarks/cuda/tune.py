@@ -1,0 +1,129 @@
+"""Time every candidate tile of every product on the GPU at hand, and keep the best.
+
+    python -m benchmarks.cuda.tune [--only WORDS] [--write]
+
+Candidates are compiled first, on all cores; those that spill or do not fit are dropped there. Each result is compared
+with that of the family's tile before it is timed. `--write` puts the best tiles into tiles.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from datetime import date
+from multiprocessing import get_context
+
+import torch
+import triton
+
+from benchmarks.cuda.candidates import candidates
+from benchmarks.cuda.cases import DEEPSEEK, QWEN3
+from benchmarks.cuda.job import Job, compile_job
+from benchmarks.cuda.timing import time_us
+from epbackend.kernels.triton.chip import Chip, chip_of
+from epbackend.kernels.triton.tile import Tile
+from epbackend.kernels.triton.tiles import TABLE, choose_tile, family_tiles, table, write_table
+
+MODELS = ((QWEN3, "half"), (DEEPSEEK, "half"), (DEEPSEEK, "fp8"), (QWEN3, "int8"))
+
+
+def jobs(chip: Chip) -> list[Job]:
+    """Every product of every model, at the row counts where the family's table changes tiles."""
+    return [
+        Job(experts, form, gated, entry["up_to"])
+        for experts, form in MODELS
+        for gated in (True, False)
+        for entry in family_tiles(chip, form, gated)
+    ]
+
+
+def best_tile(job: Job, tiles: list[Tile]) -> tuple[Tile, dict[Tile, float]]:
+    """The fastest of `tiles`, and the microseconds of each that gives the right answer."""
+    data = job.draw(torch.device("cuda"))
+    expected = job.run(data, tiles[0]).float()
+    times: dict[Tile, float] = {}
+    for tile in tiles:
+        try:
+            found = job.run(data, tile).float()
+            if (found - expected).norm() > 0.01 * expected.norm():
+                print(f"  WRONG: {tile}")
+                continue
+            times[tile] = time_us([lambda tile=tile: job.run(data, tile)])
+        except (RuntimeError, triton.TritonError) as failure:
+            print(f"  failed: {tile}: {str(failure).splitlines()[0]}")
+    return min(times, key=times.__getitem__), times
+
+
+def tune(job: Job, chip: Chip, pool: ProcessPoolExecutor) -> Tile:
+    started = time.monotonic()
+    tiles = candidates(job.form, job.gated, choose_tile(chip, job.product), chip)
+    usable = [
+        tile for tile, ok in zip(tiles, pool.map(compile_job, *_columns(job, tiles, chip)), strict=True) if ok
+    ]
+    compiled_s = time.monotonic() - started
+    best, times = best_tile(job, [tiles[0], *(tile for tile in usable if tile != tiles[0])])
+    rate = job.flops / times[best] / 1e6
+    print(
+        f"{job}: {len(times)} of {len(tiles)} candidates, {compiled_s:.0f} + "
+        f"{time.monotonic() - started - compiled_s:.0f} s; family {times[tiles[0]]:.1f} us, best {times[best]:.1f} us "
+        f"({rate:.0f} TFLOP/s, {job.bytes / times[best] / 1e6:.2f} TB/s)"
+    )
+    for tile in sorted(times, key=times.__getitem__)[:5]:
+        print(f"  {times[tile]:9.1f} us  {tile}", flush=True)
+    return best
+
+
+def _columns(job: Job, tiles: list[Tile], chip: Chip) -> tuple[list[Job], list[Tile], list[Chip]]:
+    return [job] * len(tiles), tiles, [chip] * len(tiles)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda.tune")
+    parser.add_argument("--only", default="", help="products whose name contains this")
+    parser.add_argument("--write", action="store_true", help="put the best tiles into tiles.json")
+    asked = parser.parse_args()
+    chip = chip_of(torch.device("cuda", 0))
+    print(f"{chip}, torch {torch.__version__}, triton {triton.__version__}")
+    best: dict[tuple, list[dict]] = defaultdict(list)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_quiet) as pool:
+        for job in jobs(chip):
+            if asked.only in str(job):
+                with torch.inference_mode():
+                    tile = tune(job, chip, pool)
+                product = job.product
+                key = (job.form, job.gated, product.height, product.depth)
+                best[key].append({"up_to": job.up_to, **asdict(tile)})
+                torch.cuda.empty_cache()
+    if asked.write:
+        found = [
+            {
+                "chip": chip.name,
+                "triton": ".".join(triton.__version__.split(".")[:2]),
+                "date": date.today().isoformat(),
+                **dict(zip(("form", "gated", "height", "depth"), key, strict=True)),
+                "tiles": tiles,
+            }
+            for key, tiles in best.items()
+        ]
+        write_table({**table(), "tuned": [*_others(found), *found]})
+        print(f"written: {TABLE}")
+
+
+def _others(found: list[dict]) -> list[dict]:
+    """What the table holds for other chips, versions and products."""
+    names = ("chip", "triton", "form", "gated", "height", "depth")
+    new = {tuple(entry[name] for name in names) for entry in found}
+    return [entry for entry in table()["tuned"] if tuple(entry[name] for name in names) not in new]
+
+
+def _quiet() -> None:
+    """Compilers of candidates that do not work say so at length on stderr."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+if __name__ == "__main__":
+    main()
