@@ -3,6 +3,7 @@ PYTHON ?= python3
 # Where pip looks for torch, when your default index would bring its CUDA build (several GB):
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+CUDA_PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ PINS := requirements/cpu.txt requirements/lmdeploy.txt pyproject.toml
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench clean distclean
+.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench bench-cuda tune-cuda clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,8 +42,13 @@ test: setup lint test-cpu ## everything that this machine can check
 test-cpu: setup ## the suite on the CPU; tests of a device that is missing skip with the reason
 	$(BIN)/python -m pytest -m "not slow"
 
-test-cuda: setup ## the contract suite on a CUDA GPU
-	$(BIN)/python -m pytest tests/contract -m cuda
+# A machine with a GPU brings its own Python with torch, triton and pytest; nothing is installed there.
+test-cuda: ## the contract suite and the kernels' own tests on a CUDA GPU
+	$(CUDA_PYTHON) -m pytest tests/cuda tests/contract -m cuda
+	@if command -v compute-sanitizer >/dev/null; then \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	    $(CUDA_PYTHON) -m pytest -q tests/cuda/test_sanitized.py -m cuda; \
+	else echo "compute-sanitizer is not on the PATH: memory accesses were not checked"; fi
 
 test-ascend: setup ## the contract suite on an NPU
 	$(BIN)/python -m pytest tests/contract -m ascend
@@ -59,6 +65,12 @@ lint: setup ## ruff, mypy, layers
 bench: setup ## the MoE layer beside its peers, and each dispatcher; tables, JSON and pictures in benchmarks/results
 	$(BIN)/python -m benchmarks.moe_layer
 	$(BIN)/python -m benchmarks.dispatchers
+
+bench-cuda: ## the CUDA kernels beside their peers on a GPU; LMDEPLOY=folder of an unpacked wheel adds LMDeploy's
+	$(CUDA_PYTHON) -m benchmarks.cuda $(if $(LMDEPLOY),--lmdeploy $(LMDEPLOY))
+
+tune-cuda: ## the best tile of each product on this GPU, written to tiles.json
+	$(CUDA_PYTHON) -m benchmarks.cuda.tune --write
 
 clean: ## caches and results of runs
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

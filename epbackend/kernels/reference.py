@@ -22,12 +22,12 @@ class ReferenceKernels:
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
-        return torch.bincount(_buckets(slot_ids_TK, slots), minlength=slots + 1)[:slots]
+        return torch.bincount(buckets(slot_ids_TK, slots), minlength=slots + 1)[:slots]
 
     def permute(
         self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
     ) -> Permuted:
-        bucket_S = _buckets(slot_ids_TK, slots)
+        bucket_S = buckets(slot_ids_TK, slots)
         counts_L = torch.bincount(bucket_S, minlength=slots + 1)[:slots]
         ends_L = counts_L.cumsum(0)
         total = int(ends_L[-1])
@@ -70,7 +70,7 @@ class ReferenceKernels:
         return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)
 
 
-def _buckets(slot_ids_TK: Tensor, slots: int) -> Tensor:
+def buckets(slot_ids_TK: Tensor, slots: int) -> Tensor:
     """Flat slot ids; every id of another rank becomes `slots`, so that it sorts last."""
     flat_S = slot_ids_TK.reshape(-1)
     return torch.where(flat_S // slots == 0, flat_S, slots)

@@ -17,8 +17,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 SUITES = {
-    "contract": ["tests/contract/test_kernels.py", "tests/contract/test_permute.py"],
-    "cuda": ["tests/cuda"],
+    "contract": ["tests/contract/test_kernels.py", "tests/contract/test_permute.py", "-k", "own"],
+    "cuda": ["tests/cuda", "--ignore", "tests/cuda/test_gpu.py"],
     "layer": ["tests/contract/test_layer.py", "-k", "test_dtypes_bias and level1 and float16"],
 }
 
