@@ -1,6 +1,6 @@
 """Sort the choices of all tokens by local slot, and copy each token once for each: `count` and `permute`.
 
-A stable counting sort in three launches, deterministic because nothing depends on which program comes first:
+A stable counting sort, deterministic because nothing depends on which program comes first:
 
     slot_ids_TK = [[1, 9], [0, 1], [9, 0]], two slots, blocks of 4 choices
     counts_BL   = [[1, 2], [1, 0]]      # choices of each block, by slot; 9 is a slot of another rank
@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from epbackend.kernels import Permuted
+from epbackend.kernels.triton.permute_few import MOST_CHOICES, permute_few
+from epbackend.kernels.triton.sort import load_slots, place, store_counts, store_sources
 
 BLOCK = 128
 """Choices of one program. It compares each with each, so a small block is cheap and a large one is not."""
@@ -35,42 +37,54 @@ def permute(
     hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
 ) -> Permuted:
     """See `kernels.Kernels.permute`. Rows: T * K, or with a `window` (first, last) at most last - first."""
+    (tokens, top_k), width = slot_ids_TK.shape, hidden_TD.shape[1]
     ids_S = slot_ids_TK.reshape(-1)
     first, last = window or (0, len(ids_S))
     rows = max(0, min(last, len(ids_S)) - first)
-    rows_SD = hidden_TD.new_empty(rows, hidden_TD.shape[1])
-    source_S = torch.empty(rows, dtype=torch.int64, device=hidden_TD.device)
+    out = Permuted(
+        rows_SD=hidden_TD.new_empty(rows, width),
+        counts_L=torch.empty(slots, dtype=torch.int64, device=hidden_TD.device),
+        source_S=torch.empty(rows, dtype=torch.int64, device=hidden_TD.device),
+    )
+    if tokens == 0:
+        out.counts_L.zero_()
+    elif len(ids_S) <= MOST_CHOICES:
+        permute_few(hidden_TD, ids_S, top_k, first, out)
+    else:
+        _permute_many(hidden_TD, ids_S, top_k, first, out)
+    return out
+
+
+def _permute_many(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
+    """Count, place, copy: a launch for each, and one to add up the blocks' counts."""
+    slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
     totals_L, before_BL = _count(ids_S, slots)
-    if len(ids_S) == 0:
-        return Permuted(rows_SD, totals_L, source_S)
-    counts_L = torch.empty_like(totals_L)
     _place[(len(before_BL),)](
         ids_S,
         totals_L,
         before_BL,
-        counts_L,
-        source_S,
+        out.counts_L,
+        out.source_S,
         len(ids_S),
         slots,
         first,
         first + rows,
-        _pow2(slots),
+        triton.next_power_of_2(slots + 1),
         BLOCK,
     )
-    grid = (triton.cdiv(rows, COPIED_ROWS), triton.cdiv(hidden_TD.shape[1], COPIED_COLUMNS))
     if rows:
+        grid = (triton.cdiv(rows, COPIED_ROWS), triton.cdiv(width, COPIED_COLUMNS))
         _copy_rows[grid](
             hidden_TD,
-            source_S,
-            rows_SD,
+            out.source_S,
+            out.rows_SD,
             rows,
             hidden_TD.stride(0),
-            hidden_TD.shape[1],
-            slot_ids_TK.shape[1],
+            width,
+            top_k,
             COPIED_ROWS,
             COPIED_COLUMNS,
         )
-    return Permuted(rows_SD, counts_L, source_S)
 
 
 def _count(ids_S: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -79,48 +93,37 @@ def _count(ids_S: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     before_BL = torch.empty(blocks, slots, dtype=torch.int32, device=ids_S.device)
     totals_L = torch.empty(slots, dtype=torch.int64, device=ids_S.device)
     if blocks:
-        _count_blocks[(blocks,)](ids_S, before_BL, len(ids_S), slots, _pow2(slots), BLOCK)
+        lanes = triton.next_power_of_2(slots + 1)
+        _count_blocks[(blocks,)](ids_S, before_BL, len(ids_S), slots, lanes, BLOCK)
     _add_up_blocks[(slots,)](before_BL, totals_L, blocks, slots)
     return totals_L, before_BL
 
 
-def _pow2(slots: int) -> int:
-    """Lanes for the local slots and one for all others."""
-    return triton.next_power_of_2(slots + 1)
-
-
-@triton.jit
-def _load_slots(ids_S, choice, S, slots):
-    """Local slot of each choice; `slots` for those of other ranks, and past the end."""
-    slot = tl.load(ids_S + choice, mask=choice < S, other=-1)
-    return tl.where((slot >= 0) & (slot < slots), slot, slots).to(tl.int32)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _count_blocks(ids_S, counts_BL, S, slots, LANES: tl.constexpr, BLOCK: tl.constexpr):
     """Choices of one block, by slot."""
     block = tl.program_id(0)
-    slot = _load_slots(ids_S, block * BLOCK + tl.arange(0, BLOCK), S, slots)
+    slot = load_slots(ids_S, block * BLOCK + tl.arange(0, BLOCK), S, slots)
     lane = tl.arange(0, LANES)
     counts = tl.histogram(slot, LANES)
     tl.store(counts_BL + block.to(tl.int64) * slots + lane, counts, mask=lane < slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _add_up_blocks(counts_BL, totals_L, blocks, slots, CHUNK: tl.constexpr = 1024):
     """Replace one slot's counts by their sums over earlier blocks, and store the sum over all."""
     slot = tl.program_id(0)
     total = tl.zeros((), tl.int32)
     for start in range(0, blocks, CHUNK):
         block = start + tl.arange(0, CHUNK)
-        place = counts_BL + block.to(tl.int64) * slots + slot
-        counts = tl.load(place, mask=block < blocks, other=0)
-        tl.store(place, total + tl.cumsum(counts) - counts, mask=block < blocks)
+        entry = counts_BL + block.to(tl.int64) * slots + slot
+        counts = tl.load(entry, mask=block < blocks, other=0)
+        tl.store(entry, total + tl.cumsum(counts) - counts, mask=block < blocks)
         total += tl.sum(counts)
     tl.store(totals_L + slot, total.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "first", "last"])
 def _place(
     ids_S,
     totals_L,
@@ -138,26 +141,16 @@ def _place(
     block = tl.program_id(0)
     lane = tl.arange(0, LANES)
     totals = tl.load(totals_L + lane, mask=lane < slots, other=0).to(tl.int32)
-    ends = tl.cumsum(totals)
     before = tl.load(before_BL + block.to(tl.int64) * slots + lane, mask=lane < slots, other=0)
     if block == 0:
-        inside = tl.minimum(tl.maximum(ends, first), last) - tl.minimum(
-            tl.maximum(ends - totals, first), last
-        )
-        tl.store(counts_L + lane, inside.to(tl.int64), mask=lane < slots)
-    nth = tl.arange(0, BLOCK)
-    choice = block * BLOCK + nth
-    slot = _load_slots(ids_S, choice, S, slots)
-    twins = (slot[:, None] == slot[None, :]) & (nth[None, :] < nth[:, None])
-    row = tl.gather(ends - totals + before, slot, 0) + tl.sum(twins.to(tl.int32), 1)
-    ours = (slot < slots) & (row >= first) & (row < last)
-    tl.store(source_S + row - first, choice.to(tl.int64), mask=ours)
-    # The rows that no choice fills are shared out evenly: each program marks those with the numbers of its choices.
-    unused = (first + choice >= tl.sum(totals)) & (first + choice < last)
-    tl.store(source_S + choice, -1, mask=unused)
+        store_counts(counts_L, totals, first, last, slots, LANES)
+    choice = block * BLOCK + tl.arange(0, BLOCK)
+    slot = load_slots(ids_S, choice, S, slots)
+    row = place(slot, choice, totals, before, BLOCK)
+    store_sources(source_S, slot, choice, row, tl.sum(totals), first, last, slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _copy_rows(
     hidden_TD,
     source_S,
