@@ -42,16 +42,16 @@ class Job:
     experts: Experts
     form: str
     gated: bool
-    up_to: int | None
+    up_to: float | None
     """The entry of the table's list that the result is for."""
 
     def __str__(self) -> str:
         kind = "gated" if self.gated else "plain"
-        return f"{self.experts.model} {self.form} {kind} {self.rows // self.experts.slots} rows a slot"
+        return f"{self.experts.model} {self.form} {kind} {self.rows / self.experts.slots:g} rows a slot"
 
     @property
     def rows(self) -> int:
-        return self.experts.slots * (self.up_to or LARGEST_MEAN)
+        return int(self.experts.slots * (self.up_to or LARGEST_MEAN))
 
     @property
     def product(self) -> Product:

@@ -23,6 +23,14 @@ def test_auto_tries_the_cpu_last():
     assert get_device("auto").name == usable[0]
 
 
+def test_kernel_sets_of_a_device_that_is_not_here():
+    device = devices()["cuda"]
+    if device.unavailable() is None:
+        pytest.skip("cuda can be used here")
+    with pytest.raises(UnavailableError, match="device cuda cannot be used"):
+        device.kernel_set("grouped_mm")
+
+
 @pytest.mark.parametrize("name", ["cuda", "ascend"])
 def test_a_device_without_kernels_gives_its_reason(name):
     device = devices()[name]

@@ -12,8 +12,8 @@ from torch import Tensor
 from epbackend.kernels import Permuted
 from epbackend.kernels.triton.sort import load_slots, place, store_counts, store_sources
 
-MOST_CHOICES = 4096
-"""512 tokens of 8 choices: with more, counting everything in every program costs more than two further launches."""
+MOST_CHOICES = 2048
+"""256 tokens of 8 choices: with more, counting everything in every program costs more than two further launches."""
 
 BLOCK = 16
 COLUMNS = 512
