@@ -17,6 +17,7 @@ from epbackend.kernels.quantised import BLOCK, FP8, Fp8Blocks, Int8Rows
 from epbackend.kernels.triton.chip import A100, B200, H100, L40S, Chip
 from epbackend.kernels.triton.kernels import TritonKernels
 from epbackend.kernels.triton.resources import compiling_for, resources
+from epbackend.kernels.triton.split import SplitTable, level_split
 from epbackend.kernels.triton.tiles import Product, choose_tile, table
 
 pytestmark = [
@@ -101,3 +102,17 @@ def test_the_other_kernels_compile(chip, tokens):
         kernels.unpermute(permuted.rows_SD, permuted.source_S, weights_TK, out_TD)
         kernels.swiglu(meta(99, 2 * F))
     assert all(resources(kernel).spilled <= SMALL_STACK for kernel in compiled)
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_the_token_split_compiles(chip):
+    ranks, experts = 32, 256
+    slots = [*range(experts), *range(ranks)]
+    table = SplitTable.of(
+        slots, [slot * ranks // len(slots) for slot in range(len(slots))], torch.device("meta")
+    )
+    ids_TK, counts_RE = meta(64, 8, dtype=torch.int64), meta(ranks, experts, dtype=torch.int64)
+    with compiling_for(chip) as compiled:
+        level_split(ids_TK, counts_RE, table, source_rank=3, node_size=8)
+    assert len(compiled) == 5
+    assert all(resources(kernel).spilled <= 2 * SMALL_STACK for kernel in compiled)

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from contract.routing import routing
+
 from epbackend.kernels.reference import ReferenceKernels
 from epbackend.kernels.triton import permute, unpermute
 

@@ -30,7 +30,7 @@ COPIED_ROWS, COPIED_COLUMNS = 4, 1024
 
 def count(slot_ids_TK: Tensor, slots: int) -> Tensor:
     """counts_L (int64): how many choices fell on each of the `slots` local slots."""
-    return _count(slot_ids_TK.reshape(-1), slots)[0]
+    return count_in_blocks(slot_ids_TK.reshape(-1), slots)[0]
 
 
 def permute(
@@ -58,7 +58,7 @@ def permute(
 def _permute_many(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
     """Count, place, copy: a launch for each, and one to add up the blocks' counts."""
     slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
-    totals_L, before_BL = _count(ids_S, slots)
+    totals_L, before_BL = count_in_blocks(ids_S, slots)
     _place[(len(before_BL),)](
         ids_S,
         totals_L,
@@ -87,7 +87,7 @@ def _permute_many(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out:
         )
 
 
-def _count(ids_S: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+def count_in_blocks(ids_S: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """totals_L (int64) and before_BL (int32): choices of each slot in all blocks, and in those before each block."""
     blocks = triton.cdiv(len(ids_S), BLOCK)
     before_BL = torch.empty(blocks, slots, dtype=torch.int32, device=ids_S.device)
