@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.cuda.cases import CASES, Case
+from benchmarks.cuda.cases import CASES, LARGEST_ERROR, Case
 from benchmarks.cuda.contestants import ROUTINGS, Contestant, contestants
 from benchmarks.cuda.model import H100_CEILINGS, Ceilings, floors_us, predicted_us
 from benchmarks.cuda.peers import lmdeploy_kernels
@@ -28,8 +28,6 @@ from epbackend.errors import EPError
 from epbackend.kernels.triton.chip import chip_of
 
 RESULTS = Path(__file__).parents[1] / "results"
-LARGEST_ERROR = {"half": 0.01, "int8": 0.03, "fp8": 0.06}
-"""Of a right answer, as a share of the reference's norm."""
 
 
 def measure(case: Case, who: Contestant) -> dict[str, Any]:
