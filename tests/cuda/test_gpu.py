@@ -11,7 +11,12 @@ from contract.dense import dense_moe, tolerance
 from contract.routing import routing
 from triton import knobs
 
+from epbackend.device import get_device
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
 from epbackend.kernels import ExpertWeights
+from epbackend.moe import ExpertParallelMoE
+from epbackend.slots import SlotMap
 
 pytestmark = [
     pytest.mark.cuda,
@@ -61,6 +66,28 @@ def test_captured_and_replayed_with_other_routings(cuda, name):
         out_TD.fill_(torch.nan)
         graph.replay()
         torch.testing.assert_close(out_TD.double(), layer.expected(), **tolerance(torch.bfloat16))
+
+
+def test_the_layer_itself_is_captured():
+    """`ExpertParallelMoE` on one rank: what a decode step of an engine replays."""
+    kernels = get_device("cuda").kernels
+    inside = Layer(kernels)
+    layer = ExpertParallelMoE(
+        inside.gate_up,
+        inside.down,
+        slot_map=SlotMap.uniform(L, 1),
+        ranks=RankGroup.single(),
+        settings=DispatchSettings(),
+        top_k=K,
+        device="cuda",
+    )
+    layer(inside.hidden_TD, inside.ids_TK, inside.weights_TK)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_TD = layer(inside.hidden_TD, inside.ids_TK, inside.weights_TK)
+    inside.load(1)
+    graph.replay()
+    torch.testing.assert_close(out_TD.double(), inside.expected(), **tolerance(torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["triton", "grouped_mm"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-split = pytest.importorskip("epbackend.placement.split", reason="needs numba")
+split = pytest.importorskip("epbackend.placement.split", reason="needs numba", exc_type=ImportError)
 
 from epbackend.placement.layout import Layout
 

@@ -36,7 +36,7 @@ def permute_few(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: P
         width,
         top_k,
         triton.next_power_of_2(slots + 1),
-        triton.next_power_of_2(len(ids_S)),
+        triton.next_power_of_2(max(BLOCK, len(ids_S))),
         BLOCK,
         min(COLUMNS, triton.next_power_of_2(width)),
     )

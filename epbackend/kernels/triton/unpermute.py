@@ -16,7 +16,7 @@ from torch import Tensor
 
 BLOCK = 1024
 
-MOST_ROWS = 4096
+FEWEST, MOST_ROWS = 16, 4096
 """Up to here each token searches all rows for its own, which spares the launches that build a table."""
 
 
@@ -40,7 +40,7 @@ def unpermute(rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Ten
         width,
         top_k,
         columns,
-        triton.next_power_of_2(rows) if few else 0,
+        triton.next_power_of_2(max(FEWEST, rows)) if few else 0,
     )
 
 
