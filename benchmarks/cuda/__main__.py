@@ -2,7 +2,7 @@
 
     python -m benchmarks.cuda [--lmdeploy FOLDER] [--only WORDS]
 
-FOLDER holds an unpacked LMDeploy wheel (`unzip lmdeploy-*.whl 'lmdeploy/pytorch/kernels/*'`), whose fused_moe is timed
+FOLDER holds an unpacked LMDeploy wheel (`unzip lmdeploy-*.whl 'lmdeploy/pytorch/kernels/*'`), whose layers are timed
 too. A contestant whose answer differs from the reference is not timed.
 """
 
@@ -20,8 +20,8 @@ import triton
 
 from benchmarks.cuda.cases import CASES, LARGEST_ERROR, Case
 from benchmarks.cuda.contestants import ROUTINGS, Contestant, contestants
+from benchmarks.cuda.lmdeploy import LMDeploy
 from benchmarks.cuda.model import H100_CEILINGS, Ceilings, floors_us, predicted_us
-from benchmarks.cuda.peers import lmdeploy_kernels
 from benchmarks.cuda.picture import draw
 from benchmarks.cuda.timing import measured_ceilings, time_us
 from epbackend.errors import EPError
@@ -42,7 +42,7 @@ def measure(case: Case, who: Contestant) -> dict[str, Any]:
     return {"error": error, "us": us, "tflops": case.flops / us / 1e6, "tb_per_s": case.bytes / us / 1e6}
 
 
-def rows_of(case: Case, lmdeploy: Any, ceilings: Ceilings) -> list[dict[str, Any]]:
+def rows_of(case: Case, lmdeploy: LMDeploy | None, ceilings: Ceilings) -> list[dict[str, Any]]:
     """One row a contestant, the floors and what was predicted beside it."""
     device = torch.device("cuda", 0)
     memory_us, compute_us = floors_us(case, ceilings)
@@ -90,7 +90,7 @@ def main() -> None:
     }
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     ceilings = Ceilings(bandwidth, {**H100_CEILINGS.flops, "half": flops})
-    lmdeploy = lmdeploy_kernels(asked.lmdeploy) if asked.lmdeploy else None
+    lmdeploy = LMDeploy(asked.lmdeploy) if asked.lmdeploy else None
     rows = []
     for case in CASES:
         if asked.only in case.name:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.cuda import peers
 from benchmarks.cuda.cases import Case
+from benchmarks.cuda.lmdeploy import LMDeploy
 from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.reference import ReferenceKernels
 from epbackend.kernels.triton.kernels import TritonKernels
@@ -35,8 +35,8 @@ class Contestant:
         return float((self.compute(0).float() - self.expected).norm() / self.expected.norm())
 
 
-def contestants(case: Case, device: torch.device, lmdeploy: ModuleType | None = None) -> list[Contestant]:
-    """All that can compute `case`, on the same data; `lmdeploy` is its module fused_moe, if it was brought along."""
+def contestants(case: Case, device: torch.device, lmdeploy: LMDeploy | None = None) -> list[Contestant]:
+    """All that can compute `case`, on the same data; LMDeploy's layer if it was brought along."""
     kernels, experts = TritonKernels(), case.experts
     weights = ExpertWeights(*experts.weights(case.form, device))
     hidden_TD = torch.randn(case.tokens, experts.D, device=device, dtype=torch.bfloat16)
@@ -65,15 +65,13 @@ def contestants(case: Case, device: torch.device, lmdeploy: ModuleType | None = 
         loops = [peers.cublas_loop(each.counts_L.tolist()) for each in sorted_rows]
         found.append(Contestant("torch._grouped_mm", lambda n: by(peers.grouped_mm, n), expected_SD))
         found.append(Contestant("cuBLAS loop", lambda n: by(loops[n], n), expected_SD))
-        if lmdeploy:
-            arguments = weights.gate_up, weights.down, weights_TK
-            found.append(
-                Contestant(
-                    "LMDeploy, layer",
-                    lambda n: lmdeploy.fused_moe(hidden_TD, *arguments, ids[n], experts.top_k),
-                    expected_TD,
-                )
+    if lmdeploy and case.form in ("half", "fp8"):
+        theirs = lmdeploy.half if case.form == "half" else lmdeploy.fp8
+        found.append(
+            Contestant(
+                "LMDeploy, layer", lambda n: theirs(hidden_TD, weights, weights_TK, ids[n]), expected_TD
             )
+        )
     return found
 
 

@@ -1,16 +1,11 @@
-"""The same experts computed by others: torch's grouped product, a cuBLAS call for each expert, LMDeploy's own kernels.
+"""The same experts computed by others: torch's grouped product, and a cuBLAS call for each expert.
 
-Each takes rows that are sorted already and returns rows, except LMDeploy's, which is a whole layer: it sorts and sums.
+Each takes rows that are sorted already, and returns rows.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -41,21 +36,3 @@ def cublas_loop(counts: list[int]) -> Callable[[Tensor, Tensor, ExpertWeights], 
         return out_SD
 
     return loop
-
-
-def lmdeploy_kernels(folder: Path) -> ModuleType:
-    """LMDeploy's `fused_moe` module, from an unpacked wheel; none of the rest of LMDeploy is imported.
-
-    `folder` holds the package `lmdeploy`; `lmdeploy/pytorch/kernels/cuda` is all that is read of it.
-    """
-    path = folder.resolve()
-    for part in ("lmdeploy", "pytorch", "kernels", "cuda", "moe"):
-        path = path / part
-        name = ".".join(path.relative_to(folder.resolve()).parts)
-        package = ModuleType(name)
-        package.__path__ = [str(path)]
-        sys.modules[name] = package
-    utils = ModuleType("lmdeploy.utils")
-    utils.get_logger = logging.getLogger  # type: ignore[attr-defined]
-    sys.modules["lmdeploy.utils"] = utils
-    return importlib.import_module("lmdeploy.pytorch.kernels.cuda.moe.fused_moe")
