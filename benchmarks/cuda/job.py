@@ -97,7 +97,7 @@ class Job:
         return grouped_matmul(data.rows, data.experts, schedule, tile, chip, gated=self.gated)
 
 
-def compile_job(job: Job, tile: Tile, chip: Chip) -> bool:
+def compile_job(job: Job, chip: Chip, tile: Tile) -> bool:
     """Compile one candidate into Triton's cache; whether it can be used."""
     try:
         with compiling_for(chip) as compiled:

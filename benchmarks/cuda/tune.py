@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from datetime import date
 from functools import partial
 from multiprocessing import get_context
@@ -27,7 +25,7 @@ from benchmarks.cuda.job import Job, compile_job
 from benchmarks.cuda.timing import time_us
 from epbackend.kernels.triton.chip import Chip, chip_of
 from epbackend.kernels.triton.tile import Tile
-from epbackend.kernels.triton.tiles import TABLE, choose_tile, family_tiles, table, write_table
+from epbackend.kernels.triton.tiles import choose_tile, family_tiles, record, tuned_for
 
 MODELS = ((QWEN3, "half"), (DEEPSEEK, "half"), (DEEPSEEK, "fp8"), (QWEN3, "int8"))
 
@@ -62,9 +60,8 @@ def best_tile(job: Job, tiles: list[Tile]) -> tuple[Tile, dict[Tile, float]]:
 def tune(job: Job, chip: Chip, pool: ProcessPoolExecutor) -> Tile:
     started = time.monotonic()
     tiles = candidates(job.form, job.gated, choose_tile(chip, job.product), chip)
-    usable = [
-        tile for tile, ok in zip(tiles, pool.map(compile_job, *_columns(job, tiles, chip)), strict=True) if ok
-    ]
+    compiles = pool.map(partial(compile_job, job, chip), tiles)
+    usable = [tile for tile, ok in zip(tiles, compiles, strict=True) if ok]
     compiled_s = time.monotonic() - started
     best, times = best_tile(job, [tiles[0], *(tile for tile in usable if tile != tiles[0])])
     rate = job.flops / times[best] / 1e6
@@ -78,10 +75,6 @@ def tune(job: Job, chip: Chip, pool: ProcessPoolExecutor) -> Tile:
     return best
 
 
-def _columns(job: Job, tiles: list[Tile], chip: Chip) -> tuple[list[Job], list[Tile], list[Chip]]:
-    return [job] * len(tiles), tiles, [chip] * len(tiles)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda.tune")
     parser.add_argument("--only", default="", help="products whose name contains this")
@@ -89,36 +82,16 @@ def main() -> None:
     asked = parser.parse_args()
     chip = chip_of(torch.device("cuda", 0))
     print(f"{chip}, torch {torch.__version__}, triton {triton.__version__}")
-    best: dict[tuple, list[dict]] = defaultdict(list)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_quiet) as pool:
         for job in jobs(chip):
             if asked.only in str(job):
                 with torch.inference_mode():
                     tile = tune(job, chip, pool)
-                product = job.product
-                key = (job.form, job.gated, product.height, product.depth)
-                best[key].append({"up_to": job.up_to, **asdict(tile)})
+                if (
+                    asked.write
+                ):  # at once: a kernel that hangs or breaks the GPU must not cost what is known by then
+                    record(tuned_for(chip, job.product, job.up_to), tile, date.today().isoformat())
                 torch.cuda.empty_cache()
-    if asked.write:
-        found = [
-            {
-                "chip": chip.name,
-                "triton": ".".join(triton.__version__.split(".")[:2]),
-                "date": date.today().isoformat(),
-                **dict(zip(("form", "gated", "height", "depth"), key, strict=True)),
-                "tiles": tiles,
-            }
-            for key, tiles in best.items()
-        ]
-        write_table({**table(), "tuned": [*_others(found), *found]})
-        print(f"written: {TABLE}")
-
-
-def _others(found: list[dict]) -> list[dict]:
-    """What the table holds for other chips, versions and products."""
-    names = ("chip", "triton", "form", "gated", "height", "depth")
-    new = {tuple(entry[name] for name in names) for entry in found}
-    return [entry for entry in table()["tuned"] if tuple(entry[name] for name in names) not in new]
 
 
 def _quiet() -> None:

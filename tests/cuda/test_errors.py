@@ -52,7 +52,7 @@ def test_experts_that_do_not_fit(place, chip, rows, weights, message):
         TritonKernels(chip).expert_mlp(rows.to(place), counts_L, weights)
 
 
-def test_biases_of_quantised_experts(place):
+def test_biases_of_quantised_experts():
     weights = replace(experts(Int8Rows.of), gate_up_bias_L2F=torch.zeros(2, 256))
     with pytest.raises(
         ConfigError, match=r"int8 experts with biases are not supported; serve .* in bfloat16"

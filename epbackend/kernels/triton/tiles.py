@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,31 @@ def form_of(experts: Tensor | Fp8Blocks | Int8Rows) -> str:
 
 @cache
 def choose_tile(chip: Chip, product: Product) -> Tile:
-    """The first tile of the product's list that takes its mean number of rows a slot."""
-    entries = _tuned(chip, product) or family_tiles(chip, product.form, product.gated)
+    """The family's first tile that takes the product's mean number of rows a slot, or what tuning put in its place."""
     rows_per_slot = product.rows / product.slots
-    fields = next(e for e in entries if e["up_to"] is None or rows_per_slot <= e["up_to"])
-    return Tile(**{name: value for name, value in fields.items() if name != "up_to"})
+    family = family_tiles(chip, product.form, product.gated)
+    entry = next(each for each in family if each["up_to"] is None or rows_per_slot <= each["up_to"])
+    wanted = tuned_for(chip, product, entry["up_to"])
+    tuned = next((each["tile"] for each in table()["tuned"] if wanted.items() <= each.items()), entry)
+    return Tile(**{name: value for name, value in tuned.items() if name != "up_to"})
 
 
 def family_tiles(chip: Chip, form: str, gated: bool) -> list[dict[str, Any]]:
-    """What serves a chip that nobody has tuned for."""
+    """What serves a chip that nobody has tuned for, from few rows a slot (`up_to`) to many."""
     return table()["families"][FAMILIES[chip.capability[0]]][form]["gated" if gated else "plain"]
+
+
+def tuned_for(chip: Chip, product: Product, up_to: float | None) -> dict[str, Any]:
+    """What a measured tile holds for: chip, version of Triton, product, and the family's tile that it replaces."""
+    return {
+        "chip": chip.name,
+        "triton": ".".join(triton.__version__.split(".")[:2]),
+        "form": product.form,
+        "gated": product.gated,
+        "height": product.height,
+        "depth": product.depth,
+        "up_to": up_to,
+    }
 
 
 @cache
@@ -75,20 +90,11 @@ def table() -> dict[str, Any]:
     return json.loads(TABLE.read_text())
 
 
-def write_table(new: dict[str, Any]) -> None:
-    """Replace tiles.json, one tile a line."""
-    text = json.dumps(new, indent=1)
-    tiles = re.compile(r"\{\s*(\"up_to\"[^}]*?)\s*\}")
-    TABLE.write_text(tiles.sub(lambda found: "{" + re.sub(r"\s+", " ", found[1]) + "}", text) + "\n")
-
-
-def _tuned(chip: Chip, product: Product) -> list[dict[str, Any]] | None:
-    wanted = {
-        "chip": chip.name,
-        "triton": ".".join(triton.__version__.split(".")[:2]),
-        "form": product.form,
-        "gated": product.gated,
-        "height": product.height,
-        "depth": product.depth,
-    }
-    return next((e["tiles"] for e in table()["tuned"] if wanted.items() <= e.items()), None)
+def record(tuned: dict[str, Any], tile: Tile, date: str) -> None:
+    """Write a measured tile into tiles.json, in the place of an earlier one for the same."""
+    stored = json.loads(TABLE.read_text())
+    others = [each for each in stored["tuned"] if not tuned.items() <= each.items()]
+    stored["tuned"] = [*others, {**tuned, "date": date, "tile": asdict(tile)}]
+    innermost = re.compile(r"\{[^{}]*\}")  # on one line each
+    text = innermost.sub(lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(stored, indent=1))
+    TABLE.write_text(text.replace("{ ", "{").replace(" }", "}") + "\n")
