@@ -96,5 +96,5 @@ def record(tuned: dict[str, Any], tile: Tile, date: str) -> None:
     others = [each for each in stored["tuned"] if not tuned.items() <= each.items()]
     stored["tuned"] = [*others, {**tuned, "date": date, "tile": asdict(tile)}]
     innermost = re.compile(r"\{[^{}]*\}")  # on one line each
-    text = innermost.sub(lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(stored, indent=1))
-    TABLE.write_text(text.replace("{ ", "{").replace(" }", "}") + "\n")
+    text = innermost.sub(lambda found: json.dumps(json.loads(found[0])), json.dumps(stored, indent=1))
+    TABLE.write_text(text + "\n")
