@@ -8,16 +8,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton import knobs
 
+from benchmarks.cuda.cases import Experts
+from benchmarks.cuda.job import Job, compile_job
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.quantised import BLOCK, FP8, Fp8Blocks, Int8Rows
-from epbackend.kernels.triton.chip import A100, B200, H100, L40S, Chip
+from epbackend.kernels.triton.chip import A100, B200, H100, H200, L40S, Chip
 from epbackend.kernels.triton.kernels import TritonKernels
 from epbackend.kernels.triton.resources import compiling_for, resources
 from epbackend.kernels.triton.split import SplitTable, level_split
+from epbackend.kernels.triton.tile import Tile
 from epbackend.kernels.triton.tiles import Product, choose_tile, table
 
 pytestmark = [
@@ -25,6 +28,8 @@ pytestmark = [
     pytest.mark.skipif(knobs.runtime.interpret, reason="the interpreter compiles nothing"),
 ]
 
+VERSION = ".".join(triton.__version__.split(".")[:2])
+TUNED_CHIPS = {chip.name: chip for chip in (A100, L40S, H100, H200, B200)}
 CHIPS = {"ampere": A100, "hopper": H100, "blackwell": B200}
 L, D, F = 128, 2048, 768
 """Qwen3-30B's experts."""
@@ -89,6 +94,17 @@ def test_tiles_fit_their_chip(family, form, rows_per_slot):
             assert MATRIX_UNIT[family] in found.instructions
         if form != "float32" and family != "ampere":
             assert "cp.async.bulk" in found.instructions
+
+
+@pytest.mark.parametrize("entry", [each for each in table()["tuned"] if each["triton"] == VERSION], ids=str)
+def test_tuned_tiles_fit_their_chip(entry):
+    """Those of this version of Triton; the others serve nobody here."""
+    width, inner = entry["depth"], entry["height"] // 2
+    if not entry["gated"]:
+        width, inner = entry["height"], entry["depth"]
+    experts = Experts("tuned", 8, width, inner, top_k=1)
+    job = Job(experts, entry["form"], entry["gated"], entry["up_to"])
+    assert compile_job(job, TUNED_CHIPS[entry["chip"]], Tile(**entry["tile"]))
 
 
 @pytest.mark.parametrize("tokens", [16, 4096])

@@ -34,6 +34,7 @@ class Chip:
 A100 = Chip("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912)
 L40S = Chip("NVIDIA L40S", (8, 9), 142, 101_376)
 H100 = Chip("NVIDIA H100 80GB HBM3", (9, 0), 132, 232_448)
+H200 = Chip("NVIDIA H200", (9, 0), 132, 232_448)
 B200 = Chip("NVIDIA B200", (10, 0), 148, 232_448)
 INTERPRETER = Chip("Triton's interpreter", (9, 0), 3, 232_448)
 """Three programs, so that each of them has several tiles to take, and one ends before the others."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def form_of(experts: Tensor | Fp8Blocks | Int8Rows) -> str:
     return "fp8" if isinstance(experts, Fp8Blocks) else "int8"
 
 
-@cache
+@lru_cache(maxsize=4096)
 def choose_tile(chip: Chip, product: Product) -> Tile:
     """The family's first tile that takes the product's mean number of rows a slot, or what tuning put in its place."""
     rows_per_slot = product.rows / product.slots
