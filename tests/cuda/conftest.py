@@ -1,4 +1,7 @@
-"""The CUDA device, or the interpreter that stands for it."""
+"""The CUDA device, or the interpreter that stands for it (TRITON_INTERPRET=1).
+
+This folder is no package: as one it would be found as `cuda`, in the place of NVIDIA's Python packages.
+"""
 
 from __future__ import annotations
 
