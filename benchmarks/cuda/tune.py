@@ -1,6 +1,6 @@
 """Time every candidate tile of every product on the GPU at hand, and keep the best.
 
-    python -m benchmarks.cuda.tune [--only WORDS] [--write]
+    python -m benchmarks.cuda.tune [--only WORDS] [--write] [--no-specialize]
 
 Candidates are compiled first, on all cores; those that spill or do not fit are dropped there. Each result is compared
 with that of the family's tile before it is timed. `--write` puts the best tiles into tiles.json.
@@ -57,9 +57,10 @@ def best_tile(job: Job, tiles: list[Tile]) -> tuple[Tile, dict[Tile, float]]:
     return min(times, key=times.__getitem__), times
 
 
-def tune(job: Job, chip: Chip, pool: ProcessPoolExecutor) -> Tile:
+def tune(job: Job, chip: Chip, pool: ProcessPoolExecutor, *, specialize: bool) -> Tile:
     started = time.monotonic()
     tiles = candidates(job.form, job.gated, choose_tile(chip, job.product), chip)
+    tiles = [tile for tile in tiles if specialize or not tile.specialize]
     compiles = pool.map(partial(compile_job, job, chip), tiles)
     usable = [tile for tile, ok in zip(tiles, compiles, strict=True) if ok]
     compiled_s = time.monotonic() - started
@@ -79,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda.tune")
     parser.add_argument("--only", default="", help="products whose name contains this")
     parser.add_argument("--write", action="store_true", help="put the best tiles into tiles.json")
+    parser.add_argument("--no-specialize", action="store_true", help="leave warp specialisation out")
     asked = parser.parse_args()
     chip = chip_of(torch.device("cuda", 0))
     print(f"{chip}, torch {torch.__version__}, triton {triton.__version__}")
@@ -86,7 +88,7 @@ def main() -> None:
         for job in jobs(chip):
             if asked.only in str(job):
                 with torch.inference_mode():
-                    tile = tune(job, chip, pool)
+                    tile = tune(job, chip, pool, specialize=not asked.no_specialize)
                 if (
                     asked.write
                 ):  # at once: a kernel that hangs or breaks the GPU must not cost what is known by then
