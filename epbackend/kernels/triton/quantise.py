@@ -137,7 +137,7 @@ def _quantise_int8(
         largest = tl.max(tl.abs(values))
         scale = tl.where(largest > 0, largest / 127.0, 1.0)
         scaled = values / scale
-        # Half away from zero, because Triton has no rounding of its own on every device.
+        # Half away from zero; rounding to even is a call to libdevice, which the interpreter does not have.
         rounded = tl.where(scaled < 0, scaled - 0.5, scaled + 0.5).to(tl.int8)
         tl.store(values_SK + row * K + column, rounded, mask=column < K)
         tl.store(scale_S + row, scale)
