@@ -3,6 +3,7 @@ PYTHON ?= python3
 # Where pip looks for torch, when your default index would bring its CUDA build (several GB):
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+CUDA_PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ DEVICE ?= A3
 RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench bench-ascend clean distclean
+.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,8 +55,14 @@ test: setup lint test-cpu test-ascend ## everything that this machine can check
 test-cpu: setup ## the suite on the CPU; tests of a device that is missing skip with the reason
 	$(BIN)/python -m pytest -m "not slow"
 
-test-cuda: setup ## the contract suite on a CUDA GPU
-	$(BIN)/python -m pytest tests/contract -m cuda
+# A machine with a GPU brings its own Python with torch, triton and pytest; nothing is installed there.
+test-cuda: ## the contract suite and the kernels' own tests on a CUDA GPU
+	$(CUDA_PYTHON) -m pytest tests/cuda tests/contract/test_kernels.py tests/contract/test_permute.py -m cuda
+	$(CUDA_PYTHON) -m pytest tests/contract/test_layer.py -m cuda -k "1-1"  # one rank: NCCL wants a GPU for each
+	@if command -v compute-sanitizer >/dev/null; then \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	    $(CUDA_PYTHON) -m pytest -q tests/cuda/test_sanitized.py -m cuda; \
+	else echo "compute-sanitizer is not on the PATH: memory accesses were not checked"; fi
 
 test-ascend: setup $(NPU_WHEEL)/.ready ## the suite of the ascend device on an emulated A3; DEVICE=A2 for that chip, DEVICE=npu for four real NPUs
 	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend $(DEVICE)
@@ -78,6 +85,12 @@ bench: setup ## the MoE layer and the planner beside their peers, and each dispa
 	$(BIN)/python -m benchmarks.moe_layer
 	$(BIN)/python -m benchmarks.dispatchers
 	$(BIN)/python -m benchmarks.placement
+
+bench-cuda: ## the CUDA kernels beside their peers on a GPU; LMDEPLOY=folder of an unpacked wheel adds LMDeploy's
+	$(CUDA_PYTHON) -m benchmarks.cuda $(if $(LMDEPLOY),--lmdeploy $(LMDEPLOY))
+
+tune-cuda: ## the best tile of each product on this GPU, written to tiles.json
+	$(CUDA_PYTHON) -m benchmarks.cuda.tune --write
 
 clean: ## caches and results of runs
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -63,7 +63,8 @@ class Load:
 
     def add_rows(self, counts_L: Tensor) -> None:
         """Count the rows of one batch, on the experts' device."""
-        self._rows_L = self._rows_L.to(counts_L.device) + counts_L
+        self._rows_L = self._rows_L.to(counts_L.device)
+        self._rows_L += counts_L  # in place, so that replays of a CUDA graph are counted too
 
     def add_call(self, passes: int, rounds: int) -> None:
         self.calls += 1

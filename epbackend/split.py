@@ -11,7 +11,6 @@ get the same answer, and only `level` has to ask the other sources anything: wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 import torch
@@ -20,8 +19,7 @@ from torch import Tensor
 from epbackend.dispatch.base import Problem
 from epbackend.dispatch.collectives import Collectives
 from epbackend.dispatch.ranks import RankGroup
-from epbackend.errors import ConfigError, UnavailableError
-from epbackend.kernels import LevelKernels
+from epbackend.errors import ConfigError
 from epbackend.placement.layout import Layout
 from epbackend.placement.split import SPLITS
 from epbackend.placement.split.assign import STRIDE
@@ -35,7 +33,7 @@ class TokenSplit:
     """Finds a slot for every choice of one layer's tokens."""
 
     def __init__(self, name: str, slot_map: SlotMap, problem: Problem) -> None:
-        """Raises ConfigError for an unknown split, UnavailableError for one that the kernels do not have."""
+        """Raises ConfigError for an unknown split."""
         if name not in SPLITS:
             raise ConfigError(f"split {name!r} is unknown; it is one of {', '.join(SPLITS)}")
         self._kernels = problem.kernels
@@ -104,10 +102,8 @@ class _Level:
     """Quotas that level the load of the ranks: every source learns what all have chosen, and finds the same shares."""
 
     def __init__(self, layout: Layout, by_source: Layout, node: int, problem: Problem) -> None:
-        if not hasattr(problem.kernels, "level_quota"):
-            raise UnavailableError("split level has no kernel for this device yet; use split even or nearest")
         self._layout, self._by_source, self._node = layout, by_source, node
-        self._kernels = cast(LevelKernels, problem.kernels)
+        self._kernels = problem.kernels
         self._ranks, self._collectives = problem.ranks, Collectives.of(problem)
         self._slots_EC = torch.from_numpy(layout.slots_EC.copy())
 

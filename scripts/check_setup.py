@@ -8,13 +8,18 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from packaging.markers import Marker
+
 REQUIREMENTS = Path(__file__).parent.parent / "requirements"
 
 
 def pins(*files: str) -> dict[str, str]:
-    """The `name==version` lines of requirement files, as {name: version}."""
+    """The `name==version` lines of requirement files that hold for this platform, as {name: version}."""
     lines = "\n".join((REQUIREMENTS / file).read_text() for file in files)
-    return dict(re.findall(r"^([\w.-]+)==(\S+)$", lines, flags=re.MULTILINE))
+    found = re.findall(r"^([\w.-]+)==([^\s;]+)(?: *; *([^#\n]+))?", lines, flags=re.MULTILINE)
+    return {
+        name: version for name, version, marker in found if not marker or Marker(marker.strip()).evaluate()
+    }
 
 
 def differences(pinned: dict[str, str]) -> list[str]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 
 import ascend
-import hypothesis
 import pytest
 from ranks import RankPool
 
-# A machine that does other work as well is slow at any moment, which says nothing about the code.
-hypothesis.settings.register_profile(
-    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("busy")
+if find_spec("hypothesis"):  # a machine with a GPU may have torch, triton and pytest alone
+    import hypothesis
+
+    # A machine that does other work as well is slow at any moment, which says nothing about the code.
+    hypothesis.settings.register_profile(
+        "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("busy")
 
 
 def pytest_addoption(parser):

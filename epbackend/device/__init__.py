@@ -28,13 +28,13 @@ def devices() -> dict[str, Device]:
 
 
 def get_device(name: str = "auto") -> Device:
-    """The device of that name, or with "auto" the first that can be used.
+    """The device of that name, or with "auto" the first that is real and can be used.
 
     Raises ConfigError for an unknown name, UnavailableError (with the reason) for a device that cannot be used here.
     """
     known = devices()
     if name == "auto":
-        return next(device for device in known.values() if device.unavailable() is None)
+        return next(each for each in known.values() if not each.emulated and each.unavailable() is None)
     if name not in known:
         raise ConfigError(f"device {name!r} is unknown; known are auto, {', '.join(known)}")
     if reason := known[name].unavailable():

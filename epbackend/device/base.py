@@ -30,6 +30,11 @@ class Device(ABC):
         """Why this device cannot be used here and what would help; None if it can."""
 
     @property
+    def emulated(self) -> bool:
+        """Whether another device only stands in for it, for tests: "auto" passes it over."""
+        return False
+
+    @property
     @abstractmethod
     def kernels(self) -> Kernels:
         """Its math; raises UnavailableError where `unavailable` gives a reason."""

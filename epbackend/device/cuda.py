@@ -1,12 +1,26 @@
-"""CUDA GPUs. This version finds them; the Triton kernels that use them come with a later one."""
+"""CUDA GPUs: Triton kernels, NCCL between ranks.
+
+With TRITON_INTERPRET=1 in the environment Triton interprets the kernels on the CPU, slowly, and the device takes CPU
+tensors: so its code can be tried, and is tested, where there is no GPU.
+"""
 
 from __future__ import annotations
+
+import os
+from importlib.util import find_spec
 
 import torch
 
 from epbackend.device.base import Device, Memory
-from epbackend.errors import UnavailableError
+from epbackend.device.cpu import CpuDevice
+from epbackend.errors import ConfigError, UnavailableError
 from epbackend.kernels import Kernels
+from epbackend.kernels.reference import ReferenceKernels
+
+OLDEST = (8, 0)
+"""Compute capability of the oldest chips whose matrix units take bfloat16 (Ampere)."""
+
+KERNEL_SETS = ("triton", "grouped_mm", "reference")
 
 
 class CudaDevice(Device):
@@ -14,19 +28,57 @@ class CudaDevice(Device):
     collective_backend = "nccl"
 
     def unavailable(self) -> str | None:
+        if find_spec("triton") is None:
+            return "triton is not installed; install epbackend[cuda], or use device cpu"
+        if _interpreting():
+            return None
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch, or use device cpu"
         if not torch.cuda.is_available():
             return "torch sees no CUDA GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use device cpu"
-        return "its kernels come with a later version of epbackend; use device cpu"
+        if torch.cuda.get_device_capability() < OLDEST:
+            return (
+                f"{torch.cuda.get_device_name()} is older than Ampere, which the kernels need; use device cpu"
+            )
+        return None
+
+    @property
+    def emulated(self) -> bool:
+        return _interpreting()
 
     @property
     def kernels(self) -> Kernels:
-        raise UnavailableError(f"device cuda cannot be used: {self.unavailable()}")
+        return self.kernel_set("triton")
+
+    def kernel_set(self, name: str) -> Kernels:
+        """One of the implementations: `triton`; `grouped_mm` (torch's own grouped product); `reference` (plain torch).
+
+        Raises ConfigError for another name and UnavailableError where `unavailable` gives a reason.
+        """
+        if reason := self.unavailable():
+            raise UnavailableError(f"device cuda cannot be used: {reason}")
+        if name == "triton":
+            from epbackend.kernels.triton.kernels import TritonKernels  # imports Triton, which takes a second
+
+            return TritonKernels()
+        if name == "grouped_mm":
+            from epbackend.kernels.grouped_mm import GroupedMmKernels
+
+            return GroupedMmKernels()
+        if name == "reference":
+            return ReferenceKernels()
+        raise ConfigError(f"kernels {name!r} are unknown for device cuda; known are {', '.join(KERNEL_SETS)}")
 
     def torch_device(self, local_rank: int) -> torch.device:
-        return torch.device("cuda", local_rank)
+        return torch.device("cpu") if _interpreting() else torch.device("cuda", local_rank)
 
     def memory(self, local_rank: int = 0) -> Memory:
+        if _interpreting():
+            return CpuDevice().memory(local_rank)
         free, total = torch.cuda.mem_get_info(local_rank)
         return Memory(total, free)
+
+
+def _interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter; read the way Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")

@@ -76,10 +76,6 @@ class Kernels(Protocol):
     def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
         """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot."""
 
-
-class LevelKernels(Kernels, Protocol):
-    """Kernels of a device that has the split `level` as well."""
-
     def level_quota(
         self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
     ) -> Tensor:

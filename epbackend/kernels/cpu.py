@@ -15,9 +15,7 @@ from torch import Tensor
 from epbackend.kernels import Packed
 from epbackend.kernels.hugepages import use_huge_pages
 from epbackend.kernels.int8 import Int8Matrix, Int8Weights
-from epbackend.kernels.level import level_quota_on_host
 from epbackend.kernels.reference import ReferenceKernels
-from epbackend.placement.layout import Layout
 
 FEWEST_ROWS = 4
 """Measured on Zen 4: 1, 2, 3, 4 rows take 5.5, 6.0, 4.1, 3.8 ms in float32, and 2.9, 2.9, 2.8, 2.7 ms in bfloat16."""
@@ -54,11 +52,6 @@ class CpuKernels(ReferenceKernels):
                 rows_SN[first : first + count] = rows_MN[first - start : first - start + count]
                 first += count
         return rows_SN
-
-    def level_quota(
-        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
-    ) -> Tensor:
-        return level_quota_on_host(counts_GE, layout, by_source, source, node_sources)
 
 
 def can_prepack(dtype: torch.dtype) -> bool:

@@ -16,18 +16,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from epbackend.kernels import ExpertWeights, Packed, Permuted, int8
+from epbackend.kernels.level import level_quota_on_host
+from epbackend.placement.layout import Layout
 
 
 class ReferenceKernels:
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
-        return torch.bincount(_buckets(slot_ids_TK, slots), minlength=slots + 1)[:slots]
+        return torch.bincount(buckets(slot_ids_TK, slots), minlength=slots + 1)[:slots]
 
     def permute(
         self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
     ) -> Permuted:
-        bucket_S = _buckets(slot_ids_TK, slots)
+        bucket_S = buckets(slot_ids_TK, slots)
         counts_L = torch.bincount(bucket_S, minlength=slots + 1)[:slots]
         ends_L = counts_L.cumsum(0)
         total = int(ends_L[-1])
@@ -71,8 +73,13 @@ class ReferenceKernels:
         rows_SF = (weights.activation or self.swiglu)(rows_S2F)
         return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)
 
+    def level_quota(
+        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
+    ) -> Tensor:
+        return level_quota_on_host(counts_GE, layout, by_source, source, node_sources)
 
-def _buckets(slot_ids_TK: Tensor, slots: int) -> Tensor:
+
+def buckets(slot_ids_TK: Tensor, slots: int) -> Tensor:
     """Flat slot ids; every id of another rank becomes `slots`, so that it sorts last."""
     flat_S = slot_ids_TK.reshape(-1)
     return torch.where(flat_S // slots == 0, flat_S, slots)

@@ -10,7 +10,6 @@ from epbackend.device import get_device
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.kernels import ExpertWeights, int8
-from epbackend.kernels.reference import ReferenceKernels
 from epbackend.moe import ExpertParallelMoE
 from epbackend.slots import SlotMap
 
@@ -22,11 +21,6 @@ WAYS = {
     "rounds": DispatchSettings(level=2, buffer_scale_factors=((0, 0.3),)),
 }
 REPLICAS = (0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 0, 5)
-
-
-@pytest.fixture(scope="session", params=["reference", "own"])
-def kernels(request, device):
-    return device.kernels if request.param == "own" else ReferenceKernels()
 
 
 def quantized(weights_EXX: torch.Tensor, place: torch.device) -> list[int8.Int8Matrix]:

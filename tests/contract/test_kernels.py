@@ -5,74 +5,14 @@ Inputs are drawn, and results compared, on the CPU: not every device has float64
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from contract.dense import swiglu, tolerance
-from epbackend.kernels import ExpertWeights, Permuted
-from epbackend.kernels.reference import ReferenceKernels
-from epbackend.placement.layout import Layout
-from epbackend.placement.split import reference
+from contract.routing import routing
+from epbackend.kernels import ExpertWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(scope="session", params=["reference", "own"])
-def kernels(request, device):
-    """The device's own kernels, and the reference that they are held to."""
-    return device.kernels if request.param == "own" else ReferenceKernels()
-
-
-@pytest.fixture(scope="session")
-def place(device):
-    return device.torch_device(0)
-
-
-def routing(tokens: int, top_k: int, low: int, high: int, seed: int) -> torch.Tensor:
-    return torch.randint(low, high, (tokens, top_k), generator=torch.Generator().manual_seed(seed))
-
-
-def trimmed(permuted: Permuted) -> Permuted:
-    """On the CPU, without the garbage rows that a device may add."""
-    rows = int(permuted.counts_L.sum())
-    assert (permuted.source_S[rows:] == -1).all()
-    return Permuted(permuted.rows_SD[:rows].cpu(), permuted.counts_L.cpu(), permuted.source_S[:rows].cpu())
-
-
-shapes = st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(1, 6), st.integers(0, 1 << 20))
-
-
-@given(shape=shapes)
-def test_permute_is_a_sorted_selection(kernels, place, shape):
-    tokens, top_k, slots, seed = shape
-    hidden_TD = torch.arange(tokens * 3.0).view(tokens, 3)
-    slot_ids_TK = routing(tokens, top_k, -2, slots + 2, seed)
-    permuted = trimmed(kernels.permute(hidden_TD.to(place), slot_ids_TK.to(place), slots))
-    flat = slot_ids_TK.reshape(-1)
-    mine = [index for slot in range(slots) for index in (flat == slot).nonzero().flatten().tolist()]
-    assert permuted.source_S.tolist() == mine
-    assert permuted.counts_L.tolist() == [(flat == slot).sum().item() for slot in range(slots)]
-    assert kernels.count(slot_ids_TK.to(place), slots).tolist() == permuted.counts_L.tolist()
-    assert torch.equal(permuted.rows_SD, hidden_TD[torch.tensor(mine, dtype=torch.long) // top_k])
-
-
-@given(shape=shapes, width=st.integers(1, 7))
-def test_windows_are_the_whole_in_parts(kernels, place, shape, width):
-    tokens, top_k, slots, seed = shape
-    hidden_TD = torch.arange(tokens * 2.0, device=place).view(tokens, 2)
-    slot_ids_TK = routing(tokens, top_k, -1, slots + 1, seed).to(place)
-    whole = trimmed(kernels.permute(hidden_TD, slot_ids_TK, slots))
-    total = int(whole.counts_L.sum())
-    windows = [(first, first + width) for first in range(0, total + 1, width)]
-    padded = [kernels.permute(hidden_TD, slot_ids_TK, slots, window) for window in windows]
-    assert all(len(part.rows_SD) <= width for part in padded)
-    parts = [trimmed(part) for part in padded]
-    assert torch.equal(torch.cat([part.rows_SD for part in parts]), whole.rows_SD)
-    assert torch.equal(torch.cat([part.source_S for part in parts]), whole.source_S)
-    assert torch.equal(torch.stack([part.counts_L for part in parts]).sum(0), whole.counts_L)
 
 
 def test_unpermute_inverts_permute(kernels, place):
@@ -140,21 +80,3 @@ def test_no_rows_at_all(kernels, place):
     )
     rows_SD, counts_L = torch.empty(0, 8).to(place), torch.zeros(2, dtype=torch.int64).to(place)
     assert kernels.expert_mlp(rows_SD, counts_L, weights).shape == (0, 8)
-
-
-@given(
-    counts=st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4), min_size=2, max_size=2),
-    source=st.integers(0, 1),
-    node_sources=st.integers(0, 1),
-)
-def test_level_quota_is_the_plain_one_to_the_last_token(device, counts, source, node_sources):
-    """Two sources of two ranks each; expert 0 is everywhere, 3 twice, and on one rank twice."""
-    if not hasattr(device.kernels, "level_quota"):
-        pytest.skip(f"{device.name} has no split level yet")
-    layout = Layout(((0, 1), (0, 3, 3), (2, 0), (3, 0, 1)), experts=4)
-    by_source = Layout(((0, 1, 0, 3, 3), (2, 0, 3, 0, 1)), experts=4)
-    counts_GE = torch.tensor(counts, device=device.torch_device(0))
-    found = device.kernels.level_quota(counts_GE, layout, by_source, source, node_sources)
-    plain = np.array(counts)
-    shares_P = reference.level_shares(plain.sum(axis=0), layout)
-    assert found.tolist() == reference.own_quota(plain, shares_P, by_source, source, node_sources).tolist()

@@ -7,6 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -19,8 +19,21 @@ def test_the_cpu_is_always_there():
 
 def test_auto_tries_the_cpu_last():
     assert list(devices())[-1] == "cpu"
-    usable = [name for name, device in devices().items() if device.unavailable() is None]
+    usable = [each.name for each in devices().values() if not each.emulated and each.unavailable() is None]
     assert get_device("auto").name == usable[0]
+
+
+def test_auto_passes_the_interpreter_by(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert get_device("auto").name != "cuda"
+
+
+def test_kernel_sets_of_a_device_that_is_not_here():
+    device = devices()["cuda"]
+    if device.unavailable() is None:
+        pytest.skip("cuda can be used here")
+    with pytest.raises(UnavailableError, match="device cuda cannot be used"):
+        device.kernel_set("grouped_mm")
 
 
 @pytest.mark.parametrize("name", ["cuda", "ascend"])

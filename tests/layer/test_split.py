@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from epbackend.dispatch.base import Problem
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
-from epbackend.errors import ConfigError, UnavailableError
+from epbackend.errors import ConfigError
 from epbackend.kernels.cpu import CpuKernels
-from epbackend.kernels.reference import ReferenceKernels
 from epbackend.placement import split as on_arrays
 from epbackend.placement.layout import Layout
 from epbackend.slots import SlotMap
@@ -125,8 +124,6 @@ def test_what_there_is_not():
     copies = SlotMap.of((0, 1, 0, 1), 2)
     with pytest.raises(ConfigError, match="split 'random' is unknown; it is one of even, nearest, level"):
         TokenSplit("random", copies, problem(0, 2))
-    with pytest.raises(UnavailableError, match="split level has no kernel for this device"):
-        TokenSplit("level", copies, problem(0, 2, kernels=ReferenceKernels()))
     TokenSplit("level", SlotMap.uniform(4, 2), problem(0, 2, kernels=SimpleNamespace()))
 
 

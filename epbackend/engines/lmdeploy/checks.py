@@ -53,7 +53,7 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
     if quantised and get_device(config.device).name == "cpu":
         raise ConfigError(
             f"device: cpu computes unquantised weights only, and {path} holds "
-            f"{quantised.get('quant_method', 'quantised')} ones; use the original checkpoint, or device: cuda"
+            f"{quantised.get('quant_method', 'quantised')} ones; use the original checkpoint"
         )
 
 

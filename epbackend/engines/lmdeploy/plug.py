@@ -22,6 +22,8 @@ from epbackend.placement.placement import Placement
 CONFIG_VARIABLE = "EPBACKEND_CONFIG"
 PLACEMENT_VARIABLE = "EPBACKEND_PLACEMENT"
 """Holds the finished placement, packed: every rank has the identical one, on whatever machine it runs."""
+UNPLUGGED = {"cuda": "device: cpu with CUDA_VISIBLE_DEVICES='' in the environment", "ascend": "device: cpu"}
+"""Devices that LMDeploy cannot use through us yet, and what to do instead."""
 
 
 @dataclass
@@ -137,12 +139,12 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
     if device == "cpu" and torch.cuda.is_available():
         raise ConfigError(
             "device: cpu stands in for torch.cuda, and this process sees a GPU: "
-            "set CUDA_VISIBLE_DEVICES='' in its environment, or use device: cuda"
+            "set CUDA_VISIBLE_DEVICES='' in its environment"
         )
-    if device == "ascend":
+    if device in UNPLUGGED:
         raise UnavailableError(
-            "device: ascend has no plug into LMDeploy yet, whose own experts would run instead of ours: "
-            "use epbackend.moe.ExpertParallelMoE (docs/layer.md), or device: cpu"
+            f"device: {device} has no plug into LMDeploy yet, whose own experts would run instead of ours: "
+            f"use epbackend.moe.ExpertParallelMoE (docs/layer.md), or {UNPLUGGED[device]}"
         )
     # Imported late: the table imports LMDeploy, whose release has to be checked first.
     from epbackend.engines.lmdeploy.patches import needed

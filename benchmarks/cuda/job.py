@@ -1,0 +1,109 @@
+"""One product to be tuned: its data, and the launch of it with any tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cuda.cases import BITS, Experts
+from epbackend.kernels.triton.chip import Chip, chip_of
+from epbackend.kernels.triton.grouped import grouped_matmul
+from epbackend.kernels.triton.grouped_fp8 import gated_matmul_fp8, grouped_matmul_fp8
+from epbackend.kernels.triton.grouped_int8 import grouped_matmul_int8
+from epbackend.kernels.triton.quantise import quantise_fp8, quantise_int8
+from epbackend.kernels.triton.resources import compiling_for, resources
+from epbackend.kernels.triton.schedule import row_tiles
+from epbackend.kernels.triton.tile import Tile
+from epbackend.kernels.triton.tiles import Product
+
+LARGEST_MEAN = 1024
+"""Rows a slot that stand for all larger numbers."""
+
+MOST_SPILLED = 128
+"""Bytes a thread: a few registers that wait outside of the loop cost less than a smaller tile would."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows as the kernel takes them, quantised or not; the experts; counts_L."""
+
+    rows: Any
+    experts: Any
+    counts_L: Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """One product at one mean number of rows a slot."""
+
+    experts: Experts
+    form: str
+    gated: bool
+    up_to: float | None
+    """The entry of the table's list that the result is for."""
+
+    def __str__(self) -> str:
+        kind = "gated" if self.gated else "plain"
+        return f"{self.experts.model} {self.form} {kind} {self.rows / self.experts.slots:g} rows a slot"
+
+    @property
+    def rows(self) -> int:
+        return int(self.experts.slots * (self.up_to or LARGEST_MEAN))
+
+    @property
+    def product(self) -> Product:
+        experts = self.experts
+        height, depth = (2 * experts.F, experts.D) if self.gated else (experts.D, experts.F)
+        return Product(self.form, self.gated, self.rows, experts.slots, height, depth)
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.product.height * self.product.depth
+
+    @property
+    def bytes(self) -> float:
+        """The weights, and the rows that come in."""
+        product = self.product
+        return BITS[self.form] / 8 * product.depth * (product.slots * product.height + product.rows)
+
+    def draw(self, device: torch.device) -> Data:
+        """Random data; on "meta" the shapes alone."""
+        product = self.product
+        rows_SK = torch.randn(product.rows, product.depth, dtype=torch.bfloat16, device=device)
+        slot_S = torch.randint(product.slots, (product.rows,), device=device)
+        counts_L = torch.zeros(product.slots, dtype=torch.int64, device=device)
+        counts_L.scatter_add_(0, slot_S, torch.ones_like(slot_S))
+        schedule = row_tiles(counts_L, product.rows, 128)
+        quantise = {"half": lambda rows, _: rows, "fp8": quantise_fp8, "int8": quantise_int8}[self.form]
+        experts = self.experts.weights(self.form, device)[0 if self.gated else 1]
+        return Data(quantise(rows_SK, schedule), experts, counts_L)
+
+    def run(self, data: Data, tile: Tile, chip: Chip | None = None) -> Tensor:
+        """The schedule and the product."""
+        chip = chip or chip_of(data.counts_L.device)
+        schedule = row_tiles(data.counts_L, self.rows, tile.rows)
+        if self.form == "fp8" and self.gated:
+            out = gated_matmul_fp8(data.rows, data.experts, schedule, tile, chip)
+            return out.values_SK
+        if self.form == "fp8":
+            return grouped_matmul_fp8(data.rows, data.experts, schedule, tile, chip, torch.bfloat16)
+        if self.form == "int8":
+            return grouped_matmul_int8(
+                data.rows, data.experts, schedule, tile, chip, gated=self.gated, dtype=torch.bfloat16
+            )
+        return grouped_matmul(data.rows, data.experts, schedule, tile, chip, gated=self.gated)
+
+
+def compile_job(job: Job, chip: Chip, tile: Tile) -> bool:
+    """Compile one candidate into Triton's cache; whether it can be used."""
+    try:
+        with compiling_for(chip) as compiled:
+            job.run(job.draw(torch.device("meta")), tile, chip)
+        found = resources(compiled[-1])
+    except Exception:  # whatever the compiler does not like about a candidate, there are others
+        return False
+    fits = found.shared_bytes <= chip.shared_bytes and found.spilled <= MOST_SPILLED
+    return fits and found.programs_per_sm(chip) >= tile.programs

@@ -1,0 +1,78 @@
+"""The kernels' contract on a GPU: everything stays on the device, shapes do not depend on the routing.
+
+Every method can be captured in a CUDA graph: none waits for the GPU or reads anything back from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from epbackend.errors import ConfigError
+from epbackend.kernels import ExpertWeights, Permuted
+from epbackend.kernels.quantised import Fp8Blocks, Int8Rows
+from epbackend.kernels.triton import permute, split, swiglu, unpermute
+from epbackend.kernels.triton.chip import Chip, chip_of
+from epbackend.kernels.triton.products import Experts, Products, check_same_form
+from epbackend.placement.layout import Layout
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class TritonKernels:
+    """See `epbackend.kernels.Kernels` for what each method promises."""
+
+    def __init__(self, chip: Chip | None = None) -> None:
+        """`chip` None: the one that a call's tensors live on."""
+        self._chip = chip
+
+    def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
+        return permute.count(slot_ids_TK, slots)
+
+    def permute(
+        self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+    ) -> Permuted:
+        return permute.permute(hidden_TD, slot_ids_TK, slots, window)
+
+    def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+        unpermute.unpermute(rows_SD, source_S, weights_TK, out_TD)
+
+    def swiglu(self, rows_S2F: Tensor) -> Tensor:
+        return swiglu.swiglu(rows_S2F)
+
+    def pack(self, weights_LNK: Iterable[Tensor] | Fp8Blocks | Int8Rows) -> Experts:
+        """Stacked as LMDeploy lays them; a contiguous tensor and quantised matrices are used where they are."""
+        if isinstance(weights_LNK, Fp8Blocks | Int8Rows):
+            return weights_LNK
+        if not isinstance(weights_LNK, Tensor):
+            weights_LNK = torch.stack(list(weights_LNK))
+        if weights_LNK.dtype not in DTYPES:
+            raise ConfigError(
+                f"experts are {weights_LNK.dtype}, but device cuda multiplies {', '.join(map(str, DTYPES))}; convert "
+                "them, or quantise them (epbackend.kernels.quantised)"
+            )
+        return weights_LNK.detach().contiguous()
+
+    def grouped_matmul(
+        self, rows_SK: Tensor, packed: Experts, counts_L: Tensor, bias_LN: Tensor | None = None
+    ) -> Tensor:
+        return self._products(rows_SK, counts_L).plain(rows_SK, packed, bias_LN)
+
+    def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
+        check_same_form(weights.gate_up, weights.down)
+        products = self._products(rows_SD, counts_L)
+        if weights.activation is None:
+            rows_SF = products.gated(rows_SD, weights.gate_up, weights.gate_up_bias_L2F)
+        else:
+            rows_SF = weights.activation(products.plain(rows_SD, weights.gate_up, weights.gate_up_bias_L2F))
+        return products.plain(rows_SF, weights.down, weights.down_bias_LD)
+
+    def level_quota(
+        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
+    ) -> Tensor:
+        return split.level_quota(counts_GE, layout, by_source, source, node_sources)
+
+    def _products(self, rows_SD: Tensor, counts_L: Tensor) -> Products:
+        return Products(self._chip or chip_of(rows_SD.device), rows_SD, counts_L)

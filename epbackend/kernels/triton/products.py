@@ -1,0 +1,93 @@
+"""The products of one call, whatever the experts' form: choose tiles, make the schedules, quantise what comes in."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from epbackend.errors import ConfigError
+from epbackend.kernels.quantised import Fp8Blocks, Int8Rows
+from epbackend.kernels.triton.chip import Chip
+from epbackend.kernels.triton.grouped import grouped_matmul
+from epbackend.kernels.triton.grouped_fp8 import gated_matmul_fp8, grouped_matmul_fp8
+from epbackend.kernels.triton.grouped_int8 import grouped_matmul_int8
+from epbackend.kernels.triton.quantise import Fp8Tokens, quantise_fp8, quantise_int8
+from epbackend.kernels.triton.schedule import Schedule, row_tiles
+from epbackend.kernels.triton.tile import Tile
+from epbackend.kernels.triton.tiles import Product, choose_tile, form_of, weight_of
+
+Experts = Tensor | Fp8Blocks | Int8Rows
+"""Packed matrices: plain, or quantised."""
+
+
+class Products:
+    """Products over the same rows and counts; they share the schedules, and the dtype of what comes out."""
+
+    def __init__(self, chip: Chip, rows_SD: Tensor, counts_L: Tensor) -> None:
+        self._chip, self._counts_L = chip, counts_L
+        self._rows, self._dtype = len(rows_SD), rows_SD.dtype
+        self._schedules: dict[int, Schedule] = {}
+
+    def gated(self, rows_SD: Tensor, experts: Experts, bias_L2F: Tensor | None) -> Tensor | Fp8Tokens:
+        """silu(gate) * up; as float8 where the next product wants that."""
+        self._check(rows_SD, experts, bias_L2F)
+        if isinstance(experts, Fp8Blocks):
+            tile, schedule = self._cut(experts, gated=True)
+            return gated_matmul_fp8(quantise_fp8(rows_SD, schedule), experts, schedule, tile, self._chip)
+        return self._multiply(rows_SD, experts, bias_L2F, gated=True)
+
+    def plain(self, rows: Tensor | Fp8Tokens, experts: Experts, bias_LN: Tensor | None) -> Tensor:
+        """Each row times its slot's matrix, in the dtype of the call's rows."""
+        self._check(rows, experts, bias_LN)
+        if isinstance(experts, Fp8Blocks):
+            tile, schedule = self._cut(experts, gated=False)
+            if isinstance(rows, Tensor):
+                rows = quantise_fp8(rows, schedule)
+            return grouped_matmul_fp8(rows, experts, schedule, tile, self._chip, self._dtype)
+        assert isinstance(rows, Tensor)  # _check has seen to it
+        return self._multiply(rows, experts, bias_LN, gated=False)
+
+    def _multiply(
+        self, rows_SK: Tensor, experts: Tensor | Int8Rows, bias_LN: Tensor | None, *, gated: bool
+    ) -> Tensor:
+        tile, schedule = self._cut(experts, gated)
+        if isinstance(experts, Int8Rows):
+            rows = quantise_int8(rows_SK, schedule)
+            return grouped_matmul_int8(
+                rows, experts, schedule, tile, self._chip, gated=gated, dtype=self._dtype
+            )
+        return grouped_matmul(rows_SK, experts, schedule, tile, self._chip, gated=gated, bias_LN=bias_LN)
+
+    def _cut(self, experts: Experts, gated: bool) -> tuple[Tile, Schedule]:
+        """The tile of a product, and the schedule of tiles with as many rows."""
+        tile = choose_tile(self._chip, Product.of(self._rows, experts, gated))
+        if tile.rows not in self._schedules:
+            self._schedules[tile.rows] = row_tiles(self._counts_L, self._rows, tile.rows)
+        return tile, self._schedules[tile.rows]
+
+    def _check(self, rows: Tensor | Fp8Tokens, experts: Experts, bias_LN: Tensor | None) -> None:
+        """Raise ConfigError for a chip, rows and experts that do not go together."""
+        if isinstance(experts, Fp8Blocks) and not self._chip.fp8:
+            raise ConfigError(
+                f"{self._chip.name} has no float8 matrix units (they come with compute capability 8.9); "
+                "serve this model in bfloat16 or int8"
+            )
+        values_SK = rows if isinstance(rows, Tensor) else rows.values_SK
+        width, depth = values_SK.shape[1], weight_of(experts).shape[2]
+        if width != depth:
+            raise ConfigError(f"rows are {width} wide, but the experts take {depth}")
+        if isinstance(experts, Tensor) and values_SK.dtype != experts.dtype:
+            raise ConfigError(
+                f"rows are {values_SK.dtype} and experts {experts.dtype}; load the model in one dtype"
+            )
+        if not isinstance(experts, Tensor) and bias_LN is not None:
+            raise ConfigError(
+                f"{form_of(experts)} experts with biases are not supported; serve this model in bfloat16"
+            )
+
+
+def check_same_form(gate_up: Experts, down: Experts) -> None:
+    """Raise ConfigError for experts of which one half alone is quantised."""
+    if form_of(gate_up) != form_of(down):
+        raise ConfigError(
+            f"gate_up is {form_of(gate_up)} and down is {form_of(down)}; quantise both in one way, or neither"
+        )

@@ -1,0 +1,134 @@
+"""Every kernel and every entry of the tile table compiles for the chips it is meant for, and fits there.
+
+No GPU is needed: Triton brings ptxas along. What the compiler reports is held against the chip's limits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from triton import knobs
+
+from benchmarks.cuda.cases import Experts
+from benchmarks.cuda.job import Job, compile_job
+from epbackend.kernels import ExpertWeights
+from epbackend.kernels.quantised import BLOCK, FP8, Fp8Blocks, Int8Rows
+from epbackend.kernels.triton.chip import A100, B200, H100, H200, L40S, Chip
+from epbackend.kernels.triton.kernels import TritonKernels
+from epbackend.kernels.triton.resources import compiling_for, resources
+from epbackend.kernels.triton.split import SplitTable, level_split
+from epbackend.kernels.triton.tile import Tile
+from epbackend.kernels.triton.tiles import Product, choose_tile, table
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(knobs.runtime.interpret, reason="the interpreter compiles nothing"),
+]
+
+VERSION = ".".join(triton.__version__.split(".")[:2])
+TUNED_CHIPS = {chip.name: chip for chip in (A100, L40S, H100, H200, B200)}
+CHIPS = {"ampere": A100, "hopper": H100, "blackwell": B200}
+L, D, F = 128, 2048, 768
+"""Qwen3-30B's experts."""
+MATRIX_UNIT = {"ampere": "mma", "hopper": "wgmma", "blackwell": "tcgen05"}
+"""The instruction of each family's fast path; a tile of 64 rows or more must use it."""
+
+SMALL_STACK = 8
+"""Bytes that ptxas puts aside in a kernel that waits for memory anyway."""
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def experts(form: str, columns: int, depth: int) -> torch.Tensor | Fp8Blocks | Int8Rows:
+    if form == "fp8":
+        scales = meta(L, columns // BLOCK, depth // BLOCK, dtype=torch.float32)
+        return Fp8Blocks(meta(L, columns, depth, dtype=FP8), scales)
+    if form == "int8":
+        return Int8Rows(meta(L, columns, depth, dtype=torch.int8), meta(L, columns, dtype=torch.float32))
+    return meta(L, columns, depth, dtype=torch.float32 if form == "float32" else torch.bfloat16)
+
+
+def chip_for(family: str, form: str) -> Chip:
+    """Float8 came with Ada, which has Ampere's tiles."""
+    return L40S if (family, form) == ("ampere", "fp8") else CHIPS[family]
+
+
+def cases() -> list[tuple[str, str, float]]:
+    """(family, form, rows a slot) that reach every entry of the table."""
+    return [
+        (family, form, entry["up_to"] or 512)
+        for family, forms in table()["families"].items()
+        for form, kinds in forms.items()
+        for entry in kinds["plain"]
+    ]
+
+
+def test_both_products_of_a_form_change_tiles_at_the_same_rows():
+    for forms in table()["families"].values():
+        for kinds in forms.values():
+            assert [e["up_to"] for e in kinds["gated"]] == [e["up_to"] for e in kinds["plain"]]
+            assert [e["rows"] for e in kinds["gated"]] == [e["rows"] for e in kinds["plain"]]
+
+
+@pytest.mark.parametrize(("family", "form", "rows_per_slot"), cases())
+def test_tiles_fit_their_chip(family, form, rows_per_slot):
+    chip = chip_for(family, form)
+    rows = int(L * rows_per_slot)
+    weights = ExpertWeights(experts(form, 2 * F, D), experts(form, D, F))
+    hidden = meta(rows, D, dtype=torch.float32 if form == "float32" else torch.bfloat16)
+    with compiling_for(chip) as compiled:
+        TritonKernels(chip).expert_mlp(hidden, meta(L, dtype=torch.int64), weights)
+    products = [kernel for kernel in compiled if "matmul" in kernel.metadata.name]
+    for kernel, packed, gated in zip(products, (weights.gate_up, weights.down), (True, False), strict=True):
+        tile = choose_tile(chip, Product.of(rows, packed, gated))
+        found = resources(kernel)
+        assert found.spilled == 0
+        assert found.shared_bytes <= chip.shared_bytes
+        assert found.programs_per_sm(chip) >= tile.programs
+        if form in ("half", "fp8") and tile.rows >= 64:
+            assert MATRIX_UNIT[family] in found.instructions
+        if form != "float32" and family != "ampere":
+            assert "cp.async.bulk" in found.instructions
+
+
+@pytest.mark.parametrize("entry", [each for each in table()["tuned"] if each["triton"] == VERSION], ids=str)
+def test_tuned_tiles_fit_their_chip(entry):
+    """Those of this version of Triton; the others serve nobody here."""
+    width, inner = entry["depth"], entry["height"] // 2
+    if not entry["gated"]:
+        width, inner = entry["height"], entry["depth"]
+    experts = Experts("tuned", 8, width, inner, top_k=1)
+    job = Job(experts, entry["form"], entry["gated"], entry["up_to"])
+    assert compile_job(job, TUNED_CHIPS[entry["chip"]], Tile(**entry["tile"]))
+
+
+@pytest.mark.parametrize("tokens", [16, 4096])
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_the_other_kernels_compile(chip, tokens):
+    kernels = TritonKernels(chip)
+    with compiling_for(chip) as compiled:
+        ids_TK = meta(tokens, 8, dtype=torch.int64)
+        permuted = kernels.permute(meta(tokens, D), ids_TK, L, (0, 999))
+        weights_TK, out_TD = meta(tokens, 8, dtype=torch.float32), meta(tokens, D, dtype=torch.float32)
+        kernels.unpermute(permuted.rows_SD, permuted.source_S, weights_TK, out_TD)
+        kernels.swiglu(meta(99, 2 * F))
+    assert all(resources(kernel).spilled <= SMALL_STACK for kernel in compiled)
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_the_token_split_compiles(chip):
+    ranks, experts = 32, 256
+    slots = [*range(experts), *range(ranks)]
+    table = SplitTable.of(
+        slots, [slot * ranks // len(slots) for slot in range(len(slots))], torch.device("meta")
+    )
+    ids_TK, counts_RE = meta(64, 8, dtype=torch.int64), meta(ranks, experts, dtype=torch.int64)
+    with compiling_for(chip) as compiled:
+        level_split(ids_TK, counts_RE, table, source_rank=3, node_size=8)
+    assert len(compiled) == 5
+    assert all(resources(kernel).spilled <= 2 * SMALL_STACK for kernel in compiled)

@@ -1,0 +1,78 @@
+"""What the kernels do not take, and what they say about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from epbackend.errors import ConfigError
+from epbackend.kernels import ExpertWeights
+from epbackend.kernels.quantised import Fp8Blocks, Int8Rows
+from epbackend.kernels.triton.chip import A100, H100
+from epbackend.kernels.triton.kernels import TritonKernels
+
+pytestmark = pytest.mark.cuda
+
+
+def experts(form, width: int = 128, inner: int = 128) -> ExpertWeights:
+    return ExpertWeights(form(torch.randn(2, 2 * inner, width)), form(torch.randn(2, width, inner)))
+
+
+def same(weights: torch.Tensor) -> torch.Tensor:
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("chip", "rows", "weights", "message"),
+    [
+        (
+            A100,
+            torch.randn(3, 128),
+            experts(Fp8Blocks.of),
+            "A100.* no float8 matrix units .*bfloat16 or int8",
+        ),
+        (H100, torch.randn(3, 64), experts(same), "rows are 64 wide, but the experts take 128"),
+        (H100, torch.randn(3, 128).half(), experts(same), "rows are torch.float16 and experts torch.float32"),
+        (H100, torch.randn(3, 96), experts(Fp8Blocks.of, width=96), "multiples of 128, and this one is 96"),
+        (
+            H100,
+            torch.randn(3, 128),
+            ExpertWeights(experts(Int8Rows.of).gate_up, experts(same).down),
+            "gate_up is int8 and down is float32; quantise both",
+        ),
+    ],
+)
+def test_experts_that_do_not_fit(place, chip, rows, weights, message):
+    counts_L = torch.tensor([2, 1], device=place)
+    with pytest.raises(ConfigError, match=message):
+        TritonKernels(chip).expert_mlp(rows.to(place), counts_L, weights)
+
+
+def test_biases_of_quantised_experts():
+    weights = replace(experts(Int8Rows.of), gate_up_bias_L2F=torch.zeros(2, 256))
+    with pytest.raises(
+        ConfigError, match=r"int8 experts with biases are not supported; serve .* in bfloat16"
+    ):
+        TritonKernels(H100).expert_mlp(torch.randn(3, 128), torch.tensor([2, 1]), weights)
+
+
+def test_dtypes_that_no_kernel_takes():
+    with pytest.raises(
+        ConfigError, match=r"experts are torch.float64, but device cuda multiplies torch.bfloat16"
+    ):
+        TritonKernels(H100).pack(torch.randn(2, 4, 4).double())
+
+
+def test_scales_of_the_wrong_shape():
+    blocks, rows = Fp8Blocks.of(torch.randn(2, 130, 256)), Int8Rows.of(torch.randn(2, 3, 4))
+    assert blocks.scale_LBB.shape == (2, 2, 2)
+    with pytest.raises(ConfigError, match=r"scales of shape \[2, 2, 2\], one for each 128 x 128 block"):
+        Fp8Blocks(blocks.weight_LNK, blocks.scale_LBB[:, :1])
+    with pytest.raises(
+        ConfigError, match=r"int8 experts need torch.int8 weights and scales of shape \[2, 3\]"
+    ):
+        Int8Rows(rows.weight_LNK, rows.scale_LN.T)

@@ -1,0 +1,34 @@
+"""Without a GPU, Triton's interpreter runs every kernel on the CPU: the tests marked `cuda`, in a process of their own.
+
+Triton decides when a kernel is defined whether it will be interpreted, so the process must begin with TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+pytest.importorskip("triton", reason="triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+SUITES = {
+    "contract": ["tests/contract/test_kernels.py", "tests/contract/test_permute.py", "-k", "own"],
+    "level": ["tests/contract/test_level.py"],
+    "cuda": ["tests/cuda", "--ignore", "tests/cuda/test_gpu.py"],
+    "layer": ["tests/contract/test_layer.py", "-k", "test_dtypes_bias and level1 and float16"],
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_in_the_interpreter(suite):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "cuda", *SUITES[suite]]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout

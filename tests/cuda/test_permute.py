@@ -1,0 +1,43 @@
+"""Both ways to sort, the one for few choices and the one for many, on more blocks than one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from contract.routing import routing
+
+from epbackend.kernels.reference import ReferenceKernels
+from epbackend.kernels.triton import permute, unpermute
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(params=["few", "many"])
+def way(request, monkeypatch):
+    if request.param == "many":
+        monkeypatch.setattr(permute, "MOST_CHOICES", 0)
+        monkeypatch.setattr(unpermute, "MOST_ROWS", 0)
+
+
+@pytest.mark.parametrize("window", [None, (0, 0), (5, 9), (130, 290), (300, 999)])
+@pytest.mark.parametrize(("tokens", "top_k", "slots"), [(100, 3, 5), (37, 8, 31), (130, 1, 1)])
+def test_sorted_like_the_reference(way, place, tokens, top_k, slots, window):
+    # A slice, as unpacked rows are: not all strides are those of a contiguous tensor.
+    hidden_TD = torch.randn(tokens, 12, device=place)[:, 2:9]
+    ids_TK = routing(tokens, top_k, -1, slots + 2, seed=tokens).to(place)
+    expected = ReferenceKernels().permute(hidden_TD, ids_TK, slots, window)
+    found = permute.permute(hidden_TD, ids_TK, slots, window)
+    rows = len(expected.rows_SD)
+    assert torch.equal(found.counts_L, expected.counts_L)
+    assert found.source_S[:rows].equal(expected.source_S)
+    assert (found.source_S[rows:] == -1).all()
+    assert found.rows_SD[:rows].equal(expected.rows_SD)
+    found.rows_SD[rows:] = torch.nan
+    weights_TK = torch.rand(tokens, 2 * top_k, device=place)[:, ::2]
+    sums = [torch.ones(tokens, 7, device=place) for _ in range(2)]
+    unpermute.unpermute(found.rows_SD, found.source_S, weights_TK, sums[0])
+    ReferenceKernels().unpermute(expected.rows_SD, expected.source_S, weights_TK, sums[1])
+    torch.testing.assert_close(*sums)

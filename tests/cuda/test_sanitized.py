@@ -1,0 +1,44 @@
+"""Each kernel once, in buffers without a spare byte: what `make test-cuda` runs under compute-sanitizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from contract.routing import routing
+
+from epbackend.kernels import ExpertWeights
+from epbackend.kernels.quantised import Fp8Blocks, Int8Rows
+from epbackend.kernels.triton.chip import chip_of
+from epbackend.kernels.triton.guard import IdGuard
+
+pytestmark = pytest.mark.cuda
+
+FORMS = {
+    "odd float32": (7, 5, torch.float32, lambda weights: weights),
+    "odd bfloat16": (12, 10, torch.bfloat16, lambda weights: weights),
+    "even bfloat16": (64, 32, torch.bfloat16, lambda weights: weights),
+    "fp8": (128, 128, torch.bfloat16, Fp8Blocks.of),
+    "int8": (48, 32, torch.bfloat16, Int8Rows.of),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_whole_layer(kernels, place, form):
+    width, inner, dtype, quantise = FORMS[form]
+    if form == "fp8" and not chip_of(place).fp8:
+        pytest.skip("this chip has no float8 matrix units")
+    gate_up = quantise(torch.randn(3, 2 * inner, width, device=place).to(dtype))
+    down = quantise(torch.randn(3, width, inner, device=place).to(dtype))
+    ids_TK = routing(13, 2, -1, 4, seed=1).to(place)
+    IdGuard("slot ids", 4, place).watch(ids_TK)
+    permuted = kernels.permute(torch.randn(13, width, device=place).to(dtype), ids_TK, 3)
+    rows_SD = kernels.expert_mlp(
+        permuted.rows_SD, permuted.counts_L, ExpertWeights(kernels.pack(gate_up), kernels.pack(down))
+    )
+    out_TD = torch.zeros(13, width, device=place)
+    kernels.unpermute(rows_SD, permuted.source_S, torch.ones(13, 2, device=place), out_TD)
+    kernels.swiglu(rows_SD[:, : width // 2 * 2])
+    assert out_TD.isfinite().all()
