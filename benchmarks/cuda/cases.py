@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from epbackend.kernels.quantised import BLOCK, FP8, Fp8Blocks, Int8Rows
+from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
 
 BITS = {"half": 16, "fp8": 8, "int8": 8}
 LARGEST_ERROR = {"half": 0.01, "int8": 0.03, "fp8": 0.06}
@@ -99,7 +100,7 @@ def _matrices(form: str, slots: int, columns: int, depth: int, device: torch.dev
         return torch.randn(slots, columns, depth, device=device, dtype=torch.bfloat16) / depth**0.5
     if form == "int8":
         values = torch.randint(-127, 128, (slots, columns, depth), device=device, dtype=torch.int8)
-        return Int8Rows(values, torch.full((slots, columns), 1 / (73 * depth**0.5), device=device))
+        return Int8Weights(values, torch.full((slots, columns), 1 / (73 * depth**0.5), device=device))
     values = torch.empty(slots, columns, depth, dtype=FP8, device=device)
     for slot in range(slots):
         values[slot] = torch.randn(columns, depth, device=device).to(FP8)

@@ -33,7 +33,7 @@ class LMDeploy:
         """The same with 128 x 128-block float8; quantises the tokens first."""
         gate_up, down = weights.gate_up, weights.down
         values_TD, scale_TB = self._quantise(hidden_TD, 128)
-        matrices = gate_up.weight_LNK, gate_up.scale_LBB, down.weight_LNK, down.scale_LBB
+        matrices = gate_up.values_LNK, gate_up.scale_LBB, down.values_LNK, down.scale_LBB
         top_k = ids_TK.shape[1]
         return self._fp8(values_TD, scale_TB, *matrices, weights_TK, ids_TK, top_k, out_dtype=hidden_TD.dtype)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from epbackend.errors import ConfigError
 from epbackend.kernels import Permuted
+from epbackend.kernels.int8 import Int8Matrix, Int8Weights, stack
 from epbackend.kernels.reference import ReferenceKernels, buckets
 
 
@@ -46,8 +47,10 @@ class GroupedMmKernels(ReferenceKernels):
             part_TD = rows_SD[row_T.clamp(min=0)].float() * weight_T.float()[:, None]
             out_TD += torch.where((row_T >= 0)[:, None], part_TD, 0.0)
 
-    def pack(self, weights_LNK: Iterable[Tensor]) -> Tensor:
-        stacked_LNK = weights_LNK if isinstance(weights_LNK, Tensor) else torch.stack(list(weights_LNK))
+    def pack(self, weights_LNK: Iterable[Tensor | Int8Matrix]) -> Tensor:
+        stacked_LNK = weights_LNK if isinstance(weights_LNK, Tensor) else stack(weights_LNK)
+        if isinstance(stacked_LNK, Int8Weights):
+            raise ConfigError("torch._grouped_mm takes no int8 experts; use the kernels triton")
         if (
             stacked_LNK.shape[2] * stacked_LNK.itemsize % 16
             or stacked_LNK.shape[1] * stacked_LNK.itemsize % 16

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epbackend.errors import ConfigError
+
 LARGEST = 127  # symmetric: -128 is not used
 
 
@@ -32,10 +34,6 @@ class Int8Matrix:
         values_NK, scale_N = quantize_rows(weight_NK)
         return cls(values_NK, scale_N)
 
-    def float(self) -> Tensor:
-        """weight_NK (float32)."""
-        return self.values_NK.float() * self.scale_N.unsqueeze(1)
-
 
 @dataclass(frozen=True)
 class Int8Weights:
@@ -43,6 +41,24 @@ class Int8Weights:
 
     values_LNK: Tensor
     scale_LN: Tensor
+    """float32, positive."""
+
+    def __post_init__(self) -> None:
+        if self.values_LNK.dtype != torch.int8 or self.scale_LN.shape != self.values_LNK.shape[:2]:
+            raise ConfigError(
+                f"int8 experts need torch.int8 values and scales of shape {list(self.values_LNK.shape[:2])}, one for "
+                f"each output; these are {self.values_LNK.dtype} with scales of shape {list(self.scale_LN.shape)}"
+            )
+
+    @classmethod
+    def of(cls, weight_LNK: Tensor) -> Int8Weights:
+        """The nearest ones to float matrices."""
+        values_HK, scale_H = quantize_rows(weight_LNK.flatten(0, 1))
+        return cls(values_HK.view(weight_LNK.shape), scale_H.view(weight_LNK.shape[:2]))
+
+    def dequantised(self) -> Tensor:
+        """The matrices that these stand for (float32 [L, N, K])."""
+        return self.values_LNK.float() * self.scale_LN.unsqueeze(2)
 
 
 def stack(matrices_L: Iterable[Any]) -> Tensor | Int8Weights:

@@ -15,7 +15,8 @@ from triton import knobs
 from benchmarks.cuda.cases import Experts
 from benchmarks.cuda.job import Job, compile_job
 from epbackend.kernels import ExpertWeights
-from epbackend.kernels.quantised import BLOCK, FP8, Fp8Blocks, Int8Rows
+from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import A100, B200, H100, H200, L40S, Chip
 from epbackend.kernels.triton.kernels import TritonKernels
 from epbackend.kernels.triton.resources import compiling_for, resources
@@ -44,12 +45,12 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def experts(form: str, columns: int, depth: int) -> torch.Tensor | Fp8Blocks | Int8Rows:
+def experts(form: str, columns: int, depth: int) -> torch.Tensor | Fp8Blocks | Int8Weights:
     if form == "fp8":
         scales = meta(L, columns // BLOCK, depth // BLOCK, dtype=torch.float32)
         return Fp8Blocks(meta(L, columns, depth, dtype=FP8), scales)
     if form == "int8":
-        return Int8Rows(meta(L, columns, depth, dtype=torch.int8), meta(L, columns, dtype=torch.float32))
+        return Int8Weights(meta(L, columns, depth, dtype=torch.int8), meta(L, columns, dtype=torch.float32))
     return meta(L, columns, depth, dtype=torch.float32 if form == "float32" else torch.bfloat16)
 
 

@@ -11,7 +11,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
-from epbackend.kernels.quantised import Fp8Blocks, Int8Rows
+from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import A100, H100
 from epbackend.kernels.triton.kernels import TritonKernels
 
@@ -41,7 +42,7 @@ def same(weights: torch.Tensor) -> torch.Tensor:
         (
             H100,
             torch.randn(3, 128),
-            ExpertWeights(experts(Int8Rows.of).gate_up, experts(same).down),
+            ExpertWeights(experts(Int8Weights.of).gate_up, experts(same).down),
             "gate_up is int8 and down is float32; quantise both",
         ),
     ],
@@ -53,7 +54,7 @@ def test_experts_that_do_not_fit(place, chip, rows, weights, message):
 
 
 def test_biases_of_quantised_experts():
-    weights = replace(experts(Int8Rows.of), gate_up_bias_L2F=torch.zeros(2, 256))
+    weights = replace(experts(Int8Weights.of), gate_up_bias_L2F=torch.zeros(2, 256))
     with pytest.raises(
         ConfigError, match=r"int8 experts with biases are not supported; serve .* in bfloat16"
     ):
@@ -68,11 +69,11 @@ def test_dtypes_that_no_kernel_takes():
 
 
 def test_scales_of_the_wrong_shape():
-    blocks, rows = Fp8Blocks.of(torch.randn(2, 130, 256)), Int8Rows.of(torch.randn(2, 3, 4))
+    blocks, rows = Fp8Blocks.of(torch.randn(2, 130, 256)), Int8Weights.of(torch.randn(2, 3, 4))
     assert blocks.scale_LBB.shape == (2, 2, 2)
     with pytest.raises(ConfigError, match=r"scales of shape \[2, 2, 2\], one for each 128 x 128 block"):
-        Fp8Blocks(blocks.weight_LNK, blocks.scale_LBB[:, :1])
+        Fp8Blocks(blocks.values_LNK, blocks.scale_LBB[:, :1])
     with pytest.raises(
-        ConfigError, match=r"int8 experts need torch.int8 weights and scales of shape \[2, 3\]"
+        ConfigError, match=r"int8 experts need torch.int8 values and scales of shape \[2, 3\]"
     ):
-        Int8Rows(rows.weight_LNK, rows.scale_LN.T)
+        Int8Weights(rows.values_LNK, rows.scale_LN.T)

@@ -7,7 +7,8 @@ import torch
 from contract.dense import swiglu, tolerance
 
 from epbackend.kernels import ExpertWeights
-from epbackend.kernels.quantised import BLOCK, Fp8Blocks, Int8Rows
+from epbackend.kernels.fp8 import BLOCK, Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.reference import ReferenceKernels
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -94,7 +95,7 @@ def test_the_schedule_covers_each_row_once(place):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", [Fp8Blocks, Int8Rows])
+@pytest.mark.parametrize("form", [Fp8Blocks, Int8Weights])
 def test_quantised_experts(kernels, place, form, dtype):
     """Near the same experts in full precision; the bound is what 3 or 7 bits of mantissa leave of random rows."""
     if form is Fp8Blocks and not chip_of(place).fp8:

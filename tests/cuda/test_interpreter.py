@@ -16,11 +16,17 @@ pytestmark = pytest.mark.cpu
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[2]
+FEWER = ["--hypothesis-profile", "interpreter"]
 SUITES = {
-    "contract": ["tests/contract/test_kernels.py", "tests/contract/test_permute.py", "-k", "own"],
-    "level": ["tests/contract/test_level.py"],
+    "contract": ["tests/contract/test_kernels.py", "tests/contract/test_permute.py", "-k", "own", *FEWER],
+    "level": ["tests/contract/test_level.py", *FEWER],
+    "int8": ["tests/contract/test_int8.py", "-k", "test_experts and own"],
     "cuda": ["tests/cuda", "--ignore", "tests/cuda/test_gpu.py"],
-    "layer": ["tests/contract/test_layer.py", "-k", "test_dtypes_bias and level1 and float16"],
+    "layer": [
+        "tests/contract/test_layer.py",
+        "-k",
+        "(test_dtypes_bias and level1 and float16) or (test_every_split and level1 and 2-1)",
+    ],
 }
 
 

@@ -10,7 +10,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from contract.routing import routing
 
 from epbackend.kernels import ExpertWeights
-from epbackend.kernels.quantised import Fp8Blocks, Int8Rows
+from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import chip_of
 from epbackend.kernels.triton.guard import IdGuard
 
@@ -21,7 +22,7 @@ FORMS = {
     "odd bfloat16": (12, 10, torch.bfloat16, lambda weights: weights),
     "even bfloat16": (64, 32, torch.bfloat16, lambda weights: weights),
     "fp8": (128, 128, torch.bfloat16, Fp8Blocks.of),
-    "int8": (48, 32, torch.bfloat16, Int8Rows.of),
+    "int8": (48, 32, torch.bfloat16, Int8Weights.of),
 }
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epbackend.kernels.quantised import BLOCK, Fp8Blocks
+from epbackend.kernels.fp8 import BLOCK, Fp8Blocks
 from epbackend.kernels.triton.blocks import find_tile, load_block, multiply, store_block, swiglu
 from epbackend.kernels.triton.chip import Chip
 from epbackend.kernels.triton.matrix import aligned, matrix
@@ -25,7 +25,7 @@ def grouped_matmul_fp8(
     rows: Fp8Tokens, experts: Fp8Blocks, schedule: Schedule, tile: Tile, chip: Chip, dtype: torch.dtype
 ) -> Tensor:
     """rows_SN in `dtype`. Rows past the counts are left unwritten."""
-    count, columns = len(rows.values_SK), experts.weight_LNK.shape[1]
+    count, columns = len(rows.values_SK), experts.values_LNK.shape[1]
     out_SN = torch.empty(count, columns, dtype=dtype, device=rows.values_SK.device)
     _launch(rows, experts, schedule, tile, chip, out_SN, None)
     return out_SN
@@ -35,7 +35,7 @@ def gated_matmul_fp8(
     rows: Fp8Tokens, experts: Fp8Blocks, schedule: Schedule, tile: Tile, chip: Chip
 ) -> Fp8Tokens:
     """silu(gate) * up, quantised: F = N / 2 columns in blocks of 128, each the work of one tile."""
-    out = empty_fp8(len(rows.values_SK), experts.weight_LNK.shape[1] // 2, rows.values_SK.device)
+    out = empty_fp8(len(rows.values_SK), experts.values_LNK.shape[1] // 2, rows.values_SK.device)
     _launch(rows, experts, schedule, tile, chip, out.values_SK, out.scale_BS)
     return out
 
@@ -49,10 +49,10 @@ def _launch(
     out_SN: Tensor,
     out_scale_BS: Tensor | None,
 ) -> None:
-    (count, depth), (slots, height, _) = rows.values_SK.shape, experts.weight_LNK.shape
+    (count, depth), (slots, height, _) = rows.values_SK.shape, experts.values_LNK.shape
     if count == 0:
         return
-    weight_HK = experts.weight_LNK.view(slots * height, depth)
+    weight_HK = experts.values_LNK.view(slots * height, depth)
     tma = tile.tma and chip.tma and aligned(rows.values_SK) and aligned(weight_HK)
     _grouped_matmul_fp8[(chip.sms * tile.programs,)](
         matrix(rows.values_SK, (tile.rows, BLOCK), tma),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epbackend.kernels.quantised import Int8Rows
+from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.blocks import find_tile, load_block, multiply, store_block, swiglu
 from epbackend.kernels.triton.chip import Chip
 from epbackend.kernels.triton.matrix import aligned, matrix
@@ -21,7 +21,7 @@ from epbackend.kernels.triton.tile import Tile
 
 def grouped_matmul_int8(
     rows: Int8Tokens,
-    experts: Int8Rows,
+    experts: Int8Weights,
     schedule: Schedule,
     tile: Tile,
     chip: Chip,
@@ -31,12 +31,12 @@ def grouped_matmul_int8(
 ) -> Tensor:
     """rows_SN in `dtype`, or with `gated` rows_SF, F = N / 2. Rows past the counts are left unwritten."""
     count, depth = rows.values_SK.shape
-    slots, height, _ = experts.weight_LNK.shape
+    slots, height, _ = experts.values_LNK.shape
     columns = height // 2 if gated else height
     out_SN = torch.empty(count, columns, dtype=dtype, device=rows.values_SK.device)
     if count == 0:
         return out_SN
-    weight_HK = experts.weight_LNK.view(slots * height, depth)
+    weight_HK = experts.values_LNK.view(slots * height, depth)
     tma = tile.tma and chip.tma and aligned(rows.values_SK) and aligned(weight_HK)
     _grouped_matmul_int8[(chip.sms * tile.programs,)](
         matrix(rows.values_SK, (tile.rows, tile.depth), tma),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
-from epbackend.kernels.quantised import Fp8Blocks, Int8Rows
+from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.int8 import Int8Matrix, Int8Weights, stack
 from epbackend.kernels.triton import permute, split, swiglu, unpermute
 from epbackend.kernels.triton.chip import Chip, chip_of
 from epbackend.kernels.triton.products import Experts, Products, check_same_form
@@ -42,16 +43,16 @@ class TritonKernels:
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return swiglu.swiglu(rows_S2F)
 
-    def pack(self, weights_LNK: Iterable[Tensor] | Fp8Blocks | Int8Rows) -> Experts:
+    def pack(self, weights_LNK: Iterable[Tensor | Int8Matrix] | Fp8Blocks | Int8Weights) -> Experts:
         """Stacked as LMDeploy lays them; a contiguous tensor and quantised matrices are used where they are."""
-        if isinstance(weights_LNK, Fp8Blocks | Int8Rows):
-            return weights_LNK
+        if not isinstance(weights_LNK, Tensor | Fp8Blocks | Int8Weights):
+            weights_LNK = stack(weights_LNK)
         if not isinstance(weights_LNK, Tensor):
-            weights_LNK = torch.stack(list(weights_LNK))
+            return weights_LNK
         if weights_LNK.dtype not in DTYPES:
             raise ConfigError(
                 f"experts are {weights_LNK.dtype}, but device cuda multiplies {', '.join(map(str, DTYPES))}; convert "
-                "them, or quantise them (epbackend.kernels.quantised)"
+                "them, or quantise them (epbackend.kernels.int8, epbackend.kernels.fp8)"
             )
         return weights_LNK.detach().contiguous()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from epbackend.errors import ConfigError
-from epbackend.kernels.quantised import Fp8Blocks, Int8Rows
+from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import Chip
 from epbackend.kernels.triton.grouped import grouped_matmul
 from epbackend.kernels.triton.grouped_fp8 import gated_matmul_fp8, grouped_matmul_fp8
@@ -15,7 +16,7 @@ from epbackend.kernels.triton.schedule import Schedule, row_tiles
 from epbackend.kernels.triton.tile import Tile
 from epbackend.kernels.triton.tiles import Product, choose_tile, form_of, weight_of
 
-Experts = Tensor | Fp8Blocks | Int8Rows
+Experts = Tensor | Fp8Blocks | Int8Weights
 """Packed matrices: plain, or quantised."""
 
 
@@ -47,10 +48,10 @@ class Products:
         return self._multiply(rows, experts, bias_LN, gated=False)
 
     def _multiply(
-        self, rows_SK: Tensor, experts: Tensor | Int8Rows, bias_LN: Tensor | None, *, gated: bool
+        self, rows_SK: Tensor, experts: Tensor | Int8Weights, bias_LN: Tensor | None, *, gated: bool
     ) -> Tensor:
         tile, schedule = self._cut(experts, gated)
-        if isinstance(experts, Int8Rows):
+        if isinstance(experts, Int8Weights):
             rows = quantise_int8(rows_SK, schedule)
             return grouped_matmul_int8(
                 rows, experts, schedule, tile, self._chip, gated=gated, dtype=self._dtype

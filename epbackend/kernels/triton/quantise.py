@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from epbackend.errors import ConfigError
-from epbackend.kernels.quantised import BLOCK, FP8
+from epbackend.kernels.fp8 import BLOCK, FP8
 from epbackend.kernels.triton.blocks import INTERPRETED
 from epbackend.kernels.triton.schedule import Schedule, covered_rows
 

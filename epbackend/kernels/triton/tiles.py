@@ -17,7 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
-from epbackend.kernels.quantised import Fp8Blocks, Int8Rows
+from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import Chip
 from epbackend.kernels.triton.tile import Tile
 
@@ -40,16 +41,16 @@ class Product:
     depth: int
 
     @classmethod
-    def of(cls, rows: int, experts: Tensor | Fp8Blocks | Int8Rows, gated: bool) -> Product:
+    def of(cls, rows: int, experts: Tensor | Fp8Blocks | Int8Weights, gated: bool) -> Product:
         return cls(form_of(experts), gated, rows, *weight_of(experts).shape)
 
 
-def weight_of(experts: Tensor | Fp8Blocks | Int8Rows) -> Tensor:
+def weight_of(experts: Tensor | Fp8Blocks | Int8Weights) -> Tensor:
     """The matrices [L, N, K], without their scales."""
-    return experts if isinstance(experts, Tensor) else experts.weight_LNK
+    return experts if isinstance(experts, Tensor) else experts.values_LNK
 
 
-def form_of(experts: Tensor | Fp8Blocks | Int8Rows) -> str:
+def form_of(experts: Tensor | Fp8Blocks | Int8Weights) -> str:
     """The section of the table that serves these matrices."""
     if isinstance(experts, Tensor):
         return "float32" if experts.dtype == torch.float32 else "half"
