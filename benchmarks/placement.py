@@ -100,6 +100,7 @@ def budgets(loads: Loads) -> Rows:
     for window in windows(loads):
         budget = (288 - window.experts) * len(window.loaded_layers)
         each, shared = plan(window, ranks=144, slots=288), plan(window, ranks=144, budget=budget)
+        levelled = plan(window, ranks=144, slots=288, split="level")
         eplb = plan(window, ranks=144, slots=288, algorithm="eplb")
         by_name = {"decode_in1000out1000": (1.14, 1.12), "prefill_in4096": (1.25, 1.235)}
         weighted, by_need = by_name.get(window.names[0], (None, None))
@@ -108,7 +109,9 @@ def budgets(loads: Loads) -> Rows:
                 "loads": window.names[0],
                 "EPLB": f"{score(eplb, window).imbalance_mean:.4f}",
                 "ours": f"{score(each, window).imbalance_mean:.4f}",
-                "ours, level": figure(score(each, window, split="level").imbalance_mean, weighted),
+                "refined+level, level": figure(
+                    score(levelled, window, split="level").imbalance_mean, weighted
+                ),
                 "by need": figure(score(shared, window).imbalance_mean, by_need),
             }
         )
@@ -142,13 +145,17 @@ def splits(loads: Loads) -> Rows:
     (window, *_) = windows(loads)
     layers = window.loaded_layers
     rows = []
-    for ranks, slots, algorithm in (
-        (32, 288, "refined"),
-        (32, 288, "lplb"),
-        (32, 320, "refined"),
-        (64, 320, "refined"),
+    refined, for_level, lplb = {}, {"split": "level"}, {"algorithm": "lplb"}
+    for ranks, slots, name, asked in (
+        (32, 288, "refined", refined),
+        (32, 288, "refined+level", for_level),
+        (32, 288, "lplb", lplb),
+        (32, 320, "refined", refined),
+        (32, 320, "refined+level", for_level),
+        (64, 320, "refined", refined),
+        (64, 320, "refined+level", for_level),
     ):
-        placement = plan(window, ranks=ranks, slots=slots, algorithm=algorithm)
+        placement = plan(window, ranks=ranks, slots=slots, **asked)
         for tokens in (1024, 4096):
             batches = draw_batches(window, layers, choices=8 * tokens, batches=2, concentration=CONCENTRATION)
             split, gap, rounding, microseconds = zip(
@@ -156,7 +163,7 @@ def splits(loads: Loads) -> Rows:
             )
             rows.append(
                 {
-                    "EP/slots": f"{ranks}/{slots} {algorithm}",
+                    "EP/slots": f"{ranks}/{slots} {name}",
                     "tokens": tokens,
                     "even": f"{mean_imbalance(placement, layers, batches, 'even'):.4f}",
                     "level": f"{np.mean(split):.4f}",
@@ -237,7 +244,8 @@ def picture(placed: Rows, split: Rows) -> Figure:
         left.bar_label(bars, [f"{value:.2f}" for value in values])
     left.set(title="Placement: busiest rank above the mean, mean over layers", ylabel="%")
     left.set_xticks(range(len(sizes)), [f"EP{size}" for size in sizes])
-    names = [f"EP{row['EP/slots']} {row['tokens']} tokens".replace(" ", "\n", 2) for row in split]
+    split = [row for row in split if row["tokens"] == 4096]
+    names = ["EP" + row["EP/slots"].replace(" ", "\n") for row in split]
     for offset, column, color in ((-0.2, "even", PEER), (0.2, "level", OURS)):
         values = [100 * (float(row[column]) - 1) for row in split]
         right.bar(np.arange(len(names)) + offset, values, 0.38, label=f"split: {column}", color=color)

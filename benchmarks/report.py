@@ -38,7 +38,8 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         table.add_column(key, justify="right" if isinstance(rows[0][key], int | float) else "left")
     for row in rows:
         table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    console = Console()
+    Console(width=console.width if console.is_terminal else 200).print(table)
 
 
 def save(name: str, figures: dict[str, Any], picture: Figure) -> None:

@@ -58,7 +58,11 @@ def compare(
 
 def _table(table: ScoreTable) -> Table:
     shown = Table(
-        box=SIMPLE, title="load of the busiest rank, over the mean", title_justify="left", pad_edge=False
+        box=SIMPLE,
+        title="load of the busiest rank, over the mean",
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
     )
     for column in ("algorithm", "split"):
         shown.add_column(column, no_wrap=True)

@@ -89,7 +89,8 @@ class PlacementSettings(Section):
     split: SplitOrPhases = Field(
         default="even",
         description="Which copy a token takes: each in turn (even), the nearest, or the one that levels the ranks' "
-        "load (level; one small collective a layer). One for each phase: {prefill: level, decode: nearest}.",
+        "load (level; one small collective a layer). One for each phase: {prefill: level, decode: nearest}. "
+        "Where it is level in both, refined plans for that.",
     )
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 from epbackend.config import EPConfig, PlacementSettings
 from epbackend.device import get_device
 from epbackend.errors import ConfigError, UnavailableError
+from epbackend.moe import PHASES
 from epbackend.placement.formats import Hints, read_loads, read_placement
 from epbackend.placement.layout import Layout
 from epbackend.placement.loads import Loads
@@ -48,7 +49,7 @@ def warm_splits(config: EPConfig) -> None:
 
     The parent does so before its workers start, so that they find it there; a worker, before others wait for it.
     """
-    splits = map(config.placement.split_of, ("prefill", "decode"))
+    splits = map(config.placement.split_of, PHASES)
     if config.placement.given and "level" in splits and get_device(config.device).name == "cpu":
         layout, counts_RE = Layout.even(2, 2, 4), np.ones((2, 2), dtype=np.int64)
         own_quota(counts_RE, level_shares(counts_RE.sum(axis=0), layout), layout, source_rank=0)
@@ -76,7 +77,7 @@ def _read(file: str, node_size: int, ranks: int) -> Placement:
 
 
 def _plan(settings: PlacementSettings, loads: Loads, ranks: int) -> Placement:
-    sizes: dict[str, Any] = {"budget": settings.budget}
+    asked: dict[str, Any] = {"budget": settings.budget}
     if settings.budget is None:
         redundant = settings.redundant_experts or 0
         if short := -(loads.experts + redundant) % ranks:
@@ -84,15 +85,20 @@ def _plan(settings: PlacementSettings, loads: Loads, ranks: int) -> Placement:
                 f"redundant_experts: {redundant} beside {loads.experts} experts are {loads.experts + redundant} slots, "
                 f"which {ranks} ranks (ep_size) do not divide; use {redundant + short}, or a budget"
             )
-        sizes = {"slots": loads.experts + redundant}
+        asked = {"slots": loads.experts + redundant}
+    algorithm = settings.algorithm or "refined"
+    # What is best where every batch is levelled is not what is best under the other splits.
+    splits = set(map(settings.split_of, PHASES))
+    if algorithm == "refined" and splits == {"level"} and settings.objective == "tokens":
+        asked["split"] = "level"
     placement = plan(
         loads,
         ranks=ranks,
-        algorithm=settings.algorithm or "refined",
+        algorithm=algorithm,
         objective=settings.objective,
         node_size=settings.node_size,
         search_ms=settings.search_ms,
-        **sizes,
+        **asked,
     )
     logger.info("planned a placement by %s on %s", placement.provenance.algorithm, ", ".join(loads.names))
     return placement

@@ -12,7 +12,7 @@ from epbackend.placement.split import level_shares, own_quota
 def level_quota_on_host(
     counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
 ) -> Tensor:
-    """`Kernels.level_quota` on the host: a device is waited for, and its graphs cannot hold the call."""
+    """`Kernels.level_quota`. The counts come to the host: that waits for their device; no graph can hold it."""
     counts = counts_GE.cpu().contiguous().numpy()
     shares_P = level_shares(counts.sum(axis=0), layout)
     quota_P = own_quota(counts, shares_P, by_source, source, node_sources)

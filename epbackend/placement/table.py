@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from epbackend.placement.split.expected import SPLITS, expected_shares
 
 UNPLANNED = "unplanned"
 """The row of the even layout, which needs no planner."""
+FOR_LEVEL = "refined+level"
+"""The row of what the default planner makes for the `level` split."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def score_table(
 ) -> ScoreTable:
     """Plans with every algorithm, and judges each placement under every split.
 
-    algorithms: all that are known, and the even layout, unless given. One that was named and cannot do what is asked
-    raises its ConfigError; one that was not is left out with the reason.
+    algorithms: all that are known, FOR_LEVEL and the even layout, unless given. One that was named and cannot do what
+    is asked raises its ConfigError; one that was not is left out with the reason.
     baseline: the placement in use, from which moves are counted.  batches: noisy ones to draw for each layer.
     progress: called with (layers done, layers in all), summed over the algorithms.
     asked: `slots`, `budget`, `node_size` and `search_ms`, as `plan` takes them.
@@ -79,7 +81,8 @@ def score_table(
 
     warm_up()
     asked |= {"ranks": ranks, "objective": goal, "current": baseline, "seed": seed}
-    chosen = tuple(algorithms) if algorithms is not None else (UNPLANNED, *planner_names())
+    default, *others = planner_names()
+    chosen = algorithms if algorithms is not None else (UNPLANNED, default, FOR_LEVEL, *others)
     noises = [
         draw_batches(loads, loads.loaded_layers, batches=batches, concentration=concentration, seed=seed)
         for concentration in (None, CONCENTRATION)
@@ -131,7 +134,7 @@ def _rows(
     for split in splits:
         own = score(placement, loads, split=split, objective=objective, baseline=asked["current"])
         noise = [mean_imbalance(placement, loads.loaded_layers, n, split, objective) for n in noises]
-        rows.append(Row(own, seconds, noise[0], noise[1], drift.get(split)))
+        rows.append(Row(replace(own, algorithm=algorithm), seconds, noise[0], noise[1], drift.get(split)))
     return rows
 
 
@@ -150,6 +153,8 @@ def _drift(
 
 
 def _place(algorithm: str, loads: Loads, asked: dict[str, Any]) -> Placement:
+    if algorithm == FOR_LEVEL:
+        return plan(loads, algorithm="refined", split="level", **asked)
     if algorithm != UNPLANNED:
         return plan(loads, algorithm=algorithm, **asked)
     even = Placement.even(loads.layers, loads.experts, asked["ranks"], asked.get("slots"))
