@@ -25,7 +25,8 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
     def __init__(self, spec: PagedAttentionBuildSpec) -> None:
         if missing := _unsupported(spec):
             raise UnavailableError(
-                f"device: cpu has no paged attention with {missing}, which this model needs; use device: cuda"
+                f"device: cpu has no paged attention with {missing}, which this model needs; "
+                "serve it on a GPU by LMDeploy alone, until epbackend has its plug for device: cuda"
             )
         super().__init__(
             num_heads=spec.num_heads,
