@@ -6,12 +6,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from lmdeploy import GenerationConfig
+from lmdeploy.pytorch.backends.cuda.graph_runner.piecewise import piecewise_graph_execution
+from lmdeploy.pytorch.backends.cuda.step_metadata import CudaStepMetaPlan, collect_step_metadata
 from lmdeploy.pytorch.backends.moe import (
     FusedMoEBlockedF8BuildSpec,
     FusedMoEStaticF8BuildSpec,
@@ -21,16 +26,33 @@ from lmdeploy.pytorch.backends.moe import (
 )
 from lmdeploy.pytorch.check_env.dist import DistChecker
 
+import epbackend
 from epbackend import EPConfig
 from epbackend.device.cuda import CudaDevice
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.engines.lmdeploy import plug
+from epbackend.engines.lmdeploy.graphs import ExpertsBetweenGraphs
+from epbackend.engines.lmdeploy.moe import LayerExperts
+from epbackend.engines.lmdeploy.operators import expert_operator
 from epbackend.errors import ConfigError, UnavailableError
-from tests.engines.modules import COPIES, Case, E, Seen, built_for, load_module, module_equals_reference
+from tests.engines.interpreted import with_cuda_experts
+from tests.engines.models import greedy_tokens, prompts
+from tests.engines.modules import (
+    COPIES,
+    Case,
+    E,
+    Seen,
+    batch_of,
+    built_for,
+    load_module,
+    module_equals_reference,
+)
 
 pytestmark = pytest.mark.cuda
 FORMS = ("float", "fp8", "w8a8")
 ONE = {1: RankGroup.single()}
+FEW_TOKENS = 4
+FEW = GenerationConfig(max_new_tokens=FEW_TOKENS, do_sample=False, ignore_eos=True)
 
 
 def case(form: str, **settings) -> Case:
@@ -130,8 +152,6 @@ OTHERS = [
 
 @pytest.mark.parametrize("spec", OTHERS, ids=lambda spec: type(spec).__name__)
 def test_forms_that_are_not_spread(cuda, spec):
-    from epbackend.engines.lmdeploy.operators import expert_operator
-
     plug.enable(EPConfig.load({"device": "cuda", "ep_size": 2}))
     with pytest.raises(ConfigError, match=r"ep_size: 2, but this model's experts are .*use ep_size: 1"):
         expert_operator(spec, "cuda")
@@ -142,8 +162,6 @@ def test_forms_that_are_not_spread(cuda, spec):
 
 def test_w8a8_experts_of_a_layer_that_nobody_tells(cuda):
     """As layer 0 they would all get one layer's places."""
-    from epbackend.engines.lmdeploy.operators import expert_operator
-
     plug.enable(EPConfig.load({"device": "cuda"}))
     with pytest.raises(UnavailableError, match="do not tell which layer"):
         expert_operator(FusedMoEW8A8BuildSpec(2, E, False, torch.bfloat16, torch.int8, 1, None), "cuda")
@@ -164,3 +182,60 @@ def test_deep_ep_is_not_demanded(cuda):
         check(dp=2)
     with pytest.raises(ConfigError, match="Unsupported distributed_executor_backend"):
         check(executor="threads")
+
+
+def test_greedy_tokens_of_a_pipeline(cuda, checkpoint, monkeypatch):
+    """Two ranks, both levels. Attention and the rest are the CPU's, the experts are the CUDA kernels'."""
+    if not cuda.emulated:
+        pytest.skip("experts on a GPU want the whole engine there: make e2e-cuda")
+    with_cuda_experts(monkeypatch)
+    texts = prompts()[:2]
+    engine = {"session_len": 32, "cache_blocks": 32, "block_size": 16, "max_prefill_token_num": 16}
+    levels = {"prefill": 2, "decode": 1}
+    config = EPConfig.load({"device": "cpu", "ep_size": 2, "ep_level": levels, "engine": engine})
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), config) as pipe:
+        before = pipe.load()
+        answers = pipe(texts, gen_config=FEW, do_preprocess=False)
+        load = pipe.load().since(before)
+    assert [answer.token_ids for answer in answers] == greedy_tokens(
+        checkpoint("qwen3-moe"), texts, FEW_TOKENS
+    )
+    assert load.tokens_RLE.any(axis=2).all(), "every rank computed experts of every layer"
+
+
+def test_between_captured_pieces_the_filling_is_left_out(cuda):
+    """Prefill in pieces fills a batch up to a graph's size; experts see the batch alone."""
+    settings = case("float", tokens=(5,))
+    with built_for(settings, RankGroup.single()):
+        module, _ = load_module(settings)
+        hidden, ids, routed = (each.to(cuda.torch_device(0)) for each in batch_of(settings, 0))
+        expected = module(hidden[:3], routed[:3], ids[:3])
+        boundary = ExpertsBetweenGraphs(module.impl)
+        assert boundary.supports_piecewise_cuda_graph()
+        boundary.enable_piecewise_cuda_graph()
+        with piecewise_graph_execution(raw_tokens=3, token_bucket=5):
+            torch.testing.assert_close(module(hidden, routed, ids), expected)
+        assert len(module(hidden, routed, ids)) == 5
+
+
+def test_lmdeploy_knows_of_the_boundaries(cuda):
+    """Experts it does not know of would be captured with what surrounds them."""
+    with built_for(case("w8a8"), RankGroup.single()):
+        context = SimpleNamespace()
+        with (
+            mock.patch.object(CudaStepMetaPlan, "from_implementations") as resolve,
+            collect_step_metadata(context),
+        ):
+            load_module(case("w8a8"))
+    _, boundaries = resolve.call_args.args
+    assert [type(each) for each in boundaries] == [ExpertsBetweenGraphs]
+
+
+def test_a_compiled_decoder_leaves_our_layer_alone(cuda):
+    from lmdeploy.pytorch.backends.cuda.graph_runner import full_graph
+    from torch._dynamo import trace_rules
+
+    assert not trace_rules.check(LayerExperts.forward)
+    plug.enable(EPConfig.load({"device": "cuda"}))
+    full_graph._configure_decode_torch_compile()
+    assert trace_rules.check(LayerExperts.forward), "it is not traced"
