@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from lmdeploy.pytorch.config import DistConfig
@@ -59,12 +58,13 @@ class Case:
     tokens: tuple[int, ...] = (5, 3)
     """Of each group of ranks that hold the same ones."""
     dtype: torch.dtype = torch.float32
-    decoding: bool = True
-    engine: dict[str, Any] = field(default_factory=dict)
+    graphs: bool = False
+    """Whether decoding is captured, and so may not ask the device anything."""
 
     @property
     def config(self) -> EPConfig:
-        engine = {"dp": self.dp, "eager_mode": True} | self.engine
+        engine = {"dp": self.dp, "eager_mode": not self.graphs}
+        # The placement itself is handed over finished; the config says that there is one, and how tokens split.
         placement = {"split": "nearest", "file": "given"} if self.copies else {}
         return EPConfig.load(
             {
@@ -128,7 +128,7 @@ def built_for(case: Case, ranks: RankGroup) -> Iterator[None]:
         dist_config=DistConfig(dp=case.dp, ep=case.size),
     )
     steps = StepContextManager(BuildModelContext(max_batch_size=16))
-    step = SimpleNamespace(global_is_decoding=lambda: case.decoding)
+    step = SimpleNamespace(global_is_decoding=lambda: True)
     placement = Placement((COPIES,) * (LAYER + 1)) if case.copies else None
     plug.enable(case.config, placement)
     try:

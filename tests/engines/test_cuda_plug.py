@@ -106,6 +106,12 @@ def test_two_ranks(run, form, settings, dispatcher):
     assert computed == 3 * (8 if settings.get("dp") else 5)
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_two_ranks_as_decoding_is_captured(run, level):
+    """Ranks bring equally many tokens, and nothing is read back to size anything."""
+    run(case("float", size=2, dp=2, level=level, copies=True, tokens=(4, 4), graphs=True))
+
+
 def test_decoding_is_bounded_as_lmdeploys_graphs_are(cuda):
     """Drafted tokens count: a step has so many times more."""
     with built_for(case("float"), RankGroup.single()):
