@@ -51,6 +51,7 @@ from tests.engines.modules import (
 pytestmark = pytest.mark.cuda
 FORMS = ("float", "fp8", "w8a8")
 ONE = {1: RankGroup.single()}
+PLACE = CudaDevice().torch_device(0)
 FEW_TOKENS = 4
 FEW = GenerationConfig(max_new_tokens=FEW_TOKENS, do_sample=False, ignore_eos=True)
 
@@ -115,7 +116,7 @@ def test_two_ranks_as_decoding_is_captured(run, level):
 def test_decoding_is_bounded_as_lmdeploys_graphs_are(cuda):
     """Drafted tokens count: a step has so many times more."""
     with built_for(case("float"), RankGroup.single()):
-        module, _ = load_module(case("float"))
+        module, _ = load_module(case("float"), PLACE)
         assert module.impl.settings["decode"].max_tokens == 16
         assert module.impl.settings["prefill"].max_tokens is None
 
@@ -129,7 +130,7 @@ def test_decoding_is_bounded_as_lmdeploys_graphs_are(cuda):
 )
 def test_fp8_that_is_not_computed(cuda, changed, match):
     with built_for(case("fp8"), RankGroup.single()):
-        module, _ = load_module(case("fp8"))
+        module, _ = load_module(case("fp8"), PLACE)
         spec: FusedMoEBlockedF8BuildSpec = replace(module.impl.spec, **changed)
         with pytest.raises(ConfigError, match=match):
             _backend().build_op(spec)
@@ -213,8 +214,8 @@ def test_between_captured_pieces_the_filling_is_left_out(cuda):
     """Prefill in pieces fills a batch up to a graph's size; experts see the batch alone."""
     settings = case("float", tokens=(5,))
     with built_for(settings, RankGroup.single()):
-        module, _ = load_module(settings)
-        hidden, ids, routed = (each.to(cuda.torch_device(0)) for each in batch_of(settings, 0))
+        module, _ = load_module(settings, PLACE)
+        hidden, ids, routed = (each.to(PLACE) for each in batch_of(settings, 0))
         expected = module(hidden[:3], routed[:3], ids[:3])
         boundary = ExpertsBetweenGraphs(module.impl)
         assert boundary.supports_piecewise_cuda_graph()
@@ -232,7 +233,7 @@ def test_lmdeploy_knows_of_the_boundaries(cuda):
             mock.patch.object(CudaStepMetaPlan, "from_implementations") as resolve,
             collect_step_metadata(context),
         ):
-            load_module(case("w8a8"))
+            load_module(case("w8a8"), PLACE)
     _, boundaries = resolve.call_args.args
     assert [type(each) for each in boundaries] == [ExpertsBetweenGraphs]
 
