@@ -11,9 +11,10 @@ from epbackend.dispatch.mc2 import Mc2
 from epbackend.dispatch.passes import row_bound
 from epbackend.dispatch.replicated import Replicated
 from epbackend.dispatch.sliced import Sliced
+from epbackend.dispatch.symmetric import Symmetric
 from epbackend.errors import ConfigError
 
-DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, AllToAll)
+DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, Symmetric, AllToAll)
 """The one that is preferred where several can serve comes first."""
 
 
