@@ -16,7 +16,7 @@ DEVICE ?= A3
 RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda clean distclean
+.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,7 +58,7 @@ test-cpu: setup ## the suite on the CPU; tests of a device that is missing skip 
 # A machine with a GPU brings its own Python with torch, triton and pytest; nothing is installed there.
 test-cuda: ## the contract suite and the kernels' own tests on a CUDA GPU
 	$(CUDA_PYTHON) -m pytest tests/cuda tests/symmetric $(addprefix tests/contract/test_,kernels.py permute.py level.py) -m cuda
-	$(CUDA_PYTHON) -m pytest tests/contract/test_layer.py tests/contract/test_int8.py -m cuda -k "1-1 or test_experts"  # one rank: NCCL wants a GPU for each
+	$(CUDA_PYTHON) -m pytest $(addprefix tests/contract/test_,layer.py int8.py fp8.py) -m cuda -k "1-1 or test_experts or test_values"  # one rank: NCCL wants a GPU for each
 	@if command -v compute-sanitizer >/dev/null; then \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 	    $(CUDA_PYTHON) -m pytest -q tests/cuda/test_sanitized.py -m cuda; \
@@ -91,6 +91,9 @@ bench-cuda: ## the CUDA kernels beside their peers on a GPU; LMDEPLOY=folder of 
 
 tune-cuda: ## the best tile of each product on this GPU, written to tiles.json
 	$(CUDA_PYTHON) -m benchmarks.cuda.tune --write
+
+gather-gpu: setup ## one folder, out/gpu, with all that a GPU machine without network needs; GATHER="--python 3.11 --with ray"
+	$(BIN)/python scripts/gather_gpu.py $(GATHER)
 
 clean: ## caches and results of runs
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

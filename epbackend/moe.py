@@ -18,9 +18,9 @@ Usable on its own, without any serving engine. In a script started by `torchrun 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
+from epbackend.kernels.forms import Matrices
 from epbackend.slots import SlotMap
 from epbackend.split import TokenSplit
 
@@ -84,8 +85,8 @@ class ExpertParallelMoE:
 
     def __init__(
         self,
-        gate_up_L2FD: Iterable[Tensor],
-        down_LDF: Iterable[Tensor],
+        gate_up_L2FD: Matrices,
+        down_LDF: Matrices,
         *,
         slot_map: SlotMap,
         ranks: RankGroup,
@@ -96,19 +97,21 @@ class ExpertParallelMoE:
         gate_up_bias_L2F: Tensor | None = None,
         down_bias_LD: Tensor | None = None,
         activation: Callable[[Tensor], Tensor] | None = None,
+        check_ids: bool = True,
         layer: int = 0,
     ) -> None:
         """Pack this rank's experts and choose how rows travel.
 
-        `gate_up_L2FD` and `down_LDF` hold the experts of `slot_map.local_experts(ranks.rank)`, [out, in] each, as one
-        tensor or as any iterable of matrices. They are packed one by one and no reference to them is kept: from a
-        generator that reads the checkpoint, the weights never exist twice. `settings` is one for both phases, or one
-        for each ("prefill", "decode"); so is `split`, which chooses among the copies of an expert: even, nearest or
-        level (`epbackend.split`). `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU.
-        `layer` only serves messages.
+        `gate_up_L2FD` and `down_LDF` hold the experts of `slot_map.local_experts(ranks.rank)`, [out, in] each: one
+        tensor, `Int8Weights` or `Fp8Blocks` of all, or any iterable of matrices (`epbackend.kernels.forms`). The CPU
+        repacks matrices one by one and keeps no reference to them, so that from a generator that reads the checkpoint
+        they never exist twice; cuda and ascend use whole forms where they are. `settings` is one for both phases, or
+        one for each ("prefill", "decode"); so is `split`, which chooses among the copies of an expert: even, nearest
+        or level (`epbackend.split`). `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU.
+        `check_ids` tells of experts that do not exist; `layer` only serves messages.
 
-        Raises ConfigError for weights, map, ranks and settings that do not fit each other, and UnavailableError for a
-        device that cannot be used here.
+        Raises ConfigError for weights, map, ranks and settings that do not fit each other and for a form of weights
+        that the device does not take, and UnavailableError for a device that cannot be used here.
         """
         if slot_map.ranks != ranks.size:
             raise ConfigError(f"slot_map is for {slot_map.ranks} ranks, but {ranks.size} share the experts")
@@ -121,7 +124,8 @@ class ExpertParallelMoE:
         }
         chosen = {phase: choose(problem) for phase, problem in problems.items()}
         self._splits = {
-            phase: TokenSplit(split_of[phase], slot_map, problem) for phase, problem in problems.items()
+            phase: TokenSplit(split_of[phase], slot_map, problem, check_ids)
+            for phase, problem in problems.items()
         }
         self._slots = slots = len(slot_map.local_experts(ranks.rank))
         self._dispatchers = {phase: dispatcher for phase, (dispatcher, _) in chosen.items()}
@@ -144,7 +148,8 @@ class ExpertParallelMoE:
         """out_TD, in the dtype of `hidden_TD`, for this rank's T tokens (T = 0 too).
 
         `topk_ids_TK` are logical experts. All ranks make the call together and name the same phase. Raises
-        CollectiveError when a rank does not take part in time.
+        CollectiveError when a rank does not take part in time, and ConfigError for ids that no expert has: on a CPU at
+        once, on other devices in a later call that is not replayed from a graph, since none waits for the device.
         """
         if phase not in PHASES:
             raise ConfigError(f"phase {phase!r} is unknown; it is one of {', '.join(PHASES)}")
@@ -170,11 +175,22 @@ def _by_phase(name: str, value: Value | Mapping[str, Value]) -> Mapping[str, Val
     return found
 
 
-def _exactly(slots: int, matrices: Iterable[Tensor], name: str) -> Iterator[Tensor]:
-    """The matrices one by one; raises ConfigError unless they are as many as the slots."""
+def _exactly(slots: int, matrices: Matrices, name: str) -> Matrices:
+    """The matrices as they came; raises ConfigError, for an iterator at its end, unless they are as many as slots."""
+    if isinstance(matrices, Sized):
+        _check_count(slots, len(matrices), name)
+        return matrices
+    return _counted(slots, matrices, name)
+
+
+def _counted(slots: int, matrices: Iterable[Any], name: str) -> Iterator[Any]:
     count = 0
     for matrix in matrices:
         count += 1
         yield matrix
+    _check_count(slots, count, name)
+
+
+def _check_count(slots: int, count: int, name: str) -> None:
     if count != slots:
         raise ConfigError(f"{name} has {count} experts, but this rank has {slots} slots")

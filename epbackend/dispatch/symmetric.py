@@ -41,6 +41,8 @@ class Symmetric(Dispatcher):
             return "it needs device cuda with its Triton kernels"
         if problem.settings.static and problem.settings.max_tokens is None:
             return "nothing bounds this phase's tokens (decode is bounded by engine.max_batch_size)"
+        if problem.settings.transport != "full":
+            return f"its rows travel in full, and transport is {problem.settings.transport}"
         return not_built() or unreachable(problem.ranks, problem.settings.timeout_s)
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:

@@ -6,13 +6,16 @@ F expert width, L local slots, S expanded rows (one for each choice of a token t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from epbackend.placement.layout import Layout
+from epbackend.kernels.copies import EvenCopies, LevelCopies, Split
+from epbackend.kernels.forms import Matrices
+from epbackend.kernels.guard import IdGuard
 
 Packed = Any  # the matrices of L slots in a device's own layout: only the kernels that packed them read them
 
@@ -59,10 +62,11 @@ class Kernels(Protocol):
     def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Add weight * row to each row's token in `out_TD` (float32), in a fixed order."""
 
-    def pack(self, weights_LNK: Iterable[Any]) -> Packed:
+    def pack(self, weights_LNK: Matrices) -> Packed:
         """Bring [out, in] matrices, one a slot, into the layout that `grouped_matmul` reads fastest.
 
-        All are tensors, or all are `int8.Int8Matrix` (W8A8).
+        What is whole and has that layout already is used where it is. Raises ConfigError, with the forms that would do,
+        for one that the device does not take (float8, int8, a dtype).
         """
 
     def grouped_matmul(
@@ -76,12 +80,15 @@ class Kernels(Protocol):
     def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
         """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot."""
 
-    def level_quota(
-        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
-    ) -> Tensor:
-        """quota_P (int64): how many of a source's choices each slot takes, so that the ranks' loads are level.
+    def even_split(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> Split:
+        """What finds a slot for each choice of tokens on `device`, its expert's copies sharing equally.
 
-        `counts_GE` (int64) are the choices of all G sources, `layout` the slots of the ranks, and `by_source` the same
-        slots with each source's ranks taken together. The result is `placement.split.own_quota` of
-        `placement.split.level_shares`, to the last token: all ranks must agree.
+        To the last token `placement.split.assign` of `even_shares` or `nearest_quota`, the turn moving on by one with
+        each call. An id that no expert has is served as one that exists, and told to the guard.
+        """
+
+    def level_split(self, copies: LevelCopies, device: torch.device, guard: IdGuard | None) -> Split:
+        """The same with shares that level the ranks' loads.
+
+        To the last token `assign` of `own_quota` of `level_shares`, for all ranks must agree.
         """

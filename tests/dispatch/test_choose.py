@@ -55,6 +55,7 @@ def test_pinned_is_taken_and_says_so():
             "unknown; known are auto, replicated, allgather, mc2, symmetric, alltoall",
         ),
         ({"level": 3}, "no dispatcher serves ep_level 3"),
+        ({"transport": "int4"}, "transport 'int4' is unknown; it is one of full, int8, fp8"),
         ({"topk_scaling_factor": 0.1}, "smallest factor that works is 0.125"),
     ],
 )

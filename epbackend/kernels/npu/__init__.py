@@ -6,22 +6,23 @@ device; but for the split `level`, which the host computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
-from epbackend.kernels.int8 import Int8Matrix, Int8Weights, stack
-from epbackend.kernels.level import level_quota_on_host
+from epbackend.kernels.forms import Matrices, stacked
+from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.npu import limits, ops
-from epbackend.placement.layout import Layout
+from epbackend.kernels.splits import TorchSplits
 
 NpuWeights = Tensor | Int8Weights  # weights_LNK as they are: the products read them through transposed views
 
 
-class NpuKernels:
+class NpuKernels(TorchSplits):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     @cached_property
@@ -60,8 +61,12 @@ class NpuKernels:
         sums_TD = ops.token_unpermute(rows_SD.float(), row_TK.reshape(-1), weights_TK)
         out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
 
-    def pack(self, weights_LNK: Iterable[Tensor | Int8Matrix]) -> NpuWeights:
-        packed = stack(weights_LNK)
+    def pack(self, weights_LNK: Matrices) -> NpuWeights:
+        packed = stacked(weights_LNK)
+        if isinstance(packed, Fp8Blocks):
+            raise ConfigError(
+                "device ascend: float8 experts are not supported; serve this model in bfloat16 or W8A8"
+            )
         limits.check_weights(packed)
         return packed
 
@@ -81,11 +86,6 @@ class NpuKernels:
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return ops.swiglu(rows_S2F)
-
-    def level_quota(
-        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
-    ) -> Tensor:
-        return level_quota_on_host(counts_GE, layout, by_source, source, node_sources)
 
     def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
         int8 = isinstance(weights.down, Int8Weights) and weights.activation is None

@@ -5,19 +5,17 @@ Every method can be captured in a CUDA graph: none waits for the GPU or reads an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
-from epbackend.kernels.fp8 import Fp8Blocks
-from epbackend.kernels.int8 import Int8Matrix, Int8Weights, stack
+from epbackend.kernels.copies import EvenCopies, LevelCopies, Split
+from epbackend.kernels.forms import Experts, Matrices, stacked
+from epbackend.kernels.guard import IdGuard
 from epbackend.kernels.triton import permute, split, swiglu, unpermute
 from epbackend.kernels.triton.chip import Chip, chip_of
-from epbackend.kernels.triton.products import Experts, Products, check_same_form
-from epbackend.placement.layout import Layout
+from epbackend.kernels.triton.products import Products, check_same_form
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,18 +44,17 @@ class TritonKernels:
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return swiglu.swiglu(rows_S2F)
 
-    def pack(self, weights_LNK: Iterable[Tensor | Int8Matrix] | Fp8Blocks | Int8Weights) -> Experts:
+    def pack(self, weights_LNK: Matrices) -> Experts:
         """Stacked as LMDeploy lays them; a contiguous tensor and quantised matrices are used where they are."""
-        if not isinstance(weights_LNK, Tensor | Fp8Blocks | Int8Weights):
-            weights_LNK = stack(weights_LNK)
-        if not isinstance(weights_LNK, Tensor):
-            return weights_LNK
-        if weights_LNK.dtype not in DTYPES:
+        packed = stacked(weights_LNK)
+        if not isinstance(packed, Tensor):
+            return packed
+        if packed.dtype not in DTYPES:
             raise ConfigError(
-                f"experts are {weights_LNK.dtype}, but device cuda multiplies {', '.join(map(str, DTYPES))}; convert "
+                f"experts are {packed.dtype}, but device cuda multiplies {', '.join(map(str, DTYPES))}; convert "
                 "them, or quantise them (epbackend.kernels.int8, epbackend.kernels.fp8)"
             )
-        return weights_LNK.detach().contiguous()
+        return packed
 
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Experts, counts_L: Tensor, bias_LN: Tensor | None = None
@@ -73,10 +70,11 @@ class TritonKernels:
             rows_SF = weights.activation(products.plain(rows_SD, weights.gate_up, weights.gate_up_bias_L2F))
         return products.plain(rows_SF, weights.down, weights.down_bias_LD)
 
-    def level_quota(
-        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
-    ) -> Tensor:
-        return split.level_quota(counts_GE, layout, by_source, source, node_sources)
+    def even_split(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> Split:
+        return split.EvenSplit(copies, device, guard)
+
+    def level_split(self, copies: LevelCopies, device: torch.device, guard: IdGuard | None) -> Split:
+        return split.level_split(copies, device, guard, self._chip)
 
     def _products(self, rows_SD: Tensor, counts_L: Tensor) -> Products:
         return Products(self._chip or chip_of(rows_SD.device), rows_SD, counts_L)
