@@ -18,9 +18,9 @@ Usable on its own, without any serving engine. In a script started by `torchrun 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
+from epbackend.kernels.forms import Matrices
 from epbackend.slots import SlotMap
 from epbackend.split import TokenSplit
 
@@ -84,8 +85,8 @@ class ExpertParallelMoE:
 
     def __init__(
         self,
-        gate_up_L2FD: Iterable[Tensor],
-        down_LDF: Iterable[Tensor],
+        gate_up_L2FD: Matrices,
+        down_LDF: Matrices,
         *,
         slot_map: SlotMap,
         ranks: RankGroup,
@@ -100,15 +101,16 @@ class ExpertParallelMoE:
     ) -> None:
         """Pack this rank's experts and choose how rows travel.
 
-        `gate_up_L2FD` and `down_LDF` hold the experts of `slot_map.local_experts(ranks.rank)`, [out, in] each, as one
-        tensor or as any iterable of matrices. They are packed one by one and no reference to them is kept: from a
-        generator that reads the checkpoint, the weights never exist twice. `settings` is one for both phases, or one
-        for each ("prefill", "decode"); so is `split`, which chooses among the copies of an expert: even, nearest or
-        level (`epbackend.split`). `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU.
+        `gate_up_L2FD` and `down_LDF` hold the experts of `slot_map.local_experts(ranks.rank)`, [out, in] each: one
+        tensor, `Int8Weights` or `Fp8Blocks` of all, or any iterable of matrices (`epbackend.kernels.forms`). The CPU
+        repacks matrices one by one and keeps no reference to them, so that from a generator that reads the checkpoint
+        they never exist twice; cuda and ascend use whole forms where they are. `settings` is one for both phases, or
+        one for each ("prefill", "decode"); so is `split`, which chooses among the copies of an expert: even, nearest
+        or level (`epbackend.split`). `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU.
         `layer` only serves messages.
 
-        Raises ConfigError for weights, map, ranks and settings that do not fit each other, and UnavailableError for a
-        device that cannot be used here.
+        Raises ConfigError for weights, map, ranks and settings that do not fit each other and for a form of weights
+        that the device does not take, and UnavailableError for a device that cannot be used here.
         """
         if slot_map.ranks != ranks.size:
             raise ConfigError(f"slot_map is for {slot_map.ranks} ranks, but {ranks.size} share the experts")
@@ -170,11 +172,22 @@ def _by_phase(name: str, value: Value | Mapping[str, Value]) -> Mapping[str, Val
     return found
 
 
-def _exactly(slots: int, matrices: Iterable[Tensor], name: str) -> Iterator[Tensor]:
-    """The matrices one by one; raises ConfigError unless they are as many as the slots."""
+def _exactly(slots: int, matrices: Matrices, name: str) -> Matrices:
+    """The matrices as they came; raises ConfigError, for an iterator at its end, unless they are as many as slots."""
+    if isinstance(matrices, Sized):
+        _check_count(slots, len(matrices), name)
+        return matrices
+    return _counted(slots, matrices, name)
+
+
+def _counted(slots: int, matrices: Iterable[Any], name: str) -> Iterator[Any]:
     count = 0
     for matrix in matrices:
         count += 1
         yield matrix
+    _check_count(slots, count, name)
+
+
+def _check_count(slots: int, count: int, name: str) -> None:
     if count != slots:
         raise ConfigError(f"{name} has {count} experts, but this rank has {slots} slots")

@@ -6,12 +6,13 @@ F expert width, L local slots, S expanded rows (one for each choice of a token t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from epbackend.kernels.forms import Matrices
 from epbackend.placement.layout import Layout
 
 Packed = Any  # the matrices of L slots in a device's own layout: only the kernels that packed them read them
@@ -59,10 +60,11 @@ class Kernels(Protocol):
     def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Add weight * row to each row's token in `out_TD` (float32), in a fixed order."""
 
-    def pack(self, weights_LNK: Iterable[Any]) -> Packed:
+    def pack(self, weights_LNK: Matrices) -> Packed:
         """Bring [out, in] matrices, one a slot, into the layout that `grouped_matmul` reads fastest.
 
-        All are tensors, or all are `int8.Int8Matrix` (W8A8).
+        What is whole and has that layout already is used where it is. Raises ConfigError, with the forms that would do,
+        for one that the device does not take (float8, int8, a dtype).
         """
 
     def grouped_matmul(

@@ -7,12 +7,12 @@ never multiplying fewer than four rows, which oneDNN does slower than four.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from epbackend.kernels import Packed
+from epbackend.kernels.forms import Matrices, stacked
+from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.hugepages import use_huge_pages
 from epbackend.kernels.int8 import Int8Matrix, Int8Weights
 from epbackend.kernels.reference import ReferenceKernels
@@ -24,11 +24,16 @@ BLOCK_ROWS = 256
 
 
 class CpuKernels(ReferenceKernels):
-    """The reference with a faster matrix product. A packed weight is a list, so that one slot can be replaced."""
+    """The reference with a faster matrix product. A packed weight is a list, so that one slot can be replaced.
 
-    def pack(self, weights_LNK: Iterable[Tensor | Int8Matrix]) -> Packed:
+    Quantised experts are left to the reference: right, for trying things out, and slow.
+    """
+
+    def pack(self, weights_LNK: Matrices) -> Packed:
+        if isinstance(weights_LNK, Fp8Blocks | Int8Weights):
+            return stacked(weights_LNK)
         packed = [weight if isinstance(weight, Int8Matrix) else _pack_one(weight) for weight in weights_LNK]
-        return super().pack(packed) if isinstance(packed[0], Int8Matrix) else packed
+        return stacked(packed) if isinstance(packed[0], Int8Matrix) else packed
 
     def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Block by block: a float32 copy of all rows at once costs page faults, and memory that no cutoff bounds."""
@@ -38,7 +43,7 @@ class CpuKernels(ReferenceKernels):
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Packed, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
-        if isinstance(packed, Int8Weights) or not packed[0].is_mkldnn:
+        if not isinstance(packed, list) or not packed[0].is_mkldnn:
             return super().grouped_matmul(rows_SK, packed, counts_L, bias_LN)
         rows_SN = rows_SK.new_empty(rows_SK.shape[0], packed[0].shape[0])
         first = 0

@@ -1,6 +1,7 @@
 """Experts of float8, DeepSeek-V3's own format: `weight` and `weight_scale_inv` of its checkpoints.
 
 Rows are quantised as they come, with one scale for each 128 values. L slots, N outputs, K inputs, B = 128-wide blocks.
+Where kernels take matrices, `Fp8Blocks` may stand for all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from epbackend.errors import ConfigError
 
@@ -35,6 +36,9 @@ class Fp8Blocks:
                 f"these are {self.values_LNK.dtype} with scales of shape {list(self.scale_LBB.shape)}"
             )
 
+    def __len__(self) -> int:
+        return len(self.values_LNK)
+
     @classmethod
     def of(cls, weight_LNK: Tensor) -> Fp8Blocks:
         """Quantise full-precision matrices."""
@@ -51,3 +55,30 @@ class Fp8Blocks:
         _, columns, depth = self.values_LNK.shape
         scale_LNK = self.scale_LBB.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
         return self.values_LNK.float() * scale_LNK[:, :columns, :depth]
+
+
+def quantize_rows(rows_SK: Tensor) -> tuple[Tensor, Tensor]:
+    """(values_SK float8, scale_SB float32): the largest of each 128 values of a row becomes 448."""
+    depth = rows_SK.shape[1]
+    blocks_SBX = pad(rows_SK.float(), (0, -depth % BLOCK)).unflatten(1, (-1, BLOCK))
+    largest_SB = blocks_SBX.abs().amax(2)
+    scale_SB = torch.where(largest_SB > 0, largest_SB / FP8_MAX, 1.0)
+    return (blocks_SBX / scale_SB.unsqueeze(2)).flatten(1)[:, :depth].to(FP8), scale_SB
+
+
+def grouped_matmul(
+    rows_SK: Tensor, weights: Fp8Blocks, counts_L: Tensor, bias_LN: Tensor | None = None
+) -> Tensor:
+    """rows_SN in the type of `rows_SK`: the reference of `Kernels.grouped_matmul` for float8 weights."""
+    _, columns, depth = weights.values_LNK.shape
+    values_SK, scale_SB = quantize_rows(rows_SK)
+    rounded_SK = values_SK.float() * scale_SB.repeat_interleave(BLOCK, 1)[:, :depth]
+    rows_SN = rows_SK.new_empty(len(rows_SK), columns)
+    first = 0
+    for slot, count in enumerate(counts_L.tolist()):
+        part, only = slice(first, first + count), slice(slot, slot + 1)
+        matrix_NK = Fp8Blocks(weights.values_LNK[only], weights.scale_LBB[only]).dequantised()[0]
+        bias_N = None if bias_LN is None else bias_LN[slot].float()
+        rows_SN[part] = linear(rounded_SK[part], matrix_NK, bias_N)
+        first += count
+    return rows_SN

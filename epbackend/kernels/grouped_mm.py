@@ -6,14 +6,12 @@ rows past the counts uninitialised.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from epbackend.errors import ConfigError
 from epbackend.kernels import Permuted
-from epbackend.kernels.int8 import Int8Matrix, Int8Weights, stack
+from epbackend.kernels.forms import Matrices, stacked
 from epbackend.kernels.reference import ReferenceKernels, buckets
 
 
@@ -47,10 +45,10 @@ class GroupedMmKernels(ReferenceKernels):
             part_TD = rows_SD[row_T.clamp(min=0)].float() * weight_T.float()[:, None]
             out_TD += torch.where((row_T >= 0)[:, None], part_TD, 0.0)
 
-    def pack(self, weights_LNK: Iterable[Tensor | Int8Matrix]) -> Tensor:
-        stacked_LNK = weights_LNK if isinstance(weights_LNK, Tensor) else stack(weights_LNK)
-        if isinstance(stacked_LNK, Int8Weights):
-            raise ConfigError("torch._grouped_mm takes no int8 experts; use the kernels triton")
+    def pack(self, weights_LNK: Matrices) -> Tensor:
+        stacked_LNK = stacked(weights_LNK)
+        if not isinstance(stacked_LNK, Tensor):
+            raise ConfigError("torch._grouped_mm takes no quantised experts; use the kernels triton")
         if (
             stacked_LNK.shape[2] * stacked_LNK.itemsize % 16
             or stacked_LNK.shape[1] * stacked_LNK.itemsize % 16
@@ -59,7 +57,7 @@ class GroupedMmKernels(ReferenceKernels):
                 f"torch._grouped_mm takes widths of a multiple of 16 bytes, and the experts are "
                 f"{stacked_LNK.shape[2]} x {stacked_LNK.shape[1]} in {stacked_LNK.dtype}; use the kernels triton"
             )
-        return stacked_LNK.contiguous()
+        return stacked_LNK
 
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Tensor, counts_L: Tensor, bias_LN: Tensor | None = None

@@ -2,15 +2,13 @@
 
     row ~ q_row * scale_S,  weight ~ q_weight * scale_N,  so  row @ weight.T ~ (q_row @ q_weight.T) * scale_S * scale_N
 
-Where kernels take matrices, an `Int8Matrix` may stand for each of them: packing, products and experts then run in int8,
-under the same signatures.
+Where kernels take matrices, `Int8Weights` may stand for all of them, or an `Int8Matrix` for each: packing, products and
+experts then run in int8, under the same signatures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +48,9 @@ class Int8Weights:
                 f"each output; these are {self.values_LNK.dtype} with scales of shape {list(self.scale_LN.shape)}"
             )
 
+    def __len__(self) -> int:
+        return len(self.values_LNK)
+
     @classmethod
     def of(cls, weight_LNK: Tensor) -> Int8Weights:
         """The nearest ones to float matrices."""
@@ -59,15 +60,6 @@ class Int8Weights:
     def dequantised(self) -> Tensor:
         """The matrices that these stand for (float32 [L, N, K])."""
         return self.values_LNK.float() * self.scale_LN.unsqueeze(2)
-
-
-def stack(matrices_L: Iterable[Any]) -> Tensor | Int8Weights:
-    """weights_LNK of matrices that are all tensors, or all `Int8Matrix`."""
-    matrices = list(matrices_L)
-    if not isinstance(matrices[0], Int8Matrix):
-        return torch.stack(matrices)
-    values_LNK = torch.stack([matrix.values_NK for matrix in matrices])
-    return Int8Weights(values_LNK, torch.stack([matrix.scale_N.float() for matrix in matrices]))
 
 
 def quantize_rows(rows_SK: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,12 @@ Example of `permute`, two local slots, three tokens with two choices each (9 is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from epbackend.kernels import ExpertWeights, Packed, Permuted, int8
+from epbackend.kernels import ExpertWeights, Packed, Permuted, fp8, int8
+from epbackend.kernels.forms import Matrices, stacked
 from epbackend.kernels.level import level_quota_on_host
 from epbackend.placement.layout import Layout
 
@@ -46,14 +45,16 @@ class ReferenceKernels:
         weight_S1 = weights_TK.take(source_S).float().unsqueeze(1)
         out_TD.index_add_(0, source_S // weights_TK.shape[1], rows_SD.float() * weight_S1)
 
-    def pack(self, weights_LNK: Iterable[Tensor | int8.Int8Matrix]) -> Packed:
-        return int8.stack(weights_LNK)
+    def pack(self, weights_LNK: Matrices) -> Packed:
+        return stacked(weights_LNK)
 
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Packed, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
         if isinstance(packed, int8.Int8Weights):
             return int8.grouped_matmul(rows_SK, packed, counts_L, bias_LN)
+        if isinstance(packed, fp8.Fp8Blocks):
+            return fp8.grouped_matmul(rows_SK, packed, counts_L, bias_LN)
         rows_SN = rows_SK.new_empty(rows_SK.shape[0], packed[0].shape[0])
         first = 0
         for slot, count in enumerate(counts_L.tolist()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from epbackend.device import get_device
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.kernels import ExpertWeights, int8
+from epbackend.kernels.forms import Matrices
 from epbackend.moe import ExpertParallelMoE
 from epbackend.slots import SlotMap
 
@@ -59,13 +62,20 @@ def test_experts(kernels, device, dtype, width, slots):
     close(out_SD[:rows], dense_moe(rows_SD[:rows], slot_S1, torch.ones(rows, 1), gate_up_L2FD, down_LDF))
 
 
+def whole(weights_EXX: torch.Tensor, place: torch.device) -> int8.Int8Weights:
+    weights = int8.Int8Weights.of(weights_EXX)
+    return int8.Int8Weights(weights.values_LNK.to(place), weights.scale_LN.to(place))
+
+
 def layer_is_close(
     groups: dict[int, RankGroup],
     settings: DispatchSettings,
     slots: tuple[int, ...],
     name: str,
     hidden_size: int = D,
+    form: Callable[[torch.Tensor, torch.device], Matrices] = quantized,
 ) -> None:
+    """Run a layer of experts in a quantised form, fail unless this rank's tokens get what the float layer gives."""
     ranks = groups[1]
     device = get_device(name)
     place = device.torch_device(ranks.rank)
@@ -75,8 +85,8 @@ def layer_is_close(
     down = torch.randn(E, hidden_size, F, generator=draw) / 8
     mine = list(slot_map.local_experts(ranks.rank))
     layer = ExpertParallelMoE(
-        quantized(gate_up[mine], place),
-        quantized(down[mine], place),
+        form(gate_up[mine], place),
+        form(down[mine], place),
         slot_map=slot_map,
         ranks=ranks,
         settings=settings,
@@ -99,3 +109,8 @@ def layer_is_close(
 @pytest.mark.parametrize("slots", [tuple(range(E)), REPLICAS], ids=["uniform", "replicas"])
 def test_layer(ranks, device, way, size, slots):
     ranks.run(size, layer_is_close, WAYS[way], slots, device.name)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_layer_of_whole_weights(ranks, device, size):
+    ranks.run(size, layer_is_close, WAYS["level1"], REPLICAS, device.name, D, whole)

@@ -21,6 +21,7 @@ SUITES = {
     "contract": ["tests/contract/test_kernels.py", "tests/contract/test_permute.py", "-k", "own", *FEWER],
     "level": ["tests/contract/test_level.py", *FEWER],
     "int8": ["tests/contract/test_int8.py", "-k", "test_experts and own"],
+    "fp8": ["tests/contract/test_fp8.py", "-k", "own or test_layer"],
     "cuda": ["tests/cuda", "--ignore", "tests/cuda/test_gpu.py"],
     "layer": [
         "tests/contract/test_layer.py",

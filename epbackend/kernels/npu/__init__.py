@@ -6,14 +6,16 @@ device; but for the split `level`, which the host computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
-from epbackend.kernels.int8 import Int8Matrix, Int8Weights, stack
+from epbackend.kernels.forms import Matrices, stacked
+from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.level import level_quota_on_host
 from epbackend.kernels.npu import limits, ops
 from epbackend.placement.layout import Layout
@@ -60,8 +62,12 @@ class NpuKernels:
         sums_TD = ops.token_unpermute(rows_SD.float(), row_TK.reshape(-1), weights_TK)
         out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
 
-    def pack(self, weights_LNK: Iterable[Tensor | Int8Matrix]) -> NpuWeights:
-        packed = stack(weights_LNK)
+    def pack(self, weights_LNK: Matrices) -> NpuWeights:
+        packed = stacked(weights_LNK)
+        if isinstance(packed, Fp8Blocks):
+            raise ConfigError(
+                "device ascend: float8 experts are not supported; serve this model in bfloat16 or W8A8"
+            )
         limits.check_weights(packed)
         return packed
 

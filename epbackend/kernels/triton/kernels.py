@@ -5,18 +5,15 @@ Every method can be captured in a CUDA graph: none waits for the GPU or reads an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
-from epbackend.kernels.fp8 import Fp8Blocks
-from epbackend.kernels.int8 import Int8Matrix, Int8Weights, stack
+from epbackend.kernels.forms import Experts, Matrices, stacked
 from epbackend.kernels.triton import permute, split, swiglu, unpermute
 from epbackend.kernels.triton.chip import Chip, chip_of
-from epbackend.kernels.triton.products import Experts, Products, check_same_form
+from epbackend.kernels.triton.products import Products, check_same_form
 from epbackend.placement.layout import Layout
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,18 +40,17 @@ class TritonKernels:
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return swiglu.swiglu(rows_S2F)
 
-    def pack(self, weights_LNK: Iterable[Tensor | Int8Matrix] | Fp8Blocks | Int8Weights) -> Experts:
+    def pack(self, weights_LNK: Matrices) -> Experts:
         """Stacked as LMDeploy lays them; a contiguous tensor and quantised matrices are used where they are."""
-        if not isinstance(weights_LNK, Tensor | Fp8Blocks | Int8Weights):
-            weights_LNK = stack(weights_LNK)
-        if not isinstance(weights_LNK, Tensor):
-            return weights_LNK
-        if weights_LNK.dtype not in DTYPES:
+        packed = stacked(weights_LNK)
+        if not isinstance(packed, Tensor):
+            return packed
+        if packed.dtype not in DTYPES:
             raise ConfigError(
-                f"experts are {weights_LNK.dtype}, but device cuda multiplies {', '.join(map(str, DTYPES))}; convert "
+                f"experts are {packed.dtype}, but device cuda multiplies {', '.join(map(str, DTYPES))}; convert "
                 "them, or quantise them (epbackend.kernels.int8, epbackend.kernels.fp8)"
             )
-        return weights_LNK.detach().contiguous()
+        return packed
 
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Experts, counts_L: Tensor, bias_LN: Tensor | None = None

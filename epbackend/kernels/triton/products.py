@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from epbackend.errors import ConfigError
+from epbackend.kernels.forms import Experts
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import Chip
@@ -15,9 +16,6 @@ from epbackend.kernels.triton.quantise import Fp8Tokens, quantise_fp8, quantise_
 from epbackend.kernels.triton.schedule import Schedule, row_tiles
 from epbackend.kernels.triton.tile import Tile
 from epbackend.kernels.triton.tiles import Product, choose_tile, form_of, weight_of
-
-Experts = Tensor | Fp8Blocks | Int8Weights
-"""Packed matrices: plain, or quantised."""
 
 
 class Products:

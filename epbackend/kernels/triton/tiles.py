@@ -17,8 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
+from epbackend.kernels.forms import Experts
 from epbackend.kernels.fp8 import Fp8Blocks
-from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import Chip
 from epbackend.kernels.triton.tile import Tile
 
@@ -41,16 +41,16 @@ class Product:
     depth: int
 
     @classmethod
-    def of(cls, rows: int, experts: Tensor | Fp8Blocks | Int8Weights, gated: bool) -> Product:
+    def of(cls, rows: int, experts: Experts, gated: bool) -> Product:
         return cls(form_of(experts), gated, rows, *weight_of(experts).shape)
 
 
-def weight_of(experts: Tensor | Fp8Blocks | Int8Weights) -> Tensor:
+def weight_of(experts: Experts) -> Tensor:
     """The matrices [L, N, K], without their scales."""
     return experts if isinstance(experts, Tensor) else experts.values_LNK
 
 
-def form_of(experts: Tensor | Fp8Blocks | Int8Weights) -> str:
+def form_of(experts: Experts) -> str:
     """The section of the table that serves these matrices."""
     if isinstance(experts, Tensor):
         return "float32" if experts.dtype == torch.float32 else "half"

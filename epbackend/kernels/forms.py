@@ -1,0 +1,32 @@
+"""The forms in which experts come: plain or quantised, whole or matrix by matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.int8 import Int8Matrix, Int8Weights
+
+Experts = Tensor | Fp8Blocks | Int8Weights
+"""The matrices [N, K] of L slots, whole: one tensor [L, N, K], or quantised."""
+
+Matrices = Experts | Iterable[Tensor | Int8Matrix]
+"""The same, or one matrix after the other, of one kind."""
+
+
+def stacked(matrices: Matrices) -> Experts:
+    """Whole forms where they are, if contiguous; single matrices side by side, in new memory."""
+    if isinstance(matrices, Tensor):
+        return matrices.detach().contiguous()
+    if isinstance(matrices, Fp8Blocks):
+        return Fp8Blocks(matrices.values_LNK.contiguous(), matrices.scale_LBB.contiguous())
+    if isinstance(matrices, Int8Weights):
+        return Int8Weights(matrices.values_LNK.contiguous(), matrices.scale_LN.contiguous())
+    each_L = list(matrices)
+    if not isinstance(each_L[0], Int8Matrix):
+        return torch.stack(each_L)
+    values_LNK = torch.stack([each.values_NK for each in each_L])
+    return Int8Weights(values_LNK, torch.stack([each.scale_N.float() for each in each_L]))
