@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from epbackend.kernels.forms import Matrices
+from epbackend.kernels.int8 import Rows
 from epbackend.placement.layout import Layout
 
 Packed = Any  # the matrices of L slots in a device's own layout: only the kernels that packed them read them
@@ -75,8 +76,12 @@ class Kernels(Protocol):
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         """rows_SF: silu(gate) * up, gate being the first half of a row and up the second."""
 
-    def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
-        """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot."""
+    def expert_mlp(self, rows_SD: Rows, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
+        """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot.
+
+        Rows that a dispatcher delivers quantised (only `mc2` does, so only the kernels of its device need to take them)
+        are not quantised again for W8A8 experts, and dequantised for others.
+        """
 
     def level_quota(
         self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int

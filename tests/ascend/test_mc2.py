@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contract.layer_case import Case, layer_equals_dense
-from contract.test_int8 import layer_is_close
+from contract.test_int8 import layer_is_close, quantized, whole
 from contract.test_layer import REPLICAS, SHUFFLED, relu_product, uneven
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -52,10 +52,16 @@ def test_no_token_anywhere(run):
     run(Case(4, (0, 0, 0, 0), MC2, dtype=torch.bfloat16))
 
 
+def bfloat16(weights_EXX: torch.Tensor, place: torch.device) -> torch.Tensor:
+    return weights_EXX.bfloat16().to(place)
+
+
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("slots", [tuple(range(8)), REPLICAS], ids=["uniform", "replicas"])
-def test_w8a8(ranks, npu, size, slots):
-    ranks.run(size, layer_is_close, MC2, slots, "ascend", HIDDEN)
+@pytest.mark.parametrize("transport", ["full", "int8"])
+@pytest.mark.parametrize("form", [quantized, whole, bfloat16], ids=["tiled W8A8", "plain W8A8", "bfloat16"])
+def test_int8_experts_and_int8_rows(ranks, npu, size, transport, form):
+    settings = replace(MC2, transport=transport)
+    ranks.run(size, layer_is_close, settings, REPLICAS, "ascend", HIDDEN, form)
 
 
 @st.composite
