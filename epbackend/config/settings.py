@@ -184,8 +184,20 @@ class EPConfig(Section):
             overlap_chunks=self.overlap_chunks,
             overlap_min_tokens=self.overlap_min_tokens,
             max_tokens=self.engine.max_batch_size if phase == "decode" else None,
+            static=phase == "decode" and self.captures_graphs,
             timeout_s=self.timeout_s,
         )
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether decode steps are captured in CUDA graphs, for which LMDeploy pads all ranks' batches alike."""
+        if self.engine.eager_mode:
+            return False
+        if self.device == "auto":
+            from epbackend.device import get_device  # imports torch, which checking a config does not need
+
+            return get_device().name == "cuda"
+        return self.device == "cuda"
 
     @property
     def world_size(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from epbackend.device import devices
 from epbackend.device.hccl import own_communicator
@@ -50,7 +51,9 @@ class Mc2(Dispatcher):
         assert tokens is not None  # else `unsupported` gave a reason
         _check(hidden_TD, tokens, _chip(self.problem))
         group = _group(self.problem, hidden_TD.shape[1], tokens)
-        return _Mc2Exchange(group, hidden_TD, slot_ids_TK, weights_TK, self.problem.settings.transport == "int8")
+        return _Mc2Exchange(
+            group, hidden_TD, slot_ids_TK, weights_TK, self.problem.settings.transport == "int8"
+        )
 
 
 class _Mc2Exchange(Exchange):
@@ -124,6 +127,4 @@ def _check(hidden_TD: Tensor, tokens: int, chip: str | None) -> None:
 
 
 def _padded(tensor_TX: Tensor, tokens: int, value: int = 0) -> Tensor:
-    padded_TX = tensor_TX.new_full((tokens, tensor_TX.shape[1]), value)
-    padded_TX[: len(tensor_TX)] = tensor_TX
-    return padded_TX
+    return pad(tensor_TX, (0, 0, 0, tokens - len(tensor_TX)), value=value)

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from epbackend.kernels.forms import Matrices
-from epbackend.kernels.int8 import Rows
 from epbackend.placement.layout import Layout
 
+Rows = (
+    Any  # rows_SD; or int8.Int8Rows, from a dispatcher that sends them quantised, for kernels that take them
+)
 Packed = Any  # the matrices of L slots in a device's own layout: only the kernels that packed them read them
 
 
@@ -79,8 +81,7 @@ class Kernels(Protocol):
     def expert_mlp(self, rows_SD: Rows, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
         """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot.
 
-        Rows that a dispatcher delivers quantised (only `mc2` does, so only the kernels of its device need to take them)
-        are not quantised again for W8A8 experts, and dequantised for others.
+        Rows that come quantised are not quantised again for W8A8 experts, and dequantised for others.
         """
 
     def level_quota(

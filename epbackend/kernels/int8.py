@@ -72,23 +72,12 @@ class Int8Rows:
     dtype: torch.dtype
     """What the rows were, and what is made of them is to be."""
 
-    @classmethod
-    def of(cls, rows_SK: Tensor | Int8Rows) -> Int8Rows:
-        """The nearest ones to float rows."""
-        if isinstance(rows_SK, Int8Rows):
-            return rows_SK
-        return cls(*quantize_rows(rows_SK), rows_SK.dtype)
-
     def __len__(self) -> int:
         return len(self.values_SK)
 
     def dequantised(self) -> Tensor:
         """The rows that these stand for, in their own type."""
         return (self.values_SK * self.scale_S.unsqueeze(1)).to(self.dtype)
-
-
-Rows = Tensor | Int8Rows
-"""rows_SK for the experts, as they are or quantised."""
 
 
 def quantize_rows(rows_SK: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +91,11 @@ def quantize_rows(rows_SK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grouped_matmul(
-    rows_SK: Rows, weights: Int8Weights, counts_L: Tensor, bias_LN: Tensor | None = None
+    rows_SK: Tensor, weights: Int8Weights, counts_L: Tensor, bias_LN: Tensor | None = None
 ) -> Tensor:
     """rows_SN in the type of `rows_SK`: the reference of `Kernels.grouped_matmul` for int8 weights."""
-    rows = Int8Rows.of(rows_SK)
-    values_SK, scale_S = rows.values_SK, rows.scale_S
-    rows_SN = values_SK.new_empty(len(rows), weights.values_LNK.shape[1], dtype=rows.dtype)
+    values_SK, scale_S = quantize_rows(rows_SK)
+    rows_SN = rows_SK.new_empty(len(rows_SK), weights.values_LNK.shape[1])
     first = 0
     for slot, count in enumerate(counts_L.tolist()):
         part = slice(first, first + count)

@@ -49,7 +49,7 @@ class ReferenceKernels:
         return stacked(weights_LNK)
 
     def grouped_matmul(
-        self, rows_SK: int8.Rows, packed: Packed, counts_L: Tensor, bias_LN: Tensor | None = None
+        self, rows_SK: Tensor, packed: Packed, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
         if isinstance(packed, int8.Int8Weights):
             return int8.grouped_matmul(rows_SK, packed, counts_L, bias_LN)
@@ -69,9 +69,7 @@ class ReferenceKernels:
         gate_SF, up_SF = rows_S2F.chunk(2, dim=-1)
         return functional.silu(gate_SF).mul_(up_SF)
 
-    def expert_mlp(self, rows_SD: int8.Rows, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
-        if isinstance(rows_SD, int8.Int8Rows) and not isinstance(weights.gate_up, int8.Int8Weights):
-            rows_SD = rows_SD.dequantised()
+    def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
         rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
         rows_SF = (weights.activation or self.swiglu)(rows_S2F)
         return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)

@@ -26,10 +26,18 @@ CALLS = {
     "npu_grouped_matmul, int8": lambda: ops.grouped_matmul_scaled(
         HIDDEN, SCALES[0], WEIGHT, SCALES, ENDS, torch.bfloat16
     ),
+    "npu_format_cast": lambda: ops.format_cast(WEIGHT, ops.FRACTAL_NZ),
+    "npu_grouped_matmul_swiglu_quant_v2": lambda: ops.grouped_matmul_swiglu_quant(
+        HIDDEN, SCALES[0], WEIGHT, SCALES, ENDS
+    ),
+    "npu_moe_gating_top_k_softmax": lambda: ops.softmax_top_k(HIDDEN, 2),
+    "npu_moe_gating_top_k": lambda: ops.sigmoid_top_k(HIDDEN, HIDDEN[0], 2, 4, 2, 2.5),
     "npu_swiglu": lambda: ops.swiglu(HIDDEN),
     "npu_dynamic_quant": lambda: ops.dynamic_quant(HIDDEN),
     "npu_dequant_swiglu_quant": lambda: ops.dequant_swiglu_quant(HIDDEN, SCALES, SCALES[0], ENDS),
-    "npu_moe_distribute_dispatch_v2": lambda: ops.moe_dispatch(HIDDEN, IDS, HIDDEN[:, 0] > 0, GROUP, int8=True),
+    "npu_moe_distribute_dispatch_v2": lambda: ops.moe_dispatch(
+        HIDDEN, IDS, HIDDEN[:, 0] > 0, GROUP, int8=True
+    ),
     "npu_moe_distribute_combine_v2": lambda: ops.moe_combine(
         HIDDEN, IDS, HIDDEN, HIDDEN[:, 0] > 0, SENT, GROUP
     ),

@@ -10,17 +10,16 @@ from contract.test_layer import relu_product
 
 from epbackend.kernels import ExpertWeights, int8
 from epbackend.kernels.npu import NpuKernels, limits, w8a8
-from epbackend.kernels.reference import ReferenceKernels
 
 pytestmark = pytest.mark.ascend
 
 D, SLOTS, COUNTS = 64, 3, (4, 0, 2)
 
 
-def experts(form, width: int, kernels=None) -> tuple[ExpertWeights, list[torch.Tensor]]:
+def experts(form, width: int) -> tuple[ExpertWeights, list[torch.Tensor]]:
     """Packed in a form, and as float matrices."""
     matrices = [torch.randn(SLOTS, 2 * width, D) / 8, torch.randn(SLOTS, D, width) / 8]
-    packed = [(kernels or NpuKernels()).pack(form(each, torch.device("npu"))) for each in matrices]
+    packed = [NpuKernels().pack(form(each, torch.device("npu"))) for each in matrices]
     return ExpertWeights(*packed), matrices
 
 
@@ -34,16 +33,14 @@ def experts(form, width: int, kernels=None) -> tuple[ExpertWeights, list[torch.T
     ],
 )
 @pytest.mark.parametrize("activation", [None, relu_product], ids=["swiglu", "own"])
-@pytest.mark.parametrize("kernels", [NpuKernels(), ReferenceKernels()], ids=["npu", "reference"])
-def test_rows_that_come_quantised(npu, kernels, form, width, layout, activation):
-    weights, matrices = experts(form, width, kernels)
-    if isinstance(kernels, NpuKernels):
-        assert isinstance(weights.gate_up, layout)
+def test_rows_that_come_quantised(npu, form, width, layout, activation):
+    weights, matrices = experts(form, width)
+    assert isinstance(weights.gate_up, layout)
     weights = ExpertWeights(weights.gate_up, weights.down, activation=activation)
     rows_SD, counts_L = torch.randn(7, D).bfloat16(), torch.tensor(COUNTS).npu()
     values_SD, scale_S = (each.npu() for each in int8.quantize_rows(rows_SD))
     quantised = int8.Int8Rows(values_SD, scale_S, torch.bfloat16)
-    out_SD = kernels.expert_mlp(quantised, counts_L, weights)
+    out_SD = NpuKernels().expert_mlp(quantised, counts_L, weights)
     assert out_SD.dtype == torch.bfloat16
     slot_S1 = torch.repeat_interleave(torch.arange(SLOTS), counts_L.cpu()).unsqueeze(1)
     ones_S1 = torch.ones(6, 1)

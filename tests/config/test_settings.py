@@ -56,7 +56,7 @@ def test_ranks_divide_evenly_and_every_setting_is_listed(mapping):
 
 
 def test_defaults_are_those_of_the_data_path():
-    config = EPConfig()
+    config = EPConfig(device="cpu")
     assert config.dispatch_settings("prefill") == config.dispatch_settings("decode") == DispatchSettings()
     assert (config.ep_size, config.world_size, config.attn_tp) == (1, 1, 1)
 
@@ -71,6 +71,7 @@ def test_each_phase_has_its_level():
 def test_dispatch_settings_carry_every_value():
     config = load_quietly(
         {
+            "device": "cpu",
             "ep_level": 2,
             "dispatcher": "alltoall",
             "enable_init_routing_cutoff": True,
@@ -92,6 +93,21 @@ def test_dispatch_settings_carry_every_value():
         overlap_min_tokens=5,
         timeout_s=9.0,
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "static"),
+    [
+        ({"device": "cuda"}, True),
+        ({"device": "cuda", "engine": {"eager_mode": True}}, False),
+        ({"device": "ascend"}, False),
+        ({"device": "cpu"}, False),
+    ],
+)
+def test_decode_is_static_where_graphs_are_captured(settings, static):
+    config = EPConfig(ep_size=2, **settings)
+    assert config.dispatch_settings("decode").static is static
+    assert config.dispatch_settings("prefill").static is False
 
 
 def test_each_phase_has_its_split():

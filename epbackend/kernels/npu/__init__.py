@@ -15,7 +15,7 @@ from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.forms import Matrices, stacked
 from epbackend.kernels.fp8 import Fp8Blocks
-from epbackend.kernels.int8 import Int8Rows, Int8Weights, Rows
+from epbackend.kernels.int8 import Int8Rows, Int8Weights
 from epbackend.kernels.level import level_quota_on_host
 from epbackend.kernels.npu import limits, ops, w8a8
 from epbackend.placement.layout import Layout
@@ -76,10 +76,12 @@ class NpuKernels:
         return w8a8.tiled(packed) if isinstance(packed, Int8Weights) and one_by_one else packed
 
     def grouped_matmul(
-        self, rows_SK: Tensor, packed: NpuWeights, counts_L: Tensor, bias_LN: Tensor | None = None
+        self, rows_SK: w8a8.Rows, packed: NpuWeights, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
         if not isinstance(packed, Tensor):
             return w8a8.grouped_matmul(rows_SK, packed, counts_L, bias_LN)
+        if isinstance(rows_SK, Int8Rows):
+            rows_SK = rows_SK.dequantised()
         if not len(rows_SK):
             return rows_SK.new_empty(0, packed.shape[1])
         if bias_LN is not None and rows_SK.dtype == torch.bfloat16:
@@ -94,10 +96,8 @@ class NpuKernels:
     ) -> Tensor:
         return level_quota_on_host(counts_GE, layout, by_source, source, node_sources)
 
-    def expert_mlp(self, rows_SD: Rows, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
-        if isinstance(weights.gate_up, Tensor):
-            rows_SD = rows_SD.dequantised() if isinstance(rows_SD, Int8Rows) else rows_SD
-        elif weights.activation is None and len(rows_SD):
+    def expert_mlp(self, rows_SD: w8a8.Rows, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
+        if not isinstance(weights.gate_up, Tensor) and weights.activation is None and len(rows_SD):
             return w8a8.expert_mlp(rows_SD, counts_L, weights)
         rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
         rows_SF = (weights.activation or self.swiglu)(rows_S2F)

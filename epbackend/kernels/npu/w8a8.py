@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from epbackend.kernels import ExpertWeights
-from epbackend.kernels.int8 import Int8Rows, Int8Weights, Rows
+from epbackend.kernels.int8 import Int8Rows, Int8Weights
 from epbackend.kernels.npu import limits, ops
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class Tiled:
 
 
 Int8Experts = Int8Weights | Tiled
+Rows = Tensor | Int8Rows
 
 
 def tiled(plain: Int8Weights) -> Int8Experts:

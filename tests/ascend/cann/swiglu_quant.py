@@ -99,7 +99,9 @@ def aclnnGroupedMatmulSwigluQuantWeightNzV2(
     require(x.shape[1] < INNER_LIMIT, f"the inner dimension is not below {INNER_LIMIT}")
     require(weight_scale.dtype in SCALES, f"weight_scale is {weight_scale.dtype}")
     require(weight_scale.shape == (len(weight), weight.shape[2]), "weight_scale must be [groups, 2F]")
-    require(x_scale.dtype == torch.float32 and x_scale.shape == (len(x),), "x_scale must be float32, one a row")
+    require(
+        x_scale.dtype == torch.float32 and x_scale.shape == (len(x),), "x_scale must be float32, one a row"
+    )
     ends = group_ends(group_list, group_list_type, len(x))
     require(len(ends) == len(weight), f"{len(ends)} groups, but {len(weight)} matrices")
     groups = torch.bucketize(torch.arange(ends[-1]), torch.tensor(ends), right=True)
