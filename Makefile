@@ -16,7 +16,7 @@ DEVICE ?= A3
 RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda clean distclean
+.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -91,6 +91,9 @@ bench-cuda: ## the CUDA kernels beside their peers on a GPU; LMDEPLOY=folder of 
 
 tune-cuda: ## the best tile of each product on this GPU, written to tiles.json
 	$(CUDA_PYTHON) -m benchmarks.cuda.tune --write
+
+gather-gpu: setup ## one folder, out/gpu, with all that a GPU machine without network needs; GATHER="--python 3.11 --with ray"
+	$(BIN)/python scripts/gather_gpu.py $(GATHER)
 
 clean: ## caches and results of runs
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -8,12 +8,13 @@ Per rank and layer, in bfloat16, with routing that spreads evenly. Sent and rece
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import comb
 
-D, F, E, K = 7168, 2048, 256, 8
+from benchmarks.cost.shapes import DEEPSEEK_V3
+
+D, F, E, K = DEEPSEEK_V3.D, 2048, DEEPSEEK_V3.E, DEEPSEEK_V3.K
 """Hidden size, expert width, experts, experts of a token."""
 
-ROW_BYTES = 8 * K + 2 * D
+ROW_BYTES = DEEPSEEK_V3.packed_row(2)
 """A packed token: ids, weights, hidden state (epbackend/dispatch/rowbytes.py)."""
 
 FUSED_ROW_BYTES = -(-(2 * D + 64) // 512) * 512
@@ -36,9 +37,8 @@ class Traffic:
 
 
 def ranks_of_a_token(ranks: int) -> float:
-    """On how many ranks a token's K experts live, on average: R * (1 - C(E - L, K) / C(E, K))."""
-    local = E // ranks
-    return ranks * (1 - comb(E - local, K) / comb(E, K))
+    """On how many ranks a token's K experts live, on average, without the router's group limit."""
+    return DEEPSEEK_V3.reached(ranks, limited=False)
 
 
 def replicated(ranks: int, tokens: int) -> Traffic:

@@ -1,0 +1,88 @@
+"""scripts/gather_gpu.py: what it lists, packs and refuses. Nothing is downloaded here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+@pytest.fixture
+def gather_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import gather_gpu
+
+    return gather_gpu
+
+
+@pytest.fixture
+def offline(gather_gpu, monkeypatch):
+    """The wheels of the network are left out, and the checkout."""
+    monkeypatch.setattr(gather_gpu, "download", lambda packages, python, wheels: None)
+    monkeypatch.setattr(gather_gpu, "copy_checkout", lambda target: target.mkdir())
+    return gather_gpu
+
+
+def unpack(folder: Path, site: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(folder / "unpack.py"), str(site)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_what_is_there_is_not_gathered(gather_gpu):
+    found = gather_gpu.wanted("3.12", gather_gpu.THERE, [])
+    assert {"pydantic-core", "xgrammar", "apache-tvm-ffi", "pytest"} <= set(found)
+    assert not {"torch", "triton", "transformers", "numpy", "tokenizers", "sympy", "lmdeploy"} & set(found)
+
+
+def test_more_brings_what_it_needs(gather_gpu):
+    found = gather_gpu.wanted("3.12", ["torch", "triton"], ["transformers"])
+    assert {"transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy"} <= set(found)
+    assert not {"torch", "triton", "sympy"} & set(found)
+
+
+def test_lmdeploy_is_packed_without_compiled_files(offline, tmp_path):
+    offline.gather(tmp_path / "gpu", HERE, list(offline.THERE), [])
+    done = unpack(tmp_path / "gpu", tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    assert not [file for file in (tmp_path / "site").rglob("*") if file.suffix in (".so", ".a")]
+    code = "import lmdeploy, importlib.metadata as m; print(lmdeploy.__file__, m.version('lmdeploy'))"
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert shown.stdout.split() == [str(tmp_path / "site/lmdeploy/__init__.py"), "0.18.0"], shown.stderr
+
+
+def test_a_folder_for_another_python_says_so(offline, tmp_path):
+    offline.gather(tmp_path / "gpu", "3.99", [], [])
+    assert f"for Python 3.99, and this is {HERE}" in unpack(tmp_path / "gpu", tmp_path / "site").stderr
+    assert not (tmp_path / "site").exists()
+
+
+def test_what_the_machine_lacks_is_named(offline, tmp_path):
+    offline.gather(tmp_path / "gpu", HERE, ["torch", "no-such-package"], [])
+    refused = unpack(tmp_path / "gpu", tmp_path / "site").stderr
+    assert "not installed here: no-such-package; gather with --with no-such-package" in refused
+
+
+def test_too_large_a_folder(offline, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path / "gpu"), "--limit-mb", "0.5"])
+    assert "--limit-mb is 0.5. The largest: lmdeploy-0.18.0-py3-none-any.whl" in offline.main()
+
+
+def test_a_folder_of_others_is_left_alone(offline, tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("")
+    monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path)])
+    assert "was not made by this script" in offline.main()
+    assert (tmp_path / "mine").exists()
+
+
+def test_the_facts_travel_along(offline, tmp_path):
+    offline.gather(tmp_path / "gpu", "3.12", list(offline.THERE), ["numpy"])
+    facts = json.loads((tmp_path / "gpu" / "gathered.json").read_text())
+    assert facts["there"] == ["torch", "transformers", "triton"]
+    assert "numpy" in facts["wheels"]
