@@ -16,16 +16,13 @@ from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.forms import Matrices, stacked
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Rows, Int8Weights
-from epbackend.kernels.level import level_quota_on_host
 from epbackend.kernels.npu import limits, ops, w8a8
-from epbackend.placement.layout import Layout
+from epbackend.kernels.splits import TorchSplits
 
-NpuWeights = (
-    Tensor | Int8Weights | w8a8.Tiled
-)  # but for tiles as they came: the products read them through transposed views
+NpuWeights = Tensor | Int8Weights | w8a8.Tiled  # the plain ones are read through transposed views
 
 
-class NpuKernels:
+class NpuKernels(TorchSplits):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     @cached_property
@@ -90,11 +87,6 @@ class NpuKernels:
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return ops.swiglu(rows_S2F)
-
-    def level_quota(
-        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
-    ) -> Tensor:
-        return level_quota_on_host(counts_GE, layout, by_source, source, node_sources)
 
     def expert_mlp(self, rows_SD: w8a8.Rows, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
         if not isinstance(weights.gate_up, Tensor) and weights.activation is None and len(rows_SD):
