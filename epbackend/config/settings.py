@@ -128,6 +128,11 @@ class EPConfig(Section):
         default=_DEFAULTS.overlap_min_tokens,
         description="ep_level 2: batches below this many tokens are not cut.",
     )
+    transport: Literal["full", "int8", "fp8"] = Field(
+        default="full",
+        description="Form in which rows travel to their experts: as they are, or in 8 bits with scales. "
+        "Results travel back in full.",
+    )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=_DEFAULTS.timeout_s,
         description="Seconds a collective may take. Then it fails, naming the ranks that do not answer.",
@@ -185,6 +190,7 @@ class EPConfig(Section):
             overlap_min_tokens=self.overlap_min_tokens,
             max_tokens=self.engine.max_batch_size if phase == "decode" else None,
             static=phase == "decode" and self.captures_graphs,
+            transport=self.transport,
             timeout_s=self.timeout_s,
         )
 

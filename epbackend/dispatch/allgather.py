@@ -13,7 +13,7 @@ from torch import Tensor
 from epbackend.dispatch.base import Dispatcher, Exchange
 from epbackend.dispatch.collectives import Collectives
 from epbackend.dispatch.passes import LocalRows, PassesExchange, row_bound
-from epbackend.dispatch.rowbytes import pack, unpack
+from epbackend.dispatch.rowbytes import RowFormat
 
 
 class AllGather(Dispatcher):
@@ -25,12 +25,13 @@ class AllGather(Dispatcher):
         collectives = Collectives.of(self.problem)
         tokens_R = self._tokens(hidden_TD, collectives)
         longest, gathered = max(tokens_R), sum(tokens_R)
-        bytes_NB = pack(hidden_TD, slot_ids_TK, weights_TK, tokens=longest)
+        settings = self.problem.settings
+        form = RowFormat.of(hidden_TD, slot_ids_TK, settings.transport)
+        bytes_NB = form.pack(hidden_TD, slot_ids_TK, weights_TK, tokens=longest)
         if longest:
             bytes_NB = collectives.all_gather(bytes_NB)
-        top_k = slot_ids_TK.shape[1]
-        rows = unpack(bytes_NB, hidden_TD.shape[1], top_k, hidden_TD.dtype)
-        local = LocalRows(self.problem, *rows, row_bound(gathered, top_k, self.problem.settings))
+        bound = row_bound(gathered, form.top_k, settings)
+        local = LocalRows(self.problem, *form.unpack(bytes_NB), bound)
         return _AllGatherExchange(local, collectives, hidden_TD)
 
     def _tokens(self, hidden_TD: Tensor, collectives: Collectives) -> list[int]:

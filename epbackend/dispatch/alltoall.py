@@ -17,7 +17,7 @@ from epbackend.dispatch.alltoall_static import StaticExchange
 from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
 from epbackend.dispatch.collectives import Collectives, Pending, one_ahead
 from epbackend.dispatch.passes import LocalRows
-from epbackend.dispatch.rowbytes import pack, unpack
+from epbackend.dispatch.rowbytes import RowFormat
 from epbackend.dispatch.steps import Plan
 
 
@@ -36,15 +36,15 @@ class _ExactExchange(Exchange):
 
     def __init__(self, problem: Problem, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
         self._problem, self._collectives = problem, Collectives.of(problem)
-        self._hidden_TD, self._top_k = hidden_TD, slot_ids_TK.shape[1]
-        self._bytes_TB = pack(hidden_TD, slot_ids_TK, weights_TK)
+        self._form = RowFormat.of(hidden_TD, slot_ids_TK, problem.settings.transport)
+        self._bytes_TB = self._form.pack(hidden_TD, slot_ids_TK, weights_TK)
         self._sums_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
         wanted_RT = _wanted(slot_ids_TK, problem.slots, problem.ranks.size)
         counts_R = wanted_RT.sum(1)
         mine = torch.cat([counts_R.new_full((1,), len(hidden_TD)), counts_R])
         table = self._collectives.all_gather_ints(mine)
         tokens_R, counts_RR = [row[0] for row in table], [row[1:] for row in table]
-        self._plan = Plan.of(counts_RR, tokens_R, self._top_k, problem.settings)
+        self._plan = Plan.of(counts_RR, tokens_R, self._form.top_k, problem.settings)
         self.rounds = self._plan.rounds
         order_M = _by_step(wanted_RT, counts_R, self._plan.steps)[: sum(counts_RR[problem.ranks.rank])]
         tokens = max(1, len(hidden_TD))
@@ -56,21 +56,20 @@ class _ExactExchange(Exchange):
     def dispatch(self) -> Iterator[Batch]:
         sent_in_turn = (self._send(step) for step in range(self._plan.steps))
         for step, arriving in enumerate(one_ahead(sent_in_turn)):
-            rows = unpack(arriving.wait(), self._hidden_TD.shape[1], self._top_k, self._hidden_TD.dtype)
-            self._local = LocalRows(self._problem, *rows)
+            self._local = LocalRows(self._problem, *self._form.unpack(arriving.wait()))
             yield replace(self._local.batch(0), step=step)
 
     def combine(self, rows_SD: Tensor, batch: Batch) -> None:
         self._local.add(rows_SD, batch)
         send_R, receive_R = self._splits(batch.step)
-        sums_ND = self._local.sums_ND.to(self._hidden_TD.dtype)
+        sums_ND = self._local.sums_ND.to(self._form.dtype)
         pending = self._collectives.start_all_to_all(sums_ND, receive_R, send_R)
         self._collect()  # those of the step before, while these travel
         self._returning = self._sent(batch.step), pending
 
     def finish(self) -> Tensor:
         self._collect()
-        return self._sums_TD.to(self._hidden_TD.dtype)
+        return self._sums_TD.to(self._form.dtype)
 
     def _send(self, step: int) -> Pending:
         rows_MB = self._bytes_TB.index_select(0, self._token_M[self._sent(step)])

@@ -16,7 +16,7 @@ from torch import Tensor
 from epbackend.dispatch.base import Batch, Exchange, Problem
 from epbackend.dispatch.collectives import Collectives, Pending, one_ahead
 from epbackend.dispatch.passes import LocalRows
-from epbackend.dispatch.rowbytes import pack, unpack
+from epbackend.dispatch.rowbytes import RowFormat
 from epbackend.dispatch.steps import Plan
 
 
@@ -25,10 +25,10 @@ class StaticExchange(Exchange):
 
     def __init__(self, problem: Problem, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
         self._problem, self._collectives = problem, Collectives.of(problem)
-        self._top_k = slot_ids_TK.shape[1]
-        self._bytes_TB = pack(hidden_TD, slot_ids_TK, weights_TK)
+        self._form = RowFormat.of(hidden_TD, slot_ids_TK, problem.settings.transport)
+        self._bytes_TB = self._form.pack(hidden_TD, slot_ids_TK, weights_TK)
         self._out_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format)
-        plan = Plan.worst(len(hidden_TD), problem.ranks.size, self._top_k, problem.settings)
+        plan = Plan.worst(len(hidden_TD), problem.ranks.size, self._form.top_k, problem.settings)
         self.rounds = plan.rounds
         steps = [plan.rows(0, 0, step) for step in range(plan.steps)]
         self._tokens = [slice(rows.start, rows.stop) for rows in steps if rows]
@@ -37,13 +37,12 @@ class StaticExchange(Exchange):
     def dispatch(self) -> Iterator[Batch]:
         sent_in_turn = (self._collectives.start_all_gather(self._bytes_TB[part]) for part in self._tokens)
         for step, arriving in enumerate(one_ahead(sent_in_turn)):
-            rows = unpack(arriving.wait(), self._out_TD.shape[1], self._top_k, self._out_TD.dtype)
-            self._local = LocalRows(self._problem, *rows)
+            self._local = LocalRows(self._problem, *self._form.unpack(arriving.wait()))
             yield replace(self._local.batch(0), step=step)
 
     def combine(self, rows_SD: Tensor, batch: Batch) -> None:
         self._local.add(rows_SD, batch)
-        pending = self._collectives.start_all_to_all(self._local.sums_ND.to(self._out_TD.dtype))
+        pending = self._collectives.start_all_to_all(self._local.sums_ND.to(self._form.dtype))
         self._collect()  # those of the step before, while these travel
         self._returning = self._tokens[batch.step], pending
 

@@ -80,6 +80,7 @@ def test_dispatch_settings_carry_every_value():
             "alltoall_ep_buffer_scale_factors": [[8192, 2], [0, 8.0]],
             "overlap_chunks": 3,
             "overlap_min_tokens": 5,
+            "transport": "int8",
             "timeout_s": 9,
         }
     )
@@ -91,6 +92,7 @@ def test_dispatch_settings_carry_every_value():
         buffer_scale_factors=((8192, 2.0), (0, 8.0)),
         overlap_chunks=3,
         overlap_min_tokens=5,
+        transport="int8",
         timeout_s=9.0,
     )
 
@@ -136,6 +138,7 @@ CUTOFF = {"enable_init_routing_cutoff": True, "topk_scaling_factor": 0.5}
         ({"init_routing_cutoff_min_tokens": 8}, "init_routing_cutoff_min_tokens"),
         ({"alltoall_ep_buffer_scale_factors": [[0, 8.0]]}, "alltoall_ep_buffer_scale_factors"),
         ({"overlap_chunks": 4}, "overlap_chunks"),
+        ({"ep_size": 2, "transport": "int8"}, "transport"),
         ({"device": "cpu", "engine": {"cache_max_entry_count": 0.5}}, "engine.cache_max_entry_count"),
         ({"placement": {"split": "level"}}, "placement.split"),
     ],
@@ -153,6 +156,9 @@ def test_settings_without_effect_warn_by_name(mapping, name):
         {"ep_level": 1, **CUTOFF},
         {"ep_level": {"prefill": 1, "decode": 2}, **CUTOFF, "alltoall_ep_buffer_scale_factors": [[0, 8.0]]},
         {"ep_level": 2, "overlap_chunks": 4},
+        {"ep_size": 2, "ep_level": 2, "transport": "fp8"},
+        {"ep_size": 2, "engine": {"dp": 2}, "transport": "int8"},
+        {"ep_size": 2, "dispatcher": "allgather", "transport": "int8"},
         {"ep_size": 2, "placement": {"loads": ["a.json"], "split": "level"}},
         {"device": "cuda", "engine": {"cache_max_entry_count": 0.5}},
     ],

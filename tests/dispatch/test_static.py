@@ -91,6 +91,8 @@ CALLS = {
     "alltoall": (1, ALLTOALL, ["all_gather", "all_to_all"]),
     "allgather of slices": (2, ALLGATHER, ["all_gather", "reduce_scatter", "all_gather"]),
     "alltoall of slices": (2, ALLTOALL, ["all_gather", "all_to_all", "all_gather"]),
+    "int8": (1, replace(ALLGATHER, transport="int8"), ["all_gather", "reduce_scatter"]),
+    "fp8": (1, replace(ALLTOALL, transport="fp8"), ["all_gather", "all_to_all"]),
     "passes": (1, PASSES, ["all_gather", "reduce_scatter"]),
     "chunks": (1, CHUNKS, ["all_gather"] * 2 + ["all_to_all", "all_gather"] + ["all_to_all"] * 2),
     "rounds": (1, ROUNDS, ["all_gather"] * 2 + ["all_to_all", "all_gather"] * 2 + ["all_to_all"] * 2),
