@@ -39,6 +39,8 @@ class Mc2(Dispatcher):
         chip = _chip(problem)
         if chip is None:
             return "it needs an Ascend NPU (device ascend)"
+        if problem.settings.transport == "fp8":
+            return "it sends rows in full or in int8, and transport is fp8"
         ranks, slots = problem.ranks.size, problem.slots
         return super().unsupported(problem) or broken(chip, ranks, slots, problem.top_k, _tokens(problem))
 
