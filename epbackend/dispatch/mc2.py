@@ -22,6 +22,7 @@ from epbackend.kernels.int8 import Int8Rows
 from epbackend.kernels.npu import ops
 
 DTYPES = (torch.bfloat16, torch.float16)
+FEWEST_ON_A2 = 16
 
 
 class Mc2(Dispatcher):
@@ -42,7 +43,19 @@ class Mc2(Dispatcher):
         if problem.settings.transport == "fp8":
             return "it sends rows in full or in int8, and transport is fp8"
         ranks, slots = problem.ranks.size, problem.slots
+        if chip == "A2" and ranks < FEWEST_ON_A2 and problem.settings.dispatcher == "auto":
+            return (
+                f"on A2 it is for {FEWEST_ON_A2} ranks and more, and there are {ranks}: older CANN takes no fewer, "
+                "so name it (dispatcher: mc2) where yours does"
+            )
         return super().unsupported(problem) or broken(chip, ranks, slots, problem.top_k, _tokens(problem))
+
+    @classmethod
+    def reason(cls, problem: Problem) -> str:
+        chip, tokens = _chip(problem), _tokens(problem)
+        rows = "int8 rows" if problem.settings.transport == "int8" else "rows"
+        most = LIMITS[str(chip)].tokens
+        return f"{cls.summary}: {chip} takes {most} tokens a rank, and {tokens} {rows} are sent"
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         """Raises ConfigError for a model, or a number of tokens, outside of the operators' limits.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from epbackend.dispatch.settings import DispatchSettings
 
-MC2 = DispatchSettings(level=2, max_tokens=16)
+MC2 = DispatchSettings(level=2, dispatcher="mc2", max_tokens=16)
 HIDDEN = 1024  # the least that A3 takes
 
 pytestmark = pytest.mark.ascend
@@ -92,7 +92,7 @@ def cases(draw) -> Case:
     return Case(
         size=size,
         tokens=tuple(draw(st.lists(st.integers(0, most), min_size=groups, max_size=groups))),
-        settings=DispatchSettings(level=2, max_tokens=most),
+        settings=replace(MC2, max_tokens=most),
         token_size=token_size,
         slots=tuple(draw(st.permutations(slots))),
         slots_R=slots_R,

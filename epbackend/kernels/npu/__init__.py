@@ -105,7 +105,7 @@ def _permute_window(hidden_TD: Tensor, ids_TK: Tensor, slots: int, window: tuple
     """The sorted rows from window[0] to window[1]: the fused operator would expand all rows first."""
     first, last = window
     ids_S = ids_TK.reshape(-1)
-    order_S = ids_S.argsort(stable=True)[first:last]
+    order_S = ids_S.float().argsort(stable=True)[first:last]  # NPUs leave integers to their CPU
     ends_L = (ids_S.unsqueeze(1) <= torch.arange(slots, device=ids_S.device)).sum(0)
     counts_L = ends_L.clamp(first, last).diff(prepend=ends_L.new_full((1,), first))
     source_S = order_S.masked_fill(ids_S[order_S] == slots, -1)
