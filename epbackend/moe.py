@@ -97,6 +97,7 @@ class ExpertParallelMoE:
         gate_up_bias_L2F: Tensor | None = None,
         down_bias_LD: Tensor | None = None,
         activation: Callable[[Tensor], Tensor] | None = None,
+        check_ids: bool = True,
         layer: int = 0,
     ) -> None:
         """Pack this rank's experts and choose how rows travel.
@@ -107,7 +108,7 @@ class ExpertParallelMoE:
         they never exist twice; cuda and ascend use whole forms where they are. `settings` is one for both phases, or
         one for each ("prefill", "decode"); so is `split`, which chooses among the copies of an expert: even, nearest
         or level (`epbackend.split`). `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU.
-        `layer` only serves messages.
+        `check_ids` tells of experts that do not exist; `layer` only serves messages.
 
         Raises ConfigError for weights, map, ranks and settings that do not fit each other and for a form of weights
         that the device does not take, and UnavailableError for a device that cannot be used here.
@@ -123,7 +124,8 @@ class ExpertParallelMoE:
         }
         chosen = {phase: choose(problem) for phase, problem in problems.items()}
         self._splits = {
-            phase: TokenSplit(split_of[phase], slot_map, problem) for phase, problem in problems.items()
+            phase: TokenSplit(split_of[phase], slot_map, problem, check_ids)
+            for phase, problem in problems.items()
         }
         self._slots = slots = len(slot_map.local_experts(ranks.rank))
         self._dispatchers = {phase: dispatcher for phase, (dispatcher, _) in chosen.items()}
@@ -146,7 +148,8 @@ class ExpertParallelMoE:
         """out_TD, in the dtype of `hidden_TD`, for this rank's T tokens (T = 0 too).
 
         `topk_ids_TK` are logical experts. All ranks make the call together and name the same phase. Raises
-        CollectiveError when a rank does not take part in time.
+        CollectiveError when a rank does not take part in time, and ConfigError for ids that no expert has: on a CPU at
+        once, on other devices in a later call that is not replayed from a graph, since none waits for the device.
         """
         if phase not in PHASES:
             raise ConfigError(f"phase {phase!r} is unknown; it is one of {', '.join(PHASES)}")

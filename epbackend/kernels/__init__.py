@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from epbackend.kernels.copies import EvenCopies, LevelCopies, Split
 from epbackend.kernels.forms import Matrices
-from epbackend.placement.layout import Layout
+from epbackend.kernels.guard import IdGuard
 
 Packed = Any  # the matrices of L slots in a device's own layout: only the kernels that packed them read them
 
@@ -78,12 +80,15 @@ class Kernels(Protocol):
     def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
         """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot."""
 
-    def level_quota(
-        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
-    ) -> Tensor:
-        """quota_P (int64): how many of a source's choices each slot takes, so that the ranks' loads are level.
+    def even_split(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> Split:
+        """What finds a slot for each choice of tokens on `device`, its expert's copies sharing equally.
 
-        `counts_GE` (int64) are the choices of all G sources, `layout` the slots of the ranks, and `by_source` the same
-        slots with each source's ranks taken together. The result is `placement.split.own_quota` of
-        `placement.split.level_shares`, to the last token: all ranks must agree.
+        To the last token `placement.split.assign` of `even_shares` or `nearest_quota`, the turn moving on by one with
+        each call. An id that no expert has is served as one that exists, and told to the guard.
+        """
+
+    def level_split(self, copies: LevelCopies, device: torch.device, guard: IdGuard | None) -> Split:
+        """The same with shares that level the ranks' loads.
+
+        To the last token `assign` of `own_quota` of `level_shares`, for all ranks must agree.
         """

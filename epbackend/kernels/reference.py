@@ -15,11 +15,10 @@ from torch.nn import functional
 
 from epbackend.kernels import ExpertWeights, Packed, Permuted, fp8, int8
 from epbackend.kernels.forms import Matrices, stacked
-from epbackend.kernels.level import level_quota_on_host
-from epbackend.placement.layout import Layout
+from epbackend.kernels.splits import TorchSplits
 
 
-class ReferenceKernels:
+class ReferenceKernels(TorchSplits):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
@@ -73,11 +72,6 @@ class ReferenceKernels:
         rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
         rows_SF = (weights.activation or self.swiglu)(rows_S2F)
         return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)
-
-    def level_quota(
-        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
-    ) -> Tensor:
-        return level_quota_on_host(counts_GE, layout, by_source, source, node_sources)
 
 
 def buckets(slot_ids_TK: Tensor, slots: int) -> Tensor:

@@ -15,14 +15,16 @@ from triton import knobs
 from benchmarks.cuda.cases import Experts
 from benchmarks.cuda.job import Job, compile_job
 from epbackend.kernels import ExpertWeights
+from epbackend.kernels.copies import EvenCopies, LevelCopies
 from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
+from epbackend.kernels.guard import IdGuard
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import A100, B200, H100, H200, L40S, Chip
 from epbackend.kernels.triton.kernels import TritonKernels
 from epbackend.kernels.triton.resources import compiling_for, resources
-from epbackend.kernels.triton.split import SplitTable, level_split
 from epbackend.kernels.triton.tile import Tile
 from epbackend.kernels.triton.tiles import Product, choose_tile, table
+from epbackend.placement.layout import Layout
 
 pytestmark = [
     pytest.mark.cpu,
@@ -121,15 +123,26 @@ def test_the_other_kernels_compile(chip, tokens):
     assert all(resources(kernel).spilled <= SMALL_STACK for kernel in compiled)
 
 
+@pytest.mark.parametrize(("tokens", "launches"), [(64, 2), (4096, 3)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-def test_the_token_split_compiles(chip):
-    ranks, experts = 32, 256
-    slots = [*range(experts), *range(ranks)]
-    table = SplitTable.of(
-        slots, [slot * ranks // len(slots) for slot in range(len(slots))], torch.device("meta")
-    )
-    ids_TK, counts_RE = meta(64, 8, dtype=torch.int64), meta(ranks, experts, dtype=torch.int64)
+def test_the_level_split_is_one_launch_after_the_gathering(chip, tokens, launches):
+    """The counting before it takes one, or two where there are many choices."""
+    layout, nowhere = Layout.even(256, 32, 288), torch.device("meta")
+    copies = LevelCopies(layout.slots_EC, layout, layout, 3, 8, lambda _: meta(32, 256, dtype=torch.int64))
     with compiling_for(chip) as compiled:
-        level_split(ids_TK, counts_RE, table, source_rank=3, node_size=8)
-    assert len(compiled) == 5
-    assert all(resources(kernel).spilled <= 2 * SMALL_STACK for kernel in compiled)
+        split = TritonKernels(chip).level_split(copies, nowhere, IdGuard(256, nowhere))
+        split(meta(tokens, 8, dtype=torch.int64))
+    assert len(compiled) == launches
+    assert all(resources(kernel).spilled <= SMALL_STACK for kernel in compiled)
+
+
+@pytest.mark.parametrize(("tokens", "launches"), [(64, 1), (4096, 3)], ids=["decode", "prefill"])
+def test_launches_of_the_even_split(tokens, launches):
+    layout, nowhere = Layout.even(256, 32, 288), torch.device("meta")
+    copies = EvenCopies(layout.slots_EC, layout.slots_EC >= 0)
+    with compiling_for(H100) as compiled:
+        TritonKernels(H100).even_split(copies, nowhere, IdGuard(256, nowhere))(
+            meta(tokens, 8, dtype=torch.int64)
+        )
+    assert len(compiled) == launches
+    assert all(resources(kernel).spilled == 0 for kernel in compiled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,10 +11,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 from contract.routing import routing
 
 from epbackend.kernels import ExpertWeights
+from epbackend.kernels.copies import EvenCopies
 from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.guard import IdGuard
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import chip_of
-from epbackend.kernels.triton.guard import IdGuard
 
 pytestmark = pytest.mark.cuda
 
@@ -34,7 +36,10 @@ def test_a_whole_layer(kernels, place, form):
     gate_up = quantise(torch.randn(3, 2 * inner, width, device=place).to(dtype))
     down = quantise(torch.randn(3, width, inner, device=place).to(dtype))
     ids_TK = routing(13, 2, -1, 4, seed=1).to(place)
-    IdGuard("slot ids", 4, place).watch(ids_TK)
+    guarded = kernels.even_split(
+        EvenCopies(np.array([[0], [1], [2]]), np.ones((3, 1), bool)), place, IdGuard(3, place)
+    )
+    guarded(ids_TK)  # -1 and 3 are no experts
     permuted = kernels.permute(torch.randn(13, width, device=place).to(dtype), ids_TK, 3)
     rows_SD = kernels.expert_mlp(
         permuted.rows_SD, permuted.counts_L, ExpertWeights(kernels.pack(gate_up), kernels.pack(down))

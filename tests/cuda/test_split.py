@@ -1,4 +1,4 @@
-"""The `level` split on the device gives the CPU's integers."""
+"""The splits on the device give the CPU's integers, with few choices and with many."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 split = pytest.importorskip("epbackend.placement.split", reason="needs numba", exc_type=ImportError)
 
-from epbackend.kernels.triton.split import SplitTable, level_split
-from epbackend.kernels.triton.split.level import level_shares
+from epbackend.kernels.copies import EvenCopies, LevelCopies
+from epbackend.kernels.triton import permute
+from epbackend.kernels.triton.split import seats
 from epbackend.placement.layout import Layout
 
 pytestmark = pytest.mark.cuda
@@ -33,31 +34,48 @@ def draw(layout: Layout, seed: int, tokens: int = 60) -> list[np.ndarray]:
     return [random.choice(layout.experts, (int(size), 2), p=chances_E / chances_E.sum()) for size in sizes_R]
 
 
-def check(place: torch.device, layout: Layout, ids_of: list[np.ndarray], node_size: int) -> None:
+@pytest.fixture(params=["few", "many"])
+def way(request, monkeypatch):
+    """Choices are counted by the way, or beforehand."""
+    if request.param == "many":
+        for module in (seats, permute):
+            monkeypatch.setattr(module, "MOST_CHOICES", 0)
+
+
+def check(kernels, place, layout: Layout, ids_of: list[np.ndarray], node_size: int, step: int = 1) -> None:
+    """The split of every `step`-th source, beside the CPU's."""
     counts_RE = np.stack([np.bincount(ids.flatten(), minlength=layout.experts) for ids in ids_of])
-    table = SplitTable.of(layout.slot_to_expert_P.tolist(), layout.rank_of_slot_P.tolist(), place)
     shares_P = split.level_shares(counts_RE.sum(0), layout)
     on_device = torch.from_numpy(counts_RE).to(place)
-    found_XC = level_shares(on_device.sum(0), table)
-    here_XC = table.slots_XC >= 0
-    assert found_XC[here_XC].tolist() == shares_P[table.slots_XC[here_XC].cpu().numpy()].tolist()
-    for source, ids_TK in enumerate(ids_of):
+    for source, ids_TK in list(enumerate(ids_of))[::step]:
+        copies = LevelCopies(layout.slots_EC, layout, layout, source, node_size, lambda _: on_device)
         quota_P = split.own_quota(counts_RE, shares_P, layout, source, node_size)
         expected = split.assign(ids_TK, quota_P, layout)
-        found = level_split(torch.from_numpy(ids_TK).to(place), on_device, table, source, node_size)
+        found = kernels.level_split(copies, place, None)(torch.from_numpy(ids_TK).to(place))
         assert np.array_equal(found.cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize(("name", "node_size"), [(name, n % 2 * 2) for n, name in enumerate(LAYOUTS)])
-def test_integer_for_integer(place, name, node_size):
-    check(place, LAYOUTS[name], draw(LAYOUTS[name], seed=len(name)), node_size)
+def test_integer_for_integer(way, kernels, place, name, node_size):
+    check(kernels, place, LAYOUTS[name], draw(LAYOUTS[name], seed=len(name)), node_size)
 
 
 @pytest.mark.parametrize("tokens", [500, 501])
-def test_loads_are_carried_along_a_chain(place, tokens):
+def test_loads_are_carried_along_a_chain(kernels, place, tokens):
     """All tokens lie at one end of a chain of ranks: sweeps alone would take long to spread them."""
     held = [(0,), *[(rank - 1, rank) for rank in range(1, 7)], (6,)]
     counts_E = np.random.default_rng(0).integers(0, 9, 7)
     counts_E[0] = tokens
     ids = np.random.default_rng(1).permutation(np.repeat(np.arange(7), counts_E))
-    check(place, Layout(tuple(held), 7), np.array_split(ids[:, None], 8), node_size=4)
+    check(kernels, place, Layout(tuple(held), 7), np.array_split(ids[:, None], 8), node_size=4, step=5)
+
+
+def test_even_with_several_programs(way, kernels, place):
+    """All of them see the same turn, and one moves it on."""
+    layout = LAYOUTS["many copies"]
+    even = kernels.even_split(EvenCopies(layout.slots_EC, layout.slots_EC >= 0), place, None)
+    for turn in range(3):
+        ids_TK = np.random.default_rng(turn).integers(0, layout.experts, (50, 2))
+        quota_P = split.even_shares(np.bincount(ids_TK.flatten(), minlength=layout.experts), layout, turn)
+        found = even(torch.from_numpy(ids_TK).to(place)).cpu().numpy()
+        assert np.array_equal(found, split.assign(ids_TK, quota_P, layout))

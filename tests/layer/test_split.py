@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,9 +25,9 @@ from epbackend.split import TokenSplit
 E, K = 5, 3
 
 
-def problem(rank: int, size: int, token_size: int = 1, kernels=None) -> Problem:
+def problem(rank: int, size: int, token_size: int = 1) -> Problem:
     ranks = RankGroup(None, rank, size, token_size=token_size)
-    return Problem(ranks, kernels or CpuKernels(), DispatchSettings(), slots=0, top_k=K)
+    return Problem(ranks, CpuKernels(), DispatchSettings(), slots=0, top_k=K)
 
 
 @st.composite
@@ -124,7 +123,15 @@ def test_what_there_is_not():
     copies = SlotMap.of((0, 1, 0, 1), 2)
     with pytest.raises(ConfigError, match="split 'random' is unknown; it is one of even, nearest, level"):
         TokenSplit("random", copies, problem(0, 2))
-    TokenSplit("level", SlotMap.uniform(4, 2), problem(0, 2, kernels=SimpleNamespace()))
+
+
+@pytest.mark.parametrize("name", on_arrays.SPLITS)
+def test_an_expert_that_does_not_exist(name):
+    """Unless nobody looks; a choice of it then goes where an expert is."""
+    slot_map, ids = SlotMap.of((0, 1, 0, 1), 2), torch.tensor([[0, 5]])
+    with pytest.raises(ConfigError, match="layer 0: a token chose expert 5, and the experts are 0 to 1;"):
+        TokenSplit(name, slot_map, problem(0, 2, 2))(ids)
+    assert int(TokenSplit(name, slot_map, problem(0, 2, 2), check_ids=False)(ids).max()) < 4
 
 
 def test_nothing_is_compiled_or_loaded_for_it_unless_level_is_used():

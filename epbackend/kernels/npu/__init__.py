@@ -16,14 +16,13 @@ from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.forms import Matrices, stacked
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
-from epbackend.kernels.level import level_quota_on_host
 from epbackend.kernels.npu import limits, ops
-from epbackend.placement.layout import Layout
+from epbackend.kernels.splits import TorchSplits
 
 NpuWeights = Tensor | Int8Weights  # weights_LNK as they are: the products read them through transposed views
 
 
-class NpuKernels:
+class NpuKernels(TorchSplits):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     @cached_property
@@ -87,11 +86,6 @@ class NpuKernels:
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return ops.swiglu(rows_S2F)
-
-    def level_quota(
-        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
-    ) -> Tensor:
-        return level_quota_on_host(counts_GE, layout, by_source, source, node_sources)
 
     def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
         int8 = isinstance(weights.down, Int8Weights) and weights.activation is None

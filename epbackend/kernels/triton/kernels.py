@@ -10,11 +10,12 @@ from torch import Tensor
 
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
+from epbackend.kernels.copies import EvenCopies, LevelCopies, Split
 from epbackend.kernels.forms import Experts, Matrices, stacked
+from epbackend.kernels.guard import IdGuard
 from epbackend.kernels.triton import permute, split, swiglu, unpermute
 from epbackend.kernels.triton.chip import Chip, chip_of
 from epbackend.kernels.triton.products import Products, check_same_form
-from epbackend.placement.layout import Layout
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -66,10 +67,11 @@ class TritonKernels:
             rows_SF = weights.activation(products.plain(rows_SD, weights.gate_up, weights.gate_up_bias_L2F))
         return products.plain(rows_SF, weights.down, weights.down_bias_LD)
 
-    def level_quota(
-        self, counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
-    ) -> Tensor:
-        return split.level_quota(counts_GE, layout, by_source, source, node_sources)
+    def even_split(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> Split:
+        return split.EvenSplit(copies, device, guard)
+
+    def level_split(self, copies: LevelCopies, device: torch.device, guard: IdGuard | None) -> Split:
+        return split.level_split(copies, device, guard, self._chip)
 
     def _products(self, rows_SD: Tensor, counts_L: Tensor) -> Products:
         return Products(self._chip or chip_of(rows_SD.device), rows_SD, counts_L)

@@ -30,7 +30,13 @@ COPIED_ROWS, COPIED_COLUMNS = 4, 1024
 
 def count(slot_ids_TK: Tensor, slots: int) -> Tensor:
     """counts_L (int64): how many choices fell on each of the `slots` local slots."""
-    return count_in_blocks(slot_ids_TK.reshape(-1), slots)[0]
+    ids_S = slot_ids_TK.reshape(-1)
+    if not 0 < len(ids_S) <= MOST_CHOICES:
+        return count_in_blocks(ids_S, slots)[0]
+    counts_1L = torch.empty(1, slots, dtype=torch.int64, device=ids_S.device)
+    lanes, block = triton.next_power_of_2(slots + 1), triton.next_power_of_2(max(BLOCK, len(ids_S)))
+    _count_blocks[(1,)](ids_S, counts_1L, len(ids_S), slots, lanes, block)
+    return counts_1L[0]
 
 
 def permute(
@@ -87,14 +93,14 @@ def _permute_many(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out:
         )
 
 
-def count_in_blocks(ids_S: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+def count_in_blocks(ids_S: Tensor, slots: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """totals_L (int64) and before_BL (int32): choices of each slot in all blocks, and in those before each block."""
-    blocks = triton.cdiv(len(ids_S), BLOCK)
+    blocks = triton.cdiv(len(ids_S), block)
     before_BL = torch.empty(blocks, slots, dtype=torch.int32, device=ids_S.device)
     totals_L = torch.empty(slots, dtype=torch.int64, device=ids_S.device)
     if blocks:
         lanes = triton.next_power_of_2(slots + 1)
-        _count_blocks[(blocks,)](ids_S, before_BL, len(ids_S), slots, lanes, BLOCK)
+        _count_blocks[(blocks,)](ids_S, before_BL, len(ids_S), slots, lanes, block)
     _add_up_blocks[(slots,)](before_BL, totals_L, blocks, slots)
     return totals_L, before_BL
 

@@ -1,100 +1,86 @@
 """How many of one source's tokens go to each copy, near ones first.
 
-Sources and copies meet in blocks of one rank, then of a node, then of all ranks. In each block the tokens that its
-sources still have lie on one line, and the room that its copies still have on another: a source's quota of a copy is
-the overlap of their two intervals.
+Sources and copies meet in blocks of one source, then of a node, then of all. In each block the tokens that its sources
+still have lie on one line, and the room that its copies still have on another: a source's quota of a copy is the
+overlap of their two intervals.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from epbackend.kernels.triton.split.table import SplitTable
-
-
-def own_quota(
-    counts_RE: Tensor, shares_XC: Tensor, table: SplitTable, source_rank: int, node_ranks: int
-) -> Tensor:
-    """quota_XC (int32) of `source_rank`; one program an expert."""
-    replicated, copies = shares_XC.shape
-    quota_XC = torch.empty_like(shares_XC)
-    if replicated:
-        _own_quota[(replicated,)](
-            counts_RE,
-            shares_XC,
-            table.expert_X,
-            table.ranks_XC,
-            quota_XC,
-            source_rank,
-            node_ranks,
-            table.ranks,
-            counts_RE.shape[1],
-            copies,
-            triton.next_power_of_2(copies),
-            triton.next_power_of_2(table.ranks),
-        )
-    return quota_XC
-
-
-@triton.jit(do_not_specialize=["source_rank", "node_ranks", "ranks"])
-def _own_quota(
-    counts_RE,
-    shares_XC,
-    expert_X,
-    ranks_XC,
-    quota_XC,
-    source_rank,
-    node_ranks,
-    ranks,
-    E,
-    C,
-    CS: tl.constexpr,
-    RS: tl.constexpr,
-):
-    x = tl.program_id(0)
-    rank, copy = tl.arange(0, RS), tl.arange(0, CS)
-    counts = counts_RE + rank.to(tl.int64) * E + tl.load(expert_X + x)
-    tokens = tl.load(counts, mask=rank < ranks, other=0).to(tl.int32)
-    copy_rank = tl.load(ranks_XC + x * C + copy, mask=copy < C, other=-1)
-    room = tl.load(shares_XC + x * C + copy, mask=copy_rank >= 0, other=0)
-    quota = tl.zeros_like(room)
-    for step in tl.static_range(3):
-        if step == 0:
-            block_ranks = 1
-        elif step == 1:
-            block_ranks = node_ranks
-        else:
-            block_ranks = ranks
-        gained, tokens, room = _meet(tokens, room, copy_rank, source_rank, block_ranks, CS, RS)
-        quota += gained
-    tl.store(quota_XC + x * C + copy, quota, mask=copy < C)
 
 
 @triton.jit
-def _meet(tokens, room, copy_rank, source_rank, block_ranks, CS: tl.constexpr, RS: tl.constexpr):
-    """(what the source gives each copy of its own block, tokens left, room left)."""
-    rank = tl.arange(0, RS)
-    block = rank // block_ranks
-    copy_block = tl.where(copy_rank >= 0, copy_rank // block_ranks, -1)
-    first = block * block_ranks
-    last = tl.minimum(first + block_ranks, RS) - 1
-    sums = tl.cumsum(tokens)
-    ends = sums - tl.gather(sums - tokens, first, 0)
-    same_CC = copy_block[:, None] == copy_block[None, :]
-    copy = tl.arange(0, CS)
-    earlier_CC = same_CC & (copy[None, :] <= copy[:, None])
-    room_ends = tl.sum(tl.where(earlier_CC, room[None, :], 0), 1)
-    source = rank == source_rank
-    end = tl.sum(tl.where(source, ends, 0))
-    start = end - tl.sum(tl.where(source, tokens, 0))
+def own_quota(
+    shares,
+    counts_GE,
+    stride,
+    expert_X,
+    sources_XC,
+    source,
+    node,
+    G,
+    X,
+    C,
+    XS: tl.constexpr,
+    CS: tl.constexpr,
+    GS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """quota [XS, CS] of `source`, from the shares [XS, CS] of all; CHUNK experts at a time."""
+    each = tl.arange(0, XS)[:, None]
+    copy, sources = tl.arange(0, CS)[None, :], tl.arange(0, GS)[None, :]
+    quota = tl.zeros_like(shares)
+    for start in range(0, X, CHUNK):
+        x = (start + tl.arange(0, CHUNK))[:, None]
+        expert = tl.load(expert_X + x, mask=x < X, other=0)
+        counts = counts_GE + sources.to(tl.int64) * stride + expert
+        tokens = tl.load(counts, mask=(x < X) & (sources < G), other=0).to(tl.int32)
+        holder = tl.load(sources_XC + x * C + copy, mask=(x < X) & (copy < C), other=-1)
+        room = tl.gather(shares, tl.minimum(x, XS - 1) + tl.zeros_like(copy), 0)
+        room = tl.where(x < X, room, 0)
+        part = tl.zeros_like(room)
+        for step in tl.static_range(3):
+            if step == 0:
+                block = 1
+            elif step == 1:
+                block = node
+            else:
+                block = G
+            gained, tokens, room = _meet(tokens, room, holder, source, block, CS, GS)
+            part += gained
+        mine = (each >= start) & (each < start + CHUNK)
+        row = tl.minimum(tl.maximum(each - start, 0), CHUNK - 1) + tl.zeros_like(copy)
+        quota = tl.where(mine, tl.gather(part, row, 0), quota)
+    return quota
+
+
+@triton.jit
+def _meet(tokens, room, holder, source, block, CS: tl.constexpr, GS: tl.constexpr):
+    """(what the source gives each copy of its own block, tokens left, room left), for some experts [.., GS], [.., CS].
+
+    `holder` is the source of each copy, -1 past them; `block` how many sources a block has.
+    """
+    sources, copy = tl.arange(0, GS)[None, :], tl.arange(0, CS)
+    block_G = sources // block
+    block_C = tl.where(holder >= 0, holder // block, -1)
+    first = block_G * block + tl.zeros_like(tokens)
+    last = tl.minimum(first + block, GS) - 1
+    sums = tl.cumsum(tokens, 1)
+    ends = sums - tl.gather(sums - tokens, first, 1)
+    same = block_C[:, :, None] == block_C[:, None, :]
+    earlier = same & (copy[None, None, :] <= copy[None, :, None])
+    room_ends = tl.sum(tl.where(earlier, room[:, None, :], 0), 2)
+    here = sources == source
+    end = tl.sum(tl.where(here, ends, 0), 1)[:, None]
+    start = end - tl.sum(tl.where(here, tokens, 0), 1)[:, None]
     overlap = tl.maximum(tl.minimum(room_ends, end) - tl.maximum(room_ends - room, start), 0)
-    own = copy_block == source_rank // block_ranks
-    room_R = tl.sum(tl.where(copy_block[:, None] == block[None, :], room[:, None], 0), 0)
-    met_R = tl.minimum(tl.gather(ends, last, 0), room_R)
-    met_C = tl.sum(tl.where(copy_rank[:, None] == rank[None, :], met_R[None, :], 0), 1)
-    tokens = tl.minimum(tokens, tl.maximum(ends - met_R, 0))
+    inside = block_C[:, :, None] == block_G[:, None, :]
+    room_G = tl.sum(tl.where(inside, room[:, :, None], 0), 1)
+    met_G = tl.minimum(tl.gather(ends, last, 1), room_G)
+    at = holder[:, :, None] == sources[:, None, :]
+    met_C = tl.sum(tl.where(at, met_G[:, None, :], 0), 2)
+    tokens = tl.minimum(tokens, tl.maximum(ends - met_G, 0))
     left = tl.minimum(room, tl.maximum(room_ends - met_C, 0))
-    return tl.where(own, overlap, 0), tokens, left
+    return tl.where(block_C == source // block, overlap, 0), tokens, left

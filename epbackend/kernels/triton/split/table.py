@@ -1,58 +1,77 @@
-"""What the split must know of a layer's slots, on the device."""
+"""What `level` must know of a layer's slots, on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from epbackend.kernels.copies import LevelCopies
+
 
 @dataclass(frozen=True)
-class SplitTable:
-    """Made once a layout. Rows of XC end in -1 where an expert has fewer copies than others."""
+class LevelTable:
+    """Made once a layer. X counts the experts on several ranks, C their copies, one a rank; J the others of a rank."""
 
-    ranks: int
-    slot_E: Tensor
+    first_slot_E: Tensor
     """int64: each expert's first slot."""
-    rank_E: Tensor
-    """int32: the rank of an expert that is on one rank alone, else -1."""
     replicated_E: Tensor
     """int32: which of the X an expert is, or -1."""
+    single_RJ: Tensor
+    """int32: the experts that are on this rank alone; rows end in -1."""
     expert_X: Tensor
     """int32."""
     slots_XC: Tensor
-    """int64: one slot for each rank, in ascending order."""
+    """int64, in ascending order; rows end in -1, here and below."""
     ranks_XC: Tensor
-    """int32."""
+    """int32: the rank of each copy."""
+    sources_XC: Tensor
+    """int32: the source that the rank belongs to."""
 
     @classmethod
-    def of(
-        cls, slot_to_expert_P: Sequence[int], rank_of_slot_P: Sequence[int], device: torch.device
-    ) -> SplitTable:
-        """From the logical expert and the rank of every slot. Of two slots of an expert on a rank the first counts."""
-        slots_of: dict[int, dict[int, int]] = {}
-        for slot, (expert, rank) in enumerate(zip(slot_to_expert_P, rank_of_slot_P, strict=True)):
-            slots_of.setdefault(int(expert), {}).setdefault(int(rank), slot)
-        experts = range(len(slots_of))
-        replicated = [expert for expert in experts if len(slots_of[expert]) > 1]
-        most = max((len(slots_of[expert]) for expert in replicated), default=1)
+    def of(cls, copies: LevelCopies, device: torch.device) -> LevelTable:
+        """Of two slots of an expert on a rank the first counts."""
+        layout = copies.layout
+        kept = [
+            _one_a_rank(layout.slots_EC[expert], layout.rank_of_slot_P) for expert in range(layout.experts)
+        ]
+        replicated = [expert for expert, slots in enumerate(kept) if len(slots) > 1]
+        single_of: list[list[int]] = [[] for _ in range(layout.ranks)]
+        for expert, slots in enumerate(kept):
+            if len(slots) == 1:
+                single_of[layout.rank_of_slot_P[slots[0]]].append(expert)
+        index_E = np.full(layout.experts, -1)
+        index_E[replicated] = np.arange(len(replicated))
+        slots_XC = _padded([kept[expert] for expert in replicated])
+        here_XC = slots_XC >= 0
 
-        def padded(values: Sequence[int]) -> list[int]:
-            return [*values, *[-1] * (most - len(values))]
+        def on(values: object, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(np.array(values), dtype=dtype, device=device)
 
-        def ints(values: Sequence[object], dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        single = [next(iter(slots_of[expert])) if len(slots_of[expert]) == 1 else -1 for expert in experts]
-        index = {expert: x for x, expert in enumerate(replicated)}
         return cls(
-            ranks=max(rank_of_slot_P) + 1,
-            slot_E=ints([next(iter(slots_of[expert].values())) for expert in experts], torch.int64),
-            rank_E=ints(single),
-            replicated_E=ints([index.get(expert, -1) for expert in experts]),
-            expert_X=ints(replicated),
-            slots_XC=ints([padded([*slots_of[e].values()]) for e in replicated], torch.int64).view(-1, most),
-            ranks_XC=ints([padded([*slots_of[e]]) for e in replicated]).view(-1, most),
+            first_slot_E=on(copies.slot_ids_EC[:, 0], torch.int64),
+            replicated_E=on(index_E),
+            single_RJ=on(_padded(single_of)),
+            expert_X=on(replicated),
+            slots_XC=on(
+                _padded([copies.slot_ids_EC[e, np.isin(layout.slots_EC[e], kept[e])] for e in replicated]),
+                torch.int64,
+            ),
+            ranks_XC=on(np.where(here_XC, layout.rank_of_slot_P[slots_XC], -1)),
+            sources_XC=on(np.where(here_XC, copies.by_source.rank_of_slot_P[slots_XC], -1)),
         )
+
+
+def _one_a_rank(slots_C: np.ndarray, rank_of_slot_P: np.ndarray) -> np.ndarray:
+    slots_C = slots_C[slots_C >= 0]
+    return slots_C[np.unique(rank_of_slot_P[slots_C], return_index=True)[1]]
+
+
+def _padded(rows: list) -> np.ndarray:
+    """[rows, the longest one] (int64), -1 past the ends."""
+    table = np.full((len(rows), max(map(len, rows), default=0)), -1)
+    for row, values in zip(table, rows, strict=True):
+        row[: len(values)] = values
+    return table

@@ -1,0 +1,122 @@
+"""The token splits of every device give what `epbackend.placement.split` says, to the last token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("hypothesis")
+splits = pytest.importorskip("epbackend.placement.split", reason="needs numba", exc_type=ImportError)
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epbackend.errors import ConfigError
+from epbackend.kernels.copies import EvenCopies, LevelCopies, Split
+from epbackend.kernels.guard import IdGuard
+from epbackend.placement.layout import Layout
+from epbackend.placement.split import reference
+
+E, K = 4, 2
+LAYOUT = Layout(((0, 1), (0, 3, 3), (2, 0), (3, 0, 1)), E)
+"""Expert 0 is everywhere, 3 twice, and on one rank twice."""
+BY_SOURCE = Layout(((0, 1, 0, 3, 3), (2, 0, 3, 0, 1)), E)
+"""Two sources of two ranks each."""
+
+batches = st.lists(st.tuples(*[st.integers(0, E - 1)] * K), min_size=1, max_size=30)
+
+
+def counts(ids: list[tuple[int, ...]]) -> np.ndarray:
+    return np.bincount(np.array(ids).flatten(), minlength=E)
+
+
+def level_quota(counts_GE: np.ndarray, by_source: Layout, source: int, node_sources: int) -> np.ndarray:
+    shares_P = reference.level_shares(counts_GE.sum(axis=0), LAYOUT)
+    return reference.own_quota(counts_GE, shares_P, by_source, source, node_sources)
+
+
+@given(calls=st.lists(batches, max_size=3), turn=st.integers(0, 3))
+def test_even_takes_turns_from_call_to_call(kernels, place, calls, turn):
+    split = kernels.even_split(EvenCopies(LAYOUT.slots_EC, LAYOUT.slots_EC >= 0, turn), place, None)
+    for call, ids in enumerate(calls):
+        quota_P = splits.even_shares(counts(ids), LAYOUT, turn + call)
+        expected = splits.assign(np.array(ids), quota_P, LAYOUT)
+        assert split(torch.tensor(ids, device=place)).tolist() == expected.tolist()
+
+
+@given(ids=batches, rank=st.integers(0, 3))
+def test_nearest_is_even_among_some(kernels, place, ids, rank):
+    near_EC = LAYOUT.rank_of_slot_P[LAYOUT.slots_EC] == rank
+    near_EC &= LAYOUT.slots_EC >= 0
+    takes_EC = np.where(near_EC.any(axis=1, keepdims=True), near_EC, LAYOUT.slots_EC >= 0)
+    split = kernels.even_split(EvenCopies(LAYOUT.slots_EC, takes_EC, rank), place, None)
+    quota_P = splits.nearest_quota(counts(ids), LAYOUT, rank)
+    expected = splits.assign(np.array(ids), quota_P, LAYOUT)
+    assert split(torch.tensor(ids, device=place)).tolist() == expected.tolist()
+
+
+@given(ids=batches, others=st.lists(st.integers(0, 50), min_size=E, max_size=E), source=st.integers(0, 1))
+@pytest.mark.parametrize("node_sources", [0, 1])
+def test_level_with_two_sources(kernels, place, ids, others, source, node_sources):
+    gathered = np.array([counts(ids), others])[:: 1 - 2 * source]
+
+    def gather(counts_E: torch.Tensor) -> torch.Tensor:
+        assert counts_E.tolist() == counts(ids).tolist()
+        return torch.from_numpy(gathered.repeat(2, axis=0)).to(place)[::2]  # a line for each rank
+
+    copies = LevelCopies(LAYOUT.slots_EC, LAYOUT, BY_SOURCE, source, node_sources, gather)
+    found = kernels.level_split(copies, place, None)(torch.tensor(ids, device=place))
+    quota_P = level_quota(gathered, BY_SOURCE, source, node_sources)
+    assert found.tolist() == splits.assign(np.array(ids), quota_P, LAYOUT).tolist()
+
+
+@given(ids=batches)
+def test_level_where_all_ranks_hold_the_same_tokens(kernels, place, ids):
+    alone = Layout((sum(LAYOUT.experts_of_rank, ()),), E)
+    copies = LevelCopies(LAYOUT.slots_EC, LAYOUT, alone, 0, 0, None)
+    found = kernels.level_split(copies, place, None)(torch.tensor(ids, device=place))
+    quota_P = level_quota(counts(ids)[None], alone, 0, 0)
+    assert found.tolist() == splits.assign(np.array(ids), quota_P, LAYOUT).tolist()
+
+
+def test_no_tokens(kernels, place):
+    """This source has none, but takes part in the gathering."""
+    asked = []
+
+    def gather(counts_E: torch.Tensor) -> torch.Tensor:
+        asked.append(counts_E.tolist())
+        return counts_E.expand(2, -1)
+
+    copies = LevelCopies(LAYOUT.slots_EC, LAYOUT, BY_SOURCE, 0, 0, gather)
+    nobody_TK = torch.empty(0, K, dtype=torch.int64, device=place)
+    assert kernels.level_split(copies, place, None)(nobody_TK).shape == (0, K)
+    assert asked == [[0] * E]
+
+
+@pytest.mark.parametrize("copies", ["one", "even", "level"])
+@pytest.mark.parametrize("wild", [-1, E, 1 << 40])
+def test_ids_that_no_expert_has(kernels, place, copies, wild):
+    """They get slots that exist, and the guard tells of them: at once, or when the device has."""
+    slot_ids_EC = LAYOUT.slots_EC[:, :1] if copies == "one" else LAYOUT.slots_EC
+    guard = IdGuard(E, place, layer=7)
+    if copies == "level":
+        alone = Layout((sum(LAYOUT.experts_of_rank, ()),), E)
+        tables = LevelCopies(slot_ids_EC, LAYOUT, alone, 0, 0, None)
+        make = kernels.level_split
+    else:
+        tables, make = EvenCopies(slot_ids_EC, slot_ids_EC >= 0), kernels.even_split
+    ids_TK = torch.tensor([[0, wild], [2, 3]], device=place)
+    unwatched = make(tables, place, None)(ids_TK)
+    assert 0 <= int(unwatched.min()) <= int(unwatched.max()) < LAYOUT.slots
+    split = make(tables, place, guard)
+    with pytest.raises(
+        ConfigError, match=f"layer 7: a token chose expert {wild}, and the experts are 0 to 3;"
+    ):
+        call_twice(split, ids_TK)
+
+
+def call_twice(split: Split, ids_TK: torch.Tensor) -> None:
+    split(ids_TK)
+    torch.get_device_module(ids_TK.device).synchronize()
+    split(ids_TK)
