@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from epbackend.kernels import Kernels
 
@@ -33,6 +34,15 @@ class Device(ABC):
     def emulated(self) -> bool:
         """Whether another device only stands in for it, for tests: "auto" passes it over."""
         return False
+
+    def no_collectives(self) -> str | None:
+        """Why several of its ranks cannot talk to each other with this torch; None if they can."""
+        name = self.collective_backend
+        if self.emulated or (dist.is_available() and dist.is_backend_available(name)):
+            return None
+        return (
+            f"torch {torch.__version__} has no {name.upper()}; install a build that has it, or run one rank"
+        )
 
     @property
     @abstractmethod
