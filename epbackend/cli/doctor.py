@@ -75,7 +75,10 @@ def examine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "devices": {name: _finding(device.unavailable()) for name, device in devices().items()},
+        "devices": {
+            name: {**_finding(device.unavailable()), "kernels": ["auto", *device.kernel_sets]}
+            for name, device in devices().items()
+        },
         "dispatchers": {
             each.name: {**_finding(each.unavailable), "ep_level": each.level, "summary": each.summary}
             for each in dispatchers()
@@ -116,7 +119,7 @@ def _show(findings: dict[str, Any]) -> None:
     console.print(f"Python {findings['python']}, {findings['machine']}", highlight=False)
     table = Table("", "", "", show_header=False, box=None, pad_edge=False)
     for name, device in findings["devices"].items():
-        table.add_row(f"device {name}", *_verdict(device, ""))
+        table.add_row(f"device {name}", *_verdict(device, f"kernels {', '.join(device['kernels'])}"))
     for name, dispatcher in findings["dispatchers"].items():
         table.add_row(f"dispatcher {name}", *_verdict(dispatcher, dispatcher["summary"]))
     table.add_row("engine LMDeploy", *_verdict(findings["engine"], "every hook is in place"))

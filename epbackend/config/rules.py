@@ -10,9 +10,12 @@ if TYPE_CHECKING:
     from epbackend.config.settings import EPConfig
 
 # The ep_level each dispatcher serves; their own classes import torch, which the configuration must not need.
-LEVEL_OF_DISPATCHER = {"replicated": 1, "allgather": 1, "alltoall": 2, "mc2": 2}
+LEVEL_OF_DISPATCHER = {"replicated": 1, "allgather": 1, "alltoall": 2, "mc2": 2, "symmetric": 2}
 DECODE_ONLY = ("mc2",)
 """Dispatchers that serve a bounded number of tokens: prefill takes another, by itself."""
+
+
+CUDA_KERNELS = ("triton", "grouped_mm")
 
 
 def contradictions(config: "EPConfig") -> list[Problem]:
@@ -21,6 +24,7 @@ def contradictions(config: "EPConfig") -> list[Problem]:
     return [
         *_cutoff(config),
         *_transport(config),
+        *_kernels(config),
         *parallel.problems(config.ep_size, engine.tp, engine.dp, engine.executor),
         *_cache(config),
         *_placement(config),
@@ -68,6 +72,13 @@ def _cutoff(config: "EPConfig") -> list[Problem]:
         remedy = "needs topk_scaling_factor, a number in (0, 1]"
         return [Problem("enable_init_routing_cutoff", remedy, enabled)]
     return []
+
+
+def _kernels(config: "EPConfig") -> list[Problem]:
+    if config.kernels not in CUDA_KERNELS or config.device in ("auto", "cuda"):
+        return []
+    remedy = f"are for device cuda, but device is {config.device}: write auto or reference"
+    return [Problem("kernels", remedy, config.kernels)]
 
 
 def _transport(config: "EPConfig") -> list[Problem]:

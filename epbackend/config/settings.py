@@ -84,6 +84,15 @@ class EPConfig(Section):
         examples=["auto", *BUILT_IN_DEVICES],
         description="Where experts run. A package adds names by entry points of the group epbackend.devices.",
     )
+    kernels: Literal["auto", "triton", "grouped_mm", "reference"] = Field(
+        default="auto",
+        description="Who multiplies. auto: the device's own kernels, on cuda triton. grouped_mm is torch's "
+        "product, for cuda. reference is plain torch: for checks, slow.",
+    )
+    check_expert_ids: bool = Field(
+        default=True,
+        description="Tell of a router that chooses experts that do not exist. Nothing waits for a GPU to do so.",
+    )
     ep_size: Positive = Field(
         default=1,
         description="Expert-parallel ranks; the experts are divided among them. MindIE's name for it: "

@@ -13,12 +13,13 @@ from epbackend.dispatch.mc2 import Mc2
 from epbackend.dispatch.passes import row_bound
 from epbackend.dispatch.replicated import Replicated
 from epbackend.dispatch.sliced import Sliced
+from epbackend.dispatch.symmetric import Symmetric
 from epbackend.dispatch.transport import TRANSPORTS
 from epbackend.errors import ConfigError
 
 logger = logging.getLogger("epbackend")
 
-DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, AllToAll)
+DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, Symmetric, AllToAll)
 """The one that is preferred where several can serve comes first."""
 
 

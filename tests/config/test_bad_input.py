@@ -35,6 +35,8 @@ BAD = [
     ({"engine": {"sesion_len": 9}}, ["engine.sesion_len:", "did you mean 'session_len'?"]),
     ({"qwertz": 1}, ["qwertz: unknown setting"]),
     ({"engine": None}, ["engine:"]),
+    ({"kernels": "tritn"}, ["kernels:", "triton", "(got 'tritn')"]),
+    ({"kernels": "triton", "device": "cpu"}, ["kernels:", "device cuda", "auto or reference", "'triton'"]),
     # the cutoff
     ({"enable_init_routing_cutoff": True, "topk_scaling_factor": 1.5}, ["topk_scaling_factor:", "(got 1.5)"]),
     (

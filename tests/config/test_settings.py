@@ -195,6 +195,17 @@ def test_pinned_dispatchers_are_those_of_the_data_path():
     assert {dispatcher.name: dispatcher.level for dispatcher in DISPATCHERS} == LEVEL_OF_DISPATCHER
 
 
+def test_kernels_are_those_of_the_devices():
+    from epbackend.config.rules import CUDA_KERNELS
+    from epbackend.device import devices
+
+    names = {name: set(device.kernel_sets) for name, device in devices().items()}
+    assert set(CUDA_KERNELS) == names["cuda"] - names["cpu"]
+    assert {"auto"}.union(*names.values()) == set(
+        EPConfig.model_json_schema()["properties"]["kernels"]["enum"]
+    )
+
+
 def test_reading_a_config_imports_no_torch():
     script = "import sys; from epbackend.config import EPConfig; EPConfig(); print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
