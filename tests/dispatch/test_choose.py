@@ -73,7 +73,10 @@ def test_the_choice_is_logged_once(caplog):
         ({"dispatcher": "replicated"}, "hold different tokens"),
         ({"dispatcher": "alltoall"}, "it serves ep_level 2, and ep_level is 1"),
         ({"dispatcher": "allgather", "level": 2}, "it serves ep_level 1, and ep_level is 2"),
-        ({"dispatcher": "nvshmem"}, "unknown; known are auto, replicated, allgather, mc2, symmetric, alltoall"),
+        (
+            {"dispatcher": "nvshmem"},
+            "unknown; known are auto, replicated, allgather, mc2, symmetric, alltoall",
+        ),
         (
             {"dispatcher": "replicated,alltoall"},
             "none of .* named can be used: replicated: .* different tokens.*; alltoall: .*; name another",
