@@ -25,6 +25,7 @@ def contradictions(config: "EPConfig") -> list[Problem]:
         *_cutoff(config),
         *_kernels(config),
         *_pinned_dispatcher(config),
+        *_transport(config),
         *parallel.problems(config.ep_size, engine.tp, engine.dp, engine.executor),
         *_cache(config),
         *_placement(config),
@@ -42,6 +43,8 @@ def without_effect(config: "EPConfig") -> list[str]:
     for name in ("alltoall_ep_buffer_scale_factors", "overlap_chunks", "overlap_min_tokens"):
         if _changed(config, name) and 2 not in levels:
             found.append(f"{name} has no effect: it is for ep_level 2, which no phase uses")
+    if _changed(config, "transport") and _nothing_travels(config, levels):
+        found.append("transport has no effect: every rank holds all tokens, so that no row travels")
     if _changed(config.engine, "cache_max_entry_count") and config.device == "cpu":
         found.append("engine.cache_max_entry_count has no effect on the CPU: set engine.cache_gb instead")
     if _changed(config.placement, "split") and not config.placement.given:
@@ -53,6 +56,11 @@ def without_effect(config: "EPConfig") -> list[str]:
 
 def _changed(section: Section, name: str) -> bool:
     return getattr(section, name) != type(section).model_fields[name].default
+
+
+def _nothing_travels(config: "EPConfig", levels: set[int]) -> bool:
+    same_tokens = config.engine.dp == 1 and config.dispatcher in ("auto", "replicated")
+    return config.ep_size == 1 or (levels == {1} and same_tokens)
 
 
 def _cutoff(config: "EPConfig") -> list[Problem]:
@@ -92,6 +100,14 @@ def _unfit(dispatcher: str, config: "EPConfig") -> str | None:
     if dispatcher == "replicated" and config.engine.dp > 1:
         return f"needs all tokens on every rank, but engine.dp is {config.engine.dp}"
     return None
+
+
+def _transport(config: "EPConfig") -> list[Problem]:
+    if (config.device, config.transport) != ("ascend", "fp8"):
+        return []
+    return [
+        Problem("transport", "needs float8, which Ascend A2 and A3 do not have: write int8 or full", "fp8")
+    ]
 
 
 def _cache(config: "EPConfig") -> list[Problem]:

@@ -137,6 +137,11 @@ class EPConfig(Section):
         default=_DEFAULTS.overlap_min_tokens,
         description="ep_level 2: batches below this many tokens are not cut.",
     )
+    transport: Literal["full", "int8", "fp8"] = Field(
+        default="full",
+        description="Form in which rows travel to their experts: as they are, or in 8 bits with scales. "
+        "Results travel back in full.",
+    )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=_DEFAULTS.timeout_s,
         description="Seconds a collective may take. Then it fails, naming the ranks that do not answer.",
@@ -193,8 +198,21 @@ class EPConfig(Section):
             overlap_chunks=self.overlap_chunks,
             overlap_min_tokens=self.overlap_min_tokens,
             max_tokens=self.engine.max_batch_size if phase == "decode" else None,
+            static=phase == "decode" and self.captures_graphs,
+            transport=self.transport,
             timeout_s=self.timeout_s,
         )
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether decode steps are captured in CUDA graphs, for which LMDeploy pads all ranks' batches alike."""
+        if self.engine.eager_mode:
+            return False
+        if self.device == "auto":
+            from epbackend.device import get_device  # imports torch, which checking a config does not need
+
+            return get_device().name == "cuda"
+        return self.device == "cuda"
 
     @property
     def world_size(self) -> int:

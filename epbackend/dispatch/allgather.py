@@ -1,17 +1,19 @@
 """`ep_level` 1: every rank gets every token, computes its own experts, and the sums are reduce-scattered.
 
 Two collectives carry the rows, whatever the routing, so the cost does not depend on balance. Ranks may hold different
-numbers of tokens, none included: they agree on the largest, and pad to it with tokens that choose no slot.
+numbers of tokens, none included: they agree on the largest, and pad to it with tokens that choose no slot. In a static
+call they hold equally many, and there is nothing to agree on.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from epbackend.dispatch.base import Dispatcher, Exchange
 from epbackend.dispatch.collectives import Collectives
 from epbackend.dispatch.passes import LocalRows, PassesExchange, row_bound
-from epbackend.dispatch.rowbytes import pack, unpack
+from epbackend.dispatch.rowbytes import RowFormat
 
 
 class AllGather(Dispatcher):
@@ -21,15 +23,24 @@ class AllGather(Dispatcher):
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         collectives = Collectives.of(self.problem)
-        tokens_R = collectives.all_gather_ints([len(hidden_TD)], hidden_TD.device)
-        longest, gathered = max(tokens_R)[0], sum(tokens for (tokens,) in tokens_R)
-        bytes_NB = pack(hidden_TD, slot_ids_TK, weights_TK, tokens=longest)
+        tokens_R = self._tokens(hidden_TD, collectives)
+        longest, gathered = max(tokens_R), sum(tokens_R)
+        settings = self.problem.settings
+        form = RowFormat.of(hidden_TD, slot_ids_TK, settings.transport)
+        bytes_NB = form.pack(hidden_TD, slot_ids_TK, weights_TK, tokens=longest)
         if longest:
             bytes_NB = collectives.all_gather(bytes_NB)
-        top_k = slot_ids_TK.shape[1]
-        rows = unpack(bytes_NB, hidden_TD.shape[1], top_k, hidden_TD.dtype)
-        local = LocalRows(self.problem, *rows, row_bound(gathered, top_k, self.problem.settings))
+        bound = row_bound(gathered, form.top_k, settings)
+        local = LocalRows(self.problem, *form.unpack(bytes_NB), bound)
         return _AllGatherExchange(local, collectives, hidden_TD)
+
+    def _tokens(self, hidden_TD: Tensor, collectives: Collectives) -> list[int]:
+        """How many tokens each rank holds."""
+        mine, ranks = len(hidden_TD), self.problem.ranks.size
+        if self.problem.settings.static:
+            return [mine] * ranks
+        mine_1 = torch.full((1,), mine, device=hidden_TD.device)
+        return [tokens for (tokens,) in collectives.all_gather_ints(mine_1)]
 
 
 class _AllGatherExchange(PassesExchange):

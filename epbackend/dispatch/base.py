@@ -54,9 +54,10 @@ class Exchange(ABC):
     """One layer call under way."""
 
     passes: int = 1
-    """Parts that this rank's rows were cut into to keep within the cutoff's bound; known when dispatch ends."""
+    """Parts that this rank's rows were cut into to keep within the cutoff's bound; known when dispatch ends.
+    In a static call as many as the worst routing needs."""
     rounds: int = 1
-    """Exchanges that the buffers' sizes asked for; the same on all ranks."""
+    """Exchanges that the buffers' sizes asked for; the same on all ranks. In a static call likewise."""
 
     @abstractmethod
     def dispatch(self) -> Iterator[Batch]:
@@ -99,4 +100,8 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
-        """Start one layer call for this rank's tokens; `slot_ids_TK` name slots of all ranks."""
+        """Start one layer call for this rank's tokens; `slot_ids_TK` name slots of all ranks, or -1: none.
+
+        With `settings.static` all ranks bring equally many tokens, and nothing that happens until `finish` has returned
+        reads anything back from the device.
+        """

@@ -11,6 +11,7 @@ from epbackend.dispatch.mc2 import Mc2
 from epbackend.dispatch.passes import row_bound
 from epbackend.dispatch.replicated import Replicated
 from epbackend.dispatch.sliced import Sliced
+from epbackend.dispatch.transport import TRANSPORTS
 from epbackend.errors import ConfigError
 
 DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, AllToAll)
@@ -49,6 +50,9 @@ def choose(problem: Problem) -> tuple[Dispatcher, Choice]:
     Raises ConfigError if the pinned dispatcher cannot serve, or if a setting cannot work for this layer.
     """
     row_bound(0, problem.top_k, problem.settings)  # a factor too small for top_k is an error now, not later
+    if problem.settings.transport not in TRANSPORTS:
+        known = ", ".join(TRANSPORTS)
+        raise ConfigError(f"transport {problem.settings.transport!r} is unknown; it is one of {known}")
     pinned = problem.settings.dispatcher
     reasons = {cls.name: cls.unsupported(problem) for cls in DISPATCHERS}
     if pinned == "auto":

@@ -7,12 +7,11 @@ stuck in the collective, and the process could not exit; and a timeout on the gr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
@@ -34,6 +33,14 @@ class Pending:
         """The received rows; raises CollectiveError when they do not come."""
         self._wait()
         return self._received
+
+
+def one_ahead(pendings: Iterator[Pending]) -> Iterator[Pending]:
+    """Each of them in turn, the following one being under way already."""
+    following = next(pendings, None)
+    while following is not None:
+        current, following = following, next(pendings, None)
+        yield current
 
 
 @dataclass(frozen=True)
@@ -59,17 +66,17 @@ class Collectives:
     def size(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
-    def all_gather_ints(self, values: list[int], device: torch.device) -> list[list[int]]:
-        """The `values` of each rank; as many on all."""
-        return self.all_gather(torch.tensor([values], device=device)).tolist()
+    def all_gather_ints(self, values_V: Tensor) -> list[list[int]]:
+        """The values of each rank; as many on all. The only place where the host waits for what the device found."""
+        return self.all_gather(values_V[None]).tolist()
 
     def all_gather(self, part: Tensor) -> Tensor:
         """The parts of all ranks, one after the other along the first dimension; equal shapes."""
-        whole = part.new_empty(self.size * part.shape[0], *part.shape[1:])
-        self._start(
-            "all_gather", c10d.AllgatherOptions(), lambda o: self.group._allgather_base(whole, part, o)
-        )()
-        return whole
+        return self._all_gather(part, overlap=False).wait()
+
+    def start_all_gather(self, part: Tensor) -> Pending:
+        """Start what `all_gather` does; returns at once."""
+        return self._all_gather(part, overlap=True)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over all ranks, in place."""
@@ -85,20 +92,42 @@ class Collectives:
         )()
         return part
 
-    def all_to_all(self, rows: Tensor, send_R: list[int], receive_R: list[int]) -> Pending:
-        """Start to send `send_R[r]` rows to each rank r and to receive `receive_R[r]`; returns at once."""
-        received = rows.new_empty(sum(receive_R), *rows.shape[1:])
+    def start_all_to_all(
+        self, rows: Tensor, send_R: Sequence[int] = (), receive_R: Sequence[int] = ()
+    ) -> Pending:
+        """Start to send `send_R[r]` rows to each rank r and to receive `receive_R[r]`; returns at once.
+
+        Without sizes every rank gets an equal part of the rows.
+        """
+        received = rows.new_empty(sum(receive_R) if receive_R else len(rows), *rows.shape[1:])
         wait = self._start(
             "all_to_all",
             c10d.AllToAllOptions(),
-            lambda o: self.group.alltoall_base(received, rows, receive_R, send_R, o),
+            lambda o: self.group.alltoall_base(received, rows, list(receive_R), list(send_R), o),
+            overlap=True,
         )
         return Pending(received, rows, wait)
 
-    def _start(self, name: str, options: Any, call: Callable[[Any], Any]) -> Callable[[], None]:
-        """Start a collective; calling what comes back waits for it."""
+    def _all_gather(self, part: Tensor, *, overlap: bool) -> Pending:
+        whole = part.new_empty(self.size * part.shape[0], *part.shape[1:])
+        wait = self._start(
+            "all_gather",
+            c10d.AllgatherOptions(),
+            lambda o: self.group._allgather_base(whole, part, o),
+            overlap=overlap,
+        )
+        return Pending(whole, part, wait)
+
+    def _start(
+        self, name: str, options: Any, call: Callable[[Any], Any], *, overlap: bool = False
+    ) -> Callable[[], None]:
+        """Start a collective; calling what comes back waits for it.
+
+        With `overlap` NCCL runs it on a stream of its own, beside the kernels that follow; else in their order, which
+        needs no events between streams.
+        """
         options.timeout = timedelta(seconds=self.timeout_s)
-        options.asyncOp = True
+        options.asyncOp = overlap
         started = time.monotonic()
         try:
             work = call(options)

@@ -55,12 +55,18 @@ class LocalRows:
         self._hidden_ND, self._weights_NK = hidden_ND, weights_NK
         self._slot_ids_NK = slot_ids_NK - problem.ranks.rank * problem.slots
         self._bound = bound if bound is not None and bound < slot_ids_NK.numel() else None
+        self._static = problem.settings.static
         self.sums_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device)
 
     def passes(self) -> int:
-        """How many passes this rank's rows need; counts them only where a bound asks for it."""
+        """How many passes this rank's rows need; counts them only where a bound asks for it.
+
+        A static call takes as many as the worst routing needs; the last ones may find no row.
+        """
         if self._bound is None:
             return 1
+        if self._static:
+            return -(-self._slot_ids_NK.numel() // self._bound)
         rows = int(self._kernels.count(self._slot_ids_NK, self._slots).sum())
         return max(1, -(-rows // self._bound))
 

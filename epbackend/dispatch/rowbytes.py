@@ -1,43 +1,74 @@
 """One byte row a token: its choices, their weights and its hidden state, so that one collective moves all three.
 
-Layout of a row: K int32 slot ids, K float32 weights, D hidden values. The row is padded to 8 bytes, which keeps every
-field aligned, so that unpacking makes views and copies nothing but the ids.
+Layout of a row: K int32 slot ids, K float32 weights, G float32 scales, D values in the transport's dtype. The row is
+padded to 8 bytes, which keeps every field aligned, so that unpacking makes views and copies nothing but the ids and
+what has to be dequantised.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-
-def row_bytes(hidden_size: int, top_k: int, dtype: torch.dtype) -> int:
-    """Bytes of one packed token."""
-    return 8 * top_k + -(-hidden_size * dtype.itemsize // 8) * 8
+from epbackend.dispatch.transport import TRANSPORTS
 
 
-def pack(hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor, tokens: int | None = None) -> Tensor:
-    """bytes_TB (uint8); with `tokens` padded to so many rows, the padding choosing no slot (id -1)."""
-    (count, hidden_size), top_k = hidden_TD.shape, slot_ids_TK.shape[1]
-    width = row_bytes(hidden_size, top_k, hidden_TD.dtype)
-    bytes_TB = hidden_TD.new_empty(count if tokens is None else tokens, width, dtype=torch.uint8)
-    ids, weights, hidden = _fields(bytes_TB, hidden_size, top_k, hidden_TD.dtype)
-    ids[:count], weights[:count], hidden[:count] = slot_ids_TK, weights_TK, hidden_TD
-    ids[count:] = -1
-    return bytes_TB
+@dataclass(frozen=True)
+class RowFormat:
+    """How the tokens of one layer are packed."""
 
+    hidden_size: int
+    top_k: int
+    dtype: torch.dtype
+    """Of the hidden states."""
+    transport: str = "full"
 
-def unpack(
-    bytes_TB: Tensor, hidden_size: int, top_k: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden_TD, slot_ids_TK, weights_TK) of packed rows; hidden and weights are views of the bytes."""
-    ids, weights, hidden = _fields(bytes_TB, hidden_size, top_k, dtype)
-    return hidden, ids.long(), weights
+    @classmethod
+    def of(cls, hidden_TD: Tensor, slot_ids_TK: Tensor, transport: str) -> RowFormat:
+        return cls(hidden_TD.shape[1], slot_ids_TK.shape[1], hidden_TD.dtype, transport)
 
+    @property
+    def bytes(self) -> int:
+        """B: bytes of one packed token."""
+        _, _, end = self._ends
+        return -(-end // 8) * 8
 
-def _fields(
-    bytes_TB: Tensor, hidden_size: int, top_k: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    ids = bytes_TB[:, : 4 * top_k].view(torch.int32)
-    weights = bytes_TB[:, 4 * top_k : 8 * top_k].view(torch.float32)
-    hidden = bytes_TB[:, 8 * top_k : 8 * top_k + hidden_size * dtype.itemsize].view(dtype)
-    return ids, weights, hidden
+    def pack(
+        self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor, tokens: int | None = None
+    ) -> Tensor:
+        """bytes_TB (uint8); with `tokens` padded to so many rows, the padding choosing no slot (id -1)."""
+        count = len(hidden_TD)
+        bytes_TB = hidden_TD.new_empty(count if tokens is None else tokens, self.bytes, dtype=torch.uint8)
+        ids, weights, scales, values = self._fields(bytes_TB)
+        ids[:count], weights[:count] = slot_ids_TK, weights_TK
+        ids[count:] = -1
+        values_TD, scale_TG = TRANSPORTS[self.transport].quantised(hidden_TD)
+        values[:count] = values_TD
+        if scale_TG is not None:
+            scales[:count] = scale_TG
+        return bytes_TB
+
+    def unpack(self, bytes_TB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(hidden_TD, slot_ids_TK, weights_TK) of packed rows; weights, and hidden sent in full, are views of them."""
+        ids, weights, scales, values = self._fields(bytes_TB)
+        hidden_TD = TRANSPORTS[self.transport].restored(values, scales, self.dtype)
+        return hidden_TD, ids.long(), weights
+
+    @property
+    def _ends(self) -> tuple[int, int, int]:
+        """Where weights, scales and values end."""
+        transport = TRANSPORTS[self.transport]
+        weights = 8 * self.top_k
+        scales = weights + 4 * transport.scales(self.hidden_size)
+        return weights, scales, scales + self.hidden_size * transport.dtype(self.dtype).itemsize
+
+    def _fields(self, bytes_TB: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights, scales, values = self._ends
+        return (
+            bytes_TB[:, : 4 * self.top_k].view(torch.int32),
+            bytes_TB[:, 4 * self.top_k : weights].view(torch.float32),
+            bytes_TB[:, weights:scales].view(torch.float32),
+            bytes_TB[:, scales:values].view(TRANSPORTS[self.transport].dtype(self.dtype)),
+        )

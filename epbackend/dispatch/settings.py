@@ -26,5 +26,10 @@ class DispatchSettings:
     two chunks win nothing at 256 tokens a rank, 3% at 1024, 13% at 4096)."""
     max_tokens: int | None = None
     """The most tokens that a rank holds in one call of this phase, where that is known; `mc2` is sized by it."""
+    static: bool = False
+    """Every rank brings equally many tokens in a call of this phase, at most `max_tokens`, and the call may be captured
+    in a CUDA graph: nothing is read back to the host, and loops and shapes depend on shapes and settings alone."""
+    transport: str = "full"
+    """How rows travel to the experts: "full" as they are, "int8" or "fp8" quantised (see `dispatch/transport.py`)."""
     timeout_s: float = 120.0
     """Seconds until a collective that does not finish becomes an error naming the ranks that do not answer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
 from epbackend.dispatch.collectives import Collectives
@@ -25,10 +26,12 @@ class Sliced(Dispatcher):
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         ranks, tokens = self.problem.ranks, len(hidden_TD)
         width = -(-tokens // ranks.token_size)
-        mine = slice(
-            ranks.token_rank * width, (ranks.token_rank + 1) * width
-        )  # shorter, or empty, on the last ranks
-        inner = self._inner.begin(hidden_TD[mine], slot_ids_TK[mine], weights_TK[mine])
+        first = ranks.token_rank * width
+        mine = [tensor[first : first + width] for tensor in (hidden_TD, slot_ids_TK, weights_TK)]
+        if self.problem.settings.static:
+            hidden, ids, weights = mine  # shorter, or empty, on the last ranks
+            mine = [_padded(hidden, width, 0), _padded(ids, width, -1), _padded(weights, width, 0)]
+        inner = self._inner.begin(*mine)
         return _SlicedExchange(inner, Collectives.among_same_tokens(self.problem), tokens, width)
 
 
@@ -49,6 +52,11 @@ class _SlicedExchange(Exchange):
         part_TD = self._inner.finish()
         if not self._tokens:
             return part_TD
-        padded_TD = part_TD.new_zeros(self._width, part_TD.shape[1])
-        padded_TD[: len(part_TD)] = part_TD
-        return self._collectives.all_gather(padded_TD)[: self._tokens]
+        return self._collectives.all_gather(_padded(part_TD, self._width, 0))[: self._tokens]
+
+
+def _padded(tensor_TX: Tensor, rows: int, value: int) -> Tensor:
+    """The tensor with so many rows, those that it lacks full of `value`."""
+    return (
+        pad(tensor_TX, (0, 0, 0, rows - len(tensor_TX)), value=value) if len(tensor_TX) < rows else tensor_TX
+    )

@@ -56,6 +56,8 @@ BAD = [
     ({"dispatcher": "alltoall"}, ["dispatcher:", "serves ep_level 2", "prefill is 1", "'alltoall'"]),
     ({"dispatcher": "allgather", "ep_level": {"prefill": 1, "decode": 2}}, ["dispatcher:", "decode is 2"]),
     ({"dispatcher": "replicated", "ep_size": 2, "engine": {"dp": 2}}, ["dispatcher:", "engine.dp is 2"]),
+    ({"transport": "int4"}, ["transport:", "'full', 'int8' or 'fp8'", "(got 'int4')"]),
+    ({"device": "ascend", "transport": "fp8"}, ["transport:", "do not have: write int8 or full"]),
     # the placement
     ({"placement": {"split": "levl"}}, ["placement.split:", "even, nearest or level", "(got 'levl')"]),
     ({"placement": {"split": {"prefill": "level"}}}, ["placement.split.decode:", "missing"]),

@@ -56,7 +56,7 @@ def test_ranks_divide_evenly_and_every_setting_is_listed(mapping):
 
 
 def test_defaults_are_those_of_the_data_path():
-    config = EPConfig()
+    config = EPConfig(device="cpu")
     assert config.dispatch_settings("prefill") == config.dispatch_settings("decode") == DispatchSettings()
     assert (config.ep_size, config.world_size, config.attn_tp) == (1, 1, 1)
 
@@ -71,6 +71,7 @@ def test_each_phase_has_its_level():
 def test_dispatch_settings_carry_every_value():
     config = load_quietly(
         {
+            "device": "cpu",
             "ep_level": 2,
             "dispatcher": "alltoall",
             "enable_init_routing_cutoff": True,
@@ -79,6 +80,7 @@ def test_dispatch_settings_carry_every_value():
             "alltoall_ep_buffer_scale_factors": [[8192, 2], [0, 8.0]],
             "overlap_chunks": 3,
             "overlap_min_tokens": 5,
+            "transport": "int8",
             "timeout_s": 9,
         }
     )
@@ -90,8 +92,24 @@ def test_dispatch_settings_carry_every_value():
         buffer_scale_factors=((8192, 2.0), (0, 8.0)),
         overlap_chunks=3,
         overlap_min_tokens=5,
+        transport="int8",
         timeout_s=9.0,
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "static"),
+    [
+        ({"device": "cuda"}, True),
+        ({"device": "cuda", "engine": {"eager_mode": True}}, False),
+        ({"device": "ascend"}, False),
+        ({"device": "cpu"}, False),
+    ],
+)
+def test_decode_is_static_where_graphs_are_captured(settings, static):
+    config = EPConfig(ep_size=2, **settings)
+    assert config.dispatch_settings("decode").static is static
+    assert config.dispatch_settings("prefill").static is False
 
 
 def test_each_phase_has_its_split():
@@ -120,6 +138,7 @@ CUTOFF = {"enable_init_routing_cutoff": True, "topk_scaling_factor": 0.5}
         ({"init_routing_cutoff_min_tokens": 8}, "init_routing_cutoff_min_tokens"),
         ({"alltoall_ep_buffer_scale_factors": [[0, 8.0]]}, "alltoall_ep_buffer_scale_factors"),
         ({"overlap_chunks": 4}, "overlap_chunks"),
+        ({"ep_size": 2, "transport": "int8"}, "transport"),
         ({"device": "cpu", "engine": {"cache_max_entry_count": 0.5}}, "engine.cache_max_entry_count"),
         ({"placement": {"split": "level"}}, "placement.split"),
     ],
@@ -137,6 +156,9 @@ def test_settings_without_effect_warn_by_name(mapping, name):
         {"ep_level": 1, **CUTOFF},
         {"ep_level": {"prefill": 1, "decode": 2}, **CUTOFF, "alltoall_ep_buffer_scale_factors": [[0, 8.0]]},
         {"ep_level": 2, "overlap_chunks": 4},
+        {"ep_size": 2, "ep_level": 2, "transport": "fp8"},
+        {"ep_size": 2, "engine": {"dp": 2}, "transport": "int8"},
+        {"ep_size": 2, "dispatcher": "allgather", "transport": "int8"},
         {"ep_size": 2, "placement": {"loads": ["a.json"], "split": "level"}},
         {"device": "cuda", "engine": {"cache_max_entry_count": 0.5}},
     ],

@@ -14,6 +14,7 @@ from contract.dense import dense_moe, swiglu, tolerance
 from epbackend import moe
 from epbackend.device import get_device
 from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.rowbytes import RowFormat
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.kernels import Permuted
 from epbackend.placement.layout import Layout
@@ -106,6 +107,9 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
             activation=case.activation,
         )
     out = layer(hidden.to(place), ids.to(place), weights.to(place)).cpu()
+    if layer.dispatchers["prefill"].name != "replicated":
+        form = RowFormat.of(hidden, ids, case.settings.transport)
+        hidden, *_ = form.unpack(form.pack(hidden, ids, weights))
     expected = dense_moe(hidden, ids, weights, gate_up, down, *biases, activation=case.activation or swiglu)
     assert out.dtype == case.dtype
     torch.testing.assert_close(out.double(), expected, **tolerance(case.dtype))

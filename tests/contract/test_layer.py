@@ -62,6 +62,15 @@ def test_every_way_on_uneven_and_empty_ranks(run, way, size, token_size, slots):
     assert names == {expected or ("allgather" if case.settings.level == 1 else "alltoall")}
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("size", "token_size"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+def test_every_way_in_a_static_call(run, way, size, token_size):
+    """Equally many tokens everywhere, which the ranks that share them cannot always share equally."""
+    settings = replace(WAYS[way], static=True)
+    for tokens in (7, 1, 0):
+        run(Case(size, (tokens,) * (size // token_size), settings, token_size, UNEVEN, UNEVEN_CUTS[size]))
+
+
 @pytest.mark.parametrize("way", ["level1", "level2", "chunks"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize(("size", "token_size"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
@@ -100,6 +109,19 @@ def test_dtypes_bias_and_activation(run, way, token_size, dtype):
 def relu_product(rows_S2F: torch.Tensor) -> torch.Tensor:
     """A gate that is not SwiGLU, with its halves interleaved."""
     return rows_S2F[..., ::2].relu() * rows_S2F[..., 1::2]
+
+
+@pytest.mark.parametrize("way", ["level1", "level2", "chunks"])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transport", ["int8", "fp8"])
+def test_quantised_rows(run, device, way, static, dtype, transport):
+    """Beside the dense formula for the rows as they arrive; test_rowbytes.py has how near these are to the tokens."""
+    if (device.name, transport) == ("ascend", "fp8"):
+        pytest.skip("Ascend A2 and A3 have no float8")
+    settings = replace(WAYS[way], static=static, transport=transport)
+    run(Case(2, (9, 9), settings, dtype=dtype, hidden=200, bias=True))
+    run(Case(4, (6, 6), settings, token_size=2, dtype=dtype, hidden=200))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -168,13 +190,15 @@ def cases(draw) -> Case:
     slots_R = tuple(last - first for first, last in pairwise([0, *cuts, len(slots)]))
     groups = size // token_size
     level = draw(st.sampled_from([1, 2]))
+    static = draw(st.booleans())
+    tokens = draw(st.lists(st.integers(0, 30), min_size=groups, max_size=groups))
     top_k = draw(st.integers(1, experts))
     # below 1 / top_k nothing would fit, which is an error of its own
     factors = st.none() | st.floats(1.01 / top_k, 1) if top_k > 1 else st.none()
     lengths = sorted(draw(st.sets(st.integers(0, 25), max_size=3)), reverse=True)
     return Case(
         size=size,
-        tokens=tuple(draw(st.lists(st.integers(0, 30), min_size=groups, max_size=groups))),
+        tokens=tuple(tokens[:1] * groups if static else tokens),
         settings=DispatchSettings(
             level=level,
             topk_scaling_factor=draw(factors) if level == 1 else None,
@@ -182,6 +206,7 @@ def cases(draw) -> Case:
             buffer_scale_factors=tuple((length, draw(st.floats(0.01, 2))) for length in lengths),
             overlap_chunks=draw(st.integers(1, 4)),
             overlap_min_tokens=draw(st.integers(0, 20)),
+            static=static,
         ),
         token_size=token_size,
         slots=tuple(draw(st.permutations(slots))),

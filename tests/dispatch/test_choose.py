@@ -54,6 +54,7 @@ def test_pinned_is_taken_and_says_so():
         ({"dispatcher": "allgather", "level": 2}, "it serves ep_level 1, and ep_level is 2"),
         ({"dispatcher": "deepep"}, "unknown; known are auto, replicated, allgather, mc2, alltoall"),
         ({"level": 3}, "no dispatcher serves ep_level 3"),
+        ({"transport": "int4"}, "transport 'int4' is unknown; it is one of full, int8, fp8"),
         ({"topk_scaling_factor": 0.1}, "smallest factor that works is 0.125"),
     ],
 )

@@ -15,7 +15,7 @@ from benchmarks.cost.dispatchers import DISPATCHERS, Case
 from benchmarks.cost.published import LOW_LATENCY, checks
 from benchmarks.cost.shapes import DEEPSEEK_V3, QWEN3_30B, Model
 from benchmarks.cuda import model
-from epbackend.dispatch.rowbytes import row_bytes
+from epbackend.dispatch.rowbytes import RowFormat
 
 DOCS = (Path(__file__).parents[2] / "docs" / "dispatch.md").read_text()
 
@@ -58,8 +58,9 @@ def test_deepseeks_router_reaches_a_little_more(ranks, measured):
 
 
 @pytest.mark.parametrize("shape", [DEEPSEEK_V3, QWEN3_30B])
-def test_packed_rows_are_those_of_the_dispatchers(shape):
-    assert shape.packed_row(2) == row_bytes(shape.D, shape.K, torch.bfloat16)
+@pytest.mark.parametrize(("bytes_each", "transport"), [(2, "full"), (1, "fp8")])
+def test_packed_rows_are_those_of_the_dispatchers(shape, bytes_each, transport):
+    assert shape.packed_row(bytes_each) == RowFormat(shape.D, shape.K, torch.bfloat16, transport).bytes
 
 
 def test_assumptions_are_those_of_the_kernels_model():

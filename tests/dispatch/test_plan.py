@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epbackend.dispatch.alltoall import Plan, peer_share
 from epbackend.dispatch.passes import kept_choices, row_bound
 from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.steps import Plan, peer_share
 from epbackend.errors import ConfigError
 
 MINDIE_TABLE = (
