@@ -13,11 +13,13 @@ from epbackend.kernels.reference import ReferenceKernels
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from epbackend.kernels.triton import products
 from epbackend.kernels.triton.chip import chip_of
 from epbackend.kernels.triton.grouped import grouped_matmul
 from epbackend.kernels.triton.quantise import quantise_fp8, quantise_int8
 from epbackend.kernels.triton.schedule import row_tiles
 from epbackend.kernels.triton.tile import Tile
+from epbackend.kernels.triton.tiles import choose_tile
 
 pytestmark = [
     pytest.mark.cuda,
@@ -122,3 +124,19 @@ def test_quantisers_keep_to_their_rows(place):
     restored = int8.values_SK[:5].float() * int8.scale_S[:5, None]
     torch.testing.assert_close(restored, rows[:5].float(), rtol=0, atol=float(rows[:5].abs().max()) / 127)
     assert restored[1].count_nonzero() == 0
+
+
+def test_tiles_are_chosen_by_the_rows_that_are_expected(kernels, place, monkeypatch):
+    """A rank's share of a gathered decode step is small, and so are its tiles; the answer is the same."""
+    rows, gate_up, counts_L = draw(place, [3, 0, 2], 32, 64, torch.float16, spare=300)
+    weights = ExpertWeights(gate_up, draw(place, [3, 0, 2], 32, 32, torch.float16)[1])
+    found = []
+
+    def watched(chip, product):
+        found.append(product.rows)
+        return choose_tile(chip, product)
+
+    monkeypatch.setattr(products, "choose_tile", watched)
+    few, many = (kernels.expert_mlp(rows, counts_L, weights, expected)[:5] for expected in (5, None))
+    assert found == [5, 5, 305, 305]
+    torch.testing.assert_close(few, many, **tolerance(torch.float16))

@@ -87,7 +87,9 @@ class NpuKernels(TorchSplits):
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return ops.swiglu(rows_S2F)
 
-    def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
+    def expert_mlp(
+        self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
+    ) -> Tensor:
         int8 = isinstance(weights.down, Int8Weights) and weights.activation is None
         if int8 and len(rows_SD) and limits.fuses(weights.down):
             return _int8_mlp(rows_SD, counts_L, weights)

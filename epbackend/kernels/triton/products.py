@@ -21,9 +21,11 @@ from epbackend.kernels.triton.tiles import Product, choose_tile, form_of, weight
 class Products:
     """Products over the same rows and counts; they share the schedules, and the dtype of what comes out."""
 
-    def __init__(self, chip: Chip, rows_SD: Tensor, counts_L: Tensor) -> None:
+    def __init__(self, chip: Chip, rows_SD: Tensor, counts_L: Tensor, expected: int | None = None) -> None:
+        """`expected` is about how many rows the counts cover, None for all: tiles are chosen by it."""
         self._chip, self._counts_L = chip, counts_L
         self._rows, self._dtype = len(rows_SD), rows_SD.dtype
+        self._expected = self._rows if expected is None else expected
         self._schedules: dict[int, Schedule] = {}
 
     def gated(self, rows_SD: Tensor, experts: Experts, bias_L2F: Tensor | None) -> Tensor | Fp8Tokens:
@@ -58,7 +60,7 @@ class Products:
 
     def _cut(self, experts: Experts, gated: bool) -> tuple[Tile, Schedule]:
         """The tile of a product, and the schedule of tiles with as many rows."""
-        tile = choose_tile(self._chip, Product.of(self._rows, experts, gated))
+        tile = choose_tile(self._chip, Product.of(self._expected, experts, gated))
         if tile.rows not in self._schedules:
             self._schedules[tile.rows] = row_tiles(self._counts_L, self._rows, tile.rows)
         return tile, self._schedules[tile.rows]
