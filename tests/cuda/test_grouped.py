@@ -63,7 +63,7 @@ def test_shapes_and_groups(place, counts, width, columns, gated, tma):
     rows, weights, counts_L = draw(place, counts, width, columns, torch.float16)
     tile = Tile(**{**vars(SMALL), "tma": tma})
     schedule = row_tiles(counts_L, len(rows), tile.rows)
-    out = grouped_matmul(rows, weights, schedule, tile, chip_of(place), gated=gated)
+    out = grouped_matmul(rows, weights, schedule, tile, chip_of(place), gated=gated, dtype=torch.float16)
     expected = expected_product(rows, weights, counts_L)
     if gated:
         expected = swiglu(expected)
@@ -80,10 +80,10 @@ def test_rows_of_other_slots_are_left_alone(place):
         SMALL,
         chip_of(place),
         gated=False,
+        dtype=torch.float32,
     )
-    both = grouped_matmul(
-        rows, weights, row_tiles(counts_L, len(rows), 16), SMALL, chip_of(place), gated=False
-    )
+    schedule = row_tiles(counts_L, len(rows), 16)
+    both = grouped_matmul(rows, weights, schedule, SMALL, chip_of(place), gated=False, dtype=torch.float32)
     assert torch.equal(both[:5], alone)
     assert not both[:10].isnan().any()
 
@@ -98,7 +98,8 @@ def test_the_schedule_covers_each_row_once(place):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", [Fp8Blocks, Int8Weights])
-def test_quantised_experts(kernels, place, form, dtype):
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_quantised_experts(kernels, place, form, dtype, bias):
     """Near the same experts in full precision; the bound is what 3 or 7 bits of mantissa leave of random rows."""
     if form is Fp8Blocks and not chip_of(place).fp8:
         pytest.skip("this chip has no float8 matrix units")
@@ -106,9 +107,11 @@ def test_quantised_experts(kernels, place, form, dtype):
     down = draw(place, [5, 0, 18], BLOCK, 2 * BLOCK, torch.float32)[1]
     packed = [form.of(gate_up), form.of(down)]
     rows = rows.to(dtype)
-    out = kernels.expert_mlp(rows, counts_L, ExpertWeights(*map(kernels.pack, packed)))[:23]
+    biases = [torch.randn(3, 2 * BLOCK, device=place).to(dtype) if bias else None for _ in packed]
+    out = kernels.expert_mlp(rows, counts_L, ExpertWeights(*map(kernels.pack, packed), *biases))[:23]
     full = [weights.dequantised().double() for weights in packed]
-    expected = ReferenceKernels().expert_mlp(rows[:23].double(), counts_L, ExpertWeights(*full))
+    wide = [None if each is None else each.double() for each in biases]
+    expected = ReferenceKernels().expert_mlp(rows[:23].double(), counts_L, ExpertWeights(*full, *wide))
     assert out.dtype == dtype
     assert (out.double() - expected).norm() / expected.norm() < (0.05 if form is Fp8Blocks else 0.03)
 
