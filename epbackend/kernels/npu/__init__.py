@@ -87,7 +87,9 @@ class NpuKernels(TorchSplits):
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return ops.swiglu(rows_S2F)
 
-    def expert_mlp(self, rows_SD: w8a8.Rows, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
+    def expert_mlp(
+        self, rows_SD: w8a8.Rows, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
+    ) -> Tensor:
         if not isinstance(weights.gate_up, Tensor) and weights.activation is None and len(rows_SD):
             return w8a8.expert_mlp(rows_SD, counts_L, weights)
         rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
