@@ -48,6 +48,8 @@ class Batch:
     """Which choice each row serves, as in `kernels.Permuted`; a fused dispatcher's own notes instead (`mc2`)."""
     step: int
     """The number of the pass (level 1) or of the exchange (level 2) that the rows belong to."""
+    expected: int | None = None
+    """About how many of the rows are valid, told without asking the device; None: all."""
 
 
 class Exchange(ABC):
