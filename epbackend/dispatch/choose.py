@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from epbackend.dispatch.allgather import AllGather
 from epbackend.dispatch.alltoall import AllToAll
 from epbackend.dispatch.base import Dispatcher, Problem
+from epbackend.dispatch.deepep import DeepEp
 from epbackend.dispatch.mc2 import Mc2
 from epbackend.dispatch.passes import row_bound
 from epbackend.dispatch.replicated import Replicated
@@ -15,7 +16,7 @@ from epbackend.dispatch.symmetric import Symmetric
 from epbackend.dispatch.transport import TRANSPORTS
 from epbackend.errors import ConfigError
 
-DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, Symmetric, AllToAll)
+DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, Symmetric, AllToAll, DeepEp)
 """The one that is preferred where several can serve comes first."""
 
 

@@ -52,7 +52,7 @@ def test_pinned_is_taken_and_says_so():
         ({"dispatcher": "allgather", "level": 2}, "it serves ep_level 1, and ep_level is 2"),
         (
             {"dispatcher": "nvshmem"},
-            "unknown; known are auto, replicated, allgather, mc2, symmetric, alltoall",
+            "unknown; known are auto, replicated, allgather, mc2, symmetric, alltoall, deepep",
         ),
         ({"level": 3}, "no dispatcher serves ep_level 3"),
         ({"transport": "int4"}, "transport 'int4' is unknown; it is one of full, int8, fp8"),
@@ -76,7 +76,8 @@ def test_every_dispatcher_is_listed():
         ("mc2", 2),
         ("symmetric", 2),
         ("alltoall", 2),
+        ("deepep", 2),
     ]
     unavailable = {entry.name for entry in dispatchers() if entry.unavailable}
     assert ("mc2" in unavailable) == bool(devices()["ascend"].unavailable())
-    assert unavailable <= {"mc2", "symmetric"}
+    assert unavailable <= {"mc2", "symmetric", "deepep"}
