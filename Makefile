@@ -89,7 +89,7 @@ bench: setup ## the MoE layer and the planner beside their peers, and each dispa
 bench-cuda: ## the CUDA kernels beside their peers on a GPU; LMDEPLOY=folder of an unpacked wheel adds LMDeploy's
 	$(CUDA_PYTHON) -m benchmarks.cuda $(if $(LMDEPLOY),--lmdeploy $(LMDEPLOY))
 
-tune-cuda: ## the best tile of each product on this GPU, written to tiles.json
+tune-cuda: ## the best tile of each benchmarked product on this GPU, into the packaged tiles.json; for a model: epbackend tune
 	$(CUDA_PYTHON) -m benchmarks.cuda.tune --write
 
 gather-gpu: setup ## one folder, out/gpu, with all that a GPU machine without network needs; GATHER="--python 3.11 --with ray"

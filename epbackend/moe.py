@@ -94,6 +94,7 @@ class ExpertParallelMoE:
         top_k: int,
         split: str | Mapping[str, str] = "even",
         device: str = "cpu",
+        kernels: str = "auto",
         gate_up_bias_L2F: Tensor | None = None,
         down_bias_LD: Tensor | None = None,
         activation: Callable[[Tensor], Tensor] | None = None,
@@ -107,8 +108,9 @@ class ExpertParallelMoE:
         repacks matrices one by one and keeps no reference to them, so that from a generator that reads the checkpoint
         they never exist twice; cuda and ascend use whole forms where they are. `settings` is one for both phases, or
         one for each ("prefill", "decode"); so is `split`, which chooses among the copies of an expert: even, nearest
-        or level (`epbackend.split`). `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU.
-        `check_ids` tells of experts that do not exist; `layer` only serves messages.
+        or level (`epbackend.split`). `kernels` is one of the device's `kernel_sets`, or auto. `activation` maps
+        gate_up's rows [S, 2F] to [S, F]; None is SwiGLU. `check_ids` tells of ids that no expert has; `layer` only
+        serves messages.
 
         Raises ConfigError for weights, map, ranks and settings that do not fit each other and for a form of weights
         that the device does not take, and UnavailableError for a device that cannot be used here.
@@ -116,7 +118,7 @@ class ExpertParallelMoE:
         if slot_map.ranks != ranks.size:
             raise ConfigError(f"slot_map is for {slot_map.ranks} ranks, but {ranks.size} share the experts")
         self.slot_map, self.ranks, self.layer = slot_map, ranks, layer
-        self._kernels = get_device(device).kernels
+        self._kernels = get_device(device).kernel_set(kernels)
         settings_of, split_of = _by_phase("settings", settings), _by_phase("split", split)
         problems = {
             phase: Problem(ranks, self._kernels, settings_of[phase], slot_map.slots_per_rank, top_k, layer)

@@ -104,6 +104,11 @@ class Dispatcher(ABC):
             return "there is one rank, so no row travels"
         return None
 
+    @classmethod
+    def reason(cls, problem: Problem) -> str:
+        """What to say for people where it is chosen for the problem."""
+        return cls.summary
+
     @abstractmethod
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         """Start one layer call for this rank's tokens; `slot_ids_TK` name slots of all ranks, or -1: none.

@@ -41,8 +41,8 @@ class DeepEp(Dispatcher):
         settings = problem.settings
         if reason := super().unsupported(problem):
             return reason
-        if settings.dispatcher != cls.name:
-            return "it is taken only when it is pinned"
+        if settings.dispatcher == "auto":
+            return "it is taken only where it is named"
         if reason := cls.missing():
             return reason
         if not getattr(problem.kernels, "on_cuda", False):

@@ -44,6 +44,29 @@ def test_pinned_is_taken_and_says_so():
     assert dict(choice.passed_over)["replicated"] == "usable, but allgather is pinned"
 
 
+def test_the_next_is_taken_only_where_it_is_named():
+    _, choice = choose(problem(4, level=2, dispatcher="mc2, alltoall"))
+    assert choice.name == "alltoall"
+    assert choice.reason.startswith("pinned")
+    assert "Ascend" in dict(choice.passed_over)["mc2"]
+    with pytest.raises(ConfigError, match=r"mc2 is pinned but cannot be used: .*Ascend"):
+        choose(problem(4, level=2, dispatcher="mc2"))
+
+
+def test_a_static_call_says_what_it_costs():
+    _, choice = choose(problem(4, level=2, static=True))
+    assert (choice.name, "every token to every rank" in choice.reason) == ("alltoall", True)
+
+
+def test_the_choice_is_logged_once(caplog):
+    caplog.set_level("INFO", logger="epbackend")
+    for _ in range(3):
+        choose(problem(3, level=1, dispatcher="allgather"))
+    (line,) = caplog.messages
+    assert "dispatcher allgather (pinned; gather all tokens" in line
+    assert "not alltoall: it serves ep_level 2" in line
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -53,6 +76,10 @@ def test_pinned_is_taken_and_says_so():
         (
             {"dispatcher": "nvshmem"},
             "unknown; known are auto, replicated, allgather, mc2, symmetric, alltoall, deepep",
+        ),
+        (
+            {"dispatcher": "replicated,alltoall"},
+            "none of .* named can be used: replicated: .* different tokens.*; alltoall: .*; name another",
         ),
         ({"level": 3}, "no dispatcher serves ep_level 3"),
         ({"transport": "int4"}, "transport 'int4' is unknown; it is one of full, int8, fp8"),

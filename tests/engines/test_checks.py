@@ -54,9 +54,9 @@ def test_dense_model(checkpoint):
     )
 
 
-@pytest.mark.parametrize("architecture", sorted(checks.SUM_TWICE))
-def test_model_that_would_sum_twice(write_model, architecture):
-    model = write_model(num_experts=8, architectures=[architecture])
+@pytest.mark.parametrize("architecture", sorted(checks.OWN_EXPERTS))
+def test_model_whose_experts_are_its_own(write_model, architecture):
+    model = write_model(n_routed_experts=8, architectures=[architecture])
     refused(model, two_ranks(), ConfigError, f"ep_size: 2.*{architecture}.*use ep_size: 1")
     checks.check_model(model, EPConfig.load({"device": "cpu"}))
 

@@ -43,7 +43,7 @@ def test_reasons_against(case, reason):
 
 
 def test_deepep_is_taken_by_name_only_and_says_what_is_missing():
-    assert DeepEp.unsupported(problem()) == "it is taken only when it is pinned"
+    assert DeepEp.unsupported(problem()) == "it is taken only where it is named"
     if find_spec("deep_ep") is None:
         with pytest.raises(
             ConfigError, match="deepep is pinned but cannot be used: deep_ep is not installed"

@@ -15,8 +15,8 @@ from epbackend.placement.placement import Placement
 
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 """The names under which the model families state their number of experts."""
-SUM_TWICE = {"HYV3ForCausalLM", "Llama4ForConditionalGeneration"}
-"""Models of LMDeploy that add up complete expert outputs over all ranks, and that no patch of ours puts right yet."""
+OWN_EXPERTS = {"DeepseekV4ForCausalLM"}
+"""Models of LMDeploy whose experts have operators of their own, which no patch of ours reaches."""
 
 
 def check_model(path: str, config: EPConfig, placement: Placement | None = None) -> None:
@@ -29,10 +29,10 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
     settings = read_model_config(Path(path))
     experts = expert_count(settings)
     if config.ep_size > 1:
-        if wrong := SUM_TWICE.intersection(settings.get("architectures") or []):
+        if own := OWN_EXPERTS.intersection(settings.get("architectures") or []):
             raise ConfigError(
-                f"ep_size: {config.ep_size}, but LMDeploy's {', '.join(wrong)} adds up the experts' outputs twice when "
-                "they are spread, which would give wrong answers; use ep_size: 1"
+                f"ep_size: {config.ep_size}, but the FP4 experts of {', '.join(own)} are spread by LMDeploy's own rule "
+                "and with DeepEP only; use ep_size: 1"
             )
         if experts is None:
             raise ConfigError(
