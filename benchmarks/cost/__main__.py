@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.cost.dispatchers import DISPATCHERS, Case, Cost, ring, serves
+from benchmarks.cost.dispatchers import DISPATCHERS, IN_FULL, Case, Cost, ring, serves
 from benchmarks.cost.fabric import H100, ring_us
 from benchmarks.cost.published import checks
 from benchmarks.cost.shapes import DEEPSEEK_V3, QWEN3_30B
@@ -97,7 +97,7 @@ def _pair(name: str, case: Case) -> str:
     if name == "symmetric" and not serves(name, case):
         return "-"
     wide, narrow = (DISPATCHERS[name](replace(case, bytes_each=width)).us(H100) for width in (2, 1))
-    return f"{wide:.0f}" if name == "replicated" else f"{wide:.0f} / {narrow:.0f}"
+    return f"{wide:.0f}" if name in IN_FULL else f"{wide:.0f} / {narrow:.0f}"
 
 
 def _bytes(cost: Cost) -> str:

@@ -23,6 +23,9 @@ from benchmarks.cost.fabric import (
 )
 from benchmarks.cost.shapes import Model
 
+SYMMETRIC_PART = 2048
+"""Tokens of a rank that `symmetric` sends at a time (epbackend/dispatch/symmetric.py: OPEN_TOKENS)."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -120,25 +123,31 @@ def allgather(case: Case) -> Cost:
 
 
 def alltoall(case: Case) -> Cost:
-    """Out: a packed row to each of the m(R) ranks of a token; static: room for all T tokens to every rank.
+    """Out: a packed row to each of the m(R) ranks of a token. Back: as many partial sums in bfloat16.
 
-    Back: as many partial sums in bfloat16.
+    Static, no rank can be told what comes: all tokens go to all ranks by all-gather, and a sum of each comes back.
     """
     rows = case.tokens * (case.ranks if case.static else case.model.reached(case.ranks))
     out, back = rows * case.packed, rows * 2 * case.model.D
     memory = 3 * out + 3 * back + rows * 4 * case.model.D * 2 + _expanded(case)
-    sizes = 0.0 if case.static else ring_us(case.ranks) + HOST_READ_US
-    waits = "2 collectives" if case.static else "3 collectives, 1 read"
-    latency = 2 * ALL_TO_ALL_US[case.reach] + sizes
-    return Cost(direct(case, out), direct(case, back), memory, 16, waits, latency)
+    hop = ALL_TO_ALL_US[case.reach]
+    if case.static:
+        wire, latency = ring(case, case.tokens * case.packed), ring_us(case.ranks) + hop
+        return Cost(wire, direct(case, back), memory, 12, "2 collectives", latency)
+    latency = ring_us(case.ranks) + HOST_READ_US + 2 * hop
+    return Cost(direct(case, out), direct(case, back), memory, 16, "3 collectives, 1 read", latency)
 
 
 def symmetric(case: Case) -> Cost:
-    """One node. Out: a row for each of K choices, stored where its expert reads it. Back: as many in bfloat16."""
-    choices = case.tokens * case.model.K
-    out = choices * (case.model.row(case.bytes_each) + 8)
-    back = choices * 2 * case.model.D
-    return Cost(direct(case, out), direct(case, back), out + 2 * back, 5, "3 barriers", 3 * BARRIER_US)
+    """One node. Out: a row for each of K choices, stored where its expert reads it, always in full. Back: as many.
+
+    Calls that nothing bounds go in parts of SYMMETRIC_PART tokens.
+    """
+    choices, parts = case.tokens * case.model.K, 1 if case.static else -(-case.tokens // SYMMETRIC_PART)
+    out, back = choices * (2 * case.model.D + 8), choices * 2 * case.model.D
+    latency = parts * (3 * BARRIER_US + (0.0 if case.static else HOST_READ_US))
+    waits = "3 barriers" if case.static else f"{3 * parts} barriers, {parts} reads"
+    return Cost(direct(case, out), direct(case, back), out + 2 * back, 6 * parts, waits, latency)
 
 
 def deepep(case: Case) -> Cost:
@@ -170,6 +179,10 @@ def _forwarded(case: Case, row: int) -> Wire:
 DISPATCHERS: dict[str, Callable[[Case], Cost]] = {
     each.__name__: each for each in (replicated, allgather, alltoall, symmetric, deepep)
 }
+
+
+IN_FULL = ("replicated", "symmetric")
+"""Those whose rows do not travel in 8 bits."""
 
 
 def serves(name: str, case: Case) -> bool:

@@ -185,6 +185,22 @@ def test_doctor_tells_every_device_and_dispatcher():
     assert said["packages"]["torch"]
 
 
+def test_doctor_says_what_a_deployment_would_get(config_file):
+    said = json.loads(run("doctor", "--json", "--ep-size", 8, "--level", 2, "--dp", 8).stdout)
+    for phase in ("prefill", "decode"):
+        choice = said["choices"][phase]
+        assert choice["name"] == "alltoall"
+        assert {"replicated", "allgather", "mc2"} <= dict(choice["passed_over"]).keys()
+    named = config_file(
+        ep_level=2, dispatcher={"prefill": "auto", "decode": "mc2"}, engine={"max_batch_size": 8}
+    )
+    shown = run("doctor", "--config", named)
+    assert shown.returncode == 0, shown.stderr
+    assert "prefill: alltoall" in shown.stdout
+    assert "decode: dispatcher mc2 is pinned but cannot be used: it needs an Ascend NPU" in shown.stdout
+    assert run("doctor", "--config", named, "--ep-size", 2).returncode == 2
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -98,6 +98,25 @@ def test_dispatch_settings_carry_every_value():
 
 
 @pytest.mark.parametrize(
+    ("dispatcher", "level", "prefill", "decode"),
+    [
+        ("auto", 2, "auto", "auto"),
+        ("allgather", 1, "allgather", "allgather"),
+        (["alltoall", "allgather"], {"prefill": 2, "decode": 1}, "alltoall", "allgather"),
+        ("replicated,allgather", 1, "replicated, allgather", "replicated, allgather"),
+        ({"prefill": "alltoall", "decode": "auto"}, 2, "alltoall", "auto"),
+        ({"prefill": "auto", "decode": ["mc2", "alltoall"]}, 2, "auto", "mc2, alltoall"),
+        ("mc2, alltoall", 2, "alltoall", "mc2, alltoall"),
+    ],
+)
+def test_each_phase_has_its_dispatchers(dispatcher, level, prefill, decode):
+    config = EPConfig(ep_size=4, ep_level=level, dispatcher=dispatcher, engine={"max_batch_size": 8})
+    assert (config.dispatcher_of("prefill"), config.dispatcher_of("decode")) == (prefill, decode)
+    assert config.dispatch_settings("decode").dispatcher == decode
+    assert EPConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
     ("settings", "static"),
     [
         ({"device": "cuda"}, True),

@@ -15,8 +15,11 @@ from epbackend.placement.placement import Placement
 
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 """The names under which the model families state their number of experts."""
-SUM_TWICE = {"HYV3ForCausalLM", "Llama4ForConditionalGeneration"}
-"""Models of LMDeploy that add up complete expert outputs over all ranks, and that no patch of ours puts right yet."""
+OWN_EXPERTS = {"DeepseekV4ForCausalLM"}
+"""Models of LMDeploy whose experts have operators of their own, which no patch of ours reaches."""
+BLOCKED_FP8, W8A8 = "blocked FP8", "W8A8"
+SPREAD: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (BLOCKED_FP8, W8A8), "ascend": (W8A8,)}
+"""device -> the quantised forms of experts that our operators have there."""
 
 
 def check_model(path: str, config: EPConfig, placement: Placement | None = None) -> None:
@@ -29,10 +32,10 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
     settings = read_model_config(Path(path))
     experts = expert_count(settings)
     if config.ep_size > 1:
-        if wrong := SUM_TWICE.intersection(settings.get("architectures") or []):
+        if own := OWN_EXPERTS.intersection(settings.get("architectures") or []):
             raise ConfigError(
-                f"ep_size: {config.ep_size}, but LMDeploy's {', '.join(wrong)} adds up the experts' outputs twice when "
-                "they are spread, which would give wrong answers; use ep_size: 1"
+                f"ep_size: {config.ep_size}, but the FP4 experts of {', '.join(own)} are spread by LMDeploy's own rule "
+                "and with DeepEP only; use ep_size: 1"
             )
         if experts is None:
             raise ConfigError(
@@ -50,11 +53,8 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
     quantised = settings.get("quantization_config") or settings.get("text_config", {}).get(
         "quantization_config"
     )
-    if quantised and get_device(config.device).name == "cpu":
-        raise ConfigError(
-            f"device: cpu computes unquantised weights only, and {path} holds "
-            f"{quantised.get('quant_method', 'quantised')} ones; use the original checkpoint"
-        )
+    if quantised:
+        _check_form(form_of_experts(quantised), config, path)
 
 
 def check_packages(config: EPConfig, *, serving: bool) -> None:
@@ -64,6 +64,33 @@ def check_packages(config: EPConfig, *, serving: bool) -> None:
         needed += ["uvicorn", "fastapi", "openai", "aiohttp"]
     if missing := [name for name in needed if find_spec(name) is None]:
         raise UnavailableError(f"{', '.join(missing)} must be installed: pip install 'epbackend[serve]'")
+
+
+def form_of_experts(quantised: dict[str, Any]) -> str:
+    """The form that LMDeploy gives the experts of a model, from the quantization_config of its config.json."""
+    method = quantised.get("quant_method", "quantised")
+    if method == "fp8" and quantised.get("fmt", "e4m3") == "e4m3":
+        of_tensors = quantised.get("activation_scheme") == "static" and not quantised.get("weight_block_size")
+        return "FP8 with one scale a tensor" if of_tensors else BLOCKED_FP8
+    if method == "smooth_quant" and quantised.get("quant_dtype", "int8") == "int8":
+        return W8A8
+    return method
+
+
+def _check_form(form: str, config: EPConfig, path: str) -> None:
+    """Raises ConfigError for experts in a form that is not computed, or not spread, on the config's device."""
+    device = get_device(config.device).name
+    computed = SPREAD.get(device, ())
+    if not computed:
+        raise ConfigError(
+            f"device: {device} computes unquantised weights only, and {path} holds {form} ones; "
+            "use the original checkpoint"
+        )
+    if form not in computed and config.ep_size > 1:
+        raise ConfigError(
+            f"ep_size: {config.ep_size}, but {path} holds {form} experts, and on device {device} only unquantised and "
+            f"{' and '.join(computed)} ones are spread; use such a checkpoint, or ep_size: 1"
+        )
 
 
 def expert_count(settings: dict[str, Any]) -> int | None:

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from epbackend.engines.lmdeploy.layers import building
 from epbackend.engines.lmdeploy.patching import Patch, patch
 
+TWICE = "it sums the routed experts' output over all ranks, though each rank has the whole sum already"
+NOT_AFTER = {"_all_reduce": False}
+"""Most blocks keep by this name whether they sum their output over the ranks."""
 
-def _sums_once(name: str, target: str, shared: str, fingerprint: str) -> Patch:
-    """For a MoE block whose shared experts are the attribute `shared`."""
+
+def _sums_once(
+    name: str,
+    target: str,
+    shared: str,
+    fingerprint: str,
+    *,
+    why: str = TWICE,
+    off: Mapping[str, Any] = NOT_AFTER,
+) -> Patch:
+    """For a MoE block whose shared experts are the attribute `shared`, and whose attributes `off` stop its own sum."""
 
     def build(original: Callable) -> Callable:
         @functools.wraps(original)
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            if self._all_reduce:
-                # What is left to sum: the shared experts, where tensor parallelism cut them.
-                self._all_reduce = False
-                shared_experts = getattr(self, shared)
-                if shared_experts is not None and shared_experts.down_proj.tp > 1:
-                    shared_experts.down_proj.all_reduce = True
+            for attribute, value in off.items():
+                setattr(self, attribute, value)
+            # What is left to sum: the shared experts, where tensor parallelism cut them.
+            shared_experts = getattr(self, shared)
+            if shared_experts is not None and shared_experts.down_proj.tp > 1:
+                shared_experts.down_proj.all_reduce = True
 
         return init
 
-    why = "it sums the routed experts' output over all ranks, though each rank has the whole sum already"
     return Patch(name, f"lmdeploy.pytorch.models.{target}.__init__", why, "ep", build, fingerprint)
 
 
-# Qwen3-MoE, Qwen3-Next, Kimi K2 and others know of expert parallelism and need no help; `checks.SUM_TWICE` are refused.
+# Qwen3.5-MoE and the models without shared experts know of expert parallelism and need no help.
 deepseek_v2_sums_once = _sums_once(
     "deepseek-v2-sums-once", "deepseek_v2:DeepseekV2MoE", "shared_experts", "f0e43633d5f1"
 )
@@ -38,13 +49,52 @@ deepseek_sums_once = _sums_once(
     "deepseek-sums-once", "deepseek:DeepseekMoE", "shared_experts", "88804328d218"
 )
 glm4_moe_sums_once = _sums_once("glm4-moe-sums-once", "glm4_moe:Glm4MoE", "shared_experts", "e9a3138970d6")
+# Beside the experts' collectives, on another stream, its shared experts' sum could come first on one rank and second on
+# the next.
+hy3_sums_once = _sums_once(
+    "hy3-sums-once",
+    "hy3:Hy3MoE",
+    "shared_mlp",
+    "ee510c50f372",
+    off=NOT_AFTER | {"_enable_shared_expert_overlap": False},
+)
+kimi_k2_sums_once = _sums_once(
+    "kimi-k2-sums-once",
+    "kimi_k2_language:KimiK2MoE",
+    "shared_experts",
+    "671d94721f20",
+    why="it asks for a group to sum the shared experts over, also with tp 1, where no rank has a part of them only",
+)
+llama4_sums_once = _sums_once(
+    "llama4-sums-once", "llama4:Llama4TextMoe", "shared_expert", "15eed526f38a", off={"tp": 1}
+)
 qwen2_moe_sums_once = _sums_once(
     "qwen2-moe-sums-once", "qwen2_moe:Qwen2MoeSparseMoeBlock", "shared_expert", "caa575bda374"
 )
+qwen3_next_sums_once = _sums_once(
+    "qwen3-next-sums-once",
+    "qwen3_next:Qwen3NextSparseMoeBlock",
+    "shared_expert",
+    "dc6a5dd02c3d",
+    why="it never sums the shared experts, of which each rank has a part",
+)
+
+
+@patch(
+    "lmdeploy.pytorch.nn.norm:RMSNorm.can_handle_all_reduce",
+    why="where it sums for the layer before it (DeepSeek-V3.2, GLM-5), it sums complete outputs over all ranks",
+    when="ep",
+    fingerprint="0fc7cf2ede14",
+)
+def mlp_sums_before_the_norm(original: Callable) -> Callable:
+    def can_handle_all_reduce(layer_type: str) -> bool:
+        return layer_type != "mlp" and original(layer_type)
+
+    return can_handle_all_reduce
 
 
 def _tells_its_layer(name: str, target: str, fingerprint: str) -> Patch:
-    """For a decoder layer that knows its number and does not hand it on."""
+    """For a decoder layer that knows its number and does not hand it on, or whose W8A8 experts do not."""
 
     def build(original: Callable) -> Callable:
         @functools.wraps(original)
@@ -61,6 +111,9 @@ def _tells_its_layer(name: str, target: str, fingerprint: str) -> Patch:
 deepseek_tells_its_layer = _tells_its_layer(
     "deepseek-tells-its-layer", "deepseek:DeepseekDecoderLayer", "5bed4ab01ddf"
 )
+llama4_tells_its_layer = _tells_its_layer(
+    "llama4-tells-its-layer", "llama4:Llama4TextDecoderLayer", "98fa7c098f76"
+)
 mixtral_tells_its_layer = _tells_its_layer(
     "mixtral-tells-its-layer", "mixtral:MixtralDecoderLayer", "1a5b078995fb"
 )
@@ -70,20 +123,42 @@ phi3_moe_tells_its_layer = _tells_its_layer(
 qwen2_moe_tells_its_layer = _tells_its_layer(
     "qwen2-moe-tells-its-layer", "qwen2_moe:Qwen2MoeDecoderLayer", "d0891d24e6af"
 )
-
-
-@patch(
-    "lmdeploy.pytorch.nn.moe.default:FusedMoE.update_weights",
-    why="the operator packs its weights here, and gets the biases and the activation only with each call",
-    when="always",
-    fingerprint="7d6c1d80a2b5",
+deepseek_v2_tells_its_layer = _tells_its_layer(
+    "deepseek-v2-tells-its-layer", "deepseek_v2:DeepseekV2DecoderLayer", "8735a04fb3d3"
 )
-def experts_get_their_biases(original: Callable) -> Callable:
-    def update_weights(self: Any) -> None:
-        from epbackend.engines.lmdeploy.moe import ExpertParallelFusedMoE
+glm4_moe_tells_its_layer = _tells_its_layer(
+    "glm4-moe-tells-its-layer", "glm4_moe:Glm4MoeDecoderLayer", "70af937c84c1"
+)
+kimi_k2_tells_its_layer = _tells_its_layer(
+    "kimi-k2-tells-its-layer", "kimi_k2_language:KimiK2DecoderLayer", "51fe370468e6"
+)
+qwen3_moe_tells_its_layer = _tells_its_layer(
+    "qwen3-moe-tells-its-layer", "qwen3_moe:Qwen3MoeDecoderLayer", "80ecebe32b43"
+)
+qwen3_next_tells_its_layer = _tells_its_layer(
+    "qwen3-next-tells-its-layer", "qwen3_next:Qwen3NextDecoderLayer", "48462a324891"
+)
 
-        if isinstance(self.impl, ExpertParallelFusedMoE):
-            self.impl.set_extras(self.gate_up.bias, self.down.bias, self.act_func)
-        original(self)
 
-    return update_weights
+def _hands_extras_over(name: str, target: str, fingerprint: str) -> Patch:
+    """For a module of experts with biases and an activation."""
+
+    def build(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def update_weights(self: Any) -> None:
+            from epbackend.engines.lmdeploy.moe import LayerExperts
+
+            if isinstance(self.impl, LayerExperts):
+                self.impl.set_extras(self.gate_up.bias, self.down.bias, self.act_func)
+            original(self)
+
+        return update_weights
+
+    why = "our operator takes its weights here, and gets the biases and the activation only with each call"
+    return Patch(name, f"lmdeploy.pytorch.nn.moe.{target}.update_weights", why, "always", build, fingerprint)
+
+
+experts_get_their_biases = _hands_extras_over("experts-get-their-biases", "default:FusedMoE", "7d6c1d80a2b5")
+fp8_experts_get_their_biases = _hands_extras_over(
+    "fp8-experts-get-their-biases", "blocked_fp8:FusedMoEBlockedF8", "06c31aff5123"
+)
