@@ -58,27 +58,31 @@ class Load:
 
     def __init__(self, local_experts: tuple[int, ...], experts: int) -> None:
         self.calls = 0
+        """Calls from Python: a replayed CUDA graph makes none."""
         self.passes = Counter()
         self.rounds = Counter()
+        self.rows_L = torch.zeros(len(local_experts), dtype=torch.int64)
+        """Rows of each slot, on the experts' device from the first call on; replays of a CUDA graph count here."""
         self._experts_L, self._experts = torch.tensor(local_experts), experts
-        self._rows_L = torch.zeros(len(local_experts), dtype=torch.int64)
 
     def add_rows(self, counts_L: Tensor) -> None:
         """Count the rows of one batch, on the experts' device."""
-        self._rows_L = self._rows_L.to(counts_L.device)
-        self._rows_L += counts_L  # in place, so that replays of a CUDA graph are counted too
+        self.rows_L = self.rows_L.to(counts_L.device)
+        self.rows_L += counts_L  # in place, for the graphs
 
     def add_call(self, passes: int, rounds: int) -> None:
         self.calls += 1
         self.passes.add(passes)
         self.rounds.add(rounds)
 
+    def tokens_of(self, rows_L: Tensor) -> Tensor:
+        """Rows of slots as tokens of logical experts ([E], int64, both on the CPU)."""
+        return torch.zeros(self._experts, dtype=torch.int64).index_add_(0, self._experts_L, rows_L)
+
     @property
     def tokens_E(self) -> Tensor:
-        """Tokens that this rank's experts computed, per logical expert ([E], int64, on the CPU)."""
-        return torch.zeros(self._experts, dtype=torch.int64).index_add_(
-            0, self._experts_L, self._rows_L.cpu()
-        )
+        """Tokens that this rank's experts computed, per logical expert ([E], int64, on the CPU). It waits for them."""
+        return self.tokens_of(self.rows_L.cpu())
 
 
 class ExpertParallelMoE:
