@@ -99,7 +99,7 @@ def captured(rank: int, port: int, way: str) -> None:
     for seed in range(3):
         mine.load(10 * seed + rank)
         graph.replay()
-        watch("replay", mine.layer.ranks, TIMEOUT_S)
+        watch("replay", mine.layer.ranks.group, TIMEOUT_S)
         mine.check(out_TD, WAYS[way].transport)
     exact = Rank(rank, WAYS[way])
     exact.check(exact.layer(*exact.tokens), WAYS[way].transport)
@@ -117,7 +117,7 @@ def lost(rank: int, port: int, replayed: bool) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     if replayed:
         graph.replay()
-        watch("decode step", mine.layer.ranks, TIMEOUT_S)
+        watch("decode step", mine.layer.ranks.group, TIMEOUT_S)
     else:
         mine.layer(*mine.tokens)
     torch.cuda.synchronize()  # never ends: the sentry ends the process
