@@ -1,4 +1,4 @@
-"""What is done behind each step of the engine: experts' counters are written down, and its end on a GPU is watched."""
+"""Behind each step of the engine: what the experts have done is written down, and a step that never ends is told of."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lmdeploy.pytorch.distributed import get_dist_manager
 
-from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.sentry import watch
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.plug import active
@@ -26,17 +26,13 @@ def steps_are_counted(original: Callable) -> Callable:
         output = original(*args, stream=stream, **kwargs)
         with torch.cuda.stream(stream or torch.cuda.current_stream()):
             active().load_writer.step()
-            if active().device == "cuda":
-                _watch_step()
+            _watch_step()
         return output
 
     return model_forward
 
 
 def _watch_step() -> None:
-    """Marks the step's end, which a replayed graph does not: a rank that is lost becomes an error there too."""
-    from lmdeploy.pytorch.distributed import get_dist_manager
-
-    group = get_dist_manager().current_context().ep_gpu_group
-    if group is not None:
-        watch("a step of the engine", RankGroup.of(group), active().config.timeout_s)
+    """Marks the end of a step on a GPU, where a lost rank would be waited for without end, in graphs too."""
+    if active().device == "cuda" and torch.cuda.is_available():  # not in the interpreter
+        watch("a step", get_dist_manager().current_context().ep_gpu_group, active().config.timeout_s)
