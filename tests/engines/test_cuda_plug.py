@@ -115,6 +115,13 @@ def test_two_ranks(run, form, settings, dispatcher):
     assert computed == 3 * (8 if settings.get("dp") else 5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_two_ranks_with_a_part_of_each_expert(run, form):
+    """Tensor parallelism. The width is one block of FP8, of which the second rank gets nothing."""
+    seen = run(case(form, size=2, spread=False))
+    assert [rank.dispatcher for rank in seen] == ["replicated", None if form == "fp8" else "replicated"]
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_two_ranks_as_decoding_is_captured(run, level):
     """Ranks bring equally many tokens, and nothing is read back to size anything."""
