@@ -57,27 +57,31 @@ class Load:
 
     def __init__(self, local_experts: tuple[int, ...], experts: int) -> None:
         self.calls = 0
+        """Calls from Python: a replayed CUDA graph makes none."""
         self.passes = Counter()
         self.rounds = Counter()
+        self.rows_L = torch.zeros(len(local_experts), dtype=torch.int64)
+        """Rows of each slot, on the experts' device from the first call on; replays of a CUDA graph count here."""
         self._experts_L, self._experts = torch.tensor(local_experts), experts
-        self._rows_L = torch.zeros(len(local_experts), dtype=torch.int64)
 
     def add_rows(self, counts_L: Tensor) -> None:
         """Count the rows of one batch, on the experts' device."""
-        self._rows_L = self._rows_L.to(counts_L.device)
-        self._rows_L += counts_L  # in place, so that replays of a CUDA graph are counted too
+        self.rows_L = self.rows_L.to(counts_L.device)
+        self.rows_L += counts_L  # in place, for the graphs
 
     def add_call(self, passes: int, rounds: int) -> None:
         self.calls += 1
         self.passes.add(passes)
         self.rounds.add(rounds)
 
+    def tokens_of(self, rows_L: Tensor) -> Tensor:
+        """Rows of slots as tokens of logical experts ([E], int64, both on the CPU)."""
+        return torch.zeros(self._experts, dtype=torch.int64).index_add_(0, self._experts_L, rows_L)
+
     @property
     def tokens_E(self) -> Tensor:
-        """Tokens that this rank's experts computed, per logical expert ([E], int64, on the CPU)."""
-        return torch.zeros(self._experts, dtype=torch.int64).index_add_(
-            0, self._experts_L, self._rows_L.cpu()
-        )
+        """Tokens that this rank's experts computed, per logical expert ([E], int64, on the CPU). It waits for them."""
+        return self.tokens_of(self.rows_L.cpu())
 
 
 class ExpertParallelMoE:
@@ -94,6 +98,7 @@ class ExpertParallelMoE:
         top_k: int,
         split: str | Mapping[str, str] = "even",
         device: str = "cpu",
+        kernels: str = "auto",
         gate_up_bias_L2F: Tensor | None = None,
         down_bias_LD: Tensor | None = None,
         activation: Callable[[Tensor], Tensor] | None = None,
@@ -107,8 +112,9 @@ class ExpertParallelMoE:
         repacks matrices one by one and keeps no reference to them, so that from a generator that reads the checkpoint
         they never exist twice; cuda and ascend use whole forms where they are. `settings` is one for both phases, or
         one for each ("prefill", "decode"); so is `split`, which chooses among the copies of an expert: even, nearest
-        or level (`epbackend.split`). `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU.
-        `check_ids` tells of experts that do not exist; `layer` only serves messages.
+        or level (`epbackend.split`). `kernels` is one of the device's `kernel_sets`, or auto. `activation` maps
+        gate_up's rows [S, 2F] to [S, F]; None is SwiGLU. `check_ids` tells of ids that no expert has; `layer` only
+        serves messages.
 
         Raises ConfigError for weights, map, ranks and settings that do not fit each other and for a form of weights
         that the device does not take, and UnavailableError for a device that cannot be used here.
@@ -116,7 +122,7 @@ class ExpertParallelMoE:
         if slot_map.ranks != ranks.size:
             raise ConfigError(f"slot_map is for {slot_map.ranks} ranks, but {ranks.size} share the experts")
         self.slot_map, self.ranks, self.layer = slot_map, ranks, layer
-        self._kernels = get_device(device).kernels
+        self._kernels = get_device(device).kernel_set(kernels)
         settings_of, split_of = _by_phase("settings", settings), _by_phase("split", split)
         problems = {
             phase: Problem(ranks, self._kernels, settings_of[phase], slot_map.slots_per_rank, top_k, layer)

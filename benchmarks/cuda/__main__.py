@@ -18,13 +18,15 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.cuda.cases import CASES, LARGEST_ERROR, Case
+from benchmarks.cuda.cases import CASES, Case
+from benchmarks.cuda.ceilings import measured_ceilings
 from benchmarks.cuda.contestants import ROUTINGS, Contestant, contestants
 from benchmarks.cuda.lmdeploy import LMDeploy
 from benchmarks.cuda.model import H100_CEILINGS, Ceilings, floors_us, predicted_us
 from benchmarks.cuda.picture import draw
-from benchmarks.cuda.timing import measured_ceilings, time_us
 from epbackend.kernels.triton.chip import chip_of
+from epbackend.kernels.triton.tuning.job import LARGEST_ERROR
+from epbackend.kernels.triton.tuning.timing import time_us
 
 RESULTS = Path(__file__).parents[1] / "results"
 

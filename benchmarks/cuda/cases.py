@@ -8,30 +8,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
-from epbackend.kernels.int8 import Int8Weights
-
-BITS = {"half": 16, "fp8": 8, "int8": 8}
-LARGEST_ERROR = {"half": 0.01, "int8": 0.03, "fp8": 0.06}
-"""Of a right answer, as a share of the reference's norm: what rounding rows to so few bits leaves."""
+from epbackend.kernels.triton.tuning.job import BYTES, ExpertShape
 
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(ExpertShape):
     """The routed experts that one GPU holds."""
 
-    model: str
-    slots: int
-    D: int
-    F: int
     top_k: int
-
-    def weights(self, form: str, device: torch.device) -> tuple:
-        """(gate_up, down), random, packed in `form`."""
-        return (
-            _matrices(form, self.slots, 2 * self.F, self.D, device),
-            _matrices(form, self.slots, self.D, self.F, device),
-        )
 
 
 QWEN3 = Experts("Qwen3-30B", 128, 2048, 768, 8)
@@ -51,7 +35,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.experts.model} {self.form} T={self.tokens}"
+        return f"{self.experts.name} {self.form} T={self.tokens}"
 
     @property
     def rows(self) -> int:
@@ -75,7 +59,7 @@ class Case:
     def bytes(self) -> float:
         """The least that must move: the chosen experts' weights once, rows in and out."""
         experts = self.experts
-        matrix = 3 * experts.D * experts.F * BITS[self.form] / 8
+        matrix = 3 * experts.D * experts.F * BYTES[self.form]
         return int((self.counts_L > 0).sum()) * matrix + 2 * 2 * self.rows * experts.D
 
 
@@ -93,16 +77,3 @@ CASES = (
     Case(DEEPSEEK, "fp8", 32768, target_tflops=850),
     Case(DEEPSEEK, "fp8", 65536, target_tflops=850),
 )
-
-
-def _matrices(form: str, slots: int, columns: int, depth: int, device: torch.device):
-    if form == "half":
-        return torch.randn(slots, columns, depth, device=device, dtype=torch.bfloat16) / depth**0.5
-    if form == "int8":
-        values = torch.randint(-127, 128, (slots, columns, depth), device=device, dtype=torch.int8)
-        return Int8Weights(values, torch.full((slots, columns), 1 / (73 * depth**0.5), device=device))
-    values = torch.empty(slots, columns, depth, dtype=FP8, device=device)
-    for slot in range(slots):
-        values[slot] = torch.randn(columns, depth, device=device).to(FP8)
-    scales = torch.rand(slots, columns // BLOCK, depth // BLOCK, device=device) / depth**0.5
-    return Fp8Blocks(values, scales)

@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "All planning algorithms and token splits beside each other.",
     "show": "What a placement does to the load of each rank.",
     "convert": "Loads and placements to and from the formats of other programs.",
+    "tune": "Find the best kernel tiles for a model on this CUDA GPU.",
     "doctor": "What this machine can do, and what it lacks.",
     "config": "Check, show and describe configurations.",
 }

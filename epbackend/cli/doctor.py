@@ -2,17 +2,22 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from epbackend.cli.output import JsonOption, console, json_stdout
+from epbackend.cli.choices import choices
+from epbackend.cli.output import JsonOption, console, json_stdout, read_config, say
 from epbackend.device import devices
 from epbackend.dispatch.choose import dispatchers
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.errors import EPError
+
+if TYPE_CHECKING:
+    from epbackend.config import EPConfig
 
 NEEDED_FOR = {
     "torch": "everything",
@@ -25,17 +30,44 @@ NEEDED_FOR = {
 }
 
 
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option(help="Tell which dispatchers this configuration would get here.")
+    ] = None,
+    ep_size: Annotated[int | None, typer.Option(min=1, help="The same for so many ranks.")] = None,
+    level: Annotated[Literal["1", "2"], typer.Option(help="Their ep_level.")] = "1",
+    dp: Annotated[int, typer.Option(min=1, help="Their engine.dp.")] = 1,
+    experts: Annotated[int, typer.Option(min=1, help="Of the model.")] = 128,
+    top_k: Annotated[int, typer.Option(min=1, help="Of the model: experts of a token.")] = 8,
+    as_json: JsonOption = False,
+) -> None:
     """Tell of every device, dispatcher, engine and package: usable, or why not and what to install."""
+    deployment = _deployment(config, ep_size, int(level), dp)
+    chosen = choices(deployment, experts, top_k) if deployment else None
     if as_json:
         with json_stdout() as print_json:
             findings = examine()
-            print_json(findings)
+            print_json(findings if chosen is None else {**findings, "choices": chosen})
     else:
         findings = examine()
         _show(findings)
+        if chosen is not None:
+            _show_choices(chosen)
     if not any(device["usable"] for device in findings["devices"].values()):
         raise typer.Exit(1)
+
+
+def _deployment(config: Path | None, ep_size: int | None, level: int, dp: int) -> "EPConfig | None":
+    """What to choose dispatchers for, if that was asked."""
+    if config is not None and ep_size is not None:
+        raise typer.BadParameter("give a configuration or --ep-size, not both")
+    if config is not None:
+        return read_config(config)[0]
+    if ep_size is None:
+        return None
+    from epbackend.config import EPConfig  # needs pydantic, which the rest has not
+
+    return EPConfig.load({"ep_size": ep_size, "ep_level": level, "engine": {"dp": dp}})
 
 
 def examine() -> dict[str, Any]:
@@ -43,7 +75,10 @@ def examine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "devices": {name: _finding(device.unavailable()) for name, device in devices().items()},
+        "devices": {
+            name: {**_finding(device.unavailable()), "kernels": ["auto", *device.kernel_sets]}
+            for name, device in devices().items()
+        },
         "dispatchers": {
             each.name: {**_finding(each.unavailable), "ep_level": each.level, "summary": each.summary}
             for each in dispatchers()
@@ -84,7 +119,7 @@ def _show(findings: dict[str, Any]) -> None:
     console.print(f"Python {findings['python']}, {findings['machine']}", highlight=False)
     table = Table("", "", "", show_header=False, box=None, pad_edge=False)
     for name, device in findings["devices"].items():
-        table.add_row(f"device {name}", *_verdict(device, ""))
+        table.add_row(f"device {name}", *_verdict(device, f"kernels {', '.join(device['kernels'])}"))
     for name, dispatcher in findings["dispatchers"].items():
         table.add_row(f"dispatcher {name}", *_verdict(dispatcher, dispatcher["summary"]))
     table.add_row("engine LMDeploy", *_verdict(findings["engine"], "every hook is in place"))
@@ -93,6 +128,16 @@ def _show(findings: dict[str, Any]) -> None:
             f"package {name}", found or "[yellow]missing[/yellow]", escape(f"for {NEEDED_FOR[name]}")
         )
     console.print(table)
+
+
+def _show_choices(chosen: dict[str, dict[str, Any]]) -> None:
+    for phase, choice in chosen.items():
+        if "problem" in choice:
+            say(console, f"{phase}: {choice['problem']}", "yellow")
+            continue
+        say(console, f"{phase}: {choice['name']} ({choice['reason']})", "green")
+        for name, reason in choice["passed_over"]:
+            say(console, f"  not {name}: {reason}", "")
 
 
 def _verdict(finding: dict[str, Any], remark: str) -> tuple[str, str]:

@@ -7,12 +7,15 @@ from epbackend.config.base import Section
 from epbackend.config.problems import Problem
 
 if TYPE_CHECKING:
-    from epbackend.config.settings import EPConfig, Phase
+    from epbackend.config.settings import EPConfig
 
 # The ep_level each dispatcher serves; their own classes import torch, which the configuration must not need.
-LEVEL_OF_DISPATCHER = {"replicated": 1, "allgather": 1, "alltoall": 2, "mc2": 2}
+LEVEL_OF_DISPATCHER = {"replicated": 1, "allgather": 1, "alltoall": 2, "mc2": 2, "symmetric": 2}
 DECODE_ONLY = ("mc2",)
 """Dispatchers that serve a bounded number of tokens: prefill takes another, by itself."""
+
+
+CUDA_KERNELS = ("triton", "grouped_mm")
 
 
 def contradictions(config: "EPConfig") -> list[Problem]:
@@ -20,8 +23,8 @@ def contradictions(config: "EPConfig") -> list[Problem]:
     engine = config.engine
     return [
         *_cutoff(config),
-        *_pinned_dispatcher(config),
         *_transport(config),
+        *_kernels(config),
         *parallel.problems(config.ep_size, engine.tp, engine.dp, engine.executor),
         *_cache(config),
         *_placement(config),
@@ -55,8 +58,9 @@ def _changed(section: Section, name: str) -> bool:
 
 
 def _nothing_travels(config: "EPConfig", levels: set[int]) -> bool:
-    same_tokens = config.engine.dp == 1 and config.dispatcher in ("auto", "replicated")
-    return config.ep_size == 1 or (levels == {1} and same_tokens)
+    dispatchers = {config.dispatcher_of(phase) for phase in ("prefill", "decode")}
+    replicated = levels == {1} and config.engine.dp == 1 and dispatchers <= {"auto", "replicated"}
+    return config.ep_size == 1 or replicated
 
 
 def _cutoff(config: "EPConfig") -> list[Problem]:
@@ -70,25 +74,11 @@ def _cutoff(config: "EPConfig") -> list[Problem]:
     return []
 
 
-def _pinned_dispatcher(config: "EPConfig") -> list[Problem]:
-    name = config.dispatcher
-    if name == "auto":
+def _kernels(config: "EPConfig") -> list[Problem]:
+    if config.kernels not in CUDA_KERNELS or config.device in ("auto", "cuda"):
         return []
-    reason = _unfit(name, config)
-    return [Problem("dispatcher", f"{reason}: write auto, or change one of them", name)] if reason else []
-
-
-def _unfit(dispatcher: str, config: "EPConfig") -> str | None:
-    served = LEVEL_OF_DISPATCHER[dispatcher]
-    phases: tuple[Phase, ...] = ("decode",) if dispatcher in DECODE_ONLY else ("prefill", "decode")
-    for phase in phases:
-        if config.level(phase) != served:
-            return f"serves ep_level {served}, but ep_level of {phase} is {config.level(phase)}"
-    if dispatcher in DECODE_ONLY and config.engine.max_batch_size is None:
-        return "is sized by engine.max_batch_size, which is not set"
-    if dispatcher == "replicated" and config.engine.dp > 1:
-        return f"needs all tokens on every rank, but engine.dp is {config.engine.dp}"
-    return None
+    remedy = f"are for device cuda, but device is {config.device}: write auto or reference"
+    return [Problem("kernels", remedy, config.kernels)]
 
 
 def _transport(config: "EPConfig") -> list[Problem]:

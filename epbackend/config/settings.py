@@ -20,13 +20,14 @@ from pydantic import (
     model_validator,
 )
 
-from epbackend.config import mindie, parallel, rules
+from epbackend.config import dispatchers, mindie, parallel, rules
 from epbackend.config.base import ConfigWarning, Section
+from epbackend.config.dispatchers import NamesOrPhases, PhaseDispatchers
 from epbackend.config.engine import EngineSettings, Positive
 from epbackend.config.files import read_mapping
 from epbackend.config.placement import PhaseSplits, PlacementSettings
 from epbackend.config.problems import UNION_TAGS, Problem, config_error, from_pydantic
-from epbackend.config.rules import DECODE_ONLY, LEVEL_OF_DISPATCHER
+from epbackend.config.rules import LEVEL_OF_DISPATCHER
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import did_you_mean
 
@@ -83,6 +84,15 @@ class EPConfig(Section):
         examples=["auto", *BUILT_IN_DEVICES],
         description="Where experts run. A package adds names by entry points of the group epbackend.devices.",
     )
+    kernels: Literal["auto", "triton", "grouped_mm", "reference"] = Field(
+        default="auto",
+        description="Who multiplies. auto: the device's own kernels, on cuda triton. grouped_mm is torch's "
+        "product, for cuda. reference is plain torch: for checks, slow.",
+    )
+    check_expert_ids: bool = Field(
+        default=True,
+        description="Tell of a router that chooses experts that do not exist. Nothing waits for a GPU to do so.",
+    )
     ep_size: Positive = Field(
         default=1,
         description="Expert-parallel ranks; the experts are divided among them. MindIE's name for it: "
@@ -93,11 +103,12 @@ class EPConfig(Section):
         description="Rows travel by all-gather (1) or all-to-all (2). One for each phase: {prefill: 2, "
         "decode: 1}.",
     )
-    dispatcher: str = Field(
+    dispatcher: NamesOrPhases = Field(
         default="auto",
-        examples=["auto", *LEVEL_OF_DISPATCHER],
-        description="Pins how rows travel. It must serve the ep_level; auto takes the best that can, "
-        "and says why. mc2 serves decode only.",
+        examples=["auto", *LEVEL_OF_DISPATCHER, "names in order of preference", "one for each phase"],
+        description="How rows travel. auto takes the best that can serve the ep_level here, and says why. "
+        "What is named is taken, or the next one named (symmetric, alltoall), or it is an error. "
+        "mc2 serves decode only.",
     )
     enable_init_routing_cutoff: bool = Field(
         default=False,
@@ -177,12 +188,15 @@ class EPConfig(Section):
         """The `ep_level` of a phase."""
         return getattr(self.ep_level, phase) if isinstance(self.ep_level, PhaseLevels) else self.ep_level
 
+    def dispatcher_of(self, phase: Phase) -> str:
+        """The dispatchers that may serve a phase, in order of preference, separated by commas; or auto."""
+        return dispatchers.of_phase(self, phase)
+
     def dispatch_settings(self, phase: Phase) -> DispatchSettings:
         """What the data path of one phase needs to know."""
-        pinned = "auto" if phase == "prefill" and self.dispatcher in DECODE_ONLY else self.dispatcher
         return DispatchSettings(
             level=self.level(phase),
-            dispatcher=pinned,
+            dispatcher=self.dispatcher_of(phase),
             topk_scaling_factor=self.topk_scaling_factor,
             cutoff_min_tokens=self.init_routing_cutoff_min_tokens,
             buffer_scale_factors=self.alltoall_ep_buffer_scale_factors,
@@ -227,14 +241,6 @@ class EPConfig(Section):
             raise ValueError(f"must be one of {', '.join(known)}{did_you_mean(name, known)}")
         return name
 
-    @field_validator("dispatcher")
-    @classmethod
-    def _known_dispatcher(cls, name: str) -> str:
-        known = ["auto", *LEVEL_OF_DISPATCHER]
-        if name not in known:
-            raise ValueError(f"must be one of {', '.join(known)}{did_you_mean(name, known)}")
-        return name
-
     @field_validator("alltoall_ep_buffer_scale_factors")
     @classmethod
     def _descending(cls, factors: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
@@ -255,7 +261,7 @@ class EPConfig(Section):
             config = validate(data)
         except ValidationError as error:
             raise config_error([*disagreement, *from_pydantic(error, _SECTIONS)], **context) from None
-        if problems := [*disagreement, *rules.contradictions(config)]:
+        if problems := [*disagreement, *rules.contradictions(config), *dispatchers.problems(config)]:
             raise config_error(problems, **context)
         return config
 
@@ -280,5 +286,6 @@ _SECTIONS = {
     "placement": PlacementSettings.model_fields.keys(),
     "engine": EngineSettings.model_fields.keys(),
     "ep_level": PhaseLevels.model_fields.keys(),
+    "dispatcher": PhaseDispatchers.model_fields.keys(),
     "placement.split": PhaseSplits.model_fields.keys(),
 }

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from epbackend.errors import ConfigError, UnavailableError
 from epbackend.kernels import Kernels
+from epbackend.kernels.reference import ReferenceKernels
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,31 @@ class Device(ABC):
         """Whether another device only stands in for it, for tests: "auto" passes it over."""
         return False
 
+    kernel_sets: tuple[str, ...] = ("reference",)
+    """The implementations of its math that can be chosen by name; "auto" is `kernels`."""
+
     @property
     @abstractmethod
     def kernels(self) -> Kernels:
         """Its math; raises UnavailableError where `unavailable` gives a reason."""
+
+    def kernel_set(self, name: str = "auto") -> Kernels:
+        """One of the implementations; `reference` is plain torch, right everywhere and slow.
+
+        Raises ConfigError for a name that this device does not have, and UnavailableError as `kernels` does.
+        """
+        if name == "auto":
+            return self.kernels
+        if name not in self.kernel_sets:
+            known = ", ".join(("auto", *self.kernel_sets))
+            raise ConfigError(f"kernels {name!r} are unknown for device {self.name}; known are {known}")
+        if reason := self.unavailable():
+            raise UnavailableError(f"device {self.name} cannot be used: {reason}")
+        return self._kernels_named(name)
+
+    def _kernels_named(self, name: str) -> Kernels:
+        """One of `kernel_sets`, on a device that can be used."""
+        return ReferenceKernels()
 
     @abstractmethod
     def torch_device(self, local_rank: int) -> torch.device:

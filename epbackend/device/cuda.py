@@ -13,19 +13,16 @@ import torch
 
 from epbackend.device.base import Device, Memory
 from epbackend.device.cpu import CpuDevice
-from epbackend.errors import ConfigError, UnavailableError
 from epbackend.kernels import Kernels
-from epbackend.kernels.reference import ReferenceKernels
 
 OLDEST = (8, 0)
 """Compute capability of the oldest chips whose matrix units take bfloat16 (Ampere)."""
-
-KERNEL_SETS = ("triton", "grouped_mm", "reference")
 
 
 class CudaDevice(Device):
     name = "cuda"
     collective_backend = "nccl"
+    kernel_sets = ("triton", "grouped_mm", "reference")
 
     def unavailable(self) -> str | None:
         if find_spec("triton") is None:
@@ -50,13 +47,7 @@ class CudaDevice(Device):
     def kernels(self) -> Kernels:
         return self.kernel_set("triton")
 
-    def kernel_set(self, name: str) -> Kernels:
-        """One of the implementations: `triton`; `grouped_mm` (torch's own grouped product); `reference` (plain torch).
-
-        Raises ConfigError for another name and UnavailableError where `unavailable` gives a reason.
-        """
-        if reason := self.unavailable():
-            raise UnavailableError(f"device cuda cannot be used: {reason}")
+    def _kernels_named(self, name: str) -> Kernels:
         if name == "triton":
             from epbackend.kernels.triton.kernels import TritonKernels  # imports Triton, which takes a second
 
@@ -65,9 +56,7 @@ class CudaDevice(Device):
             from epbackend.kernels.grouped_mm import GroupedMmKernels
 
             return GroupedMmKernels()
-        if name == "reference":
-            return ReferenceKernels()
-        raise ConfigError(f"kernels {name!r} are unknown for device cuda; known are {', '.join(KERNEL_SETS)}")
+        return super()._kernels_named(name)
 
     def torch_device(self, local_rank: int) -> torch.device:
         return torch.device("cpu") if _interpreting() else torch.device("cuda", local_rank)

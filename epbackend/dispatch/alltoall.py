@@ -26,6 +26,15 @@ class AllToAll(Dispatcher):
     level = 2
     summary = "send each token once to each rank that needs it, in overlapped steps"
 
+    @classmethod
+    def reason(cls, problem: Problem) -> str:
+        if not problem.settings.static:
+            return cls.summary
+        return (
+            "every token to every rank, as no size may pass through the host where CUDA graphs are captured; "
+            "ep_level 1 for decode sends as much"
+        )
+
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         form = StaticExchange if self.problem.settings.static else _ExactExchange
         return form(self.problem, hidden_TD, slot_ids_TK, weights_TK)

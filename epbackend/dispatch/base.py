@@ -21,7 +21,7 @@ from torch import Tensor
 
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
-from epbackend.kernels import Kernels
+from epbackend.kernels import Kernels, Rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Problem:
 class Batch:
     """Rows for this rank's experts, sorted by local slot; rows past `counts_L.sum()` are garbage."""
 
-    rows_SD: Tensor
+    rows_SD: Rows
     counts_L: Tensor
     source_S: Tensor
     """Which choice each row serves, as in `kernels.Permuted`; a fused dispatcher's own notes instead (`mc2`)."""
@@ -97,6 +97,11 @@ class Dispatcher(ABC):
         if problem.ranks.size == 1:
             return "there is one rank, so no row travels"
         return None
+
+    @classmethod
+    def reason(cls, problem: Problem) -> str:
+        """What to say for people where it is chosen for the problem."""
+        return cls.summary
 
     @abstractmethod
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 
 from epbackend.dispatch.allgather import AllGather
 from epbackend.dispatch.alltoall import AllToAll
@@ -11,10 +13,13 @@ from epbackend.dispatch.mc2 import Mc2
 from epbackend.dispatch.passes import row_bound
 from epbackend.dispatch.replicated import Replicated
 from epbackend.dispatch.sliced import Sliced
+from epbackend.dispatch.symmetric import Symmetric
 from epbackend.dispatch.transport import TRANSPORTS
 from epbackend.errors import ConfigError
 
-DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, AllToAll)
+logger = logging.getLogger("epbackend")
+
+DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, Symmetric, AllToAll)
 """The one that is preferred where several can serve comes first."""
 
 
@@ -53,34 +58,51 @@ def choose(problem: Problem) -> tuple[Dispatcher, Choice]:
     if problem.settings.transport not in TRANSPORTS:
         known = ", ".join(TRANSPORTS)
         raise ConfigError(f"transport {problem.settings.transport!r} is unknown; it is one of {known}")
-    pinned = problem.settings.dispatcher
     reasons = {cls.name: cls.unsupported(problem) for cls in DISPATCHERS}
-    if pinned == "auto":
-        name = _first_usable(problem, reasons)
-        prefix, other = "", f"usable, but {name} is preferred"
-    else:
-        name = _pinned(pinned, reasons)
-        prefix, other = "pinned; ", f"usable, but {name} is pinned"
+    named = _named(problem.settings.dispatcher, reasons)
+    name = _first_usable(problem, named or list(reasons), reasons)
     cls = next(cls for cls in DISPATCHERS if cls.name == name)
+    prefix = "pinned; " if named else ""
+    other = f"usable, but {name} is {'pinned' if named else 'preferred'}"
     passed_over = tuple((rival, reason or other) for rival, reason in reasons.items() if rival != name)
-    return _build(cls, problem), Choice(name, prefix + cls.summary, passed_over)
+    choice = Choice(name, prefix + cls.reason(problem), passed_over)
+    _log(choice, problem.settings.level)
+    return _build(cls, problem), choice
 
 
-def _first_usable(problem: Problem, reasons: dict[str, str | None]) -> str:
-    usable = [name for name, reason in reasons.items() if reason is None]
-    if not usable:
+def _named(setting: str, reasons: dict[str, str | None]) -> list[str]:
+    """The names in the setting; none with auto."""
+    if setting == "auto":
+        return []
+    names = [name.strip() for name in setting.split(",")]
+    for name in names:
+        if name not in reasons:
+            raise ConfigError(f"dispatcher {name!r} is unknown; known are auto, {', '.join(reasons)}")
+    return names
+
+
+def _first_usable(problem: Problem, candidates: list[str], reasons: dict[str, str | None]) -> str:
+    usable = [name for name in candidates if reasons[name] is None]
+    if usable:
+        return usable[0]
+    if problem.settings.dispatcher == "auto":
         raise ConfigError(f"no dispatcher serves ep_level {problem.settings.level}: {_listed(reasons)}")
-    return usable[0]
-
-
-def _pinned(name: str, reasons: dict[str, str | None]) -> str:
-    if name not in reasons:
-        raise ConfigError(f"dispatcher {name!r} is unknown; known are auto, {', '.join(reasons)}")
-    if reasons[name] is not None:
+    if len(candidates) == 1:
+        pinned = candidates[0]
         raise ConfigError(
-            f"dispatcher {name} is pinned but cannot be used: {reasons[name]}; take another, or auto"
+            f"dispatcher {pinned} is pinned but cannot be used: {reasons[pinned]}; take another, or auto"
         )
-    return name
+    why = _listed({name: reasons[name] for name in candidates})
+    raise ConfigError(
+        f"none of the dispatchers that are named can be used: {why}; name another, or write auto"
+    )
+
+
+@cache
+def _log(choice: Choice, level: int) -> None:
+    """Tell of a choice once, not for each layer."""
+    others = "; ".join(f"not {name}: {reason}" for name, reason in choice.passed_over)
+    logger.info("ep_level %d: dispatcher %s (%s); %s", level, choice.name, choice.reason, others)
 
 
 def _listed(reasons: dict[str, str | None]) -> str:

@@ -12,7 +12,7 @@ class DispatchSettings:
     level: int = 1
     """1: gather tokens, reduce-scatter results. 2: send each token only where its experts live."""
     dispatcher: str = "auto"
-    """A dispatcher's name pins it; "auto" takes the best that can serve the level."""
+    """"auto" takes the best that can serve the level; names in order of preference, with commas between, pin them."""
     topk_scaling_factor: float | None = None
     """Level 1: a pass holds about this share of the worst case's rows. None: everything in one pass."""
     cutoff_min_tokens: int = 65536

@@ -39,11 +39,10 @@ class _SlicedExchange(Exchange):
     def __init__(self, inner: Exchange, collectives: Collectives, tokens: int, width: int) -> None:
         self._inner, self._collectives = inner, collectives
         self._tokens, self._width = tokens, width
-        self.rounds = inner.rounds
 
     def dispatch(self) -> Iterator[Batch]:
         yield from self._inner.dispatch()
-        self.passes = self._inner.passes
+        self.passes, self.rounds = self._inner.passes, self._inner.rounds
 
     def combine(self, rows_SD: Tensor, batch: Batch) -> None:
         self._inner.combine(rows_SD, batch)

@@ -177,12 +177,28 @@ def test_doctor_tells_every_device_and_dispatcher():
     result = run("doctor", "--json")
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
-    assert said["devices"]["cpu"] == {"usable": True, "reason": None}
+    assert said["devices"]["cpu"] == {"usable": True, "reason": None, "kernels": ["auto", "reference"]}
     assert {"cuda", "ascend"} <= said["devices"].keys()
     assert all(device["usable"] or device["reason"] for device in said["devices"].values())
     assert {"replicated", "allgather", "alltoall"} <= said["dispatchers"].keys()
     assert said["engine"]["usable"] is True
     assert said["packages"]["torch"]
+
+
+def test_doctor_says_what_a_deployment_would_get(config_file):
+    said = json.loads(run("doctor", "--json", "--ep-size", 8, "--level", 2, "--dp", 8).stdout)
+    for phase in ("prefill", "decode"):
+        choice = said["choices"][phase]
+        assert choice["name"] == "alltoall"
+        assert {"replicated", "allgather", "mc2"} <= dict(choice["passed_over"]).keys()
+    named = config_file(
+        ep_level=2, dispatcher={"prefill": "auto", "decode": "mc2"}, engine={"max_batch_size": 8}
+    )
+    shown = run("doctor", "--config", named)
+    assert shown.returncode == 0, shown.stderr
+    assert "prefill: alltoall" in shown.stdout
+    assert "decode: dispatcher mc2 is pinned but cannot be used: it needs an Ascend NPU" in shown.stdout
+    assert run("doctor", "--config", named, "--ep-size", 2).returncode == 2
 
 
 def free_port() -> int:

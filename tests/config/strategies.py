@@ -62,6 +62,8 @@ def settings(draw):
             {draw(st.sampled_from(["ep_size", "moe_ep"])): st.just(ep)},
             optional={
                 "device": st.sampled_from(["auto", "cpu", "cuda", "ascend"]),
+                "kernels": st.sampled_from(["auto", "reference"]),
+                "check_expert_ids": st.booleans(),
                 "ep_level": level | st.fixed_dictionaries({"prefill": level, "decode": level}),
                 "alltoall_ep_buffer_scale_factors": buffers(),
                 "init_routing_cutoff_min_tokens": POSITIVE,

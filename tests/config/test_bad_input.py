@@ -35,6 +35,8 @@ BAD = [
     ({"engine": {"sesion_len": 9}}, ["engine.sesion_len:", "did you mean 'session_len'?"]),
     ({"qwertz": 1}, ["qwertz: unknown setting"]),
     ({"engine": None}, ["engine:"]),
+    ({"kernels": "tritn"}, ["kernels:", "triton", "(got 'tritn')"]),
+    ({"kernels": "triton", "device": "cpu"}, ["kernels:", "device cuda", "auto or reference", "'triton'"]),
     # the cutoff
     ({"enable_init_routing_cutoff": True, "topk_scaling_factor": 1.5}, ["topk_scaling_factor:", "(got 1.5)"]),
     (
@@ -54,6 +56,21 @@ BAD = [
     ({"dispatcher": "alltoall"}, ["dispatcher:", "serves ep_level 2", "prefill is 1", "'alltoall'"]),
     ({"dispatcher": "allgather", "ep_level": {"prefill": 1, "decode": 2}}, ["dispatcher:", "decode is 2"]),
     ({"dispatcher": "replicated", "ep_size": 2, "engine": {"dp": 2}}, ["dispatcher:", "engine.dp is 2"]),
+    ({"dispatcher": "alltoal"}, ["dispatcher:", "did you mean 'alltoall'?"]),
+    ({"dispatcher": 3}, ["dispatcher:", "names in order of preference"]),
+    ({"dispatcher": []}, ["dispatcher:", "names in order of preference"]),
+    ({"dispatcher": "allgather, auto"}, ["dispatcher:", "auto alone"]),
+    ({"dispatcher": ["allgather", "allgather"]}, ["dispatcher:", "each dispatcher once"]),
+    (
+        {"dispatcher": "allgather, alltoall"},
+        ["dispatcher:", "serves ep_level 2, but ep_level of prefill is 1"],
+    ),
+    ({"dispatcher": {"prefill": "alltoall", "decode": "auto"}}, ["dispatcher.prefill:", "'alltoall'"]),
+    ({"dispatcher": {"decode": "allgather"}}, ["dispatcher.prefill:", "missing"]),
+    (
+        {"dispatcher": {"prefill": "mc2", "decode": "mc2"}, "ep_level": 2, "engine": {"max_batch_size": 8}},
+        ["dispatcher.prefill:", "serves decode only"],
+    ),
     ({"transport": "int4"}, ["transport:", "'full', 'int8' or 'fp8'", "(got 'int4')"]),
     ({"device": "ascend", "transport": "fp8"}, ["transport:", "do not have: write int8 or full"]),
     # the placement

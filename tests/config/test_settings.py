@@ -98,6 +98,25 @@ def test_dispatch_settings_carry_every_value():
 
 
 @pytest.mark.parametrize(
+    ("dispatcher", "level", "prefill", "decode"),
+    [
+        ("auto", 2, "auto", "auto"),
+        ("allgather", 1, "allgather", "allgather"),
+        (["alltoall", "allgather"], {"prefill": 2, "decode": 1}, "alltoall", "allgather"),
+        ("replicated,allgather", 1, "replicated, allgather", "replicated, allgather"),
+        ({"prefill": "alltoall", "decode": "auto"}, 2, "alltoall", "auto"),
+        ({"prefill": "auto", "decode": ["mc2", "alltoall"]}, 2, "auto", "mc2, alltoall"),
+        ("mc2, alltoall", 2, "alltoall", "mc2, alltoall"),
+    ],
+)
+def test_each_phase_has_its_dispatchers(dispatcher, level, prefill, decode):
+    config = EPConfig(ep_size=4, ep_level=level, dispatcher=dispatcher, engine={"max_batch_size": 8})
+    assert (config.dispatcher_of("prefill"), config.dispatcher_of("decode")) == (prefill, decode)
+    assert config.dispatch_settings("decode").dispatcher == decode
+    assert EPConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
     ("settings", "static"),
     [
         ({"device": "cuda"}, True),
@@ -174,6 +193,17 @@ def test_pinned_dispatchers_are_those_of_the_data_path():
     from epbackend.dispatch.choose import DISPATCHERS
 
     assert {dispatcher.name: dispatcher.level for dispatcher in DISPATCHERS} == LEVEL_OF_DISPATCHER
+
+
+def test_kernels_are_those_of_the_devices():
+    from epbackend.config.rules import CUDA_KERNELS
+    from epbackend.device import devices
+
+    names = {name: set(device.kernel_sets) for name, device in devices().items()}
+    assert set(CUDA_KERNELS) == names["cuda"] - names["cpu"]
+    assert {"auto"}.union(*names.values()) == set(
+        EPConfig.model_json_schema()["properties"]["kernels"]["enum"]
+    )
 
 
 def test_reading_a_config_imports_no_torch():

@@ -93,7 +93,7 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
 
     mine = list(slot_map.local_experts(ranks.rank))
     spy = _Spy(device.kernels)
-    with mock.patch.object(moe, "get_device", return_value=mock.Mock(kernels=spy)):
+    with mock.patch.object(moe, "get_device", return_value=mock.Mock(kernel_set=lambda _: spy)):
         layer = moe.ExpertParallelMoE(
             gate_up[mine].to(place),
             down[mine].to(place),

@@ -12,8 +12,6 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton import knobs
 
-from benchmarks.cuda.cases import Experts
-from benchmarks.cuda.job import Job, compile_job
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.copies import EvenCopies, LevelCopies
 from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
@@ -24,6 +22,7 @@ from epbackend.kernels.triton.kernels import TritonKernels
 from epbackend.kernels.triton.resources import compiling_for, resources
 from epbackend.kernels.triton.tile import Tile
 from epbackend.kernels.triton.tiles import Product, choose_tile, table
+from epbackend.kernels.triton.tuning.job import ExpertShape, Job, compile_job
 from epbackend.placement.layout import Layout
 
 pytestmark = [
@@ -105,7 +104,7 @@ def test_tuned_tiles_fit_their_chip(entry):
     width, inner = entry["depth"], entry["height"] // 2
     if not entry["gated"]:
         width, inner = entry["height"], entry["depth"]
-    experts = Experts("tuned", 8, width, inner, top_k=1)
+    experts = ExpertShape("tuned", 8, width, inner)
     job = Job(experts, entry["form"], entry["gated"], entry["up_to"])
     assert compile_job(job, TUNED_CHIPS[entry["chip"]], Tile(**entry["tile"]))
 

@@ -6,9 +6,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.cuda.cases import LARGEST_ERROR, Case, Experts
+from benchmarks.cuda.cases import Case, Experts
 from benchmarks.cuda.contestants import contestants
 from epbackend.kernels.triton.chip import chip_of
+from epbackend.kernels.triton.tuning.job import LARGEST_ERROR
 
 pytestmark = pytest.mark.cuda
 

@@ -34,9 +34,7 @@ def test_automatic_choice(size, token_size, level, name):
     dispatcher, choice = choose(problem(size, token_size, level=level))
     assert (dispatcher.name, choice.name) == (name, name)
     assert choice.reason
-    assert {other for other, _ in choice.passed_over} == {"replicated", "allgather", "mc2", "alltoall"} - {
-        name
-    }
+    assert {other for other, _ in choice.passed_over} == {entry.name for entry in dispatchers()} - {name}
     assert all(reason for _, reason in choice.passed_over)
 
 
@@ -46,13 +44,43 @@ def test_pinned_is_taken_and_says_so():
     assert dict(choice.passed_over)["replicated"] == "usable, but allgather is pinned"
 
 
+def test_the_next_is_taken_only_where_it_is_named():
+    _, choice = choose(problem(4, level=2, dispatcher="mc2, alltoall"))
+    assert choice.name == "alltoall"
+    assert choice.reason.startswith("pinned")
+    assert "Ascend" in dict(choice.passed_over)["mc2"]
+    with pytest.raises(ConfigError, match=r"mc2 is pinned but cannot be used: .*Ascend"):
+        choose(problem(4, level=2, dispatcher="mc2"))
+
+
+def test_a_static_call_says_what_it_costs():
+    _, choice = choose(problem(4, level=2, static=True))
+    assert (choice.name, "every token to every rank" in choice.reason) == ("alltoall", True)
+
+
+def test_the_choice_is_logged_once(caplog):
+    caplog.set_level("INFO", logger="epbackend")
+    for _ in range(3):
+        choose(problem(3, level=1, dispatcher="allgather"))
+    (line,) = caplog.messages
+    assert "dispatcher allgather (pinned; gather all tokens" in line
+    assert "not alltoall: it serves ep_level 2" in line
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"dispatcher": "replicated"}, "hold different tokens"),
         ({"dispatcher": "alltoall"}, "it serves ep_level 2, and ep_level is 1"),
         ({"dispatcher": "allgather", "level": 2}, "it serves ep_level 1, and ep_level is 2"),
-        ({"dispatcher": "deepep"}, "unknown; known are auto, replicated, allgather, mc2, alltoall"),
+        (
+            {"dispatcher": "nvshmem"},
+            "unknown; known are auto, replicated, allgather, mc2, symmetric, alltoall",
+        ),
+        (
+            {"dispatcher": "replicated,alltoall"},
+            "none of .* named can be used: replicated: .* different tokens.*; alltoall: .*; name another",
+        ),
         ({"level": 3}, "no dispatcher serves ep_level 3"),
         ({"transport": "int4"}, "transport 'int4' is unknown; it is one of full, int8, fp8"),
         ({"topk_scaling_factor": 0.1}, "smallest factor that works is 0.125"),
@@ -73,7 +101,9 @@ def test_every_dispatcher_is_listed():
         ("replicated", 1),
         ("allgather", 1),
         ("mc2", 2),
+        ("symmetric", 2),
         ("alltoall", 2),
     ]
-    missing = {entry.name for entry in dispatchers() if entry.unavailable}
-    assert missing == ({"mc2"} if devices()["ascend"].unavailable() else set())
+    unavailable = {entry.name for entry in dispatchers() if entry.unavailable}
+    assert ("mc2" in unavailable) == bool(devices()["ascend"].unavailable())
+    assert unavailable <= {"mc2", "symmetric"}

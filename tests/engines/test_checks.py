@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +69,32 @@ def test_ep_size_that_does_not_divide_the_experts(write_model):
 
 def test_quantised_checkpoint(write_model):
     model = write_model(n_routed_experts=8, quantization_config={"quant_method": "fp8"})
-    refused(model, two_ranks(), ConfigError, "cpu.*unquantised.*fp8")
+    refused(model, two_ranks(), ConfigError, "cpu.*unquantised.*blocked FP8")
+
+
+@pytest.mark.parametrize(
+    ("quantised", "form"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "blocked FP8"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "FP8 with one scale a tensor"),
+        ({"quant_method": "smooth_quant"}, "W8A8"),
+        ({"quant_method": "smooth_quant", "quant_dtype": "float8_e4m3fn"}, "smooth_quant"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)
+def test_quantised_forms_on_each_device(write_model, monkeypatch, quantised, form):
+    """What LMDeploy alone computes is left to it, on ranks that all hold every expert."""
+    assert checks.form_of_experts(quantised) == form
+    model = write_model(n_routed_experts=8, quantization_config=quantised)
+    for device, spread in checks.SPREAD.items():
+        monkeypatch.setattr(checks, "get_device", lambda _, name=device: SimpleNamespace(name=name))
+        if form in spread:
+            checks.check_model(model, two_ranks())
+            continue
+        with pytest.raises(ConfigError, match=f"{form}.*use"):
+            checks.check_model(model, two_ranks())
+        if device != "cpu":
+            checks.check_model(model, EPConfig.load({"device": "cpu"}))
 
 
 def test_cache_that_memory_cannot_hold(checkpoint):

@@ -40,6 +40,7 @@ def build(**changes) -> ExpertParallelMoE:
         ({"down_LDF": torch.randn(5, 8, 6)}, "down_LDF has 5 experts"),
         ({"settings": {"prefill": DispatchSettings()}}, "settings: needed for prefill and decode"),
         ({"device": "tpu"}, "device 'tpu' is unknown; known are auto, cuda, ascend, cpu"),
+        ({"kernels": "triton"}, "kernels 'triton' are unknown for device cpu; known are auto, reference"),
         ({"settings": DispatchSettings(topk_scaling_factor=0.3)}, "smallest factor that works is 0.5"),
     ],
 )
@@ -51,6 +52,13 @@ def test_what_does_not_fit(changes, message):
 def test_a_device_that_is_not_here_says_why():
     with pytest.raises(UnavailableError, match=r"device ascend cannot be used: .* use device cpu"):
         build(device="ascend")
+
+
+def test_the_reference_computes_the_same():
+    torch.manual_seed(0)
+    weights = {"gate_up_L2FD": torch.randn(4, 12, 8), "down_LDF": torch.randn(4, 8, 6)}
+    call = torch.randn(5, 8), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    torch.testing.assert_close(build(**weights)(*call), build(kernels="reference", **weights)(*call))
 
 
 def test_unknown_phase():

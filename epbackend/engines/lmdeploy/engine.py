@@ -29,12 +29,12 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
     """
     from lmdeploy import PytorchEngineConfig
 
-    engine = config.engine
+    engine, device = config.engine, get_device(config.device).name
     for name, why in NOT_WITH_US.items():
         if engine.extra.get(name):
             raise ConfigError(f"engine.extra.{name}: {why}; remove it")
     settings: dict[str, Any] = {
-        "device_type": get_device(config.device).name,
+        "device_type": device,
         "dtype": engine.dtype,
         "tp": engine.tp,
         "dp": engine.dp,
@@ -47,7 +47,8 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
         "num_gpu_blocks": engine.cache_blocks or 0,
         "block_size": engine.block_size,
         "enable_prefix_caching": engine.enable_prefix_caching,
-        "eager_mode": engine.eager_mode,
+        # How rows travel on Ascend has not been captured yet.
+        "eager_mode": engine.eager_mode or device == "ascend",
         "distributed_executor_backend": executor(config),
     }
     return PytorchEngineConfig(**settings, **engine.extra)

@@ -23,6 +23,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class TritonKernels:
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
+    stores_to_peers = True
+    """`peer/` has the kernels that the dispatcher `symmetric` needs beside these."""
+
     def __init__(self, chip: Chip | None = None) -> None:
         """`chip` None: the one that a call's tensors live on."""
         self._chip = chip

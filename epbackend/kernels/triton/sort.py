@@ -21,9 +21,15 @@ def place(slot, choice, totals, before, BLOCK: tl.constexpr):
     blocks, `before` those in earlier blocks.
     """
     starts = tl.cumsum(totals) - totals
+    return tl.gather(starts + before, slot, 0) + earlier_twins(slot, BLOCK)
+
+
+@triton.jit
+def earlier_twins(slot, BLOCK: tl.constexpr):
+    """For each choice of one block, how many earlier ones of the block fell on the same slot."""
     nth = tl.arange(0, BLOCK)
-    earlier_twins = (slot[:, None] == slot[None, :]) & (nth[None, :] < nth[:, None])
-    return tl.gather(starts + before, slot, 0) + tl.sum(earlier_twins.to(tl.int32), 1)
+    twins = (slot[:, None] == slot[None, :]) & (nth[None, :] < nth[:, None])
+    return tl.sum(twins.to(tl.int32), 1)
 
 
 @triton.jit

@@ -1,12 +1,14 @@
 """Which tile a product gets: the tuned one for this chip and shape if there is one, else its chip family's.
 
 `tiles.json` has both. "families" are chosen by hand from the static model and checked to compile without spills;
-"tuned" holds what was measured on a chip with a version of Triton, and serves that chip and version alone.
+"tuned" holds what was measured on a chip with a version of Triton, and serves that chip and version alone. What
+`epbackend tune` measures goes into a table of the user's own, which comes first.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
@@ -17,12 +19,15 @@ import torch
 import triton
 from torch import Tensor
 
+from epbackend.errors import ConfigError
 from epbackend.kernels.forms import Experts
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.triton.chip import Chip
 from epbackend.kernels.triton.tile import Tile
 
-TABLE = Path(__file__).with_name("tiles.json")
+PACKAGED = Path(__file__).with_name("tiles.json")
+OWN_TABLE = "EPBACKEND_TILES"
+"""The environment variable that names the user's own table."""
 FAMILIES = {8: "ampere", 9: "hopper", 10: "blackwell", 11: "blackwell", 12: "ampere"}
 """By the major compute capability. Desktop Blackwell (12) has no more shared memory than desktop Ampere had."""
 
@@ -88,14 +93,46 @@ def tuned_for(chip: Chip, product: Product, up_to: float | None) -> dict[str, An
 
 @cache
 def table() -> dict[str, Any]:
-    return json.loads(TABLE.read_text())
+    """The packaged table, with the tuned tiles of the user's own before its own.
+
+    Raises ConfigError for a table of the user's that cannot be read.
+    """
+    packaged = json.loads(PACKAGED.read_text())
+    return {**packaged, "tuned": [*_tuned_in(own_table()), *packaged["tuned"]]}
 
 
-def record(tuned: dict[str, Any], tile: Tile, date: str) -> None:
-    """Write a measured tile into tiles.json, in the place of an earlier one for the same."""
-    stored = json.loads(TABLE.read_text())
+def own_table() -> Path:
+    """Where `epbackend tune` writes, file or no file: $EPBACKEND_TILES, or else in the user's cache."""
+    if named := os.environ.get(OWN_TABLE):
+        return Path(named)
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "epbackend" / "tiles.json"
+
+
+def _tuned_in(path: Path) -> list[dict[str, Any]]:
+    """The tuned tiles of a table; none where there is no file."""
+    if not path.exists():
+        return []
+    try:
+        tuned = json.loads(path.read_text())["tuned"]
+        for each in tuned:
+            Tile(**each["tile"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no table of tiles ({type(error).__name__}: {error}); remove it and run epbackend tune again, "
+            f"or name another one in {OWN_TABLE}"
+        ) from None
+    return tuned
+
+
+def record(path: Path, tuned: dict[str, Any], tile: Tile, date: str) -> None:
+    """Write a measured tile into a table, in the place of an earlier one for the same; other processes may read it."""
+    stored = json.loads(path.read_text()) if path.exists() else {"tuned": []}
     others = [each for each in stored["tuned"] if not tuned.items() <= each.items()]
     stored["tuned"] = [*others, {**tuned, "date": date, "tile": asdict(tile)}]
     innermost = re.compile(r"\{[^{}]*\}")  # on one line each
     text = innermost.sub(lambda found: json.dumps(json.loads(found[0])), json.dumps(stored, indent=1))
-    TABLE.write_text(text + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
+    beside.write_text(text + "\n")
+    beside.replace(path)

@@ -6,8 +6,8 @@ from itertools import product
 
 from epbackend.kernels.triton.chip import Chip
 from epbackend.kernels.triton.tile import Tile
+from epbackend.kernels.triton.tuning.job import BYTES
 
-BYTES = {"half": 2, "fp8": 1, "int8": 1}
 FEWEST_SUMS, MOST_SUMS = 32, 128
 """Accumulators of a thread: with fewer the matrix units wait for data, with more registers run out."""
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cuda.cases import BITS, Experts
+from epbackend.kernels.forms import Experts
+from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import Chip, chip_of
 from epbackend.kernels.triton.grouped import grouped_matmul
 from epbackend.kernels.triton.grouped_fp8 import gated_matmul_fp8, grouped_matmul_fp8
@@ -19,11 +21,46 @@ from epbackend.kernels.triton.schedule import row_tiles
 from epbackend.kernels.triton.tile import Tile
 from epbackend.kernels.triton.tiles import Product
 
+BYTES = {"half": 2, "fp8": 1, "int8": 1}
+"""Of a value, by form."""
+
+LARGEST_ERROR = {"half": 0.01, "int8": 0.03, "fp8": 0.06}
+"""Of a right answer, as a share of the reference's norm: what rounding rows to so few bits leaves."""
+
 LARGEST_MEAN = 1024
 """Rows a slot that stand for all larger numbers."""
 
 MOST_SPILLED = 128
 """Bytes a thread: a few registers that wait outside of the loop cost less than a smaller tile would."""
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """The routed experts that one GPU holds: gate_up [slots, 2F, D] and down [slots, D, F]."""
+
+    name: str
+    slots: int
+    D: int
+    F: int
+
+    def weights(self, form: str, device: torch.device) -> tuple[Experts, Experts]:
+        """(gate_up, down), random, packed in `form`."""
+        gate_up = random_experts(form, self.slots, 2 * self.F, self.D, device)
+        return gate_up, random_experts(form, self.slots, self.D, self.F, device)
+
+
+def random_experts(form: str, slots: int, columns: int, depth: int, device: torch.device) -> Experts:
+    """[slots, columns, depth], so that products of rows of ones' size have about that size too."""
+    if form == "half":
+        return torch.randn(slots, columns, depth, device=device, dtype=torch.bfloat16) / depth**0.5
+    if form == "int8":
+        values = torch.randint(-127, 128, (slots, columns, depth), device=device, dtype=torch.int8)
+        return Int8Weights(values, torch.full((slots, columns), 1 / (73 * depth**0.5), device=device))
+    values = torch.empty(slots, columns, depth, dtype=FP8, device=device)
+    for slot in range(slots):
+        values[slot] = torch.randn(columns, depth, device=device).to(FP8)
+    scales = torch.rand(slots, columns // BLOCK, depth // BLOCK, device=device) / depth**0.5
+    return Fp8Blocks(values, scales)
 
 
 @dataclass(frozen=True)
@@ -39,7 +76,7 @@ class Data:
 class Job:
     """One product at one mean number of rows a slot."""
 
-    experts: Experts
+    experts: ExpertShape
     form: str
     gated: bool
     up_to: float | None
@@ -47,7 +84,7 @@ class Job:
 
     def __str__(self) -> str:
         kind = "gated" if self.gated else "plain"
-        return f"{self.experts.model} {self.form} {kind} {self.rows / self.experts.slots:g} rows a slot"
+        return f"{self.experts.name} {self.form} {kind} {self.rows / self.experts.slots:g} rows a slot"
 
     @property
     def rows(self) -> int:
@@ -67,7 +104,7 @@ class Job:
     def bytes(self) -> float:
         """The weights, and the rows that come in."""
         product = self.product
-        return BITS[self.form] / 8 * product.depth * (product.slots * product.height + product.rows)
+        return BYTES[self.form] * product.depth * (product.slots * product.height + product.rows)
 
     def draw(self, device: torch.device) -> Data:
         """Random data; on "meta" the shapes alone."""

@@ -1,0 +1,103 @@
+"""`epbackend tune`: the best tiles of a model's experts on this GPU."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from epbackend.cli.output import console
+from epbackend.device import get_device
+from epbackend.engines.lmdeploy.checks import expert_count, read_model_config
+from epbackend.errors import ConfigError, UnavailableError
+from epbackend.models import resolve
+
+if TYPE_CHECKING:
+    from epbackend.kernels.triton.tuning.job import ExpertShape
+
+Form = Literal["half", "fp8", "int8"]
+FORM_OF = {"fp8": "fp8", "smooth_quant": "int8"}
+"""quant_method of a checkpoint -> form of its experts; half where there is none."""
+
+
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory of a checkpoint; of it, config.json is read alone.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SLOTSxHIDDENxINNER", help="Experts of one GPU, instead of a model: 16x7168x2048."
+        ),
+    ] = None,
+    ep_size: Annotated[int, typer.Option(min=1, help="Ranks that share the model's experts.")] = 1,
+    form: Annotated[
+        Form | None, typer.Option(help="Form of the weights. [default: the checkpoint's, or half]")
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="JSON to write. [default: $EPBACKEND_TILES, or ~/.cache/epbackend/tiles.json]"),
+    ] = None,
+) -> None:
+    """Time every tile that is worth it for the experts of a model, and write down the best for later runs.
+
+    It takes about ten minutes a model. Results are written as they come, so it may be stopped at any time.
+    """
+    experts = wanted(model, shape or [], ep_size, form)
+    device = get_device("cuda")
+    if device.emulated:
+        raise UnavailableError(
+            "tune: Triton interprets kernels here (TRITON_INTERPRET), which tells no times"
+        )
+    # Imported late, for these import Triton.
+    from epbackend.kernels.triton.chip import chip_of
+    from epbackend.kernels.triton.tiles import own_table
+    from epbackend.kernels.triton.tuning.search import jobs
+    from epbackend.kernels.triton.tuning.search import tune as search
+
+    chip, path = chip_of(device.torch_device(0)), table or own_table()
+    to_do = [job for each, its_form in experts for job in jobs(each, its_form, chip)]
+    console.print(f"{chip.name}: {len(to_do)} products; table: {path}", highlight=False)
+    for done, finding in enumerate(search(to_do, chip, path), start=1):
+        console.print(f"{done}/{len(to_do)} {finding}", highlight=False)
+
+
+def wanted(
+    model: str | None, shapes: list[str], ep_size: int, form: Form | None
+) -> list[tuple["ExpertShape", str]]:
+    """The experts to tune for, each with its form. Raises ConfigError where nothing, or nothing usable, is named."""
+    if (model is None) == (not shapes):
+        raise ConfigError("tune: name a model, or shapes by --shape, for example --shape 16x7168x2048")
+    if model is None:
+        return [(_parsed(shape), form or "half") for shape in shapes]
+    settings = read_model_config(Path(resolve(model)))
+    return [(_of_model(model, settings, ep_size), form or _form_of(settings))]
+
+
+def _parsed(text: str) -> "ExpertShape":
+    from epbackend.kernels.triton.tuning.job import ExpertShape
+
+    if not (found := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)):
+        raise ConfigError(f"tune: --shape {text} is not SLOTSxHIDDENxINNER, for example 16x7168x2048")
+    slots, hidden, inner = map(int, found.groups())
+    return ExpertShape(text, slots, hidden, inner)
+
+
+def _of_model(name: str, settings: dict[str, Any], ep_size: int) -> "ExpertShape":
+    """What one of `ep_size` ranks holds of a model's experts."""
+    from epbackend.kernels.triton.tuning.job import ExpertShape
+
+    experts, text = expert_count(settings), settings.get("text_config") or settings
+    hidden, inner = (
+        text.get("hidden_size"),
+        text.get("moe_intermediate_size") or text.get("intermediate_size"),
+    )
+    if not experts or not hidden or not inner:
+        raise ConfigError(f"tune: {name} has no experts, or config.json does not say how large; use --shape")
+    return ExpertShape(Path(name).name, -(-experts // ep_size), hidden, inner)
+
+
+def _form_of(settings: dict[str, Any]) -> str:
+    text = settings.get("text_config") or {}
+    quantised = settings.get("quantization_config") or text.get("quantization_config") or {}
+    return FORM_OF.get(str(quantised.get("quant_method")), "half")

@@ -1,0 +1,132 @@
+"""One layer call over the peers' memory: counts, rows, results; see `kernels.triton.peer` for the phases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epbackend.dispatch.base import Batch, Exchange, Problem
+from epbackend.dispatch.symmetric import Room
+from epbackend.dispatch.symmetric_buffers import Geometry
+from epbackend.dispatch.symmetric_peers import Peers
+from epbackend.kernels.triton.peer.counts import publish_counts
+from epbackend.kernels.triton.peer.give_back import give_back
+from epbackend.kernels.triton.peer.layout import Layout, lay_out, place
+from epbackend.kernels.triton.peer.send import send
+from epbackend.kernels.triton.peer.settle import settle
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens that every rank sends at a time, at most `Room.tokens` each."""
+
+    start: int
+    """Of them on this rank, in the call's tokens."""
+    layout: Layout
+    """Of the first round."""
+    row_S: Tensor
+    """Where each choice's row lies on its slot's rank."""
+    rounds: int
+
+
+class SymmetricExchange(Exchange):
+    def __init__(
+        self,
+        problem: Problem,
+        peers: Peers,
+        room: Room,
+        hidden_TD: Tensor,
+        slot_ids_TK: Tensor,
+        weights_TK: Tensor,
+    ) -> None:
+        self._problem, self._peers, self._room = problem, peers, room
+        self._hidden_TD, self._weights_TK = hidden_TD, weights_TK
+        self._slot_ids_TK = slot_ids_TK.contiguous()
+        self._buffers = peers.buffers(
+            Geometry(
+                ranks=peers.size,
+                slots=problem.slots,
+                choices=room.tokens * slot_ids_TK.shape[1],
+                rows=room.rows,
+                width=hidden_TD.shape[1],
+                dtype=hidden_TD.dtype,
+            )
+        )
+        self._out_TD = torch.empty_like(hidden_TD)
+
+    def dispatch(self) -> Iterator[Batch]:
+        self.rounds = step = 0
+        for part in self._parts():
+            self.rounds += part.rounds
+            for number in range(part.rounds):
+                yield self._receive(part, number, step)
+                step += 1
+            self._settle(part)
+
+    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
+        give_back(rows_SD, batch.counts_L, batch.source_S, self._buffers.results)
+        self._peers.meet(self._problem.layer)
+
+    def finish(self) -> Tensor:
+        return self._out_TD
+
+    def _parts(self) -> Iterator[Part]:
+        """As many on every rank, as the one with most tokens needs."""
+        start, longest = 0, 1
+        while start < longest:
+            slot_ids_TK = self._slice(self._slot_ids_TK, start)
+            before_BP = publish_counts(
+                slot_ids_TK, max(0, len(self._hidden_TD) - start), self._buffers.table, self._peers.rank
+            )
+            self._peers.meet(self._problem.layer)
+            layout = self._lay_out(number=0)
+            rounds, longest = self._needs(layout, start)
+            yield Part(start, layout, place(slot_ids_TK, before_BP, layout.bases_P), rounds)
+            start += self._room.tokens
+
+    def _needs(self, layout: Layout, start: int) -> tuple[int, int]:
+        """(rounds, most tokens of a rank): from shapes and settings where they tell, else the GPU is asked."""
+        static = self._problem.settings.static
+        tokens = len(self._hidden_TD) if static else self._room.tokens
+        worst = self._room.rounds_of(self._peers.size * tokens * self._slot_ids_TK.shape[1])
+        if static or (self._room.bounded and worst == 1):
+            return worst, self._room.tokens
+        rows_R, tokens_R = zip(*self._peers.read(layout.needs_R2), strict=True)
+        return self._room.rounds_of(max(rows_R)), start + max(tokens_R)
+
+    def _receive(self, part: Part, number: int, step: int) -> Batch:
+        """Send this rank's rows of one round, and have those that the others sent."""
+        buffers, first = self._buffers, number * self._room.rows
+        send(
+            self._slice(self._hidden_TD, part.start),
+            self._slice(self._slot_ids_TK, part.start),
+            part.row_S,
+            first,
+            buffers.rows,
+            buffers.sources,
+            self._peers.rank * len(buffers.results.mine),
+            self._problem.slots,
+        )
+        layout = part.layout if number == 0 else self._lay_out(number)
+        self._peers.meet(self._problem.layer)
+        return Batch(buffers.rows.mine, layout.counts_L, buffers.sources.mine, step)
+
+    def _settle(self, part: Part) -> None:
+        settle(
+            self._buffers.results.mine,
+            self._slice(self._slot_ids_TK, part.start),
+            self._slice(self._weights_TK, part.start),
+            self._peers.size * self._problem.slots,
+            self._slice(self._out_TD, part.start),
+        )
+
+    def _lay_out(self, number: int) -> Layout:
+        """As one round sees it."""
+        window = number * self._room.rows, (number + 1) * self._room.rows
+        return lay_out(self._buffers.table.mine, self._peers.rank, self._problem.slots, window)
+
+    def _slice(self, tensor_TX: Tensor, start: int) -> Tensor:
+        return tensor_TX[start : start + self._room.tokens]

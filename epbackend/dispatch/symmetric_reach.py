@@ -1,0 +1,110 @@
+"""Can all ranks of a group reach each other's GPU memory? They tell each other where they are, once a group."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
+from torch._C._autograd import DeviceType
+
+from epbackend.dispatch.collectives import Collectives
+from epbackend.dispatch.ranks import RankGroup
+
+OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+"""Torch's own switch for tests: several ranks on one GPU."""
+
+BACKEND = "CUDA"
+"""The allocator of torch's symmetric memory that maps peers' memory into this process; the others need libraries."""
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Of one rank, as numbers that can be gathered."""
+
+    host: int
+    gpu: int
+    """The same for two ranks on one GPU."""
+
+
+def not_built() -> str | None:
+    """Why this torch has no symmetric memory for CUDA; None if it has."""
+    try:
+        from torch.distributed import _symmetric_memory as symmetric_memory
+    except ImportError as error:
+        return f"torch {torch.__version__} has no symmetric memory ({error}); it needs torch 2.11 or later"
+    found = symmetric_memory.get_backend(torch.device("cuda"))
+    if found == BACKEND:
+        return None
+    if found is None:
+        return f"torch {torch.__version__} is built without symmetric memory for CUDA"
+    return f"torch's symmetric memory is set to {found}; unset TORCH_SYMMMEM"
+
+
+@cache
+def unreachable(ranks: RankGroup, timeout_s: float) -> str | None:
+    """Why the ranks cannot store into each other's memory; None if they can. All ranks ask together."""
+    assert ranks.group is not None
+    collectives = Collectives(ranks.group, timeout_s, layer=0)
+    device = torch.device("cuda", torch.cuda.current_device())
+    mine = Whereabouts(_number(socket.gethostname()), _number(str(_uuid(device.index))))
+    places = [Whereabouts(*row) for row in _all_gather(collectives, astuple(mine), device)]
+    numbers = dist.get_process_group_ranks(ranks.group)
+    if reason := apart(places, numbers, OVERLAP in os.environ):
+        return reason
+    barred = _all_gather(collectives, (_first_barred(places, device.index),), device)
+    for rank, (peer,) in enumerate(barred):
+        if peer >= 0:
+            return (
+                f"the GPU of rank {numbers[rank]} has no NVLink to that of rank {numbers[peer]} "
+                "(nvidia-smi topo -m shows the links)"
+            )
+    return None
+
+
+def apart(places: Sequence[Whereabouts], numbers: Sequence[int], may_overlap: bool) -> str | None:
+    """Why ranks in these places cannot share memory, whatever links them; `numbers` are their names in messages."""
+    for rank, place in enumerate(places):
+        if place.host != places[0].host:
+            return f"ranks {numbers[0]} and {numbers[rank]} are on different hosts"
+        twin = places.index(place)
+        if twin < rank and not may_overlap:
+            return f"ranks {numbers[twin]} and {numbers[rank]} share one GPU (for tests: {OVERLAP}=1)"
+    return None
+
+
+def _first_barred(places: Sequence[Whereabouts], mine: int) -> int:
+    """The first rank whose GPU this process sees, and whose memory this rank's GPU `mine` cannot reach; -1 if none.
+
+    A process that sees its own GPU alone (CUDA_VISIBLE_DEVICES) cannot tell; then mapping the memory will.
+    """
+    index_of = {_number(str(_uuid(index))): index for index in range(torch.cuda.device_count())}
+    try:
+        links = c10d._detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix  # type: ignore[attr-defined]
+    except RuntimeError:  # no NVML here
+        return -1
+    for rank, place in enumerate(places):
+        theirs = index_of.get(place.gpu, mine)
+        if theirs != mine and not links[mine][theirs]:
+            return rank
+    return -1
+
+
+def _all_gather(collectives: Collectives, row: tuple[int, ...], device: torch.device) -> list[list[int]]:
+    """Every rank's row."""
+    return collectives.all_gather(torch.tensor([row], device=device)).tolist()
+
+
+def _uuid(index: int) -> object:
+    return torch.cuda.get_device_properties(index).uuid
+
+
+def _number(name: str) -> int:
+    """A name as a number that fits int64; equal names give equal numbers."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")

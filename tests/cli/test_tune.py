@@ -1,0 +1,76 @@
+"""`epbackend tune`: what it reads of a model, and what it says where it cannot run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from epbackend.cli import app
+from epbackend.cli.tune import wanted
+from epbackend.device import devices
+from epbackend.errors import ConfigError, UnavailableError
+from epbackend.kernels.triton.tuning.job import ExpertShape
+
+DEEPSEEK = {
+    "n_routed_experts": 256,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+NESTED = {"text_config": {"num_local_experts": 16, "hidden_size": 5120, "intermediate_size": 8192}}
+
+
+def model(folder, settings) -> str:
+    (folder / "config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+def test_experts_of_a_model(tmp_path):
+    path, name = model(tmp_path, DEEPSEEK), tmp_path.name
+    assert wanted(path, [], 8, None) == [(ExpertShape(name, 32, 7168, 2048), "fp8")]
+    assert wanted(path, [], 1, "half") == [(ExpertShape(name, 256, 7168, 2048), "half")]
+    model(tmp_path, NESTED)
+    assert wanted(path, [], 1, None) == [(ExpertShape(name, 16, 5120, 8192), "half")]
+    assert wanted("tiny-qwen3-moe", [], 2, None)[0][0].slots == 16
+
+
+def test_shapes_by_hand():
+    assert wanted(None, ["16x7168x2048"], 1, None) == [(ExpertShape("16x7168x2048", 16, 7168, 2048), "half")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, [], 1, None), "name a model, or shapes by --shape"),
+        (("tiny-qwen3-moe", ["1x2x3"], 1, None), "name a model, or shapes"),
+        ((None, ["16x7168"], 1, None), "--shape 16x7168 is not SLOTSxHIDDENxINNER"),
+    ],
+)
+def test_nothing_to_tune(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        wanted(*arguments)
+
+
+def test_models_that_will_not_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no experts, .* use --shape"):
+        wanted(model(tmp_path, {"hidden_size": 64}), [], 1, None)
+    with pytest.raises(UnavailableError, match="there is no model at"):
+        wanted(str(tmp_path / "nowhere"), [], 1, None)
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "reason"), [("0", "device cuda cannot be used"), ("1", "interprets")]
+)
+def test_without_a_gpu(monkeypatch, interpreted, reason):
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    cuda = devices()["cuda"]
+    if cuda.unavailable() is None and not cuda.emulated:
+        pytest.skip("there is a GPU")
+    done = CliRunner().invoke(app, ["tune", "tiny-qwen3-moe"])
+    assert done.exit_code == 2
+    assert reason in done.output

@@ -1,0 +1,87 @@
+"""When `symmetric` is taken, why not, and how much room it makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epbackend.dispatch.base import Problem
+from epbackend.dispatch.choose import choose
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.symmetric import OPEN_TOKENS, Room, Symmetric
+from epbackend.dispatch.symmetric_reach import Whereabouts, apart
+from epbackend.errors import ConfigError
+from epbackend.kernels.reference import ReferenceKernels
+
+pytestmark = pytest.mark.cpu
+
+
+class PeerKernels(ReferenceKernels):
+    stores_to_peers = True
+
+
+def problem(size: int = 8, token_size: int = 1, kernels=None, **settings) -> Problem:
+    ranks = RankGroup(None, 0, size, None, 0, token_size)
+    return Problem(ranks, kernels or PeerKernels(), DispatchSettings(2, **settings), slots=4, top_k=8)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (problem(size=1), "there is one rank"),
+        (problem(kernels=ReferenceKernels()), "needs device cuda with its Triton kernels"),
+        (problem(transport="int8"), "transport is int8"),
+        (problem(static=True), "nothing bounds this phase's tokens"),
+    ],
+)
+def test_reasons_against(case, reason):
+    assert reason in Symmetric.unsupported(case)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
+def test_a_torch_without_cuda():
+    assert "is built without symmetric memory for CUDA" in Symmetric.unsupported(problem())
+    assert "device cuda" in Symmetric.missing()
+    with pytest.raises(
+        ConfigError, match=r"symmetric is pinned but cannot be used: torch .* is built without"
+    ):
+        choose(problem(dispatcher="symmetric"))
+    _, choice = choose(problem())
+    assert choice.name == "alltoall"
+    assert "without symmetric memory" in dict(choice.passed_over)["symmetric"]
+
+
+@pytest.mark.parametrize(
+    ("places", "overlap", "reason"),
+    [
+        ([(1, 1), (1, 2), (1, 3)], False, None),
+        ([(1, 1), (1, 2), (2, 3)], False, "ranks 4 and 6 are on different hosts"),
+        ([(1, 1), (1, 2), (1, 2)], False, "ranks 5 and 6 share one GPU"),
+        ([(1, 1), (1, 2), (1, 2)], True, None),
+    ],
+)
+def test_where_the_ranks_are(places, overlap, reason):
+    found = apart([Whereabouts(*place) for place in places], numbers=[4, 5, 6], may_overlap=overlap)
+    assert found is None if reason is None else reason in found
+
+
+def test_room_for_the_worst_case_where_tokens_are_bounded():
+    room = Room.of(problem(max_tokens=128))
+    assert room == Room(tokens=128, rows=8 * 128 * 8, bounded=True)
+    assert room.rounds_of(8 * 128 * 8) == 1
+
+
+def test_ranks_that_share_tokens_send_a_part_each():
+    assert Room.of(problem(token_size=4, max_tokens=130)).tokens == 33
+
+
+def test_room_of_a_call_that_nothing_bounds():
+    room = Room.of(problem())
+    assert (room.tokens, room.rows, room.bounded) == (OPEN_TOKENS, OPEN_TOKENS * 8 * 2, False)
+
+
+def test_the_buffer_setting_makes_room():
+    room = Room.of(problem(max_tokens=128, buffer_scale_factors=((256, 0.1), (64, 1.5), (0, 3))))
+    assert room.rows == 128 * 8 * 1.5
+    assert room.rounds_of(8 * 128 * 8) == 6

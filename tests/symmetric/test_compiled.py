@@ -1,0 +1,71 @@
+"""Every kernel compiles for the chips it is meant for, moves rows 16 bytes at a time, and spills nothing.
+
+No GPU is needed: Triton brings ptxas along.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from triton import knobs
+
+from epbackend.kernels.triton.chip import A100, B200, H100, L40S
+from epbackend.kernels.triton.peer import give_back as give_back_module
+from epbackend.kernels.triton.peer.counts import publish_counts
+from epbackend.kernels.triton.peer.give_back import give_back
+from epbackend.kernels.triton.peer.layout import lay_out, place
+from epbackend.kernels.triton.peer.meet import meet
+from epbackend.kernels.triton.peer.mirror import Mirror
+from epbackend.kernels.triton.peer.send import send
+from epbackend.kernels.triton.peer.settle import settle
+from epbackend.kernels.triton.resources import compiling_for, resources
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(knobs.runtime.interpret, reason="the interpreter compiles nothing"),
+]
+SHAPES = {"DeepSeek-V3": (8, 32, 8, 7168), "Qwen3-30B": (2, 64, 8, 2048), "NVL72": (72, 4, 8, 7168)}
+"""Ranks, slots of each, top_k, hidden size."""
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", [A100, L40S, H100, B200], ids=lambda chip: chip.name)
+def test_the_phases_compile(monkeypatch, chip, shape):
+    (ranks, slots, top_k, width), tokens, rank = SHAPES[shape], 128, 1
+    monkeypatch.setattr(give_back_module, "chip_of", lambda device: chip)
+
+    def mirror(*shape: int, dtype: torch.dtype = torch.int64) -> Mirror:
+        return Mirror(meta(*shape, dtype=dtype), meta(ranks, dtype=torch.int64))
+
+    choices, capacity = tokens * top_k, ranks * tokens * top_k
+    rows, results = (
+        mirror(capacity, width, dtype=torch.bfloat16),
+        mirror(choices, width, dtype=torch.bfloat16),
+    )
+    table, sources = mirror(ranks, ranks * slots + 1, dtype=torch.int32), mirror(capacity)
+    ids_TK = meta(tokens, top_k, dtype=torch.int64)
+    with compiling_for(chip) as compiled:
+        before_BP = publish_counts(ids_TK, tokens, table, rank)
+        layout = lay_out(table.mine, rank, slots, (0, capacity))
+        row_S = place(ids_TK, before_BP, layout.bases_P)
+        send(meta(tokens, width), ids_TK, row_S, 0, rows, sources, rank * choices, slots)
+        give_back(rows.mine, layout.counts_L, sources.mine, results)
+        settle(
+            results.mine, ids_TK, meta(tokens, top_k, dtype=torch.float32), ranks * slots, meta(tokens, width)
+        )
+        meet(mirror(ranks), meta(1, dtype=torch.int64), meta(2, dtype=torch.int64), rank, 0, 120.0)
+    text_of = {kernel.metadata.name: kernel.asm["ptx"] for kernel in compiled}
+    assert all(resources(kernel).spilled == 0 for kernel in compiled)
+    for name in ("_send", "_give_back", "_settle"):
+        assert "ld.global.v4.b32" in text_of[name]
+        assert "st.global.v4.b32" in text_of[name]
+    assert "atom.global.sys.release" in text_of["_meet"]
+    assert "atom.global.sys.acquire" in text_of["_meet"]
+    assert "trap;" in text_of["_meet"]

@@ -1,0 +1,163 @@
+"""What only a GPU can show: torch's symmetric memory, capture and replay, ranks that wait for each other, big buffers.
+
+Two ranks share one GPU where there is one (gloo between them, and torch's own switch for tests), so no figure is taken.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from contract.dense import dense_moe, tolerance
+from triton import knobs
+
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.symmetric_peers import SymmetricMemoryPeers
+from epbackend.dispatch.symmetric_reach import OVERLAP
+from epbackend.errors import CollectiveError
+from epbackend.kernels.triton.peer.counts import publish_counts
+from epbackend.kernels.triton.peer.give_back import give_back
+from epbackend.kernels.triton.peer.layout import lay_out, place
+from epbackend.kernels.triton.peer.mirror import Mirror
+from epbackend.kernels.triton.peer.send import send
+from epbackend.moe import ExpertParallelMoE
+from epbackend.slots import SlotMap
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(knobs.runtime.interpret or not torch.cuda.is_available(), reason="there is no GPU"),
+]
+E, D, F, K, T = 8, 128, 96, 3, 40
+
+
+def own_gpu(ranks: RankGroup) -> torch.device:
+    """The rank's own GPU, or its share of the only one."""
+    os.environ[OVERLAP] = "1"
+    device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+class Layer:
+    """A layer over all ranks, with tokens in buffers that stay where they are."""
+
+    def __init__(self, ranks: RankGroup, static: bool) -> None:
+        self.device, self.rank = own_gpu(ranks), ranks.rank
+        draw = torch.Generator().manual_seed(0)
+        self.gate_up = (torch.randn(E, 2 * F, D, generator=draw) / D**0.5).to(self.device, torch.bfloat16)
+        self.down = (torch.randn(E, D, F, generator=draw) / F**0.5).to(self.device, torch.bfloat16)
+        slot_map = SlotMap.uniform(E, ranks.size)
+        mine = list(slot_map.local_experts(ranks.rank))
+        self.layer = ExpertParallelMoE(
+            self.gate_up[mine],
+            self.down[mine],
+            slot_map=slot_map,
+            ranks=ranks,
+            settings=DispatchSettings(level=2, dispatcher="symmetric", max_tokens=T, static=static),
+            top_k=K,
+            device="cuda",
+        )
+        self.hidden_TD = torch.empty(T, D, device=self.device, dtype=torch.bfloat16)
+        self.ids_TK = torch.empty(T, K, device=self.device, dtype=torch.int64)
+        self.weights_TK = torch.rand(T, K, device=self.device)
+        self.load(0)
+
+    def load(self, seed: int) -> None:
+        """Other tokens, and another routing: from even to all in one slot."""
+        draw = torch.Generator().manual_seed(seed + 1000 * self.rank)
+        self.hidden_TD.copy_(torch.randn(T, D, generator=draw))
+        self.ids_TK.copy_(torch.randint(0, max(1, E - 3 * seed), (T, K), generator=draw))
+
+    def run(self, tokens: int = T) -> torch.Tensor:
+        return self.layer(self.hidden_TD[:tokens], self.ids_TK[:tokens], self.weights_TK[:tokens])
+
+    def check(self, out_TD: torch.Tensor, tokens: int = T) -> None:
+        expected = dense_moe(
+            self.hidden_TD[:tokens], self.ids_TK[:tokens], self.weights_TK[:tokens], self.gate_up, self.down
+        )
+        torch.testing.assert_close(out_TD.double(), expected, **tolerance(torch.bfloat16))
+
+
+def eager(groups: dict[int, RankGroup]) -> None:
+    layer = Layer(groups[1], static=False)
+    for seed, tokens in enumerate([T, 5 * groups[1].rank, 0, T - groups[1].rank]):
+        layer.load(seed)
+        layer.check(layer.run(tokens), tokens)
+
+
+def captured(groups: dict[int, RankGroup]) -> None:
+    layer = Layer(groups[1], static=True)
+    layer.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_TD = layer.run()
+    for seed in range(3):
+        layer.load(seed)
+        out_TD.fill_(torch.nan)
+        graph.replay()
+        layer.check(out_TD)
+
+
+def nothing_waits(groups: dict[int, RankGroup]) -> None:
+    layer = Layer(groups[1], static=True)
+    layer.run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("run", [eager, captured, nothing_waits], ids=lambda run: run.__name__)
+def test_two_ranks(ranks, run):
+    ranks.run(2, run)
+
+
+def alone(groups: dict[int, RankGroup]) -> str:
+    """The other rank leaves; this one hears of it, and its GPU takes no more work."""
+    ranks = groups[1]
+    device = own_gpu(ranks)
+    peers = SymmetricMemoryPeers(ranks.group, device, timeout_s=2.0)
+    peers.meet(layer=3)
+    torch.cuda.synchronize()
+    if ranks.rank == 1:
+        return ""
+    peers.meet(layer=4)
+    with pytest.raises(CollectiveError) as failure:
+        peers.read(torch.zeros(1, device=device))
+    return str(failure.value)
+
+
+def test_a_rank_that_does_not_come(ranks):
+    try:
+        heard, _ = ranks.run(2, alone)
+    finally:
+        ranks.close()  # its GPU context is lost
+    assert heard.startswith("rank 1 did not come to an exchange of MoE layer 4 within timeout_s 2")
+
+
+def test_rows_past_two_to_the_31_elements():
+    tokens, top_k, width = 140_000, 8, 2048
+    hidden_TD = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+    ids_TK = torch.arange(top_k, device="cuda").expand(tokens, top_k).contiguous()
+
+    def mirror(*shape: int, dtype: torch.dtype) -> Mirror:
+        tensor = torch.empty(shape, dtype=dtype, device="cuda")
+        return Mirror(tensor, torch.tensor([tensor.data_ptr()], device="cuda"))
+
+    table = mirror(1, top_k + 1, dtype=torch.int32)
+    rows, results = (mirror(tokens * top_k, width, dtype=torch.bfloat16) for _ in range(2))
+    sources = mirror(tokens * top_k, dtype=torch.int64)
+    before_BP = publish_counts(ids_TK, tokens, table, 0)
+    layout = lay_out(table.mine, 0, top_k, (0, tokens * top_k))
+    send(hidden_TD, ids_TK, place(ids_TK, before_BP, layout.bases_P), 0, rows, sources, 0, top_k)
+    assert rows.mine.numel() > 1 << 31
+    assert torch.equal(rows.mine[-tokens:], hidden_TD)
+    give_back(rows.mine, layout.counts_L, sources.mine, results)
+    assert torch.equal(results.mine.view(tokens, top_k, width)[-9:, -1], hidden_TD[-9:])

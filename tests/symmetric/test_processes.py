@@ -1,0 +1,90 @@
+"""Ranks that are processes: they map each other's memory, meet in the kernel, and tell of a rank that does not come.
+
+On a CPU over shared memory (`shared_memory.py`), in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from contract.layer_case import Case, Seen, layer_equals_dense
+from triton import knobs
+
+from epbackend.dispatch import symmetric_peers
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.symmetric_peers import SymmetricMemoryPeers
+from epbackend.errors import CollectiveError, UnavailableError
+from symmetric import shared_memory
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not knobs.runtime.interpret, reason="the stand-in for symmetric memory is for CPUs"),
+]
+CPU = torch.device("cpu")
+BOUNDED = DispatchSettings(level=2, max_tokens=11)
+STATIC = DispatchSettings(level=2, static=True, max_tokens=11)
+
+
+def layers(groups: dict[int, RankGroup], cases: list[Case]) -> list[Seen]:
+    """Several layers, one after the other, on the same peers."""
+    with shared_memory.over_shared_memory():
+        return [layer_equals_dense(groups, case) for case in cases]
+
+
+@pytest.mark.parametrize(("size", "token_size"), [(2, 1), (4, 1), (4, 2)])
+def test_layers_that_share_their_buffers(ranks, size, token_size):
+    groups = size // token_size
+    case = Case(size, (7, 0, 11, 3)[:groups], BOUNDED, token_size, device="cuda")
+    static = replace(case, tokens=(9,) * groups, settings=STATIC)
+    seen = ranks.run(size, layers, [case, static, replace(case, seed=1), replace(static, seed=2)])
+    assert {each.dispatcher for rank in seen for each in rank} == {"symmetric"}
+
+
+def lost(groups: dict[int, RankGroup]) -> tuple[str, float]:
+    """The last rank leaves between two meetings."""
+    ranks = groups[1]
+    with shared_memory.over_shared_memory():
+        peers = SymmetricMemoryPeers(ranks.group, CPU, timeout_s=0.5)
+    peers.meet(layer=3)
+    if ranks.rank == ranks.size - 1:
+        return "", 0.0
+    began = time.monotonic()
+    with pytest.raises(CollectiveError) as failure:
+        peers.meet(layer=4)
+    return str(failure.value), time.monotonic() - began
+
+
+def test_a_rank_that_does_not_come(ranks):
+    *heard, _ = ranks.run(4, lost)
+    for message, seconds in heard:
+        assert message.startswith("rank 3 did not come to an exchange of MoE layer 4 within timeout_s 0.5")
+        assert seconds < 60
+
+
+def unmapped(groups: dict[int, RankGroup]) -> str:
+    """Rank 1 cannot map its peers' memory, as happens where there is no way between two GPUs."""
+    ranks = groups[1]
+
+    def rendezvous(tensor, group):
+        if ranks.rank == 1:
+            raise RuntimeError("CUDA driver error: invalid device ordinal")
+        return shared_memory.Handle([tensor.data_ptr()] * ranks.size)
+
+    with shared_memory.over_shared_memory(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory.symmetric_memory, "rendezvous", rendezvous)
+        with pytest.raises(UnavailableError) as failure:
+            symmetric_peers.connect(ranks.group, CPU, 5.0)
+    return str(failure.value)
+
+
+def test_a_rank_that_cannot_map_the_others(ranks):
+    heard = set(ranks.run(2, unmapped))
+    assert len(heard) == 1
+    assert "rank 1 cannot share 0 MiB of GPU memory with its peers: CUDA driver error" in heard.pop()
