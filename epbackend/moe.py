@@ -167,7 +167,7 @@ class ExpertParallelMoE:
             # The ids after these are of slots that only other ranks have.
             counts_L = batch.counts_L[: self._slots]
             self.load.add_rows(counts_L)
-            rows_SD = self._kernels.expert_mlp(batch.rows_SD, counts_L, self._weights)
+            rows_SD = self._kernels.expert_mlp(batch.rows_SD, counts_L, self._weights, batch.expected)
             exchange.combine(rows_SD, batch)
         out_TD = exchange.finish()
         if out_TD.is_cuda:

@@ -37,6 +37,12 @@ class Problem:
     layer: int = 0
     """Only for messages."""
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens that a rank sends in one call, where that is known: ranks that share tokens send a slice."""
+        most = self.settings.max_tokens
+        return None if most is None else -(-most // self.ranks.token_size)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -48,6 +54,8 @@ class Batch:
     """Which choice each row serves, as in `kernels.Permuted`; a fused dispatcher's own notes instead (`mc2`)."""
     step: int
     """The number of the pass (level 1) or of the exchange (level 2) that the rows belong to."""
+    expected: int | None = None
+    """About how many of the rows are valid, told without asking the device; None: all."""
 
 
 class Exchange(ABC):

@@ -80,10 +80,13 @@ class Kernels(Protocol):
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         """rows_SF: silu(gate) * up, gate being the first half of a row and up the second."""
 
-    def expert_mlp(self, rows_SD: Rows, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
+    def expert_mlp(
+        self, rows_SD: Rows, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
+    ) -> Tensor:
         """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot.
 
-        Rows that come quantised are not quantised again for W8A8 experts, and dequantised for others.
+        Rows that come quantised are not quantised again for W8A8 experts, and dequantised for others. `expected` is
+        about how many rows the counts cover, None for all; it may choose how they are computed.
         """
 
     def even_split(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> Split:

@@ -158,8 +158,8 @@ class _Spy:
             torch.cat([permuted.source_S, permuted.source_S.new_full((2,), -1)]),
         )
 
-    def expert_mlp(self, rows_SD, counts_L, weights) -> Tensor:
+    def expert_mlp(self, rows_SD, counts_L, weights, expected) -> Tensor:
         self.batches += 1
-        out_SD = self._kernels.expert_mlp(rows_SD, counts_L, weights)
+        out_SD = self._kernels.expert_mlp(rows_SD, counts_L, weights, expected)
         out_SD[int(counts_L.sum()) :] = torch.nan
         return out_SD
