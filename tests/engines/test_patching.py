@@ -96,12 +96,17 @@ def test_nothing_is_active_before_enable():
 
 
 def test_only_what_is_needed_is_patched():
-    cpu_one = {each.name for each in needed("cpu", 1, "uni")}
-    cuda_two = {each.name for each in needed("cuda", 2, "ray")}
-    assert "deepseek-v2-sums-once" in cuda_two
+    cpu_one, cuda_two, ascend_two = (
+        {each.name for each in needed(*deployment)}
+        for deployment in (("cpu", 1, "uni"), ("cuda", 2, "ray"), ("ascend", 2, "mp"))
+    )
+    assert "deepseek-v2-sums-once" in cuda_two & ascend_two
     assert "deepseek-v2-sums-once" not in cpu_one
-    assert not any(name.startswith("torch-cuda") for name in cuda_two)
+    assert "deep-ep-not-demanded" in cuda_two
+    assert "deep-ep-not-demanded" not in cpu_one | ascend_two
+    assert not any(name.startswith("torch-cuda") for name in cuda_two | ascend_two)
     assert "mp-notifier" not in cpu_one | cuda_two
+    assert {"backend-with-our-experts", "steps-are-counted"} <= cpu_one & cuda_two & ascend_two
 
 
 def test_a_moved_hook_is_named_and_nothing_is_changed(monkeypatch):
