@@ -12,6 +12,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from epbackend.device.cuda import CudaDevice
 from epbackend.engines.lmdeploy import disable
 from tests.engines import models, processes
 
@@ -34,6 +35,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], list[list[int]]]:
     """form -> Hugging Face's greedy tokens for `models.prompts()`."""
     return cache(lambda form: models.greedy_tokens(checkpoint(form), models.prompts()))
+
+
+@pytest.fixture(scope="session")
+def cuda() -> CudaDevice:
+    """Device cuda, its kernels interpreted or on a GPU; skips with its own reason where it cannot be used."""
+    device = CudaDevice()
+    if reason := device.unavailable():
+        pytest.skip(f"cuda: {reason}")
+    return device
 
 
 @pytest.fixture

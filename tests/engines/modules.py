@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from lmdeploy.pytorch.config import DistConfig
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from epbackend import EPConfig
 from epbackend.device import get_device
+from epbackend.device.cuda import CudaDevice
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.engines.lmdeploy import plug
@@ -36,6 +38,8 @@ from epbackend.placement.layout import Layout
 from epbackend.placement.placement import Placement
 from epbackend.slots import SlotMap
 
+FORMS = ("float", "fp8", "w8a8")
+PLACE = CudaDevice().torch_device(0)
 E, K, F = 8, 3, 128
 LAYER = 2
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -49,7 +53,7 @@ class Case:
     """A layer of LMDeploy, how its ranks divide the work, and what it is given."""
 
     form: str
-    """float, fp8 or w8a8."""
+    """One of FORMS."""
     device: str
     size: int = 1
     dp: int = 1
@@ -84,6 +88,12 @@ class Case:
                 "placement": placement,
             }
         )
+
+
+def cuda_case(form: str, **settings: Any) -> Case:
+    """On device cuda, in float32 where the form of weights allows it."""
+    dtype = torch.float32 if form == "float" else torch.bfloat16
+    return Case(form, "cuda", dtype=dtype, **settings)
 
 
 @dataclass(frozen=True)

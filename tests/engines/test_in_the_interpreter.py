@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_cuda_plug():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "cuda", "tests/engines/test_cuda_plug.py"]
+    suites = ["tests/engines/test_cuda_plug.py", "tests/engines/test_cuda_graphs.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "cuda", *suites]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

@@ -1,0 +1,143 @@
+"""The CUDA plug where LMDeploy captures graphs, or compiles; see `test_cuda_plug`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from lmdeploy.pytorch.backends import get_backend
+from lmdeploy.pytorch.backends.cuda.graph_runner.piecewise import (
+    piecewise_graph_execution,
+    trace_piecewise_cuda_graph,
+)
+from lmdeploy.pytorch.backends.cuda.step_metadata import CudaStepMetaPlan, collect_step_metadata
+from lmdeploy.pytorch.config import DLLMConfig
+from lmdeploy.pytorch.model_inputs import BuildModelContext
+from lmdeploy.pytorch.models.patch import build_model_context
+
+from epbackend import EPConfig
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.engines.lmdeploy import plug
+from epbackend.engines.lmdeploy.graphs import ExpertsBetweenGraphs
+from epbackend.engines.lmdeploy.moe import LayerExperts
+from epbackend.errors import ConfigError
+from tests.engines.modules import FORMS, PLACE, Case, batch_of, built_for, cuda_case, load_module
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.mark.parametrize(
+    ("said", "tokens"),
+    [({}, 16), ({"num_spec_tokens": 3}, 64), ({"dllm_config": DLLMConfig(block_length=4)}, 64)],
+    ids=["one each", "drafted", "diffused"],
+)
+def test_decoding_is_bounded_as_lmdeploys_graphs_are(cuda, said, tokens):
+    with (
+        built_for(cuda_case("float"), RankGroup.single()),
+        build_model_context(BuildModelContext(max_batch_size=16, **said)),
+    ):
+        module, _ = load_module(cuda_case("float"), PLACE)
+    assert module.impl.settings["decode"].max_tokens == tokens
+    assert module.impl.settings["prefill"].max_tokens is None
+
+
+def test_between_captured_pieces_the_filling_is_left_out(cuda):
+    """Prefill in pieces fills a batch up to a graph's size; experts see the batch alone."""
+    settings = cuda_case("float", tokens=(5,))
+    with built_for(settings, RankGroup.single()):
+        module, _ = load_module(settings, PLACE)
+        hidden, routed, ids = on_device(settings)
+        expected = module(hidden[:3], routed[:3], ids[:3])
+        boundary = ExpertsBetweenGraphs(module.impl)
+        assert boundary.supports_piecewise_cuda_graph()
+        boundary.enable_piecewise_cuda_graph()
+        with piecewise_graph_execution(raw_tokens=3, token_bucket=5):
+            torch.testing.assert_close(module(hidden, routed, ids), expected)
+        assert len(module(hidden, routed, ids)) == 5
+
+
+@pytest.fixture
+def gpu(cuda):
+    if cuda.emulated:
+        pytest.skip("capturing a CUDA graph needs a GPU")
+
+
+def on_device(settings: Case) -> list[torch.Tensor]:
+    hidden, ids, routed = (each.to(PLACE) for each in batch_of(settings, 0))
+    return [hidden, routed, ids]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_captured_whole_and_replayed(gpu, form):
+    """What decoding does; the load counts what replays do."""
+    settings = cuda_case(form, graphs=True)
+    with built_for(settings, RankGroup.single()):
+        module, _ = load_module(settings, PLACE)
+        inputs = on_device(settings)
+        expected = module(*inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = module(*inputs)
+        for _ in range(3):
+            found.fill_(torch.nan)
+            graph.replay()
+            plug.active().load_writer.step()
+        plug.active().load_writer.close()
+        load = plug.active().load_report()
+    torch.testing.assert_close(found, expected)
+    assert load.calls == 3
+    assert load.tokens_RLE.sum() == (1 + 3) * inputs[2].numel()
+
+
+def test_captured_in_pieces_and_replayed(gpu):
+    """What LMDeploy does with prefill where `piecewise_cudagraph_max_tokens` is set."""
+    settings = cuda_case("float")
+    with built_for(settings, RankGroup.single()):
+        module, _ = load_module(settings, PLACE)
+        ExpertsBetweenGraphs(module.impl).enable_piecewise_cuda_graph()
+        hidden, routed, ids = on_device(settings)
+        with piecewise_graph_execution(raw_tokens=len(hidden), token_bucket=len(hidden)):
+            plan = trace_piecewise_cuda_graph(
+                lambda hidden: module(hidden * 2, routed, ids) + 1, [hidden], warmup_iterations=1
+            )
+            found = plan.replay(-hidden).clone()
+        expected = module(hidden * -2, routed, ids) + 1
+    assert [type(step).__name__ for step in plan.steps] == ["GraphStep", "EagerStep", "GraphStep"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_lmdeploy_knows_of_the_boundaries(cuda):
+    """Experts it does not know of would be captured with what surrounds them."""
+    with built_for(cuda_case("w8a8"), RankGroup.single()):
+        context = SimpleNamespace()
+        with (
+            mock.patch.object(CudaStepMetaPlan, "from_implementations") as resolve,
+            collect_step_metadata(context),
+        ):
+            load_module(cuda_case("w8a8"), PLACE)
+    _, boundaries = resolve.call_args.args
+    assert [type(each) for each in boundaries] == [ExpertsBetweenGraphs]
+
+
+def test_a_model_that_cannot_be_captured_beside_others(cuda):
+    """Its ranks' batches are not filled up alike, on which captured decoding relies."""
+    with (
+        built_for(cuda_case("float", size=2, dp=2, graphs=True), RankGroup.single()),
+        pytest.raises(ConfigError, match=r"no graphs of Linear.*set engine\.eager_mode: true"),
+    ):
+        get_backend().build_graph_runner(torch.nn.Linear(1, 1), None, None, None, None)
+
+
+def test_a_compiled_decoder_leaves_our_layer_alone(cuda):
+    from lmdeploy.pytorch.backends.cuda.graph_runner import full_graph
+    from torch._dynamo import trace_rules
+
+    assert not trace_rules.check(LayerExperts.forward)
+    plug.enable(EPConfig.load({"device": "cuda"}))
+    full_graph._configure_decode_torch_compile()
+    assert trace_rules.check(LayerExperts.forward), "it is not traced"
