@@ -29,6 +29,7 @@ from epbackend.device import get_device
 from epbackend.dispatch.base import Problem
 from epbackend.dispatch.choose import Choice, choose
 from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.sentry import watch
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
@@ -57,27 +58,31 @@ class Load:
 
     def __init__(self, local_experts: tuple[int, ...], experts: int) -> None:
         self.calls = 0
+        """Calls from Python: a replayed CUDA graph makes none."""
         self.passes = Counter()
         self.rounds = Counter()
+        self.rows_L = torch.zeros(len(local_experts), dtype=torch.int64)
+        """Rows of each slot, on the experts' device from the first call on; replays of a CUDA graph count here."""
         self._experts_L, self._experts = torch.tensor(local_experts), experts
-        self._rows_L = torch.zeros(len(local_experts), dtype=torch.int64)
 
     def add_rows(self, counts_L: Tensor) -> None:
         """Count the rows of one batch, on the experts' device."""
-        self._rows_L = self._rows_L.to(counts_L.device)
-        self._rows_L += counts_L  # in place, so that replays of a CUDA graph are counted too
+        self.rows_L = self.rows_L.to(counts_L.device)
+        self.rows_L += counts_L  # in place, for the graphs
 
     def add_call(self, passes: int, rounds: int) -> None:
         self.calls += 1
         self.passes.add(passes)
         self.rounds.add(rounds)
 
+    def tokens_of(self, rows_L: Tensor) -> Tensor:
+        """Rows of slots as tokens of logical experts ([E], int64, both on the CPU)."""
+        return torch.zeros(self._experts, dtype=torch.int64).index_add_(0, self._experts_L, rows_L)
+
     @property
     def tokens_E(self) -> Tensor:
-        """Tokens that this rank's experts computed, per logical expert ([E], int64, on the CPU)."""
-        return torch.zeros(self._experts, dtype=torch.int64).index_add_(
-            0, self._experts_L, self._rows_L.cpu()
-        )
+        """Tokens that this rank's experts computed, per logical expert ([E], int64, on the CPU). It waits for them."""
+        return self.tokens_of(self.rows_L.cpu())
 
 
 class ExpertParallelMoE:
@@ -162,9 +167,12 @@ class ExpertParallelMoE:
             # The ids after these are of slots that only other ranks have.
             counts_L = batch.counts_L[: self._slots]
             self.load.add_rows(counts_L)
-            rows_SD = self._kernels.expert_mlp(batch.rows_SD, counts_L, self._weights)
+            rows_SD = self._kernels.expert_mlp(batch.rows_SD, counts_L, self._weights, batch.expected)
             exchange.combine(rows_SD, batch)
         out_TD = exchange.finish()
+        if out_TD.is_cuda:
+            timeout_s = self._dispatchers[phase].problem.settings.timeout_s
+            watch(f"{phase} of MoE layer {self.layer}", self.ranks.group, timeout_s)
         self.load.add_call(exchange.passes, exchange.rounds)
         return out_TD
 

@@ -17,9 +17,12 @@ from pathlib import Path
 OPERATORS = (
     "npu_dequant_swiglu_quant",
     "npu_dynamic_quant",
+    "npu_format_cast",
     "npu_grouped_matmul",
+    "npu_grouped_matmul_swiglu_quant_v2",
     "npu_moe_distribute_combine_v2",
     "npu_moe_distribute_dispatch_v2",
+    "npu_moe_gating_top_k",
     "npu_moe_init_routing_v2",
     "npu_moe_token_unpermute",
     "npu_swiglu",

@@ -61,7 +61,9 @@ class EngineSettings(Section):
         default=False,
         description="Share the KV cache of prompts that begin alike.",
     )
-    eager_mode: bool = Field(default=False, description="Run without captured graphs; the CPU always does.")
+    eager_mode: bool = Field(
+        default=False, description="Run without captured graphs; the CPU and Ascend always do."
+    )
     executor: Executor = Field(
         default="auto",
         description="How ranks are started; uni is one process. auto: uni for one rank, ray for dp > 1, "

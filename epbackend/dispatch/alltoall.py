@@ -65,7 +65,7 @@ class _ExactExchange(Exchange):
     def dispatch(self) -> Iterator[Batch]:
         sent_in_turn = (self._send(step) for step in range(self._plan.steps))
         for step, arriving in enumerate(one_ahead(sent_in_turn)):
-            self._local = LocalRows(self._problem, *self._form.unpack(arriving.wait()))
+            self._local = LocalRows(self._problem, *self._form.unpack(arriving.wait()), chosen=True)
             yield replace(self._local.batch(0), step=step)
 
     def combine(self, rows_SD: Tensor, batch: Batch) -> None:

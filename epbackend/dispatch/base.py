@@ -21,7 +21,7 @@ from torch import Tensor
 
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
-from epbackend.kernels import Kernels
+from epbackend.kernels import Kernels, Rows
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ class Problem:
 class Batch:
     """Rows for this rank's experts, sorted by local slot; rows past `counts_L.sum()` are garbage."""
 
-    rows_SD: Tensor
+    rows_SD: Rows
     counts_L: Tensor
     source_S: Tensor
     """Which choice each row serves, as in `kernels.Permuted`; a fused dispatcher's own notes instead (`mc2`)."""
     step: int
     """The number of the pass (level 1) or of the exchange (level 2) that the rows belong to."""
+    expected: int | None = None
+    """About how many of the rows are valid, told without asking the device; None: all."""
 
 
 class Exchange(ABC):

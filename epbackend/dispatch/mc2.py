@@ -11,15 +11,18 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from epbackend.device import devices
 from epbackend.device.hccl import own_communicator
 from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
 from epbackend.dispatch.mc2_limits import LIMITS, broken, buffer_mb
 from epbackend.errors import ConfigError
+from epbackend.kernels.int8 import Int8Rows
 from epbackend.kernels.npu import ops
 
 DTYPES = (torch.bfloat16, torch.float16)
+FEWEST_ON_A2 = 16
 
 
 class Mc2(Dispatcher):
@@ -37,8 +40,22 @@ class Mc2(Dispatcher):
         chip = _chip(problem)
         if chip is None:
             return "it needs an Ascend NPU (device ascend)"
+        if problem.settings.transport == "fp8":
+            return "it sends rows in full or in int8, and transport is fp8"
         ranks, slots = problem.ranks.size, problem.slots
+        if chip == "A2" and ranks < FEWEST_ON_A2 and problem.settings.dispatcher == "auto":
+            return (
+                f"on A2 it is for {FEWEST_ON_A2} ranks and more, and there are {ranks}: older CANN takes no fewer, "
+                "so name it (dispatcher: mc2) where yours does"
+            )
         return super().unsupported(problem) or broken(chip, ranks, slots, problem.top_k, _tokens(problem))
+
+    @classmethod
+    def reason(cls, problem: Problem) -> str:
+        chip, tokens = _chip(problem), _tokens(problem)
+        rows = "int8 rows" if problem.settings.transport == "int8" else "rows"
+        most = LIMITS[str(chip)].tokens
+        return f"{cls.summary}: {chip} takes {most} tokens a rank, and {tokens} {rows} are sent"
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         """Raises ConfigError for a model, or a number of tokens, outside of the operators' limits.
@@ -48,27 +65,31 @@ class Mc2(Dispatcher):
         tokens = _tokens(self.problem)
         assert tokens is not None  # else `unsupported` gave a reason
         _check(hidden_TD, tokens, _chip(self.problem))
+        group = _group(self.problem, hidden_TD.shape[1], tokens)
         return _Mc2Exchange(
-            _group(self.problem, hidden_TD.shape[1], tokens), hidden_TD, slot_ids_TK, weights_TK
+            group, hidden_TD, slot_ids_TK, weights_TK, self.problem.settings.transport == "int8"
         )
 
 
 class _Mc2Exchange(Exchange):
     def __init__(
-        self, group: ops.FusedGroup, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor
+        self, group: ops.FusedGroup, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor, int8: bool
     ) -> None:
-        self._group, self._tokens = group, len(hidden_TD)
+        self._group, self._int8 = group, int8
+        self._tokens, self._dtype = len(hidden_TD), hidden_TD.dtype
         self._hidden_TD = _padded(hidden_TD, group.tokens)
-        # Masked tokens, too, must name experts, and different ones.
-        self._ids_TK = torch.arange(slot_ids_TK.shape[1], dtype=torch.int32, device=slot_ids_TK.device)
-        self._ids_TK = self._ids_TK.repeat(group.tokens, 1)
-        self._ids_TK[: self._tokens] = slot_ids_TK
         self._weights_TK = _padded(weights_TK.float(), group.tokens)
-        self._active_T = torch.arange(group.tokens, device=hidden_TD.device) < self._tokens
+        ids_TK = _padded(slot_ids_TK.int(), group.tokens, -1)
+        self._active_T = ids_TK[:, 0] >= 0
+        # Masked tokens, too, must name experts, and different ones.
+        valid_K = torch.arange(ids_TK.shape[1], dtype=torch.int32, device=ids_TK.device)
+        self._ids_TK = torch.where(self._active_T[:, None], ids_TK, valid_K)
 
     def dispatch(self) -> Iterator[Batch]:
-        self._sent = ops.moe_dispatch(self._hidden_TD, self._ids_TK, self._active_T, self._group)
-        yield Batch(self._sent.rows_SD, self._sent.counts_L, self._sent.assist_info, step=0)
+        sent = ops.moe_dispatch(self._hidden_TD, self._ids_TK, self._active_T, self._group, self._int8)
+        rows_SD = sent.rows_SD if sent.scale_S is None else Int8Rows(sent.rows_SD, sent.scale_S, self._dtype)
+        self._sent = sent
+        yield Batch(rows_SD, sent.counts_L, sent.assist_info, step=0)
 
     def combine(self, rows_SD: Tensor, batch: Batch) -> None:
         self._out_TD = ops.moe_combine(
@@ -120,7 +141,5 @@ def _check(hidden_TD: Tensor, tokens: int, chip: str | None) -> None:
         )
 
 
-def _padded(tensor_TX: Tensor, tokens: int) -> Tensor:
-    padded_TX = tensor_TX.new_zeros(tokens, tensor_TX.shape[1])
-    padded_TX[: len(tensor_TX)] = tensor_TX
-    return padded_TX
+def _padded(tensor_TX: Tensor, tokens: int, value: int = 0) -> Tensor:
+    return pad(tensor_TX, (0, 0, 0, tokens - len(tensor_TX)), value=value)

@@ -39,6 +39,15 @@ def row_bound(tokens: int, top_k: int, settings: DispatchSettings) -> int:
     return min(worst_case, max(tokens, settings.cutoff_min_tokens) * kept)
 
 
+def expected_rows(tokens: int, top_k: int, ranks: int, *, chosen: bool) -> int:
+    """How many of the tokens' choices fall on one of `ranks` ranks if all are equally likely.
+
+    `chosen`: only tokens are counted that chose the rank at least once, as it is with a chance of 1 - (1 - 1/R)^K.
+    """
+    rows = tokens * top_k / ranks
+    return ceil(rows / (1 - (1 - 1 / ranks) ** top_k)) if chosen else ceil(rows)
+
+
 class LocalRows:
     """N tokens in, rows for this rank's slots out, weighted float32 sums collected in `sums_ND`."""
 
@@ -49,13 +58,21 @@ class LocalRows:
         slot_ids_NK: Tensor,
         weights_NK: Tensor,
         bound: int | None = None,
+        *,
+        chosen: bool = False,
     ) -> None:
-        """`slot_ids_NK` name slots of all ranks; `bound` is the most rows of a pass, None for all rows in one."""
+        """`slot_ids_NK` name slots of all ranks; `bound` is the most rows of a pass, None for all rows in one.
+
+        `chosen` says that every token is here because it chose this rank.
+        """
         self._kernels, self._slots = problem.kernels, problem.slots
         self._hidden_ND, self._weights_NK = hidden_ND, weights_NK
         self._slot_ids_NK = slot_ids_NK - problem.ranks.rank * problem.slots
         self._bound = bound if bound is not None and bound < slot_ids_NK.numel() else None
         self._static = problem.settings.static
+        self._expected = expected_rows(
+            len(slot_ids_NK), slot_ids_NK.shape[1], problem.ranks.size, chosen=chosen
+        )
         self.sums_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device)
 
     def passes(self) -> int:
@@ -74,7 +91,8 @@ class LocalRows:
         """The rows of one pass."""
         window = None if self._bound is None else (number * self._bound, (number + 1) * self._bound)
         permuted = self._kernels.permute(self._hidden_ND, self._slot_ids_NK, self._slots, window)
-        return Batch(permuted.rows_SD, permuted.counts_L, permuted.source_S, number)
+        expected = min(self._expected, len(permuted.rows_SD))
+        return Batch(permuted.rows_SD, permuted.counts_L, permuted.source_S, number, expected)
 
     def add(self, rows_SD: Tensor, batch: Batch) -> None:
         """Add the experts' results for `batch`, weighted, to their tokens' sums."""

@@ -17,6 +17,9 @@ from epbackend.kernels.copies import EvenCopies, LevelCopies, Split
 from epbackend.kernels.forms import Matrices
 from epbackend.kernels.guard import IdGuard
 
+Rows = (
+    Any  # rows_SD; or int8.Int8Rows, from a dispatcher that sends them quantised, for kernels that take them
+)
 Packed = Any  # the matrices of L slots in a device's own layout: only the kernels that packed them read them
 
 
@@ -77,8 +80,14 @@ class Kernels(Protocol):
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         """rows_SF: silu(gate) * up, gate being the first half of a row and up the second."""
 
-    def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
-        """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot."""
+    def expert_mlp(
+        self, rows_SD: Rows, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
+    ) -> Tensor:
+        """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot.
+
+        Rows that come quantised are not quantised again for W8A8 experts, and dequantised for others. `expected` is
+        about how many rows the counts cover, None for all; it may choose how they are computed.
+        """
 
     def even_split(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> Split:
         """What finds a slot for each choice of tokens on `device`, its expert's copies sharing equally.

@@ -62,6 +62,24 @@ class Int8Weights:
         return self.values_LNK.float() * self.scale_LN.unsqueeze(2)
 
 
+@dataclass(frozen=True)
+class Int8Rows:
+    """Rows that come quantised: values_SK * scale_S, as `quantize_rows` makes them."""
+
+    values_SK: Tensor
+    scale_S: Tensor
+    """float32."""
+    dtype: torch.dtype
+    """What the rows were, and what is made of them is to be."""
+
+    def __len__(self) -> int:
+        return len(self.values_SK)
+
+    def dequantised(self) -> Tensor:
+        """The rows that these stand for, in their own type."""
+        return (self.values_SK * self.scale_S.unsqueeze(1)).to(self.dtype)
+
+
 def quantize_rows(rows_SK: Tensor) -> tuple[Tensor, Tensor]:
     """(values_SK int8, scale_S float32): each row divided by its scale, the largest value of a row becoming 127.
 

@@ -68,7 +68,9 @@ class ReferenceKernels(TorchSplits):
         gate_SF, up_SF = rows_S2F.chunk(2, dim=-1)
         return functional.silu(gate_SF).mul_(up_SF)
 
-    def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
+    def expert_mlp(
+        self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
+    ) -> Tensor:
         rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
         rows_SF = (weights.activation or self.swiglu)(rows_S2F)
         return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)

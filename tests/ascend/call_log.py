@@ -23,10 +23,18 @@ LAYERS = {
     "allgather": (DispatchSettings(level=1, dispatcher="allgather"), 1),
     "alltoall": (DispatchSettings(level=2, dispatcher="alltoall"), 1),
     "mc2": (DispatchSettings(level=2, dispatcher="mc2", max_tokens=TOKENS), 1),
+    "mc2, int8 rows": (
+        DispatchSettings(level=2, dispatcher="mc2", max_tokens=TOKENS, transport="int8"),
+        1,
+    ),
 }
-"""Each dispatcher's settings, and how many ranks hold the same tokens."""
+"""The settings of each way, and how many ranks hold the same tokens."""
 
-SHOWN = [*((dispatcher, False) for dispatcher in LAYERS), ("mc2", True)]
+SHOWN = [
+    *((dispatcher, False) for dispatcher in ("replicated", "allgather", "alltoall", "mc2")),
+    ("mc2", True),
+    ("mc2, int8 rows", True),
+]
 
 LEFT_OUT = ("aclnnInplaceCopy", "aclnnInplaceZero", "aclnnInplaceFillScalar", "aclnnInplaceOne")
 """Copies and fills, which plain torch makes as it sees fit."""

@@ -13,8 +13,9 @@ DOCS = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text()
 
 
 @pytest.mark.cpu
-def test_the_computed_table():
-    assert ascend_traffic.markdown() in DOCS, "paste the output of python -m benchmarks.ascend_traffic"
+@pytest.mark.parametrize("table", [ascend_traffic.markdown(), ascend_traffic.overlap_markdown()])
+def test_the_computed_tables(table):
+    assert table in DOCS, "paste the output of python -m benchmarks.ascend_traffic"
 
 
 @pytest.mark.ascend
@@ -26,7 +27,7 @@ def test_the_call_log(ranks, npu):
 
 @pytest.mark.ascend
 @pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "W8A8"])
-@pytest.mark.parametrize("dispatcher", ["replicated", "mc2"])
+@pytest.mark.parametrize("dispatcher", ["replicated", "mc2", "mc2, int8 rows"])
 def test_a_step_that_never_waits_for_the_device(ranks, npu, dispatcher, int8):
     if npu == "npu":
         pytest.skip("only the emulation notes what waits")

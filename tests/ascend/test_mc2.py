@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from contract.layer_case import Case, layer_equals_dense
-from contract.test_int8 import layer_is_close
-from contract.test_layer import REPLICAS, SHUFFLED, relu_product, uneven
+from contract.test_int8 import layer_is_close, quantized
+from contract.test_layer import REPLICAS, SHUFFLED, SPLITS, UNEVEN, UNEVEN_CUTS, relu_product, uneven
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from epbackend.dispatch.settings import DispatchSettings
 
-MC2 = DispatchSettings(level=2, max_tokens=16)
+MC2 = DispatchSettings(level=2, dispatcher="mc2", max_tokens=16)
 HIDDEN = 1024  # the least that A3 takes
 
 pytestmark = pytest.mark.ascend
@@ -42,6 +43,19 @@ def test_uneven_and_empty_ranks(run, size, token_size, slots):
     run(Case(size, uneven(size // token_size), MC2, token_size, slots, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(("size", "token_size"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+def test_every_split_on_ranks_with_unequal_slots(run, split, size, token_size):
+    """The operators know ranks with equal numbers of experts alone: those that a rank lacks get no token."""
+    tokens, node_size = uneven(size // token_size), 2 if size == 4 else 0
+    slots_R = UNEVEN_CUTS[size]
+    run(
+        Case(
+            size, tokens, MC2, token_size, UNEVEN, slots_R, split, node_size, dtype=torch.bfloat16, bias=True
+        )
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", [None, relu_product], ids=["swiglu", "own"])
 def test_dtypes_bias_and_activation(run, dtype, activation):
@@ -52,10 +66,16 @@ def test_no_token_anywhere(run):
     run(Case(4, (0, 0, 0, 0), MC2, dtype=torch.bfloat16))
 
 
+def bfloat16(weights_EXX: torch.Tensor, place: torch.device) -> torch.Tensor:
+    return weights_EXX.bfloat16().to(place)
+
+
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("slots", [tuple(range(8)), REPLICAS], ids=["uniform", "replicas"])
-def test_w8a8(ranks, npu, size, slots):
-    ranks.run(size, layer_is_close, MC2, slots, "ascend", HIDDEN)
+@pytest.mark.parametrize("transport", ["full", "int8"])
+@pytest.mark.parametrize("form", [quantized, bfloat16], ids=["W8A8", "bfloat16"])
+def test_int8_experts_and_int8_rows(ranks, npu, size, transport, form):
+    settings = replace(MC2, transport=transport)
+    ranks.run(size, layer_is_close, settings, REPLICAS, "ascend", HIDDEN, form)
 
 
 @st.composite
@@ -64,15 +84,19 @@ def cases(draw) -> Case:
     token_size = draw(st.sampled_from([n for n in (1, 2, 4) if n <= size]))
     experts = draw(st.integers(1, 9))
     slots = [*range(experts), *draw(st.lists(st.integers(0, experts - 1), max_size=6))]
-    slots += [0] * (-len(slots) % size)
+    slots += [0] * max(0, size - len(slots))
+    cuts = sorted(draw(st.sets(st.integers(1, len(slots) - 1), min_size=size - 1, max_size=size - 1)))
+    slots_R = tuple(end - first for first, end in pairwise([0, *cuts, len(slots)]))
     most = draw(st.integers(1, 20))
     groups = size // token_size
     return Case(
         size=size,
         tokens=tuple(draw(st.lists(st.integers(0, most), min_size=groups, max_size=groups))),
-        settings=DispatchSettings(level=2, max_tokens=most),
+        settings=replace(MC2, max_tokens=most),
         token_size=token_size,
         slots=tuple(draw(st.permutations(slots))),
+        slots_R=slots_R,
+        split=draw(st.sampled_from(SPLITS)),
         top_k=draw(st.integers(1, experts)),
         dtype=torch.bfloat16,
         seed=draw(st.integers(0, 1 << 16)),

@@ -18,7 +18,7 @@ SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text())
 HIDDEN, IDS, FLAT = torch.empty(4, 8), torch.empty(4, 2, dtype=torch.int32), torch.empty(8, dtype=torch.int32)
 WEIGHT, ENDS, SCALES = torch.empty(2, 8, 6), torch.empty(2, dtype=torch.int64), torch.empty(2, 6)
 GROUP = ops.FusedGroup("name", rank=0, size=2, slots=4, tokens=4, algorithm="")
-SENT = ops.FusedRows(HIDDEN, ENDS, FLAT, FLAT)
+SENT = ops.FusedRows(HIDDEN, ENDS, FLAT, FLAT, None)
 CALLS = {
     "npu_moe_init_routing_v2": lambda: ops.init_routing(HIDDEN, IDS, 5, 4),
     "npu_moe_token_unpermute": lambda: ops.token_unpermute(HIDDEN, FLAT, HIDDEN),
@@ -26,10 +26,17 @@ CALLS = {
     "npu_grouped_matmul, int8": lambda: ops.grouped_matmul_scaled(
         HIDDEN, SCALES[0], WEIGHT, SCALES, ENDS, torch.bfloat16
     ),
+    "npu_format_cast": lambda: ops.format_cast(WEIGHT, ops.FRACTAL_NZ),
+    "npu_grouped_matmul_swiglu_quant_v2": lambda: ops.grouped_matmul_swiglu_quant(
+        HIDDEN, SCALES[0], WEIGHT, SCALES, ENDS
+    ),
+    "npu_moe_gating_top_k": lambda: ops.sigmoid_top_k(HIDDEN, HIDDEN[0], 2, 4, 2, 2.5),
     "npu_swiglu": lambda: ops.swiglu(HIDDEN),
     "npu_dynamic_quant": lambda: ops.dynamic_quant(HIDDEN),
     "npu_dequant_swiglu_quant": lambda: ops.dequant_swiglu_quant(HIDDEN, SCALES, SCALES[0], ENDS),
-    "npu_moe_distribute_dispatch_v2": lambda: ops.moe_dispatch(HIDDEN, IDS, HIDDEN[:, 0] > 0, GROUP),
+    "npu_moe_distribute_dispatch_v2": lambda: ops.moe_dispatch(
+        HIDDEN, IDS, HIDDEN[:, 0] > 0, GROUP, int8=True
+    ),
     "npu_moe_distribute_combine_v2": lambda: ops.moe_combine(
         HIDDEN, IDS, HIDDEN, HIDDEN[:, 0] > 0, SENT, GROUP
     ),

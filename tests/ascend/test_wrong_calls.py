@@ -40,6 +40,7 @@ def dispatch(hidden: int, **changes) -> ops.FusedRows:
         ids_TK,
         torch.ones(4, dtype=torch.bool).npu(),
         group(algorithm=chip.algorithm, **changes),
+        int8=False,
     )
 
 
@@ -47,7 +48,13 @@ def product(rows_SK: torch.Tensor, ends_L: torch.Tensor, bias_LN: torch.Tensor |
     return ops.grouped_matmul(rows_SK, npu_tensor(2, 8, 4), ends_L, bias_LN, torch.bfloat16)
 
 
-INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
+def tiles(*shape: int) -> torch.Tensor:
+    found = ops.fractal_nz(npu_tensor(*shape, dtype=INT8))
+    assert found is not None
+    return found
+
+
+INT8, INT32, INT64, FLOAT32 = torch.int8, torch.int32, torch.int64, torch.float32
 WRONG = {
     "ids must be int32": (
         lambda: ops.init_routing(npu_tensor(4, 16), npu_tensor(4, 2, dtype=INT64), 4, 3),
@@ -102,6 +109,26 @@ WRONG = {
         ),
         "multiple of 64",
     ),
+    "fused weights are tiled": (
+        lambda: ops.grouped_matmul_swiglu_quant(
+            npu_tensor(4, 32, dtype=INT8),
+            npu_tensor(4, dtype=FLOAT32),
+            npu_tensor(2, 32, 64, dtype=INT8),
+            npu_tensor(2, 64, dtype=FLOAT32),
+            npu_tensor(2, dtype=INT64),
+        ),
+        "int8 weights must be FRACTAL_NZ",
+    ),
+    "tiled weights have at most 10240 columns": (
+        lambda: ops.grouped_matmul_swiglu_quant(
+            npu_tensor(4, 16, dtype=INT8),
+            npu_tensor(4, dtype=FLOAT32),
+            tiles(1, 16, 10272),
+            npu_tensor(1, 10272, dtype=FLOAT32),
+            npu_tensor(1, dtype=INT64),
+        ),
+        "10272 columns are more than 10240",
+    ),
     "unpermute's indices are rows": (
         lambda: ops.token_unpermute(npu_tensor(2, 8), npu_tensor(8, dtype=INT32) + 2, npu_tensor(4, 2)),
         "outside permuted_tokens",
@@ -153,5 +180,5 @@ def test_biases_of_int8_experts():
 def test_an_operator_that_is_not_emulated_says_its_name():
     import torch_npu
 
-    with pytest.raises(RuntimeError, match="aclnnMoeGatingTopK"):
-        torch_npu.npu_moe_gating_top_k(npu_tensor(4, 16), 2)
+    with pytest.raises(RuntimeError, match="aclnnMoeReRouting"):
+        torch_npu.npu_moe_re_routing(npu_tensor(4, 16), npu_tensor(2, 2, dtype=INT32))

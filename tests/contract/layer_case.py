@@ -12,7 +12,7 @@ from torch import Tensor
 
 from contract.dense import dense_moe, swiglu, tolerance
 from epbackend import moe
-from epbackend.device import get_device
+from epbackend.device import Device, get_device
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.rowbytes import RowFormat
 from epbackend.dispatch.settings import DispatchSettings
@@ -75,7 +75,7 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
     """Run the layer, fail unless this rank's tokens get what the dense formula gives them."""
     ranks = groups[case.token_size]
     device = get_device(case.device)
-    place = device.torch_device(ranks.rank)
+    place = place_of(device, ranks.rank)
     slot_map = case.slot_map
     experts = slot_map.experts
     draw = torch.Generator().manual_seed(case.seed)
@@ -126,6 +126,12 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
     )
 
 
+def place_of(device: Device, rank: int) -> torch.device:
+    """Ranks share the GPUs that there are: gloo joins them, which NCCL would not do on one."""
+    gpus = torch.cuda.device_count() if device.name == "cuda" else 0
+    return device.torch_device(rank % gpus if gpus else rank)
+
+
 def _choices(tokens: int, experts: int, case: Case, draw: torch.Generator) -> Tensor:
     if case.repeats:
         return torch.randint(0, experts, (tokens, case.top_k), generator=draw)
@@ -152,8 +158,8 @@ class _Spy:
             torch.cat([permuted.source_S, permuted.source_S.new_full((2,), -1)]),
         )
 
-    def expert_mlp(self, rows_SD, counts_L, weights) -> Tensor:
+    def expert_mlp(self, rows_SD, counts_L, weights, expected) -> Tensor:
         self.batches += 1
-        out_SD = self._kernels.expert_mlp(rows_SD, counts_L, weights)
+        out_SD = self._kernels.expert_mlp(rows_SD, counts_L, weights, expected)
         out_SD[int(counts_L.sum()) :] = torch.nan
         return out_SD

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -51,14 +49,6 @@ def test_experts_that_do_not_fit(place, chip, rows, weights, message):
     counts_L = torch.tensor([2, 1], device=place)
     with pytest.raises(ConfigError, match=message):
         TritonKernels(chip).expert_mlp(rows.to(place), counts_L, weights)
-
-
-def test_biases_of_quantised_experts():
-    weights = replace(experts(Int8Weights.of), gate_up_bias_L2F=torch.zeros(2, 256))
-    with pytest.raises(
-        ConfigError, match=r"int8 experts with biases are not supported; serve .* in bfloat16"
-    ):
-        TritonKernels(H100).expert_mlp(torch.randn(3, 128), torch.tensor([2, 1]), weights)
 
 
 def test_dtypes_that_no_kernel_takes():

@@ -13,11 +13,13 @@ from epbackend.kernels.reference import ReferenceKernels
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from epbackend.kernels.triton import products
 from epbackend.kernels.triton.chip import chip_of
 from epbackend.kernels.triton.grouped import grouped_matmul
 from epbackend.kernels.triton.quantise import quantise_fp8, quantise_int8
 from epbackend.kernels.triton.schedule import row_tiles
 from epbackend.kernels.triton.tile import Tile
+from epbackend.kernels.triton.tiles import choose_tile
 
 pytestmark = [
     pytest.mark.cuda,
@@ -61,7 +63,7 @@ def test_shapes_and_groups(place, counts, width, columns, gated, tma):
     rows, weights, counts_L = draw(place, counts, width, columns, torch.float16)
     tile = Tile(**{**vars(SMALL), "tma": tma})
     schedule = row_tiles(counts_L, len(rows), tile.rows)
-    out = grouped_matmul(rows, weights, schedule, tile, chip_of(place), gated=gated)
+    out = grouped_matmul(rows, weights, schedule, tile, chip_of(place), gated=gated, dtype=torch.float16)
     expected = expected_product(rows, weights, counts_L)
     if gated:
         expected = swiglu(expected)
@@ -78,10 +80,10 @@ def test_rows_of_other_slots_are_left_alone(place):
         SMALL,
         chip_of(place),
         gated=False,
+        dtype=torch.float32,
     )
-    both = grouped_matmul(
-        rows, weights, row_tiles(counts_L, len(rows), 16), SMALL, chip_of(place), gated=False
-    )
+    schedule = row_tiles(counts_L, len(rows), 16)
+    both = grouped_matmul(rows, weights, schedule, SMALL, chip_of(place), gated=False, dtype=torch.float32)
     assert torch.equal(both[:5], alone)
     assert not both[:10].isnan().any()
 
@@ -96,7 +98,8 @@ def test_the_schedule_covers_each_row_once(place):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", [Fp8Blocks, Int8Weights])
-def test_quantised_experts(kernels, place, form, dtype):
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_quantised_experts(kernels, place, form, dtype, bias):
     """Near the same experts in full precision; the bound is what 3 or 7 bits of mantissa leave of random rows."""
     if form is Fp8Blocks and not chip_of(place).fp8:
         pytest.skip("this chip has no float8 matrix units")
@@ -104,9 +107,11 @@ def test_quantised_experts(kernels, place, form, dtype):
     down = draw(place, [5, 0, 18], BLOCK, 2 * BLOCK, torch.float32)[1]
     packed = [form.of(gate_up), form.of(down)]
     rows = rows.to(dtype)
-    out = kernels.expert_mlp(rows, counts_L, ExpertWeights(*map(kernels.pack, packed)))[:23]
+    biases = [torch.randn(3, 2 * BLOCK, device=place).to(dtype) if bias else None for _ in packed]
+    out = kernels.expert_mlp(rows, counts_L, ExpertWeights(*map(kernels.pack, packed), *biases))[:23]
     full = [weights.dequantised().double() for weights in packed]
-    expected = ReferenceKernels().expert_mlp(rows[:23].double(), counts_L, ExpertWeights(*full))
+    wide = [None if each is None else each.double() for each in biases]
+    expected = ReferenceKernels().expert_mlp(rows[:23].double(), counts_L, ExpertWeights(*full, *wide))
     assert out.dtype == dtype
     assert (out.double() - expected).norm() / expected.norm() < (0.05 if form is Fp8Blocks else 0.03)
 
@@ -122,3 +127,19 @@ def test_quantisers_keep_to_their_rows(place):
     restored = int8.values_SK[:5].float() * int8.scale_S[:5, None]
     torch.testing.assert_close(restored, rows[:5].float(), rtol=0, atol=float(rows[:5].abs().max()) / 127)
     assert restored[1].count_nonzero() == 0
+
+
+def test_tiles_are_chosen_by_the_rows_that_are_expected(kernels, place, monkeypatch):
+    """A rank's share of a gathered decode step is small, and so are its tiles; the answer is the same."""
+    rows, gate_up, counts_L = draw(place, [3, 0, 2], 32, 64, torch.float16, spare=300)
+    weights = ExpertWeights(gate_up, draw(place, [3, 0, 2], 32, 32, torch.float16)[1])
+    found = []
+
+    def watched(chip, product):
+        found.append(product.rows)
+        return choose_tile(chip, product)
+
+    monkeypatch.setattr(products, "choose_tile", watched)
+    few, many = (kernels.expert_mlp(rows, counts_L, weights, expected)[:5] for expected in (5, None))
+    assert found == [5, 5, 305, 305]
+    torch.testing.assert_close(few, many, **tolerance(torch.float16))

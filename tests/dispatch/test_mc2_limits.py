@@ -41,6 +41,7 @@ def problem(
         ({"tokens": 513}, "may send 512 tokens, and engine.max_batch_size allows 513"),
         ({"chip": "A2", "tokens": 257}, "may send 256 tokens, and engine.max_batch_size allows 257"),
         ({"level": 1}, "serves ep_level 2, and ep_level is 1"),
+        ({"transport": "fp8"}, "in full or in int8, and transport is fp8"),
     ],
 )
 def test_what_the_choice_refuses(changes, message):
@@ -68,6 +69,21 @@ def test_it_is_preferred_where_it_serves():
     _, choice = choose(problem())
     assert choice.name == "mc2"
     assert dict(choice.passed_over)["alltoall"] == "usable, but mc2 is preferred"
+
+
+def test_few_ranks_of_a2_take_it_by_name_alone():
+    few = problem("A2", size=8)
+    _, choice = choose(few)
+    assert choice.name == "alltoall"
+    assert "on A2 it is for 16 ranks and more" in dict(choice.passed_over)["mc2"]
+    assert Mc2.unsupported(problem("A2", size=8, dispatcher="mc2")) is None
+    assert choose(problem("A2", size=16))[1].name == "mc2"
+
+
+@pytest.mark.parametrize(("transport", "rows"), [("full", "64 rows"), ("int8", "64 int8 rows")])
+def test_the_reason_names_chip_and_sizes(transport, rows):
+    reason = Mc2.reason(problem(transport=transport))
+    assert f"A3 takes 512 tokens a rank, and {rows} are sent" in reason
 
 
 def test_ranks_with_the_same_tokens_send_a_slice_each():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epbackend.dispatch.passes import kept_choices, row_bound
+from epbackend.dispatch.passes import expected_rows, kept_choices, row_bound
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.dispatch.steps import Plan, peer_share
 from epbackend.errors import ConfigError
@@ -81,3 +82,13 @@ def test_steps_move_every_row_once_within_its_share(counts_RR, scale, chunks):
             parts = [plan.rows(source, target, step) for step in range(plan.steps)]
             assert [row for part in parts for row in part] == list(range(count))
             assert all(len(part) <= share for part in parts)
+
+
+@pytest.mark.parametrize(("ranks", "top_k"), [(1, 8), (8, 8), (32, 6), (4, 1)])
+def test_expected_rows_are_those_of_drawn_choices(ranks, top_k):
+    """Ten thousand tokens whose choices fall on any rank alike."""
+    here_TK = torch.randint(ranks, (10_000, top_k), generator=torch.Generator().manual_seed(0)) == 0
+    chosen = int(here_TK.any(1).sum())
+    rows = int(here_TK.sum())
+    assert expected_rows(10_000, top_k, ranks, chosen=False) == pytest.approx(rows, rel=0.05)
+    assert expected_rows(chosen, top_k, ranks, chosen=True) == pytest.approx(rows, rel=0.05)

@@ -142,8 +142,8 @@ def prompts() -> list[str]:
     return [*texts, texts[2] + " fox", texts[2] + " dog"]
 
 
-def greedy_tokens(path: Path, texts: list[str]) -> list[list[int]]:
-    """Hugging Face's own answer to each text, alone: NEW_TOKENS token ids, never the end of text (ignore_eos)."""
+def greedy_tokens(path: Path, texts: list[str], count: int = NEW_TOKENS) -> list[list[int]]:
+    """Hugging Face's own answer to each text, alone: `count` token ids, never the end of text (ignore_eos)."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     answers = []
@@ -152,8 +152,8 @@ def greedy_tokens(path: Path, texts: list[str]) -> list[list[int]]:
         with torch.inference_mode():
             whole = model.generate(
                 ids,
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
+                max_new_tokens=count,
+                min_new_tokens=count,
                 do_sample=False,
             )
         answers.append(whole[0, ids.shape[1] :].tolist())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lmdeploy.pytorch.engine.executor.base import ExecutorBase
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.engines.lmdeploy import checks
+from epbackend.engines.lmdeploy import checks, engine, plug
 from epbackend.engines.lmdeploy.checks import expert_count
 from epbackend.engines.lmdeploy.patches.cache import GIB, cache_blocks
 from epbackend.errors import ConfigError, EPError, UnavailableError
@@ -68,7 +70,32 @@ def test_ep_size_that_does_not_divide_the_experts(write_model):
 
 def test_quantised_checkpoint(write_model):
     model = write_model(n_routed_experts=8, quantization_config={"quant_method": "fp8"})
-    refused(model, two_ranks(), ConfigError, "cpu.*unquantised.*fp8")
+    refused(model, two_ranks(), ConfigError, "cpu.*unquantised.*blocked FP8")
+
+
+@pytest.mark.parametrize(
+    ("quantised", "form"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "blocked FP8"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "FP8 with one scale a tensor"),
+        ({"quant_method": "smooth_quant"}, "W8A8"),
+        ({"quant_method": "smooth_quant", "quant_dtype": "float8_e4m3fn"}, "smooth_quant"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)
+def test_quantised_forms_on_each_device(write_model, monkeypatch, quantised, form):
+    """What LMDeploy alone computes is left to it, on ranks that all hold every expert."""
+    assert checks.form_of_experts(quantised) == form
+    model = write_model(n_routed_experts=8, quantization_config=quantised)
+    for device, spread in checks.SPREAD.items():
+        monkeypatch.setattr(checks, "get_device", lambda _, name=device: SimpleNamespace(name=name))
+        if form in spread:
+            checks.check_model(model, two_ranks())
+            continue
+        with pytest.raises(ConfigError, match=f"{form}.*use"):
+            checks.check_model(model, two_ranks())
+        if device != "cpu":
+            checks.check_model(model, EPConfig.load({"device": "cpu"}))
 
 
 def test_cache_that_memory_cannot_hold(checkpoint):
@@ -88,6 +115,13 @@ def test_lmdeploys_own_expert_parallelism_is_refused(checkpoint, field):
         ConfigError,
         rf"engine\.extra\.{field}.*remove",
     )
+
+
+def test_float32_is_the_cpus(monkeypatch):
+    monkeypatch.setattr(engine, "get_device", lambda _: SimpleNamespace(name="cuda"))
+    config = EPConfig.load({"device": "cuda", "engine": {"dtype": "float32"}})
+    with pytest.raises(ConfigError, match=r"engine\.dtype.*no float32 on device cuda; write bfloat16"):
+        engine.engine_config(config)
 
 
 def test_dense_model_on_one_rank_is_fine(checkpoint):
@@ -131,6 +165,22 @@ def test_cache_budget():
     assert cache_blocks(GIB // 100, GIB // 2, gigabytes=None, blocks=None) == 45
     assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=2.0, blocks=None) == 200
     assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=None, blocks=77) == 77
+
+
+@pytest.mark.parametrize(
+    ("settings", "blocks"), [({"cache_gb": 2.0}, 200), ({}, 25), ({"cache_blocks": 77}, 77)]
+)
+def test_cache_of_an_accelerator(monkeypatch, settings, blocks):
+    """A budget where one is set, else LMDeploy's share of the free memory."""
+    monkeypatch.setattr(plug, "get_device", lambda _: SimpleNamespace(name="cuda"))
+    plug.enable(EPConfig.load({"device": "cuda", "engine": settings | {"cache_max_entry_count": 0.5}}))
+    executor = ExecutorBase.__new__(ExecutorBase)
+    executor.cache_config = SimpleNamespace(
+        num_gpu_blocks=settings.get("cache_blocks", 0), cache_max_entry_count=0.5
+    )
+    free = GIB // 2 if blocks == 25 else 4 * GIB
+    executor._update_num_gpu_blocks([free] * 2, [SimpleNamespace(total=GIB // 100)] * 2, None)
+    assert executor.cache_config.num_gpu_blocks == blocks
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +19,11 @@ from epbackend.engines.lmdeploy.load import (
     MAX_LAYERS,
     LoadBoard,
     LoadReport,
-    LoadWriter,
 )
+from epbackend.engines.lmdeploy.load_writer import LoadWriter
 from epbackend.errors import EPError
+from epbackend.moe import Load
+from epbackend.slots import SlotMap
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,25 @@ class Choice:
     reason: str
 
 
-def layer(tokens_E, calls=1, passes=1, rounds=1):
-    """What the writer reads of an ExpertParallelMoE."""
-    counts = SimpleNamespace(
-        calls=calls,
-        passes=SimpleNamespace(max=passes),
-        rounds=SimpleNamespace(max=rounds),
-        tokens_E=torch.tensor(tokens_E),
-    )
-    return SimpleNamespace(load=counts, dispatchers={"decode": Choice("alltoall", "it suits")})
+class Layer:
+    """What the writer reads of an ExpertParallelMoE with one slot an expert."""
+
+    def __init__(self, tokens_E, passes=1, rounds=1) -> None:
+        self.load = Load(tuple(range(len(tokens_E))), len(tokens_E))
+        self.slot_map = SlotMap.uniform(len(tokens_E), 1)
+        self.dispatchers = {"decode": Choice("alltoall", "it suits")}
+        self.call(tokens_E, passes, rounds)
+
+    def call(self, tokens_E, passes=1, rounds=1) -> None:
+        self.load.add_rows(torch.tensor(tokens_E))
+        self.load.add_call(passes, rounds)
+
+
+def watching(rank: int, layers: dict[int, Layer]) -> LoadWriter:
+    writer = LoadWriter()
+    for number, layer in layers.items():
+        writer.watch(rank, number, layer)
+    return writer
 
 
 @pytest.fixture
@@ -52,10 +64,10 @@ def board(monkeypatch):
 
 def test_counters_of_two_ranks_and_two_layers(board):
     for rank in (0, 1):
-        for index in (1, 3):
-            LoadWriter.attach(rank, index, 3).record(
-                layer([rank, index, 5], calls=7, passes=rank + 1, rounds=index)
-            )
+        layers = {index: Layer([rank, index, 5], rank + 1, index) for index in (1, 3)}
+        writer = watching(rank, layers)
+        for _ in range(7):
+            writer.step()
     report = board.report()
     assert report.layers == (1, 3)
     assert report.tokens_RLE.tolist() == [[[0, 1, 5], [0, 3, 5]], [[1, 1, 5], [1, 3, 5]]]
@@ -65,16 +77,40 @@ def test_counters_of_two_ranks_and_two_layers(board):
 
 
 def test_since_subtracts_and_a_report_does_not_change(board):
-    writer = LoadWriter.attach(0, 0, 2)
+    layer = Layer([1, 2])
+    writer = watching(0, {0: layer})
     nothing = board.report()
-    writer.record(layer([1, 2], calls=1))
+    writer.step()
     first = board.report()
-    writer.record(layer([5, 5], calls=4))
+    layer.call([4, 3])
+    for _ in range(3):
+        writer.step()
     second = board.report()
     assert first.tokens_RLE[0].tolist() == [[1, 2]]
     assert second.since(first).tokens_RLE[0].tolist() == [[4, 3]]
     assert second.since(first).calls == 3
     assert np.array_equal(first.since(nothing).tokens_RLE, first.tokens_RLE)
+
+
+def test_a_model_that_replaces_another_is_counted_anew(board):
+    first = Layer([6, 6])
+    writer = watching(0, {0: first})
+    writer.step()
+    second = Layer([1, 2])
+    writer.watch(0, 0, second)
+    writer.step()
+    report = board.report()
+    assert (report.tokens_RLE[0].tolist(), report.calls) == ([[1, 2]], 1)
+
+
+def test_a_layer_is_not_kept_alive(board):
+    layer = Layer([1])
+    writer, gone = watching(0, {0: layer}), weakref.ref(layer)
+    writer.step()
+    del layer
+    writer.step()
+    assert gone() is None
+    assert board.report().calls == 1
 
 
 def report(tokens_RLE, layers):
@@ -89,21 +125,25 @@ def test_imbalance_is_the_busiest_rank_over_the_mean():
 
 def test_steps_are_looked_at_one_by_one(board):
     """Two ranks that are busy in turn are level over the run, and twice as busy as need be in each step."""
-    writers = [LoadWriter.attach(rank, 0, 1) for rank in (0, 1)]
-    for call in range(1, 2 * load.STEPS):
-        for rank, writer in enumerate(writers):
-            writer.record(layer([3 * ((call + rank) // 2)], calls=call))
+    layers = [Layer([0]), Layer([0])]
+    writers = [watching(rank, {0: layer}) for rank, layer in enumerate(layers)]
+    for step in range(2 * load.STEPS):
+        for rank, (layer, writer) in enumerate(zip(layers, writers, strict=True)):
+            layer.call([3 * ((step + rank) % 2)])
+            writer.step()
     report = board.report()
     assert report.imbalance_L == pytest.approx([1.0], abs=0.01)
     assert report.step_imbalance_L == pytest.approx([2.0])
 
 
 def test_steps_of_a_rank_that_is_behind_are_left_out(board):
-    first, second = (LoadWriter.attach(rank, 0, 1) for rank in (0, 1))
-    first.record(layer([2], calls=1))
+    layers = [Layer([2]), Layer([1])]
+    first, second = (watching(rank, {0: layer}) for rank, layer in enumerate(layers))
+    first.step()
     assert board.report().step_imbalance_L.tolist() == [1.0]
-    second.record(layer([1], calls=1))
-    first.record(layer([9], calls=2))
+    second.step()
+    layers[0].call([7])
+    first.step()
     assert board.report().step_imbalance_L == pytest.approx([2 / 1.5])
 
 
@@ -135,12 +175,13 @@ def test_removed_board_is_gone(board):
 
 def test_without_a_board_nothing_is_written(monkeypatch):
     monkeypatch.delenv(BOARD_VARIABLE, raising=False)
-    LoadWriter.attach(0, 0, 1).record(layer([1]))
+    layer = Layer([1])
+    watching(0, {0: layer}).step()
     assert load.last_words(0) is None
     assert BOARD_VARIABLE not in os.environ
 
 
 @pytest.mark.parametrize(("index", "experts"), [(MAX_LAYERS, 8), (0, MAX_EXPERTS + 1)])
-def test_what_the_board_cannot_hold_is_refused(board, index, experts):
+def test_what_the_board_cannot_hold_is_refused(index, experts):
     with pytest.raises(EPError, match=f"{MAX_LAYERS} layers of {MAX_EXPERTS} experts"):
-        LoadWriter.attach(0, index, experts)
+        load.check_room(index, experts)

@@ -17,6 +17,9 @@ EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_nu
 """The names under which the model families state their number of experts."""
 OWN_EXPERTS = {"DeepseekV4ForCausalLM"}
 """Models of LMDeploy whose experts have operators of their own, which no patch of ours reaches."""
+BLOCKED_FP8, W8A8 = "blocked FP8", "W8A8"
+SPREAD: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (BLOCKED_FP8, W8A8), "ascend": (W8A8,)}
+"""device -> the quantised forms of experts that our operators have there."""
 
 
 def check_model(path: str, config: EPConfig, placement: Placement | None = None) -> None:
@@ -50,20 +53,47 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
     quantised = settings.get("quantization_config") or settings.get("text_config", {}).get(
         "quantization_config"
     )
-    if quantised and get_device(config.device).name == "cpu":
-        raise ConfigError(
-            f"device: cpu computes unquantised weights only, and {path} holds "
-            f"{quantised.get('quant_method', 'quantised')} ones; use the original checkpoint"
-        )
+    if quantised:
+        _check_form(form_of_experts(quantised), config, path)
 
 
 def check_packages(config: EPConfig, *, serving: bool) -> None:
     """Raises UnavailableError, naming them, where packages are missing that only some ways of running need."""
+    device = get_device(config.device)
+    if config.world_size > 1 and (reason := device.no_collectives()):
+        raise UnavailableError(f"device {device.name} cannot run {config.world_size} ranks: {reason}")
     needed = ["ray"] if executor(config) == "ray" else []
     if serving:
         needed += ["uvicorn", "fastapi", "openai", "aiohttp"]
     if missing := [name for name in needed if find_spec(name) is None]:
         raise UnavailableError(f"{', '.join(missing)} must be installed: pip install 'epbackend[serve]'")
+
+
+def form_of_experts(quantised: dict[str, Any]) -> str:
+    """The form that LMDeploy gives the experts of a model, from the quantization_config of its config.json."""
+    method = quantised.get("quant_method", "quantised")
+    if method == "fp8" and quantised.get("fmt", "e4m3") == "e4m3":
+        of_tensors = quantised.get("activation_scheme") == "static" and not quantised.get("weight_block_size")
+        return "FP8 with one scale a tensor" if of_tensors else BLOCKED_FP8
+    if method == "smooth_quant" and quantised.get("quant_dtype", "int8") == "int8":
+        return W8A8
+    return method
+
+
+def _check_form(form: str, config: EPConfig, path: str) -> None:
+    """Raises ConfigError for experts in a form that is not computed, or not spread, on the config's device."""
+    device = get_device(config.device).name
+    computed = SPREAD.get(device, ())
+    if not computed:
+        raise ConfigError(
+            f"device: {device} computes unquantised weights only, and {path} holds {form} ones; "
+            "use the original checkpoint"
+        )
+    if form not in computed and config.ep_size > 1:
+        raise ConfigError(
+            f"ep_size: {config.ep_size}, but {path} holds {form} experts, and on device {device} only unquantised and "
+            f"{' and '.join(computed)} ones are spread; use such a checkpoint, or ep_size: 1"
+        )
 
 
 def expert_count(settings: dict[str, Any]) -> int | None:

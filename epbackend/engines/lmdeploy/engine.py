@@ -25,16 +25,21 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
     dp_rank tells the engines of one deployment with `engine.dp` > 1 apart; each is a process of its own.
 
     Raises:
-        ConfigError: `engine.extra` asks for a part of LMDeploy's own expert parallelism.
+        ConfigError: LMDeploy lacks the dtype on this device, or `engine.extra` asks for a part of its own expert
+            parallelism.
     """
     from lmdeploy import PytorchEngineConfig
 
-    engine = config.engine
+    engine, device = config.engine, get_device(config.device).name
+    if engine.dtype == "float32" and device != "cpu":
+        raise ConfigError(
+            f"engine.dtype: LMDeploy has no float32 on device {device}; write bfloat16, float16 or auto"
+        )
     for name, why in NOT_WITH_US.items():
         if engine.extra.get(name):
             raise ConfigError(f"engine.extra.{name}: {why}; remove it")
     settings: dict[str, Any] = {
-        "device_type": get_device(config.device).name,
+        "device_type": device,
         "dtype": engine.dtype,
         "tp": engine.tp,
         "dp": engine.dp,
@@ -47,7 +52,8 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
         "num_gpu_blocks": engine.cache_blocks or 0,
         "block_size": engine.block_size,
         "enable_prefix_caching": engine.enable_prefix_caching,
-        "eager_mode": engine.eager_mode,
+        # How rows travel on Ascend has not been captured yet.
+        "eager_mode": engine.eager_mode or device == "ascend",
         "distributed_executor_backend": executor(config),
     }
     return PytorchEngineConfig(**settings, **engine.extra)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from epbackend.errors import UnavailableError
+
 _building: ContextVar[int | None] = ContextVar("building_layer", default=None)
 
 
@@ -19,7 +21,17 @@ def building(layer: int) -> Iterator[None]:
         _building.reset(token)
 
 
-def layer_being_built(told: int) -> int:
-    """The layer of the block around the call, or else the one that LMDeploy tells."""
+def layer_being_built(told: int | None) -> int:
+    """The layer of the block around the call, or else the one that LMDeploy tells.
+
+    Raises:
+        UnavailableError: nobody tells. All layers would count as one, and get one layer's places.
+    """
     layer = _building.get()
-    return told if layer is None else layer
+    if layer is None:
+        layer = told
+    if layer is None:
+        raise UnavailableError(
+            "this model's W8A8 experts do not tell which layer they belong to; use its bfloat16 or FP8 checkpoint"
+        )
+    return layer

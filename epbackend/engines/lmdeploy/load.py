@@ -1,9 +1,9 @@
 """What the workers' MoE layers did, seen from the process that started them.
 
-The parent makes one shared-memory segment, the `LoadBoard`; each worker's layers add up their counters in it after
-every call (`LoadWriter`), and the parent reads them at any time (`LoadReport`). The segment belongs to the parent: its
-resource tracker removes it even where the parent is killed. Workers map the file behind it, because attaching through
-`multiprocessing` would make their own tracker remove it with the first worker that ends.
+The parent makes one shared-memory segment, the `LoadBoard`; each worker writes down the counters of its layers in it
+after every step (`load_writer`), and the parent reads them at any time (`LoadReport`). The segment belongs to the
+parent: its resource tracker removes it even where the parent is killed. Workers map the file behind it, because
+attaching through `multiprocessing` would make their own tracker remove it with the first worker that ends.
 """
 
 from __future__ import annotations
@@ -11,32 +11,29 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from epbackend.errors import EPError
-
-if TYPE_CHECKING:
-    from epbackend.moe import ExpertParallelMoE
 
 BOARD_VARIABLE = "EPBACKEND_LOAD_BOARD"
 """Names the segment to worker processes, as `ranks:name`."""
 
 MAX_LAYERS, MAX_EXPERTS = 256, 1024
 STEPS = 1024
-"""Calls of a layer whose tokens are kept one by one."""
+"""Steps of the engine whose tokens are kept one by one."""
 AHEAD = 8
-"""More calls than a rank can be ahead of another one."""
+"""More steps than a rank can be ahead of another one."""
 
 # The board is an array of these, one a rank. Memory is taken only where something is written.
-_RANK = np.dtype(
+RANK = np.dtype(
     [
         ("error", "S4096"),
-        ("dispatchers", "S4096"),
+        ("dispatchers", "S16384"),
         ("experts", np.int64),
         ("calls", np.int64, MAX_LAYERS),
         ("passes", np.int64, MAX_LAYERS),
@@ -58,7 +55,7 @@ class LoadReport:
     tokens_RLE: np.ndarray
     """Tokens that rank R computed for expert E of the layer, int64."""
     calls: int
-    """Forward calls of one layer."""
+    """Steps of the engine: forward passes through all layers."""
     passes: int
     """The most passes that a single call took (1: the cutoff never bound)."""
     rounds: int
@@ -66,8 +63,8 @@ class LoadReport:
     dispatchers: dict[str, dict[str, Any]]
     """phase -> name of its dispatcher, the reason, and why others were passed over."""
     step_imbalance_L: np.ndarray
-    """As `imbalance_L`, but each call by itself, since in each the ranks wait for the busiest: the sum of the calls'
-    maxima over the sum of their means, in the last thousand calls of each layer."""
+    """As `imbalance_L`, but each step by itself, since in each the ranks wait for the busiest: the sum of the steps'
+    maxima over the sum of their means, in the last thousand steps."""
 
     @property
     def tokens_per_rank(self) -> list[int]:
@@ -107,8 +104,8 @@ class LoadBoard:
     """The parent's end: makes the segment, reads it, removes it."""
 
     def __init__(self, ranks: int) -> None:
-        self._memory = SharedMemory(create=True, size=ranks * _RANK.itemsize)
-        self._ranks = np.ndarray(ranks, _RANK, buffer=self._memory.buf)
+        self._memory = SharedMemory(create=True, size=ranks * RANK.itemsize)
+        self._ranks = np.ndarray(ranks, RANK, buffer=self._memory.buf)
 
     @property
     def variable(self) -> str:
@@ -144,62 +141,29 @@ class LoadBoard:
         self._memory.unlink()
 
 
-class LoadWriter:
-    """One layer of one worker; writes nothing where no parent reads (`epbackend.enable` was not the starter)."""
-
-    def __init__(self, rank_row: np.ndarray | None, layer: int) -> None:
-        self._row, self._layer = rank_row, layer
-
-    @classmethod
-    def attach(cls, rank: int, layer: int, experts: int) -> LoadWriter:
-        """The writer for a layer of this process.
-
-        Raises:
-            EPError: the model has more layers or experts than the board.
-        """
-        if layer >= MAX_LAYERS or experts > MAX_EXPERTS:
-            raise EPError(
-                f"MoE layer {layer} with {experts} experts: the load report has room for {MAX_LAYERS} layers "
-                f"of {MAX_EXPERTS} experts"
-            )
-        row = _rank_row(rank)
-        if row is not None:
-            row["experts"] = experts
-        return cls(row, layer)
-
-    def record(self, layer: ExpertParallelMoE) -> None:
-        """Publishes the layer's counters, which are sums since it was built."""
-        if self._row is None:
-            return
-        row, load, tokens_E = self._row, layer.load, layer.load.tokens_E.numpy()
-        if not row["calls"][self._layer]:
-            row["dispatchers"] = _note({phase: asdict(choice) for phase, choice in layer.dispatchers.items()})
-        tokens_before = row["tokens"][self._layer].sum()
-        row["steps"][self._layer, (load.calls - 1) % STEPS] = tokens_E.sum() - tokens_before
-        row["tokens"][self._layer, : len(tokens_E)] = tokens_E
-        row["passes"][self._layer], row["rounds"][self._layer] = load.passes.max, load.rounds.max
-        row["calls"][self._layer] = load.calls
+def check_room(layer: int, experts: int) -> None:
+    """Raises EPError for a layer or experts that the board has no room for."""
+    if layer >= MAX_LAYERS or experts > MAX_EXPERTS:
+        raise EPError(
+            f"MoE layer {layer} with {experts} experts: the load report has room for {MAX_LAYERS} layers "
+            f"of {MAX_EXPERTS} experts"
+        )
 
 
 def record_error(rank: int, text: str) -> None:
     """Leaves the worker's last words for its parent."""
-    row = _rank_row(rank)
+    row = rank_row(rank)
     if row is not None:
         row["error"] = text.encode()[:4096]
 
 
 def last_words(rank: int) -> str | None:
     """What the worker of that rank left, if it failed by an exception."""
-    row = _rank_row(rank)
+    row = rank_row(rank)
     return None if row is None else bytes(row["error"]).rstrip(b"\0").decode(errors="replace") or None
 
 
-def _note(value: Any) -> bytes:
-    text = json.dumps(value).encode()
-    return text if len(text) <= _RANK["dispatchers"].itemsize else b""
-
-
-def _rank_row(rank: int) -> np.ndarray | None:
+def rank_row(rank: int) -> np.ndarray | None:
     """This rank's row of the board named in the environment."""
     ranks, _, name = os.environ.get(BOARD_VARIABLE, "").partition(":")
     if not name:
@@ -208,4 +172,4 @@ def _rank_row(rank: int) -> np.ndarray | None:
     if not path.exists():
         logger.warning("rank %d runs on another machine than its parent: its load is not reported", rank)
         return None
-    return np.memmap(path, _RANK, mode="r+", shape=int(ranks))[rank]
+    return np.memmap(path, RANK, mode="r+", shape=int(ranks))[rank]

@@ -1,45 +1,57 @@
-"""LMDeploy's fused MoE operator, carried out by `epbackend.moe.ExpertParallelMoE`."""
+"""The experts of one MoE layer of a LMDeploy model, computed by `epbackend.moe.ExpertParallelMoE`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeAlias
 
-from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec, FusedMoEImpl
+from lmdeploy.pytorch.backends.moe import (
+    FusedMoEBlockedF8BuildSpec,
+    FusedMoEBuildSpec,
+    FusedMoEW8A8BuildSpec,
+)
 from lmdeploy.pytorch.distributed import get_dist_manager
 from lmdeploy.pytorch.model_inputs import get_step_ctx_manager
+from lmdeploy.pytorch.models.patch import get_build_model_context
 from torch import Tensor
 
 from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
 from epbackend.engines.lmdeploy.layers import layer_being_built
-from epbackend.engines.lmdeploy.load import LoadWriter
+from epbackend.engines.lmdeploy.load import check_room
 from epbackend.engines.lmdeploy.plug import active
 from epbackend.errors import ConfigError, EPError
+from epbackend.kernels.forms import Matrices
 from epbackend.moe import PHASES, ExpertParallelMoE
 from epbackend.placement.placement import Placement
 from epbackend.slots import SlotMap
 
+Spec: TypeAlias = FusedMoEBuildSpec | FusedMoEBlockedF8BuildSpec | FusedMoEW8A8BuildSpec
 
-class ExpertParallelFusedMoE(FusedMoEImpl):
-    """One MoE layer of one rank: LMDeploy loads the weights of `ep_expert_list`, this packs and computes them.
+
+class LayerExperts:
+    """What the operators of all forms of weights share. LMDeploy loads `ep_expert_list`, this computes them.
 
     LMDeploy's part: routing, the shared experts, and with ep_size 1 and tp > 1 the sum over the shards of each expert.
     """
 
-    def __init__(self, spec: FusedMoEBuildSpec, device: str) -> None:
+    def __init__(self, spec: Spec, device: str) -> None:
         config = active().config
-        self.spec = spec
-        self.layer_number = layer_being_built(spec.layer_idx)
-        self.device = device
+        self.spec, self.device = spec, device
+        self.layer_number = layer_being_built(getattr(spec, "layer_idx", None))
         self.ranks = _ranks(spec)
         self.slot_map = _slot_map(active().placement, self.layer_number, spec.num_experts, self.ranks.size)
-        self.settings = {phase: config.dispatch_settings(phase) for phase in ("prefill", "decode")}
+        self.settings = {
+            "prefill": config.dispatch_settings("prefill"),
+            "decode": _bounded(config.dispatch_settings("decode")),
+        }
         self.split = {phase: config.placement.split_of(phase) for phase in PHASES}
-        rank = get_dist_manager().current_context().rank
-        self.load_writer = LoadWriter.attach(rank, self.layer_number, spec.num_experts)
         self.gate_up_bias: Tensor | None = None
         self.down_bias: Tensor | None = None
         self.activation: Callable[[Tensor], Tensor] | None = None
         self.layer: ExpertParallelMoE | None = None
+        check_room(self.layer_number, spec.num_experts)
 
     def ep_expert_list(self, world_size: int, rank: int) -> list[int]:
         """The logical expert of each of this rank's slots; LMDeploy loads their weights in this order."""
@@ -51,46 +63,44 @@ class ExpertParallelFusedMoE(FusedMoEImpl):
         """Takes what belongs to the weights and LMDeploy hands over with each call only."""
         self.gate_up_bias, self.down_bias, self.activation = gate_up_bias, down_bias, activation
 
-    def update_weights(self, gate_up_weights: Tensor, down_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Packs the rank's weights [L, 2F, D], [L, D, F]; LMDeploy gets empty ones back, so that they are held once."""
+    def take(self, gate_up_L2FD: Matrices, down_LDF: Matrices) -> None:
+        """Makes the layer of the rank's weights, which LMDeploy has loaded."""
+        config = active().config
         self.layer = ExpertParallelMoE(
-            gate_up_weights.data,
-            down_weights.data,
+            gate_up_L2FD,
+            down_LDF,
             slot_map=self.slot_map,
             ranks=self.ranks,
             settings=self.settings,
             split=self.split,
             device=self.device,
+            kernels=config.kernels,
             top_k=self.spec.top_k,
             gate_up_bias_L2F=self.gate_up_bias,
             down_bias_LD=self.down_bias,
             activation=self.activation,
+            check_ids=config.check_expert_ids,
             layer=self.layer_number,
         )
-        return gate_up_weights.new_empty(0), down_weights.new_empty(0)
+        active().load_writer.watch(get_dist_manager().current_context().rank, self.layer_number, self.layer)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        gate_up_weights: Tensor,
-        down_weights: Tensor,
-        gate_up_bias: Tensor | None = None,
-        down_bias: Tensor | None = None,
-        expert_list: list[int] | None = None,
-        act_func: Callable | None = None,
+        self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *packed: Any, **extras: Any
     ) -> Tensor:
-        """hidden_states [T, D], topk_weights and topk_ids [T, K] -> [T, D]; weights and biases are already packed."""
+        """hidden_states [T, D], topk_weights and topk_ids [T, K] -> [T, D]; the layer has all the rest."""
         if self.layer is None:
             raise EPError(
                 f"MoE layer {self.layer_number} has no weights yet: load them before the first forward"
             )
         if self.spec.renormalize:
             topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
-        out = self.layer(hidden_states, topk_ids, topk_weights, phase=_phase())
-        self.load_writer.record(self.layer)
-        return out
+        return self.layer(hidden_states, topk_ids, topk_weights, phase=_phase())
+
+
+def _bounded(decode: DispatchSettings) -> DispatchSettings:
+    """With the most tokens of a decoding step, drafted ones too, by which LMDeploy sizes its graphs."""
+    build = get_build_model_context()
+    return replace(decode, max_tokens=build.deep_ep_max_tokens_per_rank) if build.max_batch_size else decode
 
 
 def _slot_map(placement: Placement | None, layer: int, experts: int, ranks: int) -> SlotMap:
@@ -109,7 +119,7 @@ def _phase() -> str:
     return "decode" if get_step_ctx_manager().current_context().global_is_decoding() else "prefill"
 
 
-def _ranks(spec: FusedMoEBuildSpec) -> RankGroup:
+def _ranks(spec: Spec) -> RankGroup:
     """This rank's place among the expert ranks; without expert parallelism each rank holds every expert, or a shard."""
     if spec.ep_size == 1:
         return RankGroup.single()

@@ -19,8 +19,8 @@ from epbackend.errors import EPError, UnavailableError
 
 LMDEPLOY_VERSION = "0.18.0"
 
-When = Literal["always", "cpu", "ep", "mp", "ray"]
-"""What makes a patch needed: the CPU device, more than one expert rank, or the executor that starts the ranks."""
+When = Literal["always", "cpu", "cuda", "ascend", "ep", "mp", "ray"]
+"""What makes a patch needed: the device, more than one expert rank, or the executor that starts the ranks."""
 
 Build = Callable[[Any], Any]
 

@@ -6,6 +6,7 @@ What the workers must know travels in the environment, so that every way LMDeplo
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import torch
 from epbackend.config import EPConfig
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard, LoadReport
+from epbackend.engines.lmdeploy.load_writer import LoadWriter
 from epbackend.engines.lmdeploy.patching import Patches, check_version
 from epbackend.engines.placing import finished_placement, pack, unpack, warm_splits
 from epbackend.errors import ConfigError, EPError, UnavailableError
@@ -22,8 +24,8 @@ from epbackend.placement.placement import Placement
 CONFIG_VARIABLE = "EPBACKEND_CONFIG"
 PLACEMENT_VARIABLE = "EPBACKEND_PLACEMENT"
 """Holds the finished placement, packed: every rank has the identical one, on whatever machine it runs."""
-UNPLUGGED = {"cuda": "device: cpu with CUDA_VISIBLE_DEVICES='' in the environment", "ascend": "device: cpu"}
-"""Devices that LMDeploy cannot use through us yet, and what to do instead."""
+PLUGGED = ("cpu", "cuda", "ascend")
+"""Devices that LMDeploy can use through us."""
 
 
 @dataclass
@@ -31,11 +33,14 @@ class _Plug:
     """What is on, and what it takes to switch it off."""
 
     config: EPConfig
+    device: str
+    """The name of the config's device, which "auto" stands for."""
     placement: Placement | None = None
     patches: Patches = field(default_factory=Patches)
     environment: dict[str, str | None] = field(default_factory=dict)
     """The variables we set, as they were before."""
     board: LoadBoard | None = None
+    load_writer: LoadWriter = field(default_factory=LoadWriter)
 
     def set_environment(self, name: str, value: str) -> None:
         self.environment.setdefault(name, os.environ.get(name))
@@ -59,6 +64,7 @@ class _Plug:
 
     def switch_off(self) -> None:
         self.patches.restore()
+        self.load_writer.close()
         if self.board is not None:
             self.board.remove()
         for name, value in self.environment.items():
@@ -141,15 +147,15 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
             "device: cpu stands in for torch.cuda, and this process sees a GPU: "
             "set CUDA_VISIBLE_DEVICES='' in its environment"
         )
-    if device in UNPLUGGED:
+    if device not in PLUGGED:
         raise UnavailableError(
-            f"device: {device} has no plug into LMDeploy yet, whose own experts would run instead of ours: "
-            f"use epbackend.moe.ExpertParallelMoE (docs/layer.md), or {UNPLUGGED[device]}"
+            f"device: {device} has no plug into LMDeploy, whose own experts would run instead of ours: use one of "
+            f"{', '.join(PLUGGED)}, or epbackend.moe.ExpertParallelMoE (docs/layer.md)"
         )
     # Imported late: the table imports LMDeploy, whose release has to be checked first.
     from epbackend.engines.lmdeploy.patches import needed
 
-    plug = _Plug(config, placement)
+    plug = _Plug(config, device, placement)
     try:
         plug.set_environment(CONFIG_VARIABLE, config.to_json())
         plug.set_environment(PLACEMENT_VARIABLE, pack(placement) if placement else "")
@@ -164,4 +170,15 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
         plug.switch_off()
         raise
     _plug = plug
+    _show_log(config.engine.log_level)
     atexit.register(disable)
+
+
+def _show_log(level: str) -> None:
+    """Our own log at that level, on stderr unless the program has a place for it."""
+    log = logging.getLogger("epbackend")
+    log.setLevel(level)
+    if not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
+        log.addHandler(handler)

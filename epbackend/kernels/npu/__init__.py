@@ -15,11 +15,11 @@ from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.forms import Matrices, stacked
 from epbackend.kernels.fp8 import Fp8Blocks
-from epbackend.kernels.int8 import Int8Weights
-from epbackend.kernels.npu import limits, ops
+from epbackend.kernels.int8 import Int8Rows, Int8Weights
+from epbackend.kernels.npu import limits, ops, w8a8
 from epbackend.kernels.splits import TorchSplits
 
-NpuWeights = Tensor | Int8Weights  # weights_LNK as they are: the products read them through transposed views
+NpuWeights = Tensor | Int8Weights | w8a8.Tiled  # the plain ones are read through transposed views
 
 
 class NpuKernels(TorchSplits):
@@ -62,22 +62,22 @@ class NpuKernels(TorchSplits):
         out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
 
     def pack(self, weights_LNK: Matrices) -> NpuWeights:
+        """Int8 matrices are copied into tiles where the operators take them (`w8a8`); float ones stay as they are."""
         packed = stacked(weights_LNK)
         if isinstance(packed, Fp8Blocks):
             raise ConfigError(
                 "device ascend: float8 experts are not supported; serve this model in bfloat16 or W8A8"
             )
         limits.check_weights(packed)
-        return packed
+        return w8a8.tiled(packed) if isinstance(packed, Int8Weights) else packed
 
     def grouped_matmul(
-        self, rows_SK: Tensor, packed: NpuWeights, counts_L: Tensor, bias_LN: Tensor | None = None
+        self, rows_SK: w8a8.Rows, packed: NpuWeights, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
-        if isinstance(packed, Int8Weights):
-            limits.check_int8(rows_SK, bias_LN)
-            if not len(rows_SK):
-                return rows_SK.new_empty(0, packed.values_LNK.shape[1])
-            return _int8_matmul(*ops.dynamic_quant(rows_SK), packed, counts_L, rows_SK.dtype)
+        if not isinstance(packed, Tensor):
+            return w8a8.grouped_matmul(rows_SK, packed, counts_L, bias_LN)
+        if isinstance(rows_SK, Int8Rows):
+            rows_SK = rows_SK.dequantised()
         if not len(rows_SK):
             return rows_SK.new_empty(0, packed.shape[1])
         if bias_LN is not None and rows_SK.dtype == torch.bfloat16:
@@ -87,10 +87,11 @@ class NpuKernels(TorchSplits):
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return ops.swiglu(rows_S2F)
 
-    def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
-        int8 = isinstance(weights.down, Int8Weights) and weights.activation is None
-        if int8 and len(rows_SD) and limits.fuses(weights.down):
-            return _int8_mlp(rows_SD, counts_L, weights)
+    def expert_mlp(
+        self, rows_SD: w8a8.Rows, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
+    ) -> Tensor:
+        if not isinstance(weights.gate_up, Tensor) and weights.activation is None and len(rows_SD):
+            return w8a8.expert_mlp(rows_SD, counts_L, weights)
         rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
         rows_SF = (weights.activation or self.swiglu)(rows_S2F)
         return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)
@@ -105,7 +106,7 @@ def _permute_window(hidden_TD: Tensor, ids_TK: Tensor, slots: int, window: tuple
     """The sorted rows from window[0] to window[1]: the fused operator would expand all rows first."""
     first, last = window
     ids_S = ids_TK.reshape(-1)
-    order_S = ids_S.argsort(stable=True)[first:last]
+    order_S = ids_S.float().argsort(stable=True)[first:last]  # NPUs leave integers to their CPU
     ends_L = (ids_S.unsqueeze(1) <= torch.arange(slots, device=ids_S.device)).sum(0)
     counts_L = ends_L.clamp(first, last).diff(prepend=ends_L.new_full((1,), first))
     source_S = order_S.masked_fill(ids_S[order_S] == slots, -1)
@@ -118,23 +119,3 @@ def _rows_of_choices(source_S: Tensor, choices: int) -> Tensor:
     rows_S = torch.arange(len(source_S), dtype=torch.int32, device=source_S.device)
     place_S = source_S.masked_fill(source_S < 0, choices)  # garbage rows share the last place
     return row_J.scatter_(0, place_S, rows_S)[:choices]
-
-
-def _int8_mlp(rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
-    """Rows stay in int8 between the products, and int32 sums between product and SwiGLU."""
-    limits.check_int8(rows_SD, weights.gate_up_bias_L2F)
-    limits.check_int8(rows_SD, weights.down_bias_LD)
-    values_SD, scale_S = ops.dynamic_quant(rows_SD)
-    gate_up_LD2F = weights.gate_up.values_LNK.transpose(1, 2)
-    sums_S2F = ops.grouped_matmul(values_SD, gate_up_LD2F, counts_L.cumsum(0), None, torch.int32)
-    values_SF, scale_S = ops.dequant_swiglu_quant(sums_S2F, weights.gate_up.scale_LN, scale_S, counts_L)
-    return _int8_matmul(values_SF, scale_S, weights.down, counts_L, rows_SD.dtype)
-
-
-def _int8_matmul(
-    values_SK: Tensor, scale_S: Tensor, packed: Int8Weights, counts_L: Tensor, dtype: torch.dtype
-) -> Tensor:
-    weight_LKN = packed.values_LNK.transpose(1, 2)
-    return ops.grouped_matmul_scaled(
-        values_SK, scale_S, weight_LKN, packed.scale_LN, counts_L.cumsum(0), dtype
-    )

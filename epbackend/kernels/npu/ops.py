@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FRACTAL_NZ = 29
+"""Its number among CANN's formats."""
+
 
 @cache
 def _npu() -> Any:
@@ -124,6 +127,61 @@ def dequant_swiglu_quant(
     )
 
 
+def fractal_nz(weight_LKN: Tensor) -> Tensor | None:
+    """A copy in the layout FRACTAL_NZ, which still has the shape [L, K, N]; None where torch_npu makes none.
+
+    torch_npu makes such tensors only under a setting of the process, which is as before when this returns.
+    """
+    config = torch.get_device_module("npu").config
+    before = _npu()._C._npu_getOption("ALLOW_INTERNAL_FORMAT")
+    config.allow_internal_format = True
+    try:
+        tiles_LKN = format_cast(weight_LKN, FRACTAL_NZ)
+    finally:
+        config.allow_internal_format = before == b"enable"
+    return tiles_LKN if _npu().get_npu_format(tiles_LKN) == FRACTAL_NZ else None
+
+
+def format_cast(tensor: Tensor, layout: int) -> Tensor:
+    """A copy in another of CANN's formats."""
+    return _npu().npu_format_cast(tensor, layout)
+
+
+def sigmoid_top_k(
+    logits_TE: Tensor, bias_E: Tensor, top_k: int, groups: int, top_groups: int, factor: float
+) -> tuple[Tensor, Tensor]:
+    """(weights_TK in the logits' type, ids_TK int32) of DeepSeek-V3's router (`epbackend.kernels.npu.gating`).
+
+    E at most 2048, and E / groups more than 2.
+    """
+    weights_TK, ids_TK, _ = _npu().npu_moe_gating_top_k(
+        logits_TE,
+        top_k,
+        bias=bias_E,
+        k_group=top_groups,
+        group_count=groups,
+        group_select_mode=1,  # a group counts as much as its two best
+        renorm=0,  # the only one there is
+        norm_type=1,  # sigmoid
+        routed_scaling_factor=factor,
+        eps=1e-20,
+    )
+    return weights_TK, ids_TK
+
+
+def grouped_matmul_swiglu_quant(
+    values_SD: Tensor, scale_S: Tensor, tiles_LDN: Tensor, scale_LN: Tensor, ends_L: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(values_SF int8, scale_S float32): the product of int8 rows, swiglu (gate first), quantised again.
+
+    Weights in FRACTAL_NZ; N = 2F at most 10240, D below 65536. Types and modes have defaults that differ between
+    versions, and are the only ones for these chips.
+    """
+    return _npu().npu_grouped_matmul_swiglu_quant_v2(
+        values_SD, [tiles_LDN], [scale_LN], scale_S, ends_L, group_list_type=0
+    )
+
+
 def hccl_backend(store: Any, name: str, ranks: list[int], rank: int, buffer_mb: int) -> Any:
     """A ProcessGroupHCCL called `name`, whose communicator has a buffer of its own size instead of HCCL_BUFFSIZE's.
 
@@ -171,22 +229,27 @@ class FusedRows:
     counts_L: Tensor
     assist_info: Tensor
     arrived: Tensor
+    scale_S: Tensor | None
+    """Of rows that traveled as int8."""
 
 
-def moe_dispatch(hidden_TD: Tensor, ids_TK: Tensor, active_T: Tensor, group: FusedGroup) -> FusedRows:
+def moe_dispatch(
+    hidden_TD: Tensor, ids_TK: Tensor, active_T: Tensor, group: FusedGroup, int8: bool
+) -> FusedRows:
     """Send each token of the mask to its experts. `ids_TK`: int32, valid and different within a row, masked or not.
 
-    `active_T` is True first, then False. Limits: `epbackend.dispatch.mc2_limits`.
+    `active_T` is True first, then False. With `int8` each row travels quantised, with a scale. Limits:
+    `epbackend.dispatch.mc2_limits`.
     """
-    rows_SD, _, assist_info, counts_L, arrived, _, _ = _npu().npu_moe_distribute_dispatch_v2(
+    rows_SD, scale_S, assist_info, counts_L, arrived, _, _ = _npu().npu_moe_distribute_dispatch_v2(
         x=hidden_TD,
         expert_ids=ids_TK,
         x_active_mask=active_T,
-        quant_mode=0,
+        quant_mode=2 if int8 else 0,
         expert_token_nums_type=1,  # counts, not sums
         **group.arguments(),
     )
-    return FusedRows(rows_SD, counts_L, assist_info, arrived)
+    return FusedRows(rows_SD, counts_L, assist_info, arrived, scale_S if int8 else None)
 
 
 def moe_combine(

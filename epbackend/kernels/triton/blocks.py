@@ -61,6 +61,12 @@ def swiglu(gate_MN, up_MN):
 
 
 @triton.jit
+def one_a_column(values_N, column_N, N):
+    """[1, columns] in float32 of a bias or a scale; zeros past N."""
+    return tl.load(values_N + column_N, mask=column_N < N, other=0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def store_block(out_SN, values_MN, row_M, end, column_N, N):
     """Store the rows before `end` and the columns before N, in the matrix's own dtype."""
     inside = (row_M < end)[:, None] & (column_N < N)[None, :]

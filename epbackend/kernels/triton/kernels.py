@@ -61,9 +61,11 @@ class TritonKernels:
     ) -> Tensor:
         return self._products(rows_SK, counts_L).plain(rows_SK, packed, bias_LN)
 
-    def expert_mlp(self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
+    def expert_mlp(
+        self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
+    ) -> Tensor:
         check_same_form(weights.gate_up, weights.down)
-        products = self._products(rows_SD, counts_L)
+        products = self._products(rows_SD, counts_L, expected)
         if weights.activation is None:
             rows_SF = products.gated(rows_SD, weights.gate_up, weights.gate_up_bias_L2F)
         else:
@@ -76,5 +78,5 @@ class TritonKernels:
     def level_split(self, copies: LevelCopies, device: torch.device, guard: IdGuard | None) -> Split:
         return split.level_split(copies, device, guard, self._chip)
 
-    def _products(self, rows_SD: Tensor, counts_L: Tensor) -> Products:
-        return Products(self._chip or chip_of(rows_SD.device), rows_SD, counts_L)
+    def _products(self, rows_SD: Tensor, counts_L: Tensor, expected: int | None = None) -> Products:
+        return Products(self._chip or chip_of(rows_SD.device), rows_SD, counts_L, expected)

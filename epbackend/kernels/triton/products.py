@@ -9,9 +9,7 @@ from epbackend.kernels.forms import Experts
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import Chip
-from epbackend.kernels.triton.grouped import grouped_matmul
-from epbackend.kernels.triton.grouped_fp8 import gated_matmul_fp8, grouped_matmul_fp8
-from epbackend.kernels.triton.grouped_int8 import grouped_matmul_int8
+from epbackend.kernels.triton.grouped import Rows, grouped_matmul
 from epbackend.kernels.triton.quantise import Fp8Tokens, quantise_fp8, quantise_int8
 from epbackend.kernels.triton.schedule import Schedule, row_tiles
 from epbackend.kernels.triton.tile import Tile
@@ -21,49 +19,43 @@ from epbackend.kernels.triton.tiles import Product, choose_tile, form_of, weight
 class Products:
     """Products over the same rows and counts; they share the schedules, and the dtype of what comes out."""
 
-    def __init__(self, chip: Chip, rows_SD: Tensor, counts_L: Tensor) -> None:
+    def __init__(self, chip: Chip, rows_SD: Tensor, counts_L: Tensor, expected: int | None = None) -> None:
+        """`expected` is about how many rows the counts cover, None for all: tiles are chosen by it."""
         self._chip, self._counts_L = chip, counts_L
         self._rows, self._dtype = len(rows_SD), rows_SD.dtype
+        self._expected = self._rows if expected is None else expected
         self._schedules: dict[int, Schedule] = {}
 
     def gated(self, rows_SD: Tensor, experts: Experts, bias_L2F: Tensor | None) -> Tensor | Fp8Tokens:
         """silu(gate) * up; as float8 where the next product wants that."""
-        self._check(rows_SD, experts, bias_L2F)
-        if isinstance(experts, Fp8Blocks):
-            tile, schedule = self._cut(experts, gated=True)
-            return gated_matmul_fp8(quantise_fp8(rows_SD, schedule), experts, schedule, tile, self._chip)
         return self._multiply(rows_SD, experts, bias_L2F, gated=True)
 
     def plain(self, rows: Tensor | Fp8Tokens, experts: Experts, bias_LN: Tensor | None) -> Tensor:
         """Each row times its slot's matrix, in the dtype of the call's rows."""
-        self._check(rows, experts, bias_LN)
-        if isinstance(experts, Fp8Blocks):
-            tile, schedule = self._cut(experts, gated=False)
-            if isinstance(rows, Tensor):
-                rows = quantise_fp8(rows, schedule)
-            return grouped_matmul_fp8(rows, experts, schedule, tile, self._chip, self._dtype)
-        assert isinstance(rows, Tensor)  # _check has seen to it
-        return self._multiply(rows, experts, bias_LN, gated=False)
+        rows_SN = self._multiply(rows, experts, bias_LN, gated=False)
+        assert isinstance(rows_SN, Tensor)  # nothing but a gated product leaves as float8
+        return rows_SN
 
     def _multiply(
-        self, rows_SK: Tensor, experts: Tensor | Int8Weights, bias_LN: Tensor | None, *, gated: bool
-    ) -> Tensor:
+        self, rows: Tensor | Fp8Tokens, experts: Experts, bias_LN: Tensor | None, *, gated: bool
+    ) -> Tensor | Fp8Tokens:
+        self._check(rows, experts)
         tile, schedule = self._cut(experts, gated)
-        if isinstance(experts, Int8Weights):
-            rows = quantise_int8(rows_SK, schedule)
-            return grouped_matmul_int8(
-                rows, experts, schedule, tile, self._chip, gated=gated, dtype=self._dtype
-            )
-        return grouped_matmul(rows_SK, experts, schedule, tile, self._chip, gated=gated, bias_LN=bias_LN)
+        in_form: Rows = rows
+        if isinstance(rows, Tensor):
+            in_form = _quantised(rows, experts, schedule)
+        return grouped_matmul(
+            in_form, experts, schedule, tile, self._chip, gated=gated, dtype=self._dtype, bias_LN=bias_LN
+        )
 
     def _cut(self, experts: Experts, gated: bool) -> tuple[Tile, Schedule]:
         """The tile of a product, and the schedule of tiles with as many rows."""
-        tile = choose_tile(self._chip, Product.of(self._rows, experts, gated))
+        tile = choose_tile(self._chip, Product.of(self._expected, experts, gated))
         if tile.rows not in self._schedules:
             self._schedules[tile.rows] = row_tiles(self._counts_L, self._rows, tile.rows)
         return tile, self._schedules[tile.rows]
 
-    def _check(self, rows: Tensor | Fp8Tokens, experts: Experts, bias_LN: Tensor | None) -> None:
+    def _check(self, rows: Tensor | Fp8Tokens, experts: Experts) -> None:
         """Raise ConfigError for a chip, rows and experts that do not go together."""
         if isinstance(experts, Fp8Blocks) and not self._chip.fp8:
             raise ConfigError(
@@ -78,10 +70,13 @@ class Products:
             raise ConfigError(
                 f"rows are {values_SK.dtype} and experts {experts.dtype}; load the model in one dtype"
             )
-        if not isinstance(experts, Tensor) and bias_LN is not None:
-            raise ConfigError(
-                f"{form_of(experts)} experts with biases are not supported; serve this model in bfloat16"
-            )
+
+
+def _quantised(rows_SK: Tensor, experts: Experts, schedule: Schedule) -> Rows:
+    """The rows in the form of the experts."""
+    if isinstance(experts, Fp8Blocks):
+        return quantise_fp8(rows_SK, schedule)
+    return quantise_int8(rows_SK, schedule) if isinstance(experts, Int8Weights) else rows_SK
 
 
 def check_same_form(gate_up: Experts, down: Experts) -> None:

@@ -24,7 +24,7 @@ WHEEL = Path(__file__).parents[3] / ".torch-npu"
 """Where `make test-ascend` unpacks the wheel: aside, because torch imports a torch_npu that it finds beside itself."""
 
 CHIPS = {"A2": "Ascend910B1", "A3": "Ascend910_9391"}
-OPERATORS = ("elementwise", "matmul", "routing", "fused_dispatch")
+OPERATORS = ("elementwise", "formats", "matmul", "swiglu_quant", "routing", "fused_dispatch", "gating")
 
 
 def missing() -> str | None:

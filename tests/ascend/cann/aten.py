@@ -79,10 +79,11 @@ def _moves_bytes(name: str, args: tuple) -> bool:
 def _note_wait(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
     to_host = name == "aten::_to_copy" and not _is_npu(kwargs.get("device", args[0]))
     copied_out = name == "aten::copy_" and _is_npu(args[1]) and not _is_npu(args[0])
+    in_passing = copied_out and len(args) > 2 and args[2] and args[0].is_pinned()
     by_mask = name.startswith("aten::index.") and any(
         index is not None and index.dtype == torch.bool for index in args[1]
     )
-    if name in WAIT_FOR_THE_DEVICE or to_host or copied_out or by_mask:
+    if name in WAIT_FOR_THE_DEVICE or to_host or (copied_out and not in_passing) or by_mask:
         host_waits.append(name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ascend.cann.elementwise import quantize
 from ascend.cann.hccl import Communicator
 from ascend.cann.registry import aclnn, chip, require
 
@@ -81,12 +82,10 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def _split(rows_SB: Tensor, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(rows, notes int64) of rows that traveled as bytes."""
-    width = hidden * dtype.itemsize
-    return rows_SB[:, :width].contiguous().view(dtype), rows_SB[:, width:].contiguous().view(
-        torch.int32
-    ).long()
+def _split(rows_SB: Tensor, values: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The first `values` of each row that traveled as bytes, and the bytes after them."""
+    width = values * dtype.itemsize
+    return rows_SB[:, :width].contiguous().view(dtype), rows_SB[:, width:].contiguous()
 
 
 @aclnn(
@@ -97,9 +96,18 @@ def _split(rows_SB: Tensor, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Te
     "expand_x:T dynamic_scales:T assist_info:T expert_token_nums:T ep_recv_counts:T tp_recv_counts:T expand_scales:T",
 )
 def aclnnMoeDistributeDispatchV4(
-    x, expert_ids, x_active_mask, expand_x, assist_info, expert_token_nums, ep_recv_counts, **group
+    x,
+    expert_ids,
+    x_active_mask,
+    expand_x,
+    dynamic_scales,
+    assist_info,
+    expert_token_nums,
+    ep_recv_counts,
+    **group,
 ) -> None:
-    require(group["quant_mode"] == 0 and group["scales"] is None, "quantisation on the way is not emulated")
+    require(group["quant_mode"] in (0, 2), f"quant_mode {group['quant_mode']} is neither 0 nor 2")
+    require(group["scales"] is None, "smooth scales are not emulated")
     require(group["expert_token_nums_type"] == 1, "only expert_token_nums_type 1")
     require(x.dtype in (torch.bfloat16, torch.float16), f"x is {x.dtype}")
     (tokens, hidden), top_k = x.shape, expert_ids.shape[1]
@@ -113,15 +121,21 @@ def aclnnMoeDistributeDispatchV4(
     order_S = expert_S.argsort(stable=True)
     slot_S, rank_S = expert_S[order_S] % slots, torch.full_like(expert_S, communicator.rank)
     notes_S4 = torch.stack([slot_S, rank_S, order_S // top_k, order_S % top_k], 1)
-    rows_SB = torch.cat([_as_bytes(x[order_S // top_k]), _as_bytes(notes_S4.int())], 1)
+    rows, scales = quantize(x) if group["quant_mode"] else (x, torch.full((tokens,), torch.nan))
+    token_S = order_S // top_k
+    parts = rows[token_S], scales[token_S, None], notes_S4.int()
+    rows_SB = torch.cat([_as_bytes(part) for part in parts], 1)
     send_R = torch.bincount(expert_S // slots, minlength=communicator.size).tolist()
     arrived_SB = torch.cat(communicator.exchange(rows_SB, send_R))
 
-    rows_SD, notes_S4 = _split(arrived_SB, hidden, x.dtype)
+    rows_SD, rest_SB = _split(arrived_SB, hidden, rows.dtype)
+    scale_S1, notes_S4 = _split(rest_SB, 1, torch.float32)
+    notes_S4 = notes_S4.view(torch.int32).long()
     order_S = notes_S4[:, 0].argsort(stable=True)
     count = len(order_S)
     require(count <= len(expand_x), f"{count} rows do not fit into {len(expand_x)}")
     expand_x[:count] = rows_SD[order_S]
+    dynamic_scales[:count] = scale_S1[order_S, 0]  # without quantisation documented as missing: NaN
     assist_info.view(-1, NOTE)[:count, :3] = notes_S4[order_S, 1:].int()
     expert_token_nums.copy_(torch.bincount(notes_S4[:, 0], minlength=slots))
     pair_S, pairs = notes_S4[:, 0] * communicator.size + notes_S4[:, 1], slots * communicator.size
@@ -164,6 +178,7 @@ def aclnnMoeDistributeCombineV4(
     arrived_SB = torch.cat(communicator.exchange(rows_SB, send_R))
 
     rows_SD, notes_S2 = _split(arrived_SB, hidden, expand_x.dtype)
+    notes_S2 = notes_S2.view(torch.int32).long()
     token_S, choice_S = notes_S2.unbind(1)
     require(len(token_S) == int(mask.sum()) * top_k, "rows got lost on the way")
     weighted_SD = rows_SD.float() * expert_scales[token_S, choice_S].unsqueeze(1)

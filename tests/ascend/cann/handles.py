@@ -32,6 +32,9 @@ DTYPES = {
 PLAIN_FORMATS = {-1, 0, 2, 30, 47}
 """aclFormat of tensors without a layout of their own: undefined, NCHW, ND, NCDHW, NCL."""
 
+NZ = 29
+"""FRACTAL_NZ (see formats.py)."""
+
 
 class RefusedError(Exception):
     """The call breaks a documented limit, or leaves what is emulated."""
@@ -64,7 +67,7 @@ class Handles:
         library.list_item.restype, library.list_item.argtypes = c_void_p, [c_void_p, c_uint64]
 
     def tensor(self, handle: int | None) -> Tensor | None:
-        """A CPU tensor over the bytes of the device tensor."""
+        """A CPU tensor over the bytes of the device tensor; of FRACTAL_NZ its tiles, in five dimensions."""
         if not handle:
             return None
         self._expect(handle, TENSOR, "a tensor")
@@ -75,7 +78,11 @@ class Handles:
         code, layout = read.tensor_dtype(handle), read.tensor_format(handle)
         if code not in DTYPES:
             raise RefusedError(f"a tensor of aclDataType {code} is not emulated")
-        if layout not in PLAIN_FORMATS:
+        if layout == NZ:
+            if len(storage) != 5 or read.tensor_offset(handle):
+                raise RefusedError("a part of a FRACTAL_NZ tensor is not emulated")
+            shape, strides = storage, [math.prod(storage[place + 1 :]) for place in range(5)]
+        elif layout not in PLAIN_FORMATS:
             raise RefusedError(f"a tensor of aclFormat {layout} is not emulated")
         return over_bytes(
             read.tensor_data(handle),

@@ -1,12 +1,11 @@
-"""Grouped matrix products: y[rows of group g] = x[rows of group g] @ weight[g], and their int8 forms."""
+"""Grouped matrix products: y[rows of group g] = x[rows of group g] @ weight[g], of floats and of int8."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
-from ascend.cann.elementwise import quantize
+from ascend.cann.formats import from_nz
 from ascend.cann.registry import aclnn, require
 
 MOST_GROUPS = 1024
@@ -127,45 +126,8 @@ def aclnnGroupedMatmulV4(**arguments) -> None:
     _grouped_matmul(**arguments)
 
 
-@aclnn(
-    "x:T weight_scale:T activation_scale:T bias:T quant_scale:T quant_offset:T group_index:T activate_left:b "
-    "quant_mode:s",
-    "y:T scale:T",
-)
-def aclnnDequantSwigluQuant(
-    x,
-    weight_scale,
-    activation_scale,
-    bias,
-    quant_scale,
-    quant_offset,
-    group_index,
-    activate_left,
-    quant_mode,
-    y,
-    scale,
-) -> None:
-    require(x.dtype == torch.int32 and x.dim() == 2, "only int32 sums are emulated")
-    require(
-        bias is None and quant_scale is None and quant_offset is None,
-        "a bias or smooth scales are not emulated",
-    )
-    require(activate_left and quant_mode == "dynamic", "only the left half as gate, and dynamic scales")
-    width = x.shape[1] // 2
-    require(
-        width <= 10496 and width % 64 == 0,
-        f"half of a row has {width} values: not a multiple of 64 up to 10496",
-    )
-    require(weight_scale.dtype == torch.float32, f"weight_scale is {weight_scale.dtype}, must be float32")
-    require(
-        activation_scale.dtype == torch.float32,
-        f"activation_scale is {activation_scale.dtype}, must be float32",
-    )
-    ends = group_ends(group_index, 1, len(x)) if len(group_index) > 1 else group_ends(group_index, 0, len(x))
-    require(weight_scale.shape == (len(ends), x.shape[1]), "weight_scale must be [groups, 2F]")
-    first = 0
-    for group, end in enumerate(ends):
-        rows = x[first:end].float() * weight_scale[group] * activation_scale[first:end].view(-1, 1)
-        gate, up = rows.chunk(2, 1)
-        y[first:end], scale[first:end] = quantize(silu(gate) * up)
-        first = end
+@aclnn(_INPUTS + " tuning_config:I quant_group_size:i", _OUTPUTS)
+def aclnnGroupedMatmulWeightNz(weight, y, **arguments) -> None:
+    require(weight[0].dim() == 5 and weight[0].dtype == torch.int8, "only int8 tiles are emulated")
+    require(y[0].dtype != torch.int32, "sums before any scale are for plain weights")
+    _grouped_matmul(weight=[from_nz(weight[0])], y=y, **arguments)

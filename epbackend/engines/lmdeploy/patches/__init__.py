@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from epbackend.engines.lmdeploy.patches import cache, compiler, config, device, executors, models
+from epbackend.engines.lmdeploy.patches import (
+    cache,
+    compiler,
+    config,
+    cuda,
+    device,
+    executors,
+    models,
+    steps,
+)
 from epbackend.engines.lmdeploy.patching import Patch
 
 # The compiler's comes first: finding the others imports the functions it is about.
 PATCHES: tuple[Patch, ...] = tuple(
     value
-    for theme in (compiler, config, device, cache, executors, models)
+    for theme in (compiler, config, cuda, device, cache, executors, models, steps)
     for value in vars(theme).values()
     if isinstance(value, Patch)
 )

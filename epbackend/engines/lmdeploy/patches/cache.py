@@ -1,4 +1,4 @@
-"""The size of the KV cache on a CPU: a budget instead of a share of all memory."""
+"""The size of the KV cache: a budget instead of a share of all memory, on a CPU always."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def prefill_tokens_as_set(original: Callable) -> Callable:
 
 @patch(
     "lmdeploy.pytorch.engine.executor.base:ExecutorBase._update_num_gpu_blocks",
-    why="it gives the cache most of the free memory; a CPU's cache is a budget, engine.cache_gb",
-    when="cpu",
+    why="it knows no budget, engine.cache_gb; and on a CPU it would give the cache most of the machine's memory",
+    when="always",
     fingerprint="530062688135",
 )
 def cache_by_budget(original: Callable) -> Callable:
@@ -43,12 +43,13 @@ def cache_by_budget(original: Callable) -> Callable:
         self: Any, free_mems: list[int], cache_block_sizes: list[Any], spec_cache_config: Any
     ) -> None:
         engine = active().config.engine
-        self.cache_config.num_gpu_blocks = cache_blocks(
-            block_bytes=max(size.total for size in cache_block_sizes),
-            free_bytes=min(free_mems),
-            gigabytes=engine.cache_gb,
-            blocks=self.cache_config.num_gpu_blocks or None,
-        )
+        if active().device == "cpu" or engine.cache_gb is not None:
+            self.cache_config.num_gpu_blocks = cache_blocks(
+                block_bytes=max(size.total for size in cache_block_sizes),
+                free_bytes=min(free_mems),
+                gigabytes=engine.cache_gb,
+                blocks=self.cache_config.num_gpu_blocks or None,
+            )
         original(self, free_mems, cache_block_sizes, spec_cache_config)
 
     return update_num_gpu_blocks

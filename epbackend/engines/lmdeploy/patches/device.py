@@ -1,32 +1,36 @@
-"""The CPU stands where LMDeploy's engine writes 'cuda'."""
+"""The device's operators, and the CPU where LMDeploy's engine writes 'cuda'."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from types import FunctionType
 from typing import Any
 
 from epbackend.engines.lmdeploy import cuda_on_cpu
 from epbackend.engines.lmdeploy.patching import Patch, patch
+from epbackend.engines.lmdeploy.plug import active
+
+BACKENDS = {"cpu": "CpuBackend", "cuda": "CudaBackend", "ascend": "AscendBackend"}
+"""device -> our class for it, in the module of the device's name."""
 
 _AGENT = "lmdeploy.pytorch.engine.model_agent.agent"
 
 
 @patch(
     "lmdeploy.pytorch.backends.selector:_get_backend",
-    why="it knows no backend for 'cpu'",
-    when="cpu",
+    why="its backends for CUDA and Ascend bring experts of their own, and there is none for the CPU",
+    when="always",
     fingerprint="b34c4c2e1c5b",
 )
-def cpu_backend(original: Callable) -> Callable:
+def backend_with_our_experts(original: Callable) -> Callable:
     from lmdeploy.pytorch.devices import get_device_manager
 
     def get_backend() -> type:
-        if get_device_manager().current_context().device_type != "cpu":
+        device = get_device_manager().current_context().device_type
+        if device != active().device:
             return original()
-        from epbackend.engines.lmdeploy.backend import CpuBackend
-
-        return CpuBackend
+        return getattr(import_module(f"epbackend.engines.lmdeploy.backends.{device}"), BACKENDS[device])
 
     return get_backend
 

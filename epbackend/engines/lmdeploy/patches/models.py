@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from epbackend.engines.lmdeploy.layers import building
-from epbackend.engines.lmdeploy.patching import Patch, patch
+from epbackend.engines.lmdeploy.patching import Patch
 
 TWICE = "it sums the routed experts' output over all ranks, though each rank has the whole sum already"
 NOT_AFTER = {"_all_reduce": False}
@@ -80,21 +80,8 @@ qwen3_next_sums_once = _sums_once(
 )
 
 
-@patch(
-    "lmdeploy.pytorch.nn.norm:RMSNorm.can_handle_all_reduce",
-    why="where it sums for the layer before it (DeepSeek-V3.2, GLM-5), it sums complete outputs over all ranks",
-    when="ep",
-    fingerprint="0fc7cf2ede14",
-)
-def mlp_sums_before_the_norm(original: Callable) -> Callable:
-    def can_handle_all_reduce(layer_type: str) -> bool:
-        return layer_type != "mlp" and original(layer_type)
-
-    return can_handle_all_reduce
-
-
 def _tells_its_layer(name: str, target: str, fingerprint: str) -> Patch:
-    """For a decoder layer that knows its number and does not hand it on."""
+    """For a decoder layer that knows its number and does not hand it on, or whose W8A8 experts do not."""
 
     def build(original: Callable) -> Callable:
         @functools.wraps(original)
@@ -123,20 +110,42 @@ phi3_moe_tells_its_layer = _tells_its_layer(
 qwen2_moe_tells_its_layer = _tells_its_layer(
     "qwen2-moe-tells-its-layer", "qwen2_moe:Qwen2MoeDecoderLayer", "d0891d24e6af"
 )
-
-
-@patch(
-    "lmdeploy.pytorch.nn.moe.default:FusedMoE.update_weights",
-    why="the operator packs its weights here, and gets the biases and the activation only with each call",
-    when="always",
-    fingerprint="7d6c1d80a2b5",
+deepseek_v2_tells_its_layer = _tells_its_layer(
+    "deepseek-v2-tells-its-layer", "deepseek_v2:DeepseekV2DecoderLayer", "8735a04fb3d3"
 )
-def experts_get_their_biases(original: Callable) -> Callable:
-    def update_weights(self: Any) -> None:
-        from epbackend.engines.lmdeploy.moe import ExpertParallelFusedMoE
+glm4_moe_tells_its_layer = _tells_its_layer(
+    "glm4-moe-tells-its-layer", "glm4_moe:Glm4MoeDecoderLayer", "70af937c84c1"
+)
+kimi_k2_tells_its_layer = _tells_its_layer(
+    "kimi-k2-tells-its-layer", "kimi_k2_language:KimiK2DecoderLayer", "51fe370468e6"
+)
+qwen3_moe_tells_its_layer = _tells_its_layer(
+    "qwen3-moe-tells-its-layer", "qwen3_moe:Qwen3MoeDecoderLayer", "80ecebe32b43"
+)
+qwen3_next_tells_its_layer = _tells_its_layer(
+    "qwen3-next-tells-its-layer", "qwen3_next:Qwen3NextDecoderLayer", "48462a324891"
+)
 
-        if isinstance(self.impl, ExpertParallelFusedMoE):
-            self.impl.set_extras(self.gate_up.bias, self.down.bias, self.act_func)
-        original(self)
 
-    return update_weights
+def _hands_extras_over(name: str, target: str, fingerprint: str) -> Patch:
+    """For a module of experts with biases and an activation."""
+
+    def build(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def update_weights(self: Any) -> None:
+            from epbackend.engines.lmdeploy.moe import LayerExperts
+
+            if isinstance(self.impl, LayerExperts):
+                self.impl.set_extras(self.gate_up.bias, self.down.bias, self.act_func)
+            original(self)
+
+        return update_weights
+
+    why = "our operator takes its weights here, and gets the biases and the activation only with each call"
+    return Patch(name, f"lmdeploy.pytorch.nn.moe.{target}.update_weights", why, "always", build, fingerprint)
+
+
+experts_get_their_biases = _hands_extras_over("experts-get-their-biases", "default:FusedMoE", "7d6c1d80a2b5")
+fp8_experts_get_their_biases = _hands_extras_over(
+    "fp8-experts-get-their-biases", "blocked_fp8:FusedMoEBlockedF8", "06c31aff5123"
+)

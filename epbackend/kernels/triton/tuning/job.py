@@ -13,8 +13,6 @@ from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.chip import Chip, chip_of
 from epbackend.kernels.triton.grouped import grouped_matmul
-from epbackend.kernels.triton.grouped_fp8 import gated_matmul_fp8, grouped_matmul_fp8
-from epbackend.kernels.triton.grouped_int8 import grouped_matmul_int8
 from epbackend.kernels.triton.quantise import quantise_fp8, quantise_int8
 from epbackend.kernels.triton.resources import compiling_for, resources
 from epbackend.kernels.triton.schedule import row_tiles
@@ -122,16 +120,10 @@ class Job:
         """The schedule and the product."""
         chip = chip or chip_of(data.counts_L.device)
         schedule = row_tiles(data.counts_L, self.rows, tile.rows)
-        if self.form == "fp8" and self.gated:
-            out = gated_matmul_fp8(data.rows, data.experts, schedule, tile, chip)
-            return out.values_SK
-        if self.form == "fp8":
-            return grouped_matmul_fp8(data.rows, data.experts, schedule, tile, chip, torch.bfloat16)
-        if self.form == "int8":
-            return grouped_matmul_int8(
-                data.rows, data.experts, schedule, tile, chip, gated=self.gated, dtype=torch.bfloat16
-            )
-        return grouped_matmul(data.rows, data.experts, schedule, tile, chip, gated=self.gated)
+        out = grouped_matmul(
+            data.rows, data.experts, schedule, tile, chip, gated=self.gated, dtype=torch.bfloat16
+        )
+        return out if isinstance(out, Tensor) else out.values_SK
 
 
 def compile_job(job: Job, chip: Chip, tile: Tile) -> bool:

@@ -1,6 +1,8 @@
-// libacl_op_compiler: nothing is compiled here, so options are taken and forgotten.
+// libacl_op_compiler: nothing is compiled here, so options are taken and forgotten. Operators come compiled, as on A2 and
+// A3; torch_npu asks for that before it takes an aclnn operator for a change of layout.
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "acl/acl.h"
 #include "acl/acl_op_compiler.h"
@@ -10,8 +12,8 @@ extern "C" {
 
 aclError aclSetCompileopt(aclCompileOpt, const char *) { return ACL_SUCCESS; }
 size_t aclGetCompileoptSize(aclCompileOpt) { return 256; }
-aclError aclGetCompileopt(aclCompileOpt, char *value, size_t length) {
-  if (length) value[0] = '\0';
+aclError aclGetCompileopt(aclCompileOpt option, char *value, size_t length) {
+  if (length) strncpy(value, option == ACL_OP_JIT_COMPILE ? "disable" : "", length);
   return ACL_SUCCESS;
 }
 

@@ -30,7 +30,10 @@ struct Scalar : Object {
   unsigned char bytes[16];
 };
 
-constexpr int32_t kBool = 12;
+constexpr int32_t kInt8 = 2, kBool = 12;  // aclDataType
+constexpr int kNz = 29;                    // aclFormat
+constexpr int64_t kTileRows = 16, kTileBytes = 32;
+constexpr int kRefused = 161002;
 
 const Tensor &tensor(const void *object) { return *static_cast<const Tensor *>(object); }
 const List &list(const void *object) { return *static_cast<const List *>(object); }
@@ -90,6 +93,18 @@ int aclGetViewShape(const void *object, int64_t **shape, uint64_t *dims) {
   *dims = values.size();
   *shape = new int64_t[values.size() + 1];
   std::copy(values.begin(), values.end(), *shape);
+  return 0;
+}
+
+// Which tiles a matrix takes in FRACTAL_NZ (formats.py); refuses what would need padding. The caller deletes the shape.
+int aclnnNpuFormatCastCalculateSizeAndFormat(const void *source, int format, int, int64_t **shape, uint64_t *dims,
+                                             int *found) {
+  const auto &values = tensor(source).shape;
+    if (format != kNz || tensor(source).dtype != kInt8 || values.size() != 3) return kRefused;
+  if (values[1] % kTileRows || values[2] % kTileBytes) return kRefused;
+  *shape = new int64_t[5]{values[0], values[2] / kTileBytes, values[1] / kTileRows, kTileRows, kTileBytes};
+  *dims = 5;
+  *found = format;
   return 0;
 }
 

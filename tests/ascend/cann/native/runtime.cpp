@@ -54,6 +54,11 @@ const char *aclGetRecentErrMsg() { return last_error.c_str(); }
 
 aclError aclInit(const char *) { return ACL_SUCCESS; }
 aclError aclFinalize() { return ACL_SUCCESS; }
+// From this one on torch_npu 2.13 changes layouts by an aclnn operator.
+aclError aclsysGetCANNVersion(aclCANNPackageName, aclCANNPackageVersion *version) {
+  strcpy(version->version, "9.1.0");
+  return ACL_SUCCESS;
+}
 const char *aclrtGetSocName() {
   const char *chip = getenv("EMULATED_NPU_CHIP");
   return chip ? chip : "Ascend910_9391";

@@ -9,13 +9,12 @@ from lmdeploy.pytorch.backends.attention import PagedAttentionBuildSpec
 from lmdeploy.pytorch.backends.base import BuildSpec, ImplT
 from lmdeploy.pytorch.backends.default import DefaultOpsBackend
 from lmdeploy.pytorch.backends.graph_runner import GraphRunner
-from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec
 from lmdeploy.pytorch.backends.multinomial_sampling import MultinomialSamplingBuildSpec
 from lmdeploy.pytorch.devices import DeviceContext, get_device_manager
 
 from epbackend.engines.lmdeploy.attention import PagedAttention
 from epbackend.engines.lmdeploy.attention_plan import AttentionPlan, plan_attention
-from epbackend.engines.lmdeploy.moe import ExpertParallelFusedMoE
+from epbackend.engines.lmdeploy.backends.experts import OurExperts
 from epbackend.engines.lmdeploy.sampling import SeededMultinomial
 
 
@@ -26,7 +25,7 @@ class EagerRunner(GraphRunner):
         return []
 
 
-class CpuBackend(DefaultOpsBackend):
+class CpuBackend(OurExperts, DefaultOpsBackend):
     """What LMDeploy asks of a device."""
 
     @staticmethod
@@ -35,8 +34,6 @@ class CpuBackend(DefaultOpsBackend):
 
     @classmethod
     def build_op(cls, spec: BuildSpec[ImplT], *, enable_deterministic: bool = False) -> Any:
-        if isinstance(spec, FusedMoEBuildSpec):
-            return ExpertParallelFusedMoE(spec, device="cpu")
         if isinstance(spec, PagedAttentionBuildSpec):
             return PagedAttention(spec)
         if isinstance(spec, MultinomialSamplingBuildSpec):

@@ -1,0 +1,39 @@
+"""What LMDeploy asks of a machine with GPUs for experts of its own, and how it compiles what surrounds ours."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from epbackend.engines.lmdeploy.patching import Patch, patch
+
+
+def _not_demanded(name: str, function: str, fingerprint: str) -> Patch:
+    """For a function that says whether a library is there."""
+
+    def build(original: Callable[[], bool]) -> Callable[[], bool]:
+        return functools.wraps(original)(lambda: True)
+
+    why = "it demands DeepEP and DeepGEMM for ep_size > 1, which LMDeploy's experts need and ours do not"
+    return Patch(name, f"lmdeploy.pytorch.check_env.dist:{function}", why, "cuda", build, fingerprint)
+
+
+deep_ep_not_demanded = _not_demanded("deep-ep-not-demanded", "is_deep_ep_installed", "d657b75b1d11")
+deep_gemm_not_demanded = _not_demanded("deep-gemm-not-demanded", "is_deep_gemm_installed", "5575ef1e2aae")
+
+
+@patch(
+    "lmdeploy.pytorch.backends.cuda.graph_runner.full_graph:_configure_decode_torch_compile",
+    why="where decoding is compiled (LMDEPLOY_ENABLE_DECODE_TORCH_COMPILE) it would trace our layer as well",
+    when="cuda",
+    fingerprint="e7f5ab92aad4",
+)
+def our_layer_is_not_compiled(original: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(original)
+    def configure() -> None:
+        from torch._dynamo import trace_rules
+
+        original()
+        trace_rules.add("epbackend")
+
+    return configure

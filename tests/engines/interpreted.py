@@ -1,0 +1,29 @@
+"""LMDeploy's engine on the CPU with the experts of the CUDA plug, which Triton interprets there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from epbackend.engines.lmdeploy import workers
+from epbackend.engines.lmdeploy.backends import experts
+from epbackend.engines.lmdeploy.operators import expert_operator
+
+
+def with_cuda_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes engines that are started from now on compute their experts by the CUDA kernels, in every process."""
+    monkeypatch.setattr(experts, "expert_operator", _cuda_operator)
+    monkeypatch.setattr(workers, "GuardedProc", InterpretedProc)
+
+
+def _cuda_operator(spec: Any, device: str) -> Any:
+    return expert_operator(spec, "cuda")
+
+
+class InterpretedProc(workers.GuardedProc):
+    """A rank."""
+
+    def _main_loop(self, *args: Any, **kwargs: Any) -> None:
+        experts.expert_operator = _cuda_operator
+        super()._main_loop(*args, **kwargs)
