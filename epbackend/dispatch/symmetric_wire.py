@@ -9,6 +9,7 @@ from torch import Tensor
 
 from epbackend.dispatch.transport import TRANSPORTS
 from epbackend.kernels.fp8 import BLOCK
+from epbackend.kernels.triton.peer.quantise import quantise
 from epbackend.kernels.triton.peer.restore import restore
 
 ALIGNMENT = 16
@@ -35,13 +36,10 @@ class Wire:
 
     def pack(self, hidden_TD: Tensor) -> Tensor:
         """The tokens' rows, ready to travel."""
-        values_TD, scale_TG = TRANSPORTS[self.transport].quantised(hidden_TD)
-        if scale_TG is None:
+        if not self._scales:
             return hidden_TD
         rows_TW = torch.empty(len(hidden_TD), self.row[0], dtype=WORD, device=hidden_TD.device)
-        values, scales = self._fields(rows_TW)
-        values.copy_(values_TD)
-        scales.copy_(scale_TG)
+        quantise(hidden_TD, *self._fields(rows_TW))
         return rows_TW
 
     def unpack(self, rows_CW: Tensor, counts_L: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from epbackend.kernels.triton.peer.give_back import give_back
 from epbackend.kernels.triton.peer.layout import lay_out, place
 from epbackend.kernels.triton.peer.meet import meet
 from epbackend.kernels.triton.peer.mirror import Mirror
+from epbackend.kernels.triton.peer.quantise import quantise
 from epbackend.kernels.triton.peer.restore import restore
 from epbackend.kernels.triton.peer.send import send
 from epbackend.kernels.triton.peer.settle import settle
@@ -46,10 +47,11 @@ def test_quantised_rows_compile(monkeypatch, chip, form, group):
     monkeypatch.setattr(restore_module, "chip_of", lambda device: chip)
     values_SD, scale_SG = meta(8192, 7168, dtype=form), meta(8192, 7168 // group, dtype=torch.float32)
     with compiling_for(chip) as compiled:
+        quantise(meta(128, 7168), values_SD[:128], scale_SG[:128])
         restore(values_SD, scale_SG, meta(32, dtype=torch.int64), group, meta(8192, 7168))
-    (kernel,) = compiled
-    assert resources(kernel).spilled == 0
-    assert "st.global.v4.b32" in kernel.asm["ptx"]
+    assert all(resources(kernel).spilled == 0 for kernel in compiled)
+    assert "ld.global.v4.b32" in compiled[0].asm["ptx"]
+    assert "st.global.v4.b32" in compiled[1].asm["ptx"]
 
 
 @pytest.mark.parametrize("chip", [H100, B200], ids=lambda chip: chip.name)
