@@ -29,6 +29,7 @@ from epbackend.device import get_device
 from epbackend.dispatch.base import Problem
 from epbackend.dispatch.choose import Choice, choose
 from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.sentry import watch
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
@@ -169,6 +170,9 @@ class ExpertParallelMoE:
             rows_SD = self._kernels.expert_mlp(batch.rows_SD, counts_L, self._weights, batch.expected)
             exchange.combine(rows_SD, batch)
         out_TD = exchange.finish()
+        if out_TD.is_cuda:
+            timeout_s = self._dispatchers[phase].problem.settings.timeout_s
+            watch(f"{phase} of MoE layer {self.layer}", self.ranks.group, timeout_s)
         self.load.add_call(exchange.passes, exchange.rounds)
         return out_TD
 

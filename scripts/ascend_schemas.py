@@ -23,7 +23,6 @@ OPERATORS = (
     "npu_moe_distribute_combine_v2",
     "npu_moe_distribute_dispatch_v2",
     "npu_moe_gating_top_k",
-    "npu_moe_gating_top_k_softmax",
     "npu_moe_init_routing_v2",
     "npu_moe_token_unpermute",
     "npu_swiglu",

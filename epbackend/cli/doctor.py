@@ -76,7 +76,11 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "devices": {
-            name: {**_finding(device.unavailable()), "kernels": ["auto", *device.kernel_sets]}
+            name: {
+                **_finding(device.unavailable()),
+                "no_collectives": device.no_collectives(),
+                "kernels": ["auto", *device.kernel_sets],
+            }
             for name, device in devices().items()
         },
         "dispatchers": {
@@ -119,7 +123,9 @@ def _show(findings: dict[str, Any]) -> None:
     console.print(f"Python {findings['python']}, {findings['machine']}", highlight=False)
     table = Table("", "", "", show_header=False, box=None, pad_edge=False)
     for name, device in findings["devices"].items():
-        table.add_row(f"device {name}", *_verdict(device, f"kernels {', '.join(device['kernels'])}"))
+        remark = f"kernels {', '.join(device['kernels'])}"
+        alone = f"; one rank only: {device['no_collectives']}" if device["no_collectives"] else ""
+        table.add_row(f"device {name}", *_verdict(device, remark + alone))
     for name, dispatcher in findings["dispatchers"].items():
         table.add_row(f"dispatcher {name}", *_verdict(dispatcher, dispatcher["summary"]))
     table.add_row("engine LMDeploy", *_verdict(findings["engine"], "every hook is in place"))

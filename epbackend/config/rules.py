@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from epbackend.config.settings import EPConfig
 
 # The ep_level each dispatcher serves; their own classes import torch, which the configuration must not need.
-LEVEL_OF_DISPATCHER = {"replicated": 1, "allgather": 1, "alltoall": 2, "mc2": 2, "symmetric": 2}
+LEVEL_OF_DISPATCHER = {"replicated": 1, "allgather": 1, "alltoall": 2, "mc2": 2, "symmetric": 2, "deepep": 2}
 DECODE_ONLY = ("mc2",)
 """Dispatchers that serve a bounded number of tokens: prefill takes another, by itself."""
 

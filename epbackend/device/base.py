@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.kernels import Kernels
@@ -26,6 +27,8 @@ class Device(ABC):
     name: str
     collective_backend: str
     """The torch.distributed backend that moves this device's tensors."""
+    kernel_sets: tuple[str, ...] = ("reference",)
+    """The implementations of its math that can be chosen by name; "auto" is `kernels`."""
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -36,8 +39,14 @@ class Device(ABC):
         """Whether another device only stands in for it, for tests: "auto" passes it over."""
         return False
 
-    kernel_sets: tuple[str, ...] = ("reference",)
-    """The implementations of its math that can be chosen by name; "auto" is `kernels`."""
+    def no_collectives(self) -> str | None:
+        """Why several of its ranks cannot talk to each other with this torch; None if they can."""
+        name = self.collective_backend
+        if self.emulated or (dist.is_available() and dist.is_backend_available(name)):
+            return None
+        return (
+            f"torch {torch.__version__} has no {name.upper()}; install a build that has it, or run one rank"
+        )
 
     @property
     @abstractmethod

@@ -37,6 +37,12 @@ class Problem:
     layer: int = 0
     """Only for messages."""
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens that a rank sends in one call, where that is known: ranks that share tokens send a slice."""
+        most = self.settings.max_tokens
+        return None if most is None else -(-most // self.ranks.token_size)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -9,6 +9,7 @@ from functools import cache
 from epbackend.dispatch.allgather import AllGather
 from epbackend.dispatch.alltoall import AllToAll
 from epbackend.dispatch.base import Dispatcher, Problem
+from epbackend.dispatch.deepep import DeepEp
 from epbackend.dispatch.mc2 import Mc2
 from epbackend.dispatch.passes import row_bound
 from epbackend.dispatch.replicated import Replicated
@@ -19,7 +20,7 @@ from epbackend.errors import ConfigError
 
 logger = logging.getLogger("epbackend")
 
-DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, Symmetric, AllToAll)
+DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, Symmetric, AllToAll, DeepEp)
 """The one that is preferred where several can serve comes first."""
 
 

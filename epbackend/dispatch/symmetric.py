@@ -37,7 +37,7 @@ class Symmetric(Dispatcher):
         """All ranks come to the same answer; the first time they ask each other where they are."""
         if reason := super().unsupported(problem):
             return reason
-        if not getattr(problem.kernels, "stores_to_peers", False):
+        if not getattr(problem.kernels, "on_cuda", False):
             return "it needs device cuda with its Triton kernels"
         if problem.settings.static and problem.settings.max_tokens is None:
             return "nothing bounds this phase's tokens (decode is bounded by engine.max_batch_size)"
@@ -87,8 +87,8 @@ class Room:
         Room(tokens=128, rows=8192, bounded=True)
         """
         settings, ranks = problem.settings, problem.ranks
-        bounded = settings.max_tokens is not None
-        tokens = -(-settings.max_tokens // ranks.token_size) if settings.max_tokens else OPEN_TOKENS
+        bounded = problem.most_tokens is not None
+        tokens = problem.most_tokens or OPEN_TOKENS
         usual = ranks.size if bounded else min(ranks.size, OPEN_SCALE)
         scale = next((scale for length, scale in settings.buffer_scale_factors if length <= tokens), usual)
         return cls(tokens, max(1, int(tokens * problem.top_k * scale)), bounded)

@@ -49,8 +49,12 @@ def not_built() -> str | None:
 
 @cache
 def unreachable(ranks: RankGroup, timeout_s: float) -> str | None:
-    """Why the ranks cannot store into each other's memory; None if they can. All ranks ask together."""
-    assert ranks.group is not None
+    """Why the ranks cannot store into each other's memory; None if they can. All ranks ask together.
+
+    Without a process group (`epbackend doctor`) there is nobody to ask, and all is taken to be well.
+    """
+    if ranks.group is None:
+        return None
     collectives = Collectives(ranks.group, timeout_s, layer=0)
     device = torch.device("cuda", torch.cuda.current_device())
     mine = Whereabouts(_number(socket.gethostname()), _number(str(_uuid(device.index))))

@@ -30,7 +30,6 @@ CALLS = {
     "npu_grouped_matmul_swiglu_quant_v2": lambda: ops.grouped_matmul_swiglu_quant(
         HIDDEN, SCALES[0], WEIGHT, SCALES, ENDS
     ),
-    "npu_moe_gating_top_k_softmax": lambda: ops.softmax_top_k(HIDDEN, 2),
     "npu_moe_gating_top_k": lambda: ops.sigmoid_top_k(HIDDEN, HIDDEN[0], 2, 4, 2, 2.5),
     "npu_swiglu": lambda: ops.swiglu(HIDDEN),
     "npu_dynamic_quant": lambda: ops.dynamic_quant(HIDDEN),

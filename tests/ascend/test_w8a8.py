@@ -16,28 +16,25 @@ pytestmark = pytest.mark.ascend
 D, SLOTS, COUNTS = 64, 3, (4, 0, 2)
 
 
-def experts(form, width: int) -> tuple[ExpertWeights, list[torch.Tensor]]:
+def experts(form, hidden: int, width: int) -> tuple[ExpertWeights, list[torch.Tensor]]:
     """Packed in a form, and as float matrices."""
-    matrices = [torch.randn(SLOTS, 2 * width, D) / 8, torch.randn(SLOTS, D, width) / 8]
+    matrices = [torch.randn(SLOTS, 2 * width, hidden) / 8, torch.randn(SLOTS, hidden, width) / 8]
     packed = [NpuKernels().pack(form(each, torch.device("npu"))) for each in matrices]
     return ExpertWeights(*packed), matrices
 
 
+@pytest.mark.parametrize("form", [quantized, whole], ids=["one by one", "whole"])
 @pytest.mark.parametrize(
-    ("form", "width", "layout"),
-    [
-        (quantized, 64, w8a8.Tiled),
-        (quantized, 40, int8.Int8Weights),
-        (whole, 64, int8.Int8Weights),
-        (whole, 40, int8.Int8Weights),
-    ],
+    ("hidden", "width", "layout"),
+    [(64, 64, w8a8.Tiled), (40, 64, int8.Int8Weights), (40, 40, int8.Int8Weights)],
+    ids=["tiles", "plain", "plain and odd"],
 )
 @pytest.mark.parametrize("activation", [None, relu_product], ids=["swiglu", "own"])
-def test_rows_that_come_quantised(npu, form, width, layout, activation):
-    weights, matrices = experts(form, width)
+def test_rows_that_come_quantised(npu, form, hidden, width, layout, activation):
+    weights, matrices = experts(form, hidden, width)
     assert isinstance(weights.gate_up, layout)
     weights = ExpertWeights(weights.gate_up, weights.down, activation=activation)
-    rows_SD, counts_L = torch.randn(7, D).bfloat16(), torch.tensor(COUNTS).npu()
+    rows_SD, counts_L = torch.randn(7, hidden).bfloat16(), torch.tensor(COUNTS).npu()
     values_SD, scale_S = (each.npu() for each in int8.quantize_rows(rows_SD))
     quantised = int8.Int8Rows(values_SD, scale_S, torch.bfloat16)
     out_SD = NpuKernels().expert_mlp(quantised, counts_L, weights)
@@ -50,7 +47,7 @@ def test_rows_that_come_quantised(npu, form, width, layout, activation):
 
 def test_float_experts_dequantise_them(npu):
     rows = int8.Int8Rows(*(each.npu() for each in int8.quantize_rows(torch.randn(7, D))), torch.bfloat16)
-    weights, _ = experts(lambda each, place: each.bfloat16().to(place), 64)
+    weights, _ = experts(lambda each, place: each.bfloat16().to(place), D, 64)
     counts_L = torch.tensor(COUNTS).npu()
     as_they_were = NpuKernels().expert_mlp(rows.dequantised(), counts_L, weights)
     assert torch.equal(NpuKernels().expert_mlp(rows, counts_L, weights)[:6], as_they_were[:6])
@@ -63,7 +60,7 @@ def test_a_call_asks_nothing_twice(npu):
 
     if npu == REAL:
         pytest.skip("only the emulation notes its calls")
-    weights, _ = experts(quantized, 64)
+    weights, _ = experts(quantized, D, 64)
     rows = int8.Int8Rows(*(each.npu() for each in int8.quantize_rows(torch.randn(7, D))), torch.bfloat16)
     registry.calls.clear()
     NpuKernels().expert_mlp(rows, torch.tensor(COUNTS).npu(), weights)

@@ -177,7 +177,8 @@ def test_doctor_tells_every_device_and_dispatcher():
     result = run("doctor", "--json")
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
-    assert said["devices"]["cpu"] == {"usable": True, "reason": None, "kernels": ["auto", "reference"]}
+    cpu = {"usable": True, "reason": None, "no_collectives": None, "kernels": ["auto", "reference"]}
+    assert said["devices"]["cpu"] == cpu
     assert {"cuda", "ascend"} <= said["devices"].keys()
     assert all(device["usable"] or device["reason"] for device in said["devices"].values())
     assert {"replicated", "allgather", "alltoall"} <= said["dispatchers"].keys()

@@ -75,7 +75,7 @@ def test_the_choice_is_logged_once(caplog):
         ({"dispatcher": "allgather", "level": 2}, "it serves ep_level 1, and ep_level is 2"),
         (
             {"dispatcher": "nvshmem"},
-            "unknown; known are auto, replicated, allgather, mc2, symmetric, alltoall",
+            "unknown; known are auto, replicated, allgather, mc2, symmetric, alltoall, deepep",
         ),
         (
             {"dispatcher": "replicated,alltoall"},
@@ -103,7 +103,8 @@ def test_every_dispatcher_is_listed():
         ("mc2", 2),
         ("symmetric", 2),
         ("alltoall", 2),
+        ("deepep", 2),
     ]
     unavailable = {entry.name for entry in dispatchers() if entry.unavailable}
     assert ("mc2" in unavailable) == bool(devices()["ascend"].unavailable())
-    assert unavailable <= {"mc2", "symmetric"}
+    assert unavailable <= {"mc2", "symmetric", "deepep"}

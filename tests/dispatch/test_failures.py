@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ from epbackend.moe import ExpertParallelMoE
 from epbackend.slots import SlotMap
 
 SIZE, TIMEOUT_S = 3, 3.0
+LEVEL_1 = DispatchSettings(level=1, timeout_s=TIMEOUT_S)
+LEVEL_2 = DispatchSettings(level=2, timeout_s=TIMEOUT_S)
 
 
-def serve(rank: int, port: int, level: int, victim: int, blow: int, errors) -> None:
+def serve(rank: int, port: int, settings: DispatchSettings, victim: int, blow: int, errors) -> None:
     """A layer call that works, then one in which `victim` does not take part."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -32,7 +35,7 @@ def serve(rank: int, port: int, level: int, victim: int, blow: int, errors) -> N
         torch.randn(2, 6, 4),
         slot_map=SlotMap.uniform(6, SIZE),
         ranks=RankGroup.of(dist.group.WORLD),
-        settings=DispatchSettings(level=level, timeout_s=TIMEOUT_S),
+        settings=settings,
         top_k=2,
         layer=7,
     )
@@ -53,16 +56,30 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("level", "blow", "victim"),
-    [(1, signal.SIGKILL, 2), (2, signal.SIGSTOP, 2), (1, signal.SIGSTOP, 0), (2, signal.SIGKILL, 0)],
-    ids=["killed", "stopped", "keeper of the store stopped", "keeper of the store killed"],
+    ("settings", "blow", "victim"),
+    [
+        (LEVEL_1, signal.SIGKILL, 2),
+        (LEVEL_2, signal.SIGSTOP, 2),
+        (LEVEL_1, signal.SIGSTOP, 0),
+        (LEVEL_2, signal.SIGKILL, 0),
+        (replace(LEVEL_1, static=True, transport="fp8"), signal.SIGSTOP, 1),
+        (replace(LEVEL_2, static=True, transport="int8"), signal.SIGKILL, 1),
+    ],
+    ids=[
+        "killed",
+        "stopped",
+        "keeper of the store stopped",
+        "keeper of the store killed",
+        "static and stopped",
+        "static and killed",
+    ],
 )
-def test_the_others_name_the_rank(level, blow, victim):
+def test_the_others_name_the_rank(settings, blow, victim):
     spawn = multiprocessing.get_context("spawn")
     errors = spawn.Queue()
     port = free_port()
     processes = [
-        spawn.Process(target=serve, args=(rank, port, level, victim, blow, errors), daemon=True)
+        spawn.Process(target=serve, args=(rank, port, settings, victim, blow, errors), daemon=True)
         for rank in range(SIZE)
     ]
     for process in processes:

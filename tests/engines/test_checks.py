@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lmdeploy.pytorch.engine.executor.base import ExecutorBase
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.engines.lmdeploy import checks
+from epbackend.engines.lmdeploy import checks, engine, plug
 from epbackend.engines.lmdeploy.checks import expert_count
 from epbackend.engines.lmdeploy.patches.cache import GIB, cache_blocks
 from epbackend.errors import ConfigError, EPError, UnavailableError
@@ -116,6 +117,13 @@ def test_lmdeploys_own_expert_parallelism_is_refused(checkpoint, field):
     )
 
 
+def test_float32_is_the_cpus(monkeypatch):
+    monkeypatch.setattr(engine, "get_device", lambda _: SimpleNamespace(name="cuda"))
+    config = EPConfig.load({"device": "cuda", "engine": {"dtype": "float32"}})
+    with pytest.raises(ConfigError, match=r"engine\.dtype.*no float32 on device cuda; write bfloat16"):
+        engine.engine_config(config)
+
+
 def test_dense_model_on_one_rank_is_fine(checkpoint):
     config = EPConfig.load({"device": "cpu", "engine": {"session_len": 64}})
     with epbackend.pipeline(str(checkpoint("dense")), config) as pipe:
@@ -157,6 +165,22 @@ def test_cache_budget():
     assert cache_blocks(GIB // 100, GIB // 2, gigabytes=None, blocks=None) == 45
     assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=2.0, blocks=None) == 200
     assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=None, blocks=77) == 77
+
+
+@pytest.mark.parametrize(
+    ("settings", "blocks"), [({"cache_gb": 2.0}, 200), ({}, 25), ({"cache_blocks": 77}, 77)]
+)
+def test_cache_of_an_accelerator(monkeypatch, settings, blocks):
+    """A budget where one is set, else LMDeploy's share of the free memory."""
+    monkeypatch.setattr(plug, "get_device", lambda _: SimpleNamespace(name="cuda"))
+    plug.enable(EPConfig.load({"device": "cuda", "engine": settings | {"cache_max_entry_count": 0.5}}))
+    executor = ExecutorBase.__new__(ExecutorBase)
+    executor.cache_config = SimpleNamespace(
+        num_gpu_blocks=settings.get("cache_blocks", 0), cache_max_entry_count=0.5
+    )
+    free = GIB // 2 if blocks == 25 else 4 * GIB
+    executor._update_num_gpu_blocks([free] * 2, [SimpleNamespace(total=GIB // 100)] * 2, None)
+    assert executor.cache_config.num_gpu_blocks == blocks
 
 
 @pytest.mark.parametrize(

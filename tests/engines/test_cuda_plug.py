@@ -15,8 +15,12 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from lmdeploy import GenerationConfig
-from lmdeploy.pytorch.backends.cuda.graph_runner.piecewise import piecewise_graph_execution
+from lmdeploy.pytorch.backends.cuda.graph_runner.piecewise import (
+    piecewise_graph_execution,
+    trace_piecewise_cuda_graph,
+)
 from lmdeploy.pytorch.backends.cuda.step_metadata import CudaStepMetaPlan, collect_step_metadata
+from lmdeploy.pytorch.backends.deepep_state import get_deepep_state
 from lmdeploy.pytorch.backends.moe import (
     FusedMoEBlockedF8BuildSpec,
     FusedMoEStaticF8BuildSpec,
@@ -51,6 +55,7 @@ from tests.engines.modules import (
 pytestmark = pytest.mark.cuda
 FORMS = ("float", "fp8", "w8a8")
 ONE = {1: RankGroup.single()}
+PLACE = CudaDevice().torch_device(0)
 FEW_TOKENS = 4
 FEW = GenerationConfig(max_new_tokens=FEW_TOKENS, do_sample=False, ignore_eos=True)
 
@@ -85,6 +90,7 @@ def test_one_rank(cuda, form):
     seen = module_equals_reference(ONE, case(form))
     assert seen.expert_list is None
     assert set(seen.kept) == {1}, "weights are held once, by our layer"
+    assert not get_deepep_state().enabled(), "nothing in LMDeploy takes DeepEP's way"
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -115,7 +121,7 @@ def test_two_ranks_as_decoding_is_captured(run, level):
 def test_decoding_is_bounded_as_lmdeploys_graphs_are(cuda):
     """Drafted tokens count: a step has so many times more."""
     with built_for(case("float"), RankGroup.single()):
-        module, _ = load_module(case("float"))
+        module, _ = load_module(case("float"), PLACE)
         assert module.impl.settings["decode"].max_tokens == 16
         assert module.impl.settings["prefill"].max_tokens is None
 
@@ -129,7 +135,7 @@ def test_decoding_is_bounded_as_lmdeploys_graphs_are(cuda):
 )
 def test_fp8_that_is_not_computed(cuda, changed, match):
     with built_for(case("fp8"), RankGroup.single()):
-        module, _ = load_module(case("fp8"))
+        module, _ = load_module(case("fp8"), PLACE)
         spec: FusedMoEBlockedF8BuildSpec = replace(module.impl.spec, **changed)
         with pytest.raises(ConfigError, match=match):
             _backend().build_op(spec)
@@ -213,8 +219,8 @@ def test_between_captured_pieces_the_filling_is_left_out(cuda):
     """Prefill in pieces fills a batch up to a graph's size; experts see the batch alone."""
     settings = case("float", tokens=(5,))
     with built_for(settings, RankGroup.single()):
-        module, _ = load_module(settings)
-        hidden, ids, routed = (each.to(cuda.torch_device(0)) for each in batch_of(settings, 0))
+        module, _ = load_module(settings, PLACE)
+        hidden, routed, ids = on_device(settings)
         expected = module(hidden[:3], routed[:3], ids[:3])
         boundary = ExpertsBetweenGraphs(module.impl)
         assert boundary.supports_piecewise_cuda_graph()
@@ -222,6 +228,56 @@ def test_between_captured_pieces_the_filling_is_left_out(cuda):
         with piecewise_graph_execution(raw_tokens=3, token_bucket=5):
             torch.testing.assert_close(module(hidden, routed, ids), expected)
         assert len(module(hidden, routed, ids)) == 5
+
+
+@pytest.fixture
+def gpu(cuda):
+    if cuda.emulated:
+        pytest.skip("capturing a CUDA graph needs a GPU")
+
+
+def on_device(settings: Case) -> list[torch.Tensor]:
+    hidden, ids, routed = (each.to(PLACE) for each in batch_of(settings, 0))
+    return [hidden, routed, ids]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_captured_whole_and_replayed(gpu, form):
+    """What decoding does; the load counts what replays do."""
+    settings = case(form, graphs=True)
+    with built_for(settings, RankGroup.single()):
+        module, _ = load_module(settings, PLACE)
+        inputs = on_device(settings)
+        expected = module(*inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = module(*inputs)
+        for _ in range(3):
+            found.fill_(torch.nan)
+            graph.replay()
+            plug.active().load_writer.step()
+        plug.active().load_writer.close()
+        load = plug.active().load_report()
+    torch.testing.assert_close(found, expected)
+    assert load.calls == 3
+    assert load.tokens_RLE.sum() == (1 + 3) * inputs[2].numel()
+
+
+def test_captured_in_pieces_and_replayed(gpu):
+    """What LMDeploy does with prefill where `piecewise_cudagraph_max_tokens` is set."""
+    settings = case("float")
+    with built_for(settings, RankGroup.single()):
+        module, _ = load_module(settings, PLACE)
+        ExpertsBetweenGraphs(module.impl).enable_piecewise_cuda_graph()
+        hidden, routed, ids = on_device(settings)
+        with piecewise_graph_execution(raw_tokens=len(hidden), token_bucket=len(hidden)):
+            plan = trace_piecewise_cuda_graph(
+                lambda hidden: module(hidden * 2, routed, ids) + 1, [hidden], warmup_iterations=1
+            )
+            found = plan.replay(-hidden).clone()
+        expected = module(hidden * -2, routed, ids) + 1
+    assert [type(step).__name__ for step in plan.steps] == ["GraphStep", "EagerStep", "GraphStep"]
+    torch.testing.assert_close(found, expected)
 
 
 def test_lmdeploy_knows_of_the_boundaries(cuda):
@@ -232,7 +288,7 @@ def test_lmdeploy_knows_of_the_boundaries(cuda):
             mock.patch.object(CudaStepMetaPlan, "from_implementations") as resolve,
             collect_step_metadata(context),
         ):
-            load_module(case("w8a8"))
+            load_module(case("w8a8"), PLACE)
     _, boundaries = resolve.call_args.args
     assert [type(each) for each in boundaries] == [ExpertsBetweenGraphs]
 

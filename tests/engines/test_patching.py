@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import os
 import subprocess
 import sys
@@ -34,6 +35,15 @@ def test_every_hook_is_the_one_it_was_written_for(each):
 def test_names_are_unique_and_reasons_given():
     assert len({each.name for each in PATCHES}) == len(PATCHES)
     assert all(len(each.why) > 20 for each in PATCHES)
+
+
+def test_our_log_has_the_level_of_the_engines():
+    log = logging.getLogger("epbackend")
+    for level in ("INFO", "WARNING"):
+        epbackend.enable(EPConfig.load({"device": "cpu", "engine": {"log_level": level}}))
+        epbackend.disable()
+        assert log.isEnabledFor(logging.INFO) is (level == "INFO")
+        assert log.hasHandlers()
 
 
 @pytest.mark.parametrize("config", [MP, RAY], ids=["mp", "ray"])
@@ -86,12 +96,17 @@ def test_nothing_is_active_before_enable():
 
 
 def test_only_what_is_needed_is_patched():
-    cpu_one = {each.name for each in needed("cpu", 1, "uni")}
-    cuda_two = {each.name for each in needed("cuda", 2, "ray")}
-    assert "deepseek-v2-sums-once" in cuda_two
+    cpu_one, cuda_two, ascend_two = (
+        {each.name for each in needed(*deployment)}
+        for deployment in (("cpu", 1, "uni"), ("cuda", 2, "ray"), ("ascend", 2, "mp"))
+    )
+    assert "deepseek-v2-sums-once" in cuda_two & ascend_two
     assert "deepseek-v2-sums-once" not in cpu_one
-    assert not any(name.startswith("torch-cuda") for name in cuda_two)
+    assert "deep-ep-not-demanded" in cuda_two
+    assert "deep-ep-not-demanded" not in cpu_one | ascend_two
+    assert not any(name.startswith("torch-cuda") for name in cuda_two | ascend_two)
     assert "mp-notifier" not in cpu_one | cuda_two
+    assert {"backend-with-our-experts", "steps-are-counted"} <= cpu_one & cuda_two & ascend_two
 
 
 def test_a_moved_hook_is_named_and_nothing_is_changed(monkeypatch):

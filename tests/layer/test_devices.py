@@ -36,6 +36,14 @@ def test_kernel_sets_of_a_device_that_is_not_here():
         device.kernel_set("grouped_mm")
 
 
+def test_ranks_need_a_torch_with_the_devices_collectives(monkeypatch):
+    assert devices()["cpu"].no_collectives() is None
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: name == "gloo")
+    assert "has no NCCL; install a build that has it, or run one rank" in str(
+        devices()["cuda"].no_collectives()
+    )
+
+
 @pytest.mark.parametrize("name", ["cuda", "ascend"])
 def test_a_device_without_kernels_gives_its_reason(name):
     device = devices()[name]

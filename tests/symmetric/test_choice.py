@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from epbackend.dispatch.base import Problem
 from epbackend.dispatch.choose import choose
+from epbackend.dispatch.deepep import DeepEp
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.dispatch.symmetric import OPEN_TOKENS, Room, Symmetric
@@ -18,7 +21,7 @@ pytestmark = pytest.mark.cpu
 
 
 class PeerKernels(ReferenceKernels):
-    stores_to_peers = True
+    on_cuda = True
 
 
 def problem(size: int = 8, token_size: int = 1, kernels=None, **settings) -> Problem:
@@ -37,6 +40,15 @@ def problem(size: int = 8, token_size: int = 1, kernels=None, **settings) -> Pro
 )
 def test_reasons_against(case, reason):
     assert reason in Symmetric.unsupported(case)
+
+
+def test_deepep_is_taken_by_name_only_and_says_what_is_missing():
+    assert DeepEp.unsupported(problem()) == "it is taken only where it is named"
+    if find_spec("deep_ep") is None:
+        with pytest.raises(
+            ConfigError, match="deepep is pinned but cannot be used: deep_ep is not installed"
+        ):
+            choose(problem(dispatcher="deepep"))
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")

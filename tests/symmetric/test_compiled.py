@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton import knobs
 
+from epbackend.kernels.triton import padded
 from epbackend.kernels.triton.chip import A100, B200, H100, L40S
 from epbackend.kernels.triton.peer import give_back as give_back_module
 from epbackend.kernels.triton.peer.counts import publish_counts
@@ -33,6 +34,18 @@ SHAPES = {"DeepSeek-V3": (8, 32, 8, 7168), "Qwen3-30B": (2, 64, 8, 2048), "NVL72
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("chip", [H100, B200], ids=lambda chip: chip.name)
+def test_padded_rows_compile(monkeypatch, chip):
+    monkeypatch.setattr(padded, "chip_of", lambda device: chip)
+    padded_LCD, counts_L, rows_SD = meta(32, 1024, 7168), meta(32, dtype=torch.int32), meta(8192, 7168)
+    with compiling_for(chip) as compiled:
+        padded.pack(padded_LCD, counts_L, rows_SD)
+        padded.spread(rows_SD, counts_L, padded_LCD)
+    for kernel in compiled:
+        assert resources(kernel).spilled == 0
+        assert "st.global.v4.b32" in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

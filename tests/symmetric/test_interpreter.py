@@ -15,7 +15,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("file", ["test_phases.py", "test_virtual_ranks.py", "test_processes.py"])
+@pytest.mark.parametrize(
+    "file", ["test_phases.py", "test_virtual_ranks.py", "test_processes.py", "test_deepep.py"]
+)
 def test_in_the_interpreter(file):
     command = [
         sys.executable,

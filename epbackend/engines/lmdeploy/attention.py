@@ -26,7 +26,7 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
         if missing := _unsupported(spec):
             raise UnavailableError(
                 f"device: cpu has no paged attention with {missing}, which this model needs; "
-                "serve it on a GPU by LMDeploy alone, until epbackend has its plug for device: cuda"
+                "serve it on a GPU (device: cuda)"
             )
         super().__init__(
             num_heads=spec.num_heads,

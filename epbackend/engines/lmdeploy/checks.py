@@ -59,6 +59,9 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
 
 def check_packages(config: EPConfig, *, serving: bool) -> None:
     """Raises UnavailableError, naming them, where packages are missing that only some ways of running need."""
+    device = get_device(config.device)
+    if config.world_size > 1 and (reason := device.no_collectives()):
+        raise UnavailableError(f"device {device.name} cannot run {config.world_size} ranks: {reason}")
     needed = ["ray"] if executor(config) == "ray" else []
     if serving:
         needed += ["uvicorn", "fastapi", "openai", "aiohttp"]

@@ -25,11 +25,16 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
     dp_rank tells the engines of one deployment with `engine.dp` > 1 apart; each is a process of its own.
 
     Raises:
-        ConfigError: `engine.extra` asks for a part of LMDeploy's own expert parallelism.
+        ConfigError: LMDeploy lacks the dtype on this device, or `engine.extra` asks for a part of its own expert
+            parallelism.
     """
     from lmdeploy import PytorchEngineConfig
 
     engine, device = config.engine, get_device(config.device).name
+    if engine.dtype == "float32" and device != "cpu":
+        raise ConfigError(
+            f"engine.dtype: LMDeploy has no float32 on device {device}; write bfloat16, float16 or auto"
+        )
     for name, why in NOT_WITH_US.items():
         if engine.extra.get(name):
             raise ConfigError(f"engine.extra.{name}: {why}; remove it")

@@ -33,7 +33,7 @@ AHEAD = 8
 RANK = np.dtype(
     [
         ("error", "S4096"),
-        ("dispatchers", "S4096"),
+        ("dispatchers", "S16384"),
         ("experts", np.int64),
         ("calls", np.int64, MAX_LAYERS),
         ("passes", np.int64, MAX_LAYERS),

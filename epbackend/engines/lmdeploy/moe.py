@@ -65,6 +65,7 @@ class LayerExperts:
 
     def take(self, gate_up_L2FD: Matrices, down_LDF: Matrices) -> None:
         """Makes the layer of the rank's weights, which LMDeploy has loaded."""
+        config = active().config
         self.layer = ExpertParallelMoE(
             gate_up_L2FD,
             down_LDF,
@@ -73,10 +74,12 @@ class LayerExperts:
             settings=self.settings,
             split=self.split,
             device=self.device,
+            kernels=config.kernels,
             top_k=self.spec.top_k,
             gate_up_bias_L2F=self.gate_up_bias,
             down_bias_LD=self.down_bias,
             activation=self.activation,
+            check_ids=config.check_expert_ids,
             layer=self.layer_number,
         )
         active().load_writer.watch(get_dist_manager().current_context().rank, self.layer_number, self.layer)

@@ -62,15 +62,14 @@ class NpuKernels(TorchSplits):
         out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
 
     def pack(self, weights_LNK: Matrices) -> NpuWeights:
-        """Int8 matrices that come one by one are laid out for the matrix unit (`w8a8.Tiled`), where it takes them."""
+        """Int8 matrices are copied into tiles where the operators take them (`w8a8`); float ones stay as they are."""
         packed = stacked(weights_LNK)
         if isinstance(packed, Fp8Blocks):
             raise ConfigError(
                 "device ascend: float8 experts are not supported; serve this model in bfloat16 or W8A8"
             )
         limits.check_weights(packed)
-        one_by_one = not isinstance(weights_LNK, Int8Weights)
-        return w8a8.tiled(packed) if isinstance(packed, Int8Weights) and one_by_one else packed
+        return w8a8.tiled(packed) if isinstance(packed, Int8Weights) else packed
 
     def grouped_matmul(
         self, rows_SK: w8a8.Rows, packed: NpuWeights, counts_L: Tensor, bias_LN: Tensor | None = None

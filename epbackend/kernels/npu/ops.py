@@ -147,12 +147,6 @@ def format_cast(tensor: Tensor, layout: int) -> Tensor:
     return _npu().npu_format_cast(tensor, layout)
 
 
-def softmax_top_k(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """(weights_TK in the logits' type, ids_TK int32): the largest of softmax, largest first. top_k at most 1024."""
-    weights_TK, ids_TK, _ = _npu().npu_moe_gating_top_k_softmax(logits_TE, None, top_k)
-    return weights_TK, ids_TK
-
-
 def sigmoid_top_k(
     logits_TE: Tensor, bias_E: Tensor, top_k: int, groups: int, top_groups: int, factor: float
 ) -> tuple[Tensor, Tensor]:

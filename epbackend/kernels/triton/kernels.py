@@ -23,8 +23,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class TritonKernels:
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
-    stores_to_peers = True
-    """`peer/` has the kernels that the dispatcher `symmetric` needs beside these."""
+    on_cuda = True
+    """Dispatchers that bring Triton kernels of their own may run on the same tensors."""
 
     def __init__(self, chip: Chip | None = None) -> None:
         """`chip` None: the one that a call's tensors live on."""

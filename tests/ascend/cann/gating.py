@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ascend.cann.registry import aclnn, require
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@aclnn("x:T finished:T k:i", "y:T expert_idx:T row_idx:T")
-def aclnnMoeGatingTopKSoftmax(x: Tensor, finished: Tensor | None, k: int, y, expert_idx, row_idx) -> None:
-    require(x.dim() == 2 and x.dtype in FLOATS, "x must be float, [T, E]")
-    require(finished is None, "finished rows are not emulated")
-    require(0 < k <= min(x.shape[1], 1024), f"k {k} is not in 1 to the experts, or above 1024")
-    require(len(x) > 0, "x has no rows")
-    weights, ids = x.float().softmax(1).topk(k)
-    y.copy_(weights)
-    expert_idx.copy_(ids)
-    row_idx.copy_(torch.arange(len(x) * k).view(k, len(x)).t())
 
 
 @aclnn(

@@ -1,11 +1,16 @@
-"""LMDeploy's Ascend backend, which is dlinfer's, with our experts."""
+"""LMDeploy's Ascend backend, which is dlinfer's, with our experts and DeepSeek-V3's router in one operator."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from lmdeploy.pytorch.backends.base import BuildSpec, ImplT
 from lmdeploy.pytorch.backends.dlinfer.ascend import AscendOpsBackend
 from lmdeploy.pytorch.backends.dlinfer.ascend.op_backend import DistMeta
+from lmdeploy.pytorch.backends.moe_router import RouterNoauxTCBuildSpec
 
 from epbackend.engines.lmdeploy.backends.experts import OurExperts
+from epbackend.engines.lmdeploy.routers import NpuRouter
 
 
 class AscendBackend(OurExperts, AscendOpsBackend):
@@ -16,3 +21,9 @@ class AscendBackend(OurExperts, AscendOpsBackend):
     """
 
     dist_meta = DistMeta(dp_size=1, tp_size=1, ep_size=1, tp_rank=0, ep_rank=0, tp_group=None, ep_group=None)
+
+    @classmethod
+    def build_op(cls, spec: BuildSpec[ImplT], *, enable_deterministic: bool = False) -> Any:
+        if isinstance(spec, RouterNoauxTCBuildSpec) and NpuRouter.fits(spec):
+            return NpuRouter(spec)
+        return super().build_op(spec, enable_deterministic=enable_deterministic)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from epbackend.engines.lmdeploy.layers import building
-from epbackend.engines.lmdeploy.patching import Patch, patch
+from epbackend.engines.lmdeploy.patching import Patch
 
 TWICE = "it sums the routed experts' output over all ranks, though each rank has the whole sum already"
 NOT_AFTER = {"_all_reduce": False}
@@ -78,19 +78,6 @@ qwen3_next_sums_once = _sums_once(
     "dc6a5dd02c3d",
     why="it never sums the shared experts, of which each rank has a part",
 )
-
-
-@patch(
-    "lmdeploy.pytorch.nn.norm:RMSNorm.can_handle_all_reduce",
-    why="where it sums for the layer before it (DeepSeek-V3.2, GLM-5), it sums complete outputs over all ranks",
-    when="ep",
-    fingerprint="0fc7cf2ede14",
-)
-def mlp_sums_before_the_norm(original: Callable) -> Callable:
-    def can_handle_all_reduce(layer_type: str) -> bool:
-        return layer_type != "mlp" and original(layer_type)
-
-    return can_handle_all_reduce
 
 
 def _tells_its_layer(name: str, target: str, fingerprint: str) -> Patch:

@@ -1,0 +1,104 @@
+"""Watches what a GPU does without the host: work that never ends becomes an error that names rank and layer.
+
+Collectives on a GPU do not fail where they are called. When a rank is lost the kernels of the others wait for it, and
+their hosts block in the next call that needs a result, where no exception can reach them. NCCL's own watchdog follows
+the group's timeout (LMDeploy sets 97 years), and sees nothing of what a CUDA graph replays. So a thread looks at the
+oldest mark that the GPU has not passed. When it is overdue, the thread asks who does not answer, reports it and ends
+the process, as NCCL's watchdog would.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from threading import Lock, Thread
+
+import torch
+import torch.distributed as dist
+
+from epbackend.dispatch.rollcall import blame
+
+logger = logging.getLogger("epbackend")
+POLL_S = 1.0
+
+
+def watch(what: str, group: dist.ProcessGroup | None, timeout_s: float) -> None:
+    """Mark this place in the current CUDA stream; `what` ends there. Does nothing while a graph is captured.
+
+    A replay of a graph that holds collectives is marked by calling this after it. No group, nobody to wait for.
+    """
+    if group is None or torch.cuda.is_current_stream_capturing():
+        return
+    passed = torch.cuda.Event()
+    passed.record()
+    _sentry(group).add(what, passed.query, timeout_s)
+
+
+@cache
+def _sentry(group: dist.ProcessGroup) -> Sentry:
+    return Sentry(lambda: blame(group, POLL_S), lambda: os.kill(os.getpid(), signal.SIGABRT))
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in the order of a device's work."""
+
+    what: str
+    passed: Callable[[], bool]
+    set_at: float
+    timeout_s: float
+
+    @property
+    def overdue(self) -> bool:
+        return time.monotonic() - self.set_at > self.timeout_s
+
+
+class Sentry:
+    """The marks of one stream, oldest first, and the thread that looks at them."""
+
+    def __init__(self, who: Callable[[], str], end: Callable[[], None]) -> None:
+        """`who` says in words which ranks do not answer; `end` is what happens after the report."""
+        self._who, self._end = who, end
+        self._marks: deque[Mark] = deque()
+        self._lock = Lock()
+        self._thread: Thread | None = None
+
+    def add(self, what: str, passed: Callable[[], bool], timeout_s: float) -> None:
+        """Watch a mark that was just set; marks are passed in the order in which they were added."""
+        with self._lock:
+            while self._marks and self._marks[0].passed():
+                self._marks.popleft()
+            self._marks.append(Mark(what, passed, time.monotonic(), timeout_s))
+        if self._thread is None:
+            self._thread = Thread(target=self._stand, name="epbackend sentry", daemon=True)
+            self._thread.start()
+
+    def _stand(self) -> None:
+        while not (late := self._late()):
+            time.sleep(POLL_S)
+        logger.critical(
+            "%s did not end within timeout_s %g: %s. This process ends, as its GPU would wait for ever",
+            late.what,
+            late.timeout_s,
+            self._who(),
+        )
+        self._end()
+
+    def _late(self) -> Mark | None:
+        """The oldest mark, if it is overdue and was not passed.
+
+        Each mark is asked once, when it is overdue: a query from this thread would break a capture in the main thread,
+        and shortly before each capture LMDeploy runs the same layers, whose marks are new.
+        """
+        with self._lock:
+            while self._marks and self._marks[0].overdue:
+                if not self._marks[0].passed():
+                    return self._marks[0]
+                self._marks.popleft()
+        return None

@@ -1,0 +1,102 @@
+"""The Ascend plug: LMDeploy's own modules of experts with our operators, on npu tensors and over HCCL.
+
+LMDeploy's Ascend backend is the real one; below it stands a stand-in for dlinfer, which computes nothing. What only
+dlinfer can run is not shown here: attention, norms, the router, and so a whole engine.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("lmdeploy", reason="LMDeploy is not installed")
+
+pytestmark = pytest.mark.ascend
+
+STAND_IN = Path(__file__).parent / "dlinfer_stand_in"
+COMPUTED = {"float": torch.bfloat16, "w8a8": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def _dlinfer(npu):
+    """dlinfer, the real one where it is installed; the ranks get the path along with their work."""
+    sys.path.append(str(STAND_IN))
+
+
+def equals_reference(groups, settings):
+    """`modules.module_equals_reference`, which imports LMDeploy, in a rank."""
+    from tests.engines.modules import Case, module_equals_reference
+
+    return module_equals_reference(groups, Case(device="ascend", **settings))
+
+
+@pytest.mark.parametrize("form", COMPUTED)
+@pytest.mark.parametrize(
+    ("settings", "dispatcher"),
+    [
+        ({"size": 1}, "replicated"),
+        ({"size": 2, "level": 1}, "replicated"),
+        ({"size": 2, "level": 1, "dp": 2}, "allgather"),
+        ({"size": 2, "level": 2, "dp": 2, "dispatcher": "alltoall", "copies": True}, "alltoall"),
+        ({"size": 2, "level": 2, "dp": 2, "hidden": 1024, "copies": True}, "mc2"),
+    ],
+    ids=["one rank", "shared tokens", "own tokens", "copies", "fused"],
+)
+def test_modules(ranks, npu, form, settings, dispatcher):
+    if (npu, dispatcher) == ("A2", "mc2"):
+        pytest.skip("few ranks of an A2 take mc2 by name alone")
+    settings = {"form": form, "dtype": COMPUTED[form]} | settings
+    seen = ranks.run(settings["size"], equals_reference, settings)
+    assert {rank.dispatcher for rank in seen} == {dispatcher}
+    assert {count for rank in seen for count in rank.kept} == {1}, "weights are held once, by our layer"
+    tokens = 8 if settings.get("dp") else 5
+    assert sum(rank.load.tokens_RLE.sum() for rank in seen) == 3 * tokens
+
+
+def test_dlinfer_is_told_that_a_rank_is_alone():
+    """Else each step would gather the ranks' tokens, and dlinfer's router split them."""
+    from lmdeploy.pytorch.model_inputs import BuildModelContext, StepContextManager, step_ctx_manager
+
+    from epbackend.engines.lmdeploy.backends.ascend import AscendBackend
+
+    int32 = {"dtype": torch.int32, "device": "npu"}
+    step = SimpleNamespace(
+        kv_caches=[(torch.zeros(4, 16, 1, 8, device="npu"),)],
+        block_offsets=torch.tensor([[0], [1]], **int32),
+        q_seqlens=torch.ones(2, **int32),
+        kv_seqlens=torch.tensor([3, 5], **int32),
+        input_ids=torch.zeros(1, 2, **int32),
+        is_decoding=True,
+        global_is_decoding=lambda: True,
+        max_q_seqlen=1,
+        max_kv_seqlen=5,
+        sum_kv_seqlen=8,
+        kv_quant_policy=0,
+        model_config=SimpleNamespace(is_gated_delta=False),
+    )
+    with step_ctx_manager(StepContextManager(BuildModelContext())):
+        told = AscendBackend.update_step_context(step).moe_metadata
+    assert (told.dp_size, told.tp_size, told.ep_size, told.pad_size) == (1, 1, 1, 0)
+    assert told.x_active_mask is None
+    assert told.moe_group_name is None
+
+
+def test_the_router_of_deepseek_v3_is_ours():
+    from lmdeploy.pytorch.backends.moe_router import RouterNoauxTCBuildSpec
+
+    from epbackend.engines.lmdeploy.backends.ascend import AscendBackend
+    from epbackend.engines.lmdeploy.routers import NpuRouter
+
+    spec = RouterNoauxTCBuildSpec("sigmoid", 8, 8, 4, 256, routed_scaling_factor=2.5)
+    assert isinstance(AscendBackend.build_op(spec), NpuRouter)
+
+
+def test_the_engine_runs_without_captured_graphs():
+    from epbackend import EPConfig
+    from epbackend.engines.lmdeploy.engine import engine_config
+
+    assert engine_config(EPConfig.load({"device": "ascend", "ep_size": 2})).eager_mode

@@ -1,0 +1,95 @@
+"""What a GPU never ends is reported with layer and rank, and ends the process.
+
+There is no GPU here: the marks are those of a gloo collective that nobody waits for, as NCCL's is not waited for.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from dispatch.test_failures import free_port
+from epbackend.dispatch import sentry
+from epbackend.dispatch.rollcall import blame
+from epbackend.dispatch.sentry import Sentry
+
+SIZE, VICTIM, TIMEOUT_S = 3, 1, 2.0
+
+
+def wait_for(condition, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_the_oldest_overdue_mark_is_reported(caplog, monkeypatch):
+    monkeypatch.setattr(sentry, "POLL_S", 0.01)
+    ended = []
+    guard = Sentry(lambda: "rank 3 does not answer", lambda: ended.append(True))
+    guard.add("layer 1", lambda: True, 0.05)
+    guard.add("layer 2", lambda: False, 0.05)
+    guard.add("layer 3", lambda: False, 0.05)
+    wait_for(lambda: ended)
+    (line,) = caplog.messages
+    assert line.startswith("layer 2 did not end within timeout_s 0.05: rank 3 does not answer")
+
+
+def test_marks_that_were_passed_are_asked_once_and_forgotten(monkeypatch):
+    monkeypatch.setattr(sentry, "POLL_S", 0.01)
+    ended, asked = [], []
+    guard = Sentry(lambda: "", lambda: ended.append(True))
+    for layer in range(5):
+        guard.add(f"layer {layer}", lambda layer=layer: asked.append(layer) or layer == 4, 0.1)
+        if layer == 3:  # the GPU is slow, and then passes all of them
+            asked.clear()
+            guard._marks = type(guard._marks)(
+                sentry.Mark(mark.what, lambda: asked.append("late") or True, mark.set_at, mark.timeout_s)
+                for mark in guard._marks
+            )
+    wait_for(lambda: not guard._marks)
+    time.sleep(0.1)
+    assert (asked, ended) == (["late"] * 4 + [4], [])
+
+
+def serve(rank: int, port: int, lines) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=SIZE)
+    dist.barrier()
+    if rank == VICTIM:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    rows, answer = torch.ones(SIZE), torch.empty(SIZE)
+    work = dist.all_to_all_single(answer, rows, async_op=True)
+
+    def who() -> str:
+        found = blame(dist.group.WORLD, 1.0)
+        lines.put((rank, found))
+        return found
+
+    guard = Sentry(who, lambda: os.kill(os.getpid(), signal.SIGABRT))
+    guard.add("decode of MoE layer 7", work.is_completed, TIMEOUT_S)
+    time.sleep(60)  # in the place of a host that waits for its GPU
+
+
+def test_a_stopped_rank_is_named_and_the_others_end():
+    spawn = multiprocessing.get_context("spawn")
+    lines, port = spawn.SimpleQueue(), free_port()  # its `put` returns when the line is sent
+    ranks = [spawn.Process(target=serve, args=(rank, port, lines), daemon=True) for rank in range(SIZE)]
+    for process in ranks:
+        process.start()
+    try:
+        alive = {0, 1, 2} - {VICTIM}
+        for rank in alive:
+            ranks[rank].join(45)
+            assert ranks[rank].exitcode == -signal.SIGABRT
+        heard = dict(lines.get() for _ in alive)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    assert heard == dict.fromkeys(alive, f"rank {VICTIM} does not answer")

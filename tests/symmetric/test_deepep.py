@@ -1,0 +1,53 @@
+"""`deepep` against a stand-in that keeps to DeepEP's documented interface: call-checked, not run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from contract.layer_case import Case, Seen, layer_equals_dense
+from triton import knobs
+
+from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.settings import DispatchSettings
+from epbackend.kernels.triton.padded import pack, spread
+from symmetric import deep_ep_stand_in
+
+pytestmark = pytest.mark.cuda
+NORMAL = DispatchSettings(level=2, dispatcher="deepep")
+LOW_LATENCY = replace(NORMAL, max_tokens=9)
+
+
+def layers(groups: dict[int, RankGroup], cases: list[Case]) -> list[Seen]:
+    deep_ep_stand_in.install()
+    return [layer_equals_dense(groups, case) for case in cases]
+
+
+@pytest.mark.skipif(not knobs.runtime.interpret, reason="the stand-in is for CPUs")
+@pytest.mark.parametrize(("size", "token_size"), [(2, 1), (4, 2)])
+def test_both_modes_in_turn(ranks, size, token_size):
+    slots, slots_R = (0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 5, 0), {2: (9, 4), 4: (5, 1, 4, 3)}[size]
+    bfloat16 = {"dtype": torch.bfloat16, "hidden": 16, "device": "cuda"}
+    decode = Case(size, (6, 0), LOW_LATENCY, token_size, slots, slots_R, split="nearest", **bfloat16)
+    prefill = replace(decode, tokens=(11, 3), settings=NORMAL)
+    for seen in ranks.run(size, layers, [decode, prefill, replace(decode, tokens=(2, 9))]):
+        assert [layer.dispatcher for layer in seen] == ["deepep"] * 3
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0], [4, 4, 4]])
+def test_padded_rows_are_packed_and_spread(place_of, counts):
+    padded_LCD = torch.randn(3, 4, 1100, device=place_of)
+    counts_L = torch.tensor(counts, dtype=torch.int32, device=place_of)
+    rows_SD = torch.full((12, 1100), torch.nan, device=place_of)
+    pack(padded_LCD, counts_L, rows_SD)
+    expected = torch.cat([slot[:count] for slot, count in zip(padded_LCD, counts, strict=True)])
+    assert torch.equal(rows_SD[: sum(counts)], expected)
+    assert rows_SD[sum(counts) :].isnan().all()
+    back_LCD = torch.zeros_like(padded_LCD)
+    spread(rows_SD, counts_L, back_LCD)
+    valid = torch.arange(4, device=place_of) < counts_L[:, None]
+    assert torch.equal(back_LCD, torch.where(valid[:, :, None], padded_LCD, 0.0))
