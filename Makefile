@@ -16,10 +16,10 @@ DEVICE ?= A3
 RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-cuda test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
+.PHONY: help setup demo test test-cpu test-cuda e2e-cuda test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY) ## virtual environment in .venv, with everything pinned and .venv/bin/epbackend
 
@@ -63,6 +63,9 @@ test-cuda: ## the contract suite and the kernels' own tests on a CUDA GPU
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 	    $(CUDA_PYTHON) -m pytest -q tests/cuda/test_sanitized.py -m cuda; \
 	else echo "compute-sanitizer is not on the PATH: memory accesses were not checked"; fi
+
+e2e-cuda: ## LMDeploy pipelines and whole layers on a GPU, two ranks on it; make gather-gpu brings what it needs
+	$(CUDA_PYTHON) -m pytest tests/e2e -m cuda
 
 test-ascend: setup $(NPU_WHEEL)/.ready ## the suite of the ascend device on an emulated A3; DEVICE=A2 for that chip, DEVICE=npu for four real NPUs
 	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend $(DEVICE)

@@ -172,7 +172,7 @@ class ExpertParallelMoE:
         out_TD = exchange.finish()
         if out_TD.is_cuda:
             timeout_s = self._dispatchers[phase].problem.settings.timeout_s
-            watch(f"{phase} of MoE layer {self.layer}", self.ranks, timeout_s)
+            watch(f"{phase} of MoE layer {self.layer}", self.ranks.group, timeout_s)
         self.load.add_call(exchange.passes, exchange.rounds)
         return out_TD
 

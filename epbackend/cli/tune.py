@@ -8,7 +8,13 @@ import typer
 
 from epbackend.cli.output import console
 from epbackend.device import get_device
-from epbackend.engines.lmdeploy.checks import expert_count, read_model_config
+from epbackend.engines.lmdeploy.checks import (
+    BLOCKED_FP8,
+    W8A8,
+    expert_count,
+    form_of_experts,
+    read_model_config,
+)
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.models import resolve
 
@@ -16,8 +22,8 @@ if TYPE_CHECKING:
     from epbackend.kernels.triton.tuning.job import ExpertShape
 
 Form = Literal["half", "fp8", "int8"]
-FORM_OF = {"fp8": "fp8", "smooth_quant": "int8"}
-"""quant_method of a checkpoint -> form of its experts; half where there is none."""
+FORM_OF: dict[str, Form] = {BLOCKED_FP8: "fp8", W8A8: "int8"}
+"""What LMDeploy makes of a quantised checkpoint -> the kernels' name for it."""
 
 
 def tune(
@@ -71,7 +77,7 @@ def wanted(
     if model is None:
         return [(_parsed(shape), form or "half") for shape in shapes]
     settings = read_model_config(Path(resolve(model)))
-    return [(_of_model(model, settings, ep_size), form or _form_of(settings))]
+    return [(_of_model(model, settings, ep_size), form or _form_of(model, settings))]
 
 
 def _parsed(text: str) -> "ExpertShape":
@@ -97,7 +103,12 @@ def _of_model(name: str, settings: dict[str, Any], ep_size: int) -> "ExpertShape
     return ExpertShape(Path(name).name, -(-experts // ep_size), hidden, inner)
 
 
-def _form_of(settings: dict[str, Any]) -> str:
+def _form_of(name: str, settings: dict[str, Any]) -> Form:
     text = settings.get("text_config") or {}
-    quantised = settings.get("quantization_config") or text.get("quantization_config") or {}
-    return FORM_OF.get(str(quantised.get("quant_method")), "half")
+    quantised = settings.get("quantization_config") or text.get("quantization_config")
+    found = form_of_experts(quantised) if quantised else "half"
+    if quantised and found not in FORM_OF:
+        raise ConfigError(
+            f"tune: our kernels do not multiply {found} experts, which {name} has; name a --form"
+        )
+    return FORM_OF.get(found, "half")

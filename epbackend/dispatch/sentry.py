@@ -22,23 +22,22 @@ from threading import Lock, Thread
 import torch
 import torch.distributed as dist
 
-from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.rollcall import blame
 
 logger = logging.getLogger("epbackend")
 POLL_S = 1.0
 
 
-def watch(what: str, ranks: RankGroup, timeout_s: float) -> None:
+def watch(what: str, group: dist.ProcessGroup | None, timeout_s: float) -> None:
     """Mark this place in the current CUDA stream; `what` ends there. Does nothing while a graph is captured.
 
-    A replay of a graph that holds collectives is marked by calling this after it.
+    A replay of a graph that holds collectives is marked by calling this after it. No group, nobody to wait for.
     """
-    if ranks.group is None or torch.cuda.is_current_stream_capturing():
+    if group is None or torch.cuda.is_current_stream_capturing():
         return
     passed = torch.cuda.Event()
     passed.record()
-    _sentry(ranks.group).add(what, passed.query, timeout_s)
+    _sentry(group).add(what, passed.query, timeout_s)
 
 
 @cache

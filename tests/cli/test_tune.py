@@ -56,6 +56,16 @@ def test_nothing_to_tune(arguments, message):
         wanted(*arguments)
 
 
+def test_forms_of_checkpoints(tmp_path):
+    for quantised, form in (({"quant_method": "smooth_quant"}, "int8"), (None, "half")):
+        path = model(tmp_path, {**DEEPSEEK, "quantization_config": quantised})
+        assert wanted(path, [], 1, None)[0][1] == form
+    path = model(tmp_path, {**DEEPSEEK, "quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(ConfigError, match="do not multiply awq experts"):
+        wanted(path, [], 1, None)
+    assert wanted(path, [], 1, "half")[0][1] == "half"
+
+
 def test_models_that_will_not_do(tmp_path):
     with pytest.raises(ConfigError, match=r"has no experts, .* use --shape"):
         wanted(model(tmp_path, {"hidden_size": 64}), [], 1, None)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from contract.dense import dense_moe, swiglu, tolerance
 from epbackend import moe
-from epbackend.device import get_device
+from epbackend.device import Device, get_device
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.rowbytes import RowFormat
 from epbackend.dispatch.settings import DispatchSettings
@@ -75,7 +75,7 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
     """Run the layer, fail unless this rank's tokens get what the dense formula gives them."""
     ranks = groups[case.token_size]
     device = get_device(case.device)
-    place = device.torch_device(ranks.rank)
+    place = place_of(device, ranks.rank)
     slot_map = case.slot_map
     experts = slot_map.experts
     draw = torch.Generator().manual_seed(case.seed)
@@ -124,6 +124,12 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
         load.tokens_E.tolist(),
         chosen,
     )
+
+
+def place_of(device: Device, rank: int) -> torch.device:
+    """Ranks share the GPUs that there are: gloo joins them, which NCCL would not do on one."""
+    gpus = torch.cuda.device_count() if device.name == "cuda" else 0
+    return device.torch_device(rank % gpus if gpus else rank)
 
 
 def _choices(tokens: int, experts: int, case: Case, draw: torch.Generator) -> Tensor:

@@ -53,3 +53,10 @@ def test_windows_are_the_whole_in_parts(kernels, place, shape, width):
     assert torch.equal(torch.cat([part.rows_SD for part in parts]), whole.rows_SD)
     assert torch.equal(torch.cat([part.source_S for part in parts]), whole.source_S)
     assert torch.equal(torch.stack([part.counts_L for part in parts]).sum(0), whole.counts_L)
+
+
+def test_choices_that_are_a_column_of_a_wider_tensor(kernels, place):
+    slot_ids_TK = torch.tensor([[0, 2], [1, 2], [1, 2], [0, 2]], device=place)[:, :1]
+    permuted = valid(kernels.permute(torch.eye(4, device=place), slot_ids_TK, 2))
+    assert permuted.source_S.tolist() == [0, 3, 1, 2]
+    assert kernels.count(slot_ids_TK, 2).tolist() == [2, 2]

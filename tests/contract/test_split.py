@@ -120,3 +120,13 @@ def call_twice(split: Split, ids_TK: torch.Tensor) -> None:
     split(ids_TK)
     torch.get_device_module(ids_TK.device).synchronize()
     split(ids_TK)
+
+
+def test_choices_that_are_a_column_of_a_wider_tensor(kernels, place):
+    wide = torch.tensor([[0, 3], [2, 1], [0, 0], [3, 3]], device=place)
+    even = EvenCopies(LAYOUT.slots_EC, LAYOUT.slots_EC >= 0, 0)
+    alone = Layout((sum(LAYOUT.experts_of_rank, ()),), E)
+    level = LevelCopies(LAYOUT.slots_EC, LAYOUT, alone, 0, 0, None)
+    for make, copies in ((kernels.even_split, even), (kernels.level_split, level)):
+        column, same = wide[:, :1], wide[:, :1].clone(memory_format=torch.contiguous_format)
+        assert make(copies, place, None)(column).tolist() == make(copies, place, None)(same).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import os
 import subprocess
 import sys
@@ -34,6 +35,15 @@ def test_every_hook_is_the_one_it_was_written_for(each):
 def test_names_are_unique_and_reasons_given():
     assert len({each.name for each in PATCHES}) == len(PATCHES)
     assert all(len(each.why) > 20 for each in PATCHES)
+
+
+def test_our_log_has_the_level_of_the_engines():
+    log = logging.getLogger("epbackend")
+    for level in ("INFO", "WARNING"):
+        epbackend.enable(EPConfig.load({"device": "cpu", "engine": {"log_level": level}}))
+        epbackend.disable()
+        assert log.isEnabledFor(logging.INFO) is (level == "INFO")
+        assert log.hasHandlers()
 
 
 @pytest.mark.parametrize("config", [MP, RAY], ids=["mp", "ray"])

@@ -6,6 +6,7 @@ What the workers must know travels in the environment, so that every way LMDeplo
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from dataclasses import dataclass, field
 
@@ -169,4 +170,15 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
         plug.switch_off()
         raise
     _plug = plug
+    _show_log(config.engine.log_level)
     atexit.register(disable)
+
+
+def _show_log(level: str) -> None:
+    """Our own log at that level, on stderr unless the program has a place for it."""
+    log = logging.getLogger("epbackend")
+    log.setLevel(level)
+    if not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
+        log.addHandler(handler)

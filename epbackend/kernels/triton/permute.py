@@ -30,7 +30,7 @@ COPIED_ROWS, COPIED_COLUMNS = 4, 1024
 
 def count(slot_ids_TK: Tensor, slots: int) -> Tensor:
     """counts_L (int64): how many choices fell on each of the `slots` local slots."""
-    ids_S = slot_ids_TK.reshape(-1)
+    ids_S = slot_ids_TK.contiguous().view(-1)
     if not 0 < len(ids_S) <= MOST_CHOICES:
         return count_in_blocks(ids_S, slots)[0]
     counts_1L = torch.empty(1, slots, dtype=torch.int64, device=ids_S.device)
@@ -44,7 +44,7 @@ def permute(
 ) -> Permuted:
     """See `kernels.Kernels.permute`. Rows: T * K, or with a `window` (first, last) at most last - first."""
     (tokens, top_k), width = slot_ids_TK.shape, hidden_TD.shape[1]
-    ids_S = slot_ids_TK.reshape(-1)
+    ids_S = slot_ids_TK.contiguous().view(-1)
     first, last = window or (0, len(ids_S))
     rows = max(0, min(last, len(ids_S)) - first)
     out = Permuted(

@@ -80,19 +80,6 @@ qwen3_next_sums_once = _sums_once(
 )
 
 
-@patch(
-    "lmdeploy.pytorch.nn.norm:RMSNorm.can_handle_all_reduce",
-    why="where it sums for the layer before it (DeepSeek-V3.2, GLM-5), it sums complete outputs over all ranks",
-    when="ep",
-    fingerprint="0fc7cf2ede14",
-)
-def mlp_sums_before_the_norm(original: Callable) -> Callable:
-    def can_handle_all_reduce(layer_type: str) -> bool:
-        return layer_type != "mlp" and original(layer_type)
-
-    return can_handle_all_reduce
-
-
 def _tells_its_layer(name: str, target: str, fingerprint: str) -> Patch:
     """For a decoder layer that knows its number and does not hand it on, or whose W8A8 experts do not."""
 

@@ -1,4 +1,4 @@
-"""What the experts have done is written down behind each step of the engine."""
+"""Behind each step of the engine: what the experts have done is written down, and a step that never ends is told of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lmdeploy.pytorch.distributed import get_dist_manager
 
+from epbackend.dispatch.sentry import watch
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.plug import active
 
@@ -24,6 +26,16 @@ def steps_are_counted(original: Callable) -> Callable:
         output = original(*args, stream=stream, **kwargs)
         with torch.cuda.stream(stream or torch.cuda.current_stream()):
             active().load_writer.step()
+            _watch_step()
         return output
 
     return model_forward
+
+
+def _watch_step() -> None:
+    """Mark the end of a step on a GPU, where a lost rank would be waited for without end, in graphs too."""
+    config = active().config
+    if (
+        active().device == "cuda" and config.ep_size > 1 and torch.cuda.is_available()
+    ):  # not in the interpreter
+        watch("a step", get_dist_manager().current_context().ep_gpu_group, config.timeout_s)

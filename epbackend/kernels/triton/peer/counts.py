@@ -16,7 +16,7 @@ def publish_counts(slot_ids_TK: Tensor, tokens: int, table: Mirror, rank: int) -
     Returns before_BP (int32): of each block of `permute.BLOCK` choices, how many earlier choices fell on each slot.
     """
     ranks, columns = table.mine.shape
-    totals_P, before_BP = count_in_blocks(slot_ids_TK.reshape(-1), columns - 1)
+    totals_P, before_BP = count_in_blocks(slot_ids_TK.contiguous().view(-1), columns - 1)
     _publish[(ranks,)](
         totals_P,
         table.addresses_R,

@@ -91,7 +91,7 @@ def place(slot_ids_TK: Tensor, before_BP: Tensor, bases_P: Tensor) -> Tensor:
     """row_S (int64): the row of each choice on its slot's rank; -1 for choices of no slot."""
     row_S = torch.empty(slot_ids_TK.numel(), dtype=torch.int64, device=slot_ids_TK.device)
     if len(before_BP):
-        ids_S = slot_ids_TK.reshape(-1)
+        ids_S = slot_ids_TK.contiguous().view(-1)
         _place[(len(before_BP),)](ids_S, before_BP, bases_P, row_S, len(ids_S), len(bases_P), BLOCK)
     return row_S
 

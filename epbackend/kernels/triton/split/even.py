@@ -37,7 +37,7 @@ class EvenSplit:
             self._guard.report()
         (experts, copies), slot_ids_TK = self._slot_ids_EC.shape, empty_slots(topk_ids_TK)
         if topk_ids_TK.numel():
-            ids_S = topk_ids_TK.reshape(-1)
+            ids_S = topk_ids_TK.contiguous().view(-1)
             counted = Counted.of(ids_S, experts) if copies > 1 else Counted(ids_S, None, None, 0)
             _even_slots[(counted.blocks,)](
                 ids_S,

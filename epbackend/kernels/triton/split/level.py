@@ -57,7 +57,7 @@ class LevelSplit:
         if self._guard:
             self._guard.report()
         experts, slot_ids_TK = len(self._table.first_slot_E), empty_slots(topk_ids_TK)
-        counted = Counted.of(topk_ids_TK.reshape(-1), experts)
+        counted = Counted.of(topk_ids_TK.contiguous().view(-1), experts)
         counts_GE = self._copies.gather(counted.counts_E(experts)) if self._copies.gather else None
         if len(counted.ids_S):
             self._seat(counted, counts_GE, slot_ids_TK)
