@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from epbackend.engines.lmdeploy.layers import building
-from epbackend.engines.lmdeploy.patching import Patch, patch
+from epbackend.engines.lmdeploy.patching import Patch
 
 TWICE = "it sums the routed experts' output over all ranks, though each rank has the whole sum already"
 NOT_AFTER = {"_all_reduce": False}
