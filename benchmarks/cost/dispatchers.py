@@ -159,7 +159,7 @@ def deepep(case: Case) -> Cost:
     if case.static:
         choices = case.tokens * model.K
         out, back = choices * (model.row(case.bytes_each) + 16), choices * 2 * model.D
-        return Cost(direct(case, out), direct(case, back), out + back, 2, "2 kernels that wait", latency)
+        return Cost(direct(case, out), direct(case, back), out + back, 4, "2 kernels that wait", latency)
     return Cost(
         _forwarded(case, case.packed),
         _forwarded(case, 2 * model.D),
@@ -181,8 +181,8 @@ DISPATCHERS: dict[str, Callable[[Case], Cost]] = {
 }
 
 
-IN_FULL = ("replicated", "symmetric")
-"""Those whose rows do not travel in 8 bits."""
+IN_FULL = ("replicated", "symmetric", "deepep")
+"""Those whose rows our dispatchers send in full; DeepEP itself can send fp8."""
 
 
 def serves(name: str, case: Case) -> bool:
