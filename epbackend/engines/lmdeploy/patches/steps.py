@@ -16,7 +16,7 @@ from epbackend.engines.lmdeploy.plug import active
 
 @patch(
     "lmdeploy.pytorch.engine.model_agent.agent:model_forward",
-    why="layers in a captured graph cannot report what they did; here a step is over, captured or not",
+    why="layers in a captured graph neither report what they did nor fail in time; here a step is over either way",
     when="always",
     fingerprint="590e0f33e595",
 )
