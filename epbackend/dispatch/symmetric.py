@@ -44,7 +44,11 @@ class Symmetric(Dispatcher):
             return "nothing bounds this phase's tokens (decode is bounded by engine.max_batch_size)"
         if problem.settings.transport == "fp8" and not _float8():
             return "transport is fp8, which GPUs older than Ada (8.9) do not have: write int8 or full"
-        return not_built() or unreachable(problem.ranks, problem.settings.timeout_s)
+        if reason := not_built():
+            return reason
+        if problem.settings.dispatcher == "auto":
+            return "it has not run on a GPU yet, so it is taken only where it is named"
+        return unreachable(problem.ranks, problem.settings.timeout_s)
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         """Raises ConfigError for more tokens than the phase may have.

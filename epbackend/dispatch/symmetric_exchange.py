@@ -105,9 +105,10 @@ class SymmetricExchange(Exchange):
     def _receive(self, part: Part, number: int, step: int) -> Batch:
         """Send this rank's rows of one round, and have those that the others sent."""
         buffers, first = self._buffers, number * self._room.rows
+        slot_ids_TK = self._slice(self._slot_ids_TK, part.start)
         send(
             part.rows_TW,
-            self._slice(self._slot_ids_TK, part.start),
+            slot_ids_TK,
             part.row_S,
             first,
             buffers.rows,
@@ -118,7 +119,9 @@ class SymmetricExchange(Exchange):
         layout = part.layout if number == 0 else self._lay_out(number)
         self._peers.meet(self._problem.layer)
         rows_CD = self._wire.unpack(buffers.rows.mine, layout.counts_L)
-        return Batch(rows_CD, layout.counts_L, buffers.sources.mine, step)
+        # About as many choices come from all ranks together as this one has itself.
+        expected = min(max(0, slot_ids_TK.numel() - first), len(rows_CD))
+        return Batch(rows_CD, layout.counts_L, buffers.sources.mine, step, expected)
 
     def _settle(self, part: Part) -> None:
         settle(

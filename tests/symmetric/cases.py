@@ -11,9 +11,9 @@ from contract.layer_case import Case, Seen, layer_equals_dense
 from epbackend.dispatch.settings import DispatchSettings
 from symmetric.virtual import run_virtual
 
-OPEN = DispatchSettings(level=2)
-BOUNDED = DispatchSettings(level=2, max_tokens=11)
-STATIC = DispatchSettings(level=2, static=True, max_tokens=11)
+OPEN = DispatchSettings(level=2, dispatcher="symmetric")
+BOUNDED = DispatchSettings(level=2, dispatcher="symmetric", max_tokens=11)
+STATIC = DispatchSettings(level=2, dispatcher="symmetric", static=True, max_tokens=11)
 REPLICAS = (0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 0, 5)
 
 

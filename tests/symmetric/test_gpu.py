@@ -150,7 +150,7 @@ def test_one_rank_captured_and_replayed():
     hidden_TD = torch.empty(T, D, device="cuda", dtype=torch.bfloat16)
     ids_TK = torch.empty(T, K, device="cuda", dtype=torch.int64)
     weights_TK = torch.rand(T, K, device="cuda")
-    settings = DispatchSettings(level=2, static=True, max_tokens=T)
+    settings = DispatchSettings(level=2, dispatcher="symmetric", static=True, max_tokens=T)
     problem = Problem(RankGroup.single(), get_device("cuda").kernels, settings, slots=E, top_k=K)
     peers = Alone(hidden_TD.device)
 

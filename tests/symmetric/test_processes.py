@@ -27,8 +27,8 @@ pytestmark = [
     pytest.mark.skipif(not knobs.runtime.interpret, reason="the stand-in for symmetric memory is for CPUs"),
 ]
 CPU = torch.device("cpu")
-BOUNDED = DispatchSettings(level=2, max_tokens=11)
-STATIC = DispatchSettings(level=2, static=True, max_tokens=11)
+BOUNDED = DispatchSettings(level=2, dispatcher="symmetric", max_tokens=11)
+STATIC = DispatchSettings(level=2, dispatcher="symmetric", static=True, max_tokens=11)
 
 
 def layers(groups: dict[int, RankGroup], cases: list[Case]) -> list[Seen]:
