@@ -33,6 +33,15 @@ WAYS = {
     "allgather": DispatchSettings(level=1, dispatcher="allgather"),
     "alltoall": DispatchSettings(level=2, overlap_chunks=1),
 }
+FORMS = {
+    f"{name}{' static' if static else ''}{'' if transport == 'full' else f' {transport}'}": replace(
+        WAYS[name], static=static, transport=transport
+    )
+    for name in ("allgather", "alltoall")
+    for static in (False, True)
+    for transport in ("full", "int8", "fp8")
+}
+"""Exact and static calls, and what rows travel as."""
 OVERLAP_TOKENS = (256, 1024, 4096)
 CUTOFF_TOKENS = 8192
 
@@ -70,6 +79,15 @@ def travel_costs(ranks: RankGroup) -> dict[tuple[str, int], float]:
     return {
         (name, tokens * ranks.size): layer_ms(*_share(name, ranks, tokens), None)
         for name in WAYS
+        for tokens in TOKENS
+    }
+
+
+def form_costs(ranks: RankGroup) -> dict[tuple[str, int], float]:
+    """Milliseconds by (form, tokens of each rank)."""
+    return {
+        (name, tokens): layer_ms(ranks, settings, tokens, None)
+        for name, settings in FORMS.items()
         for tokens in TOKENS
     }
 
@@ -138,10 +156,12 @@ def picture(costs: list[dict], memory: list[dict]) -> Figure:
 
 
 def main() -> None:
-    costs, overlap = [], []
+    costs, forms, overlap = [], [], []
     for size in (2, 4):
         slowest = _slowest(run_on_ranks(size, travel_costs))
         costs += [{"ranks": size, "dispatcher": n, "tokens": t, "ms": ms} for (n, t), ms in slowest.items()]
+    for (name, tokens), ms in _slowest(run_on_ranks(2, form_costs)).items():
+        forms.append({"ranks": 2, "form": name, "tokens a rank": tokens, "ms": ms})
     for (tokens, chunks), ms in _slowest(run_on_ranks(2, overlap_gain)).items():
         overlap.append({"ranks": 2, "tokens a rank": tokens, "chunks": chunks, "ms": ms})
     memory = []
@@ -150,11 +170,13 @@ def main() -> None:
         memory.append({"topk_scaling_factor": str(factor), "peak MiB": mib, "passes": passes})
     shape = f"{E} experts, {D} x {F}, top-{K}, float32"
     print_table(f"Travel alone: {shape}", costs)
+    print_table(f"Exact and static calls, rows in full or in 8 bits: {shape}", forms)
     print_table(f"alltoall in overlapped chunks, whole layer: {shape}", overlap)
     print_table(f"Cutoff: what a layer of {CUTOFF_TOKENS} tokens adds to the peak memory", memory)
     figures = {
         "shape": {"E": E, "D": D, "F": F, "K": K},
         "travel": costs,
+        "forms": forms,
         "overlap": overlap,
         "cutoff": memory,
     }

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from epbackend.device import get_device
 from epbackend.dispatch.base import Problem
-from epbackend.dispatch.choose import choose
+from epbackend.dispatch.choose import decide
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.errors import EPError
 
@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 
 
 def choices(config: "EPConfig", experts: int, top_k: int) -> dict[str, dict[str, Any]]:
-    """For each phase a `Choice` as a mapping, or {"problem": why there is none}. No rank is started.
-
-    What only the ranks can find out together, such as links between machines, is taken to be well.
-    """
+    """For each phase a `Choice` as a mapping, or {"problem": why there is none}. No rank is started."""
     return {phase: _choice(config, phase, experts, top_k) for phase in ("prefill", "decode")}
 
 
@@ -26,7 +23,7 @@ def _choice(config: "EPConfig", phase: Any, experts: int, top_k: int) -> dict[st
     try:
         kernels = get_device(config.device).kernel_set(config.kernels)
         slots = -(-experts // config.ep_size)
-        _, choice = choose(Problem(ranks, kernels, config.dispatch_settings(phase), slots, top_k))
+        choice = decide(Problem(ranks, kernels, config.dispatch_settings(phase), slots, top_k))
     except EPError as error:
         return {"problem": str(error)}
     return asdict(choice)

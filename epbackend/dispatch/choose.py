@@ -55,6 +55,18 @@ def choose(problem: Problem) -> tuple[Dispatcher, Choice]:
 
     Raises ConfigError if the pinned dispatcher cannot serve, or if a setting cannot work for this layer.
     """
+    choice = decide(problem)
+    _log(choice, problem.settings.level)
+    dispatcher = next(cls for cls in DISPATCHERS if cls.name == choice.name)(problem)
+    shared_tokens = problem.ranks.token_size > 1 and choice.name != Replicated.name
+    return Sliced(dispatcher) if shared_tokens else dispatcher, choice
+
+
+def decide(problem: Problem) -> Choice:
+    """What `choose` takes, without making it; raises as it does.
+
+    `problem.ranks` may be without a group: what only ranks that run can find out is then taken to be well.
+    """
     row_bound(0, problem.top_k, problem.settings)  # a factor too small for top_k is an error now, not later
     if problem.settings.transport not in TRANSPORTS:
         known = ", ".join(TRANSPORTS)
@@ -62,13 +74,10 @@ def choose(problem: Problem) -> tuple[Dispatcher, Choice]:
     reasons = {cls.name: cls.unsupported(problem) for cls in DISPATCHERS}
     named = _named(problem.settings.dispatcher, reasons)
     name = _first_usable(problem, named or list(reasons), reasons)
-    cls = next(cls for cls in DISPATCHERS if cls.name == name)
-    prefix = "pinned; " if named else ""
+    why = next(cls for cls in DISPATCHERS if cls.name == name).reason(problem)
     other = f"usable, but {name} is {'pinned' if named else 'preferred'}"
     passed_over = tuple((rival, reason or other) for rival, reason in reasons.items() if rival != name)
-    choice = Choice(name, prefix + cls.reason(problem), passed_over)
-    _log(choice, problem.settings.level)
-    return _build(cls, problem), choice
+    return Choice(name, f"pinned; {why}" if named else why, passed_over)
 
 
 def _named(setting: str, reasons: dict[str, str | None]) -> list[str]:
@@ -108,9 +117,3 @@ def _log(choice: Choice, level: int) -> None:
 
 def _listed(reasons: dict[str, str | None]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-
-
-def _build(cls: type[Dispatcher], problem: Problem) -> Dispatcher:
-    dispatcher = cls(problem)
-    shared_tokens = problem.ranks.token_size > 1 and cls is not Replicated
-    return Sliced(dispatcher) if shared_tokens else dispatcher

@@ -51,10 +51,10 @@ def not_built() -> str | None:
 def unreachable(ranks: RankGroup, timeout_s: float) -> str | None:
     """Why the ranks cannot store into each other's memory; None if they can. All ranks ask together.
 
-    Without a process group (`epbackend doctor`) there is nobody to ask, and all is taken to be well.
+    Without a process group (`epbackend doctor`) there is nobody to ask: then this machine's GPUs are judged.
     """
     if ranks.group is None:
-        return None
+        return _unreachable_here(ranks.size)
     collectives = Collectives(ranks.group, timeout_s, layer=0)
     device = torch.device("cuda", torch.cuda.current_device())
     mine = Whereabouts(_number(socket.gethostname()), _number(str(_uuid(device.index))))
@@ -80,6 +80,18 @@ def apart(places: Sequence[Whereabouts], numbers: Sequence[int], may_overlap: bo
         twin = places.index(place)
         if twin < rank and not may_overlap:
             return f"ranks {numbers[twin]} and {numbers[rank]} share one GPU (for tests: {OVERLAP}=1)"
+    return None
+
+
+def _unreachable_here(ranks: int) -> str | None:
+    """The same for as many of the GPUs of this machine."""
+    seen = torch.cuda.device_count()
+    if seen < ranks:
+        return f"{ranks} ranks that store to each other need as many GPUs in one machine, and this one shows {seen}"
+    places = [Whereabouts(0, _number(str(_uuid(index)))) for index in range(ranks)]
+    for index in range(ranks):
+        if (peer := _first_barred(places, index)) >= 0:
+            return f"GPU {index} has no NVLink to GPU {peer} (nvidia-smi topo -m shows the links)"
     return None
 
 

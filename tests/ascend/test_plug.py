@@ -57,6 +57,37 @@ def test_modules(ranks, npu, form, settings, dispatcher):
     assert sum(rank.load.tokens_RLE.sum() for rank in seen) == 3 * tokens
 
 
+def host_waits(groups, settings):
+    """What makes the host wait for the device in a layer's second call and behind the step."""
+    from ascend.cann import aten
+    from epbackend.engines.lmdeploy import plug
+    from tests.engines.modules import Case, batch_of, built_for, load_module
+
+    case = Case(device="ascend", dtype=torch.bfloat16, form="float", **settings)
+    ranks = groups[case.size // case.dp]
+    place = torch.device("npu", ranks.rank)
+    with built_for(case, ranks):
+        module, _ = load_module(case, place)
+        hidden, ids, routed = (each.to(place) for each in batch_of(case, 0))
+        for _ in range(2):
+            aten.host_waits.clear()
+            module(hidden, routed, ids)
+            plug.active().load_writer.step()
+        return list(aten.host_waits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"size": 2}, {"size": 2, "level": 2, "dp": 2, "hidden": 1024}],
+    ids=["replicated", "mc2"],
+)
+def test_a_step_waits_for_nothing(ranks, npu, settings):
+    """Neither for a layer's rows nor for the counters of its load."""
+    if npu == "npu":
+        pytest.skip("the emulated CANN counts waits")
+    assert ranks.run(2, host_waits, settings) == [[], []]
+
+
 def test_dlinfer_is_told_that_a_rank_is_alone():
     """Else each step would gather the ranks' tokens, and dlinfer's router split them."""
     from lmdeploy.pytorch.model_inputs import BuildModelContext, StepContextManager, step_ctx_manager

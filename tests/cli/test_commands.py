@@ -199,7 +199,6 @@ def test_doctor_says_what_a_deployment_would_get(config_file):
     assert shown.returncode == 0, shown.stderr
     assert "prefill: alltoall" in shown.stdout
     assert "decode: dispatcher mc2 is pinned but cannot be used: it needs an Ascend NPU" in shown.stdout
-    assert run("doctor", "--config", named, "--ep-size", 2).returncode == 2
 
 
 def free_port() -> int:

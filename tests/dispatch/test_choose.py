@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest import mock
+
 import pytest
+import torch
 
 from epbackend.device import devices
+from epbackend.dispatch import symmetric
 from epbackend.dispatch.base import Problem
-from epbackend.dispatch.choose import choose, dispatchers
+from epbackend.dispatch.choose import choose, decide, dispatchers
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import ConfigError
@@ -56,6 +61,18 @@ def test_the_next_is_taken_only_where_it_is_named():
 def test_a_static_call_says_what_it_costs():
     _, choice = choose(problem(4, level=2, static=True))
     assert (choice.name, "every token to every rank" in choice.reason) == ("alltoall", True)
+
+
+def test_before_any_rank_runs_this_machine_is_judged(monkeypatch):
+    """What `epbackend doctor` asks on a machine with two GPUs, for eight ranks."""
+    monkeypatch.setattr(symmetric, "not_built", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked = replace(problem(8, level=2), kernels=mock.Mock(ReferenceKernels, on_cuda=True))
+    choice = decide(asked)
+    assert choice.name == "alltoall"
+    assert "8 ranks that store to each other need as many GPUs" in dict(choice.passed_over)["symmetric"]
+    with pytest.raises(ConfigError, match="symmetric is pinned but cannot be used: 8 ranks"):
+        decide(replace(asked, settings=replace(asked.settings, dispatcher="symmetric")))
 
 
 def test_the_choice_is_logged_once(caplog):

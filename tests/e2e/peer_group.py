@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _create_work_from_future
+from torch.distributed import distributed_c10d as c10d
 from torch.futures import Future
 
 NAME = "peers"
@@ -55,7 +56,10 @@ class GpuMailbox(Mailbox):
     def __init__(self, group: PeerGroup, device: torch.device) -> None:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
-        self._memory = symmetric_memory.empty(CAPACITY, dtype=torch.uint8, device=device)
+        # Torch finds the store of a group by itself only where the group is its own.
+        symmetric_memory.enable_symm_mem_for_group(group.group_name)
+        allocate = symmetric_memory._SymmetricMemory.empty_strided_p2p
+        self._memory = allocate((CAPACITY,), (1,), torch.uint8, device)
         self._handle = symmetric_memory.rendezvous(self._memory, group)
 
     def of_rank(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -104,6 +108,11 @@ class PeerGroup(dist.ProcessGroup):
 
     def getBackendName(self) -> str:
         return NAME
+
+    @property
+    def group_name(self) -> str:
+        """As torch.distributed has it in its books; it tells groups written in Python nothing."""
+        return c10d._world.pg_names[self]
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
         (tensor,) = tensors

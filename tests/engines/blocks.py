@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import epbackend
 from epbackend import EPConfig
 from epbackend.dispatch.ranks import RankGroup
+from epbackend.placement.layout import Layout
 from epbackend.placement.placement import Placement
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, TOKENS, LAYER = 8, 2, 32, 16, 12, 3
@@ -91,6 +92,10 @@ ATTENTION = {
 """What whole layers need besides."""
 
 
+COPIES = Layout(((0, 1, 2), (3, 7, 4), (5, 6), (7, 0, 2)), EXPERTS)
+"""Four unequal ranks, three experts on two of them."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A MoE block of lmdeploy/pytorch/models, `module:Class`."""
@@ -129,12 +134,11 @@ FAMILIES = {
 
 
 def run_blocks(
-    groups: dict[int, RankGroup], ep: int, tp: int = 1, dp: int = 1, placement: Placement | None = None
+    groups: dict[int, RankGroup], ep: int, tp: int = 1, dp: int = 1, copies: bool = False
 ) -> dict[str, Tensor]:
-    """Every family's output [T, D] for this rank's tokens, the experts spread over `ep` ranks."""
-    epbackend.enable(
-        EPConfig.load({"device": "cpu", "ep_size": ep, "engine": {"tp": tp, "dp": dp}}), placement
-    )
+    """Every family's output [T, D] for this rank's tokens, experts on `ep` ranks in order, or as in COPIES."""
+    config = EPConfig.load({"device": "cpu", "ep_size": ep, "engine": {"tp": tp, "dp": dp}})
+    epbackend.enable(config, Placement((COPIES,) * (LAYER + 1)) if copies else None)
     try:
         with _in_lmdeploy(groups[1].rank, DistConfig(dp=dp, tp=tp, ep=ep)) as dp_rank:
             return {name: _run(family, tokens(dp_rank)) for name, family in FAMILIES.items()}

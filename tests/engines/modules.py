@@ -53,6 +53,8 @@ class Case:
     device: str
     size: int = 1
     dp: int = 1
+    spread: bool = True
+    """Whether ranks have experts of their own (ep), or a part of each expert (tp)."""
     level: int = 1
     dispatcher: str = "auto"
     copies: bool = False
@@ -64,14 +66,18 @@ class Case:
     """Whether decoding is captured, and so may not ask the device anything."""
 
     @property
+    def ep_size(self) -> int:
+        return self.size if self.spread else 1
+
+    @property
     def config(self) -> EPConfig:
-        engine = {"dp": self.dp, "eager_mode": not self.graphs}
+        engine = {"dp": self.dp, "tp": 1 if self.spread else self.size, "eager_mode": not self.graphs}
         # The placement itself is handed over finished; the config says that there is one, and how tokens split.
         placement = {"split": "nearest", "file": "given"} if self.copies else {}
         return EPConfig.load(
             {
                 "device": self.device,
-                "ep_size": self.size,
+                "ep_size": self.ep_size,
                 "ep_level": self.level,
                 "dispatcher": self.dispatcher,
                 "engine": engine,
@@ -84,7 +90,8 @@ class Case:
 class Seen:
     """What one rank saw."""
 
-    dispatcher: str
+    dispatcher: str | None
+    """None: the rank has nothing to compute."""
     expert_list: list[int] | None
     kept: tuple[int, ...]
     """Values that LMDeploy's module still holds of each of its tensors."""
@@ -101,8 +108,9 @@ def module_equals_reference(groups: dict[int, RankGroup], case: Case) -> Seen:
         found = module(hidden.to(place), routed.to(place), ids.to(place)).cpu()
         plug.active().load_writer.step()
         plug.active().load_writer.close()
+        layer = module.impl.layer
         seen = Seen(
-            module.impl.layer.dispatchers["decode"].name,
+            layer and layer.dispatchers["decode"].name,
             module.expert_list,
             tuple(each.numel() for each in module.parameters()),
             plug.active().load_report(),
@@ -125,9 +133,9 @@ def built_for(case: Case, ranks: RankGroup) -> Iterator[None]:
         attn_tp_group=tokens,
         tp_group=tokens,
         mlp_tp_group=tokens,
-        moe_tp_group=DistGroup(),
-        ep_gpu_group=ranks.group,
-        dist_config=DistConfig(dp=case.dp, ep=case.size),
+        moe_tp_group=DistGroup() if case.spread else tokens,
+        ep_gpu_group=ranks.group if case.spread else None,
+        dist_config=DistConfig(dp=case.dp, ep=case.ep_size, tp=1 if case.spread else case.size),
     )
     steps = StepContextManager(BuildModelContext(max_batch_size=16))
     step = SimpleNamespace(global_is_decoding=lambda: True)

@@ -14,22 +14,22 @@ from lmdeploy.pytorch.models.module_map import MODULE_MAP
 from tests.engines.blocks import FAMILIES, LAYER, layer_number, run_blocks
 
 RANKS = 4
-SPREADS = {"dp 1": (1, 1), "tp 4": (4, 1), "dp 2": (1, 2)}
-"""(tp, dp) with ep_size 4: dense layers whole or cut, all tokens on all ranks or on two groups of two."""
+SPREADS = {"tp 1, copies": (1, 1, True), "tp 4": (4, 1, False), "dp 2": (1, 2, False)}
+"""(tp, dp, copies) with ep_size 4: dense layers whole or cut, all tokens on all ranks or on two groups of two."""
 
 
 @pytest.fixture(scope="module")
 def outputs(ranks):
-    """(ep, tp, dp) -> each rank's outputs by family."""
+    """(ep, tp, dp, copies) -> each rank's outputs by family."""
     return cache(lambda *sizes: ranks.run(sizes[0], run_blocks, *sizes))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spread", SPREADS)
 def test_spread_experts_change_nothing(family, spread, outputs):
-    tp, dp = SPREADS[spread]
-    spread_out = [of_rank[family] for of_rank in outputs(RANKS, tp, dp)]
-    (whole,) = outputs(1, 1, 1)
+    tp, dp, copies = SPREADS[spread]
+    spread_out = [of_rank[family] for of_rank in outputs(RANKS, tp, dp, copies)]
+    (whole,) = outputs(1, 1, 1, False)
     assert whole[family].abs().max() > 0.05
     # Ranks of one attention group have the same tokens; the first group's are those of the single rank.
     for out in spread_out[: RANKS // dp]:

@@ -29,6 +29,9 @@ from lmdeploy.pytorch.backends.moe import (
     FusedMoEW8A8BuildSpec,
 )
 from lmdeploy.pytorch.check_env.dist import DistChecker
+from lmdeploy.pytorch.config import DLLMConfig
+from lmdeploy.pytorch.model_inputs import BuildModelContext
+from lmdeploy.pytorch.models.patch import build_model_context
 
 import epbackend
 from epbackend import EPConfig
@@ -112,18 +115,32 @@ def test_two_ranks(run, form, settings, dispatcher):
     assert computed == 3 * (8 if settings.get("dp") else 5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_two_ranks_with_a_part_of_each_expert(run, form):
+    """Tensor parallelism. The width is one block of FP8, of which the second rank gets nothing."""
+    seen = run(case(form, size=2, spread=False))
+    assert [rank.dispatcher for rank in seen] == ["replicated", None if form == "fp8" else "replicated"]
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_two_ranks_as_decoding_is_captured(run, level):
     """Ranks bring equally many tokens, and nothing is read back to size anything."""
     run(case("float", size=2, dp=2, level=level, copies=True, tokens=(4, 4), graphs=True))
 
 
-def test_decoding_is_bounded_as_lmdeploys_graphs_are(cuda):
-    """Drafted tokens count: a step has so many times more."""
-    with built_for(case("float"), RankGroup.single()):
+@pytest.mark.parametrize(
+    ("said", "tokens"),
+    [({}, 16), ({"num_spec_tokens": 3}, 64), ({"dllm_config": DLLMConfig(block_length=4)}, 64)],
+    ids=["one each", "drafted", "diffused"],
+)
+def test_decoding_is_bounded_as_lmdeploys_graphs_are(cuda, said, tokens):
+    with (
+        built_for(case("float"), RankGroup.single()),
+        build_model_context(BuildModelContext(max_batch_size=16, **said)),
+    ):
         module, _ = load_module(case("float"), PLACE)
-        assert module.impl.settings["decode"].max_tokens == 16
-        assert module.impl.settings["prefill"].max_tokens is None
+    assert module.impl.settings["decode"].max_tokens == tokens
+    assert module.impl.settings["prefill"].max_tokens is None
 
 
 @pytest.mark.parametrize(
@@ -291,6 +308,15 @@ def test_lmdeploy_knows_of_the_boundaries(cuda):
             load_module(case("w8a8"), PLACE)
     _, boundaries = resolve.call_args.args
     assert [type(each) for each in boundaries] == [ExpertsBetweenGraphs]
+
+
+def test_a_model_that_cannot_be_captured_beside_others(cuda):
+    """Its ranks' batches are not filled up alike, on which captured decoding relies."""
+    with (
+        built_for(case("float", size=2, dp=2, graphs=True), RankGroup.single()),
+        pytest.raises(ConfigError, match=r"no graphs of Linear.*set engine\.eager_mode: true"),
+    ):
+        _backend().build_graph_runner(torch.nn.Linear(1, 1), None, None, None, None)
 
 
 def test_a_compiled_decoder_leaves_our_layer_alone(cuda):

@@ -18,6 +18,7 @@ import epbackend
 from epbackend import EPConfig
 from epbackend.device.cpu import CpuDevice
 from epbackend.engines.lmdeploy import patching, plug
+from epbackend.engines.lmdeploy.layers import layer_being_built
 from epbackend.engines.lmdeploy.load import BOARD_VARIABLE
 from epbackend.engines.lmdeploy.patches import PATCHES, needed
 from epbackend.errors import ConfigError, EPError, UnavailableError
@@ -30,6 +31,17 @@ MP = EPConfig.load({"device": "cpu", "ep_size": 2})
 def test_every_hook_is_the_one_it_was_written_for(each):
     each.check()
     assert each.fingerprint or each.target.startswith("torch"), "LMDeploy's own hooks carry a fingerprint"
+
+
+@pytest.mark.parametrize(
+    "each", [each for each in PATCHES if each.name.endswith("tells-its-layer")], ids=lambda each: each.name
+)
+def test_a_layer_tells_its_number_to_what_is_built_in_it(each):
+    told = []
+    init = each.build(lambda self, config, layer_idx, prefix="": told.append(layer_being_built(None)))
+    init(None, None, 7, prefix="model.layers.7")
+    init(None, config=None, layer_idx=8)
+    assert told == [7, 8]
 
 
 def test_names_are_unique_and_reasons_given():

@@ -50,14 +50,14 @@ class LoadWriter:
         self._steps += 1
         rows = torch.cat([load.rows_L for load in loads.values()])
         if rows.device.type == "cpu":
-            self._write(rows, loads, self._steps)
+            _write(self._row, rows, loads, self._steps)
             return
         on_host = rows.to("cpu", non_blocking=True)
         arrived = torch.get_device_module(rows.device).Event(blocking=True)
         arrived.record()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="epbackend-load")
-        self._thread.submit(self._write_when, arrived, on_host, loads, self._steps)
+        self._thread.submit(_write_when, arrived, self._row, on_host, loads, self._steps)
 
     def close(self) -> None:
         """Returns when all is written down."""
@@ -65,20 +65,21 @@ class LoadWriter:
             self._thread.shutdown()
             self._thread = None
 
-    def _write_when(self, arrived: Any, *what: Any) -> None:
-        arrived.synchronize()
-        self._write(*what)
 
-    def _write(self, rows: Tensor, loads: dict[int, Load], steps: int) -> None:
-        row = self._row
-        assert row is not None  # step() sees to it
-        counts = rows.split([len(load.rows_L) for load in loads.values()])
-        for (number, load), rows_L in zip(loads.items(), counts, strict=True):
-            tokens_E, written_E = load.tokens_of(rows_L).numpy(), row["tokens"][number]
-            row["steps"][number, (steps - 1) % STEPS] = tokens_E.sum() - written_E.sum()
-            written_E[: len(tokens_E)] = tokens_E
-            row["passes"][number], row["rounds"][number] = load.passes.max, load.rounds.max
-            row["calls"][number] = steps
+def _write_when(arrived: Any, *what: Any) -> None:
+    arrived.synchronize()
+    _write(*what)
+
+
+def _write(row: np.ndarray, rows: Tensor, loads: dict[int, Load], steps: int) -> None:
+    """Writes to a rank's row of the board what its layers, one after the other in `rows`, did in so many steps."""
+    counts = rows.split([len(load.rows_L) for load in loads.values()])
+    for (number, load), rows_L in zip(loads.items(), counts, strict=True):
+        tokens_E, written_E = load.tokens_of(rows_L).numpy(), row["tokens"][number]
+        row["steps"][number, (steps - 1) % STEPS] = tokens_E.sum() - written_E.sum()
+        written_E[: len(tokens_E)] = tokens_E
+        row["passes"][number], row["rounds"][number] = load.passes.max, load.rounds.max
+        row["calls"][number] = steps
 
 
 def _note(value: Any) -> bytes:

@@ -98,9 +98,12 @@ class LayerExperts:
 
 
 def _bounded(decode: DispatchSettings) -> DispatchSettings:
-    """With the most tokens of a decoding step, drafted ones too, by which LMDeploy sizes its graphs."""
+    """With the most tokens of a decoding step, by which LMDeploy sizes its graphs: some a request, if drafted."""
     build = get_build_model_context()
-    return replace(decode, max_tokens=build.deep_ep_max_tokens_per_rank) if build.max_batch_size else decode
+    if not build.max_batch_size:
+        return decode
+    diffused = build.dllm_config.block_length if build.dllm_config else None
+    return replace(decode, max_tokens=build.max_batch_size * max(1 + build.num_spec_tokens, diffused or 1))
 
 
 def _slot_map(placement: Placement | None, layer: int, experts: int, ranks: int) -> SlotMap:

@@ -110,8 +110,12 @@ phi3_moe_tells_its_layer = _tells_its_layer(
 qwen2_moe_tells_its_layer = _tells_its_layer(
     "qwen2-moe-tells-its-layer", "qwen2_moe:Qwen2MoeDecoderLayer", "d0891d24e6af"
 )
+# These tell all forms of experts but W8A8, whose modules have no room for it.
 deepseek_v2_tells_its_layer = _tells_its_layer(
     "deepseek-v2-tells-its-layer", "deepseek_v2:DeepseekV2DecoderLayer", "8735a04fb3d3"
+)
+deepseek_v32_tells_its_layer = _tells_its_layer(
+    "deepseek-v32-tells-its-layer", "deepseek_v32:DeepseekV32DecoderLayer", "d3527c13fdc0"
 )
 glm4_moe_tells_its_layer = _tells_its_layer(
     "glm4-moe-tells-its-layer", "glm4_moe:Glm4MoeDecoderLayer", "70af937c84c1"
@@ -121,6 +125,9 @@ kimi_k2_tells_its_layer = _tells_its_layer(
 )
 qwen3_moe_tells_its_layer = _tells_its_layer(
     "qwen3-moe-tells-its-layer", "qwen3_moe:Qwen3MoeDecoderLayer", "80ecebe32b43"
+)
+qwen3_5_moe_tells_its_layer = _tells_its_layer(
+    "qwen3-5-moe-tells-its-layer", "qwen3_5_moe:Qwen3_5MoeDecoderLayer", "b6a89a7225f7"
 )
 qwen3_next_tells_its_layer = _tells_its_layer(
     "qwen3-next-tells-its-layer", "qwen3_next:Qwen3NextDecoderLayer", "48462a324891"

@@ -16,7 +16,7 @@ from epbackend.engines.lmdeploy.plug import active
 
 @patch(
     "lmdeploy.pytorch.engine.model_agent.agent:model_forward",
-    why="layers in a captured graph cannot report what they did; here a step is over, captured or not",
+    why="layers in a captured graph neither report what they did nor fail in time; here a step is over either way",
     when="always",
     fingerprint="590e0f33e595",
 )
@@ -35,7 +35,6 @@ def steps_are_counted(original: Callable) -> Callable:
 def _watch_step() -> None:
     """Mark the end of a step on a GPU, where a lost rank would be waited for without end, in graphs too."""
     config = active().config
-    if (
-        active().device == "cuda" and config.ep_size > 1 and torch.cuda.is_available()
-    ):  # not in the interpreter
-        watch("a step", get_dist_manager().current_context().ep_gpu_group, config.timeout_s)
+    # Not in the interpreter, where nothing runs behind the host's back.
+    if active().device == "cuda" and config.ep_size > 1 and torch.cuda.is_available():
+        watch("a step of the engine", get_dist_manager().current_context().ep_gpu_group, config.timeout_s)
