@@ -19,7 +19,6 @@ from epbackend.kernels.triton.split.seats import (
     store_slots,
 )
 
-
 FEW = 512
 """Choices that one warp counts in its registers."""
 
