@@ -57,13 +57,9 @@ def allgather(ranks: int, tokens: int) -> Traffic:
 
 
 def alltoall(ranks: int, tokens: int) -> Traffic:
-    """T * m * (R - 1) / R rows out, as many of 2 D bytes back, m being the ranks of a token.
-
-    Each token that arrives has room for K rows.
-    """
-    arriving = tokens * ranks_of_a_token(ranks)
-    remote = arriving * (ranks - 1) / ranks
-    return Traffic(remote * packed(False), remote * packed(True), remote * 2 * D, round(arriving) * K)
+    """T * m * (R - 1) / R rows out, as many of 2 D bytes back, m being the ranks of a token; T * K rows held."""
+    remote = tokens * ranks_of_a_token(ranks) * (ranks - 1) / ranks
+    return Traffic(remote * packed(False), remote * packed(True), remote * 2 * D, tokens * K)
 
 
 def mc2(ranks: int, tokens: int) -> Traffic:

@@ -139,15 +139,18 @@ def alltoall(case: Case) -> Cost:
 
 
 def symmetric(case: Case) -> Cost:
-    """One node. Out: a row for each of K choices, stored where its expert reads it, always in full. Back: as many.
+    """One node. Out: a row for each of K choices, stored where its expert reads it. Back: as many.
 
     Calls that nothing bounds go in parts of SYMMETRIC_PART tokens.
     """
     choices, parts = case.tokens * case.model.K, 1 if case.static else -(-case.tokens // SYMMETRIC_PART)
-    out, back = choices * (2 * case.model.D + 8), choices * 2 * case.model.D
+    out, back = choices * (case.model.row(case.bytes_each) + 8), choices * 2 * case.model.D
+    quantised = case.bytes_each == 1
+    restored = 2 * case.model.D * choices if quantised else 0
+    launches = parts * (10 if quantised else 8)
     latency = parts * (3 * BARRIER_US + (0.0 if case.static else HOST_READ_US))
     waits = "3 barriers" if case.static else f"{3 * parts} barriers, {parts} reads"
-    return Cost(direct(case, out), direct(case, back), out + 2 * back, 6 * parts, waits, latency)
+    return Cost(direct(case, out), direct(case, back), out + 2 * back + restored, launches, waits, latency)
 
 
 def deepep(case: Case) -> Cost:
@@ -181,7 +184,7 @@ DISPATCHERS: dict[str, Callable[[Case], Cost]] = {
 }
 
 
-IN_FULL = ("replicated", "symmetric", "deepep")
+IN_FULL = ("replicated", "deepep")
 """Those whose rows our dispatchers send in full; DeepEP itself can send fp8."""
 
 

@@ -1,8 +1,9 @@
 """`ep_level` 2: each token travels once to each rank that holds an expert of its, and the partial sums come back.
 
-One small all-gather of the counts tells every rank all splits and the number of steps, so that all agree. While one
-step is multiplied the next one travels, and results of the one before travel back. A static call, which can tell no
-rank anything, is in `alltoall_static.py`.
+One small all-gather of the counts tells every rank all splits and the number of steps, so that all agree. It also tells
+how many rows a rank's experts will compute: devices whose shapes do not follow the routing hold no more than these.
+While one step is multiplied the next one travels, and results of the one before travel back. A static call, which can
+tell no rank anything, is in `alltoall_static.py`.
 """
 
 from __future__ import annotations
@@ -49,23 +50,28 @@ class _ExactExchange(Exchange):
         self._bytes_TB = self._form.pack(hidden_TD, slot_ids_TK, weights_TK)
         self._sums_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
         wanted_RT = _wanted(slot_ids_TK, problem.slots, problem.ranks.size)
-        counts_R = wanted_RT.sum(1)
-        mine = torch.cat([counts_R.new_full((1,), len(hidden_TD)), counts_R])
+        counts_R, me, size = wanted_RT.sum(1), problem.ranks.rank, problem.ranks.size
+        choices_R = problem.kernels.count(slot_ids_TK // problem.slots, size)
+        mine = torch.cat([counts_R.new_full((1,), len(hidden_TD)), counts_R, choices_R])
         table = self._collectives.all_gather_ints(mine)
-        tokens_R, counts_RR = [row[0] for row in table], [row[1:] for row in table]
+        tokens_R, counts_RR = [row[0] for row in table], [row[1 : 1 + size] for row in table]
+        self._rows = sum(
+            row[1 + size + me] for row in table
+        )  # that this rank's experts compute, in all steps
         self._plan = Plan.of(counts_RR, tokens_R, self._form.top_k, problem.settings)
         self.rounds = self._plan.rounds
-        order_M = _by_step(wanted_RT, counts_R, self._plan.steps)[: sum(counts_RR[problem.ranks.rank])]
+        order_M = _by_step(wanted_RT, counts_R, self._plan.steps)[: sum(counts_RR[me])]
         tokens = max(1, len(hidden_TD))
         self._token_M = order_M % tokens
-        self._choice_M = self._token_M * problem.ranks.size + order_M // tokens
+        self._choice_M = self._token_M * size + order_M // tokens
         """token * R + peer: a peer's partial sum is to its token what an expert's row is to a choice."""
         self._returning: tuple[slice, Pending] | None = None
 
     def dispatch(self) -> Iterator[Batch]:
         sent_in_turn = (self._send(step) for step in range(self._plan.steps))
         for step, arriving in enumerate(one_ahead(sent_in_turn)):
-            self._local = LocalRows(self._problem, *self._form.unpack(arriving.wait()), chosen=True)
+            rows = self._form.unpack(arriving.wait())
+            self._local = LocalRows(self._problem, *rows, bound=self._rows, chosen=True)
             yield replace(self._local.batch(0), step=step)
 
     def combine(self, rows_SD: Tensor, batch: Batch) -> None:

@@ -137,7 +137,8 @@ class _LowLatencyExchange(Exchange):
         rows = ranks * self._most * min(self._slot_ids_TK.shape[1], self._problem.slots)
         rows_SD = self._hidden_TD.new_empty(rows, self._hidden_TD.shape[1])
         pack(padded_LCD, counts_L, rows_SD)
-        yield Batch(rows_SD, counts_L.long(), source_S=counts_L, step=0)
+        # About as many choices come from all ranks together as this one has itself.
+        yield Batch(rows_SD, counts_L.long(), counts_L, step=0, expected=self._slot_ids_TK.numel())
 
     def combine(self, rows_SD: Tensor, batch: Batch) -> None:
         from epbackend.kernels.triton.padded import spread

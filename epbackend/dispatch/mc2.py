@@ -40,6 +40,8 @@ class Mc2(Dispatcher):
         chip = _chip(problem)
         if chip is None:
             return "it needs an Ascend NPU (device ascend)"
+        if reason := super().unsupported(problem):
+            return reason
         if problem.settings.transport == "fp8":
             return "it sends rows in full or in int8, and transport is fp8"
         ranks, slots = problem.ranks.size, problem.slots
@@ -48,21 +50,20 @@ class Mc2(Dispatcher):
                 f"on A2 it is for {FEWEST_ON_A2} ranks and more, and there are {ranks}: older CANN takes no fewer, "
                 "so name it (dispatcher: mc2) where yours does"
             )
-        return super().unsupported(problem) or broken(chip, ranks, slots, problem.top_k, _tokens(problem))
+        return broken(chip, ranks, slots, problem.top_k, problem.most_tokens)
 
     @classmethod
     def reason(cls, problem: Problem) -> str:
-        chip, tokens = _chip(problem), _tokens(problem)
-        rows = "int8 rows" if problem.settings.transport == "int8" else "rows"
-        most = LIMITS[str(chip)].tokens
-        return f"{cls.summary}: {chip} takes {most} tokens a rank, and {tokens} {rows} are sent"
+        chip, form = str(_chip(problem)), ", in int8" if problem.settings.transport == "int8" else ""
+        most, tokens = LIMITS[chip].tokens, problem.most_tokens
+        return f"{cls.summary}: {chip} takes {most} tokens a rank, and {tokens} are sent{form}"
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         """Raises ConfigError for a model, or a number of tokens, outside of the operators' limits.
 
         A token must choose each slot once at most, which the router's top-k sees to.
         """
-        tokens = _tokens(self.problem)
+        tokens = self.problem.most_tokens
         assert tokens is not None  # else `unsupported` gave a reason
         _check(hidden_TD, tokens, _chip(self.problem))
         group = _group(self.problem, hidden_TD.shape[1], tokens)
@@ -103,12 +104,6 @@ class _Mc2Exchange(Exchange):
 def _chip(problem: Problem) -> str | None:
     """The NPU's generation; None where the kernels are another device's."""
     return getattr(problem.kernels, "chip", None)
-
-
-def _tokens(problem: Problem) -> int | None:
-    """The most tokens that a rank sends in one call; ranks that hold the same tokens each send their slice."""
-    most = problem.settings.max_tokens
-    return None if most is None else -(-most // problem.ranks.token_size)
 
 
 def _group(problem: Problem, hidden: int, tokens: int) -> ops.FusedGroup:

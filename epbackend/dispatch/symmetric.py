@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from epbackend.device import devices
@@ -41,9 +42,13 @@ class Symmetric(Dispatcher):
             return "it needs device cuda with its Triton kernels"
         if problem.settings.static and problem.settings.max_tokens is None:
             return "nothing bounds this phase's tokens (decode is bounded by engine.max_batch_size)"
-        if problem.settings.transport != "full":
-            return f"its rows travel in full, and transport is {problem.settings.transport}"
-        return not_built() or unreachable(problem.ranks, problem.settings.timeout_s)
+        if problem.settings.transport == "fp8" and not _float8():
+            return "transport is fp8, which GPUs older than Ada (8.9) do not have: write int8 or full"
+        if reason := not_built():
+            return reason
+        if problem.settings.dispatcher == "auto":
+            return "it has not run on a GPU yet, so it is taken only where it is named"
+        return unreachable(problem.ranks, problem.settings.timeout_s)
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         """Raises ConfigError for more tokens than the phase may have.
@@ -64,6 +69,11 @@ class Symmetric(Dispatcher):
             return SymmetricExchange(self.problem, peers, room, hidden_TD, slot_ids_TK, weights_TK)
         except UnavailableError as error:
             raise UnavailableError(f"MoE layer {self.problem.layer}: {error}") from error
+
+
+def _float8() -> bool:
+    """Whether the GPU converts float8; Triton's interpreter does."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
 
 
 @dataclass(frozen=True)
@@ -94,5 +104,9 @@ class Room:
         return cls(tokens, max(1, int(tokens * problem.top_k * scale)), bounded)
 
     def rounds_of(self, rows: int) -> int:
-        """How many rounds `rows` rows for one rank need."""
-        return -(-rows // self.rows)
+        """How many rounds `rows` rows for one rank need.
+
+        One even without a row: its meetings keep a rank that is ahead from writing the next call's counts over those
+        that another has yet to read.
+        """
+        return max(1, -(-rows // self.rows))

@@ -22,23 +22,26 @@ class Geometry:
     """The most choices that a rank sends at a time."""
     rows: int
     """The most rows that a rank receives at a time."""
-    width: int
-    dtype: torch.dtype
+    row: tuple[int, torch.dtype]
+    """Elements and dtype of a row on its way to the experts."""
+    result: tuple[int, torch.dtype]
+    """The same of a result on its way back."""
 
     def fields(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """(shape, dtype) of each buffer, in the order of `Buffers`."""
         return (
             ((self.ranks, self.ranks * self.slots + 1), torch.int32),
-            ((self.rows, self.width), self.dtype),
+            ((self.rows, self.row[0]), self.row[1]),
             ((self.rows,), torch.int64),
-            ((self.choices, self.width), self.dtype),
+            ((self.choices, self.result[0]), self.result[1]),
         )
 
     @property
     def bytes(self) -> int:
         """Of all buffers of one rank.
 
-        >>> Geometry(8, 32, choices=128 * 8, rows=8 * 128 * 8, width=7168, dtype=torch.bfloat16).bytes >> 20
+        >>> deepseek = 7168, torch.bfloat16
+        >>> Geometry(8, 32, choices=128 * 8, rows=8 * 128 * 8, row=deepseek, result=deepseek).bytes >> 20
         126
         """
         return sum(_padded_bytes(*field) for field in self.fields())
@@ -51,7 +54,7 @@ class Buffers:
     table: Mirror
     """int32 [R, P + 1]: of each rank its choices of each slot, and the tokens that it has left."""
     rows: Mirror
-    """[C, D]: what arrives for this rank's experts."""
+    """[C, width of a row]: what arrives for this rank's experts."""
     sources: Mirror
     """int64 [C]: the choice, among all ranks' choices, that a row serves."""
     results: Mirror

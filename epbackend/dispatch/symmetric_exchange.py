@@ -12,6 +12,7 @@ from epbackend.dispatch.base import Batch, Exchange, Problem
 from epbackend.dispatch.symmetric import Room
 from epbackend.dispatch.symmetric_buffers import Geometry
 from epbackend.dispatch.symmetric_peers import Peers
+from epbackend.dispatch.symmetric_wire import Wire
 from epbackend.kernels.triton.peer.counts import publish_counts
 from epbackend.kernels.triton.peer.give_back import give_back
 from epbackend.kernels.triton.peer.layout import Layout, lay_out, place
@@ -30,6 +31,8 @@ class Part:
     row_S: Tensor
     """Where each choice's row lies on its slot's rank."""
     rounds: int
+    rows_TW: Tensor
+    """The tokens' rows as they travel."""
 
 
 class SymmetricExchange(Exchange):
@@ -45,14 +48,15 @@ class SymmetricExchange(Exchange):
         self._problem, self._peers, self._room = problem, peers, room
         self._hidden_TD, self._weights_TK = hidden_TD, weights_TK
         self._slot_ids_TK = slot_ids_TK.contiguous()
+        self._wire = Wire(problem.settings.transport, hidden_TD.shape[1], hidden_TD.dtype)
         self._buffers = peers.buffers(
             Geometry(
                 ranks=peers.size,
                 slots=problem.slots,
                 choices=room.tokens * slot_ids_TK.shape[1],
                 rows=room.rows,
-                width=hidden_TD.shape[1],
-                dtype=hidden_TD.dtype,
+                row=self._wire.row,
+                result=(hidden_TD.shape[1], hidden_TD.dtype),
             )
         )
         self._out_TD = torch.empty_like(hidden_TD)
@@ -84,7 +88,8 @@ class SymmetricExchange(Exchange):
             self._peers.meet(self._problem.layer)
             layout = self._lay_out(number=0)
             rounds, longest = self._needs(layout, start)
-            yield Part(start, layout, place(slot_ids_TK, before_BP, layout.bases_P), rounds)
+            row_S = place(slot_ids_TK, before_BP, layout.bases_P)
+            yield Part(start, layout, row_S, rounds, self._wire.pack(self._slice(self._hidden_TD, start)))
             start += self._room.tokens
 
     def _needs(self, layout: Layout, start: int) -> tuple[int, int]:
@@ -100,9 +105,10 @@ class SymmetricExchange(Exchange):
     def _receive(self, part: Part, number: int, step: int) -> Batch:
         """Send this rank's rows of one round, and have those that the others sent."""
         buffers, first = self._buffers, number * self._room.rows
+        slot_ids_TK = self._slice(self._slot_ids_TK, part.start)
         send(
-            self._slice(self._hidden_TD, part.start),
-            self._slice(self._slot_ids_TK, part.start),
+            part.rows_TW,
+            slot_ids_TK,
             part.row_S,
             first,
             buffers.rows,
@@ -112,7 +118,10 @@ class SymmetricExchange(Exchange):
         )
         layout = part.layout if number == 0 else self._lay_out(number)
         self._peers.meet(self._problem.layer)
-        return Batch(buffers.rows.mine, layout.counts_L, buffers.sources.mine, step)
+        rows_CD = self._wire.unpack(buffers.rows.mine, layout.counts_L)
+        # About as many choices come from all ranks together as this one has itself.
+        expected = min(max(0, slot_ids_TK.numel() - first), len(rows_CD))
+        return Batch(rows_CD, layout.counts_L, buffers.sources.mine, step, expected)
 
     def _settle(self, part: Part) -> None:
         settle(

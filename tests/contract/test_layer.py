@@ -81,6 +81,13 @@ def test_every_split_on_ranks_with_unequal_slots(run, way, split, size, token_si
     run(Case(size, tokens, WAYS[way], token_size, UNEVEN, UNEVEN_CUTS[size], split, node_size, bias=True))
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_alltoall_holds_no_more_rows_than_it_computes(run, size):
+    """On every device: also where kernels would return a row for each choice of the tokens that arrive."""
+    seen = run(Case(size, uneven(size), LEVEL_2, slots=REPLICAS))
+    assert all(rank.most_rows <= sum(rank.tokens_E) for rank in seen)
+
+
 @pytest.mark.parametrize("token_size", [1, 2, 4])
 def test_level_levels_the_ranks(run, token_size):
     """Every rank can take every expert, so that none needs to take more than its part, rounded up."""

@@ -34,7 +34,6 @@ def problem(size: int = 8, token_size: int = 1, kernels=None, **settings) -> Pro
     [
         (problem(size=1), "there is one rank"),
         (problem(kernels=ReferenceKernels()), "needs device cuda with its Triton kernels"),
-        (problem(transport="int8"), "transport is int8"),
         (problem(static=True), "nothing bounds this phase's tokens"),
     ],
 )

@@ -15,18 +15,24 @@ pytest.importorskip("triton", reason="triton is not installed")
 from contract.dense import dense_moe, tolerance
 from triton import knobs
 
+from epbackend.device import get_device
+from epbackend.dispatch.base import Problem
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.symmetric import Room
+from epbackend.dispatch.symmetric_exchange import SymmetricExchange
 from epbackend.dispatch.symmetric_peers import SymmetricMemoryPeers
 from epbackend.dispatch.symmetric_reach import OVERLAP
 from epbackend.errors import CollectiveError
 from epbackend.kernels.triton.peer.counts import publish_counts
 from epbackend.kernels.triton.peer.give_back import give_back
 from epbackend.kernels.triton.peer.layout import lay_out, place
+from epbackend.kernels.triton.peer.meet import meet
 from epbackend.kernels.triton.peer.mirror import Mirror
 from epbackend.kernels.triton.peer.send import send
 from epbackend.moe import ExpertParallelMoE
 from epbackend.slots import SlotMap
+from symmetric.virtual import Hub, VirtualPeers
 
 pytestmark = [
     pytest.mark.cuda,
@@ -41,6 +47,12 @@ def own_gpu(ranks: RankGroup) -> torch.device:
     device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def mirror(*shape: int, dtype: torch.dtype) -> Mirror:
+    """A tensor that a single rank has for itself."""
+    tensor = torch.empty(shape, dtype=dtype, device="cuda")
+    return Mirror(tensor, torch.tensor([tensor.data_ptr()], device="cuda"))
 
 
 class Layer:
@@ -119,6 +131,52 @@ def test_two_ranks(ranks, run):
     ranks.run(2, run)
 
 
+class Alone(VirtualPeers):
+    """One rank, which meets itself in the kernel."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(Hub((0,)), 0, device)
+        self._signals = mirror(1, dtype=torch.int64)
+        self._signals.mine.zero_()
+        self._meeting_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._finding_2 = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+
+    def meet(self, layer: int) -> None:
+        meet(self._signals, self._meeting_1, self._finding_2, self.rank, layer, patience_s=5.0)
+
+
+def test_one_rank_captured_and_replayed():
+    """The phases alone, where a second rank cannot be had: experts that double a row."""
+    hidden_TD = torch.empty(T, D, device="cuda", dtype=torch.bfloat16)
+    ids_TK = torch.empty(T, K, device="cuda", dtype=torch.int64)
+    weights_TK = torch.rand(T, K, device="cuda")
+    settings = DispatchSettings(level=2, dispatcher="symmetric", static=True, max_tokens=T)
+    problem = Problem(RankGroup.single(), get_device("cuda").kernels, settings, slots=E, top_k=K)
+    peers = Alone(hidden_TD.device)
+
+    def load(seed: int) -> torch.Tensor:
+        hidden_TD.copy_(torch.randn(T, D, generator=torch.Generator().manual_seed(seed)))
+        ids_TK.copy_(torch.randint(0, max(1, E - 3 * seed), (T, K)))
+        return (2 * hidden_TD.float() * weights_TK.sum(1, keepdim=True)).to(torch.bfloat16)
+
+    def run() -> torch.Tensor:
+        exchange = SymmetricExchange(problem, peers, Room.of(problem), hidden_TD, ids_TK, weights_TK)
+        for batch in exchange.dispatch():
+            exchange.combine(2 * batch.rows_SD, batch)
+        return exchange.finish()
+
+    load(0)
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_TD = run()
+    for seed in range(3):
+        expected = load(seed)
+        out_TD.fill_(torch.nan)
+        graph.replay()
+        torch.testing.assert_close(out_TD, expected, **tolerance(torch.bfloat16))
+
+
 def alone(groups: dict[int, RankGroup]) -> str:
     """The other rank leaves; this one hears of it, and its GPU takes no more work."""
     ranks = groups[1]
@@ -146,10 +204,6 @@ def test_rows_past_two_to_the_31_elements():
     tokens, top_k, width = 140_000, 8, 2048
     hidden_TD = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     ids_TK = torch.arange(top_k, device="cuda").expand(tokens, top_k).contiguous()
-
-    def mirror(*shape: int, dtype: torch.dtype) -> Mirror:
-        tensor = torch.empty(shape, dtype=dtype, device="cuda")
-        return Mirror(tensor, torch.tensor([tensor.data_ptr()], device="cuda"))
 
     table = mirror(1, top_k + 1, dtype=torch.int32)
     rows, results = (mirror(tokens * top_k, width, dtype=torch.bfloat16) for _ in range(2))

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    "file", ["test_phases.py", "test_virtual_ranks.py", "test_processes.py", "test_deepep.py"]
+    "file",
+    ["test_phases.py", "test_virtual_ranks.py", "test_any_layer.py", "test_processes.py", "test_deepep.py"],
 )
 def test_in_the_interpreter(file):
     command = [

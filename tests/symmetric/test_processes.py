@@ -16,7 +16,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 from contract.layer_case import Case, Seen, layer_equals_dense
 from triton import knobs
 
-from epbackend.dispatch import symmetric_peers
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.dispatch.symmetric_peers import SymmetricMemoryPeers
@@ -28,8 +27,8 @@ pytestmark = [
     pytest.mark.skipif(not knobs.runtime.interpret, reason="the stand-in for symmetric memory is for CPUs"),
 ]
 CPU = torch.device("cpu")
-BOUNDED = DispatchSettings(level=2, max_tokens=11)
-STATIC = DispatchSettings(level=2, static=True, max_tokens=11)
+BOUNDED = DispatchSettings(level=2, dispatcher="symmetric", max_tokens=11)
+STATIC = DispatchSettings(level=2, dispatcher="symmetric", static=True, max_tokens=11)
 
 
 def layers(groups: dict[int, RankGroup], cases: list[Case]) -> list[Seen]:
@@ -79,12 +78,15 @@ def unmapped(groups: dict[int, RankGroup]) -> str:
 
     with shared_memory.over_shared_memory(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory.symmetric_memory, "rendezvous", rendezvous)
+        case = Case(2, (3, 4), replace(BOUNDED, timeout_s=5.0), device="cuda")
         with pytest.raises(UnavailableError) as failure:
-            symmetric_peers.connect(ranks.group, CPU, 5.0)
+            layer_equals_dense(groups, case)
     return str(failure.value)
 
 
 def test_a_rank_that_cannot_map_the_others(ranks):
     heard = set(ranks.run(2, unmapped))
     assert len(heard) == 1
-    assert "rank 1 cannot share 0 MiB of GPU memory with its peers: CUDA driver error" in heard.pop()
+    assert heard.pop().startswith(
+        "MoE layer 0: rank 1 cannot share 0 MiB of GPU memory with its peers: CUDA driver error"
+    )

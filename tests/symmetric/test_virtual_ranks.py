@@ -8,29 +8,16 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytest.importorskip("hypothesis")
 
-from contract.layer_case import Case, Seen, layer_equals_dense
-from hypothesis import given
-from hypothesis import strategies as st
+from contract.layer_case import Case, layer_equals_dense
 
 from epbackend.dispatch import symmetric
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.ranks import RankGroup
 from epbackend.errors import ConfigError
+from symmetric.cases import BOUNDED, OPEN, REPLICAS, STATIC, run, tight
 from symmetric.virtual import run_virtual
 
 pytestmark = pytest.mark.cuda
-
-OPEN = DispatchSettings(level=2)
-BOUNDED = DispatchSettings(level=2, max_tokens=11)
-STATIC = DispatchSettings(level=2, static=True, max_tokens=11)
-REPLICAS = (0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 0, 5)
-
-
-def tight(settings: DispatchSettings, scale: float) -> DispatchSettings:
-    """With a receive buffer that does not hold what arrives."""
-    return replace(settings, buffer_scale_factors=((0, scale),))
-
 
 WAYS = {
     "open": OPEN,
@@ -40,83 +27,69 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="session")
-def run(place_of):
-    """Run a case, and check that every choice was computed once."""
-
-    def run(case: Case) -> list[Seen]:
-        case = replace(case, device="cuda")
-        seen = run_virtual(case.size, lambda ranks: layer_equals_dense({1: ranks}, case), place_of)
-        computed = torch.tensor([rank.tokens_E for rank in seen]).sum(0)
-        assert torch.equal(computed, torch.tensor([rank.chosen_E for rank in seen]).sum(0))
-        assert {rank.dispatcher for rank in seen} == {"symmetric"}
-        assert len({(rank.rounds, rank.batches) for rank in seen}) == 1
-        return seen
-
-    return run
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tokens", [(0, 4, 9), (0, 0)])
-def test_uneven_and_empty_ranks(run, tokens, way):
-    run(Case(len(tokens), tokens, WAYS[way], slots=REPLICAS))
+def test_uneven_and_empty_ranks(place_of, tokens, way):
+    run(Case(len(tokens), tokens, WAYS[way], slots=REPLICAS), place_of)
 
 
-def test_calls_longer_than_the_window_go_in_parts(run, monkeypatch):
+@pytest.mark.parametrize("settings", [BOUNDED, tight(OPEN, 0.4)], ids=["bounded", "tight"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_one_layer_after_the_other_in_the_same_buffers(place_of, order, settings):
+    """A rank that is ahead overwrites nothing that another has yet to read, with calls of no token between others."""
+    cases = [
+        Case(3, tokens, settings, slots=REPLICAS, seed=seed, device="cuda")
+        for seed, tokens in enumerate([(4, 0, 9), (0, 0, 0), (0, 7, 2), (0, 0, 0)])
+    ]
+
+    def layers(ranks: RankGroup) -> None:
+        for case in cases:
+            layer_equals_dense({1: ranks}, case)
+
+    run_virtual(3, layers, place_of, order)
+
+
+def test_calls_longer_than_the_window_go_in_parts(place_of, monkeypatch):
     monkeypatch.setattr(symmetric, "OPEN_TOKENS", 4)
-    assert {rank.batches for rank in run(Case(2, (11, 3), tight(OPEN, 2.0)))} == {3}
+    assert {rank.batches for rank in run(Case(2, (11, 3), tight(OPEN, 2.0)), place_of)} == {3}
 
 
-def test_rounds_are_as_few_as_the_rows_need(run):
+def test_rounds_are_as_few_as_the_rows_need(place_of):
     # Each of the 18 tokens chooses all 4 slots, 2 of each rank: 36 rows for a rank, int(11 * 4 * 0.5) = 22 a round.
     case = Case(2, (9, 9), tight(BOUNDED, 0.5), slots=(0, 1, 2, 3), top_k=4)
-    assert {rank.rounds for rank in run(case)} == {-(-36 // 22)}
+    assert {rank.rounds for rank in run(case, place_of)} == {-(-36 // 22)}
 
 
 @pytest.mark.parametrize(("scale", "rounds"), [(None, 1), (1.0, 2), (0.4, 6)])
-def test_static_rounds_depend_on_shapes_alone(run, scale, rounds):
+def test_static_rounds_depend_on_shapes_alone(place_of, scale, rounds):
     settings = STATIC if scale is None else tight(STATIC, scale)
-    assert {rank.rounds for rank in run(Case(2, (11, 11), settings))} == {rounds}
+    assert {rank.rounds for rank in run(Case(2, (11, 11), settings), place_of)} == {rounds}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_dtypes(run, dtype):
-    run(Case(2, (9, 4), BOUNDED, dtype=dtype, bias=True, hidden=16))
+def test_dtypes(place_of, dtype):
+    run(Case(2, (9, 4), BOUNDED, dtype=dtype, bias=True, hidden=16), place_of)
 
 
-def test_ranks_with_unequal_slots_and_repeated_choices(run):
-    uneven = (0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 5, 0)
-    run(Case(3, (6, 11, 0), BOUNDED, slots=uneven, slots_R=(6, 1, 6), split="nearest", repeats=True, top_k=5))
-
-
-def test_more_tokens_than_the_phase_may_have(run):
-    with pytest.raises(
-        ConfigError, match=r"12 tokens in a call that may have 11; raise engine.max_batch_size"
-    ):
-        run(Case(2, (12, 1), BOUNDED))
-
-
-@st.composite
-def cases(draw) -> Case:
-    size = draw(st.integers(2, 4))
-    experts = draw(st.integers(1, 6))
-    slots = [*range(experts), *draw(st.lists(st.integers(0, experts - 1), max_size=4))]
-    slots += [0] * (-len(slots) % size)
-    settings = draw(st.sampled_from([OPEN, BOUNDED, STATIC]))
-    tokens = draw(st.lists(st.integers(0, 11), min_size=size, max_size=size))
-    if draw(st.booleans()):
-        settings = tight(settings, draw(st.floats(0.1, 2)))
-    return Case(
-        size=size,
-        tokens=tuple(tokens[:1] * size if settings.static else tokens),
-        settings=settings,
-        slots=tuple(draw(st.permutations(slots))),
-        top_k=draw(st.integers(1, experts)),
-        repeats=draw(st.booleans()),
-        seed=draw(st.integers(0, 1 << 16)),
+@pytest.mark.parametrize("transport", ["int8", "fp8"])
+def test_rows_that_travel_quantised(place_of, transport):
+    """Restored on arrival to what `transport.py` says, over more than one block of scales, in several rounds."""
+    run(
+        Case(3, (9, 0, 4), tight(replace(BOUNDED, transport=transport), 0.5), slots=REPLICAS, hidden=150),
+        place_of,
     )
 
 
-@given(case=cases())
-def test_any_layer(run, case):
-    run(case)
+def test_ranks_with_unequal_slots_and_repeated_choices(place_of):
+    uneven = (0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 5, 0)
+    run(
+        Case(3, (6, 11, 0), BOUNDED, slots=uneven, slots_R=(6, 1, 6), split="nearest", repeats=True, top_k=5),
+        place_of,
+    )
+
+
+def test_more_tokens_than_the_phase_may_have(place_of):
+    with pytest.raises(
+        ConfigError, match=r"12 tokens in a call that may have 11; raise engine.max_batch_size"
+    ):
+        run(Case(2, (12, 1), BOUNDED), place_of)

@@ -3,14 +3,17 @@
 They run the dispatcher as real ranks do, with the same kernels, on a CPU (Triton's interpreter) or on one GPU. Only
 how memory is shared and how ranks meet is their own: no kernel waits for another.
 
-    outputs = run_virtual(3, lambda ranks, device: layer_of(ranks)(tokens...), torch.device("cpu"))
+    outputs = run_virtual(3, lambda ranks: layer_of(ranks)(tokens...), torch.device("cpu"))
+
+Between two meetings one rank after the other runs, in a chosen order. So the first of them is as far ahead of the last
+as a rank can be, and would overwrite what the last has not read yet, if anything could be overwritten too early.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, Lock
+from threading import Condition
 from typing import TypeVar
 from unittest import mock
 
@@ -27,63 +30,79 @@ Result = TypeVar("Result")
 
 
 class Hub:
-    """What the virtual ranks share: the turn to run, and what each of them brought to the present meeting."""
+    """Whose turn it is to run, and what each of the virtual ranks brought to the present meeting."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.turn, self.meetings = size, Lock(), 0
-        self._barrier = Barrier(size, timeout=PATIENCE_S)
-        self._brought: list[Tensor | None] = [None] * size
+    def __init__(self, order: Sequence[int]) -> None:
+        self.size, self._order = len(order), order
+        self._position, self._failed, self._passed = 0, False, Condition()
+        self._brought: list[Tensor | None] = [None] * self.size
 
-    def meet(self) -> None:
-        """Let the others run until all have come here; called by a rank whose turn it is."""
-        self.turn.release()
-        try:
-            self._barrier.wait()
-        finally:
-            self.turn.acquire()
+    def wait(self, rank: int) -> None:
+        """Until it is the rank's turn."""
+        with self._passed:
+            ours = self._passed.wait_for(
+                lambda: self._failed or self._order[self._position] == rank, PATIENCE_S
+            )
+        if self._failed or not ours:
+            raise RuntimeError("another rank failed, or left out a meeting")
+
+    def pass_on(self, failed: bool = False) -> None:
+        """Let the next rank run."""
+        with self._passed:
+            self._position = (self._position + 1) % self.size
+            self._failed = self._failed or failed
+            self._passed.notify_all()
+
+    def meet(self, rank: int) -> None:
+        """When the turn comes back, all others have come to the same meeting."""
+        self.pass_on()
+        self.wait(rank)
 
     def gather(self, rank: int, tensor: Tensor) -> list[Tensor]:
         """What each rank brings, the same for all."""
         self._brought[rank] = tensor
-        self.meet()
+        self.meet(rank)
         brought = list(self._brought)
-        self.meet()
+        self.meet(rank)
         return brought
-
-    def abort(self) -> None:
-        """A rank failed: the others need not wait for it."""
-        self._barrier.abort()
 
 
 class VirtualPeers(Peers):
     def __init__(self, hub: Hub, rank: int, device: torch.device) -> None:
         super().__init__(rank, hub.size)
-        self._hub, self._device = hub, device
+        self.hub, self._device = hub, device
 
     def share(self, size: int) -> Mirror:
         mine = torch.full((size,), 0xFF, dtype=torch.uint8, device=self._device)  # NaN in every float
-        addresses = [memory.data_ptr() for memory in self._hub.gather(self.rank, mine)]
+        addresses = [memory.data_ptr() for memory in self.hub.gather(self.rank, mine)]
         return Mirror(mine, torch.tensor(addresses, dtype=torch.int64, device=self._device))
 
     def meet(self, layer: int) -> None:
-        self._hub.meet()
+        self.hub.meet(self.rank)
 
     def read(self, tensor: Tensor) -> list:
         return tensor.tolist()
 
 
-def run_virtual(size: int, function: Callable[[RankGroup], Result], device: torch.device) -> list[Result]:
+def run_virtual(
+    size: int,
+    function: Callable[[RankGroup], Result],
+    device: torch.device,
+    order: Sequence[int] | None = None,
+) -> list[Result]:
     """`function(ranks)` on each of `size` virtual ranks, whose `ranks.group` is theirs alone."""
-    hub = Hub(size)
+    hub = Hub(order or range(size))
     peers = [VirtualPeers(hub, rank, device) for rank in range(size)]
 
     def work(rank: int) -> Result:
-        with hub.turn:
-            try:
-                return function(RankGroup(group=peers[rank], rank=rank, size=size))  # type: ignore[arg-type]
-            except BaseException:
-                hub.abort()
-                raise
+        hub.wait(rank)
+        try:
+            result = function(RankGroup(group=peers[rank], rank=rank, size=size))  # type: ignore[arg-type]
+        except BaseException:
+            hub.pass_on(failed=True)
+            raise
+        hub.pass_on()
+        return result
 
     with (
         mock.patch.object(symmetric_peers, "connect", lambda group, device, timeout_s: group),

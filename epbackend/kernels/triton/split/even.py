@@ -19,6 +19,9 @@ from epbackend.kernels.triton.split.seats import (
     store_slots,
 )
 
+FEW = 512
+"""Choices that one warp counts in its registers."""
+
 
 class EvenSplit:
     """See `epbackend.kernels.Kernels.even_split`."""
@@ -56,7 +59,7 @@ class EvenSplit:
                 triton.next_power_of_2(experts + 1),
                 counted.all,
                 BLOCK,
-                num_warps=1,
+                num_warps=1 if counted.all <= FEW else 4,
             )
         return slot_ids_TK
 

@@ -16,7 +16,7 @@ from epbackend.kernels.guard import IdGuard
 from epbackend.kernels.triton.chip import Chip, chip_of
 from epbackend.kernels.triton.sort import load_slots
 from epbackend.kernels.triton.split.even import EvenSplit
-from epbackend.kernels.triton.split.quota import own_quota
+from epbackend.kernels.triton.split.quota import own_quota, take
 from epbackend.kernels.triton.split.seats import (
     BLOCK,
     Counted,
@@ -29,8 +29,8 @@ from epbackend.kernels.triton.split.seats import (
 from epbackend.kernels.triton.split.shares import level_shares
 from epbackend.kernels.triton.split.table import LevelTable
 
-QUOTA_CELLS = 4096
-"""Experts times copies times sources (or copies) whose quotas are worked out at a time: 128 values a thread."""
+QUOTA_CELLS = 1024
+"""Experts times copies times sources (or copies) whose quotas are worked out at a time: 8 values a thread."""
 
 SOURCES = tl.constexpr(8)
 """Sources whose counts are added up at a time."""
@@ -162,8 +162,8 @@ def _level_slots(
         expert = load_slots(ids_S, choice, S, E)
         seat, _ = find_seats(ids_S, totals_E, before_BE, block, expert, S, E, LANES, ALL, BLOCK)
         x = tl.load(replicated_E + expert, mask=expert < E, other=-1)
-        row = tl.maximum(x, 0)[:, None] + tl.zeros((1, CS), tl.int32)
-        taken = copy_of_seat(tl.gather(quota, row, 0), seat)
+        place = tl.maximum(x, 0)[:, None] * CS + tl.arange(0, CS)[None, :]
+        taken = copy_of_seat(take(quota, place, XS * CS, BLOCK, CS), seat)
         slot = tl.load(first_slot_E + expert, mask=(expert < E) & (x < 0), other=0)
         shared = tl.load(slots_XC + x * C + taken, mask=(x >= 0) & (taken < C), other=0)
         store_slots(slot_ids_S, tl.where(x >= 0, shared, slot), slot_of_first, ids_S, found_1, choice, S, E)

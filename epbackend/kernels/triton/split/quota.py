@@ -12,6 +12,14 @@ import triton.language as tl
 
 
 @triton.jit
+def take(values, index, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of a block with SIZE values, by flat indices: Triton 3.7 cannot gather from all shapes of two
+    dimensions."""
+    flat = tl.gather(tl.reshape(values, (SIZE,)), tl.reshape(index, (ROWS * COLUMNS,)), 0)
+    return tl.reshape(flat, (ROWS, COLUMNS))
+
+
+@triton.jit
 def own_quota(
     shares,
     counts_GE,
@@ -38,7 +46,7 @@ def own_quota(
         counts = counts_GE + sources.to(tl.int64) * stride + expert
         tokens = tl.load(counts, mask=(x < X) & (sources < G), other=0).to(tl.int32)
         holder = tl.load(sources_XC + x * C + copy, mask=(x < X) & (copy < C), other=-1)
-        room = tl.gather(shares, tl.minimum(x, XS - 1) + tl.zeros_like(copy), 0)
+        room = take(shares, tl.minimum(x, XS - 1) * CS + copy, XS * CS, CHUNK, CS)
         room = tl.where(x < X, room, 0)
         part = tl.zeros_like(room)
         for step in tl.static_range(3):
@@ -48,16 +56,16 @@ def own_quota(
                 block = node
             else:
                 block = G
-            gained, tokens, room = _meet(tokens, room, holder, source, block, CS, GS)
+            gained, tokens, room = _meet(tokens, room, holder, source, block, CS, GS, CHUNK)
             part += gained
         mine = (each >= start) & (each < start + CHUNK)
-        row = tl.minimum(tl.maximum(each - start, 0), CHUNK - 1) + tl.zeros_like(copy)
-        quota = tl.where(mine, tl.gather(part, row, 0), quota)
+        row = tl.minimum(tl.maximum(each - start, 0), CHUNK - 1)
+        quota = tl.where(mine, take(part, row * CS + copy, CHUNK * CS, XS, CS), quota)
     return quota
 
 
 @triton.jit
-def _meet(tokens, room, holder, source, block, CS: tl.constexpr, GS: tl.constexpr):
+def _meet(tokens, room, holder, source, block, CS: tl.constexpr, GS: tl.constexpr, CHUNK: tl.constexpr):
     """(what the source gives each copy of its own block, tokens left, room left), for some experts [.., GS], [.., CS].
 
     `holder` is the source of each copy, -1 past them; `block` how many sources a block has.
@@ -65,10 +73,11 @@ def _meet(tokens, room, holder, source, block, CS: tl.constexpr, GS: tl.constexp
     sources, copy = tl.arange(0, GS)[None, :], tl.arange(0, CS)
     block_G = sources // block
     block_C = tl.where(holder >= 0, holder // block, -1)
-    first = block_G * block + tl.zeros_like(tokens)
+    start_of_x = tl.arange(0, CHUNK)[:, None] * GS
+    first = block_G * block
     last = tl.minimum(first + block, GS) - 1
     sums = tl.cumsum(tokens, 1)
-    ends = sums - tl.gather(sums - tokens, first, 1)
+    ends = sums - take(sums - tokens, start_of_x + first, CHUNK * GS, CHUNK, GS)
     same = block_C[:, :, None] == block_C[:, None, :]
     earlier = same & (copy[None, None, :] <= copy[None, :, None])
     room_ends = tl.sum(tl.where(earlier, room[:, None, :], 0), 2)
@@ -78,7 +87,7 @@ def _meet(tokens, room, holder, source, block, CS: tl.constexpr, GS: tl.constexp
     overlap = tl.maximum(tl.minimum(room_ends, end) - tl.maximum(room_ends - room, start), 0)
     inside = block_C[:, :, None] == block_G[:, None, :]
     room_G = tl.sum(tl.where(inside, room[:, :, None], 0), 1)
-    met_G = tl.minimum(tl.gather(ends, last, 1), room_G)
+    met_G = tl.minimum(take(ends, start_of_x + last, CHUNK * GS, CHUNK, GS), room_G)
     at = holder[:, :, None] == sources[:, None, :]
     met_C = tl.sum(tl.where(at, met_G[:, None, :], 0), 2)
     tokens = tl.minimum(tokens, tl.maximum(ends - met_G, 0))
