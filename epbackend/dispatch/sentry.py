@@ -55,6 +55,14 @@ class Mark:
     timeout_s: float
 
     @property
+    def over(self) -> bool:
+        """Whether the GPU has passed it, or waits for nobody because it failed, of which the host hears by itself."""
+        try:
+            return self.passed()
+        except RuntimeError:
+            return True
+
+    @property
     def overdue(self) -> bool:
         return time.monotonic() - self.set_at > self.timeout_s
 
@@ -72,7 +80,7 @@ class Sentry:
     def add(self, what: str, passed: Callable[[], bool], timeout_s: float) -> None:
         """Watch a mark that was just set; marks are passed in the order in which they were added."""
         with self._lock:
-            while self._marks and self._marks[0].passed():
+            while self._marks and self._marks[0].over:
                 self._marks.popleft()
             self._marks.append(Mark(what, passed, time.monotonic(), timeout_s))
         if self._thread is None:
@@ -98,7 +106,7 @@ class Sentry:
         """
         with self._lock:
             while self._marks and self._marks[0].overdue:
-                if not self._marks[0].passed():
+                if not self._marks[0].over:
                     return self._marks[0]
                 self._marks.popleft()
         return None

@@ -56,6 +56,5 @@ class _SlicedExchange(Exchange):
 
 def _padded(tensor_TX: Tensor, rows: int, value: int) -> Tensor:
     """The tensor with so many rows, those that it lacks full of `value`."""
-    return (
-        pad(tensor_TX, (0, 0, 0, rows - len(tensor_TX)), value=value) if len(tensor_TX) < rows else tensor_TX
-    )
+    lacking = rows - len(tensor_TX)
+    return pad(tensor_TX, (0, 0, 0, lacking), value=value) if lacking > 0 else tensor_TX

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 FEWER = ["--hypothesis-profile", "interpreter"]
 SUITES = {
     "contract": ["tests/contract/test_kernels.py", "tests/contract/test_permute.py", "-k", "own", *FEWER],
-    "level": ["tests/contract/test_level.py", *FEWER],
+    "split": ["tests/contract/test_split.py", "-k", "own", *FEWER],
     "int8": ["tests/contract/test_int8.py", "-k", "test_experts and own"],
     "fp8": ["tests/contract/test_fp8.py", "-k", "own or test_layer"],
     "cuda": ["tests/cuda", "--ignore", "tests/cuda/test_gpu.py"],

@@ -57,6 +57,19 @@ def test_marks_that_were_passed_are_asked_once_and_forgotten(monkeypatch):
     assert (asked, ended) == (["late"] * 4 + [4], [])
 
 
+def test_a_gpu_that_failed_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(sentry, "POLL_S", 0.01)
+    ended = []
+
+    def failed() -> bool:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    guard = Sentry(lambda: "", lambda: ended.append(True))
+    guard.add("layer 1", failed, 0.05)
+    wait_for(lambda: not guard._marks)
+    assert not ended
+
+
 def serve(rank: int, port: int, lines) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=SIZE)

@@ -44,6 +44,23 @@ def load_block(
 
 
 @triton.jit
+def load_pair(
+    matrix, slot, column, depth, N, K, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr
+):
+    """[2 * COLUMNS, DEPTH]: the same rows of the gate's and of the up's matrix of a slot, which lie N rows apart."""
+    if TMA:
+        block = tl.reshape(matrix.load([2 * slot, column, depth]), (2 * COLUMNS, DEPTH))
+    else:
+        each = tl.arange(0, 2 * COLUMNS)
+        at_row = column + each % COLUMNS
+        at_column = depth + tl.arange(0, DEPTH)
+        inside = (at_row < N)[:, None] & (at_column < K)[None, :]
+        row = ((2 * slot + each // COLUMNS) * N + at_row).to(tl.int64)
+        block = tl.load(matrix + row[:, None] * K + at_column[None, :], mask=inside, other=0.0)
+    return block
+
+
+@triton.jit
 def multiply(block_MK, block_NK, sum_MN):
     """sum_MN + block_MK times the transposed block_NK; float32 blocks are multiplied in full precision."""
     if INTERPRETED and block_MK.dtype == tl.bfloat16:

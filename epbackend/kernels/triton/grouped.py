@@ -54,12 +54,15 @@ def grouped_matmul(
         out = torch.empty(count, columns, dtype=dtype, device=values_SK.device)
     if count == 0:
         return out
-    weight_HK = weight_LNK.view(slots * height, depth)
+    weight = weight_LNK.view(slots * height, depth)
+    block: tuple[int, ...] = (tile.columns, tile.depth)
+    if gated and not isinstance(experts, Fp8Blocks):  # gate and up of a tile come in one block
+        weight, block = weight.view(2 * slots, columns, depth), (2, *block)
     out_SN, out_scale_BS = _parts(out)
-    tma = tile.tma and chip.tma and aligned(values_SK) and aligned(weight_HK)
+    tma = tile.tma and chip.tma and aligned(values_SK) and aligned(weight)
     _grouped_matmul[(chip.sms * tile.programs,)](
         matrix(values_SK, (tile.rows, tile.depth), tma),
-        matrix(weight_HK, (tile.columns, tile.depth), tma),
+        matrix(weight, block, tma),
         row_scale,
         weight_scale,
         bias_LN,
@@ -132,15 +135,14 @@ def _grouped_matmul(
     ):
         slot, first, end, column_tile = find_tile(tile, tiles_M3, row_tiles, column_tiles, BAND)
         column = column_tile * BLOCK_N
-        at = slot * HEIGHT + column
         if FP8:
             sum_MN, up_MN = scaled_sums(
-                rows_SK, weight_HK, row_scale, weight_scale, slot, column, at, first, end, S, H,
+                rows_SK, weight_HK, row_scale, weight_scale, slot, column, first, end, S, H,
                 N, K, HEIGHT, GATED, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             sum_MN, up_MN = sums(
-                rows_SK, weight_HK, at, first, S, H, row_stride,
+                rows_SK, weight_HK, slot, column, first, S, H, row_stride,
                 N, K, GATED, TMA, BLOCK_M, BLOCK_N, BLOCK_K, tl.int32 if INT8 else tl.float32,
             )  # fmt: skip
         row_M = first + tl.arange(0, BLOCK_M)

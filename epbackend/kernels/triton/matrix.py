@@ -14,6 +14,6 @@ def aligned(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 1 and not any(at % TMA_BYTES for at in (tensor.data_ptr(), *strides))
 
 
-def matrix(tensor: Tensor, block: tuple[int, int], tma: bool) -> Tensor | TensorDescriptor:
-    """`tensor` [rows, columns] as a kernel takes it; the descriptor is made on the host and travels as an argument."""
+def matrix(tensor: Tensor, block: tuple[int, ...], tma: bool) -> Tensor | TensorDescriptor:
+    """`tensor` as a kernel takes it, in blocks of that shape; a descriptor is made on the host and passed by value."""
     return TensorDescriptor.from_tensor(tensor, list(block)) if tma else tensor

@@ -5,14 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from epbackend.kernels.triton.blocks import load_block, multiply
+from epbackend.kernels.triton.blocks import load_block, load_pair, multiply
 
 
 @triton.jit
 def sums(
     rows_SK,
     weight_HK,
-    at,
+    slot,
+    column,
     first,
     S,
     H,
@@ -26,16 +27,24 @@ def sums(
     BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """(sum_MN, up_MN) in DTYPE of rows from `first` on and matrix rows from `at` on; up is zero without GATED."""
-    sum_MN = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
-    up_MN = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
-    for depth in range(0, K, BLOCK_K):
-        row_block = load_block(rows_SK, first, depth, S, K, row_stride, BLOCK_M, BLOCK_K, TMA)
-        block = load_block(weight_HK, at, depth, H, K, K, BLOCK_N, BLOCK_K, TMA)
-        sum_MN = multiply(row_block, block, sum_MN)
-        if GATED:
-            up_block = load_block(weight_HK, at + N, depth, H, K, K, BLOCK_N, BLOCK_K, TMA)
-            up_MN = multiply(row_block, up_block, up_MN)
+    """(sum_MN, up_MN) in DTYPE of rows from `first` on and the slot's columns from `column` on.
+
+    Gate and up are one product twice as wide, for which the matrix units read each block of rows once.
+    """
+    if GATED:
+        both_MN = tl.zeros((BLOCK_M, 2 * BLOCK_N), DTYPE)
+        for depth in range(0, K, BLOCK_K):
+            row_block = load_block(rows_SK, first, depth, S, K, row_stride, BLOCK_M, BLOCK_K, TMA)
+            pair = load_pair(weight_HK, slot, column, depth, N, K, BLOCK_N, BLOCK_K, TMA)
+            both_MN = multiply(row_block, pair, both_MN)
+        sum_MN, up_MN = tl.split(tl.permute(tl.reshape(both_MN, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    else:
+        sum_MN = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
+        up_MN = sum_MN
+        for depth in range(0, K, BLOCK_K):
+            row_block = load_block(rows_SK, first, depth, S, K, row_stride, BLOCK_M, BLOCK_K, TMA)
+            block = load_block(weight_HK, slot * N + column, depth, H, K, K, BLOCK_N, BLOCK_K, TMA)
+            sum_MN = multiply(row_block, block, sum_MN)
     return sum_MN, up_MN
 
 
@@ -47,7 +56,6 @@ def scaled_sums(
     scale_LBB,
     slot,
     column,
-    at,
     first,
     end,
     S,
@@ -64,10 +72,12 @@ def scaled_sums(
     """The same in float32 of float8 blocks with a scale each.
 
     Each 128-deep product is scaled and added in float32, as DeepSeek's own kernels do: the matrix units keep fewer bits
-    than float32 when they add up float8 products.
+    than float32 when they add up float8 products. Gate and up stay two products, as the sums of both and a product of
+    both together would not fit the registers.
     """
     DEEP: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     scale = scale_LBB + (slot * ((HEIGHT + BLOCK_K - 1) // BLOCK_K) + column // BLOCK_K) * DEEP
+    at = slot * HEIGHT + column
     row_M = first + tl.arange(0, BLOCK_M)
     nothing_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_MN, up_MN = nothing_MN, nothing_MN
