@@ -5,7 +5,7 @@ that we call is its documented formula in plain torch, with the documented limit
 filled with garbage. What is not emulated fails and says its name.
 
 It proves that we call torch_npu rightly and that our algorithm is right as we read the documentation. It proves
-nothing about the real kernels: numerics, tiling, speed, NZ layouts, graph capture, asynchrony, HCCL's transport.
+nothing about the real kernels: numerics, tiling, speed, graph capture, asynchrony, HCCL's transport.
 
     cann.start("A3", devices=4)     # before anything else imports torch_npu
 """
