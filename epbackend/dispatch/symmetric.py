@@ -46,7 +46,7 @@ class Symmetric(Dispatcher):
             return "transport is fp8, which GPUs older than Ada (8.9) do not have: write int8 or full"
         if reason := not_built():
             return reason
-        if problem.settings.dispatcher == "auto":
+        if cls.name not in problem.settings.dispatcher:
             return "it has not run on a GPU yet, so it is taken only where it is named"
         return unreachable(problem.ranks, problem.settings.timeout_s)
 

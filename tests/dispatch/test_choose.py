@@ -70,8 +70,8 @@ def test_before_any_rank_runs_this_machine_is_judged(monkeypatch):
     asked = replace(problem(8, level=2), kernels=mock.Mock(ReferenceKernels, on_cuda=True))
     choice = decide(asked)
     assert choice.name == "alltoall"
-    assert "8 ranks that store to each other need as many GPUs" in dict(choice.passed_over)["symmetric"]
-    with pytest.raises(ConfigError, match="symmetric is pinned but cannot be used: 8 ranks"):
+    assert "taken only where it is named" in dict(choice.passed_over)["symmetric"]
+    with pytest.raises(ConfigError, match="symmetric is pinned but cannot be used: 8 ranks that store to each other"):
         decide(replace(asked, settings=replace(asked.settings, dispatcher="symmetric")))
 
 
