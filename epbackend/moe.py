@@ -33,7 +33,7 @@ from epbackend.dispatch.sentry import watch
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
-from epbackend.kernels.forms import Matrices
+from epbackend.kernels.forms import Matrices, outputs
 from epbackend.slots import SlotMap
 from epbackend.split import TokenSplit
 
@@ -126,7 +126,15 @@ class ExpertParallelMoE:
         self._kernels = get_device(device).kernel_set(kernels)
         settings_of, split_of = _by_phase("settings", settings), _by_phase("split", split)
         problems = {
-            phase: Problem(ranks, self._kernels, settings_of[phase], slot_map.slots_per_rank, top_k, layer)
+            phase: Problem(
+                ranks,
+                self._kernels,
+                settings_of[phase],
+                slot_map.slots_per_rank,
+                top_k,
+                hidden_size=outputs(down_LDF),
+                layer=layer,
+            )
             for phase in PHASES
         }
         chosen = {phase: choose(problem) for phase, problem in problems.items()}

@@ -34,6 +34,8 @@ class Problem:
     slots: int
     """L: slots of each rank."""
     top_k: int
+    hidden_size: int | None = None
+    """D, where it is known before the first token."""
     layer: int = 0
     """Only for messages."""
 

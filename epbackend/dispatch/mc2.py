@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from epbackend.device import devices
 from epbackend.device.hccl import own_communicator
 from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
-from epbackend.dispatch.mc2_limits import LIMITS, broken, buffer_mb
+from epbackend.dispatch.mc2_limits import LIMITS, broken, broken_width, buffer_mb
 from epbackend.errors import ConfigError
 from epbackend.kernels.int8 import Int8Rows
 from epbackend.kernels.npu import ops
@@ -50,7 +50,9 @@ class Mc2(Dispatcher):
                 f"on A2 it is for {FEWEST_ON_A2} ranks and more, and there are {ranks}: older CANN takes no fewer, "
                 "so name it (dispatcher: mc2) where yours does"
             )
-        return broken(chip, ranks, slots, problem.top_k, problem.most_tokens)
+        if reason := broken(chip, ranks, slots, problem.top_k, problem.most_tokens):
+            return reason
+        return None if problem.hidden_size is None else broken_width(chip, problem.hidden_size)
 
     @classmethod
     def reason(cls, problem: Problem) -> str:
@@ -118,17 +120,13 @@ def _group(problem: Problem, hidden: int, tokens: int) -> ops.FusedGroup:
 
 def _check(hidden_TD: Tensor, tokens: int, chip: str | None) -> None:
     """Raise ConfigError for what only a call can show to be outside of the limits."""
-    limits = LIMITS[str(chip)]
     if len(hidden_TD) > tokens:
         raise ConfigError(
             f"dispatcher mc2: this rank has {len(hidden_TD)} tokens, and engine.max_batch_size allows {tokens}; "
             "raise it, or set dispatcher: alltoall"
         )
-    if hidden_TD.shape[1] not in limits.hidden:
-        raise ConfigError(
-            f"dispatcher mc2: on {chip} the hidden size must be {limits.hidden_in_words}, and this model's is "
-            f"{hidden_TD.shape[1]}; set dispatcher: alltoall"
-        )
+    if reason := broken_width(str(chip), hidden_TD.shape[1]):
+        raise ConfigError(f"dispatcher mc2: {reason}; set dispatcher: alltoall")
     if hidden_TD.dtype not in DTYPES:
         raise ConfigError(
             f"dispatcher mc2: it takes bfloat16 and float16, not {str(hidden_TD.dtype).removeprefix('torch.')}; "

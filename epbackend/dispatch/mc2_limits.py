@@ -75,6 +75,14 @@ def broken(chip: str, ranks: int, slots: int, top_k: int, tokens: int | None) ->
     return None
 
 
+def broken_width(chip: str, hidden_size: int) -> str | None:
+    """Why a model of this hidden size breaks a limit; None if it breaks none."""
+    limits = LIMITS[chip]
+    if hidden_size in limits.hidden:
+        return None
+    return f"on {chip} the hidden size must be {limits.hidden_in_words}, and this model's is {hidden_size}"
+
+
 def buffer_mb(chip: str, ranks: int, slots: int, top_k: int, tokens: int, hidden: int) -> int:
     """The communicator's buffer (HCCL_BUFFSIZE) for 16-bit rows, in MB.
 

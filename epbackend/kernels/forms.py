@@ -17,6 +17,13 @@ Matrices = Experts | Iterable[Tensor | Int8Matrix]
 """The same, or one matrix after the other, of one kind."""
 
 
+def outputs(matrices: Matrices) -> int | None:
+    """N of the matrices, where they are whole; an iterable does not say before it is used up."""
+    if isinstance(matrices, Tensor):
+        return matrices.shape[1]
+    return matrices.values_LNK.shape[1] if isinstance(matrices, Fp8Blocks | Int8Weights) else None
+
+
 def stacked(matrices: Matrices) -> Experts:
     """Whole forms where they are, if contiguous; single matrices side by side, in new memory."""
     if isinstance(matrices, Tensor):

@@ -71,7 +71,9 @@ def test_before_any_rank_runs_this_machine_is_judged(monkeypatch):
     choice = decide(asked)
     assert choice.name == "alltoall"
     assert "taken only where it is named" in dict(choice.passed_over)["symmetric"]
-    with pytest.raises(ConfigError, match="symmetric is pinned but cannot be used: 8 ranks that store to each other"):
+    with pytest.raises(
+        ConfigError, match="symmetric is pinned but cannot be used: 8 ranks that store to each other"
+    ):
         decide(replace(asked, settings=replace(asked.settings, dispatcher="symmetric")))
 
 

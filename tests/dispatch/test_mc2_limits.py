@@ -17,12 +17,18 @@ from epbackend.errors import ConfigError
 
 
 def problem(
-    chip: str | None = "A3", size=16, slots=16, top_k=8, tokens: int | None = 64, **settings
+    chip: str | None = "A3",
+    size=16,
+    slots=16,
+    top_k=8,
+    tokens: int | None = 64,
+    hidden: int | None = None,
+    **settings,
 ) -> Problem:
     kernels = mock.Mock(chip=chip) if chip else mock.Mock(spec=[])
     group = RankGroup(mock.Mock(), 0, size, None, 0, 1)
     settings = DispatchSettings(**{"level": 2, "max_tokens": tokens, **settings})
-    return Problem(group, kernels, settings, slots, top_k)
+    return Problem(group, kernels, settings, slots, top_k, hidden)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +46,7 @@ def problem(
         ({"tokens": None}, "decode is bounded by engine.max_batch_size"),
         ({"tokens": 513}, "may send 512 tokens, and engine.max_batch_size allows 513"),
         ({"chip": "A2", "tokens": 257}, "may send 256 tokens, and engine.max_batch_size allows 257"),
+        ({"hidden": 512}, "hidden size must be 1024 to 8192, and this model's is 512"),
         ({"level": 1}, "serves ep_level 2, and ep_level is 1"),
         ({"transport": "fp8"}, "in full or in int8, and transport is fp8"),
     ],
