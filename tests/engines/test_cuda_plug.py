@@ -1,6 +1,6 @@
 """The CUDA plug: LMDeploy's own modules with our operators, in Triton's interpreter or on GPUs.
 
-`test_in_the_interpreter` runs these tests where there is no GPU.
+`tests/cuda/test_interpreter.py` runs these tests where there is no GPU.
 """
 
 from __future__ import annotations
