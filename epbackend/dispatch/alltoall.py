@@ -55,9 +55,8 @@ class _ExactExchange(Exchange):
         mine = torch.cat([counts_R.new_full((1,), len(hidden_TD)), counts_R, choices_R])
         table = self._collectives.all_gather_ints(mine)
         tokens_R, counts_RR = [row[0] for row in table], [row[1 : 1 + size] for row in table]
-        self._rows = sum(
-            row[1 + size + me] for row in table
-        )  # that this rank's experts compute, in all steps
+        self._rows = sum(row[1 + size + me] for row in table)
+        """That this rank's experts compute, in all steps."""
         self._plan = Plan.of(counts_RR, tokens_R, self._form.top_k, problem.settings)
         self.rounds = self._plan.rounds
         order_M = _by_step(wanted_RT, counts_R, self._plan.steps)[: sum(counts_RR[me])]
