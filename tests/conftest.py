@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from importlib.util import find_spec
 
@@ -37,6 +38,14 @@ def pytest_configure(config):
     if reason := ascend.missing(platform):
         pytest.exit(f"skipped: {reason}", returncode=0)
     ascend.start(platform)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Why tests were skipped, a line each: a device that is missing skips hundreds for one reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, tests in reasons.most_common():
+        terminalreporter.write_line(f"SKIPPED {tests}: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from patience import PATIENCE_S
 
 from epbackend.dispatch.ranks import RankGroup
 
 SIZES = (1, 2, 4)
-PATIENCE_S = 120.0
 
 
 class RankPool:

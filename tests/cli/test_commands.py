@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.engine
 
@@ -26,7 +27,12 @@ TWO_RANKS = {
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A command that ends by itself."""
     return subprocess.run(
-        [EPBACKEND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=180, check=False
+        [EPBACKEND, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
 
 
@@ -111,7 +117,7 @@ def test_generate_streams_text(config_file):
 def test_chat_answers_until_the_input_ends(config_file):
     talk = subprocess.run(
         [EPBACKEND, "chat", "tiny-qwen3-moe", "-c", str(config_file()), "--max-new-tokens", "4"],
-        input="The whale\n/new\nThe ship\n\n", capture_output=True, text=True, timeout=180, check=False,
+        input="The whale\n/new\nThe ship\n\n", capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert talk.returncode == 0, talk.stderr
     assert talk.stdout.count("you:") == 4
@@ -214,7 +220,7 @@ def free_port() -> int:
 
 
 def wait_until_served(url: str, server: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and server.poll() is None:
         try:
             urllib.request.urlopen(f"{url}/v1/models", timeout=5).read()
@@ -249,7 +255,7 @@ def test_serve_answers_and_ends_clean(config_file, stop):
         assert f"port {port}" in taken.stderr
 
         server.send_signal(stop)
-        server.wait(timeout=30)
+        server.wait(timeout=PATIENCE_S)
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
@@ -260,7 +266,7 @@ def test_serve_answers_and_ends_clean(config_file, stop):
 
 def processes_of_session(session: int) -> list[str]:
     """The processes that the session leader left behind, zombies aside, after a moment to go."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while (left := _stat_lines(session)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 from typer.testing import CliRunner
 
 from epbackend.cli import COMMANDS, app
@@ -206,7 +207,8 @@ def test_on_a_login_node_without_torch_and_lmdeploy(tmp_path, recorded, argument
     write(Placement.even(5, 16, 4), placement, "epbackend")
     arguments = [argument.format(recorded=recorded, placement=placement) for argument in arguments]
     result = subprocess.run(
-        [sys.executable, "-c", BARE, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", BARE, *arguments], cwd=tmp_path,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout
@@ -215,7 +217,7 @@ def test_on_a_login_node_without_torch_and_lmdeploy(tmp_path, recorded, argument
 def test_a_command_that_needs_more_says_what(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", BARE, "doctor"],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     assert (

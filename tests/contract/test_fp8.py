@@ -105,7 +105,7 @@ def test_layer(ranks, fp8_device, size, level):
 @pytest.mark.ascend
 def test_ascend_says_that_it_takes_none(device):
     if device.name != "ascend":
-        pytest.skip("takes them")
+        pytest.skip(f"device {device.name} takes float8 experts")
     with pytest.raises(
         ConfigError, match="float8 experts are not supported; serve this model in bfloat16 or"
     ):

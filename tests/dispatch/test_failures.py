@@ -7,12 +7,12 @@ import os
 import re
 import signal
 import socket
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+from patience import PATIENCE_S
 
 from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.settings import DispatchSettings
@@ -85,12 +85,10 @@ def test_the_others_name_the_rank(settings, blow, victim):
     for process in processes:
         process.start()
     try:
-        heard = dict(errors.get(timeout=60) for _ in range(SIZE - 1))
-        heard_at = time.monotonic()
+        heard = dict(errors.get(timeout=PATIENCE_S) for _ in range(SIZE - 1))
         for rank in heard:
-            processes[rank].join(TIMEOUT_S + 20)
+            processes[rank].join(PATIENCE_S)
             assert processes[rank].exitcode is not None, f"rank {rank} cannot exit after the failure"
-        assert time.monotonic() - heard_at < TIMEOUT_S + 20
     finally:
         for process in processes:
             process.kill()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from patience import PATIENCE_S
 
 from epbackend.engines.lmdeploy.guard import descendants
 
@@ -55,9 +56,9 @@ class Running:
         """The processes that multiprocessing started for ranks or engines."""
         return [each for each in self.family[1:] if "multiprocessing.spawn" in " ".join(each.cmdline())]
 
-    def assert_nothing_left(self, timeout_s: float = 20) -> None:
+    def assert_nothing_left(self) -> None:
         """No process of the family still runs, no segment of theirs still is."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + PATIENCE_S
         while left := self._left():
             assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(0.1)
@@ -79,9 +80,7 @@ def engine_workers() -> list[psutil.Process]:
     return [psutil.Process(child.pid) for child in sorted(children, key=lambda child: child.name)]
 
 
-def start(
-    tmp_path: Path, script: str, *arguments: str, ready: str = "READY", timeout_s: float = 120
-) -> Running:
+def start(tmp_path: Path, script: str, *arguments: str, ready: str = "READY") -> Running:
     """Starts the script and waits until it prints a line with `ready`; its output goes to tmp_path/log."""
     file, log = tmp_path / "script.py", tmp_path / "log"
     file.write_text(script)
@@ -97,12 +96,12 @@ def start(
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     running = Running(process)
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + PATIENCE_S
     try:
-        while ready not in log.read_text():
-            assert process.poll() is None, log.read_text()
+        while not (ended := process.poll() is not None) and ready not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
+        assert not ended or ready in log.read_text(), log.read_text()
     finally:
         running.look()
         if ready not in log.read_text():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 from transformers import AutoTokenizer
 
 from epbackend.engines.lmdeploy import LoadReport
-from epbackend.engines.lmdeploy.deployment import POLL_S, free_port
+from epbackend.engines.lmdeploy.deployment import free_port
 from epbackend.engines.lmdeploy.recording import Recording
 from epbackend.errors import ConfigError, EPError
 from epbackend.models import resolve
@@ -61,17 +61,16 @@ def test_a_file_that_cannot_be_is_refused_before_anything_runs(tmp_path):
 
 def test_a_server_counts_its_requests_and_not_its_warm_up(checkpoint, start_process, tmp_path):
     model, port, path = checkpoint("qwen3-moe"), free_port(), tmp_path / "loads.json"
-    settings = config(ep_size=2, ep_level=2)
-    ready = "Application startup complete"
+    settings = config({"log_level": "INFO"}, ep_size=2, ep_level=2)
+    ready = "expert loads are counted from now on"
     running = start_process(SERVE, str(model), settings.to_json(), str(port), str(path), ready=ready)
     _await_model(port)
     running.look()
-    time.sleep(5 * POLL_S)  # within this time the clerk has seen that the server listens
     texts = prompts()[:4]
     for text in texts:
         _complete(port, text)
     running.process.send_signal(signal.SIGTERM)
-    running.process.wait(timeout=60)
+    running.process.wait(timeout=PATIENCE_S)
     counts_LE = np.array(json.loads(path.read_text())["logical_count"])
     assert counts_LE.shape == (3, EXPERTS)
     (routed,) = set(counts_LE.sum(axis=1).tolist())  # every layer routed the same tokens
@@ -80,4 +79,4 @@ def test_a_server_counts_its_requests_and_not_its_warm_up(checkpoint, start_proc
     asked = sum(len(tokenizer(text).input_ids) for text in texts)
     # Of each answer the last token need not be fed back, but may be.
     assert 0 <= routed // TOP_K - asked - len(texts) * (NEW_TOKENS - 1) <= len(texts)
-    running.assert_nothing_left(timeout_s=60)
+    running.assert_nothing_left()

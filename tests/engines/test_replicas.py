@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from patience import PATIENCE_S
 
 import epbackend
 from epbackend.errors import WorkerError
@@ -61,5 +62,5 @@ def test_nothing_is_left_of_ray_when_the_parent_is_killed(checkpoint, start_proc
     settings = config({"dp": 2}, ep_size=2)
     running = start_process(GENERATE, str(checkpoint("qwen3-moe")), settings.to_json())
     running.process.kill()
-    running.process.wait(timeout=30)
-    running.assert_nothing_left(timeout_s=60)
+    running.process.wait(timeout=PATIENCE_S)
+    running.assert_nothing_left()

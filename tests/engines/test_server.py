@@ -9,6 +9,7 @@ import time
 
 import pytest
 import requests
+from patience import PATIENCE_S
 from transformers import AutoTokenizer
 
 from epbackend.engines.lmdeploy import serve
@@ -54,8 +55,8 @@ def test_serves_and_leaves_nothing(engine, ending, ready, checkpoint, reference,
     listening = {address for each in running.family for address in _listening(each)}
     assert (LOOPBACK, port) in listening
     os.kill(running.process.pid, ending)
-    running.process.wait(timeout=60)
-    running.assert_nothing_left(timeout_s=60)
+    running.process.wait(timeout=PATIENCE_S)
+    running.assert_nothing_left()
 
 
 def test_a_port_in_use_is_refused_before_anything_loads(checkpoint):
@@ -71,12 +72,12 @@ def test_an_engine_that_cannot_start_says_why(checkpoint, start_process):
     settings = config({"cache_gb": 1e6}).to_json()
     said = "WorkerError: the engine failed: ConfigError: engine.cache_gb: 1e+06 GiB"
     running = start_process(SERVE, str(checkpoint("qwen3-moe")), settings, str(free_port()), ready=said)
-    assert running.process.wait(timeout=30) == 1
+    assert running.process.wait(timeout=PATIENCE_S) == 1
     running.assert_nothing_left()
 
 
-def _await_model(port: int, timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
+def _await_model(port: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         try:
             if len(requests.get(f"http://{LOOPBACK}:{port}/v1/models", timeout=5).json()["data"]) >= 1:
@@ -95,7 +96,7 @@ def _complete(port: int, text: str) -> str:
         "temperature": 0,
         "ignore_eos": True,
     }
-    response = requests.post(f"http://{LOOPBACK}:{port}/v1/completions", json=request, timeout=60)
+    response = requests.post(f"http://{LOOPBACK}:{port}/v1/completions", json=request, timeout=PATIENCE_S)
     return response.json()["choices"][0]["text"]
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import PATIENCE_S
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "layer_torchrun.py"
 
 
@@ -16,7 +18,7 @@ def test_the_torchrun_example():
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     assert "rank 0: 10 tokens right, alltoall" in done.stdout

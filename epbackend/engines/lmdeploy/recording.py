@@ -87,6 +87,7 @@ def _record(
         if stop.wait(POLL_S):
             return
     start = report()
+    logger.info("%s: expert loads are counted from now on", recording.path)
     while not stop.is_set():
         stop.wait(EVERY_S)
         done = report().since(start)
