@@ -105,6 +105,11 @@ def _expanded(case: Case) -> float:
     return case.tokens * case.model.K * 2 * case.model.D * 3
 
 
+def _restored(case: Case, rows: float) -> tuple[int, float]:
+    """Launches and bytes written that bring rows back to bfloat16 where they came in 8 bits."""
+    return (1, rows * 2 * case.model.D) if case.bytes_each == 1 else (0, 0.0)
+
+
 def replicated(case: Case) -> Cost:
     """Every rank holds all R * T tokens. Back: all-reduce of their float32 sums."""
     all_sums = case.ranks * case.tokens * 4 * case.model.D
@@ -116,10 +121,13 @@ def replicated(case: Case) -> Cost:
 def allgather(case: Case) -> Cost:
     """Out: all-gather of T packed rows. Back: reduce-scatter of float32 sums."""
     rows, sums = case.tokens * case.packed, case.tokens * 4 * case.model.D
-    memory = 2 * rows + case.ranks * (rows + 2 * sums) + _expanded(case)
+    launches, restored = _restored(case, case.ranks * case.tokens)
+    memory = 2 * rows + case.ranks * (rows + 2 * sums) + restored + _expanded(case)
     sizes = 0.0 if case.static else ring_us(case.ranks) + HOST_READ_US
     waits = "2 collectives" if case.static else "3 collectives, 1 read"
-    return Cost(ring(case, rows), ring(case, sums), memory, 10, waits, 2 * ring_us(case.ranks) + sizes)
+    return Cost(
+        ring(case, rows), ring(case, sums), memory, 10 + launches, waits, 2 * ring_us(case.ranks) + sizes
+    )
 
 
 def alltoall(case: Case) -> Cost:
@@ -129,13 +137,16 @@ def alltoall(case: Case) -> Cost:
     """
     rows = case.tokens * (case.ranks if case.static else case.model.reached(case.ranks))
     out, back = rows * case.packed, rows * 2 * case.model.D
-    memory = 3 * out + 3 * back + rows * 4 * case.model.D * 2 + _expanded(case)
+    launches, restored = _restored(case, rows)
+    memory = 3 * out + 3 * back + rows * 4 * case.model.D * 2 + restored + _expanded(case)
     hop = ALL_TO_ALL_US[case.reach]
     if case.static:
         wire, latency = ring(case, case.tokens * case.packed), ring_us(case.ranks) + hop
-        return Cost(wire, direct(case, back), memory, 12, "2 collectives", latency)
+        return Cost(wire, direct(case, back), memory, 12 + launches, "2 collectives", latency)
     latency = ring_us(case.ranks) + HOST_READ_US + 2 * hop
-    return Cost(direct(case, out), direct(case, back), memory, 16, "3 collectives, 1 read", latency)
+    return Cost(
+        direct(case, out), direct(case, back), memory, 16 + launches, "3 collectives, 1 read", latency
+    )
 
 
 def symmetric(case: Case) -> Cost:
@@ -145,9 +156,8 @@ def symmetric(case: Case) -> Cost:
     """
     choices, parts = case.tokens * case.model.K, 1 if case.static else -(-case.tokens // SYMMETRIC_PART)
     out, back = choices * (case.model.row(case.bytes_each) + 8), choices * 2 * case.model.D
-    quantised = case.bytes_each == 1
-    restored = 2 * case.model.D * choices if quantised else 0
-    launches = parts * (10 if quantised else 8)
+    more, restored = _restored(case, choices)
+    launches = parts * (8 + 2 * more)  # to narrow them is one more too, which the others do as they pack
     latency = parts * (3 * BARRIER_US + (0.0 if case.static else HOST_READ_US))
     waits = "3 barriers" if case.static else f"{3 * parts} barriers, {parts} reads"
     return Cost(direct(case, out), direct(case, back), out + 2 * back + restored, launches, waits, latency)

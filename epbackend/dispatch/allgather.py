@@ -25,13 +25,13 @@ class AllGather(Dispatcher):
         collectives = Collectives.of(self.problem)
         tokens_R = self._tokens(hidden_TD, collectives)
         longest, gathered = max(tokens_R), sum(tokens_R)
-        settings = self.problem.settings
+        settings, kernels = self.problem.settings, self.problem.kernels
         form = RowFormat.of(hidden_TD, slot_ids_TK, settings.transport)
-        bytes_NB = form.pack(hidden_TD, slot_ids_TK, weights_TK, tokens=longest)
+        bytes_NB = form.pack(kernels, hidden_TD, slot_ids_TK, weights_TK, longest)
         if longest:
             bytes_NB = collectives.all_gather(bytes_NB)
         bound = row_bound(gathered, form.top_k, settings)
-        local = LocalRows(self.problem, *form.unpack(bytes_NB), bound)
+        local = LocalRows(self.problem, *form.unpack(kernels, bytes_NB), bound)
         return _AllGatherExchange(local, collectives, hidden_TD)
 
     def _tokens(self, hidden_TD: Tensor, collectives: Collectives) -> list[int]:

@@ -47,7 +47,7 @@ class _ExactExchange(Exchange):
     def __init__(self, problem: Problem, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
         self._problem, self._collectives = problem, Collectives.of(problem)
         self._form = RowFormat.of(hidden_TD, slot_ids_TK, problem.settings.transport)
-        self._bytes_TB = self._form.pack(hidden_TD, slot_ids_TK, weights_TK)
+        self._bytes_TB = self._form.pack(problem.kernels, hidden_TD, slot_ids_TK, weights_TK)
         self._sums_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
         wanted_RT = _wanted(slot_ids_TK, problem.slots, problem.ranks.size)
         counts_R, me, size = wanted_RT.sum(1), problem.ranks.rank, problem.ranks.size
@@ -69,7 +69,7 @@ class _ExactExchange(Exchange):
     def dispatch(self) -> Iterator[Batch]:
         sent_in_turn = (self._send(step) for step in range(self._plan.steps))
         for step, arriving in enumerate(one_ahead(sent_in_turn)):
-            rows = self._form.unpack(arriving.wait())
+            rows = self._form.unpack(self._problem.kernels, arriving.wait())
             self._local = LocalRows(self._problem, *rows, bound=self._rows, chosen=True)
             yield replace(self._local.batch(0), step=step)
 

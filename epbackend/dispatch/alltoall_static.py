@@ -26,7 +26,7 @@ class StaticExchange(Exchange):
     def __init__(self, problem: Problem, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
         self._problem, self._collectives = problem, Collectives.of(problem)
         self._form = RowFormat.of(hidden_TD, slot_ids_TK, problem.settings.transport)
-        self._bytes_TB = self._form.pack(hidden_TD, slot_ids_TK, weights_TK)
+        self._bytes_TB = self._form.pack(problem.kernels, hidden_TD, slot_ids_TK, weights_TK)
         self._out_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format)
         plan = Plan.worst(len(hidden_TD), problem.ranks.size, self._form.top_k, problem.settings)
         self.rounds = plan.rounds
@@ -37,7 +37,7 @@ class StaticExchange(Exchange):
     def dispatch(self) -> Iterator[Batch]:
         sent_in_turn = (self._collectives.start_all_gather(self._bytes_TB[part]) for part in self._tokens)
         for step, arriving in enumerate(one_ahead(sent_in_turn)):
-            self._local = LocalRows(self._problem, *self._form.unpack(arriving.wait()))
+            self._local = LocalRows(self._problem, *self._form.unpack(self._problem.kernels, arriving.wait()))
             yield replace(self._local.batch(0), step=step)
 
     def combine(self, rows_SD: Tensor, batch: Batch) -> None:

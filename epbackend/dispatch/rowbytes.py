@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from epbackend.dispatch.transport import TRANSPORTS
+from epbackend.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,12 @@ class RowFormat:
         return -(-end // 8) * 8
 
     def pack(
-        self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor, tokens: int | None = None
+        self,
+        kernels: Kernels,
+        hidden_TD: Tensor,
+        slot_ids_TK: Tensor,
+        weights_TK: Tensor,
+        tokens: int | None = None,
     ) -> Tensor:
         """bytes_TB (uint8); with `tokens` padded to so many rows, the padding choosing no slot (id -1)."""
         count = len(hidden_TD)
@@ -44,16 +50,19 @@ class RowFormat:
         ids, weights, scales, values = self._fields(bytes_TB)
         ids[:count], weights[:count] = slot_ids_TK, weights_TK
         ids[count:] = -1
-        values_TD, scale_TG = TRANSPORTS[self.transport].quantised(hidden_TD)
-        values[:count] = values_TD
-        if scale_TG is not None:
-            scales[:count] = scale_TG
+        if self.transport == "full":
+            values[:count] = hidden_TD
+        else:
+            kernels.narrow(hidden_TD, values[:count], scales[:count])
         return bytes_TB
 
-    def unpack(self, bytes_TB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def unpack(self, kernels: Kernels, bytes_TB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden_TD, slot_ids_TK, weights_TK) of packed rows; weights, and hidden sent in full, are views of them."""
         ids, weights, scales, values = self._fields(bytes_TB)
-        hidden_TD = TRANSPORTS[self.transport].restored(values, scales, self.dtype)
+        hidden_TD = values
+        if self.transport != "full":
+            hidden_TD = bytes_TB.new_empty(len(bytes_TB), self.hidden_size, dtype=self.dtype)
+            kernels.widen(values, scales, hidden_TD)
         return hidden_TD, ids.long(), weights
 
     @property

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from epbackend.dispatch.transport import TRANSPORTS
-from epbackend.kernels.fp8 import BLOCK
-from epbackend.kernels.triton.peer.quantise import quantise
-from epbackend.kernels.triton.peer.restore import restore
+from epbackend.kernels.triton.narrow import narrow
+from epbackend.kernels.triton.widen import widen
 
 ALIGNMENT = 16
 """Bytes: values and scales each begin at a multiple, so that rows move in the widest loads and stores."""
@@ -39,7 +38,7 @@ class Wire:
         if not self._scales:
             return hidden_TD
         rows_TW = torch.empty(len(hidden_TD), self.row[0], dtype=WORD, device=hidden_TD.device)
-        quantise(hidden_TD, *self._fields(rows_TW))
+        narrow(hidden_TD, *self._fields(rows_TW))
         return rows_TW
 
     def unpack(self, rows_CW: Tensor, counts_L: Tensor) -> Tensor:
@@ -47,8 +46,7 @@ class Wire:
         if not self._scales:
             return rows_CW
         rows_CD = torch.empty(len(rows_CW), self.width, dtype=self.dtype, device=rows_CW.device)
-        group = self.width if self._scales == 1 else BLOCK
-        restore(*self._fields(rows_CW), counts_L, group, rows_CD)
+        widen(*self._fields(rows_CW), rows_CD, counts_L)
         return rows_CD
 
     @property

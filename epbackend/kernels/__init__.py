@@ -77,6 +77,15 @@ class Kernels(Protocol):
     ) -> Tensor:
         """rows_SN: each row times the transposed matrix of its slot, plus its slot's bias."""
 
+    def narrow(self, rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
+        """Fill `values_TD` and `scale_TG` (float32), which may be views of wider rows, with the nearest to `rows_TD`.
+
+        int8 values: G = 1, a row's largest becomes 127. float8_e4m3fn: G = ceil(D / 128), that of each 128 becomes 448.
+        """
+
+    def widen(self, values_TD: Tensor, scale_TG: Tensor, out_TD: Tensor) -> None:
+        """Fill `out_TD` with values * scale, of what `narrow` made, in the dtype of `out_TD`."""
+
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         """rows_SF: silu(gate) * up, gate being the first half of a row and up the second."""
 

@@ -15,10 +15,11 @@ from torch.nn import functional
 
 from epbackend.kernels import ExpertWeights, Packed, Permuted, fp8, int8
 from epbackend.kernels.forms import Matrices, stacked
+from epbackend.kernels.narrow import TorchNarrowing
 from epbackend.kernels.splits import TorchSplits
 
 
-class ReferenceKernels(TorchSplits):
+class ReferenceKernels(TorchSplits, TorchNarrowing):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:

@@ -17,6 +17,7 @@ from epbackend.dispatch.ranks import RankGroup
 from epbackend.dispatch.rowbytes import RowFormat
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.kernels import Permuted
+from epbackend.kernels.reference import ReferenceKernels
 from epbackend.placement.layout import Layout
 from epbackend.slots import SlotMap
 
@@ -108,8 +109,8 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
         )
     out = layer(hidden.to(place), ids.to(place), weights.to(place)).cpu()
     if layer.dispatchers["prefill"].name != "replicated":
-        form = RowFormat.of(hidden, ids, case.settings.transport)
-        hidden, *_ = form.unpack(form.pack(hidden, ids, weights))
+        form, reference = RowFormat.of(hidden, ids, case.settings.transport), ReferenceKernels()
+        hidden, *_ = form.unpack(reference, form.pack(reference, hidden, ids, weights))
     expected = dense_moe(hidden, ids, weights, gate_up, down, *biases, activation=case.activation or swiglu)
     assert out.dtype == case.dtype
     torch.testing.assert_close(out.double(), expected, **tolerance(case.dtype))

@@ -17,12 +17,15 @@ from epbackend.kernels.copies import EvenCopies, LevelCopies
 from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
 from epbackend.kernels.guard import IdGuard
 from epbackend.kernels.int8 import Int8Weights
+from epbackend.kernels.triton import widen as widen_module
 from epbackend.kernels.triton.chip import A100, B200, H100, H200, L40S, Chip
 from epbackend.kernels.triton.kernels import TritonKernels
+from epbackend.kernels.triton.narrow import narrow
 from epbackend.kernels.triton.resources import compiling_for, resources
 from epbackend.kernels.triton.tile import Tile
 from epbackend.kernels.triton.tiles import Product, choose_tile, table
 from epbackend.kernels.triton.tuning.job import ExpertShape, Job, compile_job
+from epbackend.kernels.triton.widen import widen
 from epbackend.placement.layout import Layout
 
 pytestmark = [
@@ -162,3 +165,19 @@ def test_launches_of_the_even_split(tokens, launches):
         )
     assert len(compiled) == launches
     assert all(resources(kernel).spilled == 0 for kernel in compiled)
+
+
+@pytest.mark.parametrize(("form", "group"), [(torch.int8, 7168), (torch.float8_e4m3fn, 128)], ids=str)
+@pytest.mark.parametrize("chip", [A100, L40S, H100, B200], ids=lambda chip: chip.name)
+def test_rows_in_8_bits_compile(monkeypatch, chip, form, group):
+    if form == torch.float8_e4m3fn and not chip.fp8:
+        pytest.skip(f"{chip.name} has no float8")
+    monkeypatch.setattr(widen_module, "chip_of", lambda device: chip)
+    values_SD, scale_SG = meta(8192, 7168, dtype=form), meta(8192, 7168 // group, dtype=torch.float32)
+    with compiling_for(chip) as compiled:
+        narrow(meta(128, 7168), values_SD[:128], scale_SG[:128])
+        widen(values_SD, scale_SG, meta(8192, 7168))
+        widen(values_SD, scale_SG, meta(8192, 7168), meta(32, dtype=torch.int64))
+    assert all(resources(kernel).spilled == 0 for kernel in compiled)
+    assert "ld.global.v4.b32" in compiled[0].asm["ptx"]
+    assert all("st.global.v4.b32" in kernel.asm["ptx"] for kernel in compiled[1:])

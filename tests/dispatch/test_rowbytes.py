@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract.narrow import within
 from hypothesis import given
 from hypothesis import strategies as st
 
 from epbackend.dispatch.rowbytes import RowFormat
 from epbackend.kernels import int8
+from epbackend.kernels.reference import ReferenceKernels
 
+KERNELS = ReferenceKernels()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-UNIT = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-"""Half a unit in the last place of a restored value."""
-
-
-def within(transport: str, rows_TD: torch.Tensor) -> torch.Tensor:
-    """How far each value may be off when it arrives."""
-    size = rows_TD.abs()
-    if transport == "full":
-        return torch.zeros_like(size)
-    if transport == "int8":
-        error = (size.amax(1, keepdim=True) / 254).expand_as(size)
-    else:
-        blocks = [block.amax(1, keepdim=True).expand_as(block) for block in size.split(128, dim=1)]
-        error = torch.maximum(size / 16, torch.cat(blocks, 1) / 458752)
-    return error * 1.0001 + (size + error) * UNIT[rows_TD.dtype] + 1e-7
 
 
 @pytest.mark.parametrize("transport", ["full", "int8", "fp8"])
@@ -42,9 +30,9 @@ def test_round_trip(dtype, transport, tokens, hidden, top_k, padding, spread):
     rows = (torch.randn(tokens, hidden) * torch.exp(-spread * torch.rand(tokens, hidden))).to(dtype)
     ids, weights = torch.randint(0, 1 << 30, (tokens, top_k)), torch.rand(tokens, top_k)
     form = RowFormat.of(rows, ids, transport)
-    packed = form.pack(rows, ids, weights, tokens + padding)
+    packed = form.pack(KERNELS, rows, ids, weights, tokens + padding)
     assert packed.shape == (tokens + padding, form.bytes)
-    hidden_out, ids_out, weights_out = form.unpack(packed)
+    hidden_out, ids_out, weights_out = form.unpack(KERNELS, packed)
     assert (hidden_out.dtype, hidden_out.shape) == (dtype, (tokens + padding, hidden))
     off = (hidden_out[:tokens].double() - rows.double()).abs()
     assert (off <= within(transport, rows).double()).all()
@@ -57,13 +45,13 @@ def test_round_trip(dtype, transport, tokens, hidden, top_k, padding, spread):
 def test_rows_of_zeros_stay_zeros(transport):
     rows, ids = torch.zeros(3, 200), torch.zeros(3, 1, dtype=torch.int64)
     form = RowFormat.of(rows, ids, transport)
-    assert torch.equal(form.unpack(form.pack(rows, ids, torch.ones(3, 1)))[0], rows)
+    assert torch.equal(form.unpack(KERNELS, form.pack(KERNELS, rows, ids, torch.ones(3, 1)))[0], rows)
 
 
 def test_int8_experts_find_the_values_that_travelled():
     rows, ids = torch.randn(50, 96), torch.zeros(50, 1, dtype=torch.int64)
     form = RowFormat.of(rows, ids, "int8")
-    arrived, *_ = form.unpack(form.pack(rows, ids, torch.ones(50, 1)))
+    arrived, *_ = form.unpack(KERNELS, form.pack(KERNELS, rows, ids, torch.ones(50, 1)))
     assert torch.equal(int8.quantize_rows(arrived)[0], int8.quantize_rows(rows)[0])
 
 
@@ -81,5 +69,5 @@ def test_rows_stay_aligned(transport):
 def test_full_rows_are_not_copied():
     rows, ids = torch.ones(2, 7).bfloat16(), torch.ones(2, 3)
     form = RowFormat.of(rows, ids, "full")
-    hidden, _, weights = form.unpack(form.pack(rows, ids, torch.ones(2, 3)))
+    hidden, _, weights = form.unpack(KERNELS, form.pack(KERNELS, rows, ids, torch.ones(2, 3)))
     assert hidden.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr()

@@ -15,14 +15,11 @@ from triton import knobs
 from epbackend.kernels.triton import padded
 from epbackend.kernels.triton.chip import A100, B200, H100, L40S
 from epbackend.kernels.triton.peer import give_back as give_back_module
-from epbackend.kernels.triton.peer import restore as restore_module
 from epbackend.kernels.triton.peer.counts import publish_counts
 from epbackend.kernels.triton.peer.give_back import give_back
 from epbackend.kernels.triton.peer.layout import lay_out, place
 from epbackend.kernels.triton.peer.meet import meet
 from epbackend.kernels.triton.peer.mirror import Mirror
-from epbackend.kernels.triton.peer.quantise import quantise
-from epbackend.kernels.triton.peer.restore import restore
 from epbackend.kernels.triton.peer.send import send
 from epbackend.kernels.triton.peer.settle import settle
 from epbackend.kernels.triton.resources import compiling_for, resources
@@ -37,21 +34,6 @@ SHAPES = {"DeepSeek-V3": (8, 32, 8, 7168), "Qwen3-30B": (2, 64, 8, 2048), "NVL72
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-@pytest.mark.parametrize(("form", "group"), [(torch.int8, 7168), (torch.float8_e4m3fn, 128)], ids=str)
-@pytest.mark.parametrize("chip", [A100, L40S, H100, B200], ids=lambda chip: chip.name)
-def test_quantised_rows_compile(monkeypatch, chip, form, group):
-    if form == torch.float8_e4m3fn and not chip.fp8:
-        pytest.skip(f"{chip.name} has no float8")
-    monkeypatch.setattr(restore_module, "chip_of", lambda device: chip)
-    values_SD, scale_SG = meta(8192, 7168, dtype=form), meta(8192, 7168 // group, dtype=torch.float32)
-    with compiling_for(chip) as compiled:
-        quantise(meta(128, 7168), values_SD[:128], scale_SG[:128])
-        restore(values_SD, scale_SG, meta(32, dtype=torch.int64), group, meta(8192, 7168))
-    assert all(resources(kernel).spilled == 0 for kernel in compiled)
-    assert "ld.global.v4.b32" in compiled[0].asm["ptx"]
-    assert "st.global.v4.b32" in compiled[1].asm["ptx"]
 
 
 @pytest.mark.parametrize("chip", [H100, B200], ids=lambda chip: chip.name)

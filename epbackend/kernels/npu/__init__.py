@@ -16,13 +16,14 @@ from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.forms import Matrices, stacked
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Rows, Int8Weights
+from epbackend.kernels.narrow import TorchNarrowing
 from epbackend.kernels.npu import limits, ops, w8a8
 from epbackend.kernels.splits import TorchSplits
 
 NpuWeights = Tensor | Int8Weights | w8a8.Tiled  # the plain ones are read through transposed views
 
 
-class NpuKernels(TorchSplits):
+class NpuKernels(TorchSplits, TorchNarrowing):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     @cached_property
@@ -83,6 +84,13 @@ class NpuKernels(TorchSplits):
         if bias_LN is not None and rows_SK.dtype == torch.bfloat16:
             bias_LN = bias_LN.float()  # the operator's rule
         return ops.grouped_matmul(rows_SK, packed.transpose(1, 2), counts_L.cumsum(0), bias_LN, rows_SK.dtype)
+
+    def narrow(self, rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
+        if values_TD.dtype != torch.int8 or rows_TD.dtype == torch.float32 or not len(rows_TD):
+            return super().narrow(rows_TD, values_TD, scale_TG)  # the operator's rules
+        narrow_TD, scale_T = ops.dynamic_quant(rows_TD)
+        values_TD.copy_(narrow_TD)
+        scale_TG.copy_(scale_T.unsqueeze(1))
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return ops.swiglu(rows_S2F)

@@ -12,8 +12,10 @@ from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.copies import EvenCopies, LevelCopies, Split
 from epbackend.kernels.forms import Experts, Matrices, stacked
+from epbackend.kernels.fp8 import FP8
 from epbackend.kernels.guard import IdGuard
-from epbackend.kernels.triton import permute, split, swiglu, unpermute
+from epbackend.kernels.narrow import TorchNarrowing
+from epbackend.kernels.triton import narrow, permute, split, swiglu, unpermute, widen
 from epbackend.kernels.triton.chip import Chip, chip_of
 from epbackend.kernels.triton.products import Products, check_same_form
 
@@ -40,6 +42,14 @@ class TritonKernels:
 
     def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         unpermute.unpermute(rows_SD, source_S, weights_TK, out_TD)
+
+    def narrow(self, rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
+        by = narrow.narrow if self._converts(values_TD) else TorchNarrowing().narrow
+        by(rows_TD, values_TD, scale_TG)
+
+    def widen(self, values_TD: Tensor, scale_TG: Tensor, out_TD: Tensor) -> None:
+        by = widen.widen if self._converts(values_TD) else TorchNarrowing().widen
+        by(values_TD, scale_TG, out_TD)
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return swiglu.swiglu(rows_S2F)
@@ -77,6 +87,10 @@ class TritonKernels:
 
     def level_split(self, copies: LevelCopies, device: torch.device, guard: IdGuard | None) -> Split:
         return split.level_split(copies, device, guard, self._chip)
+
+    def _converts(self, values_TD: Tensor) -> bool:
+        """Whether the chip knows the values' dtype; torch converts to and from float8 on any."""
+        return values_TD.dtype != FP8 or (self._chip or chip_of(values_TD.device)).fp8
 
     def _products(self, rows_SD: Tensor, counts_L: Tensor, expected: int | None = None) -> Products:
         return Products(self._chip or chip_of(rows_SD.device), rows_SD, counts_L, expected)

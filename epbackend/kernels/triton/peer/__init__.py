@@ -4,8 +4,8 @@ The phases of one exchange; at each arrow all ranks meet (`meet`):
 
        counts              every rank writes its row of counts into every rank's table
     -> layout, send        the table says where each choice's row lies on its expert's rank, and there it is stored,
-                           quantised first if it travels in 8 bits (`quantise`)
-    -> (experts)           on the rows where they lie, or restored (`restore`)
+                           in 8 bits if it travels so (`narrow`)
+    -> (experts)           on the rows where they lie, or in their own dtype again (`widen`)
        give_back           each result is stored at the token's own rank, in the place of its choice
     -> settle              the weighted sum of a token's results, in float32 and in the order of its choices
 

@@ -1,4 +1,4 @@
-"""Rows in 8 bits, ready to travel: a scale for each 128 values of float8, or for a row of int8."""
+"""Rows in 8 bits for their way between ranks, in one launch; see `epbackend.kernels.Kernels.narrow`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ GROUPS = 8
 """Groups of 128 values that one program quantises."""
 
 
-def quantise(hidden_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
-    """Fill `values_TD` (float8 or int8) and `scale_TG` (float32), which may be views of wider rows."""
-    (tokens, width), scales = hidden_TD.shape, scale_TG.shape[1]
+def narrow(rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
+    (tokens, width), scales = rows_TD.shape, scale_TG.shape[1]
     float8 = values_TD.dtype == FP8
     groups, group = (GROUPS, BLOCK) if float8 else (1, triton.next_power_of_2(width))
     if tokens:
-        _quantise[(tokens, triton.cdiv(scales, groups))](
-            hidden_TD,
+        _narrow[(tokens, triton.cdiv(scales, groups))](
+            rows_TD,
             values_TD,
             scale_TG,
-            hidden_TD.stride(0),
+            rows_TD.stride(0),
             values_TD.stride(0),
             scale_TG.stride(0),
             width,
@@ -36,11 +35,11 @@ def quantise(hidden_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
 
 
 @triton.jit
-def _quantise(
-    hidden_TD,
+def _narrow(
+    rows_TD,
     values_TD,
     scale_TG,
-    token_stride,
+    row_stride,
     value_stride,
     scale_stride,
     D: tl.constexpr,
@@ -53,7 +52,7 @@ def _quantise(
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    values = tl.load(hidden_TD + token * token_stride + column, mask=column < D, other=0).to(tl.float32)
+    values = tl.load(rows_TD + token * row_stride + column, mask=column < D, other=0).to(tl.float32)
     if FLOAT8:
         quantised, scale = to_fp8(values)
     else:
