@@ -230,7 +230,7 @@ def wait_until_served(url: str, server: subprocess.Popen[str]) -> None:
     raise AssertionError(f"no server at {url}: exit code {server.poll()}")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_serve_answers_and_ends_clean(config_file, stop):
     before = left_memory()
     port = free_port()

@@ -75,7 +75,7 @@ CASES = [
     (QWEN, 4, 2, "omni-uneven", "level"),
     (DEEPSEEK, 2, 2, "duplicates", "level"),
     (DEEPSEEK, 2, 1, "lplb", "even"),
-    (DEEPSEEK, 4, 1, "incremental", "nearest"),
+    (DEEPSEEK, 2, 1, "incremental", "nearest"),
 ]
 RARER = [
     (model, ranks, level, placement, split)

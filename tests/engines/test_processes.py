@@ -20,7 +20,9 @@ TWO_RANKS = EPConfig.load({"device": "cpu", "ep_size": 2, "ep_level": 2, "engine
 
 
 @pytest.mark.parametrize(
-    "ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda ending: ending.name
+    "ending",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+    ids=lambda ending: ending.name,
 )
 def test_nothing_is_left_when_the_parent_is_told_to_end(ending, checkpoint, start_process):
     running = start_process(GENERATE, str(checkpoint("qwen3-moe")), TWO_RANKS.to_json())
