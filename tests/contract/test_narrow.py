@@ -7,6 +7,7 @@ import torch
 
 from contract.narrow import within
 from epbackend.kernels.fp8 import BLOCK, FP8
+from epbackend.kernels.reference import ReferenceKernels
 
 WIDTHS = [1, 40, 128, 300]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,3 +52,21 @@ def test_no_rows(kernels, place, form):
     values_TD, scale_TG = views(form, 0, 40, place)
     kernels.narrow(torch.empty(0, 40, device=place), values_TD, scale_TG)
     kernels.widen(values_TD, scale_TG, torch.empty(0, 40, device=place))
+
+
+@pytest.mark.cpu
+def test_a_gpu_without_float8_converts_by_torch():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from epbackend.kernels.triton.chip import A100
+    from epbackend.kernels.triton.kernels import TritonKernels
+
+    place = torch.device("cpu")
+    rows_TD = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
+    found, expected = views(FP8, 3, 200, place), views(FP8, 3, 200, place)
+    TritonKernels(A100).narrow(rows_TD, *found)
+    ReferenceKernels().narrow(rows_TD, *expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine.float(), theirs.float())
+    out_TD = torch.empty(3, 200)
+    TritonKernels(A100).widen(*found, out_TD)
+    assert ((out_TD - rows_TD).abs() <= within("fp8", rows_TD)).all()

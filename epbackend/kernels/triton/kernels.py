@@ -22,7 +22,7 @@ from epbackend.kernels.triton.products import Products, check_same_form
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class TritonKernels:
+class TritonKernels(TorchNarrowing):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     on_cuda = True
@@ -44,11 +44,11 @@ class TritonKernels:
         unpermute.unpermute(rows_SD, source_S, weights_TK, out_TD)
 
     def narrow(self, rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
-        by = narrow.narrow if self._converts(values_TD) else TorchNarrowing().narrow
+        by = narrow.narrow if self._converts(values_TD) else super().narrow
         by(rows_TD, values_TD, scale_TG)
 
     def widen(self, values_TD: Tensor, scale_TG: Tensor, out_TD: Tensor) -> None:
-        by = widen.widen if self._converts(values_TD) else TorchNarrowing().widen
+        by = widen.widen if self._converts(values_TD) else super().widen
         by(values_TD, scale_TG, out_TD)
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
