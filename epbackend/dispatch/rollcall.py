@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 GRACE_S = 2.0  # ranks do not fail at the same moment
-POLL_S = 0.05
+STORE_POLL_S = 0.05
 
 
 def blame(group: dist.ProcessGroup, patience_s: float) -> str:
@@ -46,7 +46,7 @@ def _collect(group: dist.ProcessGroup, deadline: float, signed: set[int]) -> Non
             here = {rank for rank in waiting if store.check([_signature(rank)])}
             signed |= here
             waiting -= here
-            time.sleep(POLL_S)
+            time.sleep(STORE_POLL_S)
     except dist.DistNetworkError:
         return  # the store is gone, which `blame` sees by the missing signatures
 

@@ -18,7 +18,7 @@ class NpuRouter(RouterNoauxTCImpl):
     def fits(spec: RouterNoauxTCBuildSpec) -> bool:
         """Whether the operator computes what is asked for."""
         as_published = spec.scoring_func == "sigmoid" and spec.renormalize and spec.router_n_groups <= 0
-        return as_published and gating.fits(spec.n_routed_experts, spec.top_k, spec.n_group, spec.top_k_group)
+        return as_published and gating.router_fits(spec.n_routed_experts, spec.top_k, spec.n_group, spec.top_k_group)
 
     def forward(self, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """(weights_TK, ids_TK) for logits_TE and the correction's bias_E."""

@@ -22,10 +22,10 @@ def sigmoid_top_k(
     if not len(logits_TE):
         weights_TK = logits_TE.new_empty(0, top_k).float()
         return weights_TK, weights_TK.int()
-    return ops.sigmoid_top_k(logits_TE.float(), bias_E.float(), top_k, groups, top_groups, factor)
+    return ops.moe_gating_top_k(logits_TE.float(), bias_E.float(), top_k, groups, top_groups, factor)
 
 
-def fits(experts: int, top_k: int, groups: int, top_groups: int) -> bool:
+def router_fits(experts: int, top_k: int, groups: int, top_groups: int) -> bool:
     """Whether the operator takes a router of this size."""
     size, rest = divmod(experts, groups)
     padded = -(-size // GROUP_ALIGNMENT) * GROUP_ALIGNMENT

@@ -147,7 +147,7 @@ def format_cast(tensor: Tensor, layout: int) -> Tensor:
     return _npu().npu_format_cast(tensor, layout)
 
 
-def sigmoid_top_k(
+def moe_gating_top_k(
     logits_TE: Tensor, bias_E: Tensor, top_k: int, groups: int, top_groups: int, factor: float
 ) -> tuple[Tensor, Tensor]:
     """(weights_TK in the logits' type, ids_TK int32) of DeepSeek-V3's router (`epbackend.kernels.npu.gating`).

@@ -15,14 +15,14 @@ from epbackend.kernels.triton.sort import load_slots, place, store_counts, store
 MOST_CHOICES = 2048
 """256 tokens of 8 choices: with more, counting everything in every program costs more than two further launches."""
 
-BLOCK = 16
+FEW_BLOCK = 16
 COLUMNS = 512
 
 
 def permute_few(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
     """Fill `out` with the rows from `first` on."""
     slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
-    _permute_few[(triton.cdiv(len(ids_S), BLOCK),)](
+    _permute_few[(triton.cdiv(len(ids_S), FEW_BLOCK),)](
         hidden_TD,
         ids_S,
         out.rows_SD,
@@ -36,8 +36,8 @@ def permute_few(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: P
         width,
         top_k,
         triton.next_power_of_2(slots + 1),
-        triton.next_power_of_2(max(BLOCK, len(ids_S))),
-        BLOCK,
+        triton.next_power_of_2(max(FEW_BLOCK, len(ids_S))),
+        FEW_BLOCK,
         min(COLUMNS, triton.next_power_of_2(width)),
     )
 

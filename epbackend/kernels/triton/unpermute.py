@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+SUM_BLOCK = 1024
 
 FEWEST, MOST_ROWS = 16, 4096
 """Up to here each token searches all rows for its own, which spares the launches that build a table."""
@@ -26,7 +26,7 @@ def unpermute(rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Ten
     if rows == 0 or tokens == 0:
         return
     few = rows <= MOST_ROWS
-    columns = min(BLOCK, triton.next_power_of_2(width))
+    columns = min(SUM_BLOCK, triton.next_power_of_2(width))
     _weighted_sum[(tokens, triton.cdiv(width, columns))](
         rows_SD,
         source_S if few else _row_of_choice(source_S, tokens * top_k),
@@ -47,7 +47,7 @@ def unpermute(rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Ten
 def _row_of_choice(source_S: Tensor, choices: int) -> Tensor:
     """The inverse of source_S, -1 for choices that no row serves."""
     row_of = torch.full((choices,), -1, dtype=torch.int64, device=source_S.device)
-    _invert[(triton.cdiv(len(source_S), BLOCK),)](source_S, row_of, len(source_S), BLOCK)
+    _invert[(triton.cdiv(len(source_S), SUM_BLOCK),)](source_S, row_of, len(source_S), SUM_BLOCK)
     return row_of
 
 

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 1024
 
 
 def settle(results_SD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor, slots: int, out_TD: Tensor) -> None:
