@@ -19,11 +19,10 @@ import torch.distributed as dist
 
 from benchmarks.report import print_table
 from epbackend.device import get_device
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels.int8 import Int8Matrix
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 SIZES = {"experts": 64, "hidden": 7168, "width": 2048, "top_k": 8}
 TOKENS = (1, 16, 64, 256)

@@ -17,7 +17,7 @@ D, F, E, K = DEEPSEEK_V3.D, 2048, DEEPSEEK_V3.E, DEEPSEEK_V3.K
 
 
 def packed(int8: bool) -> int:
-    """Bytes of a token: ids, weights, hidden state, of int8 with its scale (epbackend/dispatch/rowbytes.py)."""
+    """Bytes of a token: ids, weights, hidden state, of int8 with its scale (epbackend/dispatch/row_format.py)."""
     return 8 * K + (-(-(4 + D) // 8) * 8 if int8 else 2 * D)
 
 

@@ -18,10 +18,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.local_ranks import run_on_ranks
 from benchmarks.report import print_table, save
-from epbackend.dispatch.base import Problem
+from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
 from epbackend.dispatch.choose import choose
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.cpu import CpuKernels
 

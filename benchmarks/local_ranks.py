@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.base import RankGroup
 
 
 def run_on_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -19,10 +19,9 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from benchmarks.report import OURS, PEER, print_table, save
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 E, D, F, K = 128, 2048, 768, 8
 REPETITIONS = {1: 60, 16: 24, 256: 12}

@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import OURS, PEER, print_table, save
 from epbackend.placement import Loads, Placement, count_moves, plan, read_loads, synthetic_loads
-from epbackend.placement.compiled import warm_up
-from epbackend.placement.compiled.split import level_shares as level_kernel
-from epbackend.placement.noise import CONCENTRATION, draw_batches
+from epbackend.placement.compare import mean_imbalance
+from epbackend.placement.replica_split import level_shares
 from epbackend.placement.score import rank_costs, score
-from epbackend.placement.split import level_shares
-from epbackend.placement.table import mean_imbalance
+from epbackend.placement.search.level_split import level_shares as level_kernel
+from epbackend.placement.synthetic import CONCENTRATION, draw_batches
+from epbackend.placement.warmup import warm_up
 from tests.placement.linear_program import optimum
 
 TARGETS = {  # ranks, slots: mean and worst layer, without search and with it

@@ -26,16 +26,13 @@ import torch
 from torch import Tensor
 
 from epbackend.device import get_device
-from epbackend.dispatch.base import Problem
+from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
 from epbackend.dispatch.choose import Choice, choose
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.sentry import watch
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.watchdog import watch
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
-from epbackend.kernels.forms import Matrices, outputs
-from epbackend.slots import SlotMap
-from epbackend.split import TokenSplit
+from epbackend.kernels.weight_formats import Matrices, outputs
+from epbackend.replica_split import SlotMap, TokenSplit
 
 PHASES = ("prefill", "decode")
 Value = TypeVar("Value")
@@ -109,12 +106,13 @@ class ExpertParallelMoE:
         """Pack this rank's experts and choose how rows travel.
 
         `gate_up_L2FD` and `down_LDF` hold the experts of `slot_map.local_experts(ranks.rank)`, [out, in] each: one
-        tensor, `Int8Weights` or `Fp8Blocks` of all, or any iterable of matrices (`epbackend.kernels.forms`). The CPU
-        repacks matrices one by one and keeps no reference to them, so that from a generator that reads the checkpoint
-        they never exist twice; cuda and ascend use whole forms where they are. `settings` is one for both phases, or
-        one for each ("prefill", "decode"); so is `split`, which chooses among the copies of an expert: even, nearest
-        or level (`epbackend.split`). `kernels` is one of the device's `kernel_sets`, or auto. `activation` maps
-        gate_up's rows [S, 2F] to [S, F]; None is SwiGLU. `check_ids` tells of ids that no expert has; `layer` only
+        tensor, `Int8Weights` or `Fp8Blocks` of all, or any iterable of matrices (`epbackend.kernels.weight_formats`).
+        The CPU repacks matrices one by one and keeps no reference to them, so that from a generator that reads the
+        checkpoint they never exist twice; cuda and ascend use whole forms where they are. `settings` is one for both
+        phases, or one for each ("prefill", "decode"); so is `split`, which chooses among the copies of an expert:
+        even, nearest or level (`epbackend.replica_split`). `kernels` is one of the device's `kernel_sets`, or auto.
+        `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU. `check_ids` tells of ids that no expert
+        has; `layer` only
         serves messages.
 
         Raises ConfigError for weights, map, ranks and settings that do not fit each other and for a form of weights

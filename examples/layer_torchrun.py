@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch.nn.functional import silu
 
 from epbackend import ExpertParallelMoE
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
-from epbackend.slots import SlotMap
+from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.replica_split import SlotMap
 
 EXPERTS, HIDDEN, WIDTH, TOP_K = 16, 64, 32, 4
 

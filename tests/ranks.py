@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from patience import PATIENCE_S
 
-from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.base import RankGroup
 
 SIZES = (1, 2, 4)
 

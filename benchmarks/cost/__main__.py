@@ -52,7 +52,7 @@ def best(case: Case, names: tuple[str, ...]) -> str:
 def same_tokens() -> str:
     """us where all ranks hold the same tokens (dp = 1): `replicated`, or the fastest other on slices of them.
 
-    The others send a slice each (epbackend/dispatch/sliced.py), and then all gather the finished rows.
+    The others send a slice each (epbackend/dispatch/token_groups.py), and then all gather the finished rows.
     """
     lines = ["| model | EP | phase | `replicated` | fastest other | take |", "|---|---|---|---|---|---|"]
     for case in cases():

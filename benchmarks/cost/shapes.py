@@ -22,7 +22,7 @@ class Model:
     """The router first takes so many of the groups, and then all K experts from these."""
 
     def packed_row(self, bytes_each: int) -> int:
-        """Bytes of a packed token (epbackend/dispatch/rowbytes.py): ids, weights, hidden state.
+        """Bytes of a packed token (epbackend/dispatch/row_format.py): ids, weights, hidden state.
 
         8-bit values bring a float32 scale for each 128 of them.
         """

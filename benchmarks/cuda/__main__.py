@@ -24,9 +24,8 @@ from benchmarks.cuda.contestants import ROUTINGS, Contestant, contestants
 from benchmarks.cuda.lmdeploy import LMDeploy
 from benchmarks.cuda.model import H100_CEILINGS, Ceilings, floors_us, predicted_us
 from benchmarks.cuda.picture import draw
-from epbackend.kernels.triton.chip import chip_of
-from epbackend.kernels.triton.tuning.job import LARGEST_ERROR
-from epbackend.kernels.triton.tuning.timing import time_us
+from epbackend.kernels.triton.tiles import chip_of
+from epbackend.kernels.triton.tuning import LARGEST_ERROR, time_us
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from epbackend.kernels.triton.tuning.job import BYTES, ExpertShape
+from epbackend.kernels.triton.tuning import BYTES, ExpertShape
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from epbackend.kernels.triton.tuning.timing import time_us
+from epbackend.kernels.triton.tuning import time_us
 
 
 def measured_ceilings() -> tuple[float, float]:

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from benchmarks.cuda.cases import CASES, Case
-from epbackend.kernels.triton.chip import H100, Chip
-from epbackend.kernels.triton.tile import Tile
-from epbackend.kernels.triton.tiles import Product, choose_tile
+from epbackend.kernels.triton.tiles import H100, Chip, Product, Tile, choose_tile
 
 LAUNCH_US = 2.0
 """Of one kernel in a CUDA graph, its ramp up and down included: an assumption."""

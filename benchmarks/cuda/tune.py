@@ -13,9 +13,8 @@ import torch
 import triton
 
 from benchmarks.cuda.cases import DEEPSEEK, QWEN3
-from epbackend.kernels.triton.chip import chip_of
-from epbackend.kernels.triton.tiles import PACKAGED
-from epbackend.kernels.triton.tuning.search import jobs, tune
+from epbackend.kernels.triton.tiles import PACKAGED, chip_of
+from epbackend.kernels.triton.tuning import jobs, tune
 
 MODELS = ((QWEN3, "half"), (DEEPSEEK, "half"), (DEEPSEEK, "fp8"), (QWEN3, "int8"))
 

@@ -4,9 +4,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from epbackend.device import get_device
-from epbackend.dispatch.base import Problem
+from epbackend.dispatch.base import Problem, RankGroup
 from epbackend.dispatch.choose import decide
-from epbackend.dispatch.ranks import RankGroup
 from epbackend.errors import EPError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from epbackend.cli.inputs import LoadsArgument, RanksOption, SlotsOption, load_windows
 from epbackend.cli.output import JsonOption, console, say, watching
-from epbackend.placement import compiled
-from epbackend.placement.table import Row, ScoreTable, score_table
+from epbackend.placement.compare import Row, ScoreTable, score_table
+from epbackend.placement.warmup import warm_up
 
 
 def compare(
@@ -33,7 +33,7 @@ def compare(
     from epbackend.cli.pictures import save_score_table
 
     recorded = load_windows(loads)
-    compiled.warm_up()  # so that the times are of planning, not of loading machine code
+    warm_up()  # so that the times are of planning, not of loading machine code
     with watching("comparing") as progress:
         table = score_table(
             recorded,

@@ -8,9 +8,8 @@ import typer
 from epbackend.cli.inputs import DenseOption, described, layer_numbers
 from epbackend.cli.output import console, error_console, say
 from epbackend.placement.formats import LOADS, PLACEMENTS, Hints, read, usage, write
-from epbackend.placement.layout import Layout
 from epbackend.placement.loads import Loads
-from epbackend.placement.placement import Placement
+from epbackend.placement.placement import Layout, Placement
 
 NAMES = ", ".join(dict.fromkeys([*PLACEMENTS, *LOADS]))
 WITHOUT_DENSE = {"vllm-ascend", "mindie", "omni", "lmdeploy"}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-    from epbackend.placement.table import ScoreTable
+    from epbackend.placement.compare import ScoreTable
 
 LABEL, TITLE = 13, 17
 MARKS = {"even": ("#0072B2", "o"), "nearest": ("#E69F00", "s"), "level": ("#009E73", "D")}

@@ -20,11 +20,12 @@ from epbackend.cli.inputs import (
 )
 from epbackend.cli.output import JsonOption, console, say, watching
 from epbackend.errors import ConfigError
-from epbackend.placement import compiled, planners
+from epbackend.placement import planners
 from epbackend.placement.formats import Hints, read_placement, write
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
 from epbackend.placement.score import Score, score
+from epbackend.placement.warmup import warm_up
 
 COMPILED = ("refined", "incremental")
 
@@ -72,7 +73,7 @@ def plan(
     recorded = load_windows(loads)
     before = read_placement(current, Hints(ranks=ranks)) if current else None
     if algorithm in COMPILED:
-        compiled.warm_up()  # so that the seconds below are of planning, not of loading machine code
+        warm_up()  # so that the seconds below are of planning, not of loading machine code
     with watching("planning") as progress:
         start = time.perf_counter()
         placement = planners.plan(

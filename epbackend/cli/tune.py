@@ -19,7 +19,7 @@ from epbackend.errors import ConfigError, UnavailableError
 from epbackend.models import resolve
 
 if TYPE_CHECKING:
-    from epbackend.kernels.triton.tuning.job import ExpertShape
+    from epbackend.kernels.triton.tuning import ExpertShape
 
 Form = Literal["half", "fp8", "int8"]
 FORM_OF: dict[str, Form] = {BLOCKED_FP8: "fp8", W8A8: "int8"}
@@ -56,10 +56,9 @@ def tune(
             "tune: Triton interprets kernels here (TRITON_INTERPRET), which tells no times"
         )
     # Imported late, for these import Triton.
-    from epbackend.kernels.triton.chip import chip_of
-    from epbackend.kernels.triton.tiles import own_table
-    from epbackend.kernels.triton.tuning.search import jobs
-    from epbackend.kernels.triton.tuning.search import tune as search
+    from epbackend.kernels.triton.tiles import chip_of, own_table
+    from epbackend.kernels.triton.tuning import jobs
+    from epbackend.kernels.triton.tuning import tune as search
 
     chip, path = chip_of(device.torch_device(0)), table or own_table()
     to_do = [job for each, its_form in experts for job in jobs(each, its_form, chip)]
@@ -81,7 +80,7 @@ def wanted(
 
 
 def _parsed(text: str) -> "ExpertShape":
-    from epbackend.kernels.triton.tuning.job import ExpertShape
+    from epbackend.kernels.triton.tuning import ExpertShape
 
     if not (found := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)):
         raise ConfigError(f"tune: --shape {text} is not SLOTSxHIDDENxINNER, for example 16x7168x2048")
@@ -91,7 +90,7 @@ def _parsed(text: str) -> "ExpertShape":
 
 def _of_model(name: str, settings: dict[str, Any], ep_size: int) -> "ExpertShape":
     """What one of `ep_size` ranks holds of a model's experts."""
-    from epbackend.kernels.triton.tuning.job import ExpertShape
+    from epbackend.kernels.triton.tuning import ExpertShape
 
     experts, text = expert_count(settings), settings.get("text_config") or settings
     hidden, inner = (

@@ -28,7 +28,7 @@ from epbackend.config.files import read_mapping
 from epbackend.config.placement import PhaseSplits, PlacementSettings
 from epbackend.config.problems import UNION_TAGS, Problem, config_error, from_pydantic
 from epbackend.config.rules import LEVEL_OF_DISPATCHER
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings
 from epbackend.errors import did_you_mean
 
 Phase = Literal["prefill", "decode"]

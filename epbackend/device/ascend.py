@@ -11,7 +11,7 @@ import torch
 from epbackend.device.base import Device, Memory
 from epbackend.errors import UnavailableError
 from epbackend.kernels import Kernels
-from epbackend.kernels.npu import NpuKernels
+from epbackend.kernels.npu.kernels import NpuKernels
 
 
 class AscendDevice(Device):

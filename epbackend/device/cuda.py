@@ -53,7 +53,7 @@ class CudaDevice(Device):
 
             return TritonKernels()
         if name == "grouped_mm":
-            from epbackend.kernels.grouped_mm import GroupedMmKernels
+            from epbackend.kernels.torch_grouped_mm import GroupedMmKernels
 
             return GroupedMmKernels()
         return super()._kernels_named(name)

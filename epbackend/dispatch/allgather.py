@@ -12,8 +12,8 @@ from torch import Tensor
 
 from epbackend.dispatch.base import Dispatcher, Exchange
 from epbackend.dispatch.collectives import Collectives
-from epbackend.dispatch.passes import LocalRows, PassesExchange, row_bound
-from epbackend.dispatch.rowbytes import RowFormat
+from epbackend.dispatch.local_experts import LocalRows, PassesExchange, row_bound
+from epbackend.dispatch.row_format import RowFormat
 
 
 class AllGather(Dispatcher):

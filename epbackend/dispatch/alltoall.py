@@ -1,25 +1,84 @@
-"""`ep_level` 2: each token travels once to each rank that holds an expert of its, and the partial sums come back.
+"""How many steps the rows of an all-to-all take, and which rows travel in each: agreed before the first row travels.
+
+A step moves an equal part of every rank's rows to every peer: as many steps as the receive buffers ask for (rounds), or
+as the overlap asks for (chunks) if that is more.
+
+`ep_level` 2: each token travels once to each rank that holds an expert of its, and the partial sums come back.
 
 One small all-gather of the counts tells every rank all splits and the number of steps, so that all agree. It also tells
 how many rows a rank's experts will compute: devices whose shapes do not follow the routing hold no more than these.
 While one step is multiplied the next one travels, and results of the one before travel back. A static call, which can
 tell no rank anything, is in `alltoall_static.py`.
+
+`alltoall` in a static call: no rank can be told how many rows come, so that each peer's share holds every token.
+
+Then all peers get the same rows, and one all-gather of a step's tokens brings them; rows that chose nothing here are
+left out on arrival. Partial sums come back by an all-to-all of equal parts and are added in the order of the ranks.
+Beside `allgather` that keeps sums in the tokens' own dtype on the way back (half the bytes in bfloat16), and overlaps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from epbackend.dispatch.alltoall_static import StaticExchange
-from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
+from epbackend.dispatch.base import Batch, Dispatcher, DispatchSettings, Exchange, Problem
 from epbackend.dispatch.collectives import Collectives, Pending, one_ahead
-from epbackend.dispatch.passes import LocalRows
-from epbackend.dispatch.rowbytes import RowFormat
-from epbackend.dispatch.steps import Plan
+from epbackend.dispatch.local_experts import LocalRows
+from epbackend.dispatch.row_format import RowFormat
+
+
+def peer_share(tokens: int, top_k: int, ranks: int, settings: DispatchSettings) -> int | None:
+    """Rows that a rank with `tokens` tokens may send to one peer in one round; None: no limit.
+
+    MindIE's buffer of int(tokens * top_k * scale) rows, split equally among the peers.
+    """
+    if not settings.buffer_scale_factors:
+        return None
+    scale = next((scale for length, scale in settings.buffer_scale_factors if length <= tokens), float(ranks))
+    return max(1, -(-int(tokens * top_k * scale) // ranks))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all ranks know before the first row travels."""
+
+    counts_RR: list[list[int]]
+    """Rows from each rank (first index) to each rank."""
+    rounds: int
+    steps: int
+
+    @classmethod
+    def of(
+        cls, counts_RR: list[list[int]], tokens_R: list[int], top_k: int, settings: DispatchSettings
+    ) -> Plan:
+        rounds = 1
+        for tokens, counts_R in zip(tokens_R, counts_RR, strict=True):
+            share = peer_share(tokens, top_k, len(tokens_R), settings)
+            rounds = max(rounds, -(-max(counts_R) // share) if share else 1)
+        chunks = settings.overlap_chunks if max(tokens_R) >= settings.overlap_min_tokens else 1
+        steps = max(rounds, chunks) if any(map(any, counts_RR)) else 0
+        return cls(counts_RR, rounds, steps)
+
+    @classmethod
+    def worst(cls, tokens: int, ranks: int, top_k: int, settings: DispatchSettings) -> Plan:
+        """Where each of the ranks sends each of its `tokens` tokens to each of them."""
+        return cls.of([[tokens] * ranks] * ranks, [tokens] * ranks, top_k, settings)
+
+    def rows(self, source: int, target: int, step: int) -> range:
+        """Which of the rows from `source` to `target` travel in `step`: as many in each, give or take one."""
+        count = self.counts_RR[source][target]
+        return range(count * step // self.steps, count * (step + 1) // self.steps)
+
+    def sent(self, source: int, step: int) -> slice:
+        """Where the rows of `step` are among all that `source` sends, sorted by step."""
+        first, last = (
+            sum(count * end // self.steps for count in self.counts_RR[source]) for end in (step, step + 1)
+        )
+        return slice(first, last)
 
 
 class AllToAll(Dispatcher):
@@ -121,3 +180,42 @@ def _by_step(wanted_RT: Tensor, counts_R: Tensor, steps: int) -> Tensor:
     turn_RT = wanted_RT.cumsum(1)
     step_RT = (turn_RT * steps - 1) // counts_R.clamp(min=1)[:, None]
     return torch.where(wanted_RT, step_RT, steps).flatten().argsort(stable=True)
+
+
+class StaticExchange(Exchange):
+    """Every rank sends the same tokens of each step to every rank."""
+
+    def __init__(self, problem: Problem, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
+        self._problem, self._collectives = problem, Collectives.of(problem)
+        self._form = RowFormat.of(hidden_TD, slot_ids_TK, problem.settings.transport)
+        self._bytes_TB = self._form.pack(problem.kernels, hidden_TD, slot_ids_TK, weights_TK)
+        self._out_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format)
+        plan = Plan.worst(len(hidden_TD), problem.ranks.size, self._form.top_k, problem.settings)
+        self.rounds = plan.rounds
+        steps = [plan.rows(0, 0, step) for step in range(plan.steps)]
+        self._tokens = [slice(rows.start, rows.stop) for rows in steps if rows]
+        self._returning: tuple[slice, Pending] | None = None
+
+    def dispatch(self) -> Iterator[Batch]:
+        sent_in_turn = (self._collectives.start_all_gather(self._bytes_TB[part]) for part in self._tokens)
+        for step, arriving in enumerate(one_ahead(sent_in_turn)):
+            self._local = LocalRows(self._problem, *self._form.unpack(self._problem.kernels, arriving.wait()))
+            yield replace(self._local.batch(0), step=step)
+
+    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
+        self._local.add(rows_SD, batch)
+        pending = self._collectives.start_all_to_all(self._local.sums_ND.to(self._form.dtype))
+        self._collect()  # those of the step before, while these travel
+        self._returning = self._tokens[batch.step], pending
+
+    def finish(self) -> Tensor:
+        self._collect()
+        return self._out_TD
+
+    def _collect(self) -> None:
+        """Add up the partial sums that are on their way back, if any."""
+        if self._returning is None:
+            return
+        (part, pending), self._returning = self._returning, None
+        sums_RTD = pending.wait().unflatten(0, (self._problem.ranks.size, part.stop - part.start))
+        self._out_TD[part] = sums_RTD.sum(0, dtype=torch.float32)

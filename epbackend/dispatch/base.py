@@ -1,4 +1,8 @@
-"""The contract of a dispatcher: how rows reach the ranks of their experts, and come back.
+"""How rows may travel: the settings of one layer in one phase.
+
+Which ranks share the experts, and which of them hold the same tokens.
+
+The contract of a dispatcher: how rows reach the ranks of their experts, and come back.
 
     exchange = dispatcher.begin(hidden_TD, slot_ids_TK, weights_TK)
     for batch in exchange.dispatch():
@@ -19,9 +23,79 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
 from epbackend.kernels import Kernels, Rows
+
+
+@dataclass(frozen=True)
+class DispatchSettings:
+    """Names and meanings follow MindIE's expert parallelism; nothing is ever dropped, what does not fit goes on."""
+
+    level: int = 1
+    """1: gather tokens, reduce-scatter results. 2: send each token only where its experts live."""
+    dispatcher: str = "auto"
+    """"auto" takes the best that can serve the level; names in order of preference, with commas between, pin them."""
+    topk_scaling_factor: float | None = None
+    """Level 1: a pass holds about this share of the worst case's rows. None: everything in one pass."""
+    cutoff_min_tokens: int = 65536
+    """Level 1: the bound never falls below the rows of so many tokens (MindIE's constant)."""
+    buffer_scale_factors: tuple[tuple[int, float], ...] = ()
+    """Level 2: (length, scale), lengths descending; the first whose length <= this rank's tokens sizes its buffer."""
+    overlap_chunks: int = 2
+    """Level 2: chunks to cut a long batch into, so that one travels while another is multiplied."""
+    overlap_min_tokens: int = 1024
+    """Level 2: shorter batches are not cut, as smaller matmuls lose what the overlap wins (measured on gloo, 2 ranks:
+    two chunks win nothing at 256 tokens a rank, 3% at 1024, 13% at 4096)."""
+    max_tokens: int | None = None
+    """The most tokens that a rank holds in one call of this phase, where that is known; `mc2` is sized by it."""
+    static: bool = False
+    """Every rank brings equally many tokens in a call of this phase, at most `max_tokens`, and the call may be captured
+    in a CUDA graph: nothing is read back to the host, and loops and shapes depend on shapes and settings alone."""
+    transport: str = "full"
+    """How rows travel to the experts: "full" as they are, "int8" or "fp8" quantised (see `dispatch/row_format.py`)."""
+    timeout_s: float = 120.0
+    """Seconds until a collective that does not finish becomes an error naming the ranks that do not answer."""
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """This rank's place among the R ranks that share the experts.
+
+    `token_group` are the ranks that hold the same tokens (attention tensor parallelism), a part of `group`;
+    its size 1 means that every rank has tokens of its own. Such a part, whose ranks follow each other in `group`, is a
+    *source* of tokens.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    token_group: dist.ProcessGroup | None = None
+    token_rank: int = 0
+    token_size: int = 1
+
+    @property
+    def sources(self) -> int:
+        """Sources of tokens."""
+        return self.size // self.token_size
+
+    @property
+    def source(self) -> int:
+        """Which of them this rank belongs to."""
+        return self.rank // self.token_size
+
+    @classmethod
+    def single(cls) -> RankGroup:
+        """One rank with all experts: no process group, no collectives."""
+        return cls(None, 0, 1)
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, token_group: dist.ProcessGroup | None = None) -> RankGroup:
+        """The place of the calling rank in torch process groups that are already set up."""
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if token_group is None:
+            return cls(group, rank, size)
+        return cls(
+            group, rank, size, token_group, dist.get_rank(token_group), dist.get_world_size(token_group)
+        )
 
 
 @dataclass(frozen=True)

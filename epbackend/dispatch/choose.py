@@ -10,12 +10,12 @@ from epbackend.dispatch.allgather import AllGather
 from epbackend.dispatch.alltoall import AllToAll
 from epbackend.dispatch.base import Dispatcher, Problem
 from epbackend.dispatch.deepep import DeepEp
+from epbackend.dispatch.local_experts import row_bound
 from epbackend.dispatch.mc2 import Mc2
-from epbackend.dispatch.passes import row_bound
 from epbackend.dispatch.replicated import Replicated
-from epbackend.dispatch.sliced import Sliced
+from epbackend.dispatch.row_format import TRANSPORTS
 from epbackend.dispatch.symmetric import Symmetric
-from epbackend.dispatch.transport import TRANSPORTS
+from epbackend.dispatch.token_groups import Sliced
 from epbackend.errors import ConfigError
 
 logger = logging.getLogger("epbackend")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from epbackend.dispatch.base import Problem
-from epbackend.dispatch.rollcall import blame
+from epbackend.dispatch.watchdog import blame
 from epbackend.errors import CollectiveError
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epbackend.dispatch.base import Dispatcher, Exchange, Problem
 from epbackend.dispatch.collectives import Collectives
-from epbackend.dispatch.passes import LocalRows, PassesExchange, row_bound
+from epbackend.dispatch.local_experts import LocalRows, PassesExchange, row_bound
 
 
 class Replicated(Dispatcher):

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from epbackend.kernels.copies import EvenCopies, LevelCopies, Split
-from epbackend.kernels.forms import Matrices
-from epbackend.kernels.guard import IdGuard
+from epbackend.kernels.id_check import IdGuard
+from epbackend.kernels.replica_split import EvenCopies, LevelCopies, Split
+from epbackend.kernels.weight_formats import Matrices
 
 Rows = (
     Any  # rows_SD; or int8.Int8Rows, from a dispatcher that sends them quantised, for kernels that take them

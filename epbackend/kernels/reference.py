@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from epbackend.kernels import ExpertWeights, Packed, Permuted, fp8, int8
-from epbackend.kernels.forms import Matrices, stacked
 from epbackend.kernels.narrow import TorchNarrowing
-from epbackend.kernels.splits import TorchSplits
+from epbackend.kernels.replica_split import TorchSplits
+from epbackend.kernels.weight_formats import Matrices, stacked
 
 
 class ReferenceKernels(TorchSplits, TorchNarrowing):

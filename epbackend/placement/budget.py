@@ -13,7 +13,7 @@ def share_out(weight_LE: np.ndarray, ranks: int, slots: int, budget: int) -> np.
     those of its convex envelope over the number of slots. All of the budget is given, up to a copy of every expert on
     every rank.
     """
-    from epbackend.placement.compiled.envelope import falls
+    from epbackend.placement.search.layer_search import falls
 
     layers, experts = weight_LE.shape
     slots_L = np.full(layers, slots)

@@ -1,7 +1,15 @@
-"""How good a placement is on given loads, under a given split."""
+"""How many copies of each expert.
+
+What no placement can beat.
+
+What it takes to get from one placement to another: the experts that each rank does not hold yet.
+
+How good a placement is on given loads, under a given split.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +17,91 @@ from typing import Any
 import numpy as np
 
 from epbackend.errors import ConfigError
-from epbackend.placement.bounds import lower_bound
-from epbackend.placement.layout import Layout
 from epbackend.placement.loads import Loads
-from epbackend.placement.moves import count_moves
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
-from epbackend.placement.placement import Placement
-from epbackend.placement.split.expected import expected_shares
+from epbackend.placement.placement import Layout, Placement
+from epbackend.placement.replica_split import expected_shares
+
+
+def optimal_copies(weight_E: np.ndarray, slots: int, max_copies: int | None = None) -> np.ndarray:
+    """Copies of each expert, int64 [E], adding up to `slots`, that minimise the largest weight of a copy.
+
+    One at a time to the expert whose copies weigh most, which is optimal; of equal ones, to the first. No expert gets
+    more than `max_copies`: the ranks, where no rank is to hold two. Raises ConfigError where the slots do not fit.
+    """
+    from epbackend.placement.search.layer_search import optimal_copies as compiled
+
+    weight_E = np.asarray(weight_E, dtype=np.float64)
+    most = slots if max_copies is None else max_copies
+    if not weight_E.size <= slots <= weight_E.size * most:
+        raise ConfigError(
+            f"slots: {slots} do not fit {weight_E.size} experts of 1 to {most} copies; "
+            f"use {weight_E.size} to {weight_E.size * most}"
+        )
+    return compiled(weight_E, np.argsort(-weight_E, kind="stable"), slots, most)
+
+
+def lower_bound(weight_E: np.ndarray, slots: int, ranks: int) -> float:
+    """Least possible load of the busiest rank, in the unit of the weights, where copies share their expert evenly.
+
+    The larger of the mean rank load and T, the lightest that the heaviest copy can be with so many slots.
+    """
+    weight_E = np.asarray(weight_E, dtype=np.float64)
+    copies_E = optimal_copies(weight_E, slots)
+    return float(max(weight_E.sum() / ranks, (weight_E / copies_E).max()))
+
+
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """Experts that ranks must receive. What a rank already holds, in whichever slot, costs nothing."""
+
+    received_LR: np.ndarray
+    """Experts that each rank receives in each of the layers that were compared, int64."""
+    slots: int
+    """Slots of those layers in the new placement."""
+
+    @property
+    def total(self) -> int:
+        """Over all layers and ranks."""
+        return int(self.received_LR.sum())
+
+    @property
+    def share(self) -> float:
+        """Part of the slots that change, 0 to 1."""
+        return self.total / self.slots if self.slots else 0.0
+
+    def bytes_R(self, expert_bytes: int) -> np.ndarray:
+        """Bytes that each rank receives, int64, where an expert's weights take `expert_bytes` in each layer."""
+        return self.received_LR.sum(axis=0) * expert_bytes
+
+
+def count_moves(before: Placement, after: Placement, layers: Sequence[int] | None = None) -> Moves:
+    """Compares the given layers, e.g. `loads.loaded_layers`; all of them unless given.
+
+    Raises ConfigError for placements of different models or ranks.
+    """
+    for name, old, new in (
+        ("layers", len(before.layers), len(after.layers)),
+        ("ranks", before.ranks, after.ranks),
+        ("experts", before.experts, after.experts),
+    ):
+        if old != new:
+            raise ConfigError(
+                f"{name}: one placement has {old}, the other {new}; compare placements of one model and ranks"
+            )
+    chosen = range(len(after.layers)) if layers is None else layers
+    received = [
+        (_held_RE(after.layers[layer]) & ~_held_RE(before.layers[layer])).sum(axis=1) for layer in chosen
+    ]
+    received_LR = np.array(received, dtype=np.int64).reshape(len(chosen), after.ranks)
+    return Moves(received_LR, sum(after.layers[layer].slots for layer in chosen))
+
+
+def _held_RE(layout: Layout) -> np.ndarray:
+    """Which rank holds which expert, bool [R, E]."""
+    held_RE = np.zeros((layout.ranks, layout.experts), dtype=bool)
+    held_RE[layout.rank_of_slot_P, layout.slot_to_expert_P] = True
+    return held_RE
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from epbackend.device import get_device
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels.int8 import Int8Matrix
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 RANKS, TOKENS, D, F, E, K = 2, 8, 1024, 128, 8, 2
 LAYERS = {

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import ascend_layer
 from epbackend.device import get_device
-from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.base import RankGroup
 
 SIZES = {"experts": 8, "hidden": 1024, "width": 64, "top_k": 2}
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ascend import REAL
-from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.base import RankGroup
 
 pytestmark = pytest.mark.ascend
 

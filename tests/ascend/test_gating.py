@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from epbackend.kernels.npu import gating
+from epbackend.kernels.npu import ops
 
 FACTOR = 2.5
 
@@ -74,21 +74,19 @@ def test_other_routers_stay_lmdeploys(changes, fits):
     ],
 )
 def test_sizes(sizes, fits):
-    assert gating.router_fits(*sizes) == fits
+    assert ops.router_fits(*sizes) == fits
 
 
 @pytest.mark.ascend
 def test_no_token(npu):
-    weights_TK, ids_TK = gating.sigmoid_top_k(
-        torch.empty(0, 256).npu(), torch.rand(256).npu(), 8, 8, 4, FACTOR
-    )
+    weights_TK, ids_TK = ops.sigmoid_top_k(torch.empty(0, 256).npu(), torch.rand(256).npu(), 8, 8, 4, FACTOR)
     assert (weights_TK.shape, ids_TK.shape) == ((0, 8), (0, 8))
 
 
 @pytest.mark.ascend
 def test_the_largest_size_runs(npu):
     experts, top_k, groups, top_groups = 2048, 33, 64, 2
-    assert gating.router_fits(experts, top_k, groups, top_groups)
+    assert ops.router_fits(experts, top_k, groups, top_groups)
     logits_TE, bias_E = torch.randn(2, experts).npu(), torch.rand(experts).npu()
-    _, ids_TK = gating.sigmoid_top_k(logits_TE, bias_E, top_k, groups, top_groups, 1.0)
+    _, ids_TK = ops.sigmoid_top_k(logits_TE, bias_E, top_k, groups, top_groups, 1.0)
     assert ids_TK.shape == (2, top_k)

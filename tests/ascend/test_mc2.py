@@ -13,7 +13,7 @@ from contract.test_layer import REPLICAS, SHUFFLED, SPLITS, UNEVEN, UNEVEN_CUTS,
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings
 
 MC2 = DispatchSettings(level=2, dispatcher="mc2", max_tokens=16)
 HIDDEN = 1024  # the least that A3 takes

@@ -9,7 +9,8 @@ from contract.test_int8 import close, quantized, whole
 from contract.test_layer import relu_product
 
 from epbackend.kernels import ExpertWeights, int8
-from epbackend.kernels.npu import NpuKernels, limits, w8a8
+from epbackend.kernels.npu import kernels, ops
+from epbackend.kernels.npu.kernels import NpuKernels
 
 pytestmark = pytest.mark.ascend
 
@@ -26,7 +27,7 @@ def experts(form, hidden: int, width: int) -> tuple[ExpertWeights, list[torch.Te
 @pytest.mark.parametrize("form", [quantized, whole], ids=["one by one", "whole"])
 @pytest.mark.parametrize(
     ("hidden", "width", "layout"),
-    [(64, 64, w8a8.Tiled), (40, 64, int8.Int8Weights), (40, 40, int8.Int8Weights)],
+    [(64, 64, kernels.Tiled), (40, 64, int8.Int8Weights), (40, 40, int8.Int8Weights)],
     ids=["tiles", "plain", "plain and odd"],
 )
 @pytest.mark.parametrize("activation", [None, relu_product], ids=["swiglu", "own"])
@@ -74,5 +75,5 @@ def test_a_call_asks_nothing_twice(npu):
 )
 def test_why_matrices_stay_plain(npu, outer, inner, message):
     plain = int8.Int8Weights.of(torch.randn(1, outer, inner))
-    assert message in limits.not_tiled(plain)
-    assert w8a8.tiled(plain) is plain
+    assert message in ops.not_tiled(plain)
+    assert kernels.tiled(plain) is plain

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ascend import REAL
-from epbackend.dispatch.mc2_limits import LIMITS
+from epbackend.dispatch.mc2 import LIMITS
 from epbackend.errors import ConfigError
 from epbackend.kernels import int8
-from epbackend.kernels.npu import NpuKernels, ops
+from epbackend.kernels.npu.kernels import NpuKernels, ops
 
 pytestmark = pytest.mark.ascend
 

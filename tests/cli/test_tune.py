@@ -13,7 +13,7 @@ from epbackend.cli import app
 from epbackend.cli.tune import wanted
 from epbackend.device import devices
 from epbackend.errors import ConfigError, UnavailableError
-from epbackend.kernels.triton.tuning.job import ExpertShape
+from epbackend.kernels.triton.tuning import ExpertShape
 
 DEEPSEEK = {
     "n_routed_experts": 256,

@@ -11,7 +11,7 @@ from hypothesis import given
 
 from epbackend.config import ConfigWarning, EPConfig, PhaseLevels
 from epbackend.config.reference import values
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings
 
 from .strategies import settings
 
@@ -142,7 +142,7 @@ def test_each_phase_has_its_split():
 
 def test_splits_are_those_of_the_data_path():
     from epbackend.config.placement import SPLIT_NAMES
-    from epbackend.placement.split import SPLITS
+    from epbackend.placement.replica_split import SPLITS
 
     assert SPLIT_NAMES == SPLITS
 

@@ -13,13 +13,12 @@ from torch import Tensor
 from contract.dense import dense_moe, swiglu, tolerance
 from epbackend import moe
 from epbackend.device import Device, get_device
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.rowbytes import RowFormat
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.dispatch.row_format import RowFormat
 from epbackend.kernels import Permuted
 from epbackend.kernels.reference import ReferenceKernels
-from epbackend.placement.layout import Layout
-from epbackend.slots import SlotMap
+from epbackend.placement.placement import Layout
+from epbackend.replica_split import SlotMap
 
 D, F = 12, 10
 

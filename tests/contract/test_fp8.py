@@ -7,13 +7,12 @@ import torch
 
 from contract.dense import dense_moe
 from epbackend.device import get_device
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.fp8 import BLOCK, Fp8Blocks
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 D, F, E, K = 2 * BLOCK, BLOCK, 4, 2
 

@@ -9,12 +9,11 @@ import torch
 
 from contract.dense import dense_moe
 from epbackend.device import get_device
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels import ExpertWeights, int8
-from epbackend.kernels.forms import Matrices
+from epbackend.kernels.weight_formats import Matrices
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 D, F, E, K = 64, 64, 8, 3
 WAYS = {

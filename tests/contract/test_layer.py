@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from contract.layer_case import Case, Seen, layer_equals_dense
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings
 
 LEVEL_1 = DispatchSettings(level=1)
 LEVEL_2 = DispatchSettings(level=2)

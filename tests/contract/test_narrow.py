@@ -57,8 +57,8 @@ def test_no_rows(kernels, place, form):
 @pytest.mark.cpu
 def test_a_gpu_without_float8_converts_by_torch():
     pytest.importorskip("triton", reason="triton is not installed")
-    from epbackend.kernels.triton.chip import A100
     from epbackend.kernels.triton.kernels import TritonKernels
+    from epbackend.kernels.triton.tiles import A100
 
     place = torch.device("cpu")
     rows_TD = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The token splits of every device give what `epbackend.placement.split` says, to the last token."""
+"""The token splits of every device give what `epbackend.placement.replica_split` says, to the last token."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import pytest
 import torch
 
 pytest.importorskip("hypothesis")
-splits = pytest.importorskip("epbackend.placement.split", reason="needs numba", exc_type=ImportError)
+splits = pytest.importorskip("epbackend.placement.replica_split", reason="needs numba", exc_type=ImportError)
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
-from epbackend.kernels.copies import EvenCopies, LevelCopies, Split
-from epbackend.kernels.guard import IdGuard
-from epbackend.placement.layout import Layout
-from epbackend.placement.split import reference
+from epbackend.kernels.id_check import IdGuard
+from epbackend.kernels.replica_split import EvenCopies, LevelCopies, Split
+from epbackend.placement import replica_split_reference as reference
+from epbackend.placement.placement import Layout
 
 E, K = 4, 2
 LAYOUT = Layout(((0, 1), (0, 3, 3), (2, 0), (3, 0, 1)), E)

@@ -13,20 +13,28 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton import knobs
 
 from epbackend.kernels import ExpertWeights
-from epbackend.kernels.copies import EvenCopies, LevelCopies
 from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
-from epbackend.kernels.guard import IdGuard
+from epbackend.kernels.id_check import IdGuard
 from epbackend.kernels.int8 import Int8Weights
-from epbackend.kernels.triton import widen as widen_module
-from epbackend.kernels.triton.chip import A100, B200, H100, H200, L40S, Chip
+from epbackend.kernels.replica_split import EvenCopies, LevelCopies
+from epbackend.kernels.triton import quantize as widen_module
+from epbackend.kernels.triton.compile_info import compiling_for, resources
 from epbackend.kernels.triton.kernels import TritonKernels
-from epbackend.kernels.triton.narrow import narrow
-from epbackend.kernels.triton.resources import compiling_for, resources
-from epbackend.kernels.triton.tile import Tile
-from epbackend.kernels.triton.tiles import Product, choose_tile, table
-from epbackend.kernels.triton.tuning.job import ExpertShape, Job, compile_job
-from epbackend.kernels.triton.widen import widen
-from epbackend.placement.layout import Layout
+from epbackend.kernels.triton.quantize import narrow, widen
+from epbackend.kernels.triton.tiles import (
+    A100,
+    B200,
+    H100,
+    H200,
+    L40S,
+    Chip,
+    Product,
+    Tile,
+    choose_tile,
+    table,
+)
+from epbackend.kernels.triton.tuning import ExpertShape, Job, compile_job
+from epbackend.placement.placement import Layout
 
 pytestmark = [
     pytest.mark.cpu,

@@ -8,8 +8,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.cuda.cases import Case, Experts
 from benchmarks.cuda.contestants import contestants
-from epbackend.kernels.triton.chip import chip_of
-from epbackend.kernels.triton.tuning.job import LARGEST_ERROR
+from epbackend.kernels.triton.tiles import chip_of
+from epbackend.kernels.triton.tuning import LARGEST_ERROR
 
 pytestmark = pytest.mark.cuda
 

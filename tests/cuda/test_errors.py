@@ -11,8 +11,8 @@ from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
-from epbackend.kernels.triton.chip import A100, H100
 from epbackend.kernels.triton.kernels import TritonKernels
+from epbackend.kernels.triton.tiles import A100, H100
 
 pytestmark = pytest.mark.cuda
 

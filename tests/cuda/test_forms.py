@@ -7,13 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton import kernels as triton_kernels
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 pytestmark = pytest.mark.cuda
 

@@ -12,11 +12,10 @@ from contract.routing import routing
 from triton import knobs
 
 from epbackend.device import get_device
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels import ExpertWeights
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 pytestmark = [
     pytest.mark.cuda,

@@ -13,13 +13,10 @@ from epbackend.kernels.reference import ReferenceKernels
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from epbackend.kernels.triton import products
-from epbackend.kernels.triton.chip import chip_of
-from epbackend.kernels.triton.grouped import grouped_matmul
-from epbackend.kernels.triton.quantise import quantise_fp8, quantise_int8
-from epbackend.kernels.triton.schedule import row_tiles
-from epbackend.kernels.triton.tile import Tile
-from epbackend.kernels.triton.tiles import choose_tile
+from epbackend.kernels.triton import expert_mlp as products
+from epbackend.kernels.triton.grouped_matmul import grouped_matmul
+from epbackend.kernels.triton.quantize import quantise_fp8, quantise_int8
+from epbackend.kernels.triton.tiles import Tile, chip_of, choose_tile, row_tiles
 
 pytestmark = [
     pytest.mark.cuda,

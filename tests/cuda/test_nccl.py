@@ -18,11 +18,10 @@ from contract.dense import dense_moe, tolerance
 from dispatch.test_failures import free_port
 from triton import knobs
 
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.sentry import watch
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.dispatch.watchdog import watch
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 pytestmark = [
     pytest.mark.cuda,

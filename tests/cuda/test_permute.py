@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from contract.routing import routing
 
 from epbackend.kernels.reference import ReferenceKernels
-from epbackend.kernels.triton import permute, unpermute
+from epbackend.kernels.triton import permute
 
 pytestmark = pytest.mark.cuda
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cuda
 def way(request, monkeypatch):
     if request.param == "many":
         monkeypatch.setattr(permute, "MOST_CHOICES", 0)
-        monkeypatch.setattr(unpermute, "MOST_ROWS", 0)
+        monkeypatch.setattr(permute, "MOST_ROWS", 0)
 
 
 @pytest.mark.parametrize("window", [None, (0, 0), (5, 9), (130, 290), (300, 999)])
@@ -38,6 +38,6 @@ def test_sorted_like_the_reference(way, place, tokens, top_k, slots, window):
     found.rows_SD[rows:] = torch.nan
     weights_TK = torch.rand(tokens, 2 * top_k, device=place)[:, ::2]
     sums = [torch.ones(tokens, 7, device=place) for _ in range(2)]
-    unpermute.unpermute(found.rows_SD, found.source_S, weights_TK, sums[0])
+    permute.unpermute(found.rows_SD, found.source_S, weights_TK, sums[0])
     ReferenceKernels().unpermute(expected.rows_SD, expected.source_S, weights_TK, sums[1])
     torch.testing.assert_close(*sums)

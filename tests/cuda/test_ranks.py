@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from contract.layer_case import Case, layer_equals_dense
 
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings
 
 pytestmark = pytest.mark.cuda
 WAYS = {

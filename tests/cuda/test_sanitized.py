@@ -11,11 +11,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 from contract.routing import routing
 
 from epbackend.kernels import ExpertWeights
-from epbackend.kernels.copies import EvenCopies
 from epbackend.kernels.fp8 import Fp8Blocks
-from epbackend.kernels.guard import IdGuard
+from epbackend.kernels.id_check import IdGuard
 from epbackend.kernels.int8 import Int8Weights
-from epbackend.kernels.triton.chip import chip_of
+from epbackend.kernels.replica_split import EvenCopies
+from epbackend.kernels.triton.tiles import chip_of
 
 pytestmark = pytest.mark.cuda
 

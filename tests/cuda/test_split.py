@@ -7,12 +7,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-split = pytest.importorskip("epbackend.placement.split", reason="needs numba", exc_type=ImportError)
+split = pytest.importorskip("epbackend.placement.replica_split", reason="needs numba", exc_type=ImportError)
 
-from epbackend.kernels.copies import EvenCopies, LevelCopies
+from epbackend.kernels.replica_split import EvenCopies, LevelCopies
 from epbackend.kernels.triton import permute
-from epbackend.kernels.triton.split import seats
-from epbackend.placement.layout import Layout
+from epbackend.kernels.triton import replica_split as seats
+from epbackend.placement.placement import Layout
 
 pytestmark = pytest.mark.cuda
 

@@ -12,8 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from epbackend.errors import ConfigError
 from epbackend.kernels.triton import tiles
-from epbackend.kernels.triton.chip import H100
-from epbackend.kernels.triton.tiles import Product, choose_tile, own_table, record, table, tuned_for
+from epbackend.kernels.triton.tiles import H100, Product, choose_tile, own_table, record, table, tuned_for
 
 pytestmark = pytest.mark.cpu
 PRODUCT = Product("half", gated=True, rows=128 * 16, slots=128, height=1536, depth=2048)

@@ -11,12 +11,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton import knobs
 
-from epbackend.kernels.triton.chip import H100, chip_of
-from epbackend.kernels.triton.tile import Tile
-from epbackend.kernels.triton.tiles import family_tiles
-from epbackend.kernels.triton.tuning import search
-from epbackend.kernels.triton.tuning.candidates import candidates
-from epbackend.kernels.triton.tuning.job import ExpertShape, Job
+from epbackend.kernels.triton import tuning
+from epbackend.kernels.triton.tiles import H100, Tile, chip_of, family_tiles
+from epbackend.kernels.triton.tuning import ExpertShape, Job, candidates
 
 SHAPE = ExpertShape("tiny", slots=2, D=128, F=128)
 IN_USE = Tile(rows=16, columns=128, depth=128, warps=4, stages=2)
@@ -26,7 +23,7 @@ OTHERS = [Tile(rows=32, columns=128, depth=128, warps=4, stages=2), Tile(64, 128
 @pytest.mark.cpu
 @pytest.mark.parametrize("form", ["half", "fp8", "int8"])
 def test_every_entry_of_the_family_is_tuned(form):
-    found = search.jobs(SHAPE, form, H100)
+    found = tuning.jobs(SHAPE, form, H100)
     assert len(found) == sum(len(family_tiles(H100, form, gated)) for gated in (True, False))
     for job in found:
         tiles = candidates(form, job.gated, IN_USE, H100)
@@ -48,7 +45,7 @@ def test_the_fastest_right_tile_is_found(place, form, gated):
         return clock.us
 
     clock.us = 9
-    finding = search.time_tiles(Job(SHAPE, form, gated, 4), IN_USE, OTHERS, 3, place, clock)
+    finding = tuning.time_tiles(Job(SHAPE, form, gated, 4), IN_USE, OTHERS, 3, place, clock)
     assert finding.us == {IN_USE: 8, OTHERS[0]: 7, OTHERS[1]: 6}
     assert (finding.best, finding.dropped) == (OTHERS[1], ())
     assert str(finding).startswith("tiny ")
@@ -65,7 +62,7 @@ def test_wrong_and_failing_tiles_are_dropped(place, monkeypatch):
         return right(job, data, tile, chip) * (2 if tile == OTHERS[0] else 1)
 
     monkeypatch.setattr(Job, "run", run)
-    finding = search.time_tiles(Job(SHAPE, "half", True, 4), IN_USE, OTHERS, 3, place, lambda calls: 1.0)
+    finding = tuning.time_tiles(Job(SHAPE, "half", True, 4), IN_USE, OTHERS, 3, place, lambda calls: 1.0)
     assert list(finding.us) == [IN_USE]
     assert [text.partition(": Tile")[0] for text in finding.dropped] == [
         "wrong by 1.000",
@@ -77,10 +74,10 @@ def test_wrong_and_failing_tiles_are_dropped(place, monkeypatch):
 @pytest.mark.skipif(knobs.runtime.interpret or not torch.cuda.is_available(), reason="there is no GPU")
 def test_on_this_gpu(place, tmp_path, monkeypatch):
     """All of it on one small product: processes that compile, graphs that are timed, a table that is written."""
-    monkeypatch.setattr(search, "candidates", lambda *_: [IN_USE, *OTHERS])
+    monkeypatch.setattr(tuning, "candidates", lambda *_: [IN_USE, *OTHERS])
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     table = tmp_path / "tiles.json"
     job = Job(ExpertShape("small", slots=4, D=256, F=256), "half", True, 16)
-    (finding,) = search.tune([job], chip_of(place), table)
+    (finding,) = tuning.tune([job], chip_of(place), table)
     assert finding.us
     assert '"height": 512' in table.read_text()

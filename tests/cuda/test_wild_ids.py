@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton import knobs
 
 from epbackend.errors import ConfigError
-from epbackend.kernels.copies import EvenCopies
-from epbackend.kernels.guard import IdGuard
+from epbackend.kernels.id_check import IdGuard
+from epbackend.kernels.replica_split import EvenCopies
 
 pytestmark = pytest.mark.cuda
 

@@ -10,10 +10,8 @@ import torch
 
 from epbackend.device import devices
 from epbackend.dispatch import symmetric
-from epbackend.dispatch.base import Problem
+from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
 from epbackend.dispatch.choose import choose, decide, dispatchers
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import ConfigError
 from epbackend.kernels.reference import ReferenceKernels
 

@@ -15,7 +15,7 @@ from benchmarks.cost.dispatchers import DISPATCHERS, Case
 from benchmarks.cost.published import LOW_LATENCY, checks
 from benchmarks.cost.shapes import DEEPSEEK_V3, QWEN3_30B, Model
 from benchmarks.cuda import model
-from epbackend.dispatch.rowbytes import RowFormat
+from epbackend.dispatch.row_format import RowFormat
 
 DOCS = (Path(__file__).parents[2] / "docs" / "dispatch.md").read_text()
 

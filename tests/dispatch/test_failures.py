@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from patience import PATIENCE_S
 
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.errors import CollectiveError
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 SIZE, TIMEOUT_S = 3, 3.0
 LEVEL_1 = DispatchSettings(level=1, timeout_s=TIMEOUT_S)

@@ -7,12 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
-from epbackend.dispatch.base import Problem
+from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
 from epbackend.dispatch.choose import choose
-from epbackend.dispatch.mc2 import Mc2
-from epbackend.dispatch.mc2_limits import broken, buffer_mb
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.mc2 import Mc2, broken, buffer_mb
 from epbackend.errors import ConfigError
 
 

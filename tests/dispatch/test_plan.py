@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epbackend.dispatch.passes import expected_rows, kept_choices, row_bound
-from epbackend.dispatch.settings import DispatchSettings
-from epbackend.dispatch.steps import Plan, peer_share
+from epbackend.dispatch.alltoall import Plan, peer_share
+from epbackend.dispatch.base import DispatchSettings
+from epbackend.dispatch.local_experts import expected_rows, kept_choices, row_bound
 from epbackend.errors import ConfigError
 
 MINDIE_TABLE = (

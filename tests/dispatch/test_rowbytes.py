@@ -8,7 +8,7 @@ from contract.narrow import within
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epbackend.dispatch.rowbytes import RowFormat
+from epbackend.dispatch.row_format import RowFormat
 from epbackend.kernels import int8
 from epbackend.kernels.reference import ReferenceKernels
 

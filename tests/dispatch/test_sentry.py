@@ -16,9 +16,8 @@ import torch.distributed as dist
 from patience import PATIENCE_S
 
 from dispatch.test_failures import free_port
-from epbackend.dispatch import sentry
-from epbackend.dispatch.rollcall import blame
-from epbackend.dispatch.sentry import Sentry
+from epbackend.dispatch import watchdog
+from epbackend.dispatch.watchdog import Sentry, blame
 
 SIZE, VICTIM, TIMEOUT_S = 3, 1, 2.0
 
@@ -31,7 +30,7 @@ def wait_for(condition, seconds: float = 10.0) -> None:
 
 
 def test_the_oldest_overdue_mark_is_reported(caplog, monkeypatch):
-    monkeypatch.setattr(sentry, "POLL_S", 0.01)
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
     ended = []
     guard = Sentry(lambda: "rank 3 does not answer", lambda: ended.append(True))
     guard.add("layer 1", lambda: True, 0.05)
@@ -44,8 +43,8 @@ def test_the_oldest_overdue_mark_is_reported(caplog, monkeypatch):
 
 def test_marks_that_were_passed_are_asked_once_and_forgotten(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(sentry, "POLL_S", 0.01)
-    monkeypatch.setattr(sentry, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
     ended, asked, passing = [], [], []
     guard = Sentry(lambda: "", lambda: ended.append(True))
     for layer in range(5):
@@ -60,7 +59,7 @@ def test_marks_that_were_passed_are_asked_once_and_forgotten(monkeypatch):
 
 
 def test_a_gpu_that_failed_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(sentry, "POLL_S", 0.01)
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
     ended = []
 
     def failed() -> bool:

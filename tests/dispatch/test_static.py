@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from dispatch.host_reads import HostReads, Unwatched
-from epbackend.dispatch.base import Problem
+from epbackend.dispatch.base import DispatchSettings, Problem
 from epbackend.dispatch.choose import choose
 from epbackend.dispatch.collectives import Collectives
-from epbackend.dispatch.settings import DispatchSettings
 from epbackend.kernels.reference import ReferenceKernels
 
 L, D, K, T = 3, 16, 2, 8

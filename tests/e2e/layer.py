@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from contract.dense import dense_moe
 
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 from tests.e2e import peer_group
 from tests.e2e.shared_gpu import share_devices
 

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.placement.layout import Layout
-from epbackend.placement.placement import Placement
+from epbackend.dispatch.base import RankGroup
+from epbackend.placement.placement import Layout, Placement
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, TOKENS, LAYER = 8, 2, 32, 16, 12, 3
 CPU = torch.device("cpu")

@@ -25,18 +25,16 @@ from torch import Tensor, nn
 from epbackend import EPConfig
 from epbackend.device import get_device
 from epbackend.device.cuda import CudaDevice
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.layers import building
 from epbackend.engines.lmdeploy.load import LoadReport
-from epbackend.kernels.forms import Experts
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
+from epbackend.kernels.weight_formats import Experts
 from epbackend.moe import ExpertParallelMoE
-from epbackend.placement.layout import Layout
-from epbackend.placement.placement import Placement
-from epbackend.slots import SlotMap
+from epbackend.placement.placement import Layout, Placement
+from epbackend.replica_split import SlotMap
 
 FORMS = ("float", "fp8", "w8a8")
 PLACE = CudaDevice().torch_device(0)

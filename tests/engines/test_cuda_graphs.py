@@ -21,7 +21,7 @@ from lmdeploy.pytorch.model_inputs import BuildModelContext
 from lmdeploy.pytorch.models.patch import build_model_context
 
 from epbackend import EPConfig
-from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.base import RankGroup
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.graphs import ExpertsBetweenGraphs
 from epbackend.engines.lmdeploy.moe import LayerExperts

@@ -26,7 +26,7 @@ from lmdeploy.pytorch.check_env.dist import DistChecker
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.base import RankGroup
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.operators import expert_operator
 from epbackend.errors import ConfigError, UnavailableError

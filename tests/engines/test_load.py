@@ -23,7 +23,7 @@ from epbackend.engines.lmdeploy.load import (
 from epbackend.engines.lmdeploy.load_writer import LoadWriter
 from epbackend.errors import EPError
 from epbackend.moe import Load
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 
 @dataclass(frozen=True)

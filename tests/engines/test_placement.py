@@ -11,7 +11,7 @@ import pytest
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.engines.placing import finished_placement, pack, unpack
+from epbackend.engines.placement import finished_placement, pack, unpack
 from epbackend.errors import ConfigError
 from epbackend.models import resolve
 from epbackend.placement import Layout, Loads, Placement, plan

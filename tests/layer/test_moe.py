@@ -10,11 +10,10 @@ import weakref
 import pytest
 import torch
 
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 LEVELS = {"prefill": DispatchSettings(level=2), "decode": DispatchSettings(level=1)}
 
@@ -97,10 +96,10 @@ def test_originals_are_let_go():
 MEASURE = """
 import re, torch
 from pathlib import Path
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import RankGroup
+from epbackend.dispatch.base import DispatchSettings
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 L, D, F, dtype = 24, 1024, 1024, getattr(torch, "{dtype}")
 draw = lambda *shape: torch.full(shape, 0.01, dtype=dtype)
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

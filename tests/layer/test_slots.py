@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from epbackend.errors import ConfigError
-from epbackend.placement.layout import Layout
-from epbackend.slots import SlotMap
+from epbackend.placement.placement import Layout
+from epbackend.replica_split import SlotMap
 
 
 def test_uniform_keeps_the_experts_order():

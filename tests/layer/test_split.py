@@ -1,4 +1,4 @@
-"""The splits on tensors give what `epbackend.placement.split` says, to the last token."""
+"""The splits on tensors give what `epbackend.placement.replica_split` says, to the last token."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epbackend.dispatch.base import Problem
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
 from epbackend.errors import ConfigError
 from epbackend.kernels.cpu import CpuKernels
-from epbackend.placement import split as on_arrays
-from epbackend.placement.layout import Layout
-from epbackend.slots import SlotMap
-from epbackend.split import TokenSplit
+from epbackend.placement import replica_split as on_arrays
+from epbackend.placement.placement import Layout
+from epbackend.replica_split import SlotMap, TokenSplit
 
 E, K = 5, 3
 
@@ -138,10 +135,10 @@ def test_nothing_is_compiled_or_loaded_for_it_unless_level_is_used():
     """numba takes half a second to import, in every rank."""
     script = (
         "import sys, torch\n"
-        "from epbackend.dispatch.ranks import RankGroup\n"
-        "from epbackend.dispatch.settings import DispatchSettings\n"
+        "from epbackend.dispatch.base import RankGroup\n"
+        "from epbackend.dispatch.base import DispatchSettings\n"
         "from epbackend.moe import ExpertParallelMoE\n"
-        "from epbackend.slots import SlotMap\n"
+        "from epbackend.replica_split import SlotMap\n"
         "layer = ExpertParallelMoE(torch.ones(3, 4, 2), torch.ones(3, 2, 2), slot_map=SlotMap.of((0, 1, 0), 1),\n"
         "    ranks=RankGroup.single(), settings=DispatchSettings(), top_k=1, split=sys.argv[1])\n"
         "layer(torch.ones(2, 2), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))\n"

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from epbackend.placement.layout import Layout
+from epbackend.placement.placement import Layout
 
 
 def optimum(tokens_E: np.ndarray, layout: Layout) -> float:

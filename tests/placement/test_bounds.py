@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
 from epbackend.placement import plan
-from epbackend.placement.bounds import lower_bound
 from epbackend.placement.budget import first_slots, share_out
-from epbackend.placement.compiled.envelope import falls
-from epbackend.placement.replicas import optimal_copies
+from epbackend.placement.score import lower_bound, optimal_copies
+from epbackend.placement.search.layer_search import falls
 
 weights = st.lists(st.integers(0, 100), min_size=1, max_size=8).map(np.array)
 

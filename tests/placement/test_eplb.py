@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
 from epbackend.placement import Layout, plan
-from epbackend.placement.planners.eplb import rebalance
-from epbackend.placement.planners.introsort import descending_order
+from epbackend.placement.planners.eplb import descending_order, rebalance
 from tests.placement.strategies import skewed
 
 torch = pytest.importorskip("torch")

@@ -18,9 +18,8 @@ from epbackend.placement.formats import (
     usage,
     write,
 )
-from epbackend.placement.layout import Layout
 from epbackend.placement.loads import Loads
-from epbackend.placement.placement import Placement, Provenance
+from epbackend.placement.placement import Layout, Placement, Provenance
 
 COUNTS_LE = np.array([[0, 0, 0, 0], [5, 0, 2, 1], [1, 1, 1, 9]])
 ONE = Loads.of(COUNTS_LE)

@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
 from epbackend.placement import plan
-from epbackend.placement.layout import Layout
-from epbackend.placement.placement import Placement
+from epbackend.placement.placement import Layout, Placement
 
 
 def imbalance(layout, tokens_E):

@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
 from epbackend.placement import Loads, plan
-from epbackend.placement.noise import draw_batches
+from epbackend.placement.replica_split import expected_shares
 from epbackend.placement.score import imbalances
-from epbackend.placement.split.expected import expected_shares
-from epbackend.placement.synthetic import synthetic_loads
+from epbackend.placement.synthetic import draw_batches, synthetic_loads
 
 
 def levelled(placement, loads, concentration=2000.0, batches=6):

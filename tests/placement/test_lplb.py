@@ -7,7 +7,7 @@ import pytest
 
 from epbackend.errors import ConfigError
 from epbackend.placement import Layout, plan
-from epbackend.placement.planners.topologies import TOPOLOGIES, topology_matrix
+from epbackend.placement.planners.lplb import TOPOLOGIES, topology_matrix
 from tests.placement.strategies import skewed
 
 

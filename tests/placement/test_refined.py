@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
 from epbackend.placement import plan
-from epbackend.placement.bounds import lower_bound
-from epbackend.placement.layout import Layout
 from epbackend.placement.loads import Loads
 from epbackend.placement.objectives import TOKENS, activated
+from epbackend.placement.placement import Layout
+from epbackend.placement.score import lower_bound
 
 
 def busiest(layout, tokens_E, objective=TOKENS):

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from epbackend.errors import ConfigError
-from epbackend.placement.layout import Layout
+from epbackend.placement.compare import UNPLANNED, mean_imbalance, score_table
 from epbackend.placement.loads import Loads
-from epbackend.placement.noise import draw_batches
 from epbackend.placement.objectives import activated
-from epbackend.placement.placement import Placement
+from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.score import rank_costs, score
-from epbackend.placement.synthetic import synthetic_loads
-from epbackend.placement.table import UNPLANNED, mean_imbalance, score_table
+from epbackend.placement.synthetic import draw_batches, synthetic_loads
 
 # Experts 0 and 1 on rank 0, experts 1 and 2 on rank 1.
 SMALL = Placement((Layout(((0, 1), (1, 2)), 3),) * 2)

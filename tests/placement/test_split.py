@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
-from epbackend.placement.layout import Layout
-from epbackend.placement.split import (
-    assign,
+from epbackend.placement import replica_split as assign
+from epbackend.placement import replica_split_reference as reference
+from epbackend.placement.placement import Layout
+from epbackend.placement.replica_split import (
     even_shares,
     expected_shares,
     level_shares,
     nearest_quota,
     own_quota,
-    reference,
 )
 from tests.placement.strategies import layouts
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
-from epbackend.placement.layout import Layout
-from epbackend.placement.split import even_shares, level_shares, reference
+from epbackend.placement import replica_split_reference as reference
+from epbackend.placement.placement import Layout
+from epbackend.placement.replica_split import even_shares, level_shares
 from tests.placement.linear_program import optimum
 from tests.placement.strategies import layouts
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from contract.layer_case import Case, Seen, layer_equals_dense
 
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings
 from symmetric.virtual import run_virtual
 
 OPEN = DispatchSettings(level=2, dispatcher="symmetric")

@@ -7,13 +7,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from epbackend.dispatch.base import Problem
+from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
 from epbackend.dispatch.choose import choose
 from epbackend.dispatch.deepep import DeepEp
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
-from epbackend.dispatch.symmetric import OPEN_TOKENS, Room, Symmetric
-from epbackend.dispatch.symmetric_reach import Whereabouts, apart
+from epbackend.dispatch.symmetric import Symmetric, Whereabouts, apart
+from epbackend.dispatch.symmetric_memory import OPEN_TOKENS, Room
 from epbackend.errors import ConfigError
 from epbackend.kernels.reference import ReferenceKernels
 

@@ -13,16 +13,19 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton import knobs
 
 from epbackend.kernels.triton import padded
-from epbackend.kernels.triton.chip import A100, B200, H100, L40S
-from epbackend.kernels.triton.peer import give_back as give_back_module
-from epbackend.kernels.triton.peer.counts import publish_counts
-from epbackend.kernels.triton.peer.give_back import give_back
-from epbackend.kernels.triton.peer.layout import lay_out, place
-from epbackend.kernels.triton.peer.meet import meet
-from epbackend.kernels.triton.peer.mirror import Mirror
-from epbackend.kernels.triton.peer.send import send
-from epbackend.kernels.triton.peer.settle import settle
-from epbackend.kernels.triton.resources import compiling_for, resources
+from epbackend.kernels.triton import symmetric as give_back_module
+from epbackend.kernels.triton.compile_info import compiling_for, resources
+from epbackend.kernels.triton.symmetric import (
+    Mirror,
+    give_back,
+    lay_out,
+    meet,
+    place,
+    publish_counts,
+    send,
+    settle,
+)
+from epbackend.kernels.triton.tiles import A100, B200, H100, L40S
 
 pytestmark = [
     pytest.mark.cpu,

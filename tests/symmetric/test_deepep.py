@@ -12,8 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from contract.layer_case import Case, Seen, layer_equals_dense
 from triton import knobs
 
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels.triton.padded import pack, spread
 from symmetric import deep_ep_stand_in
 

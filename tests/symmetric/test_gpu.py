@@ -16,22 +16,14 @@ from contract.dense import dense_moe, tolerance
 from triton import knobs
 
 from epbackend.device import get_device
-from epbackend.dispatch.base import Problem
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
-from epbackend.dispatch.symmetric import Room
+from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
+from epbackend.dispatch.symmetric import OVERLAP
 from epbackend.dispatch.symmetric_exchange import SymmetricExchange
-from epbackend.dispatch.symmetric_peers import SymmetricMemoryPeers
-from epbackend.dispatch.symmetric_reach import OVERLAP
+from epbackend.dispatch.symmetric_memory import Room, SymmetricMemoryPeers
 from epbackend.errors import CollectiveError
-from epbackend.kernels.triton.peer.counts import publish_counts
-from epbackend.kernels.triton.peer.give_back import give_back
-from epbackend.kernels.triton.peer.layout import lay_out, place
-from epbackend.kernels.triton.peer.meet import meet
-from epbackend.kernels.triton.peer.mirror import Mirror
-from epbackend.kernels.triton.peer.send import send
+from epbackend.kernels.triton.symmetric import Mirror, give_back, lay_out, meet, place, publish_counts, send
 from epbackend.moe import ExpertParallelMoE
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 from symmetric.virtual import Hub, VirtualPeers
 
 pytestmark = [

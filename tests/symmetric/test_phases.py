@@ -12,12 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epbackend.kernels.reference import ReferenceKernels
-from epbackend.kernels.triton.peer.counts import publish_counts
-from epbackend.kernels.triton.peer.give_back import give_back
-from epbackend.kernels.triton.peer.layout import lay_out, place
-from epbackend.kernels.triton.peer.mirror import Mirror
-from epbackend.kernels.triton.peer.send import send
-from epbackend.kernels.triton.peer.settle import settle
+from epbackend.kernels.triton.symmetric import Mirror, give_back, lay_out, place, publish_counts, send, settle
 
 pytestmark = pytest.mark.cuda
 D = 20

@@ -16,9 +16,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from contract.layer_case import Case, Seen, layer_equals_dense
 from triton import knobs
 
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
-from epbackend.dispatch.symmetric_peers import SymmetricMemoryPeers
+from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.dispatch.symmetric_memory import SymmetricMemoryPeers
 from epbackend.errors import CollectiveError, UnavailableError
 from symmetric import shared_memory
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from contract.layer_case import Case, layer_equals_dense
 
 from epbackend.dispatch import symmetric
-from epbackend.dispatch.ranks import RankGroup
+from epbackend.dispatch.base import RankGroup
 from epbackend.errors import ConfigError
 from symmetric.cases import BOUNDED, OPEN, REPLICAS, STATIC, run, tight
 from symmetric.virtual import run_virtual

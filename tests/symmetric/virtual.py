@@ -20,10 +20,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from epbackend.dispatch import symmetric, symmetric_peers
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.symmetric_peers import Peers
-from epbackend.kernels.triton.peer.mirror import Mirror
+from epbackend.dispatch import symmetric, symmetric_memory
+from epbackend.dispatch.base import RankGroup
+from epbackend.dispatch.symmetric_memory import Peers
+from epbackend.kernels.triton.symmetric import Mirror
 
 PATIENCE_S = 60.0
 Result = TypeVar("Result")
@@ -105,7 +105,7 @@ def run_virtual(
         return result
 
     with (
-        mock.patch.object(symmetric_peers, "connect", lambda group, device, timeout_s: group),
+        mock.patch.object(symmetric_memory, "connect", lambda group, device, timeout_s: group),
         mock.patch.object(symmetric, "not_built", return_value=None),
         mock.patch.object(symmetric, "unreachable", return_value=None),
         ThreadPoolExecutor(size) as threads,

@@ -29,7 +29,7 @@ from epbackend.engines.lmdeploy.engine import engine_config
 from epbackend.engines.lmdeploy.load import LoadReport
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.engines.lmdeploy.plug import disable, enable
-from epbackend.engines.placing import finished_placement
+from epbackend.engines.placement import finished_placement
 
 if TYPE_CHECKING:
     from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline

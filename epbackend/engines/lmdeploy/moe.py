@@ -16,16 +16,15 @@ from lmdeploy.pytorch.model_inputs import get_step_ctx_manager
 from lmdeploy.pytorch.models.patch import get_build_model_context
 from torch import Tensor
 
-from epbackend.dispatch.ranks import RankGroup
-from epbackend.dispatch.settings import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.engines.lmdeploy.layers import layer_being_built
 from epbackend.engines.lmdeploy.load import check_room
 from epbackend.engines.lmdeploy.plug import active
 from epbackend.errors import ConfigError, EPError
-from epbackend.kernels.forms import Matrices
+from epbackend.kernels.weight_formats import Matrices
 from epbackend.moe import PHASES, ExpertParallelMoE
 from epbackend.placement.placement import Placement
-from epbackend.slots import SlotMap
+from epbackend.replica_split import SlotMap
 
 Spec: TypeAlias = FusedMoEBuildSpec | FusedMoEBlockedF8BuildSpec | FusedMoEW8A8BuildSpec
 

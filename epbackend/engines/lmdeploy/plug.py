@@ -17,7 +17,7 @@ from epbackend.device import get_device
 from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard, LoadReport
 from epbackend.engines.lmdeploy.load_writer import LoadWriter
 from epbackend.engines.lmdeploy.patching import Patches, check_version
-from epbackend.engines.placing import finished_placement, pack, unpack, warm_splits
+from epbackend.engines.placement import finished_placement, pack, unpack, warm_splits
 from epbackend.errors import ConfigError, EPError, UnavailableError
 from epbackend.placement.placement import Placement
 

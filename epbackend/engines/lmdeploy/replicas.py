@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy.deployment import start_engines, stop_engines
 from epbackend.engines.lmdeploy.load import LoadBoard, LoadReport
-from epbackend.engines.placing import warm_splits
+from epbackend.engines.placement import warm_splits
 from epbackend.errors import EPError, WorkerError
 from epbackend.placement.placement import Placement
 

@@ -27,7 +27,7 @@ from epbackend.engines.lmdeploy.deployment import (
 from epbackend.engines.lmdeploy.engine import engine_config
 from epbackend.engines.lmdeploy.load import LoadBoard, last_words
 from epbackend.engines.lmdeploy.recording import Recording, recording_server
-from epbackend.engines.placing import warm_splits
+from epbackend.engines.placement import warm_splits
 from epbackend.errors import WorkerError
 from epbackend.placement.placement import Placement
 

@@ -3,6 +3,14 @@
 Written for torch-npu 2.9 to 2.14 (tests/ascend/schemas.json has what each accepts): arguments go by keyword, and none
 is passed that one of these versions does not know. Limits are those of the operators' documentation
 (https://gitcode.com/Ascend/op-plugin, docs/context). S rows, L groups of rows, N and K as in [out, in] weights.
+
+What the operators cannot take, said before they are called, by the name of the setting that helps.
+
+DeepSeek-V3's router in one operator (section 2.1.2 of its report; GLM-4.5 and Kimi-K2 have it too).
+
+scores = sigmoid(logits). Those groups of experts are kept whose two best scores, bias included, have the largest sums;
+of their experts the K best, bias included, are chosen. Their scores without it, divided by their sum and times a
+factor, are the weights.
 """
 
 from __future__ import annotations
@@ -14,6 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from epbackend.errors import ConfigError
+from epbackend.kernels.int8 import Int8Weights
 
 FRACTAL_NZ = 29
 """Its number among CANN's formats."""
@@ -150,7 +161,7 @@ def format_cast(tensor: Tensor, layout: int) -> Tensor:
 def moe_gating_top_k(
     logits_TE: Tensor, bias_E: Tensor, top_k: int, groups: int, top_groups: int, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """(weights_TK in the logits' type, ids_TK int32) of DeepSeek-V3's router (`epbackend.kernels.npu.gating`).
+    """(weights_TK in the logits' type, ids_TK int32) of DeepSeek-V3's router (`epbackend.kernels.npu.kernels.ops`).
 
     E at most 2048, and E / groups more than 2.
     """
@@ -200,7 +211,7 @@ class FusedGroup:
     """The ranks of a fused dispatch, and what must be the same on all of them and for dispatch and combine."""
 
     communicator: str
-    """Its name; see `epbackend.device.hccl`."""
+    """Its name; see `epbackend.dispatch.mc2`."""
     rank: int
     size: int
     slots: int
@@ -239,7 +250,7 @@ def moe_dispatch(
     """Send each token of the mask to its experts. `ids_TK`: int32, valid and different within a row, masked or not.
 
     `active_T` is True first, then False. With `int8` each row travels quantised, with a scale. Limits:
-    `epbackend.dispatch.mc2_limits`.
+    `epbackend.dispatch.mc2`.
     """
     rows_SD, scale_S, assist_info, counts_L, arrived, _, _ = _npu().npu_moe_distribute_dispatch_v2(
         x=hidden_TD,
@@ -265,3 +276,83 @@ def moe_combine(
         x_active_mask=active_T,
         **group.arguments(),
     )
+
+
+MOST_GROUPS = 1024
+"""Matrices of one grouped product."""
+
+INNER_LIMIT = 65536
+"""Rows and columns of a matrix stay below it."""
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+QUANTISED = (torch.bfloat16, torch.float16)
+"""Types of rows that can be quantised as they come."""
+
+TILE_ROWS, TILE_COLUMNS, TILED_LIMIT = 16, 32, 10240
+"""A tile of FRACTAL_NZ in int8 [in, out], and the most columns that `grouped_matmul_swiglu_quant` takes."""
+
+FUSED_INT8_STEP, FUSED_INT8_LIMIT = 64, 10496
+"""`dequant_swiglu_quant` takes an F that is a multiple of the one and at most the other."""
+
+
+def check_weights(weights: Tensor | Int8Weights) -> None:
+    """Raise ConfigError for packed matrices that the grouped product does not take."""
+    values_LNK = weights.values_LNK if isinstance(weights, Int8Weights) else weights
+    slots, *sides = values_LNK.shape
+    if slots > MOST_GROUPS:
+        raise ConfigError(
+            f"device ascend: a rank may hold {MOST_GROUPS} experts, and holds {slots}; raise ep_size"
+        )
+    if max(sides) >= INNER_LIMIT:
+        raise ConfigError(
+            f"device ascend: an expert's matrix is {sides[0]} x {sides[1]}; its sides must be below {INNER_LIMIT}"
+        )
+    if not isinstance(weights, Int8Weights) and weights.dtype not in FLOATS:
+        raise ConfigError(
+            f"device ascend: experts of {weights.dtype} are not supported; set engine.dtype: bfloat16"
+        )
+
+
+def check_int8(rows: torch.dtype, bias_LN: Tensor | None) -> None:
+    """Raise ConfigError for what W8A8 does not take; `rows` is the type of the rows before they are quantised."""
+    if rows not in QUANTISED:
+        raise ConfigError(
+            f"device ascend: W8A8 quantises bfloat16 and float16 rows, not {rows}; set engine.dtype: bfloat16"
+        )
+    if bias_LN is not None:
+        raise ConfigError("device ascend: W8A8 experts with biases are not supported; use bfloat16 weights")
+
+
+def not_tiled(weights: Int8Weights) -> str | None:
+    """Why matrices cannot be laid out in tiles for the fused product; None if they can."""
+    _, outer, inner = weights.values_LNK.shape
+    if inner % TILE_ROWS or outer % TILE_COLUMNS:
+        return f"{inner} x {outer} is not a whole number of tiles of {TILE_ROWS} x {TILE_COLUMNS}"
+    return f"{outer} columns are more than {TILED_LIMIT}" if outer > TILED_LIMIT else None
+
+
+def fuses(gate_up: Int8Weights) -> bool:
+    """Whether what stands between the products can be one operator."""
+    width = gate_up.values_LNK.shape[1] // 2
+    return width % FUSED_INT8_STEP == 0 and width <= FUSED_INT8_LIMIT
+
+
+MOST_EXPERTS, GROUP_ALIGNMENT = 2048, 32
+"""Of the operator, and what a group is padded to before it counts as experts."""
+
+
+def sigmoid_top_k(
+    logits_TE: Tensor, bias_E: Tensor, top_k: int, groups: int, top_groups: int, factor: float
+) -> tuple[Tensor, Tensor]:
+    """(weights_TK float32, ids_TK int32), largest score with bias first; the sizes must be ones that `fits`."""
+    if not len(logits_TE):
+        weights_TK = logits_TE.new_empty(0, top_k).float()
+        return weights_TK, weights_TK.int()
+    return moe_gating_top_k(logits_TE.float(), bias_E.float(), top_k, groups, top_groups, factor)
+
+
+def router_fits(experts: int, top_k: int, groups: int, top_groups: int) -> bool:
+    """Whether the operator takes a router of this size."""
+    size, rest = divmod(experts, groups)
+    padded = -(-size // GROUP_ALIGNMENT) * GROUP_ALIGNMENT
+    return rest == 0 and size > 2 and padded * groups <= MOST_EXPERTS and top_k <= top_groups * size

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
-from epbackend.kernels.copies import EvenCopies, LevelCopies, Split
-from epbackend.kernels.forms import Experts, Matrices, stacked
 from epbackend.kernels.fp8 import FP8
-from epbackend.kernels.guard import IdGuard
+from epbackend.kernels.id_check import IdGuard
 from epbackend.kernels.narrow import TorchNarrowing
-from epbackend.kernels.triton import narrow, permute, split, swiglu, unpermute, widen
-from epbackend.kernels.triton.chip import Chip, chip_of
-from epbackend.kernels.triton.products import Products, check_same_form
+from epbackend.kernels.replica_split import EvenCopies, LevelCopies, Split
+from epbackend.kernels.triton import expert_mlp, permute, quantize, replica_split
+from epbackend.kernels.triton.expert_mlp import Products, check_same_form
+from epbackend.kernels.triton.tiles import Chip, chip_of
+from epbackend.kernels.weight_formats import Experts, Matrices, stacked
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -41,18 +41,18 @@ class TritonKernels(TorchNarrowing):
         return permute.permute(hidden_TD, slot_ids_TK, slots, window)
 
     def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
-        unpermute.unpermute(rows_SD, source_S, weights_TK, out_TD)
+        permute.unpermute(rows_SD, source_S, weights_TK, out_TD)
 
     def narrow(self, rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
-        by = narrow.narrow if self._converts(values_TD) else super().narrow
+        by = quantize.narrow if self._converts(values_TD) else super().narrow
         by(rows_TD, values_TD, scale_TG)
 
     def widen(self, values_TD: Tensor, scale_TG: Tensor, out_TD: Tensor) -> None:
-        by = widen.widen if self._converts(values_TD) else super().widen
+        by = quantize.widen if self._converts(values_TD) else super().widen
         by(values_TD, scale_TG, out_TD)
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
-        return swiglu.swiglu(rows_S2F)
+        return expert_mlp.swiglu(rows_S2F)
 
     def pack(self, weights_LNK: Matrices) -> Experts:
         """Stacked as LMDeploy lays them; a contiguous tensor and quantised matrices are used where they are."""
@@ -83,10 +83,10 @@ class TritonKernels(TorchNarrowing):
         return products.plain(rows_SF, weights.down, weights.down_bias_LD)
 
     def even_split(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> Split:
-        return split.EvenSplit(copies, device, guard)
+        return replica_split.EvenSplit(copies, device, guard)
 
     def level_split(self, copies: LevelCopies, device: torch.device, guard: IdGuard | None) -> Split:
-        return split.level_split(copies, device, guard, self._chip)
+        return replica_split.level_split(copies, device, guard, self._chip)
 
     def _converts(self, values_TD: Tensor) -> bool:
         """Whether the chip knows the values' dtype; torch converts to and from float8 on any."""

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epbackend.kernels.triton.chip import chip_of
+from epbackend.kernels.triton.tiles import chip_of
 
 COLUMNS = 1024
 PROGRAMS_PER_SM = 8

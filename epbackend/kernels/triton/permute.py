@@ -1,4 +1,10 @@
-"""Sort the choices of all tokens by local slot, and copy each token once for each: `count` and `permute`.
+"""A stable counting sort of choices by local slot: what `permute` and its fused form for few choices share.
+
+`permute` in one launch for the few choices of a decode step, where launches cost more than the work itself.
+
+Every program counts all choices anew, so that none has to wait for another, then places and copies those of its block.
+
+Sort the choices of all tokens by local slot, and copy each token once for each: `count` and `permute`.
 
 A stable counting sort, deterministic because nothing depends on which program comes first:
 
@@ -8,6 +14,14 @@ A stable counting sort, deterministic because nothing depends on which program c
     source_S    = [2, 5, 0, 3, -1, -1]  # place = rows of earlier slots + before_BL + earlier ones in the same block
 
 Nothing comes back to the host, so there are as many rows as there may be choices; those past the counts have source -1.
+
+Weighted sum of the experts' rows for each token, in float32 and always in the order of the token's choices.
+
+Each token looks its own rows up, so no two programs add to the same place and no atomics are needed:
+
+    source_S   = [2, 5, 0, -1]                      # K = 2; the last row is garbage
+    row_of_TK  = [[2, -1], [0, -1], [-1, 1]]        # which row serves each choice
+    out_TD[0] += weights_TK[0, 0] * rows_SD[2], out_TD[1] += weights_TK[1, 0] * rows_SD[0], ...
 """
 
 from __future__ import annotations
@@ -18,8 +32,127 @@ import triton.language as tl
 from torch import Tensor
 
 from epbackend.kernels import Permuted
-from epbackend.kernels.triton.permute_few import MOST_CHOICES, permute_few
-from epbackend.kernels.triton.sort import load_slots, place, store_counts, store_sources
+
+
+@triton.jit
+def load_slots(ids_S, choice, S, slots):
+    """Local slot of each choice; `slots` for those of other ranks, and past the end."""
+    slot = tl.load(ids_S + choice, mask=choice < S, other=-1)
+    return tl.where((slot >= 0) & (slot < slots), slot, slots).to(tl.int32)
+
+
+@triton.jit
+def place(slot, choice, totals, before, BLOCK: tl.constexpr):
+    """Row of each choice of one block, were all rows kept; a place past all rows for choices of other ranks.
+
+    `slot` and `choice` are the block's, in order. For each lane, which is a slot: `totals` counts its choices in all
+    blocks, `before` those in earlier blocks.
+    """
+    starts = tl.cumsum(totals) - totals
+    return tl.gather(starts + before, slot, 0) + earlier_twins(slot, BLOCK)
+
+
+@triton.jit
+def earlier_twins(slot, BLOCK: tl.constexpr):
+    """For each choice of one block, how many earlier ones of the block fell on the same slot."""
+    nth = tl.arange(0, BLOCK)
+    twins = (slot[:, None] == slot[None, :]) & (nth[None, :] < nth[:, None])
+    return tl.sum(twins.to(tl.int32), 1)
+
+
+@triton.jit
+def store_counts(counts_L, totals, first, last, slots, LANES: tl.constexpr):
+    """How many of each slot's rows lie in [first, last)."""
+    lane = tl.arange(0, LANES)
+    ends = tl.cumsum(totals)
+    starts = ends - totals
+    inside = tl.minimum(tl.maximum(ends, first), last) - tl.minimum(tl.maximum(starts, first), last)
+    tl.store(counts_L + lane, inside.to(tl.int64), mask=lane < slots)
+
+
+@triton.jit
+def store_sources(source_S, slot, choice, row, rows, first, last, slots):
+    """Write each choice to its row; `rows` is how many rows there are in all, were all kept.
+
+    The rows that no choice fills are shared out: each choice marks the one that has its own number with -1.
+    """
+    ours = (slot < slots) & (row >= first) & (row < last)
+    tl.store(source_S + row - first, choice.to(tl.int64), mask=ours)
+    tl.store(source_S + choice, -1, mask=(first + choice >= rows) & (first + choice < last))
+    return ours
+
+
+MOST_CHOICES = 2048
+"""256 tokens of 8 choices: with more, counting everything in every program costs more than two further launches."""
+
+FEW_BLOCK = 16
+COLUMNS = 512
+
+
+def permute_few(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
+    """Fill `out` with the rows from `first` on."""
+    slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
+    _permute_few[(triton.cdiv(len(ids_S), FEW_BLOCK),)](
+        hidden_TD,
+        ids_S,
+        out.rows_SD,
+        out.counts_L,
+        out.source_S,
+        len(ids_S),
+        slots,
+        first,
+        first + rows,
+        hidden_TD.stride(0),
+        width,
+        top_k,
+        triton.next_power_of_2(slots + 1),
+        triton.next_power_of_2(max(FEW_BLOCK, len(ids_S))),
+        FEW_BLOCK,
+        min(COLUMNS, triton.next_power_of_2(width)),
+    )
+
+
+@triton.jit(do_not_specialize=["S", "first", "last"])
+def _permute_few(
+    hidden_TD,
+    ids_S,
+    rows_SD,
+    counts_L,
+    source_S,
+    S,
+    slots,
+    first,
+    last,
+    token_stride,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    LANES: tl.constexpr,
+    ALL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One block of choices; ALL is a power of two that holds all of them."""
+    start = tl.program_id(0) * BLOCK
+    each = tl.arange(0, ALL)
+    every_slot = load_slots(ids_S, each, S, slots)
+    # The lane after the local slots takes what belongs elsewhere, and is worth nothing.
+    here = tl.arange(0, LANES) < slots
+    totals = tl.where(here, tl.histogram(every_slot, LANES), 0)
+    before = tl.where(here, tl.histogram(tl.where(each < start, every_slot, slots), LANES), 0)
+    if start == 0:
+        store_counts(counts_L, totals, first, last, slots, LANES)
+    choice = start + tl.arange(0, BLOCK)
+    slot = load_slots(ids_S, choice, S, slots)
+    row = place(slot, choice, totals, before, BLOCK)
+    ours = store_sources(source_S, slot, choice, row, tl.sum(totals), first, last, slots)
+    token = (choice // K).to(tl.int64)
+    for start_column in range(0, D, COLUMNS):
+        column = start_column + tl.arange(0, COLUMNS)
+        inside = ours[:, None] & (column < D)[None, :]
+        values = tl.load(hidden_TD + token[:, None] * token_stride + column[None, :], mask=inside)
+        target = rows_SD + (row - first).to(tl.int64)[:, None] * D + column[None, :]
+        tl.store(target, values, mask=inside)
+
 
 BLOCK = 128
 """Choices of one program. It compares each with each, so a small block is cheap and a large one is not."""
@@ -175,3 +308,86 @@ def _copy_rows(
     inside = (source >= 0)[:, None] & (column < D)[None, :]
     values = tl.load(hidden_TD + (source // K)[:, None] * token_stride + column[None, :], mask=inside)
     tl.store(rows_SD + row.to(tl.int64)[:, None] * D + column[None, :], values, mask=inside)
+
+
+SUM_BLOCK = 1024
+
+FEWEST, MOST_ROWS = 16, 4096
+"""Up to here each token searches all rows for its own, which spares the launches that build a table."""
+
+
+def unpermute(rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+    """Add weight * row to each row's token in `out_TD` (float32). Rows with source -1 are not read."""
+    (rows, width), (tokens, top_k) = rows_SD.shape, weights_TK.shape
+    if rows == 0 or tokens == 0:
+        return
+    few = rows <= MOST_ROWS
+    columns = min(SUM_BLOCK, triton.next_power_of_2(width))
+    _weighted_sum[(tokens, triton.cdiv(width, columns))](
+        rows_SD,
+        source_S if few else _row_of_choice(source_S, tokens * top_k),
+        weights_TK,
+        out_TD,
+        rows,
+        rows_SD.stride(0),
+        weights_TK.stride(0),
+        weights_TK.stride(1),
+        out_TD.stride(0),
+        width,
+        top_k,
+        columns,
+        triton.next_power_of_2(max(FEWEST, rows)) if few else 0,
+    )
+
+
+def _row_of_choice(source_S: Tensor, choices: int) -> Tensor:
+    """The inverse of source_S, -1 for choices that no row serves."""
+    row_of = torch.full((choices,), -1, dtype=torch.int64, device=source_S.device)
+    _invert[(triton.cdiv(len(source_S), SUM_BLOCK),)](source_S, row_of, len(source_S), SUM_BLOCK)
+    return row_of
+
+
+@triton.jit(do_not_specialize=["S"])
+def _invert(source_S, row_of, S, BLOCK: tl.constexpr):
+    """A choice is served by one row at most, so no two programs write to the same place."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(source_S + row, mask=row < S, other=-1)
+    tl.store(row_of + source, row.to(tl.int64), mask=source >= 0)
+
+
+@triton.jit(do_not_specialize=["S"])
+def _weighted_sum(
+    rows_SD,
+    lookup,
+    weights_TK,
+    out_TD,
+    S,
+    row_stride,
+    weight_token_stride,
+    weight_choice_stride,
+    out_stride,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """One token's columns: its rows one after the other, as k grows.
+
+    `lookup` is the row of each choice, or, where ALL is a power of two that holds all rows, the source of each row.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    target = out_TD + token * out_stride + column
+    total = tl.load(target, mask=column < D)
+    if ALL:
+        each = tl.arange(0, ALL)
+        source = tl.load(lookup + each, mask=each < S, other=-1)
+    for k in tl.static_range(K):
+        if ALL:
+            row = tl.max(tl.where(source == token * K + k, each, -1)).to(tl.int64)
+        else:
+            row = tl.load(lookup + token * K + k)
+        weight = tl.load(weights_TK + token * weight_token_stride + k * weight_choice_stride).to(tl.float32)
+        values = tl.load(rows_SD + row * row_stride + column, mask=(row >= 0) & (column < D), other=0)
+        total += weight * values.to(tl.float32)
+    tl.store(target, total, mask=column < D)

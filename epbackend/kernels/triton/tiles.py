@@ -1,8 +1,17 @@
-"""Which tile a product gets: the tuned one for this chip and shape if there is one, else its chip family's.
+"""What a launch must know of the chip: how many programs it runs at once, and what it can do.
+
+A tile: how a grouped matmul is cut into pieces of work, and what each piece may use of the chip.
+
+Which tile a product gets: the tuned one for this chip and shape if there is one, else its chip family's.
 
 `tiles.json` has both. "families" are chosen by hand from the static model and checked to compile without spills;
 "tuned" holds what was measured on a chip with a version of Triton, and serves that chip and version alone. What
 `epbackend tune` measures goes into a table of the user's own, which comes first.
+
+From counts to tiles: which rows each tile of a grouped matmul multiplies, worked out on the device.
+
+Example: counts_L = [3, 0, 130] with blocks of 128 rows gives tiles_M3 = [[0, 0, 3], [2, 3, 133], [2, 131, 133]] and
+total_1 = [3]: slot, first row, and the row at which the slot's rows end.
 """
 
 from __future__ import annotations
@@ -17,13 +26,95 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
 
 from epbackend.errors import ConfigError
-from epbackend.kernels.forms import Experts
 from epbackend.kernels.fp8 import Fp8Blocks
-from epbackend.kernels.triton.chip import Chip
-from epbackend.kernels.triton.tile import Tile
+from epbackend.kernels.weight_formats import Experts
+
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+"""Whether Triton's interpreter runs the kernels, on a CPU: set by TRITON_INTERPRET=1 before the first import."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU, as the tile tables and the static model see it."""
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    """Streaming multiprocessors."""
+    shared_bytes: int
+    """Shared memory that one program may have."""
+
+    @property
+    def tma(self) -> bool:
+        """Whether it has the bulk tensor copy engine (Hopper and later)."""
+        return self.capability >= (9, 0)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether it multiplies float8_e4m3fn."""
+        return self.capability >= (8, 9)
+
+
+A100 = Chip("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912)
+L40S = Chip("NVIDIA L40S", (8, 9), 142, 101_376)
+H100 = Chip("NVIDIA H100 80GB HBM3", (9, 0), 132, 232_448)
+H200 = Chip("NVIDIA H200", (9, 0), 132, 232_448)
+B200 = Chip("NVIDIA B200", (10, 0), 148, 232_448)
+INTERPRETER = Chip("Triton's interpreter", (9, 0), 3, 232_448)
+"""Three programs, so that each of them has several tiles to take, and one ends before the others."""
+
+
+@cache
+def chip_of(device: torch.device) -> Chip:
+    """The chip behind a torch device; the CPU stands for Triton's interpreter."""
+    if device.type == "cpu":
+        return INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    limits = driver.active.utils.get_device_properties(device.index)
+    return Chip(found.name, (found.major, found.minor), found.multi_processor_count, limits["max_shared_mem"])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one tile, and how the compiler is to lay it out."""
+
+    rows: int
+    columns: int
+    """Of the output; a gated product multiplies twice as many columns of the weights."""
+    depth: int
+    warps: int
+    stages: int
+    """Blocks that are under way from memory while one is multiplied."""
+    band: int = 8
+    """Row tiles that share the L2 cache."""
+    programs: int = 1
+    """Programs for each multiprocessor."""
+    tma: bool = True
+    """Load by the bulk copy engine where chip and alignment allow."""
+    specialize: bool = False
+    """Let some warps load and others multiply (Hopper with Triton 3.6)."""
+    flatten: bool = False
+    """Make one loop of tiles and depth, so that the next tile loads while this one ends."""
+
+    def launch(self) -> dict[str, Any]:
+        """The arguments that every grouped matmul takes."""
+        return {
+            "BLOCK_M": self.rows,
+            "BLOCK_N": self.columns,
+            "BLOCK_K": self.depth,
+            "BAND": self.band,
+            "SPECIALIZE": self.specialize,
+            "FLATTEN": self.flatten,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
 
 PACKAGED = Path(__file__).with_name("tiles.json")
 OWN_TABLE = "EPBACKEND_TILES"
@@ -136,3 +227,61 @@ def record(path: Path, tuned: dict[str, Any], tile: Tile, date: str) -> None:
     beside = path.with_suffix(f".{os.getpid()}")
     beside.write_text(text + "\n")
     beside.replace(path)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The row tiles of one grouped matmul. Both products of an expert share one."""
+
+    tiles_M3: Tensor
+    """int32: slot, first row, end of the slot's rows. M is the most that the counts may ask for."""
+    total_1: Tensor
+    """int32: how many of the M are used."""
+    block_rows: int
+
+
+def row_tiles(counts_L: Tensor, rows: int, block_rows: int) -> Schedule:
+    """The tiles of `block_rows` rows that cover the groups of `counts_L`, whose sum is at most `rows` (< 2^31)."""
+    slots = len(counts_L)
+    most = rows // block_rows + min(slots, rows)
+    tiles_M3 = torch.empty(most, 3, dtype=torch.int32, device=counts_L.device)
+    total_1 = torch.empty(1, dtype=torch.int32, device=counts_L.device)
+    slots_pow2 = triton.next_power_of_2(slots)
+    _row_tiles[(slots,)](counts_L, tiles_M3, total_1, slots, slots_pow2, block_rows, num_warps=1)
+    return Schedule(tiles_M3, total_1, block_rows)
+
+
+@triton.jit
+def _row_tiles(
+    counts_L,
+    tiles_M3,
+    total_1,
+    slots,
+    SLOTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    LANES: tl.constexpr = 32,
+):
+    """One program a slot writes the tiles of that slot, LANES at a time."""
+    slot = tl.program_id(0)
+    each = tl.arange(0, SLOTS)
+    rows_L = tl.load(counts_L + each, mask=each < slots, other=0).to(tl.int32)
+    tiles_L = (rows_L + BLOCK_ROWS - 1) // BLOCK_ROWS
+    first_tile = tl.sum(tl.where(each < slot, tiles_L, 0))
+    first_row = tl.sum(tl.where(each < slot, rows_L, 0))
+    tiles = tl.sum(tl.where(each == slot, tiles_L, 0))
+    end = first_row + tl.sum(tl.where(each == slot, rows_L, 0))
+    for start in range(0, tiles, LANES):
+        tile = start + tl.arange(0, LANES)
+        entry = tiles_M3 + 3 * (first_tile + tile)
+        tl.store(entry, slot, mask=tile < tiles)
+        tl.store(entry + 1, first_row + tile * BLOCK_ROWS, mask=tile < tiles)
+        tl.store(entry + 2, end, mask=tile < tiles)
+    if slot == slots - 1:
+        tl.store(total_1, first_tile + tiles)
+
+
+@triton.jit
+def covered_rows(tiles_M3, total_1):
+    """How many rows the counts add up to: where the last tile's slot ends."""
+    tiles = tl.load(total_1)
+    return tl.load(tiles_M3 + 3 * tiles - 1, mask=tiles > 0, other=0)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from epbackend.errors import ConfigError, UnavailableError, did_you_mean
-from epbackend.placement.formats import expert_map, lmdeploy, native, npy, omni, sglang, sglang_pt, table
+from epbackend.placement.formats import epbackend, expert_map, lmdeploy, npy, omni, sglang, sglang_pt, table
 from epbackend.placement.formats.base import Hints, LoadsFormat, PlacementFormat
 from epbackend.placement.formats.file import PICKLE, File
 from epbackend.placement.loads import Loads
@@ -27,7 +27,7 @@ LOADS: dict[str, LoadsFormat] = {
 PLACEMENTS: dict[str, PlacementFormat] = {
     each.name: each
     for each in (
-        native.PLACEMENT,
+        epbackend.PLACEMENT,
         sglang.PLACEMENT,
         expert_map.VLLM_ASCEND,
         expert_map.MINDIE,

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from epbackend.errors import ConfigError
 from epbackend.placement.formats.file import File
-from epbackend.placement.layout import Layout
 from epbackend.placement.loads import Loads
-from epbackend.placement.placement import Placement, Provenance
+from epbackend.placement.placement import Layout, Placement, Provenance
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from epbackend.placement.formats.base import (
 )
 from epbackend.placement.formats.file import File, json_rows, number_array
 from epbackend.placement.formats.lmdeploy_counts import counts_for
-from epbackend.placement.layout import Layout
 from epbackend.placement.loads import Loads
-from epbackend.placement.placement import Placement
+from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.planners.eplb import rebalance
 
 

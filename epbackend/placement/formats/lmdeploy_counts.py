@@ -22,7 +22,7 @@ from __future__ import annotations
 import numpy as np
 
 from epbackend.errors import ConfigError
-from epbackend.placement.layout import Layout
+from epbackend.placement.placement import Layout
 from epbackend.placement.planners.eplb import rebalance
 
 EXACT = 1 << 24

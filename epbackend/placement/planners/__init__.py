@@ -15,8 +15,7 @@ from epbackend.errors import ConfigError, UnavailableError, did_you_mean
 from epbackend.placement.loads import Loads
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Placement, Provenance
-from epbackend.placement.planners.base import Planner, Progress, Task, silent
-from epbackend.placement.planners.checks import check_answer, check_task
+from epbackend.placement.planners.base import Planner, Progress, Task, check_answer, check_task, silent
 from epbackend.placement.values import real_number, whole_number
 
 __all__ = ["find_planner", "plan", "planner_names"]

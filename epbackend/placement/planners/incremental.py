@@ -18,11 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from epbackend.errors import ConfigError
-from epbackend.placement.layout import Layout
-from epbackend.placement.placement import Placement
-from epbackend.placement.planners.base import Task
-from epbackend.placement.planners.checks import refuse_options
-from epbackend.placement.planners.problem import Features, layout_of
+from epbackend.placement.placement import Layout, Placement
+from epbackend.placement.planners.base import Task, refuse_options
+from epbackend.placement.planners.search_inputs import Features, layout_of
 from epbackend.placement.values import real_number
 
 OPTIONS = ("target", "windows")
@@ -35,7 +33,7 @@ LAST_KICKS = 256
 
 def plan_layers(task: Task) -> tuple[Layout, ...]:
     """See the module. Raises ConfigError where there is no placement to start from, or it has other slots."""
-    from epbackend.placement import compiled
+    from epbackend.placement import search
 
     refuse_options("incremental", task, OPTIONS)
     current = _start(task)
@@ -46,7 +44,7 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
         )
     features = Features.of(task)
     layers = list(current.layers)
-    compiled.announce()
+    search.announce()
     for done, layer in enumerate(task.loads.loaded_layers, start=1):
         layers[layer] = _replan(features, layer, layers[layer], target, task.seed % 2**32)
         task.progress(done, len(task.loads.loaded_layers))
@@ -72,8 +70,7 @@ def _start(task: Task) -> Placement:
 
 
 def _replan(features: Features, layer: int, before: Layout, target: float, seed: int) -> Layout:
-    from epbackend.placement.compiled.change import change
-    from epbackend.placement.compiled.search import improve, judge
+    from epbackend.placement.search.layer_search import change, improve, judge
 
     first_R = np.concatenate(([0], np.cumsum(before.slots_R)))
     problem = features.problem(layer, first_R)

@@ -16,9 +16,8 @@ import numpy as np
 
 from epbackend.errors import ConfigError
 from epbackend.placement.budget import first_slots, share_out
-from epbackend.placement.layout import Layout
-from epbackend.placement.planners.base import Task, all_layers
-from epbackend.placement.planners.checks import refuse_unknown
+from epbackend.placement.placement import Layout
+from epbackend.placement.planners.base import Task, all_layers, refuse_unknown
 from epbackend.placement.values import whole_number
 
 

@@ -28,16 +28,15 @@ import numpy as np
 
 from epbackend.errors import ConfigError
 from epbackend.placement.budget import first_slots, share_out
-from epbackend.placement.layout import Layout
 from epbackend.placement.objectives import TOKENS
-from epbackend.placement.planners import levelled
-from epbackend.placement.planners.base import Task, all_layers
-from epbackend.placement.planners.checks import refuse_options
-from epbackend.placement.planners.problem import Features, layout_of
+from epbackend.placement.placement import Layout
+from epbackend.placement.planners import level
+from epbackend.placement.planners.base import Task, all_layers, refuse_options
+from epbackend.placement.planners.search_inputs import Features, layout_of
 from epbackend.placement.values import whole_number
 
 if TYPE_CHECKING:
-    from epbackend.placement.compiled.ranks import Problem
+    from epbackend.placement.search.layer_search import Problem
 
 EVEN_OPTIONS = ("kicks", "node_penalty", "windows")
 OPTIONS = (*EVEN_OPTIONS, "split")
@@ -49,7 +48,7 @@ USUAL_KICKS = 2**16
 
 def plan_layers(task: Task) -> tuple[Layout, ...]:
     """See the module."""
-    from epbackend.placement import compiled
+    from epbackend.placement import search
 
     refuse_options("refined", task, OPTIONS)
     plan_layer = _plan_for_level if _split(task) == "level" else _plan_layer
@@ -60,7 +59,7 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
     loaded = task.loads.loaded_layers
     first_LR = first_slots(slots_L[list(loaded)], task.ranks)
     planned = {}
-    compiled.announce()
+    search.announce()
     for done, layer in enumerate(loaded):
         planned[layer] = plan_layer(task, features, layer, first_LR[done])
         task.progress(done + 1, len(loaded))
@@ -91,12 +90,12 @@ def _plan_for_level(task: Task, features: Features, layer: int, first_R: np.ndar
     tokens_WE = task.loads.tokens_WLE[:, layer]
     tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
     even_P = even.slot_to_expert_P.copy()  # a read-only array would be compiled for once more
-    expert_P = levelled.plan_layer(tokens_WE, first_R, even_P, task.search_ms, task.seed % 2**32)
+    expert_P = level.plan_layer(tokens_WE, first_R, even_P, task.search_ms, task.seed % 2**32)
     return _in_order(expert_P, first_R, even.experts)
 
 
 def _plan_layer(task: Task, features: Features, layer: int, first_R: np.ndarray) -> Layout:
-    from epbackend.placement.compiled.search import improve, judge
+    from epbackend.placement.search.layer_search import improve, judge
 
     problem = features.problem(layer, first_R)
     slots, experts = problem.rank_P.size, task.loads.experts
@@ -122,7 +121,7 @@ def _in_order(expert_P: np.ndarray, first_R: np.ndarray, experts: int) -> Layout
 
 def _starts(problem: Problem, weight_E: np.ndarray) -> Iterator[np.ndarray]:
     """Packed layers [P] to refine."""
-    from epbackend.placement.compiled.packing import cheapest_copies, optimal_copies, pack
+    from epbackend.placement.search.layer_search import cheapest_copies, optimal_copies, pack
 
     slots, ranks = problem.rank_P.size, problem.node_R.size
     copies_E = optimal_copies(weight_E, np.argsort(-weight_E, kind="stable"), slots, ranks)
@@ -136,7 +135,7 @@ def _search(
     problem: Problem, expert_P: np.ndarray, cost: float, start_P: np.ndarray, seconds: float, seed: int
 ) -> tuple[np.ndarray, float]:
     """Kicks until the time is over: first a few, then as many as half of the time left is enough for, and so on."""
-    from epbackend.placement.compiled.search import improve
+    from epbackend.placement.search.layer_search import improve
 
     began = time.perf_counter()
     done, kicks = 0, 8

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lmdeploy.pytorch.distributed import get_dist_manager
 
-from epbackend.dispatch.sentry import watch
+from epbackend.dispatch.watchdog import watch
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.plug import active
 

@@ -1,0 +1,113 @@
+"""From tokens to the weighted sums of this rank's experts: the local half that all dispatchers share.
+
+The cutoff (MindIE's `topk_scaling_factor`) bounds the expanded rows that exist at one time. MindIE loses the rows past
+the bound; here they go through a further pass, so the result is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from epbackend.dispatch.base import Batch, DispatchSettings, Exchange, Problem
+from epbackend.errors import ConfigError
+
+
+def kept_choices(top_k: int, factor: float) -> int:
+    """MindIE's `int(top_k * factor)`: the choices of each token that the bound leaves room for, at least 1."""
+    kept = int(top_k * factor)
+    if kept < 1:
+        smallest = ceil(Fraction(1000, top_k)) / 1000
+        raise ConfigError(
+            f"topk_scaling_factor {factor} leaves no room for any of a token's {top_k} experts "
+            f"(int({top_k} * {factor}) is 0); the smallest factor that works is {smallest}"
+        )
+    return kept
+
+
+def row_bound(tokens: int, top_k: int, settings: DispatchSettings) -> int:
+    """The most expanded rows that one pass over `tokens` gathered tokens may hold (MindIE's formula)."""
+    worst_case = tokens * top_k
+    if settings.topk_scaling_factor is None:
+        return worst_case
+    kept = kept_choices(top_k, settings.topk_scaling_factor)
+    return min(worst_case, max(tokens, settings.cutoff_min_tokens) * kept)
+
+
+def expected_rows(tokens: int, top_k: int, ranks: int, *, chosen: bool) -> int:
+    """How many of the tokens' choices fall on one of `ranks` ranks if all are equally likely.
+
+    `chosen`: only tokens are counted that chose the rank at least once, as it is with a chance of 1 - (1 - 1/R)^K.
+    """
+    rows = tokens * top_k / ranks
+    return ceil(rows / (1 - (1 - 1 / ranks) ** top_k)) if chosen else ceil(rows)
+
+
+class LocalRows:
+    """N tokens in, rows for this rank's slots out, weighted float32 sums collected in `sums_ND`."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        hidden_ND: Tensor,
+        slot_ids_NK: Tensor,
+        weights_NK: Tensor,
+        bound: int | None = None,
+        *,
+        chosen: bool = False,
+    ) -> None:
+        """`slot_ids_NK` name slots of all ranks; `bound` is the most rows of a pass, None for all rows in one.
+
+        `chosen` says that every token is here because it chose this rank.
+        """
+        self._kernels, self._slots = problem.kernels, problem.slots
+        self._hidden_ND, self._weights_NK = hidden_ND, weights_NK
+        self._slot_ids_NK = slot_ids_NK - problem.ranks.rank * problem.slots
+        self._bound = bound if bound is not None and bound < slot_ids_NK.numel() else None
+        self._static = problem.settings.static
+        self._expected = expected_rows(
+            len(slot_ids_NK), slot_ids_NK.shape[1], problem.ranks.size, chosen=chosen
+        )
+        self.sums_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device)
+
+    def passes(self) -> int:
+        """How many passes this rank's rows need; counts them only where a bound asks for it.
+
+        A static call takes as many as the worst routing needs; the last ones may find no row.
+        """
+        if self._bound is None:
+            return 1
+        if self._static:
+            return -(-self._slot_ids_NK.numel() // self._bound)
+        rows = int(self._kernels.count(self._slot_ids_NK, self._slots).sum())
+        return max(1, -(-rows // self._bound))
+
+    def batch(self, number: int) -> Batch:
+        """The rows of one pass."""
+        window = None if self._bound is None else (number * self._bound, (number + 1) * self._bound)
+        permuted = self._kernels.permute(self._hidden_ND, self._slot_ids_NK, self._slots, window)
+        expected = min(self._expected, len(permuted.rows_SD))
+        return Batch(permuted.rows_SD, permuted.counts_L, permuted.source_S, number, expected)
+
+    def add(self, rows_SD: Tensor, batch: Batch) -> None:
+        """Add the experts' results for `batch`, weighted, to their tokens' sums."""
+        self._kernels.unpermute(rows_SD, batch.source_S, self._weights_NK, self.sums_ND)
+
+
+class PassesExchange(Exchange):
+    """An exchange whose rows are all here once it has begun: passes over them. What is left to say is `finish`."""
+
+    def __init__(self, local: LocalRows) -> None:
+        self._local = local
+
+    def dispatch(self) -> Iterator[Batch]:
+        self.passes = self._local.passes()
+        for number in range(self.passes):
+            yield self._local.batch(number)
+
+    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
+        self._local.add(rows_SD, batch)

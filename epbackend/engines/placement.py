@@ -1,0 +1,103 @@
+"""The finished placement of a deployment: read or planned once, before any rank starts."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from base64 import b64decode, b64encode
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from epbackend.config import EPConfig, PlacementSettings
+from epbackend.device import get_device
+from epbackend.errors import ConfigError, UnavailableError
+from epbackend.moe import PHASES
+from epbackend.placement.formats import Hints, read_loads, read_placement
+from epbackend.placement.loads import Loads
+from epbackend.placement.placement import Layout, Placement
+from epbackend.placement.planners import plan
+from epbackend.placement.replica_split import level_shares, own_quota
+
+MAX_PACKED = 130_000
+"""Linux gives one variable 128 KiB; the 61 layers of 320 slots of DeepSeek-V3 on 64 ranks take about 40,000."""
+
+logger = logging.getLogger("epbackend")
+
+
+def finished_placement(config: EPConfig) -> Placement | None:
+    """Where the experts live: from `placement.file`, or planned on `placement.loads`; None without either.
+
+    Raises:
+        ConfigError: a file is missing or holds something else, or the settings cannot work for what it holds.
+    """
+    settings = config.placement
+    if not settings.given:
+        return None
+    try:
+        if settings.file is not None:
+            return _read(settings.file, settings.node_size, config.ep_size)
+        return _plan(settings, read_loads(settings.loads), config.ep_size)
+    except (ConfigError, UnavailableError) as error:
+        raise type(error)(f"placement: {error}") from error
+
+
+def warm_splits(config: EPConfig) -> None:
+    """Loads what the CPU's `level` split has compiled, and compiles it where no earlier run did.
+
+    The parent does so before its workers start, so that they find it there; a worker, before others wait for it.
+    """
+    splits = map(config.placement.split_of, PHASES)
+    if config.placement.given and "level" in splits and get_device(config.device).name == "cpu":
+        layout, counts_RE = Layout.even(2, 2, 4), np.ones((2, 2), dtype=np.int64)
+        own_quota(counts_RE, level_shares(counts_RE.sum(axis=0), layout), layout, source_rank=0)
+
+
+def pack(placement: Placement) -> str:
+    """The placement as a text short enough for an environment variable."""
+    text = b64encode(zlib.compress(placement.to_json().encode(), level=9)).decode()
+    if len(text) > MAX_PACKED:
+        raise ConfigError(
+            f"placement: it takes {len(text):,} characters, more than the {MAX_PACKED:,} that workers can be handed; "
+            "use fewer redundant experts"
+        )
+    return text
+
+
+def unpack(text: str) -> Placement:
+    """The inverse of `pack`."""
+    return Placement.from_json(zlib.decompress(b64decode(text)).decode())
+
+
+def _read(file: str, node_size: int, ranks: int) -> Placement:
+    placement = read_placement(file, Hints(ranks=ranks))
+    return replace(placement, node_size=node_size) if node_size else placement
+
+
+def _plan(settings: PlacementSettings, loads: Loads, ranks: int) -> Placement:
+    asked: dict[str, Any] = {"budget": settings.budget}
+    if settings.budget is None:
+        redundant = settings.redundant_experts or 0
+        if short := -(loads.experts + redundant) % ranks:
+            raise ConfigError(
+                f"redundant_experts: {redundant} beside {loads.experts} experts are {loads.experts + redundant} slots, "
+                f"which {ranks} ranks (ep_size) do not divide; use {redundant + short}, or a budget"
+            )
+        asked = {"slots": loads.experts + redundant}
+    algorithm = settings.algorithm or "refined"
+    # What is best where every batch is levelled is not what is best under the other splits.
+    splits = set(map(settings.split_of, PHASES))
+    if algorithm == "refined" and splits == {"level"} and settings.objective == "tokens":
+        asked["split"] = "level"
+    placement = plan(
+        loads,
+        ranks=ranks,
+        algorithm=algorithm,
+        objective=settings.objective,
+        node_size=settings.node_size,
+        search_ms=settings.search_ms,
+        **asked,
+    )
+    logger.info("planned a placement by %s on %s", placement.provenance.algorithm, ", ".join(loads.names))
+    return placement

@@ -1,0 +1,157 @@
+"""What a token split knows of a layer's copies, as one source of tokens sees them.
+
+A source is a group of ranks that hold the same tokens. E experts, C copies of the one that has most, G sources.
+
+Token splits by torch's operators, for devices without kernels of their own for them.
+
+counts_E     choices of this source's tokens for each expert
+quota_EC     how many of them each copy takes    even and level differ here
+slot_ids_TK  which ones                          copies in turn along the batch, so that every part is shared
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epbackend.kernels.id_check import IdGuard, admit
+from epbackend.placement.placement import Layout
+from epbackend.placement.replica_split import STRIDE, level_shares, own_quota
+
+Split = Callable[[Tensor], Tensor]
+"""topk_ids_TK (logical) -> slot_ids_TK (int64)."""
+
+
+@dataclass(frozen=True, eq=False)
+class EvenCopies:
+    """Copies that share their expert's tokens equally, or in numbers that differ by one: `placement.split.even`."""
+
+    slot_ids_EC: np.ndarray
+    """int64: the slots of each expert, -1 past the last one."""
+    takes_EC: np.ndarray
+    """bool: the copies that take tokens of this source, one for each expert at least."""
+    turn: int = 0
+    """Who gets one more in the first call. It moves on with every call: a step of decoding has few choices of an
+    expert, often one, which would always go to the same copy."""
+
+    @property
+    def takers_E(self) -> np.ndarray:
+        """int64: how many copies take tokens."""
+        return self.takes_EC.sum(axis=1)
+
+    @property
+    def place_EC(self) -> np.ndarray:
+        """int64: the place of each copy in the queue for one more; -1 where it takes none."""
+        start_E = self.turn + np.cumsum(self.takers_E > 1)
+        place_EC = (self.takes_EC.cumsum(axis=1) - 1 - start_E[:, None]) % self.takers_E[:, None]
+        return np.where(self.takes_EC, place_EC, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class LevelCopies:
+    """Copies that take what levels the ranks' loads: `placement.split.level`."""
+
+    slot_ids_EC: np.ndarray
+    """int64: the slots of each expert, -1 past the last one."""
+    layout: Layout
+    """The same slots with their ranks."""
+    by_source: Layout
+    """The same slots, each source's ranks taken together."""
+    source: int
+    node_sources: int
+    """Sources of a node, which share tokens among themselves first; 0: all are one node."""
+    gather: Callable[[Tensor], Tensor] | None
+    """counts_E of this source -> counts_GE of all; None: there is no other. All sources call it together."""
+
+
+Count = Callable[[Tensor, int], Tensor]
+"""`Kernels.count`."""
+
+
+class TorchSplits:
+    """The splits of `epbackend.kernels.Kernels`."""
+
+    count: Count
+
+    def even_split(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> Split:
+        return EvenSplit(self.count, copies, device, guard)
+
+    def level_split(self, copies: LevelCopies, device: torch.device, guard: IdGuard | None) -> Split:
+        return LevelSplit(self.count, copies, device, guard)
+
+
+class EvenSplit:
+    def __init__(self, count: Count, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> None:
+        self._count, self._guard = count, guard
+        self._slot_ids_EC, self._place_EC, self._takers_E1 = (
+            torch.tensor(table, device=device)
+            for table in (copies.slot_ids_EC, copies.place_EC, copies.takers_E[:, None])
+        )
+        self._turn = torch.zeros((), dtype=torch.int64, device=device)
+
+    def __call__(self, topk_ids_TK: Tensor) -> Tensor:
+        experts, most = self._slot_ids_EC.shape
+        ids_TK = _admitted(topk_ids_TK, experts, self._guard)
+        if most == 1:
+            return self._slot_ids_EC.take(ids_TK)
+        counts_E = self._count(ids_TK, experts)
+        each_E1, more_E1 = counts_E[:, None] // self._takers_E1, counts_E[:, None] % self._takers_E1
+        gets_more_EC = (self._place_EC - self._turn) % self._takers_E1 < more_E1
+        self._turn += 1  # in place, so that it also moves in replays of a CUDA graph
+        quota_EC = (each_E1 + gets_more_EC) * (self._place_EC >= 0)
+        return self._slot_ids_EC.take(assign(ids_TK, counts_E, quota_EC))
+
+
+class LevelSplit:
+    """Quotas from the host's compiled form: the counts go there, which waits for their device; no graph can hold it."""
+
+    def __init__(
+        self, count: Count, copies: LevelCopies, device: torch.device, guard: IdGuard | None
+    ) -> None:
+        self._count, self._guard, self._copies = count, guard, copies
+        self._slot_ids_EC = torch.tensor(copies.slot_ids_EC, device=device)
+        self._slots_EC = torch.tensor(copies.layout.slots_EC, device=device)
+
+    def __call__(self, topk_ids_TK: Tensor) -> Tensor:
+        copies, experts = self._copies, len(self._slot_ids_EC)
+        ids_TK = _admitted(topk_ids_TK, experts, self._guard)
+        counts_E = self._count(ids_TK, experts)
+        counts_GE = copies.gather(counts_E) if copies.gather else counts_E[None]
+        quota_P = level_quota(
+            counts_GE, copies.layout, copies.by_source, copies.source, copies.node_sources
+        ).to(ids_TK.device)
+        quota_EC = quota_P[self._slots_EC.clamp(min=0)] * (self._slots_EC >= 0)
+        return self._slot_ids_EC.take(assign(ids_TK, counts_E, quota_EC))
+
+
+def level_quota(
+    counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
+) -> Tensor:
+    """quota_P (int64, on the CPU) of a source: `own_quota` of `level_shares`."""
+    counts = counts_GE.cpu().contiguous().numpy()
+    shares_P = level_shares(counts.sum(axis=0), layout)
+    return torch.from_numpy(own_quota(counts, shares_P, by_source, source, node_sources))
+
+
+def assign(ids_TK: Tensor, counts_E: Tensor, quota_EC: Tensor) -> Tensor:
+    """copy_TK: for each choice an index into the flat [E, C], as `epbackend.placement.replica_split` has it.
+
+    The copies of an expert have a seat for each choice, one copy's seats after the other's. Its i-th of n choices takes
+    seat i * STRIDE % n, a permutation that spreads every copy's tokens over the batch.
+    """
+    ids_S = ids_TK.reshape(-1)
+    by_expert_S = ids_S.argsort(stable=True)
+    sorted_S = ids_S[by_expert_S]
+    first_S = (counts_E.cumsum(0) - counts_E)[sorted_S]
+    turn_S = torch.arange(len(ids_S), device=ids_S.device) - first_S
+    seat_S = first_S + turn_S * STRIDE % counts_E[sorted_S]
+    copy_S = torch.searchsorted(quota_EC.reshape(-1).cumsum(0), seat_S, right=True)
+    return torch.empty_like(ids_S).scatter_(0, by_expert_S, copy_S).view(ids_TK.shape)
+
+
+def _admitted(topk_ids_TK: Tensor, experts: int, guard: IdGuard | None) -> Tensor:
+    return guard.admit(topk_ids_TK) if guard else admit(topk_ids_TK, experts)

@@ -1,0 +1,119 @@
+"""silu(gate) * up as a launch of its own, for rows whose gate_up product was not fused with it.
+
+The products of one call, whatever the experts' form: choose tiles, make the schedules, quantise what comes in.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epbackend.errors import ConfigError
+from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
+from epbackend.kernels.triton.grouped_matmul import Rows, grouped_matmul
+from epbackend.kernels.triton.quantize import Fp8Tokens, quantise_fp8, quantise_int8
+from epbackend.kernels.triton.tiles import (
+    Chip,
+    Product,
+    Schedule,
+    Tile,
+    choose_tile,
+    form_of,
+    row_tiles,
+    weight_of,
+)
+from epbackend.kernels.weight_formats import Experts
+
+BLOCK = 1024
+
+
+def swiglu(rows_S2F: Tensor) -> Tensor:
+    """rows_SF, computed in float32 and rounded once."""
+    rows, width = len(rows_S2F), rows_S2F.shape[1] // 2
+    rows_SF = rows_S2F.new_empty(rows, width)
+    if rows:
+        _swiglu[(rows, triton.cdiv(width, BLOCK))](rows_S2F, rows_SF, rows_S2F.stride(0), width, BLOCK)
+    return rows_SF
+
+
+@triton.jit
+def _swiglu(rows_S2F, rows_SF, row_stride, F: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(rows_S2F + row * row_stride + column, mask=column < F, other=0).to(tl.float32)
+    up = tl.load(rows_S2F + row * row_stride + F + column, mask=column < F, other=0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(rows_SF + row * F + column, out.to(rows_SF.dtype.element_ty), mask=column < F)
+
+
+class Products:
+    """Products over the same rows and counts; they share the schedules, and the dtype of what comes out."""
+
+    def __init__(self, chip: Chip, rows_SD: Tensor, counts_L: Tensor, expected: int | None = None) -> None:
+        """`expected` is about how many rows the counts cover, None for all: tiles are chosen by it."""
+        self._chip, self._counts_L = chip, counts_L
+        self._rows, self._dtype = len(rows_SD), rows_SD.dtype
+        self._expected = self._rows if expected is None else expected
+        self._schedules: dict[int, Schedule] = {}
+
+    def gated(self, rows_SD: Tensor, experts: Experts, bias_L2F: Tensor | None) -> Tensor | Fp8Tokens:
+        """silu(gate) * up; as float8 where the next product wants that."""
+        return self._multiply(rows_SD, experts, bias_L2F, gated=True)
+
+    def plain(self, rows: Tensor | Fp8Tokens, experts: Experts, bias_LN: Tensor | None) -> Tensor:
+        """Each row times its slot's matrix, in the dtype of the call's rows."""
+        rows_SN = self._multiply(rows, experts, bias_LN, gated=False)
+        assert isinstance(rows_SN, Tensor)  # nothing but a gated product leaves as float8
+        return rows_SN
+
+    def _multiply(
+        self, rows: Tensor | Fp8Tokens, experts: Experts, bias_LN: Tensor | None, *, gated: bool
+    ) -> Tensor | Fp8Tokens:
+        self._check(rows, experts)
+        tile, schedule = self._cut(experts, gated)
+        in_form: Rows = rows
+        if isinstance(rows, Tensor):
+            in_form = _quantised(rows, experts, schedule)
+        return grouped_matmul(
+            in_form, experts, schedule, tile, self._chip, gated=gated, dtype=self._dtype, bias_LN=bias_LN
+        )
+
+    def _cut(self, experts: Experts, gated: bool) -> tuple[Tile, Schedule]:
+        """The tile of a product, and the schedule of tiles with as many rows."""
+        tile = choose_tile(self._chip, Product.of(self._expected, experts, gated))
+        if tile.rows not in self._schedules:
+            self._schedules[tile.rows] = row_tiles(self._counts_L, self._rows, tile.rows)
+        return tile, self._schedules[tile.rows]
+
+    def _check(self, rows: Tensor | Fp8Tokens, experts: Experts) -> None:
+        """Raise ConfigError for a chip, rows and experts that do not go together."""
+        if isinstance(experts, Fp8Blocks) and not self._chip.fp8:
+            raise ConfigError(
+                f"{self._chip.name} has no float8 matrix units (they come with compute capability 8.9); "
+                "serve this model in bfloat16 or int8"
+            )
+        values_SK = rows if isinstance(rows, Tensor) else rows.values_SK
+        width, depth = values_SK.shape[1], weight_of(experts).shape[2]
+        if width != depth:
+            raise ConfigError(f"rows are {width} wide, but the experts take {depth}")
+        if isinstance(experts, Tensor) and values_SK.dtype != experts.dtype:
+            raise ConfigError(
+                f"rows are {values_SK.dtype} and experts {experts.dtype}; load the model in one dtype"
+            )
+
+
+def _quantised(rows_SK: Tensor, experts: Experts, schedule: Schedule) -> Rows:
+    """The rows in the form of the experts."""
+    if isinstance(experts, Fp8Blocks):
+        return quantise_fp8(rows_SK, schedule)
+    return quantise_int8(rows_SK, schedule) if isinstance(experts, Int8Weights) else rows_SK
+
+
+def check_same_form(gate_up: Experts, down: Experts) -> None:
+    """Raise ConfigError for experts of which one half alone is quantised."""
+    if form_of(gate_up) != form_of(down):
+        raise ConfigError(
+            f"gate_up is {form_of(gate_up)} and down is {form_of(down)}; quantise both in one way, or neither"
+        )

@@ -1,0 +1,349 @@
+"""How a matrix is handed to a kernel: by the copy engine's descriptor (TMA), or by a pointer.
+
+Pieces that the grouped matmuls share: which tile comes next, how blocks are loaded, multiplied and stored.
+
+The inner loops of the grouped matmul: one tile's sums along the depth, of one matrix or of gate and up together.
+
+Grouped matmul in every form: each row times the transposed matrix of its slot.
+
+One persistent launch: as many programs as fit on the chip take tiles in turn, whatever the counts say, so that empty
+and huge groups cost what their rows cost, and nothing is read back to the host. With `gated` the two halves of gate_up
+are multiplied side by side and leave as silu(gate) * up: the wide intermediate never reaches memory. Float8 experts
+get it as float8, scaled anew for each 128 columns, so that the second product reads it as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
+from epbackend.kernels.triton.quantize import Fp8Tokens, Int8Tokens, empty_fp8, to_fp8
+from epbackend.kernels.triton.tiles import INTERPRETED, Chip, Schedule, Tile
+from epbackend.kernels.weight_formats import Experts
+
+TMA_BYTES = 16
+
+
+def aligned(tensor: Tensor) -> bool:
+    """Whether TMA can read the tensor: rows contiguous, and base and row stride multiples of 16 bytes."""
+    strides = [stride * tensor.itemsize for stride in tensor.stride()[:-1]]
+    return tensor.stride(-1) == 1 and not any(at % TMA_BYTES for at in (tensor.data_ptr(), *strides))
+
+
+def matrix(tensor: Tensor, block: tuple[int, ...], tma: bool) -> Tensor | TensorDescriptor:
+    """`tensor` as a kernel takes it, in blocks of that shape; a descriptor is made on the host and passed by value."""
+    return TensorDescriptor.from_tensor(tensor, list(block)) if tma else tensor
+
+
+@triton.jit
+def find_tile(tile, tiles_M3, row_tiles, column_tiles, BAND: tl.constexpr):
+    """(slot, first row, end of the slot's rows, column tile) of the tile-th tile.
+
+    Tiles come in bands of BAND row tiles, and within a band column after column: those that run at the same time share
+    BAND row blocks and few column blocks, which stay in the L2 cache.
+    """
+    band = tile // (BAND * column_tiles)
+    rows_of_band = tl.minimum(row_tiles - band * BAND, BAND)
+    within = tile - band * BAND * column_tiles
+    entry = tiles_M3 + 3 * (band * BAND + within % rows_of_band)
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), within // rows_of_band
+
+
+@triton.jit
+def load_block(
+    matrix, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+):
+    """block [ROWS, COLUMNS] of a row-major matrix; zeros past its last row and column.
+
+    `matrix` is a tensor descriptor with TMA, otherwise a pointer; the copy engine knows the bounds by itself.
+    """
+    if TMA:
+        block = matrix.load([row, column])
+    else:
+        at_row = row + tl.arange(0, ROWS)
+        at_column = column + tl.arange(0, COLUMNS)
+        inside = (at_row < rows)[:, None] & (at_column < columns)[None, :]
+        place = matrix + at_row.to(tl.int64)[:, None] * stride + at_column[None, :]
+        block = tl.load(place, mask=inside, other=0.0)
+    return block
+
+
+@triton.jit
+def load_pair(
+    matrix, slot, column, depth, N, K, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr
+):
+    """[2 * COLUMNS, DEPTH]: the same rows of the gate's and of the up's matrix of a slot, which lie N rows apart."""
+    if TMA:
+        block = tl.reshape(matrix.load([2 * slot, column, depth]), (2 * COLUMNS, DEPTH))
+    else:
+        each = tl.arange(0, 2 * COLUMNS)
+        at_row = column + each % COLUMNS
+        at_column = depth + tl.arange(0, DEPTH)
+        inside = (at_row < N)[:, None] & (at_column < K)[None, :]
+        row = ((2 * slot + each // COLUMNS) * N + at_row).to(tl.int64)
+        block = tl.load(matrix + row[:, None] * K + at_column[None, :], mask=inside, other=0.0)
+    return block
+
+
+@triton.jit
+def multiply(block_MK, block_NK, sum_MN):
+    """sum_MN + block_MK times the transposed block_NK; float32 blocks are multiplied in full precision."""
+    if INTERPRETED and block_MK.dtype == tl.bfloat16:
+        # Triton 3.7's interpreter would multiply the bit patterns of bfloat16.
+        product = tl.dot(block_MK.to(tl.float32), block_NK.to(tl.float32).T, sum_MN, input_precision="ieee")
+    else:
+        product = tl.dot(block_MK, block_NK.T, sum_MN, input_precision="ieee", out_dtype=sum_MN.dtype)
+    return product
+
+
+@triton.jit
+def swiglu(gate_MN, up_MN):
+    """silu(gate) * up, in float32."""
+    return gate_MN * tl.sigmoid(gate_MN) * up_MN
+
+
+@triton.jit
+def one_a_column(values_N, column_N, N):
+    """[1, columns] in float32 of a bias or a scale; zeros past N."""
+    return tl.load(values_N + column_N, mask=column_N < N, other=0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def store_block(out_SN, values_MN, row_M, end, column_N, N):
+    """Store the rows before `end` and the columns before N, in the matrix's own dtype."""
+    inside = (row_M < end)[:, None] & (column_N < N)[None, :]
+    place = out_SN + row_M.to(tl.int64)[:, None] * N + column_N[None, :]
+    tl.store(place, values_MN.to(out_SN.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sums(
+    rows_SK,
+    weight_HK,
+    slot,
+    column,
+    first,
+    S,
+    H,
+    row_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GATED: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """(sum_MN, up_MN) in DTYPE of rows from `first` on and the slot's columns from `column` on.
+
+    Gate and up are one product twice as wide, for which the matrix units read each block of rows once.
+    """
+    if GATED:
+        both_MN = tl.zeros((BLOCK_M, 2 * BLOCK_N), DTYPE)
+        for depth in range(0, K, BLOCK_K):
+            row_block = load_block(rows_SK, first, depth, S, K, row_stride, BLOCK_M, BLOCK_K, TMA)
+            pair = load_pair(weight_HK, slot, column, depth, N, K, BLOCK_N, BLOCK_K, TMA)
+            both_MN = multiply(row_block, pair, both_MN)
+        sum_MN, up_MN = tl.split(tl.permute(tl.reshape(both_MN, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    else:
+        sum_MN = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
+        up_MN = sum_MN
+        for depth in range(0, K, BLOCK_K):
+            row_block = load_block(rows_SK, first, depth, S, K, row_stride, BLOCK_M, BLOCK_K, TMA)
+            block = load_block(weight_HK, slot * N + column, depth, H, K, K, BLOCK_N, BLOCK_K, TMA)
+            sum_MN = multiply(row_block, block, sum_MN)
+    return sum_MN, up_MN
+
+
+@triton.jit
+def scaled_sums(
+    rows_SK,
+    weight_HK,
+    row_scale_BS,
+    scale_LBB,
+    slot,
+    column,
+    first,
+    end,
+    S,
+    H,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    GATED: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The same in float32 of float8 blocks with a scale each.
+
+    Each 128-deep product is scaled and added in float32, as DeepSeek's own kernels do: the matrix units keep fewer bits
+    than float32 when they add up float8 products. Gate and up stay two products, as the sums of both and a product of
+    both together would not fit the registers.
+    """
+    DEEP: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    scale = scale_LBB + (slot * ((HEIGHT + BLOCK_K - 1) // BLOCK_K) + column // BLOCK_K) * DEEP
+    at = slot * HEIGHT + column
+    row_M = first + tl.arange(0, BLOCK_M)
+    nothing_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sum_MN, up_MN = nothing_MN, nothing_MN
+    for deep in range(0, DEEP):
+        row_block = load_block(rows_SK, first, deep * BLOCK_K, S, K, K, BLOCK_M, BLOCK_K, TMA)
+        block = load_block(weight_HK, at, deep * BLOCK_K, H, K, K, BLOCK_N, BLOCK_K, TMA)
+        row_scale = row_scale_BS + S.to(tl.int64) * deep + row_M
+        row_scale_M1 = tl.load(row_scale, mask=row_M < end, other=0)[:, None]
+        sum_MN += multiply(row_block, block, nothing_MN) * (row_scale_M1 * tl.load(scale + deep))
+        if GATED:
+            up_block = load_block(weight_HK, at + N, deep * BLOCK_K, H, K, K, BLOCK_N, BLOCK_K, TMA)
+            up_scale = tl.load(scale + (N // BLOCK_K) * DEEP + deep)
+            up_MN += multiply(row_block, up_block, nothing_MN) * (row_scale_M1 * up_scale)
+    return sum_MN, up_MN
+
+
+Rows = Tensor | Fp8Tokens | Int8Tokens
+"""What comes in, in the form of the experts."""
+
+
+def grouped_matmul(
+    rows: Rows,
+    experts: Experts,
+    schedule: Schedule,
+    tile: Tile,
+    chip: Chip,
+    *,
+    gated: bool,
+    dtype: torch.dtype,
+    bias_LN: Tensor | None = None,
+) -> Tensor | Fp8Tokens:
+    """rows_SN in `dtype`, or with `gated` rows_SF, F = N / 2: as `Fp8Tokens` where the experts are float8.
+
+    Rows past the counts are left unwritten.
+    """
+    values_SK, row_scale = _parts(rows)
+    weight_LNK, weight_scale = _parts(experts)
+    (count, depth), (slots, height, _) = values_SK.shape, weight_LNK.shape
+    columns = height // 2 if gated else height
+    out: Tensor | Fp8Tokens
+    if gated and isinstance(experts, Fp8Blocks):
+        out = empty_fp8(count, columns, values_SK.device)
+    else:
+        out = torch.empty(count, columns, dtype=dtype, device=values_SK.device)
+    if count == 0:
+        return out
+    weight = weight_LNK.view(slots * height, depth)
+    block: tuple[int, ...] = (tile.columns, tile.depth)
+    if gated and not isinstance(experts, Fp8Blocks):  # gate and up of a tile come in one block
+        weight, block = weight.view(2 * slots, columns, depth), (2, *block)
+    out_SN, out_scale_BS = _parts(out)
+    tma = tile.tma and chip.tma and aligned(values_SK) and aligned(weight)
+    _grouped_matmul[(chip.sms * tile.programs,)](
+        matrix(values_SK, (tile.rows, tile.depth), tma),
+        matrix(weight, block, tma),
+        row_scale,
+        weight_scale,
+        bias_LN,
+        out_SN,
+        out_scale_BS,
+        schedule.tiles_M3,
+        schedule.total_1,
+        count,
+        slots * height,
+        values_SK.stride(0),
+        columns,
+        depth,
+        FP8=isinstance(experts, Fp8Blocks),
+        INT8=isinstance(experts, Int8Weights),
+        GATED=gated,
+        TMA=tma,
+        **tile.launch(),
+    )
+    return out
+
+
+def _parts(given: Rows | Experts) -> tuple[Tensor, Tensor | None]:
+    """The values, and their scales if they have any."""
+    if isinstance(given, Tensor):
+        return given, None
+    values, scale = vars(given).values()
+    return values, scale
+
+
+@triton.jit(do_not_specialize=["S"])
+def _grouped_matmul(
+    rows_SK,
+    weight_HK,
+    row_scale,
+    weight_scale,
+    bias_LN,
+    out_SN,
+    out_scale_BS,
+    tiles_M3,
+    total_1,
+    S,
+    H,
+    row_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FP8: tl.constexpr,
+    INT8: tl.constexpr,
+    GATED: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BAND: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    """Tiles [BLOCK_M, BLOCK_N] of out_SN; H counts the rows of all slots' matrices, one below the other.
+
+    Float8: BLOCK_K is 128, BLOCK_N at most 128 and, with GATED, 128.
+    """
+    HEIGHT: tl.constexpr = 2 * N if GATED else N
+    row_tiles = tl.load(total_1)
+    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    for tile in tl.range(
+        tl.program_id(0),
+        row_tiles * column_tiles,
+        tl.num_programs(0),
+        flatten=FLATTEN,
+        warp_specialize=SPECIALIZE,
+    ):
+        slot, first, end, column_tile = find_tile(tile, tiles_M3, row_tiles, column_tiles, BAND)
+        column = column_tile * BLOCK_N
+        if FP8:
+            sum_MN, up_MN = scaled_sums(
+                rows_SK, weight_HK, row_scale, weight_scale, slot, column, first, end, S, H,
+                N, K, HEIGHT, GATED, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            sum_MN, up_MN = sums(
+                rows_SK, weight_HK, slot, column, first, S, H, row_stride,
+                N, K, GATED, TMA, BLOCK_M, BLOCK_N, BLOCK_K, tl.int32 if INT8 else tl.float32,
+            )  # fmt: skip
+        row_M = first + tl.arange(0, BLOCK_M)
+        column_N = column + tl.arange(0, BLOCK_N)
+        if INT8:
+            row_scale_M1 = tl.load(row_scale + row_M, mask=row_M < end, other=0)[:, None]
+            scale = weight_scale + slot * HEIGHT
+            sum_MN = sum_MN.to(tl.float32) * row_scale_M1 * one_a_column(scale, column_N, N)
+            if GATED:
+                up_MN = up_MN.to(tl.float32) * row_scale_M1 * one_a_column(scale + N, column_N, N)
+        if bias_LN is not None:
+            bias = bias_LN + slot * HEIGHT
+            sum_MN += one_a_column(bias, column_N, N)
+            if GATED:
+                up_MN += one_a_column(bias + N, column_N, N)
+        if GATED:
+            sum_MN = swiglu(sum_MN, up_MN)
+        if out_scale_BS is not None:
+            sum_MN, out_scale_M = to_fp8(sum_MN)
+            tl.store(out_scale_BS + column_tile.to(tl.int64) * S + row_M, out_scale_M, mask=row_M < end)
+        store_block(out_SN, sum_MN, row_M, end, column_N, N)

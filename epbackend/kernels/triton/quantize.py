@@ -1,0 +1,267 @@
+"""Quantise rows on their way into a product: float8 with a scale for each 128 values, int8 with one for each row.
+
+Only the rows that the counts cover are read; the rest of a padded buffer costs nothing.
+
+Rows in 8 bits for their way between ranks, in one launch; see `epbackend.kernels.Kernels.narrow`.
+
+Rows that have arrived in 8 bits, in their own dtype again, in one launch; see `epbackend.kernels.Kernels.widen`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epbackend.errors import ConfigError
+from epbackend.kernels.fp8 import BLOCK, FP8
+from epbackend.kernels.triton.tiles import INTERPRETED, Schedule, chip_of, covered_rows
+
+FP8_ROWS = 32
+"""Rows of one program: 32 x 128 values are 32 a thread."""
+
+
+@dataclass(frozen=True)
+class Fp8Tokens:
+    """Rows of float8_e4m3fn: real value = float8 value * scale of its 128 neighbours."""
+
+    values_SK: Tensor
+    scale_BS: Tensor
+    """[K / 128, S]: a tile's rows lie side by side, so that one wide access reads their scales."""
+
+
+@dataclass(frozen=True)
+class Int8Tokens:
+    """Rows of int8: real value = int8 value * scale of its row."""
+
+    values_SK: Tensor
+    scale_S: Tensor
+
+
+def empty_fp8(rows: int, width: int, device: torch.device) -> Fp8Tokens:
+    """Room for `rows` rows; raises ConfigError for a width that 128-wide blocks do not cover."""
+    if width % BLOCK:
+        raise ConfigError(
+            f"fp8 experts need widths that are multiples of {BLOCK}, and this one is {width}; "
+            "serve this model in bfloat16"
+        )
+    values_SK = torch.empty(rows, width, dtype=FP8, device=device)
+    return Fp8Tokens(values_SK, torch.empty(width // BLOCK, rows, dtype=torch.float32, device=device))
+
+
+def quantise_fp8(rows_SK: Tensor, schedule: Schedule) -> Fp8Tokens:
+    """`rows_SK` with one scale for each 128 values of a row."""
+    rows, width = rows_SK.shape
+    out = empty_fp8(rows, width, rows_SK.device)
+    if rows:
+        _quantise_fp8[(triton.cdiv(rows, FP8_ROWS), width // BLOCK)](
+            rows_SK,
+            out.values_SK,
+            out.scale_BS,
+            schedule.tiles_M3,
+            schedule.total_1,
+            rows,
+            rows_SK.stride(0),
+            width,
+            FP8_ROWS,
+            BLOCK,
+        )
+    return out
+
+
+def quantise_int8(rows_SK: Tensor, schedule: Schedule) -> Int8Tokens:
+    """`rows_SK` with one scale a row."""
+    rows, width = rows_SK.shape
+    values_SK = torch.empty(rows, width, dtype=torch.int8, device=rows_SK.device)
+    scale_S = torch.empty(rows, dtype=torch.float32, device=rows_SK.device)
+    if rows:
+        _quantise_int8[(rows,)](
+            rows_SK,
+            values_SK,
+            scale_S,
+            schedule.tiles_M3,
+            schedule.total_1,
+            rows_SK.stride(0),
+            width,
+            triton.next_power_of_2(width),
+            num_warps=8,
+        )
+    return Int8Tokens(values_SK, scale_S)
+
+
+@triton.jit
+def to_fp8(values_MN):
+    """(float8 values, scale of each row) of a block; the scale brings the row's largest value to 448."""
+    largest_M = tl.max(tl.abs(values_MN), 1)
+    scale_M = tl.where(largest_M > 0, largest_M / 448.0, 1.0)
+    scaled_MN = values_MN / scale_M[:, None]
+    if INTERPRETED:
+        # Triton 3.7's interpreter loses the carry when it rounds: round to 3 bits of mantissa, to even, before it does.
+        bits = scaled_MN.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF
+        scaled_MN = bits.to(tl.float32, bitcast=True)
+    return scaled_MN.to(tl.float8e4nv), scale_M
+
+
+@triton.jit(do_not_specialize=["S"])
+def _quantise_fp8(
+    rows_SK,
+    values_SK,
+    scale_BS,
+    tiles_M3,
+    total_1,
+    S,
+    row_stride,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row_M = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(1)
+    column_N = block * BLOCK + tl.arange(0, BLOCK)
+    ours_M = row_M < covered_rows(tiles_M3, total_1)
+    place = rows_SK + row_M.to(tl.int64)[:, None] * row_stride + column_N[None, :]
+    values_MN, scale_M = to_fp8(tl.load(place, mask=ours_M[:, None], other=0).to(tl.float32))
+    tl.store(values_SK + row_M.to(tl.int64)[:, None] * K + column_N[None, :], values_MN, mask=ours_M[:, None])
+    tl.store(scale_BS + block.to(tl.int64) * S + row_M, scale_M, mask=ours_M)
+
+
+@triton.jit
+def _quantise_int8(
+    rows_SK, values_SK, scale_S, tiles_M3, total_1, row_stride, K: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    if row < covered_rows(tiles_M3, total_1):
+        column = tl.arange(0, WIDTH)
+        values = tl.load(rows_SK + row * row_stride + column, mask=column < K, other=0).to(tl.float32)
+        largest = tl.max(tl.abs(values))
+        scale = tl.where(largest > 0, largest / 127.0, 1.0)
+        scaled = values / scale
+        # Half away from zero; rounding to even is a call to libdevice, which the interpreter does not have.
+        rounded = tl.where(scaled < 0, scaled - 0.5, scaled + 0.5).to(tl.int8)
+        tl.store(values_SK + row * K + column, rounded, mask=column < K)
+        tl.store(scale_S + row, scale)
+
+
+GROUPS = 8
+"""Groups of 128 values that one program quantises."""
+
+
+def narrow(rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
+    (tokens, width), scales = rows_TD.shape, scale_TG.shape[1]
+    float8 = values_TD.dtype == FP8
+    groups, group = (GROUPS, BLOCK) if float8 else (1, triton.next_power_of_2(width))
+    if tokens:
+        _narrow[(tokens, triton.cdiv(scales, groups))](
+            rows_TD,
+            values_TD,
+            scale_TG,
+            rows_TD.stride(0),
+            values_TD.stride(0),
+            scale_TG.stride(0),
+            width,
+            scales,
+            groups,
+            group,
+            float8,
+            num_warps=4 if float8 else 8,
+        )
+
+
+@triton.jit
+def _narrow(
+    rows_TD,
+    values_TD,
+    scale_TG,
+    row_stride,
+    value_stride,
+    scale_stride,
+    D: tl.constexpr,
+    SCALES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLOAT8: tl.constexpr,
+):
+    """Some groups of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    values = tl.load(rows_TD + token * row_stride + column, mask=column < D, other=0).to(tl.float32)
+    if FLOAT8:
+        quantised, scale = to_fp8(values)
+    else:
+        quantised, scale = _to_int8(values)
+    tl.store(values_TD + token * value_stride + column, quantised, mask=column < D)
+    tl.store(scale_TG + token * scale_stride + group, scale, mask=group < SCALES)
+
+
+@triton.jit
+def _to_int8(values_MN):
+    """(int8 values, scale of each row) of a block; the scale brings the row's largest value to 127."""
+    largest_M = tl.max(tl.abs(values_MN), 1)
+    scale_M = tl.where(largest_M > 0, largest_M / 127.0, 1.0)
+    scaled_MN = values_MN / scale_M[:, None]
+    # Half away from zero; rounding to even is a call to libdevice, which the interpreter does not have.
+    return tl.where(scaled_MN < 0, scaled_MN - 0.5, scaled_MN + 0.5).to(tl.int8), scale_M
+
+
+ROWS, COLUMNS = 4, 1024
+PROGRAMS_PER_SM = 8
+
+
+def widen(values_SD: Tensor, scale_SG: Tensor, out_SD: Tensor, counts_L: Tensor | None = None) -> None:
+    """All rows, or with counts the first `counts_L.sum()` of them; the others are left unwritten."""
+    rows, width = out_SD.shape
+    if not rows:
+        return
+    slots = 1 if counts_L is None else len(counts_L)
+    _widen[(chip_of(out_SD.device).sms * PROGRAMS_PER_SM,)](
+        values_SD,
+        scale_SG,
+        counts_L,
+        out_SD,
+        values_SD.stride(0),
+        scale_SG.stride(0),
+        rows,
+        slots,
+        width,
+        BLOCK if values_SD.dtype == FP8 else width,
+        triton.next_power_of_2(slots),
+        ROWS,
+        min(COLUMNS, triton.next_power_of_2(width)),
+    )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _widen(
+    values_SD,
+    scale_SG,
+    counts_L,
+    out_SD,
+    value_stride,
+    scale_stride,
+    rows,
+    slots,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Every so many blocks of ROWS rows and COLUMNS columns."""
+    if counts_L is not None:
+        lane = tl.arange(0, LANES)
+        rows = tl.sum(tl.load(counts_L + lane, mask=lane < slots, other=0)).to(tl.int32)
+    column_blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    blocks = (rows + ROWS - 1) // ROWS * column_blocks
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        row = (block // column_blocks * ROWS + tl.arange(0, ROWS).to(tl.int64))[:, None]
+        column = (block % column_blocks * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+        inside = (row < rows) & (column < D)
+        values = tl.load(values_SD + row * value_stride + column, mask=inside)
+        scale = tl.load(scale_SG + row * scale_stride + column // GROUP, mask=inside)
+        wide = values.to(tl.float32) * scale
+        tl.store(out_SD + row * D + column, wide.to(out_SD.dtype.element_ty), mask=inside)

@@ -1,0 +1,161 @@
+"""One table of algorithms and splits side by side: what `epbackend compare` shows and the benchmark prints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epbackend.errors import ConfigError
+from epbackend.placement.loads import Loads
+from epbackend.placement.objectives import TOKENS, Objective, parse_objective
+from epbackend.placement.placement import Placement, Provenance
+from epbackend.placement.planners import plan, planner_names
+from epbackend.placement.planners.base import Progress, silent
+from epbackend.placement.replica_split import SPLITS, expected_shares
+from epbackend.placement.score import Score, imbalances, score
+from epbackend.placement.synthetic import CONCENTRATION, draw_batches
+
+UNPLANNED = "unplanned"
+"""The row of the even layout, which needs no planner."""
+FOR_LEVEL = "refined+level"
+"""The row of what the default planner makes for the `level` split."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A placement under a split. Noise and drift are imbalances, means over the layers."""
+
+    score: Score
+    seconds: float
+    """To plan all layers."""
+    noise_multinomial: float
+    """On batches in which every choice is on its own."""
+    noise_over_dispersed: float
+    """On batches that differ as those of real requests do."""
+    drift: float | None
+    """Placed on the first window and judged on the later ones; None with a single window."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of one level, for JSON."""
+        own = {name: value for name, value in vars(self).items() if name != "score"}
+        return {**self.score.to_dict(), **own}
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Rows by algorithm, then split; and the algorithms that cannot do what was asked, each with the reason."""
+
+    rows: tuple[Row, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+def score_table(
+    loads: Loads,
+    *,
+    ranks: int,
+    algorithms: Sequence[str] | None = None,
+    splits: Sequence[str] = SPLITS,
+    objective: str | Path | Objective = "tokens",
+    baseline: Placement | None = None,
+    batches: int = 8,
+    seed: int = 0,
+    progress: Progress = silent,
+    **asked: Any,
+) -> ScoreTable:
+    """Plans with every algorithm, and judges each placement under every split.
+
+    algorithms: all that are known, FOR_LEVEL and the even layout, unless given. One that was named and cannot do what
+    is asked raises its ConfigError; one that was not is left out with the reason.
+    baseline: the placement in use, from which moves are counted.  batches: noisy ones to draw for each layer.
+    progress: called with (layers done, layers in all), summed over the algorithms.
+    asked: `slots`, `budget`, `node_size` and `search_ms`, as `plan` takes them.
+    """
+    goal = parse_objective(objective)
+    # Imported late: this brings numba. Else the first algorithm's seconds would be those of the compiler.
+    from epbackend.placement.warmup import warm_up
+
+    warm_up()
+    asked |= {"ranks": ranks, "objective": goal, "current": baseline, "seed": seed}
+    default, *others = planner_names()
+    chosen = algorithms if algorithms is not None else (UNPLANNED, default, FOR_LEVEL, *others)
+    noises = [
+        draw_batches(loads, loads.loaded_layers, batches=batches, concentration=concentration, seed=seed)
+        for concentration in (None, CONCENTRATION)
+    ]
+    rows: list[Row] = []
+    left_out: list[tuple[str, str]] = []
+    total = len(chosen) * loads.layers
+    for index, algorithm in enumerate(chosen):
+        try:
+            rows += _rows(algorithm, loads, splits, goal, noises, asked)
+        except ConfigError as error:
+            if algorithms is not None:
+                raise
+            left_out.append((algorithm, str(error)))
+        progress((index + 1) * loads.layers, total)
+    return ScoreTable(tuple(rows), tuple(left_out))
+
+
+def mean_imbalance(
+    placement: Placement,
+    layers: Sequence[int],
+    counts_LBE: np.ndarray,
+    split: str,
+    objective: Objective = TOKENS,
+) -> float:
+    """Of batches for each of the layers, as `draw_batches` draws them, under a split."""
+    layouts = [placement.layers[layer] for layer in layers]
+    shares_LBP = (
+        expected_shares(split, counts_BE, layout, placement.node_size)
+        for counts_BE, layout in zip(counts_LBE, layouts, strict=True)
+    )
+    return float(np.mean([imbalances(s, lay, objective) for s, lay in zip(shares_LBP, layouts, strict=True)]))
+
+
+def _rows(
+    algorithm: str,
+    loads: Loads,
+    splits: Sequence[str],
+    objective: Objective,
+    noises: list[np.ndarray],
+    asked: dict[str, Any],
+) -> list[Row]:
+    """One for each split."""
+    started = time.perf_counter()
+    placement = _place(algorithm, loads, asked)
+    seconds = time.perf_counter() - started
+    drift = _drift(algorithm, loads, splits, objective, asked)
+    rows = []
+    for split in splits:
+        own = score(placement, loads, split=split, objective=objective, baseline=asked["current"])
+        noise = [mean_imbalance(placement, loads.loaded_layers, n, split, objective) for n in noises]
+        rows.append(Row(replace(own, algorithm=algorithm), seconds, noise[0], noise[1], drift.get(split)))
+    return rows
+
+
+def _drift(
+    algorithm: str, loads: Loads, splits: Sequence[str], objective: Objective, asked: dict[str, Any]
+) -> dict[str, float]:
+    """By split; nothing with a single window."""
+    if loads.windows == 1:
+        return {}
+    first = Loads(loads.tokens_WLE[:1], loads.names[:1])
+    later = Loads(loads.tokens_WLE[1:], loads.names[1:])
+    placement = _place(algorithm, first, asked)
+    return {
+        split: score(placement, later, split=split, objective=objective).imbalance_mean for split in splits
+    }
+
+
+def _place(algorithm: str, loads: Loads, asked: dict[str, Any]) -> Placement:
+    if algorithm == FOR_LEVEL:
+        return plan(loads, algorithm="refined", split="level", **asked)
+    if algorithm != UNPLANNED:
+        return plan(loads, algorithm=algorithm, **asked)
+    even = Placement.even(loads.layers, loads.experts, asked["ranks"], asked.get("slots"))
+    return Placement(even.layers, asked.get("node_size", 0), Provenance(UNPLANNED))

@@ -1,0 +1,98 @@
+"""A task as the compiled search reads it: plain arrays, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from epbackend.errors import ConfigError
+from epbackend.placement.placement import Layout
+from epbackend.placement.planners.base import Task
+from epbackend.placement.values import real_number
+
+if TYPE_CHECKING:
+    from epbackend.placement.search.layer_search import Problem
+
+
+WINDOWS = ("mixture", "worst")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What all layers of a task have in common, and their loads. See `search.layer_search.Problem` for the fields."""
+
+    share_LEF: np.ndarray
+    weight_LE: np.ndarray
+    """Largest share of each expert in any window: what its copies are to share out."""
+    weights_F2: np.ndarray
+    batch: float
+    table: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    node_R: np.ndarray
+    crowd_price: float
+
+    @classmethod
+    def of(cls, task: Task) -> Features:
+        """Reads the options `windows` and `node_penalty`. Raises ConfigError for values that they cannot have."""
+        tokens_WLE = _windows(task)
+        totals_WL1 = tokens_WLE.sum(axis=2, keepdims=True)
+        share_WLE = tokens_WLE / np.where(totals_WL1 > 0, totals_WL1, 1.0)
+        objective, windows = task.objective, len(share_WLE)
+        if objective.plane is None:
+            weights, table = [(objective.batch, 0.0), (0.0, 1.0)], objective.table
+        elif objective.batch:
+            weights, table = [(objective.plane[0] * objective.batch, objective.plane[1])], None
+        else:
+            weights, table = [(task.ranks, 0.0)], None  # so that the mean rank costs 1
+        node_R = np.arange(task.ranks) // (task.node_size or task.ranks)
+        return cls(
+            np.ascontiguousarray(np.repeat(share_WLE, len(weights), axis=0).transpose(1, 2, 0)),
+            share_WLE.max(axis=0),
+            np.array(weights * windows, dtype=np.float64),
+            float(objective.batch),
+            table,
+            node_R,
+            _node_penalty(task, node_R) * _mean_cost(task, share_WLE),
+        )
+
+    def problem(self, layer: int, first_R: np.ndarray) -> Problem:
+        """One layer, whose ranks have these slots."""
+        from epbackend.placement.search.layer_search import Problem
+
+        rank_P = np.repeat(np.arange(first_R.size - 1), np.diff(first_R))
+        share_EF = self.share_LEF[layer]
+        return Problem(
+            share_EF, self.weights_F2, self.batch, self.table, first_R, rank_P, self.node_R, self.crowd_price
+        )
+
+
+def layout_of(expert_P: np.ndarray, first_R: np.ndarray, experts: int) -> Layout:
+    """The layout of these slots, in the order given."""
+    held, first = expert_P.tolist(), first_R.tolist()
+    return Layout(tuple(tuple(held[a:b]) for a, b in pairwise(first)), experts)
+
+
+def _windows(task: Task) -> np.ndarray:
+    windows: Any = task.options.get("windows", WINDOWS[0])
+    if windows not in WINDOWS:
+        raise ConfigError(f"windows: must be {' or '.join(WINDOWS)}, not {windows!r}")
+    return task.loads.tokens_WLE if windows == "worst" else task.loads.mixture_LE()[None]
+
+
+def _node_penalty(task: Task, node_R: np.ndarray) -> float:
+    penalty = real_number("node_penalty", task.options.get("node_penalty", 0.0))
+    if penalty and not node_R[-1]:
+        raise ConfigError("node_penalty: there is one node only; give node_size, the ranks a node")
+    return penalty
+
+
+def _mean_cost(task: Task, share_WLE: np.ndarray) -> float:
+    """What a rank with the mean tokens and activated experts costs: the unit of the node penalty."""
+    objective = task.objective
+    if not objective.batch:
+        return 1.0
+    _, active_WLE = objective.features(share_WLE, 1.0)
+    tokens, active = objective.batch / task.ranks, active_WLE.sum(axis=2).max() / task.ranks
+    return float(objective.cost(tokens, active))

@@ -1,0 +1,340 @@
+"""Copies that connect ranks: wherever a batch is heavy, its tokens find a way to where it is light.
+
+Two ranks are neighbours if they hold copies of the same expert: the split can move its tokens from one to the other.
+
+Search over one layer for the `level` split: slots exchanged and copies replaced while batches get more level.
+
+Letters: E experts, P slots, R ranks, C copies of an expert, B batches. Loads are in mean rank loads of their batch.
+All batches are split at once, by what `split/reference.py` does in whole tokens, and here by pairs of copies.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from epbackend.placement.search.layer_search import entry, inner
+
+
+@inner
+def below(random_1, limit):  # as in layer_search: numba would not notice a change there
+    """The next random number in [0, limit), by SplitMix64 (Steele, Lea, Flood 2014)."""
+    random_1[0] += np.uint64(0x9E3779B97F4A7C15)
+    mixed = random_1[0]
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.int64((mixed ^ (mixed >> np.uint64(31))) % np.uint64(limit))
+
+
+@entry
+def steep_copies(weight_E, slots, most_copies, steepness):
+    """The copies [E], one at a time to the expert with the largest weight / copies ** steepness.
+
+    1 makes the heaviest copy as light as it can be; above, more experts get a copy, and the heaviest fewer.
+    """
+    copies_E = np.ones(weight_E.size, np.int64)
+    worth_E = weight_E.copy()
+    for _ in range(slots - weight_E.size):
+        expert = np.argmax(worth_E)
+        copies_E[expert] += 1
+        full = copies_E[expert] == most_copies
+        worth_E[expert] = -1.0 if full else weight_E[expert] / copies_E[expert] ** steepness
+    return copies_E
+
+
+@entry
+def connect(weight_E, copies_E, order_E, first_R, chain):
+    """The expert of every slot [P], or of a slot -1 where this way no place was left for it.
+
+    Experts in this order, those with copies before the others, as evenly over the ranks as can be. Their first copy
+    goes to the emptiest rank, or with `chain` to one that has copies already; each further copy to the rank that is
+    the most steps away, best of all out of reach; the least loaded of several.
+    """
+    ranks, experts = first_R.size - 1, weight_E.size
+    expert_P = np.full(first_R[-1], -1, np.int64)
+    next_R = first_R[:-1].copy()
+    load_R = np.zeros(ranks)
+    ranks_EC = np.empty((experts, copies_E.max()), np.int64)
+    placed_E = np.zeros(experts, np.int64)
+    shared = 0
+    for expert in range(experts):
+        shared += copies_E[expert] if copies_E[expert] > 1 else 0
+    fair = (shared + ranks - 1) // ranks
+    steps_R, queue_R = np.empty(ranks, np.int64), np.empty(ranks, np.int64)
+    for alone in (False, True):
+        for expert in order_E:
+            if (copies_E[expert] == 1) != alone:
+                continue
+            for copy in range(copies_E[expert]):
+                for rank in range(ranks):
+                    steps_R[rank] = ranks
+                if copy:
+                    _count_steps(expert, expert_P, first_R, next_R, ranks_EC, placed_E, steps_R, queue_R)
+                chosen, most, least = -1, 0, 0.0
+                for rank in range(ranks):
+                    used, steps = next_R[rank] - first_R[rank], steps_R[rank]
+                    if next_R[rank] == first_R[rank + 1] or steps == 0:
+                        continue
+                    if not alone:
+                        steps = used if chain and copy == 0 else steps
+                        steps -= 2 * ranks if used >= fair else 0
+                    if chosen < 0 or steps > most or (steps == most and load_R[rank] < least):
+                        chosen, most, least = rank, steps, load_R[rank]
+                if chosen < 0:
+                    return expert_P
+                expert_P[next_R[chosen]] = expert
+                next_R[chosen] += 1
+                load_R[chosen] += weight_E[expert] / copies_E[expert]
+                ranks_EC[expert, copy] = chosen
+                placed_E[expert] += 1
+    return expert_P
+
+
+@inner
+def _count_steps(expert, expert_P, first_R, next_R, ranks_EC, placed_E, steps_R, queue_R):
+    """Writes how many steps each rank is away from those that hold the expert, where it can be reached at all."""
+    size = placed_E[expert]
+    for copy in range(size):
+        queue_R[copy] = ranks_EC[expert, copy]
+        steps_R[queue_R[copy]] = 0
+    head = 0
+    while head < size:
+        rank = queue_R[head]
+        head += 1
+        for slot in range(first_R[rank], next_R[rank]):
+            shared = expert_P[slot]
+            for copy in range(placed_E[shared]):
+                neighbour = ranks_EC[shared, copy]
+                if steps_R[neighbour] == steps_R.size:
+                    steps_R[neighbour] = steps_R[rank] + 1
+                    queue_R[size] = neighbour
+                    size += 1
+
+
+SWEEPS = 2
+"""After a change: it goes on from the split before."""
+FIRST_SWEEPS = 32
+
+FULL = 0.999
+"""Of the fullest rank: as full as that."""
+LEVEL_ENOUGH = 1.001
+"""Mean cost at which nothing is left to gain."""
+
+
+class Split(NamedTuple):
+    """What the slots hold, and how each batch is split over them."""
+
+    rank_P: np.ndarray
+    expert_P: np.ndarray
+    copies_E: np.ndarray
+    slots_EC: np.ndarray
+    """The slots of each expert, in any order; behind its last copy anything."""
+    share_PB: np.ndarray
+    load_RB: np.ndarray
+
+
+@entry
+def climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
+    """The experts [P] after so many random changes, of which those stay that lower the cost (see `judge`).
+
+    A change takes load from the fullest rank of some batch: it exchanges one of its experts for another, or gives an
+    expert of it one copy more in the place of some other copy.
+    """
+    random_1 = np.full(1, seed, np.uint64)
+    split = _even(expert_P, first_R, tokens_EB)
+    _sweep(split, FIRST_SWEEPS)
+    best = _cost(split, weight_B)
+    share_PB, load_RB = split.share_PB.copy(), split.load_RB.copy()
+    for _ in range(tries):
+        if best < LEVEL_ENOUGH:
+            break
+        batch = below(random_1, weight_B.size)
+        fullest = _a_full_rank(load_RB, batch, below(random_1, first_R.size - 1))
+        slot = first_R[fullest] + below(random_1, first_R[fullest + 1] - first_R[fullest])
+        other = below(random_1, expert_P.size)
+        expert, partner, rank = split.expert_P[slot], split.expert_P[other], split.rank_P[other]
+        if _holds(split, rank, expert):
+            continue
+        replaces = split.copies_E[partner] > 1 and below(random_1, 2) == 0
+        if replaces:
+            _replace(split, other, expert)
+        else:
+            moves = share_PB[slot, batch] - share_PB[other, batch]
+            fuller = load_RB[rank, batch] + moves >= load_RB[fullest, batch]
+            alone = split.copies_E[expert] == 1 and split.copies_E[partner] == 1
+            if (alone and (moves < 0.0 or fuller)) or _holds(split, fullest, partner):
+                continue
+            _swap(split, slot, other)
+        _sweep(split, SWEEPS)
+        cost = _cost(split, weight_B)
+        if cost <= best:
+            best = cost
+            _copy_rows(split.share_PB, share_PB)
+            _copy_rows(split.load_RB, load_RB)
+            continue
+        if replaces:
+            _replace(split, other, partner)
+        else:
+            _swap(split, slot, other)
+        for changed in range(expert_P.size):
+            if split.copies_E[split.expert_P[changed]] > 1 or changed in (slot, other):
+                _copy(share_PB[changed], split.share_PB[changed])
+        _copy_rows(load_RB, split.load_RB)
+    return split.expert_P
+
+
+@entry
+def judge(expert_P, first_R, tokens_EB, weight_B):
+    """The cost of these experts: the load of the fullest rank once the batch is split, as a weighted mean."""
+    split = _even(expert_P, first_R, tokens_EB)
+    _sweep(split, FIRST_SWEEPS)
+    return _cost(split, weight_B)
+
+
+@inner
+def _even(expert_P, first_R, tokens_EB):
+    """All batches, split evenly."""
+    experts, batches = tokens_EB.shape
+    ranks = first_R.size - 1
+    split = Split(
+        np.empty(expert_P.size, np.int64),
+        expert_P.copy(),
+        np.zeros(experts, np.int64),
+        np.empty((experts, ranks), np.int64),
+        np.empty((expert_P.size, batches)),
+        np.zeros((ranks, batches)),
+    )
+    for rank in range(ranks):
+        for slot in range(first_R[rank], first_R[rank + 1]):
+            split.rank_P[slot] = rank
+            _append(split, expert_P[slot], slot)
+    for slot in range(expert_P.size):
+        expert = expert_P[slot]
+        for batch in range(batches):
+            split.share_PB[slot, batch] = tokens_EB[expert, batch] / split.copies_E[expert]
+        _add(split.share_PB[slot], split.load_RB[split.rank_P[slot]], 1.0)
+    return split
+
+
+@inner
+def _sweep(split, sweeps):
+    """Block-coordinate descent on the sum of squared rank loads: neighbouring copies of an expert level their ranks."""
+    for _ in range(sweeps):
+        for expert in range(split.copies_E.size):
+            copies = split.copies_E[expert]
+            for copy in range(copies if copies > 2 else copies - 1):
+                slot, other = split.slots_EC[expert, copy], split.slots_EC[expert, (copy + 1) % copies]
+                load_B, other_B = split.load_RB[split.rank_P[slot]], split.load_RB[split.rank_P[other]]
+                _level_pair(split.share_PB[slot], split.share_PB[other], load_B, other_B)
+
+
+@inner
+def _level_pair(share_B, other_share_B, load_B, other_load_B):
+    for batch in range(share_B.size):
+        moves = 0.5 * (load_B[batch] - other_load_B[batch])
+        moves = moves if moves < share_B[batch] else share_B[batch]
+        moves = moves if moves > -other_share_B[batch] else -other_share_B[batch]
+        share_B[batch] -= moves
+        other_share_B[batch] += moves
+        load_B[batch] -= moves
+        other_load_B[batch] += moves
+
+
+@inner
+def _cost(split, weight_B):
+    most_B = np.zeros(weight_B.size)
+    for rank in range(split.load_RB.shape[0]):
+        for batch in range(most_B.size):
+            load = split.load_RB[rank, batch]
+            most_B[batch] = load if load > most_B[batch] else most_B[batch]
+    cost = 0.0
+    for batch in range(most_B.size):
+        cost += weight_B[batch] * most_B[batch]
+    return cost
+
+
+@inner
+def _a_full_rank(load_RB, batch, start):
+    """One of the ranks that are as full as the fullest: the first from `start` on, in a circle."""
+    most = 0.0
+    for rank in range(load_RB.shape[0]):
+        most = max(most, load_RB[rank, batch])
+    while load_RB[start, batch] < FULL * most:
+        start = (start + 1) % load_RB.shape[0]
+    return start
+
+
+@inner
+def _holds(split, rank, expert):
+    held = False
+    for copy in range(split.copies_E[expert]):
+        held |= split.rank_P[split.slots_EC[expert, copy]] == rank
+    return held
+
+
+@inner
+def _swap(split, slot, other):
+    """Exchanges the experts of two slots, and what these slots get."""
+    expert, partner = split.expert_P[slot], split.expert_P[other]
+    _rename(split, expert, slot, other)
+    _rename(split, partner, other, slot)
+    split.expert_P[slot], split.expert_P[other] = partner, expert
+    load_B, other_load_B = split.load_RB[split.rank_P[slot]], split.load_RB[split.rank_P[other]]
+    share_B, other_share_B = split.share_PB[slot], split.share_PB[other]
+    for batch in range(share_B.size):
+        moves = share_B[batch] - other_share_B[batch]
+        share_B[batch] -= moves
+        other_share_B[batch] += moves
+        load_B[batch] -= moves
+        other_load_B[batch] += moves
+
+
+@inner
+def _replace(split, slot, expert):
+    """Makes the slot a copy of another expert, still without tokens; a copy of the old one takes over what it had."""
+    loser = split.expert_P[slot]
+    split.copies_E[loser] -= 1
+    _rename(split, loser, slot, split.slots_EC[loser, split.copies_E[loser]])
+    heir = split.slots_EC[loser, 0]
+    share_B = split.share_PB[slot]
+    _add(share_B, split.share_PB[heir], 1.0)
+    _add(share_B, split.load_RB[split.rank_P[heir]], 1.0)
+    _add(share_B, split.load_RB[split.rank_P[slot]], -1.0)
+    for batch in range(share_B.size):
+        share_B[batch] = 0.0
+    split.expert_P[slot] = expert
+    _append(split, expert, slot)
+
+
+@inner
+def _append(split, expert, slot):
+    split.slots_EC[expert, split.copies_E[expert]] = slot
+    split.copies_E[expert] += 1
+
+
+@inner
+def _rename(split, expert, slot, new):
+    """The expert's copy in the one slot is in the other from now on."""
+    for copy in range(split.copies_E[expert]):
+        if split.slots_EC[expert, copy] == slot:
+            split.slots_EC[expert, copy] = new
+            return
+
+
+@inner
+def _add(source_B, target_B, sign):
+    for batch in range(source_B.size):
+        target_B[batch] += sign * source_B[batch]
+
+
+@inner
+def _copy(source_B, target_B):
+    for batch in range(source_B.size):
+        target_B[batch] = source_B[batch]
+
+
+@inner
+def _copy_rows(source_XB, target_XB):
+    for row in range(len(source_XB)):
+        _copy(source_XB[row], target_XB[row])

@@ -1,0 +1,30 @@
+"""Compiles the planners and splits beforehand: `python -m epbackend.placement.warmup`, which `make setup` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from epbackend.placement.loads import Loads
+from epbackend.placement.objectives import TOKENS
+from epbackend.placement.placement import Placement
+from epbackend.placement.planners.base import Task
+from epbackend.placement.planners.incremental import plan_layers as incremental
+from epbackend.placement.planners.refined import plan_layers as refined
+from epbackend.placement.replica_split import level_shares, own_quota
+
+
+def warm_up(say: Callable[[str], None] = lambda text: None) -> None:
+    """Compiles everything that the planners and splits usually need, and keeps it, so that no first call waits."""
+    say("compiling the planner and the splits")
+    loads = Loads.of(np.array([[5.0, 2.0, 1.0, 1.0]]))
+    refined(Task(loads, ranks=2, slots=4, objective=TOKENS, budget=2, options={"split": "level"}))
+    current = Placement.even(layers=1, experts=4, ranks=2, slots=6)
+    incremental(Task(loads, ranks=2, slots=6, objective=TOKENS, current=current, options={"target": 1}))
+    layout, counts_RE = current.layers[0], np.ones((2, 4), np.int64)
+    own_quota(counts_RE, level_shares(counts_RE.sum(axis=0), layout), layout, source_rank=0)
+
+
+if __name__ == "__main__":
+    warm_up(print)

@@ -1,0 +1,149 @@
+"""Where experts live, as the data path numbers it: every rank has its slots, and every slot an id.
+
+With L slots on the rank that has most, rank r's slots are r * L, r * L + 1, ...: so `id // L` is a slot's rank and
+`id % L` its place there, also where ranks have unequal numbers. Ids past a rank's last slot are never given to a token.
+
+Which copy of its expert a token takes, batch by batch: `epbackend.placement.replica_split` on tensors, between ranks.
+
+A *source* is a group of ranks that hold the same tokens (one rank, without attention tensor parallelism). All of them
+get the same answer, and only `level` has to ask the other sources anything: what their tokens chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epbackend.dispatch.base import Problem, RankGroup
+from epbackend.dispatch.collectives import Collectives
+from epbackend.errors import ConfigError
+from epbackend.kernels.id_check import IdGuard
+from epbackend.kernels.replica_split import EvenCopies, LevelCopies, Split
+from epbackend.placement.placement import Layout
+from epbackend.placement.replica_split import SPLITS
+
+
+@dataclass(frozen=True)
+class SlotMap:
+    """The layout of one layer, and the ids of its slots."""
+
+    layout: Layout
+    node_size: int = 0
+    """Ranks of a node, whose ranks reach each other faster; 0: all ranks are one node."""
+
+    @classmethod
+    def uniform(cls, experts: int, ranks: int) -> SlotMap:
+        """One slot an expert, in the experts' order; ranks get equal numbers, or numbers that differ by one."""
+        return cls(Layout.even(experts, ranks))
+
+    @classmethod
+    def of(cls, slot_to_expert_P: Sequence[int], ranks: int) -> SlotMap:
+        """The logical expert of each slot, rank by rank, equally many on each.
+
+        Raises ConfigError for a map that leaves an expert out or cannot be cut into equal parts.
+        """
+        return cls(Layout.of(slot_to_expert_P, ranks, max(slot_to_expert_P, default=-1) + 1))
+
+    @property
+    def ranks(self) -> int:
+        """R."""
+        return self.layout.ranks
+
+    @property
+    def experts(self) -> int:
+        """E: logical experts."""
+        return self.layout.experts
+
+    @cached_property
+    def slots_per_rank(self) -> int:
+        """L: slots of the rank that has most, which is how far apart the ranks' ids are."""
+        return int(self.layout.slots_R.max())
+
+    def local_experts(self, rank: int) -> tuple[int, ...]:
+        """The logical expert in each slot of `rank`: L of them, or fewer."""
+        return self.layout.experts_of_rank[rank]
+
+    @cached_property
+    def slot_ids_EC(self) -> np.ndarray:
+        """The ids of each expert's slots in ascending order, int64; C is the most copies, shorter rows end in -1."""
+        layout = self.layout
+        first_R = np.cumsum(layout.slots_R) - layout.slots_R
+        place_P = np.arange(layout.slots) - first_R[layout.rank_of_slot_P]
+        ids_P = layout.rank_of_slot_P * self.slots_per_rank + place_P
+        return np.where(layout.slots_EC < 0, -1, ids_P[layout.slots_EC])
+
+
+class TokenSplit:
+    """Finds a slot for every choice of one layer's tokens."""
+
+    def __init__(self, name: str, slot_map: SlotMap, problem: Problem, check_ids: bool = True) -> None:
+        """Raises ConfigError for an unknown split."""
+        if name not in SPLITS:
+            raise ConfigError(f"split {name!r} is unknown; it is one of {', '.join(SPLITS)}")
+        self._kernels, self._layer, self._check_ids = problem.kernels, problem.layer, check_ids
+        self._experts = slot_map.experts
+        self._copies = _copies(name, slot_map, problem)
+        self._split: Split | None = None
+
+    def __call__(self, topk_ids_TK: Tensor) -> Tensor:
+        """slot_ids_TK (int64) for logical ids in [0, E). With `level` all ranks make the call together.
+
+        Raises ConfigError for an id that no expert has: at once on a CPU, on other devices in a later call.
+        """
+        if self._split is None:
+            self._split = self._on(topk_ids_TK.device)
+        return self._split(topk_ids_TK)
+
+    def _on(self, device: torch.device) -> Split:
+        guard = IdGuard(self._experts, device, self._layer) if self._check_ids else None
+        if isinstance(self._copies, LevelCopies):
+            return self._kernels.level_split(self._copies, device, guard)
+        return self._kernels.even_split(self._copies, device, guard)
+
+
+def _copies(name: str, slot_map: SlotMap, problem: Problem) -> EvenCopies | LevelCopies:
+    ranks, slot_ids_EC = problem.ranks, slot_map.slot_ids_EC
+    takes_EC = slot_ids_EC >= 0
+    if slot_ids_EC.shape[1] == 1:
+        # With one copy of each expert there is nothing to split, and nothing to ask the other ranks.
+        return EvenCopies(slot_ids_EC, takes_EC)
+    layout, node = _by_source(slot_map.layout, ranks), _sources_of_node(slot_map.node_size, ranks)
+    if name == "even":
+        return EvenCopies(slot_ids_EC, takes_EC, ranks.source)
+    if name == "nearest":
+        return EvenCopies(slot_ids_EC, _nearest(layout, ranks.source, node), ranks.source)
+    gather = _gather(problem) if ranks.sources > 1 else None
+    return LevelCopies(slot_ids_EC, slot_map.layout, layout, ranks.source, node, gather)
+
+
+def _gather(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """counts_E -> counts_GE: what the tokens of every source chose."""
+    collectives = Collectives.of(problem)
+    return lambda counts_E: collectives.all_gather(counts_E[None])[:: problem.ranks.token_size]
+
+
+def _nearest(layout: Layout, source: int, node: int) -> np.ndarray:
+    """takes_EC (bool): the copies of each expert that are nearest to the source, as `placement.split.even` has it."""
+    source_EC = layout.rank_of_slot_P[layout.slots_EC]
+    node = node or layout.ranks
+    distance_EC = (source_EC != source).astype(np.int64) + (source_EC // node != source // node)
+    distance_EC[layout.slots_EC < 0] = 3
+    return distance_EC == distance_EC.min(axis=1, keepdims=True)
+
+
+def _by_source(layout: Layout, ranks: RankGroup) -> Layout:
+    """The same slots with the ranks of each source taken together."""
+    held = layout.experts_of_rank
+    firsts = range(0, len(held), ranks.token_size)
+    return Layout(tuple(sum(held[first : first + ranks.token_size], ()) for first in firsts), layout.experts)
+
+
+def _sources_of_node(node_size: int, ranks: RankGroup) -> int:
+    """Sources of a node, 0 for all; a source that is no part of a node counts as one of its own."""
+    whole = node_size % ranks.token_size == 0
+    return node_size // ranks.token_size if whole else 1
