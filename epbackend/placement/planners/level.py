@@ -3,7 +3,7 @@
 Under `even` a copy halves what a rank gets of an expert. Under `level` it is a road between ranks: what matters is that
 no group of ranks is cut off from the others, and that the roads are wide, which copies of heavy experts are.
 
-1. Several answers: the one for the `even` split, and layers made by connecting ranks (`level_search.connect`), some with
+1. Several answers: the one for the `even` split, and layers that connect ranks (`level_search.connect`), some with
    more roads and some with lighter copies.
 2. The best of them is searched on (`level_search.climb`): random changes stay by which the mean load, or batches drawn
    around it, are levelled better. Drawn batches are over-dispersed (`noise.py`), and the windows take turns.
