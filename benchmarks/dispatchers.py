@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.local_ranks import run_on_ranks
 from benchmarks.report import print_table, save
-from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
+from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import choose
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.cpu import CpuKernels
@@ -54,7 +54,7 @@ def layer_ms(
 ) -> float:
     """Median milliseconds of a layer call with `tokens` tokens on each rank; without weights, only their travel."""
     kernels = CpuKernels()
-    dispatcher, _ = choose(Problem(ranks, kernels, settings, E // ranks.size, K))
+    dispatcher, _ = choose(LayerSpec(ranks, kernels, settings, E // ranks.size, K))
     torch.manual_seed(ranks.rank // ranks.token_size)
     hidden_TD, weights_TK = torch.randn(tokens, D), torch.rand(tokens, K)
     turns = []
@@ -115,7 +115,7 @@ def peak_memory(ranks: RankGroup, factor: float | None) -> tuple[float, int]:
     """(MiB that one layer call adds to the process's peak, passes)."""
     kernels = CpuKernels()
     settings = DispatchSettings(level=1, topk_scaling_factor=factor, cutoff_min_tokens=1)
-    dispatcher, _ = choose(Problem(ranks, kernels, settings, E, K))
+    dispatcher, _ = choose(LayerSpec(ranks, kernels, settings, E, K))
     weights = ExpertWeights(kernels.pack(torch.randn(E, 2 * F, D)), kernels.pack(torch.randn(E, D, F)))
     slot_ids_TK = torch.rand(CUTOFF_TOKENS, E).argsort(1)[:, :K]
     hidden_TD, weights_TK = torch.randn(CUTOFF_TOKENS, D), torch.rand(CUTOFF_TOKENS, K)

@@ -50,16 +50,16 @@ def timed(work: Callable[[], Any], repetitions: int = REPETITIONS) -> tuple[Any,
 
 def windows(loads: Loads) -> Iterator[Loads]:
     """Each window as loads of its own."""
-    for tokens_LE, name in zip(loads.tokens_WLE, loads.names, strict=True):
-        yield Loads(tokens_LE[None], (name,))
+    for tokens_YE, name in zip(loads.tokens_WYE, loads.names, strict=True):
+        yield Loads(tokens_YE[None], (name,))
 
 
 def published_eplb_ms(window: Loads, ranks: int, slots: int) -> float:
     """Milliseconds of the published EPLB, whose copy comes with LMDeploy: the same slots as our `eplb`, in torch."""
     from lmdeploy.pytorch.nn.eplb import rebalance_experts_hierarchical
 
-    weight_LE = torch.from_numpy(window.tokens_WLE[0, list(window.loaded_layers)].astype(np.float32))
-    return timed(lambda: rebalance_experts_hierarchical(weight_LE, slots, 1, 1, ranks), 1)[1]
+    weight_YE = torch.from_numpy(window.tokens_WYE[0, list(window.loaded_layers)].astype(np.float32))
+    return timed(lambda: rebalance_experts_hierarchical(weight_YE, slots, 1, 1, ranks), 1)[1]
 
 
 def placements(loads: Loads) -> Rows:
@@ -177,11 +177,11 @@ def splits(loads: Loads) -> Rows:
 
 
 def against_the_program(
-    placement: Placement, layers: tuple[int, ...], batches_LBE: np.ndarray
+    placement: Placement, layers: tuple[int, ...], batches_YBE: np.ndarray
 ) -> Iterator[tuple[float, float, float, float]]:
     """For each batch: imbalance, percent over the optimum without and with rounding, microseconds."""
     many = 2**20
-    for layer, batches_BE in zip(layers, batches_LBE, strict=True):
+    for layer, batches_BE in zip(layers, batches_YBE, strict=True):
         layout = placement.layers[layer]
         for counts_E in batches_BE:
             best = optimum(counts_E, layout)
@@ -199,11 +199,11 @@ def drift(loads: Loads) -> Rows:
     """EP32/320 placed on one window, or on the mixture of two, and judged on a window under each split."""
     rows = []
     for first, later in pairwise(windows(loads)):
-        both = Loads(np.concatenate([first.tokens_WLE, later.tokens_WLE]), first.names + later.names)
+        both = Loads(np.concatenate([first.tokens_WYE, later.tokens_WYE]), first.names + later.names)
         early, mixed = (plan(given, ranks=32, slots=320) for given in (first, both))
         eplb = plan(first, ranks=32, slots=320, algorithm="eplb")
         shares = [
-            w.tokens_WLE[0] / np.maximum(w.tokens_WLE[0].sum(axis=1, keepdims=True), 1)
+            w.tokens_WYE[0] / np.maximum(w.tokens_WYE[0].sum(axis=1, keepdims=True), 1)
             for w in (first, later)
         ]
         apart = float(np.abs(shares[0] - shares[1]).sum(axis=1)[list(first.loaded_layers)].mean() / 2)

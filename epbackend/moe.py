@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from epbackend.device import get_device
-from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
-from epbackend.dispatch.choose import Choice, choose
+from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
+from epbackend.dispatch.choose import Decision, choose
 from epbackend.dispatch.watchdog import watch
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
@@ -109,7 +109,7 @@ class ExpertParallelMoE:
         tensor, `Int8Weights` or `Fp8Blocks` of all, or any iterable of matrices (`epbackend.kernels.weight_formats`).
         The CPU repacks matrices one by one and keeps no reference to them, so that from a generator that reads the
         checkpoint they never exist twice; cuda and ascend use whole forms where they are. `settings` is one for both
-        phases, or one for each ("prefill", "decode"); so is `split`, which chooses among the copies of an expert:
+        phases, or one for each ("prefill", "decode"); so is `split`, which chooses among the replicas of an expert:
         even, nearest or level (`epbackend.replica_split`). `kernels` is one of the device's `kernel_sets`, or auto.
         `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU. `check_ids` tells of ids that no expert
         has; `layer` only
@@ -124,7 +124,7 @@ class ExpertParallelMoE:
         self._kernels = get_device(device).kernel_set(kernels)
         settings_of, split_of = _by_phase("settings", settings), _by_phase("split", split)
         problems = {
-            phase: Problem(
+            phase: LayerSpec(
                 ranks,
                 self._kernels,
                 settings_of[phase],
@@ -135,14 +135,13 @@ class ExpertParallelMoE:
             )
             for phase in PHASES
         }
-        chosen = {phase: choose(problem) for phase, problem in problems.items()}
+        chosen = {phase: choose(spec) for phase, spec in problems.items()}
         self._splits = {
-            phase: TokenSplit(split_of[phase], slot_map, problem, check_ids)
-            for phase, problem in problems.items()
+            phase: TokenSplit(split_of[phase], slot_map, spec, check_ids) for phase, spec in problems.items()
         }
         self._slots = slots = len(slot_map.local_experts(ranks.rank))
         self._dispatchers = {phase: dispatcher for phase, (dispatcher, _) in chosen.items()}
-        self.dispatchers: dict[str, Choice] = {phase: choice for phase, (_, choice) in chosen.items()}
+        self.dispatchers: dict[str, Decision] = {phase: choice for phase, (_, choice) in chosen.items()}
         """How rows travel in each phase, and why."""
         self._weights = ExpertWeights(
             gate_up=self._kernels.pack(_exactly(slots, gate_up_L2FD, "gate_up_L2FD")),
@@ -177,7 +176,7 @@ class ExpertParallelMoE:
             exchange.combine(rows_SD, batch)
         out_TD = exchange.finish()
         if out_TD.is_cuda:
-            timeout_s = self._dispatchers[phase].problem.settings.timeout_s
+            timeout_s = self._dispatchers[phase].spec.settings.timeout_s
             watch(f"{phase} of MoE layer {self.layer}", self.ranks.group, timeout_s)
         self.load.add_call(exchange.passes, exchange.rounds)
         return out_TD

@@ -3,7 +3,8 @@
 With L slots on the rank that has most, rank r's slots are r * L, r * L + 1, ...: so `id // L` is a slot's rank and
 `id % L` its place there, also where ranks have unequal numbers. Ids past a rank's last slot are never given to a token.
 
-Which copy of its expert a token takes, batch by batch: `epbackend.placement.replica_split` on tensors, between ranks.
+Which replica of its expert a token takes, batch by batch: `epbackend.placement.replica_split` on tensors, between
+ranks.
 
 A *source* is a group of ranks that hold the same tokens (one rank, without attention tensor parallelism). All of them
 get the same answer, and only `level` has to ask the other sources anything: what their tokens chose.
@@ -19,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epbackend.dispatch.base import Problem, RankGroup
+from epbackend.dispatch.base import LayerSpec, RankGroup
 from epbackend.dispatch.collectives import Collectives
 from epbackend.errors import ConfigError
-from epbackend.kernels.id_check import IdGuard
-from epbackend.kernels.replica_split import EvenCopies, LevelCopies, Split
+from epbackend.kernels.id_check import ExpertIdCheck
+from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
 from epbackend.placement.placement import Layout
 from epbackend.placement.replica_split import SPLITS
 
@@ -70,7 +71,7 @@ class SlotMap:
 
     @cached_property
     def slot_ids_EC(self) -> np.ndarray:
-        """The ids of each expert's slots in ascending order, int64; C is the most copies, shorter rows end in -1."""
+        """The ids of each expert's slots in ascending order, int64; C is the most replicas, shorter rows end in -1."""
         layout = self.layout
         first_R = np.cumsum(layout.slots_R) - layout.slots_R
         place_P = np.arange(layout.slots) - first_R[layout.rank_of_slot_P]
@@ -81,13 +82,13 @@ class SlotMap:
 class TokenSplit:
     """Finds a slot for every choice of one layer's tokens."""
 
-    def __init__(self, name: str, slot_map: SlotMap, problem: Problem, check_ids: bool = True) -> None:
+    def __init__(self, name: str, slot_map: SlotMap, spec: LayerSpec, check_ids: bool = True) -> None:
         """Raises ConfigError for an unknown split."""
         if name not in SPLITS:
             raise ConfigError(f"split {name!r} is unknown; it is one of {', '.join(SPLITS)}")
-        self._kernels, self._layer, self._check_ids = problem.kernels, problem.layer, check_ids
+        self._kernels, self._layer, self._check_ids = spec.kernels, spec.layer, check_ids
         self._experts = slot_map.experts
-        self._copies = _copies(name, slot_map, problem)
+        self._replicas = _replicas(name, slot_map, spec)
         self._split: Split | None = None
 
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
@@ -100,35 +101,35 @@ class TokenSplit:
         return self._split(topk_ids_TK)
 
     def _on(self, device: torch.device) -> Split:
-        guard = IdGuard(self._experts, device, self._layer) if self._check_ids else None
-        if isinstance(self._copies, LevelCopies):
-            return self._kernels.level_split(self._copies, device, guard)
-        return self._kernels.even_split(self._copies, device, guard)
+        guard = ExpertIdCheck(self._experts, device, self._layer) if self._check_ids else None
+        if isinstance(self._replicas, LevelReplicas):
+            return self._kernels.level_split(self._replicas, device, guard)
+        return self._kernels.even_split(self._replicas, device, guard)
 
 
-def _copies(name: str, slot_map: SlotMap, problem: Problem) -> EvenCopies | LevelCopies:
-    ranks, slot_ids_EC = problem.ranks, slot_map.slot_ids_EC
+def _replicas(name: str, slot_map: SlotMap, spec: LayerSpec) -> EvenReplicas | LevelReplicas:
+    ranks, slot_ids_EC = spec.ranks, slot_map.slot_ids_EC
     takes_EC = slot_ids_EC >= 0
     if slot_ids_EC.shape[1] == 1:
-        # With one copy of each expert there is nothing to split, and nothing to ask the other ranks.
-        return EvenCopies(slot_ids_EC, takes_EC)
+        # With one replica of each expert there is nothing to split, and nothing to ask the other ranks.
+        return EvenReplicas(slot_ids_EC, takes_EC)
     layout, node = _by_source(slot_map.layout, ranks), _sources_of_node(slot_map.node_size, ranks)
     if name == "even":
-        return EvenCopies(slot_ids_EC, takes_EC, ranks.source)
+        return EvenReplicas(slot_ids_EC, takes_EC, ranks.source)
     if name == "nearest":
-        return EvenCopies(slot_ids_EC, _nearest(layout, ranks.source, node), ranks.source)
-    gather = _gather(problem) if ranks.sources > 1 else None
-    return LevelCopies(slot_ids_EC, slot_map.layout, layout, ranks.source, node, gather)
+        return EvenReplicas(slot_ids_EC, _nearest(layout, ranks.source, node), ranks.source)
+    gather = _gather(spec) if ranks.sources > 1 else None
+    return LevelReplicas(slot_ids_EC, slot_map.layout, layout, ranks.source, node, gather)
 
 
-def _gather(problem: Problem) -> Callable[[Tensor], Tensor]:
+def _gather(spec: LayerSpec) -> Callable[[Tensor], Tensor]:
     """counts_E -> counts_GE: what the tokens of every source chose."""
-    collectives = Collectives.of(problem)
-    return lambda counts_E: collectives.all_gather(counts_E[None])[:: problem.ranks.token_size]
+    collectives = Collectives.of(spec)
+    return lambda counts_E: collectives.all_gather(counts_E[None])[:: spec.ranks.token_size]
 
 
 def _nearest(layout: Layout, source: int, node: int) -> np.ndarray:
-    """takes_EC (bool): the copies of each expert that are nearest to the source, as `placement.split.even` has it."""
+    """takes_EC (bool): the replicas of each expert that are nearest to the source, as `placement.split.even` has it."""
     source_EC = layout.rank_of_slot_P[layout.slots_EC]
     node = node or layout.ranks
     distance_EC = (source_EC != source).astype(np.int64) + (source_EC // node != source // node)

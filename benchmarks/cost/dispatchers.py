@@ -38,7 +38,7 @@ class Case:
     static: bool
     """Decode, captured in a graph."""
     bytes_each: int = 2
-    """Of a hidden value on its way to the experts: 2 is bfloat16, 1 is fp8 or int8. Results go back unquantised."""
+    """Of a hidden value on its way to the experts: 2 is bfloat16, 1 is fp8 or int8. Results go back unquantized."""
 
     @property
     def nodes(self) -> int:

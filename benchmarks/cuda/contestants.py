@@ -45,13 +45,13 @@ def contestants(case: Case, device: torch.device, lmdeploy: LMDeploy | None = No
     sorted_rows = [kernels.permute(hidden_TD, ids_TK, experts.slots) for ids_TK in ids]
     expected_SD = reference(sorted_rows[0], weights)
     expected_TD = torch.zeros(hidden_TD.shape, device=device)
-    ReferenceKernels().unpermute(expected_SD, sorted_rows[0].source_S, weights_TK, expected_TD)
+    ReferenceKernels().unpermute(expected_SD, sorted_rows[0].choice_of_row_S, weights_TK, expected_TD)
 
     def layer(n: int) -> Tensor:
         permuted = kernels.permute(hidden_TD, ids[n], experts.slots)
         out_TD = torch.zeros(hidden_TD.shape, device=device)
         rows_SD = kernels.expert_mlp(permuted.rows_SD, permuted.counts_L, weights)
-        kernels.unpermute(rows_SD, permuted.source_S, weights_TK, out_TD)
+        kernels.unpermute(rows_SD, permuted.choice_of_row_S, weights_TK, out_TD)
         return out_TD.bfloat16()
 
     def by(compute: Callable[[Tensor, Tensor, ExpertWeights], Tensor], n: int) -> Tensor:
@@ -91,4 +91,4 @@ def _full(experts: Any, slot: int) -> Tensor:
     """One slot's matrix [1, N, K] in float32."""
     if isinstance(experts, Tensor):
         return experts[slot : slot + 1].float()
-    return type(experts)(*(each[slot : slot + 1] for each in vars(experts).values())).dequantised()
+    return type(experts)(*(each[slot : slot + 1] for each in vars(experts).values())).dequantized()

@@ -22,7 +22,7 @@ class LMDeploy:
         _pretend_packages(folder.resolve())
         self._half = import_module(f"{MOE}.fused_moe").fused_moe
         self._fp8 = import_module(f"{MOE}.blocked_fp8").fused_moe_blocked_fp8
-        self._quantise = import_module("lmdeploy.pytorch.kernels.cuda.blocked_gemm_fp8").quant_fp8
+        self._quantize = import_module("lmdeploy.pytorch.kernels.cuda.blocked_gemm_fp8").quant_fp8
 
     def half(self, hidden_TD: Tensor, weights: ExpertWeights, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         """out_TD: sorts, multiplies, sums."""
@@ -30,9 +30,9 @@ class LMDeploy:
         return self._half(hidden_TD, weights.gate_up, weights.down, weights_TK, ids_TK, top_k)
 
     def fp8(self, hidden_TD: Tensor, weights: ExpertWeights, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        """The same with 128 x 128-block float8; quantises the tokens first."""
+        """The same with 128 x 128-block float8; quantizes the tokens first."""
         gate_up, down = weights.gate_up, weights.down
-        values_TD, scale_TB = self._quantise(hidden_TD, 128)
+        values_TD, scale_TB = self._quantize(hidden_TD, 128)
         matrices = gate_up.values_LNK, gate_up.scale_LBB, down.values_LNK, down.scale_LBB
         top_k = ids_TK.shape[1]
         return self._fp8(values_TD, scale_TB, *matrices, weights_TK, ids_TK, top_k, out_dtype=hidden_TD.dtype)

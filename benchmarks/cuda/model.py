@@ -39,7 +39,7 @@ MEMORY_EFFICIENCY = 0.9
 
 
 def predicted_us(case: Case, chip: Chip = H100, ceilings: Ceilings = H100_CEILINGS) -> float:
-    """Both products, the schedule, and for quantised forms the pass that quantises."""
+    """Both products, the schedule, and for quantized forms the pass that quantizes."""
     experts, form = case.experts, case.form
     gated = Product(form, True, case.rows, experts.slots, 2 * experts.F, experts.D)
     plain = Product(form, False, case.rows, experts.slots, experts.D, experts.F)

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from epbackend.device import get_device
-from epbackend.dispatch.base import Problem, RankGroup
+from epbackend.dispatch.base import LayerSpec, RankGroup
 from epbackend.dispatch.choose import decide
 from epbackend.errors import EPError
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def choices(config: "EPConfig", experts: int, top_k: int) -> dict[str, dict[str, Any]]:
-    """For each phase a `Choice` as a mapping, or {"problem": why there is none}. No rank is started."""
+    """For each phase a `Decision` as a mapping, or {"problem": why there is none}. No rank is started."""
     return {phase: _choice(config, phase, experts, top_k) for phase in ("prefill", "decode")}
 
 
@@ -22,7 +22,7 @@ def _choice(config: "EPConfig", phase: Any, experts: int, top_k: int) -> dict[st
     try:
         kernels = get_device(config.device).kernel_set(config.kernels)
         slots = -(-experts // config.ep_size)
-        choice = decide(Problem(ranks, kernels, config.dispatch_settings(phase), slots, top_k))
+        choice = decide(LayerSpec(ranks, kernels, config.dispatch_settings(phase), slots, top_k))
     except EPError as error:
         return {"problem": str(error)}
     return asdict(choice)

@@ -69,7 +69,7 @@ def demo(
 ) -> None:
     """Answer three prompts with a MoE model whose experts live in several processes, and check every token.
 
-    Then record what the experts did, plan a placement with copies of the busy ones, and answer again.
+    Then record what the experts did, plan a placement with replicas of the busy ones, and answer again.
     """
     config = EPConfig.load({**SETTINGS, "ep_size": int(ranks)})
     if as_json:
@@ -128,11 +128,11 @@ def _placed(
     picture = save_comparison(
         {"experts in order": before.load, "placed and levelled": after.load},
         out / "placement.png",
-        title=f"{model}: {REDUNDANT_EXPERTS} copies of busy experts, placed on {config.ep_size} ranks",
+        title=f"{model}: {REDUNDANT_EXPERTS} replicas of busy experts, placed on {config.ep_size} ranks",
     )
     if talk:
         console.print(
-            f"\nplaced by these loads, {REDUNDANT_EXPERTS} copies a layer, every batch levelled over them:"
+            f"\nplaced by these loads, {REDUNDANT_EXPERTS} replicas a layer, every batch levelled over them:"
         )
         console.print(f"busiest rank of a layer before: {imbalance_in_words(before.load)}", highlight=False)
         console.print(f"busiest rank of a layer after:  {imbalance_in_words(after.load)}", highlight=False)

@@ -139,7 +139,7 @@ def _show(findings: dict[str, Any]) -> None:
 def _show_choices(chosen: dict[str, dict[str, Any]]) -> None:
     for phase, choice in chosen.items():
         if "problem" in choice:
-            say(console, f"{phase}: {choice['problem']}", "yellow")
+            say(console, f"{phase}: {choice['spec']}", "yellow")
             continue
         say(console, f"{phase}: {choice['name']} ({choice['reason']})", "green")
         for name, reason in choice["passed_over"]:

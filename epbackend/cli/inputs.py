@@ -25,7 +25,7 @@ RanksOption = Annotated[int, typer.Option(help="Ranks that share the experts.")]
 SlotsOption = Annotated[
     int | None,
     typer.Option(
-        help="Slots of each layer over all ranks; what exceeds the experts are copies. [default: no copies]"
+        help="Slots of each layer over all ranks; what exceeds the experts are replicas. [default: no replicas]"
     ),
 ]
 DenseOption = Annotated[
@@ -43,7 +43,7 @@ def load_windows(names: list[str]) -> Loads:
     if wanted := names.count(SYNTHETIC):
         recorded.insert(0, synthetic_loads(61, 256, dense_layers=3, windows=wanted))
     return Loads.of(
-        [tokens_LE for loads in recorded for tokens_LE in loads.tokens_WLE],
+        [tokens_YE for loads in recorded for tokens_YE in loads.tokens_WYE],
         [name for loads in recorded for name in loads.names],
     )
 
@@ -63,7 +63,7 @@ def layer_numbers(text: str) -> tuple[int, ...]:
 
 
 def unplanned(loads: Loads, ranks: int) -> Placement:
-    """What there is before planning: experts in order, and copies only where ranks would be empty."""
+    """What there is before planning: experts in order, and replicas only where ranks would be empty."""
     return Placement.even(loads.layers, loads.experts, ranks, max(loads.experts, ranks))
 
 

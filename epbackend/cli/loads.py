@@ -39,8 +39,8 @@ def imbalance(load: "LoadReport") -> dict[str, float]:
     """The busiest rank's tokens over the ranks' mean, of the run and step by step: in all layers, in the worst."""
     found = {"imbalance": load.imbalance_L, "step_imbalance": load.step_imbalance_L}
     return {
-        f"{name}_{what}": round(float(number(ratio_L)), 4) if ratio_L.size else 1.0
-        for name, ratio_L in found.items()
+        f"{name}_{what}": round(float(number(ratio_Y)), 4) if ratio_Y.size else 1.0
+        for name, ratio_Y in found.items()
         for what, number in (("mean", np.mean), ("worst", np.max))
     }
 
@@ -53,9 +53,9 @@ def print_load(load: "LoadReport") -> None:
         "rank", "expert tokens", "share", "busiest expert", title="load of the ranks", title_justify="left"
     )
     total = max(1, load.tokens_RLE.sum())
-    for rank, tokens_LE in enumerate(load.tokens_RLE):
-        layer, expert = np.unravel_index(tokens_LE.argmax(), tokens_LE.shape) if tokens_LE.size else (0, 0)
-        tokens, most = tokens_LE.sum(), tokens_LE.max(initial=0)
+    for rank, tokens_YE in enumerate(load.tokens_RLE):
+        layer, expert = np.unravel_index(tokens_YE.argmax(), tokens_YE.shape) if tokens_YE.size else (0, 0)
+        tokens, most = tokens_YE.sum(), tokens_YE.max(initial=0)
         busiest = f"{expert} of layer {load.layers[layer]} ({most:,})" if most else "none"
         table.add_row(str(rank), f"{tokens:,}", f"{tokens / total:.1%}", busiest)
     console.print(table)
@@ -84,21 +84,21 @@ def save_heat_map(load: "LoadReport", path: Path, *, title: str) -> Path:
     """A PNG: tokens of each expert and of each rank in each layer, relative to the layer's means."""
     from matplotlib.figure import Figure
 
-    experts_LE, ranks_LR = load.tokens_RLE.sum(axis=0), load.tokens_RLE.sum(axis=2).T
-    layers, experts = experts_LE.shape
+    experts_YE, ranks_YR = load.tokens_RLE.sum(axis=0), load.tokens_RLE.sum(axis=2).T
+    layers, experts = experts_YE.shape
     width = max(6.0, 0.3 * experts)
     figure = Figure(figsize=(width + 3, max(2.6, 0.5 * layers + 1.4)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True, width_ratios=(width, 3))
-    shown = {"expert": experts_LE, "rank": ranks_LR}
+    shown = {"expert": experts_YE, "rank": ranks_YR}
     highest = max(_relative(tokens).max(initial=1.0) for tokens in shown.values())
     for axes, (what, tokens) in zip(panels, shown.items(), strict=True):
         image = axes.imshow(_relative(tokens), aspect="auto", cmap="magma", vmin=0, vmax=highest)
         axes.set_xlabel(what)
     panels[0].set_yticks(range(layers), [str(layer) for layer in load.layers])
     panels[0].set_ylabel("layer")
-    panels[1].set_xticks(range(ranks_LR.shape[1]))
-    if ranks_LR.size <= MOST_LABELS:
-        for (layer, rank), ratio in np.ndenumerate(_relative(ranks_LR)):
+    panels[1].set_xticks(range(ranks_YR.shape[1]))
+    if ranks_YR.size <= MOST_LABELS:
+        for (layer, rank), ratio in np.ndenumerate(_relative(ranks_YR)):
             panels[1].text(rank, layer, f"{ratio:.2f}", color="white", ha="center", va="center")
     figure.suptitle(f"{title}: load of each expert and rank")
     figure.colorbar(image, ax=panels.tolist(), label="tokens / mean of the layer")
@@ -126,8 +126,8 @@ def save_comparison(loads: "dict[str, LoadReport]", path: Path, *, title: str) -
     return _save(figure, path)
 
 
-def _relative(tokens_LX: np.ndarray) -> np.ndarray:
-    return tokens_LX / np.maximum(tokens_LX.mean(axis=1, keepdims=True), 1e-9)
+def _relative(tokens_YX: np.ndarray) -> np.ndarray:
+    return tokens_YX / np.maximum(tokens_YX.mean(axis=1, keepdims=True), 1e-9)
 
 
 def _save(figure: "Figure", path: Path) -> Path:

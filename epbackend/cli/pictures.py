@@ -27,19 +27,19 @@ LEAST_PERCENT = 1e-3
 """The logarithmic axis ends somewhere."""
 
 
-def rank_loads_LR(placement: Placement, tokens_LE: np.ndarray) -> np.ndarray:
-    """The tokens of each rank in each layer, copies sharing evenly; over the mean of the layer, float64 [L, R]."""
-    loads_LR = np.array(
+def rank_loads_YR(placement: Placement, tokens_YE: np.ndarray) -> np.ndarray:
+    """The tokens of each rank in each layer, replicas sharing evenly; over the mean of the layer, float64 [L, R]."""
+    loads_YR = np.array(
         [
             np.bincount(
                 layer.rank_of_slot_P,
-                (tokens_E / layer.copies_E)[layer.slot_to_expert_P],
+                (tokens_E / layer.replicas_E)[layer.slot_to_expert_P],
                 minlength=placement.ranks,
             )
-            for layer, tokens_E in zip(placement.layers, tokens_LE, strict=True)
+            for layer, tokens_E in zip(placement.layers, tokens_YE, strict=True)
         ]
     )
-    return loads_LR / np.maximum(loads_LR.mean(axis=1, keepdims=True), np.finfo(float).tiny)
+    return loads_YR / np.maximum(loads_YR.mean(axis=1, keepdims=True), np.finfo(float).tiny)
 
 
 def save_before_after(before: Placement, after: Placement, loads: Loads, path: Path) -> Path:
@@ -51,24 +51,24 @@ def save_before_after(before: Placement, after: Placement, loads: Loads, path: P
     from matplotlib.figure import Figure
 
     layers = list(loads.loaded_layers)
-    tokens_LE = loads.mixture_LE()
-    loads_LR = [rank_loads_LR(each, tokens_LE)[layers] for each in (before, after)]
-    busiest = [each_LR.max(axis=1) for each_LR in loads_LR]
+    tokens_YE = loads.mixture_YE()
+    loads_YR = [rank_loads_YR(each, tokens_YE)[layers] for each in (before, after)]
+    busiest = [each_YR.max(axis=1) for each_YR in loads_YR]
     # Symmetric about the mean: white is balanced, and what balancing did is seen at a glance.
     furthest = max(1.05, float(np.quantile(busiest[0], 0.9)))
     norm = LogNorm(1 / furthest, furthest)
 
     figure = Figure(figsize=(13.3, 6.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, placement, each_LR, worst_L in zip(panels, (before, after), loads_LR, busiest, strict=True):
-        image = axes.imshow(each_LR, aspect="auto", interpolation="nearest", cmap="RdBu_r", norm=norm)
-        found = f"busiest rank {_times(worst_L.mean())} the mean, {_times(worst_L.max())} in the worst layer"
+    for axes, placement, each_YR, worst_Y in zip(panels, (before, after), loads_YR, busiest, strict=True):
+        image = axes.imshow(each_YR, aspect="auto", interpolation="nearest", cmap="RdBu_r", norm=norm)
+        found = f"busiest rank {_times(worst_Y.mean())} the mean, {_times(worst_Y.max())} in the worst layer"
         axes.set_title(f"{_name(placement)}\n{found}", fontsize=LABEL)
         axes.set_xlabel("rank", fontsize=LABEL)
         _few_ticks(axes, layers)
     panels[0].set_ylabel("layer", fontsize=LABEL)
     _colour_bar(figure, image, panels, furthest)
-    was, now = (_times(worst_L.mean()) for worst_L in busiest)
+    was, now = (_times(worst_Y.mean()) for worst_Y in busiest)
     figure.suptitle(
         f"Busiest of {after.ranks} ranks: from {was} to {now} the mean load",
         fontsize=TITLE,
@@ -153,7 +153,7 @@ def _few_ticks(axes: Axes, layers: list[int]) -> None:
 
 def _name(placement: Placement) -> str:
     """A placement in a few words."""
-    slots = "no copies" if placement.slots == placement.experts else slots_in_words(placement)
+    slots = "no replicas" if placement.slots == placement.experts else slots_in_words(placement)
     return f"{algorithm_in_words(placement)}, {slots}"
 
 

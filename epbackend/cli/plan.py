@@ -43,7 +43,8 @@ def plan(
     ] = "tokens",
     node_size: Annotated[int, typer.Option(help="Ranks a node, for algorithms that care; 0: one node.")] = 0,
     budget: Annotated[
-        int | None, typer.Option(help="Copies over all layers, given to layers by need, instead of --slots.")
+        int | None,
+        typer.Option(help="Replicas over all layers, given to layers by need, instead of --slots."),
     ] = None,
     search_ms: Annotated[float, typer.Option(help="Milliseconds a layer to search for a better plan.")] = 0.0,
     current: Annotated[
@@ -135,7 +136,7 @@ def _tell(result: dict[str, Any], placement: Placement, before: Placement, was: 
     console.print(table)
     say(
         console,
-        f"planned in {result['seconds']} s; two copies on one rank: {result['duplicates_on_rank']}",
+        f"planned in {result['seconds']} s; two replicas on one rank: {result['duplicates_on_rank']}",
         "",
     )
     if result["moves"] is not None:

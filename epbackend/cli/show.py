@@ -9,7 +9,7 @@ from rich.table import Table
 
 from epbackend.cli.inputs import LoadsOption, described, load_windows, unplanned
 from epbackend.cli.output import console, say
-from epbackend.cli.pictures import rank_loads_LR, save_before_after
+from epbackend.cli.pictures import rank_loads_YR, save_before_after
 from epbackend.errors import ConfigError
 from epbackend.placement.formats import Hints, read_placement
 from epbackend.placement.loads import Loads
@@ -36,7 +36,7 @@ def show(
     found = read_placement(placement, Hints(ranks=ranks))
     say(console, f"{placement}: {described(found)}", "bold")
     say(console, _origin(found), "")
-    say(console, _copies(found), "")
+    say(console, _replicas(found), "")
     if not loads:
         say(console, "Give recorded LOADS as well to see what it does to them.", "dim")
         return
@@ -59,13 +59,13 @@ def _origin(placement: Placement) -> str:
     return f"algorithm: {provenance.algorithm}{version}{options}{loads}"
 
 
-def _copies(placement: Placement) -> str:
-    copied = [int((layer.copies_E > 1).sum()) for layer in placement.layers]
-    most = max(int(layer.copies_E.max()) for layer in placement.layers)
+def _replicas(placement: Placement) -> str:
+    copied = [int((layer.replicas_E > 1).sum()) for layer in placement.layers]
+    most = max(int(layer.replicas_E.max()) for layer in placement.layers)
     each = np.concatenate([layer.slots_R for layer in placement.layers])
     return (
         f"in a layer: {_span(each.min(), each.max())} slots a rank, {_span(min(copied), max(copied))} experts with "
-        f"copies, at most {most} of one; two on one rank: {placement.duplicates_on_rank}"
+        f"replicas, at most {most} of one; two on one rank: {placement.duplicates_on_rank}"
     )
 
 
@@ -76,13 +76,13 @@ def _span(least: int, most: int) -> str:
 def _table(before: Placement, after: Placement, loads: Loads) -> Table:
     """The busiest rank of the layers that were worst, and of all layers."""
     layers = np.array(loads.loaded_layers)
-    tokens_LE = loads.mixture_LE()
-    was_L, is_L = (rank_loads_LR(each, tokens_LE)[layers].max(axis=1) for each in (before, after))
+    tokens_YE = loads.mixture_YE()
+    was_Y, is_Y = (rank_loads_YR(each, tokens_YE)[layers].max(axis=1) for each in (before, after))
     table = Table("layer", title="load of the busiest rank, over the mean", title_justify="left")
     for name in ("experts in order", after.provenance.algorithm):
         table.add_column(name, justify="right")
-    for index in np.argsort(-is_L, kind="stable")[:WORST]:
-        table.add_row(str(layers[index]), f"{was_L[index]:.4f}", f"{is_L[index]:.4f}")
+    for index in np.argsort(-is_Y, kind="stable")[:WORST]:
+        table.add_row(str(layers[index]), f"{was_Y[index]:.4f}", f"{is_Y[index]:.4f}")
     table.add_section()
-    table.add_row(f"mean of {len(layers)}", f"{was_L.mean():.4f}", f"{is_L.mean():.4f}", style="bold")
+    table.add_row(f"mean of {len(layers)}", f"{was_Y.mean():.4f}", f"{is_Y.mean():.4f}", style="bold")
     return table

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Form = Literal["half", "fp8", "int8"]
 FORM_OF: dict[str, Form] = {BLOCKED_FP8: "fp8", W8A8: "int8"}
-"""What LMDeploy makes of a quantised checkpoint -> the kernels' name for it."""
+"""What LMDeploy makes of a quantized checkpoint -> the kernels' name for it."""
 
 
 def tune(
@@ -104,9 +104,9 @@ def _of_model(name: str, settings: dict[str, Any], ep_size: int) -> "ExpertShape
 
 def _form_of(name: str, settings: dict[str, Any]) -> Form:
     text = settings.get("text_config") or {}
-    quantised = settings.get("quantization_config") or text.get("quantization_config")
-    found = form_of_experts(quantised) if quantised else "half"
-    if quantised and found not in FORM_OF:
+    quantized = settings.get("quantization_config") or text.get("quantization_config")
+    found = form_of_experts(quantized) if quantized else "half"
+    if quantized and found not in FORM_OF:
         raise ConfigError(
             f"tune: our kernels do not multiply {found} experts, which {name} has; name a --form"
         )

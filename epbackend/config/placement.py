@@ -1,4 +1,4 @@
-"""Where the experts live: a finished placement, or what to plan one on, and how tokens choose among copies."""
+"""Where the experts live: a finished placement, or what to plan one on, and how tokens choose among replicas."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args

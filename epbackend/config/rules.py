@@ -48,7 +48,7 @@ def without_effect(config: "EPConfig") -> list[str]:
         found.append("engine.cache_max_entry_count has no effect on the CPU: set engine.cache_gb instead")
     if _changed(config.placement, "split") and not config.placement.given:
         found.append(
-            "placement.split has no effect without placement.file or placement.loads: no expert has copies"
+            "placement.split has no effect without placement.file or placement.loads: no expert has replicas"
         )
     return found
 

@@ -22,22 +22,22 @@ class AllGather(Dispatcher):
     summary = "gather all tokens, local experts, then reduce-scatter"
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
-        collectives = Collectives.of(self.problem)
+        collectives = Collectives.of(self.spec)
         tokens_R = self._tokens(hidden_TD, collectives)
         longest, gathered = max(tokens_R), sum(tokens_R)
-        settings, kernels = self.problem.settings, self.problem.kernels
+        settings, kernels = self.spec.settings, self.spec.kernels
         form = RowFormat.of(hidden_TD, slot_ids_TK, settings.transport)
         bytes_NB = form.pack(kernels, hidden_TD, slot_ids_TK, weights_TK, longest)
         if longest:
             bytes_NB = collectives.all_gather(bytes_NB)
         bound = row_bound(gathered, form.top_k, settings)
-        local = LocalRows(self.problem, *form.unpack(kernels, bytes_NB), bound)
+        local = LocalRows(self.spec, *form.unpack(kernels, bytes_NB), bound)
         return _AllGatherExchange(local, collectives, hidden_TD)
 
     def _tokens(self, hidden_TD: Tensor, collectives: Collectives) -> list[int]:
         """How many tokens each rank holds."""
-        mine, ranks = len(hidden_TD), self.problem.ranks.size
-        if self.problem.settings.static:
+        mine, ranks = len(hidden_TD), self.spec.ranks.size
+        if self.spec.settings.static:
             return [mine] * ranks
         mine_1 = torch.full((1,), mine, device=hidden_TD.device)
         return [tokens for (tokens,) in collectives.all_gather_ints(mine_1)]

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from epbackend.dispatch.base import Batch, Dispatcher, DispatchSettings, Exchange, Problem
+from epbackend.dispatch.base import Batch, Dispatcher, DispatchSettings, Exchange, LayerSpec
 from epbackend.dispatch.collectives import Collectives, Pending, one_ahead
 from epbackend.dispatch.local_experts import LocalRows
 from epbackend.dispatch.row_format import RowFormat
@@ -87,8 +87,8 @@ class AllToAll(Dispatcher):
     summary = "send each token once to each rank that needs it, in overlapped steps"
 
     @classmethod
-    def reason(cls, problem: Problem) -> str:
-        if not problem.settings.static:
+    def reason(cls, spec: LayerSpec) -> str:
+        if not spec.settings.static:
             return cls.summary
         return (
             "every token to every rank, as no size may pass through the host where CUDA graphs are captured; "
@@ -96,27 +96,27 @@ class AllToAll(Dispatcher):
         )
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
-        form = StaticExchange if self.problem.settings.static else _ExactExchange
-        return form(self.problem, hidden_TD, slot_ids_TK, weights_TK)
+        form = StaticExchange if self.spec.settings.static else _ExactExchange
+        return form(self.spec, hidden_TD, slot_ids_TK, weights_TK)
 
 
 class _ExactExchange(Exchange):
     """M rows to send, sorted by step, then by peer, then by token, so that a step is a slice of them."""
 
-    def __init__(self, problem: Problem, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
-        self._problem, self._collectives = problem, Collectives.of(problem)
-        self._form = RowFormat.of(hidden_TD, slot_ids_TK, problem.settings.transport)
-        self._bytes_TB = self._form.pack(problem.kernels, hidden_TD, slot_ids_TK, weights_TK)
+    def __init__(self, spec: LayerSpec, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
+        self._problem, self._collectives = spec, Collectives.of(spec)
+        self._form = RowFormat.of(hidden_TD, slot_ids_TK, spec.settings.transport)
+        self._bytes_TB = self._form.pack(spec.kernels, hidden_TD, slot_ids_TK, weights_TK)
         self._sums_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
-        wanted_RT = _wanted(slot_ids_TK, problem.slots, problem.ranks.size)
-        counts_R, me, size = wanted_RT.sum(1), problem.ranks.rank, problem.ranks.size
-        choices_R = problem.kernels.count(slot_ids_TK // problem.slots, size)
+        wanted_RT = _wanted(slot_ids_TK, spec.slots, spec.ranks.size)
+        counts_R, me, size = wanted_RT.sum(1), spec.ranks.rank, spec.ranks.size
+        choices_R = spec.kernels.count(slot_ids_TK // spec.slots, size)
         mine = torch.cat([counts_R.new_full((1,), len(hidden_TD)), counts_R, choices_R])
         table = self._collectives.all_gather_ints(mine)
         tokens_R, counts_RR = [row[0] for row in table], [row[1 : 1 + size] for row in table]
         self._rows = sum(row[1 + size + me] for row in table)
         """That this rank's experts compute, in all steps."""
-        self._plan = Plan.of(counts_RR, tokens_R, self._form.top_k, problem.settings)
+        self._plan = Plan.of(counts_RR, tokens_R, self._form.top_k, spec.settings)
         self.rounds = self._plan.rounds
         order_M = _by_step(wanted_RT, counts_R, self._plan.steps)[: sum(counts_RR[me])]
         tokens = max(1, len(hidden_TD))
@@ -185,12 +185,12 @@ def _by_step(wanted_RT: Tensor, counts_R: Tensor, steps: int) -> Tensor:
 class StaticExchange(Exchange):
     """Every rank sends the same tokens of each step to every rank."""
 
-    def __init__(self, problem: Problem, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
-        self._problem, self._collectives = problem, Collectives.of(problem)
-        self._form = RowFormat.of(hidden_TD, slot_ids_TK, problem.settings.transport)
-        self._bytes_TB = self._form.pack(problem.kernels, hidden_TD, slot_ids_TK, weights_TK)
+    def __init__(self, spec: LayerSpec, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
+        self._problem, self._collectives = spec, Collectives.of(spec)
+        self._form = RowFormat.of(hidden_TD, slot_ids_TK, spec.settings.transport)
+        self._bytes_TB = self._form.pack(spec.kernels, hidden_TD, slot_ids_TK, weights_TK)
         self._out_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format)
-        plan = Plan.worst(len(hidden_TD), problem.ranks.size, self._form.top_k, problem.settings)
+        plan = Plan.worst(len(hidden_TD), spec.ranks.size, self._form.top_k, spec.settings)
         self.rounds = plan.rounds
         steps = [plan.rows(0, 0, step) for step in range(plan.steps)]
         self._tokens = [slice(rows.start, rows.stop) for rows in steps if rows]

@@ -51,7 +51,7 @@ class DispatchSettings:
     """Every rank brings equally many tokens in a call of this phase, at most `max_tokens`, and the call may be captured
     in a CUDA graph: nothing is read back to the host, and loops and shapes depend on shapes and settings alone."""
     transport: str = "full"
-    """How rows travel to the experts: "full" as they are, "int8" or "fp8" quantised (see `dispatch/row_format.py`)."""
+    """How rows travel to the experts: "full" as they are, "int8" or "fp8" quantized (see `dispatch/row_format.py`)."""
     timeout_s: float = 120.0
     """Seconds until a collective that does not finish becomes an error naming the ranks that do not answer."""
 
@@ -99,7 +99,7 @@ class RankGroup:
 
 
 @dataclass(frozen=True)
-class Problem:
+class LayerSpec:
     """What is known of a layer before its first token: enough to choose a dispatcher, and all that it needs."""
 
     ranks: RankGroup
@@ -126,7 +126,7 @@ class Batch:
 
     rows_SD: Rows
     counts_L: Tensor
-    source_S: Tensor
+    choice_of_row_S: Tensor
     """Which choice each row serves, as in `kernels.Permuted`; a fused dispatcher's own notes instead (`mc2`)."""
     step: int
     """The number of the pass (level 1) or of the exchange (level 2) that the rows belong to."""
@@ -165,8 +165,8 @@ class Dispatcher(ABC):
     summary: str
     """What it does, in one line for people."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec = spec
 
     @classmethod
     def missing(cls) -> str | None:
@@ -174,17 +174,17 @@ class Dispatcher(ABC):
         return None if dist.is_available() else "this torch is built without torch.distributed"
 
     @classmethod
-    def unsupported(cls, problem: Problem) -> str | None:
-        """Why this dispatcher cannot serve the problem; None if it can."""
-        if problem.settings.level != cls.level:
-            return f"it serves ep_level {cls.level}, and ep_level is {problem.settings.level}"
-        if problem.ranks.size == 1:
+    def unsupported(cls, spec: LayerSpec) -> str | None:
+        """Why this dispatcher cannot serve the spec; None if it can."""
+        if spec.settings.level != cls.level:
+            return f"it serves ep_level {cls.level}, and ep_level is {spec.settings.level}"
+        if spec.ranks.size == 1:
             return "there is one rank, so no row travels"
         return None
 
     @classmethod
-    def reason(cls, problem: Problem) -> str:
-        """What to say for people where it is chosen for the problem."""
+    def reason(cls, spec: LayerSpec) -> str:
+        """What to say for people where it is chosen for the spec."""
         return cls.summary
 
     @abstractmethod

@@ -8,7 +8,7 @@ from functools import cache
 
 from epbackend.dispatch.allgather import AllGather
 from epbackend.dispatch.alltoall import AllToAll
-from epbackend.dispatch.base import Dispatcher, Problem
+from epbackend.dispatch.base import Dispatcher, LayerSpec
 from epbackend.dispatch.deepep import DeepEp
 from epbackend.dispatch.local_experts import row_bound
 from epbackend.dispatch.mc2 import Mc2
@@ -25,7 +25,7 @@ DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, Symmetr
 
 
 @dataclass(frozen=True)
-class Choice:
+class Decision:
     """The dispatcher taken, why, and why not the others."""
 
     name: str
@@ -35,7 +35,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Listed:
+class DispatcherInfo:
     """A dispatcher as `epbackend doctor` shows it."""
 
     name: str
@@ -45,39 +45,39 @@ class Listed:
     """Why it cannot be used on this machine; None if it can."""
 
 
-def dispatchers() -> tuple[Listed, ...]:
+def dispatchers() -> tuple[DispatcherInfo, ...]:
     """Every dispatcher, usable on this machine or not."""
-    return tuple(Listed(cls.name, cls.level, cls.summary, cls.missing()) for cls in DISPATCHERS)
+    return tuple(DispatcherInfo(cls.name, cls.level, cls.summary, cls.missing()) for cls in DISPATCHERS)
 
 
-def choose(problem: Problem) -> tuple[Dispatcher, Choice]:
+def choose(spec: LayerSpec) -> tuple[Dispatcher, Decision]:
     """The dispatcher for a layer, ready to begin, and the reasons.
 
     Raises ConfigError if the pinned dispatcher cannot serve, or if a setting cannot work for this layer.
     """
-    choice = decide(problem)
-    _log(choice, problem.settings.level)
-    dispatcher = next(cls for cls in DISPATCHERS if cls.name == choice.name)(problem)
-    shared_tokens = problem.ranks.token_size > 1 and choice.name != Replicated.name
+    choice = decide(spec)
+    _log(choice, spec.settings.level)
+    dispatcher = next(cls for cls in DISPATCHERS if cls.name == choice.name)(spec)
+    shared_tokens = spec.ranks.token_size > 1 and choice.name != Replicated.name
     return Sliced(dispatcher) if shared_tokens else dispatcher, choice
 
 
-def decide(problem: Problem) -> Choice:
+def decide(spec: LayerSpec) -> Decision:
     """What `choose` takes, without making it; raises as it does.
 
-    `problem.ranks` may be without a group: what only ranks that run can find out is then taken to be well.
+    `spec.ranks` may be without a group: what only ranks that run can find out is then taken to be well.
     """
-    row_bound(0, problem.top_k, problem.settings)  # a factor too small for top_k is an error now, not later
-    if problem.settings.transport not in TRANSPORTS:
+    row_bound(0, spec.top_k, spec.settings)  # a factor too small for top_k is an error now, not later
+    if spec.settings.transport not in TRANSPORTS:
         known = ", ".join(TRANSPORTS)
-        raise ConfigError(f"transport {problem.settings.transport!r} is unknown; it is one of {known}")
-    reasons = {cls.name: cls.unsupported(problem) for cls in DISPATCHERS}
-    named = _named(problem.settings.dispatcher, reasons)
-    name = _first_usable(problem, named or list(reasons), reasons)
-    why = next(cls for cls in DISPATCHERS if cls.name == name).reason(problem)
+        raise ConfigError(f"transport {spec.settings.transport!r} is unknown; it is one of {known}")
+    reasons = {cls.name: cls.unsupported(spec) for cls in DISPATCHERS}
+    named = _named(spec.settings.dispatcher, reasons)
+    name = _first_usable(spec, named or list(reasons), reasons)
+    why = next(cls for cls in DISPATCHERS if cls.name == name).reason(spec)
     other = f"usable, but {name} is {'pinned' if named else 'preferred'}"
     passed_over = tuple((rival, reason or other) for rival, reason in reasons.items() if rival != name)
-    return Choice(name, f"pinned; {why}" if named else why, passed_over)
+    return Decision(name, f"pinned; {why}" if named else why, passed_over)
 
 
 def _named(setting: str, reasons: dict[str, str | None]) -> list[str]:
@@ -91,12 +91,12 @@ def _named(setting: str, reasons: dict[str, str | None]) -> list[str]:
     return names
 
 
-def _first_usable(problem: Problem, candidates: list[str], reasons: dict[str, str | None]) -> str:
+def _first_usable(spec: LayerSpec, candidates: list[str], reasons: dict[str, str | None]) -> str:
     usable = [name for name in candidates if reasons[name] is None]
     if usable:
         return usable[0]
-    if problem.settings.dispatcher == "auto":
-        raise ConfigError(f"no dispatcher serves ep_level {problem.settings.level}: {_listed(reasons)}")
+    if spec.settings.dispatcher == "auto":
+        raise ConfigError(f"no dispatcher serves ep_level {spec.settings.level}: {_listed(reasons)}")
     if len(candidates) == 1:
         pinned = candidates[0]
         raise ConfigError(
@@ -109,7 +109,7 @@ def _first_usable(problem: Problem, candidates: list[str], reasons: dict[str, st
 
 
 @cache
-def _log(choice: Choice, level: int) -> None:
+def _log(choice: Decision, level: int) -> None:
     """Tell of a choice once, not for each layer."""
     others = "; ".join(f"not {name}: {reason}" for name, reason in choice.passed_over)
     logger.info("ep_level %d: dispatcher %s (%s); %s", level, choice.name, choice.reason, others)

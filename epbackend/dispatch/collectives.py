@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from epbackend.dispatch.base import Problem
+from epbackend.dispatch.base import LayerSpec
 from epbackend.dispatch.watchdog import blame
 from epbackend.errors import CollectiveError
 
@@ -53,14 +53,14 @@ class Collectives:
     layer: int
 
     @classmethod
-    def of(cls, problem: Problem) -> Collectives:
+    def of(cls, spec: LayerSpec) -> Collectives:
         """Among the ranks that share the experts."""
-        return cls(problem.ranks.group, problem.settings.timeout_s, problem.layer)
+        return cls(spec.ranks.group, spec.settings.timeout_s, spec.layer)
 
     @classmethod
-    def among_same_tokens(cls, problem: Problem) -> Collectives:
+    def among_same_tokens(cls, spec: LayerSpec) -> Collectives:
         """Among the ranks that hold the same tokens."""
-        return cls(problem.ranks.token_group, problem.settings.timeout_s, problem.layer)
+        return cls(spec.ranks.token_group, spec.settings.timeout_s, spec.layer)
 
     @property
     def size(self) -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
+from epbackend.dispatch.base import Batch, Dispatcher, Exchange, LayerSpec
 from epbackend.dispatch.local_experts import LocalRows
 from epbackend.errors import ConfigError
 
@@ -85,12 +85,12 @@ class DeepEp(Dispatcher):
     level = 2
     summary = "DeepEP's kernels: low-latency ones where a call's tokens are bounded, normal ones otherwise"
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        self._link = link_of(problem.ranks.group)
-        self._tokens = problem.most_tokens
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        self._link = link_of(spec.ranks.group)
+        self._tokens = spec.most_tokens
         if self._tokens is not None:
-            self._link.reserve(self._tokens, problem.ranks.size * problem.slots)
+            self._link.reserve(self._tokens, spec.ranks.size * spec.slots)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -99,15 +99,15 @@ class DeepEp(Dispatcher):
         return super().missing()
 
     @classmethod
-    def unsupported(cls, problem: Problem) -> str | None:
-        settings = problem.settings
-        if reason := super().unsupported(problem):
+    def unsupported(cls, spec: LayerSpec) -> str | None:
+        settings = spec.settings
+        if reason := super().unsupported(spec):
             return reason
         if settings.dispatcher == "auto":
             return "it is taken only where it is named"
         if reason := cls.missing():
             return reason
-        if not getattr(problem.kernels, "on_cuda", False):
+        if not getattr(spec.kernels, "on_cuda", False):
             return "it needs device cuda with its Triton kernels"
         if settings.transport != "full":
             return f"its rows travel in full, and transport is {settings.transport}"
@@ -119,27 +119,27 @@ class DeepEp(Dispatcher):
         """Raises ConfigError for rows that DeepEP does not take."""
         if hidden_TD.dtype != torch.bfloat16:
             raise ConfigError(
-                f"MoE layer {self.problem.layer}: deepep carries torch.bfloat16 and the model's dtype is "
+                f"MoE layer {self.spec.layer}: deepep carries torch.bfloat16 and the model's dtype is "
                 f"{hidden_TD.dtype}; take another dispatcher"
             )
         tokens = hidden_TD, slot_ids_TK.long(), weights_TK.float()
         if self._tokens is None:
-            return _NormalExchange(self.problem, self._link, *tokens)
+            return _NormalExchange(self.spec, self._link, *tokens)
         if len(hidden_TD) > self._tokens:
             raise ConfigError(
-                f"MoE layer {self.problem.layer}: {len(hidden_TD)} tokens in a call that may have {self._tokens}; "
+                f"MoE layer {self.spec.layer}: {len(hidden_TD)} tokens in a call that may have {self._tokens}; "
                 "raise engine.max_batch_size"
             )
-        return _LowLatencyExchange(self.problem, self._link, self._tokens, *tokens)
+        return _LowLatencyExchange(self.spec, self._link, self._tokens, *tokens)
 
 
 class _NormalExchange(Exchange):
     """A token goes once to each rank that it needs, and one partial sum comes back; the host waits for the counts."""
 
     def __init__(
-        self, problem: Problem, link: Link, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor
+        self, spec: LayerSpec, link: Link, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor
     ) -> None:
-        self._problem, self._link = problem, link
+        self._problem, self._link = spec, link
         self._buffer = link.open(hidden_TD.shape[1])
         self._tokens = hidden_TD, slot_ids_TK, weights_TK
 
@@ -177,14 +177,14 @@ class _LowLatencyExchange(Exchange):
 
     def __init__(
         self,
-        problem: Problem,
+        spec: LayerSpec,
         link: Link,
         tokens: int,
         hidden_TD: Tensor,
         slot_ids_TK: Tensor,
         weights_TK: Tensor,
     ) -> None:
-        self._problem, self._most = problem, tokens
+        self._problem, self._most = spec, tokens
         self._buffer = link.open(hidden_TD.shape[1])
         self._hidden_TD, self._slot_ids_TK, self._weights_TK = hidden_TD, slot_ids_TK, weights_TK
 

@@ -13,7 +13,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from epbackend.dispatch.base import Batch, DispatchSettings, Exchange, Problem
+from epbackend.dispatch.base import Batch, DispatchSettings, Exchange, LayerSpec
 from epbackend.errors import ConfigError
 
 
@@ -52,7 +52,7 @@ class LocalRows:
 
     def __init__(
         self,
-        problem: Problem,
+        spec: LayerSpec,
         hidden_ND: Tensor,
         slot_ids_NK: Tensor,
         weights_NK: Tensor,
@@ -64,14 +64,12 @@ class LocalRows:
 
         `chosen` says that every token is here because it chose this rank.
         """
-        self._kernels, self._slots = problem.kernels, problem.slots
+        self._kernels, self._slots = spec.kernels, spec.slots
         self._hidden_ND, self._weights_NK = hidden_ND, weights_NK
-        self._slot_ids_NK = slot_ids_NK - problem.ranks.rank * problem.slots
+        self._slot_ids_NK = slot_ids_NK - spec.ranks.rank * spec.slots
         self._bound = bound if bound is not None and bound < slot_ids_NK.numel() else None
-        self._static = problem.settings.static
-        self._expected = expected_rows(
-            len(slot_ids_NK), slot_ids_NK.shape[1], problem.ranks.size, chosen=chosen
-        )
+        self._static = spec.settings.static
+        self._expected = expected_rows(len(slot_ids_NK), slot_ids_NK.shape[1], spec.ranks.size, chosen=chosen)
         self.sums_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device)
 
     def passes(self) -> int:
@@ -91,11 +89,11 @@ class LocalRows:
         window = None if self._bound is None else (number * self._bound, (number + 1) * self._bound)
         permuted = self._kernels.permute(self._hidden_ND, self._slot_ids_NK, self._slots, window)
         expected = min(self._expected, len(permuted.rows_SD))
-        return Batch(permuted.rows_SD, permuted.counts_L, permuted.source_S, number, expected)
+        return Batch(permuted.rows_SD, permuted.counts_L, permuted.choice_of_row_S, number, expected)
 
     def add(self, rows_SD: Tensor, batch: Batch) -> None:
         """Add the experts' results for `batch`, weighted, to their tokens' sums."""
-        self._kernels.unpermute(rows_SD, batch.source_S, self._weights_NK, self.sums_ND)
+        self._kernels.unpermute(rows_SD, batch.choice_of_row_S, self._weights_NK, self.sums_ND)
 
 
 class PassesExchange(Exchange):

@@ -26,7 +26,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.nn.functional import pad
 
 from epbackend.device import devices
-from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
+from epbackend.dispatch.base import Batch, Dispatcher, Exchange, LayerSpec
 from epbackend.errors import ConfigError
 from epbackend.kernels.int8 import Int8Rows
 from epbackend.kernels.npu import ops
@@ -87,7 +87,7 @@ def broken(chip: str, ranks: int, slots: int, top_k: int, tokens: int | None) ->
     if slots > limits.slots:
         return f"on {chip} a rank may hold {limits.slots} experts, and holds {slots}: raise ep_size"
     if slots * ranks > MOST_EXPERTS:
-        return f"there may be {MOST_EXPERTS} experts with their copies, and there are {slots * ranks}"
+        return f"there may be {MOST_EXPERTS} experts with their replicas, and there are {slots * ranks}"
     if top_k > limits.top_k:
         return f"on {chip} a token may choose {limits.top_k} experts, and this model's chooses {top_k}"
     if tokens is None:
@@ -160,28 +160,28 @@ class Mc2(Dispatcher):
         return super().missing() or (reason and f"it needs device ascend: {reason}")
 
     @classmethod
-    def unsupported(cls, problem: Problem) -> str | None:
-        chip = _chip(problem)
+    def unsupported(cls, spec: LayerSpec) -> str | None:
+        chip = _chip(spec)
         if chip is None:
             return "it needs an Ascend NPU (device ascend)"
-        if reason := super().unsupported(problem):
+        if reason := super().unsupported(spec):
             return reason
-        if problem.settings.transport == "fp8":
+        if spec.settings.transport == "fp8":
             return "it sends rows in full or in int8, and transport is fp8"
-        ranks, slots = problem.ranks.size, problem.slots
-        if chip == "A2" and ranks < FEWEST_ON_A2 and problem.settings.dispatcher == "auto":
+        ranks, slots = spec.ranks.size, spec.slots
+        if chip == "A2" and ranks < FEWEST_ON_A2 and spec.settings.dispatcher == "auto":
             return (
                 f"on A2 it is for {FEWEST_ON_A2} ranks and more, and there are {ranks}: older CANN takes no fewer, "
                 "so name it (dispatcher: mc2) where yours does"
             )
-        if reason := broken(chip, ranks, slots, problem.top_k, problem.most_tokens):
+        if reason := broken(chip, ranks, slots, spec.top_k, spec.most_tokens):
             return reason
-        return None if problem.hidden_size is None else broken_width(chip, problem.hidden_size)
+        return None if spec.hidden_size is None else broken_width(chip, spec.hidden_size)
 
     @classmethod
-    def reason(cls, problem: Problem) -> str:
-        chip, form = str(_chip(problem)), ", in int8" if problem.settings.transport == "int8" else ""
-        most, tokens = LIMITS[chip].tokens, problem.most_tokens
+    def reason(cls, spec: LayerSpec) -> str:
+        chip, form = str(_chip(spec)), ", in int8" if spec.settings.transport == "int8" else ""
+        most, tokens = LIMITS[chip].tokens, spec.most_tokens
         return f"{cls.summary}: {chip} takes {most} tokens a rank, and {tokens} are sent{form}"
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
@@ -189,13 +189,11 @@ class Mc2(Dispatcher):
 
         A token must choose each slot once at most, which the router's top-k sees to.
         """
-        tokens = self.problem.most_tokens
+        tokens = self.spec.most_tokens
         assert tokens is not None  # else `unsupported` gave a reason
-        _check(hidden_TD, tokens, _chip(self.problem))
-        group = _group(self.problem, hidden_TD.shape[1], tokens)
-        return _Mc2Exchange(
-            group, hidden_TD, slot_ids_TK, weights_TK, self.problem.settings.transport == "int8"
-        )
+        _check(hidden_TD, tokens, _chip(self.spec))
+        group = _group(self.spec, hidden_TD.shape[1], tokens)
+        return _Mc2Exchange(group, hidden_TD, slot_ids_TK, weights_TK, self.spec.settings.transport == "int8")
 
 
 class _Mc2Exchange(Exchange):
@@ -227,19 +225,19 @@ class _Mc2Exchange(Exchange):
         return self._out_TD[: self._tokens]
 
 
-def _chip(problem: Problem) -> str | None:
+def _chip(spec: LayerSpec) -> str | None:
     """The NPU's generation; None where the kernels are another device's."""
-    return getattr(problem.kernels, "chip", None)
+    return getattr(spec.kernels, "chip", None)
 
 
-def _group(problem: Problem, hidden: int, tokens: int) -> ops.FusedGroup:
-    ranks, chip = problem.ranks, _chip(problem)
+def _group(spec: LayerSpec, hidden: int, tokens: int) -> ops.FusedGroup:
+    ranks, chip = spec.ranks, _chip(spec)
     assert chip is not None  # else `unsupported` gave a reason
     assert ranks.group is not None
-    buffer = buffer_mb(chip, ranks.size, problem.slots, problem.top_k, tokens, hidden)
+    buffer = buffer_mb(chip, ranks.size, spec.slots, spec.top_k, tokens, hidden)
     communicator = own_communicator(ranks.group, buffer)
     algorithm = LIMITS[chip].algorithm
-    return ops.FusedGroup(communicator, ranks.rank, ranks.size, problem.slots, tokens, algorithm)
+    return ops.FusedGroup(communicator, ranks.rank, ranks.size, spec.slots, tokens, algorithm)
 
 
 def _check(hidden_TD: Tensor, tokens: int, chip: str | None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from epbackend.dispatch.base import Dispatcher, Exchange, Problem
+from epbackend.dispatch.base import Dispatcher, Exchange, LayerSpec
 from epbackend.dispatch.collectives import Collectives
 from epbackend.dispatch.local_experts import LocalRows, PassesExchange, row_bound
 
@@ -18,25 +18,25 @@ class Replicated(Dispatcher):
     summary = "every rank holds all tokens: local experts, then all-reduce"
 
     @classmethod
-    def unsupported(cls, problem: Problem) -> str | None:
-        ranks = problem.ranks
+    def unsupported(cls, spec: LayerSpec) -> str | None:
+        ranks = spec.ranks
         if ranks.size == 1:
             return None
         if ranks.token_size != ranks.size:
             return f"the ranks hold different tokens (each is on {ranks.token_size} of {ranks.size} ranks)"
-        return super().unsupported(problem)
+        return super().unsupported(spec)
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         tokens, top_k = slot_ids_TK.shape
-        bound = row_bound(tokens, top_k, self.problem.settings)
-        local = LocalRows(self.problem, hidden_TD, slot_ids_TK, weights_TK, bound)
-        return _ReplicatedExchange(local, self.problem, hidden_TD)
+        bound = row_bound(tokens, top_k, self.spec.settings)
+        local = LocalRows(self.spec, hidden_TD, slot_ids_TK, weights_TK, bound)
+        return _ReplicatedExchange(local, self.spec, hidden_TD)
 
 
 class _ReplicatedExchange(PassesExchange):
-    def __init__(self, local: LocalRows, problem: Problem, hidden_TD: Tensor) -> None:
+    def __init__(self, local: LocalRows, spec: LayerSpec, hidden_TD: Tensor) -> None:
         super().__init__(local)
-        self._collectives = Collectives.of(problem)
+        self._collectives = Collectives.of(spec)
         self._dtype = hidden_TD.dtype
 
     def finish(self) -> Tensor:

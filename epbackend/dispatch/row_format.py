@@ -1,6 +1,6 @@
 """In what form a row's hidden values travel to the experts: as they are, or in 8 bits with scales.
 
-Rows in 8 bits get their own dtype back on arrival; experts of the same form quantise them again, to the same values but
+Rows in 8 bits get their own dtype back on arrival; experts of the same form quantize them again, to the same values but
 for rounding. Partial sums always travel back in full: rounding errors of a row average out over the D products that it
 enters, those of a sum go straight into the model's output.
 
@@ -8,7 +8,7 @@ One byte row a token: its choices, their weights and its hidden state, so that o
 
 Layout of a row: K int32 slot ids, K float32 weights, G float32 scales, D values in the transport's dtype. The row is
 padded to 8 bytes, which keeps every field aligned, so that unpacking makes views and copies nothing but the ids and
-what has to be dequantised.
+what has to be dequantized.
 """
 
 from __future__ import annotations

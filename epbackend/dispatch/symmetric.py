@@ -22,7 +22,7 @@ from torch._C import _distributed_c10d as c10d
 from torch._C._autograd import DeviceType
 
 from epbackend.device import devices
-from epbackend.dispatch.base import Dispatcher, Exchange, Problem, RankGroup
+from epbackend.dispatch.base import Dispatcher, Exchange, LayerSpec, RankGroup
 from epbackend.dispatch.collectives import Collectives
 from epbackend.errors import ConfigError, UnavailableError
 
@@ -146,21 +146,21 @@ class Symmetric(Dispatcher):
         return super().missing() or (reason and f"it needs device cuda: {reason}") or not_built()
 
     @classmethod
-    def unsupported(cls, problem: Problem) -> str | None:
+    def unsupported(cls, spec: LayerSpec) -> str | None:
         """All ranks come to the same answer; the first time they ask each other where they are."""
-        if reason := super().unsupported(problem):
+        if reason := super().unsupported(spec):
             return reason
-        if not getattr(problem.kernels, "on_cuda", False):
+        if not getattr(spec.kernels, "on_cuda", False):
             return "it needs device cuda with its Triton kernels"
-        if problem.settings.static and problem.settings.max_tokens is None:
+        if spec.settings.static and spec.settings.max_tokens is None:
             return "nothing bounds this phase's tokens (decode is bounded by engine.max_batch_size)"
-        if problem.settings.transport == "fp8" and not _float8():
+        if spec.settings.transport == "fp8" and not _float8():
             return "transport is fp8, which GPUs older than Ada (8.9) do not have: write int8 or full"
         if reason := not_built():
             return reason
-        if cls.name not in problem.settings.dispatcher:
+        if cls.name not in spec.settings.dispatcher:
             return "it has not run on a GPU yet, so it is taken only where it is named"
-        return unreachable(problem.ranks, problem.settings.timeout_s)
+        return unreachable(spec.ranks, spec.settings.timeout_s)
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         """Raises ConfigError for more tokens than the phase may have.
@@ -170,17 +170,17 @@ class Symmetric(Dispatcher):
         from epbackend.dispatch.symmetric_exchange import SymmetricExchange  # imports Triton
         from epbackend.dispatch.symmetric_memory import Room, connect
 
-        room = Room.of(self.problem)
+        room = Room.of(self.spec)
         if room.bounded and len(hidden_TD) > room.tokens:
             raise ConfigError(
-                f"MoE layer {self.problem.layer}: {len(hidden_TD)} tokens in a call that may have {room.tokens}; "
+                f"MoE layer {self.spec.layer}: {len(hidden_TD)} tokens in a call that may have {room.tokens}; "
                 "raise engine.max_batch_size"
             )
         try:
-            peers = connect(self.problem.ranks.group, hidden_TD.device, self.problem.settings.timeout_s)
-            return SymmetricExchange(self.problem, peers, room, hidden_TD, slot_ids_TK, weights_TK)
+            peers = connect(self.spec.ranks.group, hidden_TD.device, self.spec.settings.timeout_s)
+            return SymmetricExchange(self.spec, peers, room, hidden_TD, slot_ids_TK, weights_TK)
         except UnavailableError as error:
-            raise UnavailableError(f"MoE layer {self.problem.layer}: {error}") from error
+            raise UnavailableError(f"MoE layer {self.spec.layer}: {error}") from error
 
 
 def _float8() -> bool:

@@ -1,4 +1,4 @@
-"""What a row is while it travels between peers: itself, or its quantised values and behind them their scales.
+"""What a row is while it travels between peers: itself, or its quantized values and behind them their scales.
 
 One layer call over the peers' memory: counts, rows, results; see `kernels.triton.peer` for the phases.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epbackend.dispatch.base import Batch, Exchange, Problem
+from epbackend.dispatch.base import Batch, Exchange, LayerSpec
 from epbackend.dispatch.row_format import TRANSPORTS
 from epbackend.dispatch.symmetric_memory import Geometry, Peers, Room
 from epbackend.kernels.triton.quantize import narrow, widen
@@ -21,7 +21,7 @@ ALIGNMENT = 16
 """Bytes: values and scales each begin at a multiple, so that rows move in the widest loads and stores."""
 
 WORD = torch.int32
-"""What a quantised row is made of, as far as the copying kernels can see."""
+"""What a quantized row is made of, as far as the copying kernels can see."""
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,21 @@ class Part:
 class SymmetricExchange(Exchange):
     def __init__(
         self,
-        problem: Problem,
+        spec: LayerSpec,
         peers: Peers,
         room: Room,
         hidden_TD: Tensor,
         slot_ids_TK: Tensor,
         weights_TK: Tensor,
     ) -> None:
-        self._problem, self._peers, self._room = problem, peers, room
+        self._problem, self._peers, self._room = spec, peers, room
         self._hidden_TD, self._weights_TK = hidden_TD, weights_TK
         self._slot_ids_TK = slot_ids_TK.contiguous()
-        self._wire = Wire(problem.settings.transport, hidden_TD.shape[1], hidden_TD.dtype)
+        self._wire = Wire(spec.settings.transport, hidden_TD.shape[1], hidden_TD.dtype)
         self._buffers = peers.buffers(
             Geometry(
                 ranks=peers.size,
-                slots=problem.slots,
+                slots=spec.slots,
                 choices=room.tokens * slot_ids_TK.shape[1],
                 rows=room.rows,
                 row=self._wire.row,
@@ -126,7 +126,7 @@ class SymmetricExchange(Exchange):
             self._settle(part)
 
     def combine(self, rows_SD: Tensor, batch: Batch) -> None:
-        give_back(rows_SD, batch.counts_L, batch.source_S, self._buffers.results)
+        give_back(rows_SD, batch.counts_L, batch.choice_of_row_S, self._buffers.results)
         self._peers.meet(self._problem.layer)
 
     def finish(self) -> Tensor:

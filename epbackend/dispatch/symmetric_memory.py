@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed import distributed_c10d as c10d
 
-from epbackend.dispatch.base import Problem
+from epbackend.dispatch.base import LayerSpec
 from epbackend.dispatch.collectives import Collectives
 from epbackend.errors import CollectiveError, ConfigError, UnavailableError
 from epbackend.kernels.triton.symmetric import ALIGNMENT, Mirror, meet
@@ -44,20 +44,20 @@ class Room:
     """Whether no call has more tokens."""
 
     @classmethod
-    def of(cls, problem: Problem) -> Room:
+    def of(cls, spec: LayerSpec) -> Room:
         """`buffer_scale_factors` size the receive buffer as MindIE does: int(tokens * top_k * scale) rows.
 
         Without them there is room for the worst case where a call's tokens are bounded.
 
-        >>> Room.of(Problem(RankGroup(None, 0, 8), None, DispatchSettings(2, max_tokens=128), slots=32, top_k=8))
+        >>> Room.of(LayerSpec(RankGroup(None, 0, 8), None, DispatchSettings(2, max_tokens=128), slots=32, top_k=8))
         Room(tokens=128, rows=8192, bounded=True)
         """
-        settings, ranks = problem.settings, problem.ranks
-        bounded = problem.most_tokens is not None
-        tokens = problem.most_tokens or OPEN_TOKENS
+        settings, ranks = spec.settings, spec.ranks
+        bounded = spec.most_tokens is not None
+        tokens = spec.most_tokens or OPEN_TOKENS
         usual = ranks.size if bounded else min(ranks.size, OPEN_SCALE)
         scale = next((scale for length, scale in settings.buffer_scale_factors if length <= tokens), usual)
-        return cls(tokens, max(1, int(tokens * problem.top_k * scale)), bounded)
+        return cls(tokens, max(1, int(tokens * spec.top_k * scale)), bounded)
 
     def rounds_of(self, rows: int) -> int:
         """How many rounds `rows` rows for one rank need.

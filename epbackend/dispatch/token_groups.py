@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from epbackend.dispatch.base import Batch, Dispatcher, Exchange, Problem
+from epbackend.dispatch.base import Batch, Dispatcher, Exchange, LayerSpec
 from epbackend.dispatch.collectives import Collectives
 
 
@@ -15,24 +15,24 @@ class Sliced(Dispatcher):
     """Another dispatcher, on this rank's slice of its token group's tokens."""
 
     def __init__(self, inner: Dispatcher) -> None:
-        super().__init__(inner.problem)
+        super().__init__(inner.spec)
         self.name, self.level, self.summary = inner.name, inner.level, inner.summary
         self._inner = inner
 
     @classmethod
-    def unsupported(cls, problem: Problem) -> str | None:
-        return None if problem.ranks.token_size > 1 else "no other rank holds this rank's tokens"
+    def unsupported(cls, spec: LayerSpec) -> str | None:
+        return None if spec.ranks.token_size > 1 else "no other rank holds this rank's tokens"
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
-        ranks, tokens = self.problem.ranks, len(hidden_TD)
+        ranks, tokens = self.spec.ranks, len(hidden_TD)
         width = -(-tokens // ranks.token_size)
         first = ranks.token_rank * width
         mine = [tensor[first : first + width] for tensor in (hidden_TD, slot_ids_TK, weights_TK)]
-        if self.problem.settings.static:
+        if self.spec.settings.static:
             hidden, ids, weights = mine  # shorter, or empty, on the last ranks
             mine = [_padded(hidden, width, 0), _padded(ids, width, -1), _padded(weights, width, 0)]
         inner = self._inner.begin(*mine)
-        return _SlicedExchange(inner, Collectives.among_same_tokens(self.problem), tokens, width)
+        return _SlicedExchange(inner, Collectives.among_same_tokens(self.spec), tokens, width)
 
 
 class _SlicedExchange(Exchange):

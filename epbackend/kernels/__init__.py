@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from epbackend.kernels.id_check import IdGuard
-from epbackend.kernels.replica_split import EvenCopies, LevelCopies, Split
+from epbackend.kernels.id_check import ExpertIdCheck
+from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
 from epbackend.kernels.weight_formats import Matrices
 
 Rows = (
-    Any  # rows_SD; or int8.Int8Rows, from a dispatcher that sends them quantised, for kernels that take them
+    Any  # rows_SD; or int8.Int8Rows, from a dispatcher that sends them quantized, for kernels that take them
 )
 Packed = Any  # the matrices of L slots in a device's own layout: only the kernels that packed them read them
 
@@ -30,7 +30,7 @@ class Permuted:
     rows_SD: Tensor
     counts_L: Tensor
     """int64: rows of each slot."""
-    source_S: Tensor
+    choice_of_row_S: Tensor
     """int64: flat index t * K + k of the choice that a row serves."""
 
 
@@ -62,7 +62,7 @@ class Kernels(Protocol):
         `window` (first, last) keeps only that range of the sorted rows, so that a pass holds a bounded number.
         """
 
-    def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+    def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Add weight * row to each row's token in `out_TD` (float32), in a fixed order."""
 
     def pack(self, weights_LNK: Matrices) -> Packed:
@@ -94,18 +94,20 @@ class Kernels(Protocol):
     ) -> Tensor:
         """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot.
 
-        Rows that come quantised are not quantised again for W8A8 experts, and dequantised for others. `expected` is
+        Rows that come quantized are not quantized again for W8A8 experts, and dequantized for others. `expected` is
         about how many rows the counts cover, None for all; it may choose how they are computed.
         """
 
-    def even_split(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> Split:
-        """What finds a slot for each choice of tokens on `device`, its expert's copies sharing equally.
+    def even_split(self, replicas: EvenReplicas, device: torch.device, guard: ExpertIdCheck | None) -> Split:
+        """What finds a slot for each choice of tokens on `device`, its expert's replicas sharing equally.
 
         To the last token `placement.split.assign` of `even_shares` or `nearest_quota`, the turn moving on by one with
         each call. An id that no expert has is served as one that exists, and told to the guard.
         """
 
-    def level_split(self, copies: LevelCopies, device: torch.device, guard: IdGuard | None) -> Split:
+    def level_split(
+        self, replicas: LevelReplicas, device: torch.device, guard: ExpertIdCheck | None
+    ) -> Split:
         """The same with shares that level the ranks' loads.
 
         To the last token `assign` of `own_quota` of `level_shares`, for all ranks must agree.

@@ -60,7 +60,7 @@ BLOCK_ROWS = 256
 class CpuKernels(ReferenceKernels):
     """The reference with a faster matrix product. A packed weight is a list, so that one slot can be replaced.
 
-    Quantised experts are left to the reference: right, for trying things out, and slow.
+    Quantized experts are left to the reference: right, for trying things out, and slow.
     """
 
     def pack(self, weights_LNK: Matrices) -> Packed:
@@ -69,9 +69,11 @@ class CpuKernels(ReferenceKernels):
         packed = [weight if isinstance(weight, Int8Matrix) else _pack_one(weight) for weight in weights_LNK]
         return stacked(packed) if isinstance(packed[0], Int8Matrix) else packed
 
-    def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+    def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Block by block: a float32 copy of all rows at once costs page faults, and memory that no cutoff bounds."""
-        for block_BD, source_B in zip(rows_SD.split(BLOCK_ROWS), source_S.split(BLOCK_ROWS), strict=True):
+        for block_BD, source_B in zip(
+            rows_SD.split(BLOCK_ROWS), choice_of_row_S.split(BLOCK_ROWS), strict=True
+        ):
             super().unpermute(block_BD, source_B, weights_TK, out_TD)
 
     def grouped_matmul(

@@ -1,6 +1,6 @@
 """Experts of float8, DeepSeek-V3's own format: `weight` and `weight_scale_inv` of its checkpoints.
 
-Rows are quantised as they come, with one scale for each 128 values. L slots, N outputs, K inputs, B = 128-wide blocks.
+Rows are quantized as they come, with one scale for each 128 values. L slots, N outputs, K inputs, B = 128-wide blocks.
 Where kernels take matrices, `Fp8Blocks` may stand for all of them.
 """
 
@@ -41,7 +41,7 @@ class Fp8Blocks:
 
     @classmethod
     def of(cls, weight_LNK: Tensor) -> Fp8Blocks:
-        """Quantise full-precision matrices."""
+        """Quantize full-precision matrices."""
         slots, columns, depth = weight_LNK.shape
         padded = pad(weight_LNK.float(), (0, -depth % BLOCK, 0, -columns % BLOCK))
         blocks = padded.view(slots, padded.shape[1] // BLOCK, BLOCK, padded.shape[2] // BLOCK, BLOCK)
@@ -50,7 +50,7 @@ class Fp8Blocks:
         scaled = (blocks / scale_LBB[:, :, None, :, None]).view(padded.shape)
         return cls(scaled[:, :columns, :depth].to(FP8).contiguous(), scale_LBB)
 
-    def dequantised(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The matrices that these stand for (float32 [L, N, K])."""
         _, columns, depth = self.values_LNK.shape
         scale_LNK = self.scale_LBB.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
@@ -77,7 +77,7 @@ def grouped_matmul(
     first = 0
     for slot, count in enumerate(counts_L.tolist()):
         part, only = slice(first, first + count), slice(slot, slot + 1)
-        matrix_NK = Fp8Blocks(weights.values_LNK[only], weights.scale_LBB[only]).dequantised()[0]
+        matrix_NK = Fp8Blocks(weights.values_LNK[only], weights.scale_LBB[only]).dequantized()[0]
         bias_N = None if bias_LN is None else bias_LN[slot].float()
         rows_SN[part] = linear(rounded_SK[part], matrix_NK, bias_N)
         first += count

@@ -15,7 +15,7 @@ from epbackend.errors import ConfigError
 NOTHING = -(1 << 62)
 
 
-class IdGuard:
+class ExpertIdCheck:
     """Watches one layer's ids, which must lie in [0, experts)."""
 
     def __init__(self, experts: int, device: torch.device, layer: int = 0) -> None:

@@ -57,14 +57,14 @@ class Int8Weights:
         values_HK, scale_H = quantize_rows(weight_LNK.flatten(0, 1))
         return cls(values_HK.view(weight_LNK.shape), scale_H.view(weight_LNK.shape[:2]))
 
-    def dequantised(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The matrices that these stand for (float32 [L, N, K])."""
         return self.values_LNK.float() * self.scale_LN.unsqueeze(2)
 
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """Rows that come quantised: values_SK * scale_S, as `quantize_rows` makes them."""
+    """Rows that come quantized: values_SK * scale_S, as `quantize_rows` makes them."""
 
     values_SK: Tensor
     scale_S: Tensor
@@ -75,7 +75,7 @@ class Int8Rows:
     def __len__(self) -> int:
         return len(self.values_SK)
 
-    def dequantised(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The rows that these stand for, in their own type."""
         return (self.values_SK * self.scale_S.unsqueeze(1)).to(self.dtype)
 

@@ -3,7 +3,7 @@
 Example of `permute`, two local slots, three tokens with two choices each (9 is a slot of another rank):
 
     slot_ids_TK = [[1, 9], [0, 1], [9, 0]]
-    source_S    = [2, 5, 0, 3]    # slot 0 serves token 1 choice 0 and token 2 choice 1; slot 1 tokens 0 and 1
+    choice_of_row_S    = [2, 5, 0, 3]    # slot 0 serves token 1 choice 0 and token 2 choice 1; slot 1 tokens 0 and 1
     counts_L    = [2, 2]
 """
 
@@ -33,17 +33,19 @@ class ReferenceKernels(TorchSplits, TorchNarrowing):
         ends_L = counts_L.cumsum(0)
         total = int(ends_L[-1])
         first, last = window or (0, total)
-        source_S = bucket_S.argsort(stable=True)[first : min(last, total)]
+        choice_of_row_S = bucket_S.argsort(stable=True)[first : min(last, total)]
         if window:
             counts_L = ends_L.clamp(first, last) - (ends_L - counts_L).clamp(first, last)
-        return Permuted(hidden_TD.index_select(0, source_S // slot_ids_TK.shape[1]), counts_L, source_S)
+        return Permuted(
+            hidden_TD.index_select(0, choice_of_row_S // slot_ids_TK.shape[1]), counts_L, choice_of_row_S
+        )
 
-    def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
-        if len(source_S) and int(source_S.min()) < 0:
-            valid_S = source_S >= 0
-            rows_SD, source_S = rows_SD[valid_S], source_S[valid_S]
-        weight_S1 = weights_TK.take(source_S).float().unsqueeze(1)
-        out_TD.index_add_(0, source_S // weights_TK.shape[1], rows_SD.float() * weight_S1)
+    def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+        if len(choice_of_row_S) and int(choice_of_row_S.min()) < 0:
+            valid_S = choice_of_row_S >= 0
+            rows_SD, choice_of_row_S = rows_SD[valid_S], choice_of_row_S[valid_S]
+        weight_S1 = weights_TK.take(choice_of_row_S).float().unsqueeze(1)
+        out_TD.index_add_(0, choice_of_row_S // weights_TK.shape[1], rows_SD.float() * weight_S1)
 
     def pack(self, weights_LNK: Matrices) -> Packed:
         return stacked(weights_LNK)

@@ -1,12 +1,12 @@
-"""What a token split knows of a layer's copies, as one source of tokens sees them.
+"""What a token split knows of a layer's replicas, as one source of tokens sees them.
 
-A source is a group of ranks that hold the same tokens. E experts, C copies of the one that has most, G sources.
+A source is a group of ranks that hold the same tokens. E experts, C replicas of the one that has most, G sources.
 
 Token splits by torch's operators, for devices without kernels of their own for them.
 
 counts_E     choices of this source's tokens for each expert
-quota_EC     how many of them each copy takes    even and level differ here
-slot_ids_TK  which ones                          copies in turn along the batch, so that every part is shared
+quota_EC     how many of them each replica takes    even and level differ here
+slot_ids_TK  which ones                          replicas in turn along the batch, so that every part is shared
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epbackend.kernels.id_check import IdGuard, admit
+from epbackend.kernels.id_check import ExpertIdCheck, admit
 from epbackend.placement.placement import Layout
 from epbackend.placement.replica_split import STRIDE, level_shares, own_quota
 
@@ -27,33 +27,33 @@ Split = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class EvenCopies:
-    """Copies that share their expert's tokens equally, or in numbers that differ by one: `placement.split.even`."""
+class EvenReplicas:
+    """Replicas that share their expert's tokens equally, or in numbers that differ by one: `placement.split.even`."""
 
     slot_ids_EC: np.ndarray
     """int64: the slots of each expert, -1 past the last one."""
     takes_EC: np.ndarray
-    """bool: the copies that take tokens of this source, one for each expert at least."""
+    """bool: the replicas that take tokens of this source, one for each expert at least."""
     turn: int = 0
     """Who gets one more in the first call. It moves on with every call: a step of decoding has few choices of an
-    expert, often one, which would always go to the same copy."""
+    expert, often one, which would always go to the same replica."""
 
     @property
     def takers_E(self) -> np.ndarray:
-        """int64: how many copies take tokens."""
+        """int64: how many replicas take tokens."""
         return self.takes_EC.sum(axis=1)
 
     @property
     def place_EC(self) -> np.ndarray:
-        """int64: the place of each copy in the queue for one more; -1 where it takes none."""
+        """int64: the place of each replica in the queue for one more; -1 where it takes none."""
         start_E = self.turn + np.cumsum(self.takers_E > 1)
         place_EC = (self.takes_EC.cumsum(axis=1) - 1 - start_E[:, None]) % self.takers_E[:, None]
         return np.where(self.takes_EC, place_EC, -1)
 
 
 @dataclass(frozen=True, eq=False)
-class LevelCopies:
-    """Copies that take what levels the ranks' loads: `placement.split.level`."""
+class LevelReplicas:
+    """Replicas that take what levels the ranks' loads: `placement.split.level`."""
 
     slot_ids_EC: np.ndarray
     """int64: the slots of each expert, -1 past the last one."""
@@ -77,19 +77,23 @@ class TorchSplits:
 
     count: Count
 
-    def even_split(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> Split:
-        return EvenSplit(self.count, copies, device, guard)
+    def even_split(self, replicas: EvenReplicas, device: torch.device, guard: ExpertIdCheck | None) -> Split:
+        return EvenSplit(self.count, replicas, device, guard)
 
-    def level_split(self, copies: LevelCopies, device: torch.device, guard: IdGuard | None) -> Split:
-        return LevelSplit(self.count, copies, device, guard)
+    def level_split(
+        self, replicas: LevelReplicas, device: torch.device, guard: ExpertIdCheck | None
+    ) -> Split:
+        return LevelSplit(self.count, replicas, device, guard)
 
 
 class EvenSplit:
-    def __init__(self, count: Count, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> None:
+    def __init__(
+        self, count: Count, replicas: EvenReplicas, device: torch.device, guard: ExpertIdCheck | None
+    ) -> None:
         self._count, self._guard = count, guard
         self._slot_ids_EC, self._place_EC, self._takers_E1 = (
             torch.tensor(table, device=device)
-            for table in (copies.slot_ids_EC, copies.place_EC, copies.takers_E[:, None])
+            for table in (replicas.slot_ids_EC, replicas.place_EC, replicas.takers_E[:, None])
         )
         self._turn = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -110,19 +114,19 @@ class LevelSplit:
     """Quotas from the host's compiled form: the counts go there, which waits for their device; no graph can hold it."""
 
     def __init__(
-        self, count: Count, copies: LevelCopies, device: torch.device, guard: IdGuard | None
+        self, count: Count, replicas: LevelReplicas, device: torch.device, guard: ExpertIdCheck | None
     ) -> None:
-        self._count, self._guard, self._copies = count, guard, copies
-        self._slot_ids_EC = torch.tensor(copies.slot_ids_EC, device=device)
-        self._slots_EC = torch.tensor(copies.layout.slots_EC, device=device)
+        self._count, self._guard, self._replicas = count, guard, replicas
+        self._slot_ids_EC = torch.tensor(replicas.slot_ids_EC, device=device)
+        self._slots_EC = torch.tensor(replicas.layout.slots_EC, device=device)
 
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
-        copies, experts = self._copies, len(self._slot_ids_EC)
+        replicas, experts = self._replicas, len(self._slot_ids_EC)
         ids_TK = _admitted(topk_ids_TK, experts, self._guard)
         counts_E = self._count(ids_TK, experts)
-        counts_GE = copies.gather(counts_E) if copies.gather else counts_E[None]
+        counts_GE = replicas.gather(counts_E) if replicas.gather else counts_E[None]
         quota_P = level_quota(
-            counts_GE, copies.layout, copies.by_source, copies.source, copies.node_sources
+            counts_GE, replicas.layout, replicas.by_source, replicas.source, replicas.node_sources
         ).to(ids_TK.device)
         quota_EC = quota_P[self._slots_EC.clamp(min=0)] * (self._slots_EC >= 0)
         return self._slot_ids_EC.take(assign(ids_TK, counts_E, quota_EC))
@@ -138,10 +142,10 @@ def level_quota(
 
 
 def assign(ids_TK: Tensor, counts_E: Tensor, quota_EC: Tensor) -> Tensor:
-    """copy_TK: for each choice an index into the flat [E, C], as `epbackend.placement.replica_split` has it.
+    """replica_TK: for each choice an index into the flat [E, C], as `epbackend.placement.replica_split` has it.
 
-    The copies of an expert have a seat for each choice, one copy's seats after the other's. Its i-th of n choices takes
-    seat i * STRIDE % n, a permutation that spreads every copy's tokens over the batch.
+    The replicas of an expert have a seat for each choice, one replica's seats after the other's. Its i-th of n
+    choices takes seat i * STRIDE % n, a permutation that spreads every replica's tokens over the batch.
     """
     ids_S = ids_TK.reshape(-1)
     by_expert_S = ids_S.argsort(stable=True)
@@ -149,9 +153,9 @@ def assign(ids_TK: Tensor, counts_E: Tensor, quota_EC: Tensor) -> Tensor:
     first_S = (counts_E.cumsum(0) - counts_E)[sorted_S]
     turn_S = torch.arange(len(ids_S), device=ids_S.device) - first_S
     seat_S = first_S + turn_S * STRIDE % counts_E[sorted_S]
-    copy_S = torch.searchsorted(quota_EC.reshape(-1).cumsum(0), seat_S, right=True)
-    return torch.empty_like(ids_S).scatter_(0, by_expert_S, copy_S).view(ids_TK.shape)
+    replica_S = torch.searchsorted(quota_EC.reshape(-1).cumsum(0), seat_S, right=True)
+    return torch.empty_like(ids_S).scatter_(0, by_expert_S, replica_S).view(ids_TK.shape)
 
 
-def _admitted(topk_ids_TK: Tensor, experts: int, guard: IdGuard | None) -> Tensor:
+def _admitted(topk_ids_TK: Tensor, experts: int, guard: ExpertIdCheck | None) -> Tensor:
     return guard.admit(topk_ids_TK) if guard else admit(topk_ids_TK, experts)

@@ -31,16 +31,18 @@ class GroupedMmKernels(ReferenceKernels):
         counts_L = ends_L.clamp(first, last) - (ends_L - totals_L).clamp(first, last)
         order_S = bucket_S.argsort(stable=True)[first:last]
         row_S = torch.arange(len(order_S), device=order_S.device)
-        source_S = torch.where(row_S < counts_L.sum(), order_S, -1)
-        return Permuted(hidden_TD.index_select(0, order_S // slot_ids_TK.shape[1]), counts_L, source_S)
+        choice_of_row_S = torch.where(row_S < counts_L.sum(), order_S, -1)
+        return Permuted(hidden_TD.index_select(0, order_S // slot_ids_TK.shape[1]), counts_L, choice_of_row_S)
 
-    def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+    def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Each token looks its rows up: `index_add_` would add them in another order each time."""
         if len(rows_SD) == 0:
             return
-        row_S = torch.arange(len(source_S), device=source_S.device)
-        row_of = source_S.new_full((weights_TK.numel() + 1,), -1)
-        row_of[source_S] = row_S  # garbage, whose source is -1, falls into the last place, which is cut off
+        row_S = torch.arange(len(choice_of_row_S), device=choice_of_row_S.device)
+        row_of = choice_of_row_S.new_full((weights_TK.numel() + 1,), -1)
+        row_of[choice_of_row_S] = (
+            row_S  # garbage, whose source is -1, falls into the last place, which is cut off
+        )
         for row_T, weight_T in zip(row_of[:-1].view(weights_TK.shape).T, weights_TK.T, strict=True):
             part_TD = rows_SD[row_T.clamp(min=0)].float() * weight_T.float()[:, None]
             out_TD += torch.where((row_T >= 0)[:, None], part_TD, 0.0)
@@ -48,7 +50,7 @@ class GroupedMmKernels(ReferenceKernels):
     def pack(self, weights_LNK: Matrices) -> Tensor:
         stacked_LNK = stacked(weights_LNK)
         if not isinstance(stacked_LNK, Tensor):
-            raise ConfigError("torch._grouped_mm takes no quantised experts; use the kernels triton")
+            raise ConfigError("torch._grouped_mm takes no quantized experts; use the kernels triton")
         if (
             stacked_LNK.shape[2] * stacked_LNK.itemsize % 16
             or stacked_LNK.shape[1] * stacked_LNK.itemsize % 16

@@ -1,4 +1,4 @@
-"""The forms in which experts come: plain or quantised, whole or matrix by matrix."""
+"""The forms in which experts come: plain or quantized, whole or matrix by matrix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Matrix, Int8Weights
 
 Experts = Tensor | Fp8Blocks | Int8Weights
-"""The matrices [N, K] of L slots, whole: one tensor [L, N, K], or quantised."""
+"""The matrices [N, K] of L slots, whole: one tensor [L, N, K], or quantized."""
 
 Matrices = Experts | Iterable[Tensor | Int8Matrix]
 """The same, or one matrix after the other, of one kind."""

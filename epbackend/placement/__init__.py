@@ -1,4 +1,4 @@
-"""Where the experts of a model live: planners, the split of tokens over copies, scores, and the files of all of them.
+"""Where the experts of a model live: planners, the split of tokens over replicas, scores, and the files of all of them.
 
     from epbackend.placement import plan, read_loads
 
@@ -14,25 +14,25 @@ from typing import Any
 
 # Loaded on first use: reading a placement needs no planner, and an EPLB plan no compiled code.
 _HOME = {
-    "Layout": "layout",
+    "Layout": "placement",
     "Loads": "loads",
-    "Moves": "moves",
+    "Moves": "score",
     "Objective": "objectives",
     "Placement": "placement",
     "Provenance": "placement",
     "Score": "score",
-    "assign": "split",
-    "count_moves": "moves",
-    "even_shares": "split",
-    "level_shares": "split",
-    "nearest_quota": "split",
-    "own_quota": "split",
+    "assign": "replica_split",
+    "count_moves": "score",
+    "even_shares": "replica_split",
+    "level_shares": "replica_split",
+    "nearest_quota": "replica_split",
+    "own_quota": "replica_split",
     "parse_objective": "objectives",
     "plan": "planners",
     "planner_names": "planners",
     "read_loads": "formats",
     "read_placement": "formats",
-    "score_table": "table",
+    "score_table": "compare",
     "synthetic_loads": "synthetic",
 }
 

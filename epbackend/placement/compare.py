@@ -104,17 +104,17 @@ def score_table(
 def mean_imbalance(
     placement: Placement,
     layers: Sequence[int],
-    counts_LBE: np.ndarray,
+    counts_YBE: np.ndarray,
     split: str,
     objective: Objective = TOKENS,
 ) -> float:
     """Of batches for each of the layers, as `draw_batches` draws them, under a split."""
     layouts = [placement.layers[layer] for layer in layers]
-    shares_LBP = (
+    shares_YBP = (
         expected_shares(split, counts_BE, layout, placement.node_size)
-        for counts_BE, layout in zip(counts_LBE, layouts, strict=True)
+        for counts_BE, layout in zip(counts_YBE, layouts, strict=True)
     )
-    return float(np.mean([imbalances(s, lay, objective) for s, lay in zip(shares_LBP, layouts, strict=True)]))
+    return float(np.mean([imbalances(s, lay, objective) for s, lay in zip(shares_YBP, layouts, strict=True)]))
 
 
 def _rows(
@@ -144,8 +144,8 @@ def _drift(
     """By split; nothing with a single window."""
     if loads.windows == 1:
         return {}
-    first = Loads(loads.tokens_WLE[:1], loads.names[:1])
-    later = Loads(loads.tokens_WLE[1:], loads.names[1:])
+    first = Loads(loads.tokens_WYE[:1], loads.names[:1])
+    later = Loads(loads.tokens_WYE[1:], loads.names[1:])
     placement = _place(algorithm, first, asked)
     return {
         split: score(placement, later, split=split, objective=objective).imbalance_mean for split in splits

@@ -41,32 +41,32 @@ class Objective:
     batch: int = 0
     """Tokens of a batch over all ranks, to which loads are scaled; 0: costs are of the loads as recorded."""
     tokens_X: tuple[float, ...] = (0.0, 1.0)
-    experts_Y: tuple[float, ...] = (0.0, 1.0)
-    cost_XY: Grid = ((0.0, 0.0), (1.0, 1.0))
+    experts_A: tuple[float, ...] = (0.0, 1.0)
+    cost_XA: Grid = ((0.0, 0.0), (1.0, 1.0))
 
     def __post_init__(self) -> None:
-        for axis, values in (("tokens", self.tokens_X), ("experts", self.experts_Y)):
+        for axis, values in (("tokens", self.tokens_X), ("experts", self.experts_A)):
             if len(values) < 2 or not np.isfinite(values).all() or not (np.diff(values) > 0).all():
                 raise ConfigError(
                     f"objective {self.name}: {axis} must be two numbers or more, each above the one before"
                 )
-        shape = (len(self.tokens_X), len(self.experts_Y))
-        if [len(row) for row in self.cost_XY] != [shape[1]] * shape[0]:
+        shape = (len(self.tokens_X), len(self.experts_A))
+        if [len(row) for row in self.cost_XA] != [shape[1]] * shape[0]:
             raise ConfigError(
                 f"objective {self.name}: microseconds must have {shape[0]} rows (tokens) of {shape[1]} (experts)"
             )
-        cost_XY = self.table[2]
-        if not np.isfinite(cost_XY).all() or cost_XY.min() < 0:
+        cost_XA = self.table[2]
+        if not np.isfinite(cost_XA).all() or cost_XA.min() < 0:
             raise ConfigError(f"objective {self.name}: microseconds must be finite and 0 or more")
-        if self.batch < 0 or (self.batch == 0 and (cost_XY != cost_XY[:, :1]).any()):
+        if self.batch < 0 or (self.batch == 0 and (cost_XA != cost_XA[:, :1]).any()):
             raise ConfigError(
                 f"objective {self.name}: batch is {self.batch}; give the tokens of a batch, 1 or more"
             )
 
     @cached_property
     def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The axes X and Y, and the costs [X, Y], as float64 arrays."""
-        return np.array(self.tokens_X), np.array(self.experts_Y), np.array(self.cost_XY)
+        """The axes X and Y, and the costs [X, A], as float64 arrays."""
+        return np.array(self.tokens_X), np.array(self.experts_A), np.array(self.cost_XA)
 
     def features(self, tokens_P: np.ndarray, total: float) -> tuple[np.ndarray, np.ndarray]:
         """Of slots with these loads, out of `total` over all: their tokens, and how likely a batch activates each."""
@@ -77,20 +77,20 @@ class Objective:
 
     def cost(self, tokens: ArrayLike, experts: ArrayLike) -> np.ndarray:
         """The table at these tokens and activated experts, elementwise."""
-        tokens_X, experts_Y, table_XY = self.table
+        tokens_X, experts_A, table_XA = self.table
         x, fx = _cell(tokens_X, tokens)
-        y, fy = _cell(experts_Y, experts)
-        low = table_XY[x, y] + fy * (table_XY[x, y + 1] - table_XY[x, y])
-        high = table_XY[x + 1, y] + fy * (table_XY[x + 1, y + 1] - table_XY[x + 1, y])
+        y, fy = _cell(experts_A, experts)
+        low = table_XA[x, y] + fy * (table_XA[x, y + 1] - table_XA[x, y])
+        high = table_XA[x + 1, y] + fy * (table_XA[x + 1, y + 1] - table_XA[x + 1, y])
         return low + fx * (high - low)
 
     @cached_property
     def plane(self) -> tuple[float, float] | None:
         """Cost of a token and of an activated expert, where a rank costs the sum of both: then slots add up."""
-        tokens_X, experts_Y, cost_XY = self.table
-        token = (cost_XY[1, 0] - cost_XY[0, 0]) / (tokens_X[1] - tokens_X[0])
-        expert = (cost_XY[0, 1] - cost_XY[0, 0]) / (experts_Y[1] - experts_Y[0])
-        if not np.allclose(token * tokens_X[:, None] + expert * experts_Y, cost_XY):
+        tokens_X, experts_A, cost_XA = self.table
+        token = (cost_XA[1, 0] - cost_XA[0, 0]) / (tokens_X[1] - tokens_X[0])
+        expert = (cost_XA[0, 1] - cost_XA[0, 0]) / (experts_A[1] - experts_A[0])
+        if not np.allclose(token * tokens_X[:, None] + expert * experts_A, cost_XA):
             return None
         return float(token), float(expert)
 
@@ -107,7 +107,7 @@ TOKENS = Objective()
 
 def activated(batch: int = DEFAULT_BATCH) -> Objective:
     """Level the experts that a batch of so many tokens is expected to activate."""
-    return Objective(f"activated:{batch}", batch, cost_XY=((0.0, 1.0), (0.0, 1.0)))
+    return Objective(f"activated:{batch}", batch, cost_XA=((0.0, 1.0), (0.0, 1.0)))
 
 
 def parse_objective(given: str | Path | Objective) -> Objective:

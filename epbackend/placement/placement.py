@@ -64,8 +64,8 @@ class Layout:
             raise ConfigError(
                 f"slots: {slots} cannot be spread evenly over {ranks} ranks; make them a multiple of the ranks"
             )
-        held_RL = np.asarray(slot_to_expert_P, dtype=np.int64).reshape(ranks, slots // ranks)
-        return cls(tuple(map(tuple, held_RL.tolist())), experts)
+        held_RY = np.asarray(slot_to_expert_P, dtype=np.int64).reshape(ranks, slots // ranks)
+        return cls(tuple(map(tuple, held_RY.tolist())), experts)
 
     @classmethod
     def even(cls, experts: int, ranks: int, slots: int | None = None) -> Layout:
@@ -94,7 +94,7 @@ class Layout:
 
     @property
     def duplicates_on_rank(self) -> int:
-        """Slots whose expert has another slot on the same rank: copies that cannot share out any load."""
+        """Slots whose expert has another slot on the same rank: replicas that cannot share out any load."""
         return sum(len(held) - len(set(held)) for held in self.experts_of_rank)
 
     @cached_property
@@ -113,18 +113,18 @@ class Layout:
         return _frozen(np.repeat(np.arange(self.ranks), self.slots_R))
 
     @cached_property
-    def copies_E(self) -> np.ndarray:
+    def replicas_E(self) -> np.ndarray:
         """How many slots hold each expert, int64."""
         return _frozen(np.bincount(self.slot_to_expert_P, minlength=self.experts))
 
     @cached_property
     def slots_EC(self) -> np.ndarray:
-        """The slots of each expert in ascending order, int64; C is the most copies, and shorter rows end in -1."""
-        slots_EC = np.full((self.experts, int(self.copies_E.max())), -1)
+        """The slots of each expert in ascending order, int64; C is the most replicas, and shorter rows end in -1."""
+        slots_EC = np.full((self.experts, int(self.replicas_E.max())), -1)
         order_P = np.argsort(self.slot_to_expert_P, kind="stable")
-        first_E = np.cumsum(self.copies_E) - self.copies_E
-        copy_P = np.arange(self.slots) - np.repeat(first_E, self.copies_E)
-        slots_EC[self.slot_to_expert_P[order_P], copy_P] = order_P
+        first_E = np.cumsum(self.replicas_E) - self.replicas_E
+        replica_P = np.arange(self.slots) - np.repeat(first_E, self.replicas_E)
+        slots_EC[self.slot_to_expert_P[order_P], replica_P] = order_P
         return _frozen(slots_EC)
 
 

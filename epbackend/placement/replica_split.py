@@ -1,7 +1,7 @@
-"""Which copy of its expert a token takes: batch by batch, and the same answer on every rank.
+"""Which replica of its expert a token takes: batch by batch, and the same answer on every rank.
 
 The pieces, from the counts of a batch to a slot for every choice. R sources (ranks) hold tokens, E experts are chosen,
-P slots hold copies:
+P slots hold replicas:
 
     counts_RE    how often each source chose each expert (all-gathered; `even` and `nearest` need the own row only)
     tokens_E     their sum over the sources
@@ -11,7 +11,7 @@ P slots hold copies:
 
 | split     | quota_P of source r                                                          | communication        |
 |-----------|------------------------------------------------------------------------------|----------------------|
-| `even`    | `even_shares(counts_E, layout, turn=r)`: copies get equal shares             | none                 |
+| `even`    | `even_shares(counts_E, layout, turn=r)`: replicas get equal shares             | none                 |
 | `nearest` | `nearest_quota(counts_E, layout, r, node_size)`: own rank, own node, rest    | none                 |
 | `level`   | `own_quota(counts_RE, level_shares(tokens_E, layout), layout, r, node_size)` | all-gather of counts |
 
@@ -24,7 +24,7 @@ What every split refuses.
 
 Splits that each source makes from its own counts, without a word to the others: `even` and `nearest`.
 
-The `level` split: an expert's tokens go where its copies find room, so that the fullest rank is as empty as can be.
+The `level` split: an expert's tokens go where its replicas find room, so that the fullest rank is as empty as can be.
 
 The compiled forms; `reference.py` says what they compute.
 
@@ -83,9 +83,9 @@ def read_only(counts: np.ndarray) -> np.ndarray:
 
 
 def even_shares(tokens_E: np.ndarray, layout: Layout, turn: int = 0) -> np.ndarray:
-    """shares_P (int64): an expert's copies get equal shares, or shares that differ by one.
+    """shares_P (int64): an expert's replicas get equal shares, or shares that differ by one.
 
-    The copies that get one more follow each other from a starting copy, which moves on by one from each replicated
+    The replicas that get one more follow each other from a starting replica, which moves on by one from each replicated
     expert to the next and with `turn`: give each source its rank as `turn`, and neither the experts nor the sources
     pile their remainders up on the same ranks. Sums over an expert's slots are its tokens exactly.
     """
@@ -93,7 +93,7 @@ def even_shares(tokens_E: np.ndarray, layout: Layout, turn: int = 0) -> np.ndarr
 
 
 def nearest_quota(counts_E: np.ndarray, layout: Layout, source_rank: int, node_size: int = 0) -> np.ndarray:
-    """quota_P (int64) of `source_rank`: all to the nearest copies, evenly where several are equally near.
+    """quota_P (int64) of `source_rank`: all to the nearest replicas, evenly where several are equally near.
 
     Near is the source's own rank, then its node (`node_size` ranks; 0: all ranks are one node), then anywhere.
     """
@@ -125,7 +125,7 @@ def _nearest_in_turn(layout: Layout, source_rank: int, node_size: int) -> tuple[
 
 
 def _in_turn(layout: Layout, takes_EC: np.ndarray, turn: int) -> tuple[np.ndarray, np.ndarray]:
-    """takers_E: how many copies take a share of each expert. turn_P: the turn of each slot among them, or -1."""
+    """takers_E: how many replicas take a share of each expert. turn_P: the turn of each slot among them, or -1."""
     takers_E = takes_EC.sum(axis=1)
     start_E = turn + np.cumsum(takers_E > 1)
     turn_EC = (np.cumsum(takes_EC, axis=1) - 1 - start_E[:, None]) % takers_E[:, None]
@@ -172,8 +172,8 @@ spreads i = 0, 1, 2, ... most evenly for n up to 512."""
 def assign(topk_ids_TK: np.ndarray, quota_P: np.ndarray, layout: Layout) -> np.ndarray:
     """slot_ids_TK (int64) for logical ids in [0, E), of which `quota_P[slot]` go to each slot.
 
-    The n choices of an expert sit down on n seats, its copies' quotas side by side. The i-th one takes seat
-    i * STRIDE % n: copies alternate along the batch, and every chunk of it is about as balanced as the whole. With 7
+    The n choices of an expert sit down on n seats, its replicas' quotas side by side. The i-th one takes seat
+    i * STRIDE % n: replicas alternate along the batch, and every chunk of it is about as balanced as the whole. With 7
     choices the seats are taken in the order 0 4 1 5 2 6 3.
 
     Raises ConfigError where the quotas are not those of the ids.
@@ -228,12 +228,13 @@ def _level(tokens_E: np.ndarray, layout: Layout) -> np.ndarray:
 
 def _even_part(layout: Layout) -> np.ndarray:
     """The part of its expert's tokens that a slot gets."""
-    return 1.0 / layout.copies_E[layout.slot_to_expert_P]
+    return 1.0 / layout.replicas_E[layout.slot_to_expert_P]
 
 
 def _nearest_part(layout: Layout, node_ranks: int) -> np.ndarray:
-    """The same, averaged over the sources: those on the slot's rank, those on its node without a copy of their own, and
-    those on nodes without a copy."""
+    """The same, averaged over the sources: those on the slot's rank, those on its node without a replica of their
+    own, and
+    those on nodes without a replica."""
     expert_P, rank_P = layout.slot_to_expert_P, layout.rank_of_slot_P
     nodes = -(-layout.ranks // node_ranks)
     node_P = rank_P // node_ranks
@@ -246,6 +247,6 @@ def _nearest_part(layout: Layout, node_ranks: int) -> np.ndarray:
     sources_P = (
         1 / on_rank_ER[expert_P, rank_P]
         + (ranks_N[node_P] - held_EN[expert_P, node_P]) / on_node_EN[expert_P, node_P]
-        + without_E[expert_P] / layout.copies_E[expert_P]
+        + without_E[expert_P] / layout.replicas_E[expert_P]
     )
     return sources_P / layout.ranks

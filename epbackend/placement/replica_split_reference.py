@@ -12,7 +12,8 @@ from epbackend.placement.placement import Layout
 from epbackend.placement.search.level_split import GAP_BITS, MOST_SWEEPS
 
 Tree = dict[int, tuple[int, int, int]]
-"""For each rank, in the order of joining: the expert that joined it, its copy nearer to the root, its copy there."""
+"""For each rank, in the order of joining: the expert that joined it, its replica nearer to the root, its replica
+there."""
 
 
 def level_shares(tokens_E: np.ndarray, layout: Layout) -> np.ndarray:
@@ -20,7 +21,7 @@ def level_shares(tokens_E: np.ndarray, layout: Layout) -> np.ndarray:
 
     Block-coordinate descent on the sum of squared rank loads, whose optimum also has the smallest maximum (as in every
     problem of fair division over a polymatroid): the replicated experts in turn pour their tokens anew on the ranks of
-    their copies. Sweeps of this settle what is near within a few, and what is far along a chain of ranks slowly; so
+    their replicas. Sweeps of this settle what is near within a few, and what is far along a chain of ranks slowly; so
     before every second sweep loads are carried along a tree, which also proves when the optimum is reached. Only the
     first slot of an expert on a rank takes part: another one cannot change a rank's load.
     """
@@ -71,17 +72,21 @@ def grow_tree(loads_R: np.ndarray, ranks_of: list[np.ndarray], shares_of: list[n
     while len(tree) > grown:
         grown = len(tree)
         for expert, ranks in enumerate(ranks_of):
-            givers = [copy for copy, rank in enumerate(ranks) if rank in tree and shares_of[expert][copy] > 0]
-            for copy, rank in enumerate(ranks):
+            givers = [
+                replica
+                for replica, rank in enumerate(ranks)
+                if rank in tree and shares_of[expert][replica] > 0
+            ]
+            for replica, rank in enumerate(ranks):
                 if givers and rank not in tree:
-                    tree[int(rank)] = (expert, givers[0], copy)
+                    tree[int(rank)] = (expert, givers[0], replica)
     return tree
 
 
 def is_level(loads_R: np.ndarray, tree: Tree) -> bool:
     """Whether no split at all gets below the present maximum, but for 2^-GAP_BITS of it.
 
-    The proof: every token now on the tree's ranks belongs to an expert without a copy elsewhere, so that under any
+    The proof: every token now on the tree's ranks belongs to an expert without a replica elsewhere, so that under any
     split one of these ranks has their mean at least, rounded up.
     """
     most = int(loads_R.max())
@@ -95,18 +100,18 @@ def carry(loads_R: np.ndarray, ranks_of: list[np.ndarray], shares_of: list[np.nd
     lacks, as far as the shares of the joining expert go; the ranks that joined first get what division leaves over.
     """
     mean, left = divmod(int(loads_R[list(tree)].sum()), len(tree))
-    for index, (rank, (expert, giver, copy)) in reversed(list(enumerate(tree.items()))[1:]):
+    for index, (rank, (expert, giver, replica)) in reversed(list(enumerate(tree.items()))[1:]):
         shares_C = shares_of[expert]
         surplus = int(loads_R[rank]) - mean - (index < left)
-        surplus = max(min(surplus, int(shares_C[copy])), -int(shares_C[giver]))
-        shares_C[copy] -= surplus
+        surplus = max(min(surplus, int(shares_C[replica])), -int(shares_C[giver]))
+        shares_C[replica] -= surplus
         shares_C[giver] += surplus
         loads_R[rank] -= surplus
         loads_R[ranks_of[expert][giver]] += surplus
 
 
 def _one_slot_a_rank(layout: Layout, expert: int) -> np.ndarray:
-    slots = layout.slots_EC[expert, : layout.copies_E[expert]]
+    slots = layout.slots_EC[expert, : layout.replicas_E[expert]]
     return slots[np.unique(layout.rank_of_slot_P[slots], return_index=True)[1]]
 
 
@@ -121,7 +126,7 @@ def own_quota(
     """
     quota_P = np.zeros(layout.slots, dtype=np.int64)
     for expert in range(layout.experts):
-        slots_C = layout.slots_EC[expert, : layout.copies_E[expert]]
+        slots_C = layout.slots_EC[expert, : layout.replicas_E[expert]]
         tokens_R, room_C = counts_RE[:, expert].copy(), shares_P[slots_C]
         for block_ranks in (1, node_size or layout.ranks, layout.ranks):
             for first_rank in range(0, layout.ranks, block_ranks):

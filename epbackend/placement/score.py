@@ -1,4 +1,4 @@
-"""How many copies of each expert.
+"""How many replicas of each expert.
 
 What no placement can beat.
 
@@ -23,39 +23,39 @@ from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.replica_split import expected_shares
 
 
-def optimal_copies(weight_E: np.ndarray, slots: int, max_copies: int | None = None) -> np.ndarray:
-    """Copies of each expert, int64 [E], adding up to `slots`, that minimise the largest weight of a copy.
+def optimal_replicas(weight_E: np.ndarray, slots: int, max_replicas: int | None = None) -> np.ndarray:
+    """Replicas of each expert, int64 [E], adding up to `slots`, that minimise the largest weight of a replica.
 
-    One at a time to the expert whose copies weigh most, which is optimal; of equal ones, to the first. No expert gets
-    more than `max_copies`: the ranks, where no rank is to hold two. Raises ConfigError where the slots do not fit.
+    One at a time to the expert whose replicas weigh most, which is optimal; of equal ones, to the first. No expert gets
+    more than `max_replicas`: the ranks, where no rank is to hold two. Raises ConfigError where the slots do not fit.
     """
-    from epbackend.placement.search.layer_search import optimal_copies as compiled
+    from epbackend.placement.search.layer_search import optimal_replicas as compiled
 
     weight_E = np.asarray(weight_E, dtype=np.float64)
-    most = slots if max_copies is None else max_copies
+    most = slots if max_replicas is None else max_replicas
     if not weight_E.size <= slots <= weight_E.size * most:
         raise ConfigError(
-            f"slots: {slots} do not fit {weight_E.size} experts of 1 to {most} copies; "
+            f"slots: {slots} do not fit {weight_E.size} experts of 1 to {most} replicas; "
             f"use {weight_E.size} to {weight_E.size * most}"
         )
     return compiled(weight_E, np.argsort(-weight_E, kind="stable"), slots, most)
 
 
 def lower_bound(weight_E: np.ndarray, slots: int, ranks: int) -> float:
-    """Least possible load of the busiest rank, in the unit of the weights, where copies share their expert evenly.
+    """Least possible load of the busiest rank, in the unit of the weights, where replicas share their expert evenly.
 
-    The larger of the mean rank load and T, the lightest that the heaviest copy can be with so many slots.
+    The larger of the mean rank load and T, the lightest that the heaviest replica can be with so many slots.
     """
     weight_E = np.asarray(weight_E, dtype=np.float64)
-    copies_E = optimal_copies(weight_E, slots)
-    return float(max(weight_E.sum() / ranks, (weight_E / copies_E).max()))
+    replicas_E = optimal_replicas(weight_E, slots)
+    return float(max(weight_E.sum() / ranks, (weight_E / replicas_E).max()))
 
 
 @dataclass(frozen=True, eq=False)
 class Moves:
     """Experts that ranks must receive. What a rank already holds, in whichever slot, costs nothing."""
 
-    received_LR: np.ndarray
+    received_YR: np.ndarray
     """Experts that each rank receives in each of the layers that were compared, int64."""
     slots: int
     """Slots of those layers in the new placement."""
@@ -63,7 +63,7 @@ class Moves:
     @property
     def total(self) -> int:
         """Over all layers and ranks."""
-        return int(self.received_LR.sum())
+        return int(self.received_YR.sum())
 
     @property
     def share(self) -> float:
@@ -72,7 +72,7 @@ class Moves:
 
     def bytes_R(self, expert_bytes: int) -> np.ndarray:
         """Bytes that each rank receives, int64, where an expert's weights take `expert_bytes` in each layer."""
-        return self.received_LR.sum(axis=0) * expert_bytes
+        return self.received_YR.sum(axis=0) * expert_bytes
 
 
 def count_moves(before: Placement, after: Placement, layers: Sequence[int] | None = None) -> Moves:
@@ -93,8 +93,8 @@ def count_moves(before: Placement, after: Placement, layers: Sequence[int] | Non
     received = [
         (_held_RE(after.layers[layer]) & ~_held_RE(before.layers[layer])).sum(axis=1) for layer in chosen
     ]
-    received_LR = np.array(received, dtype=np.int64).reshape(len(chosen), after.ranks)
-    return Moves(received_LR, sum(after.layers[layer].slots for layer in chosen))
+    received_YR = np.array(received, dtype=np.int64).reshape(len(chosen), after.ranks)
+    return Moves(received_YR, sum(after.layers[layer].slots for layer in chosen))
 
 
 def _held_RE(layout: Layout) -> np.ndarray:
@@ -158,7 +158,7 @@ def score(
     cells: list[tuple[float, float, float, int]] = []
     for layer in loads.loaded_layers:
         layout = placement.layers[layer]
-        tokens_WE = loads.tokens_WLE[:, layer]
+        tokens_WE = loads.tokens_WYE[:, layer]
         tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
         shares_WP = expected_shares(split, tokens_WE, layout, placement.node_size)
         for tokens_E, shares_P, imbalance in zip(

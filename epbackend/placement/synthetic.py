@@ -78,25 +78,25 @@ def synthetic_loads(
     if dense_layers > layers:
         raise ConfigError(f"dense_layers: {dense_layers} are more than the {layers} layers")
     random = np.random.default_rng(seed)
-    chance_WLE = _chances(random, (windows, layers - dense_layers, experts), skew, drift)
+    chance_WYE = _chances(random, (windows, layers - dense_layers, experts), skew, drift)
     if noise:
-        chance_WLE = _shares(random.gamma(chance_WLE * tokens / noise) + TINY)
-    tokens_WLE = np.zeros((windows, layers, experts))
-    tokens_WLE[:, dense_layers:] = random.multinomial(tokens, chance_WLE)
-    return Loads(tokens_WLE, tuple(f"synthetic {seed}.{window}" for window in range(windows)))
+        chance_WYE = _shares(random.gamma(chance_WYE * tokens / noise) + TINY)
+    tokens_WYE = np.zeros((windows, layers, experts))
+    tokens_WYE[:, dense_layers:] = random.multinomial(tokens, chance_WYE)
+    return Loads(tokens_WYE, tuple(f"synthetic {seed}.{window}" for window in range(windows)))
 
 
 def _chances(
-    random: np.random.Generator, shape_WLE: tuple[int, int, int], skew: float, drift: float
+    random: np.random.Generator, shape_WYE: tuple[int, int, int], skew: float, drift: float
 ) -> np.ndarray:
-    """How likely a choice is for each expert, float64 [W, L, E]; the windows share part of their variance."""
-    _, layers, experts = shape_WLE
-    skew_L1 = skew * np.exp(SPREAD * random.standard_normal((layers, 1)))
-    shared_L1 = _shared_part(skew_L1, drift)
-    common_LE, own_WLE = _tailed(random, (layers, experts)), _tailed(random, shape_WLE)
-    log_WLE = skew_L1 * (np.sqrt(shared_L1) * common_LE + np.sqrt(1 - shared_L1) * own_WLE)
-    load_WLE = _shares(np.exp(log_WLE - log_WLE.max(axis=2, keepdims=True))) * experts
-    return _shares(load_WLE / (1 + load_WLE / LIMIT))
+    """How likely a choice is for each expert, float64 [W, Y, E]; the windows share part of their variance."""
+    _, layers, experts = shape_WYE
+    skew_Y1 = skew * np.exp(SPREAD * random.standard_normal((layers, 1)))
+    shared_Y1 = _shared_part(skew_Y1, drift)
+    common_YE, own_WYE = _tailed(random, (layers, experts)), _tailed(random, shape_WYE)
+    log_WYE = skew_Y1 * (np.sqrt(shared_Y1) * common_YE + np.sqrt(1 - shared_Y1) * own_WYE)
+    load_WYE = _shares(np.exp(log_WYE - log_WYE.max(axis=2, keepdims=True))) * experts
+    return _shares(load_WYE / (1 + load_WYE / LIMIT))
 
 
 def _tailed(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -106,17 +106,17 @@ def _tailed(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     )
 
 
-def _shared_part(skew_L1: np.ndarray, drift: float) -> np.ndarray:
+def _shared_part(skew_Y1: np.ndarray, drift: float) -> np.ndarray:
     """How much of the variance of a layer's logarithms all windows have in common.
 
     Two log-normal loads whose logarithms differ by the standard deviation d are 2 Phi(d / 2) - 1 apart.
     """
     difference = 2 * NormalDist().inv_cdf((1 + drift) / 2)
-    return np.maximum(1 - difference**2 / 2 / np.maximum(skew_L1**2, TINY), 0)
+    return np.maximum(1 - difference**2 / 2 / np.maximum(skew_Y1**2, TINY), 0)
 
 
-def _shares(values_WLE: np.ndarray) -> np.ndarray:
-    return values_WLE / values_WLE.sum(axis=2, keepdims=True)
+def _shares(values_WYE: np.ndarray) -> np.ndarray:
+    return values_WYE / values_WYE.sum(axis=2, keepdims=True)
 
 
 BATCH_CHOICES = 4096 * 8
@@ -134,18 +134,18 @@ def draw_batches(
     concentration: float | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """counts_LBE (int64): batches for each of the layers, each of which needs a token; the windows take turns.
+    """counts_YBE (int64): batches for each of the layers, each of which needs a token; the windows take turns.
 
     Multinomial, or over-dispersed with a concentration. The same arguments give the same batches.
     """
     random = np.random.default_rng(seed)
-    counts_LBE = np.empty((len(layers), batches, loads.experts), dtype=np.int64)
+    counts_YBE = np.empty((len(layers), batches, loads.experts), dtype=np.int64)
     for index, layer in enumerate(layers):
-        tokens_WE = loads.tokens_WLE[:, layer]
+        tokens_WE = loads.tokens_WYE[:, layer]
         tokens_BE = np.resize(tokens_WE[tokens_WE.any(axis=1)], (batches, loads.experts))
         chance_BE = tokens_BE / tokens_BE.sum(axis=1, keepdims=True)
         if concentration is not None:
             chance_BE = random.gamma(chance_BE * concentration)
             chance_BE /= chance_BE.sum(axis=1, keepdims=True)
-        counts_LBE[index] = random.multinomial(choices, chance_BE)
-    return counts_LBE
+        counts_YBE[index] = random.multinomial(choices, chance_BE)
+    return counts_YBE

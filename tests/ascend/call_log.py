@@ -36,7 +36,7 @@ SHOWN = [
 ]
 
 LEFT_OUT = ("aclnnInplaceCopy", "aclnnInplaceZero", "aclnnInplaceFillScalar", "aclnnInplaceOne")
-"""Copies and fills, which plain torch makes as it sees fit."""
+"""Replicas and fills, which plain torch makes as it sees fit."""
 
 
 def layer_calls(groups: dict[int, RankGroup], dispatcher: str, int8: bool) -> tuple[list[str], list[str]]:

@@ -41,10 +41,10 @@ def equals_reference(groups, settings):
         ({"size": 1}, "replicated"),
         ({"size": 2, "level": 1}, "replicated"),
         ({"size": 2, "level": 1, "dp": 2}, "allgather"),
-        ({"size": 2, "level": 2, "dp": 2, "dispatcher": "alltoall", "copies": True}, "alltoall"),
-        ({"size": 2, "level": 2, "dp": 2, "hidden": 1024, "copies": True}, "mc2"),
+        ({"size": 2, "level": 2, "dp": 2, "dispatcher": "alltoall", "replicas": True}, "alltoall"),
+        ({"size": 2, "level": 2, "dp": 2, "hidden": 1024, "replicas": True}, "mc2"),
     ],
-    ids=["one rank", "shared tokens", "own tokens", "copies", "fused"],
+    ids=["one rank", "shared tokens", "own tokens", "replicas", "fused"],
 )
 def test_modules(ranks, npu, form, settings, dispatcher):
     if (npu, dispatcher) == ("A2", "mc2"):

@@ -1,4 +1,4 @@
-"""Int8 experts in each layout, with rows that come as they are or quantised."""
+"""Int8 experts in each layout, with rows that come as they are or quantized."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def experts(form, hidden: int, width: int) -> tuple[ExpertWeights, list[torch.Te
     ids=["tiles", "plain", "plain and odd"],
 )
 @pytest.mark.parametrize("activation", [None, relu_product], ids=["swiglu", "own"])
-def test_rows_that_come_quantised(npu, form, hidden, width, layout, activation):
+def test_rows_that_come_quantized(npu, form, hidden, width, layout, activation):
     weights, matrices = experts(form, hidden, width)
     assert isinstance(weights.gate_up, layout)
     weights = ExpertWeights(weights.gate_up, weights.down, activation=activation)
     rows_SD, counts_L = torch.randn(7, hidden).bfloat16(), torch.tensor(COUNTS).npu()
     values_SD, scale_S = (each.npu() for each in int8.quantize_rows(rows_SD))
-    quantised = int8.Int8Rows(values_SD, scale_S, torch.bfloat16)
-    out_SD = NpuKernels().expert_mlp(quantised, counts_L, weights)
+    quantized = int8.Int8Rows(values_SD, scale_S, torch.bfloat16)
+    out_SD = NpuKernels().expert_mlp(quantized, counts_L, weights)
     assert out_SD.dtype == torch.bfloat16
     slot_S1 = torch.repeat_interleave(torch.arange(SLOTS), counts_L.cpu()).unsqueeze(1)
     ones_S1 = torch.ones(6, 1)
@@ -46,11 +46,11 @@ def test_rows_that_come_quantised(npu, form, hidden, width, layout, activation):
     close(out_SD[:6].cpu(), dense)
 
 
-def test_float_experts_dequantise_them(npu):
+def test_float_experts_dequantize_them(npu):
     rows = int8.Int8Rows(*(each.npu() for each in int8.quantize_rows(torch.randn(7, D))), torch.bfloat16)
     weights, _ = experts(lambda each, place: each.bfloat16().to(place), D, 64)
     counts_L = torch.tensor(COUNTS).npu()
-    as_they_were = NpuKernels().expert_mlp(rows.dequantised(), counts_L, weights)
+    as_they_were = NpuKernels().expert_mlp(rows.dequantized(), counts_L, weights)
     assert torch.equal(NpuKernels().expert_mlp(rows, counts_L, weights)[:6], as_they_were[:6])
 
 

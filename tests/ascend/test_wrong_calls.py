@@ -96,7 +96,7 @@ WRONG = {
         ),
         "3 groups, but 2 matrices",
     ),
-    "rows to quantise are 16-bit": (
+    "rows to quantize are 16-bit": (
         lambda: ops.dynamic_quant(npu_tensor(4, 8, dtype=FLOAT32)),
         "float32|half",
     ),

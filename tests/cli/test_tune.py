@@ -57,8 +57,8 @@ def test_nothing_to_tune(arguments, message):
 
 
 def test_forms_of_checkpoints(tmp_path):
-    for quantised, form in (({"quant_method": "smooth_quant"}, "int8"), (None, "half")):
-        path = model(tmp_path, {**DEEPSEEK, "quantization_config": quantised})
+    for quantized, form in (({"quant_method": "smooth_quant"}, "int8"), (None, "half")):
+        path = model(tmp_path, {**DEEPSEEK, "quantization_config": quantized})
         assert wanted(path, [], 1, None)[0][1] == form
     path = model(tmp_path, {**DEEPSEEK, "quantization_config": {"quant_method": "awq"}})
     with pytest.raises(ConfigError, match="do not multiply awq experts"):

@@ -155,7 +155,7 @@ class _Spy:
         return Permuted(
             torch.cat([permuted.rows_SD, garbage]),
             permuted.counts_L,
-            torch.cat([permuted.source_S, permuted.source_S.new_full((2,), -1)]),
+            torch.cat([permuted.choice_of_row_S, permuted.choice_of_row_S.new_full((2,), -1)]),
         )
 
     def expert_mlp(self, rows_SD, counts_L, weights, expected) -> Tensor:

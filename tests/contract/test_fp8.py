@@ -63,7 +63,7 @@ def test_values_that_float8_holds_are_exact(kernels, fp8_device):
         rows.to(place), kernels.pack(experts), torch.tensor([3, 17], device=place)
     ).cpu()
     slot_S = torch.tensor([0] * 3 + [1] * 17)
-    full_LNK = Fp8Blocks(values, scales).dequantised().double()
+    full_LNK = Fp8Blocks(values, scales).dequantized().double()
     assert torch.equal(found.double(), torch.einsum("sk,snk->sn", rows.double(), full_LNK[slot_S]))
 
 

@@ -74,7 +74,7 @@ def layer_is_close(
     hidden_size: int = D,
     form: Callable[[torch.Tensor, torch.device], Matrices] = quantized,
 ) -> None:
-    """Run a layer of experts in a quantised form, fail unless this rank's tokens get what the float layer gives."""
+    """Run a layer of experts in a quantized form, fail unless this rank's tokens get what the float layer gives."""
     ranks = groups[1]
     device = get_device(name)
     place = device.torch_device(ranks.rank)

@@ -20,15 +20,15 @@ def test_unpermute_inverts_permute(kernels, place):
     slot_ids_TK = routing(7, 3, 0, 4, seed=1)
     permuted = kernels.permute(hidden_TD.to(place), slot_ids_TK.to(place), 4)
     out_TD = torch.ones(7, 5).to(place)
-    kernels.unpermute(permuted.rows_SD, permuted.source_S, weights_TK.to(place), out_TD)
+    kernels.unpermute(permuted.rows_SD, permuted.choice_of_row_S, weights_TK.to(place), out_TD)
     torch.testing.assert_close(out_TD.cpu(), 1 + hidden_TD * weights_TK.sum(1, keepdim=True))
 
 
 def test_unpermute_leaves_garbage_rows_alone(kernels, place):
     rows_SD = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan]]).to(place)
     out_TD = torch.zeros(2, 2).to(place)
-    source_S, weights_TK = torch.tensor([3, -1]).to(place), torch.full((2, 2), 2.0).to(place)
-    kernels.unpermute(rows_SD, source_S, weights_TK, out_TD)
+    choice_of_row_S, weights_TK = torch.tensor([3, -1]).to(place), torch.full((2, 2), 2.0).to(place)
+    kernels.unpermute(rows_SD, choice_of_row_S, weights_TK, out_TD)
     assert out_TD.tolist() == [[0.0, 0.0], [2.0, 4.0]]
 
 

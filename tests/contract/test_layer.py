@@ -97,7 +97,7 @@ def test_level_levels_the_ranks(run, token_size):
     assert max(loads) == -(-sum(loads) // 4)
 
 
-def test_near_copies_keep_tokens_at_home(run):
+def test_near_replicas_keep_tokens_at_home(run):
     """Every expert is on every rank: with `nearest` each rank computes what its own tokens chose."""
     case = Case(2, (9, 30), LEVEL_2, slots=(0, 1, 2, 3) * 2, split="nearest")
     for seen in run(case):
@@ -122,7 +122,7 @@ def relu_product(rows_S2F: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transport", ["int8", "fp8"])
-def test_quantised_rows(run, device, way, static, dtype, transport):
+def test_quantized_rows(run, device, way, static, dtype, transport):
     """Beside the dense formula for the rows as they arrive; test_rowbytes.py has how near these are to the tokens."""
     if (device.name, transport) == ("ascend", "fp8"):
         pytest.skip("Ascend A2 and A3 have no float8")

@@ -19,8 +19,10 @@ shapes = st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(1, 6), st.i
 def valid(permuted: Permuted) -> Permuted:
     """On the CPU, without the garbage that a device may return after the rows of all slots."""
     rows = int(permuted.counts_L.sum())
-    assert (permuted.source_S[rows:] == -1).all()
-    return Permuted(permuted.rows_SD[:rows].cpu(), permuted.counts_L.cpu(), permuted.source_S[:rows].cpu())
+    assert (permuted.choice_of_row_S[rows:] == -1).all()
+    return Permuted(
+        permuted.rows_SD[:rows].cpu(), permuted.counts_L.cpu(), permuted.choice_of_row_S[:rows].cpu()
+    )
 
 
 @given(shape=shapes)
@@ -31,7 +33,7 @@ def test_permute_is_a_sorted_selection(kernels, place, shape):
     permuted = valid(kernels.permute(hidden_TD.to(place), slot_ids_TK.to(place), slots))
     flat = slot_ids_TK.reshape(-1)
     mine = [index for slot in range(slots) for index in (flat == slot).nonzero().flatten().tolist()]
-    assert permuted.source_S.tolist() == mine
+    assert permuted.choice_of_row_S.tolist() == mine
     assert permuted.counts_L.tolist() == [(flat == slot).sum().item() for slot in range(slots)]
     assert kernels.count(slot_ids_TK.to(place), slots).tolist() == permuted.counts_L.tolist()
     assert torch.equal(permuted.rows_SD, hidden_TD[torch.tensor(mine, dtype=torch.long) // top_k])
@@ -51,12 +53,12 @@ def test_windows_are_the_whole_in_parts(kernels, place, shape, width):
     assert all(len(part.rows_SD) <= width for part in parts)
     parts = [valid(part) for part in parts]
     assert torch.equal(torch.cat([part.rows_SD for part in parts]), whole.rows_SD)
-    assert torch.equal(torch.cat([part.source_S for part in parts]), whole.source_S)
+    assert torch.equal(torch.cat([part.choice_of_row_S for part in parts]), whole.choice_of_row_S)
     assert torch.equal(torch.stack([part.counts_L for part in parts]).sum(0), whole.counts_L)
 
 
 def test_choices_that_are_a_column_of_a_wider_tensor(kernels, place):
     slot_ids_TK = torch.tensor([[0, 2], [1, 2], [1, 2], [0, 2]], device=place)[:, :1]
     permuted = valid(kernels.permute(torch.eye(4, device=place), slot_ids_TK, 2))
-    assert permuted.source_S.tolist() == [0, 3, 1, 2]
+    assert permuted.choice_of_row_S.tolist() == [0, 3, 1, 2]
     assert kernels.count(slot_ids_TK, 2).tolist() == [2, 2]

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
-from epbackend.kernels.id_check import IdGuard
-from epbackend.kernels.replica_split import EvenCopies, LevelCopies, Split
+from epbackend.kernels.id_check import ExpertIdCheck
+from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
 from epbackend.placement import replica_split_reference as reference
 from epbackend.placement.placement import Layout
 
@@ -38,7 +38,7 @@ def level_quota(counts_GE: np.ndarray, by_source: Layout, source: int, node_sour
 
 @given(calls=st.lists(batches, max_size=3), turn=st.integers(0, 3))
 def test_even_takes_turns_from_call_to_call(kernels, place, calls, turn):
-    split = kernels.even_split(EvenCopies(LAYOUT.slots_EC, LAYOUT.slots_EC >= 0, turn), place, None)
+    split = kernels.even_split(EvenReplicas(LAYOUT.slots_EC, LAYOUT.slots_EC >= 0, turn), place, None)
     for call, ids in enumerate(calls):
         quota_P = splits.even_shares(counts(ids), LAYOUT, turn + call)
         expected = splits.assign(np.array(ids), quota_P, LAYOUT)
@@ -50,7 +50,7 @@ def test_nearest_is_even_among_some(kernels, place, ids, rank):
     near_EC = LAYOUT.rank_of_slot_P[LAYOUT.slots_EC] == rank
     near_EC &= LAYOUT.slots_EC >= 0
     takes_EC = np.where(near_EC.any(axis=1, keepdims=True), near_EC, LAYOUT.slots_EC >= 0)
-    split = kernels.even_split(EvenCopies(LAYOUT.slots_EC, takes_EC, rank), place, None)
+    split = kernels.even_split(EvenReplicas(LAYOUT.slots_EC, takes_EC, rank), place, None)
     quota_P = splits.nearest_quota(counts(ids), LAYOUT, rank)
     expected = splits.assign(np.array(ids), quota_P, LAYOUT)
     assert split(torch.tensor(ids, device=place)).tolist() == expected.tolist()
@@ -65,8 +65,8 @@ def test_level_with_two_sources(kernels, place, ids, others, source, node_source
         assert counts_E.tolist() == counts(ids).tolist()
         return torch.from_numpy(gathered.repeat(2, axis=0)).to(place)[::2]  # a line for each rank
 
-    copies = LevelCopies(LAYOUT.slots_EC, LAYOUT, BY_SOURCE, source, node_sources, gather)
-    found = kernels.level_split(copies, place, None)(torch.tensor(ids, device=place))
+    replicas = LevelReplicas(LAYOUT.slots_EC, LAYOUT, BY_SOURCE, source, node_sources, gather)
+    found = kernels.level_split(replicas, place, None)(torch.tensor(ids, device=place))
     quota_P = level_quota(gathered, BY_SOURCE, source, node_sources)
     assert found.tolist() == splits.assign(np.array(ids), quota_P, LAYOUT).tolist()
 
@@ -74,8 +74,8 @@ def test_level_with_two_sources(kernels, place, ids, others, source, node_source
 @given(ids=batches)
 def test_level_where_all_ranks_hold_the_same_tokens(kernels, place, ids):
     alone = Layout((sum(LAYOUT.experts_of_rank, ()),), E)
-    copies = LevelCopies(LAYOUT.slots_EC, LAYOUT, alone, 0, 0, None)
-    found = kernels.level_split(copies, place, None)(torch.tensor(ids, device=place))
+    replicas = LevelReplicas(LAYOUT.slots_EC, LAYOUT, alone, 0, 0, None)
+    found = kernels.level_split(replicas, place, None)(torch.tensor(ids, device=place))
     quota_P = level_quota(counts(ids)[None], alone, 0, 0)
     assert found.tolist() == splits.assign(np.array(ids), quota_P, LAYOUT).tolist()
 
@@ -88,24 +88,24 @@ def test_no_tokens(kernels, place):
         asked.append(counts_E.tolist())
         return counts_E.expand(2, -1)
 
-    copies = LevelCopies(LAYOUT.slots_EC, LAYOUT, BY_SOURCE, 0, 0, gather)
+    replicas = LevelReplicas(LAYOUT.slots_EC, LAYOUT, BY_SOURCE, 0, 0, gather)
     nobody_TK = torch.empty(0, K, dtype=torch.int64, device=place)
-    assert kernels.level_split(copies, place, None)(nobody_TK).shape == (0, K)
+    assert kernels.level_split(replicas, place, None)(nobody_TK).shape == (0, K)
     assert asked == [[0] * E]
 
 
-@pytest.mark.parametrize("copies", ["one", "even", "level"])
+@pytest.mark.parametrize("replicas", ["one", "even", "level"])
 @pytest.mark.parametrize("wild", [-1, E, 1 << 40])
-def test_ids_that_no_expert_has(kernels, place, copies, wild):
+def test_ids_that_no_expert_has(kernels, place, replicas, wild):
     """They get slots that exist, and the guard tells of them: at once, or when the device has."""
-    slot_ids_EC = LAYOUT.slots_EC[:, :1] if copies == "one" else LAYOUT.slots_EC
-    guard = IdGuard(E, place, layer=7)
-    if copies == "level":
+    slot_ids_EC = LAYOUT.slots_EC[:, :1] if replicas == "one" else LAYOUT.slots_EC
+    guard = ExpertIdCheck(E, place, layer=7)
+    if replicas == "level":
         alone = Layout((sum(LAYOUT.experts_of_rank, ()),), E)
-        tables = LevelCopies(slot_ids_EC, LAYOUT, alone, 0, 0, None)
+        tables = LevelReplicas(slot_ids_EC, LAYOUT, alone, 0, 0, None)
         make = kernels.level_split
     else:
-        tables, make = EvenCopies(slot_ids_EC, slot_ids_EC >= 0), kernels.even_split
+        tables, make = EvenReplicas(slot_ids_EC, slot_ids_EC >= 0), kernels.even_split
     ids_TK = torch.tensor([[0, wild], [2, 3]], device=place)
     unwatched = make(tables, place, None)(ids_TK)
     assert 0 <= int(unwatched.min()) <= int(unwatched.max()) < LAYOUT.slots
@@ -124,9 +124,9 @@ def call_twice(split: Split, ids_TK: torch.Tensor) -> None:
 
 def test_choices_that_are_a_column_of_a_wider_tensor(kernels, place):
     wide = torch.tensor([[0, 3], [2, 1], [0, 0], [3, 3]], device=place)
-    even = EvenCopies(LAYOUT.slots_EC, LAYOUT.slots_EC >= 0, 0)
+    even = EvenReplicas(LAYOUT.slots_EC, LAYOUT.slots_EC >= 0, 0)
     alone = Layout((sum(LAYOUT.experts_of_rank, ()),), E)
-    level = LevelCopies(LAYOUT.slots_EC, LAYOUT, alone, 0, 0, None)
-    for make, copies in ((kernels.even_split, even), (kernels.level_split, level)):
+    level = LevelReplicas(LAYOUT.slots_EC, LAYOUT, alone, 0, 0, None)
+    for make, replicas in ((kernels.even_split, even), (kernels.level_split, level)):
         column, same = wide[:, :1], wide[:, :1].clone(memory_format=torch.contiguous_format)
-        assert make(copies, place, None)(column).tolist() == make(copies, place, None)(same).tolist()
+        assert make(replicas, place, None)(column).tolist() == make(replicas, place, None)(same).tolist()

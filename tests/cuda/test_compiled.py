@@ -14,9 +14,9 @@ from triton import knobs
 
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
-from epbackend.kernels.id_check import IdGuard
+from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.int8 import Int8Weights
-from epbackend.kernels.replica_split import EvenCopies, LevelCopies
+from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas
 from epbackend.kernels.triton import quantize as widen_module
 from epbackend.kernels.triton.compile_info import compiling_for, resources
 from epbackend.kernels.triton.kernels import TritonKernels
@@ -130,7 +130,7 @@ def test_the_other_kernels_compile(chip, tokens):
         ids_TK = meta(tokens, 8, dtype=torch.int64)
         permuted = kernels.permute(meta(tokens, D), ids_TK, L, (0, 999))
         weights_TK, out_TD = meta(tokens, 8, dtype=torch.float32), meta(tokens, D, dtype=torch.float32)
-        kernels.unpermute(permuted.rows_SD, permuted.source_S, weights_TK, out_TD)
+        kernels.unpermute(permuted.rows_SD, permuted.choice_of_row_S, weights_TK, out_TD)
         kernels.swiglu(meta(99, 2 * F))
     assert all(resources(kernel).spilled <= SMALL_STACK for kernel in compiled)
 
@@ -140,9 +140,11 @@ def test_the_other_kernels_compile(chip, tokens):
 def test_the_level_split_is_one_launch_after_the_gathering(chip, tokens, launches):
     """The counting before it takes one, or two where there are many choices."""
     layout, nowhere = Layout.even(256, 32, 288), torch.device("meta")
-    copies = LevelCopies(layout.slots_EC, layout, layout, 3, 8, lambda _: meta(32, 256, dtype=torch.int64))
+    replicas = LevelReplicas(
+        layout.slots_EC, layout, layout, 3, 8, lambda _: meta(32, 256, dtype=torch.int64)
+    )
     with compiling_for(chip) as compiled:
-        split = TritonKernels(chip).level_split(copies, nowhere, IdGuard(256, nowhere))
+        split = TritonKernels(chip).level_split(replicas, nowhere, ExpertIdCheck(256, nowhere))
         split(meta(tokens, 8, dtype=torch.int64))
     assert len(compiled) == launches
     assert all(resources(kernel).spilled <= 2 * SMALL_STACK for kernel in compiled)
@@ -154,21 +156,21 @@ def test_the_level_split_is_one_launch_after_the_gathering(chip, tokens, launche
     ids=lambda layout: f"{layout.experts} on {layout.ranks}, {layout.slots} slots",
 )
 def test_the_level_split_compiles_for_layouts_of_all_kinds(layout):
-    """Few copies and many, few ranks and many: what fits one shape of a block need not fit another."""
+    """Few replicas and many, few ranks and many: what fits one shape of a block need not fit another."""
     nowhere = torch.device("meta")
     counts_GE = meta(layout.ranks, layout.experts, dtype=torch.int64)
-    copies = LevelCopies(layout.slots_EC, layout, layout, 0, 0, lambda _: counts_GE)
+    replicas = LevelReplicas(layout.slots_EC, layout, layout, 0, 0, lambda _: counts_GE)
     with compiling_for(H100) as compiled:
-        TritonKernels(H100).level_split(copies, nowhere, None)(meta(64, 8, dtype=torch.int64))
+        TritonKernels(H100).level_split(replicas, nowhere, None)(meta(64, 8, dtype=torch.int64))
     assert resources(compiled[-1]).spilled <= SMALL_STACK
 
 
 @pytest.mark.parametrize(("tokens", "launches"), [(64, 1), (4096, 3)], ids=["decode", "prefill"])
 def test_launches_of_the_even_split(tokens, launches):
     layout, nowhere = Layout.even(256, 32, 288), torch.device("meta")
-    copies = EvenCopies(layout.slots_EC, layout.slots_EC >= 0)
+    replicas = EvenReplicas(layout.slots_EC, layout.slots_EC >= 0)
     with compiling_for(H100) as compiled:
-        TritonKernels(H100).even_split(copies, nowhere, IdGuard(256, nowhere))(
+        TritonKernels(H100).even_split(replicas, nowhere, ExpertIdCheck(256, nowhere))(
             meta(tokens, 8, dtype=torch.int64)
         )
     assert len(compiled) == launches

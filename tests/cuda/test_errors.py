@@ -41,7 +41,7 @@ def same(weights: torch.Tensor) -> torch.Tensor:
             H100,
             torch.randn(3, 128),
             ExpertWeights(experts(Int8Weights.of).gate_up, experts(same).down),
-            "gate_up is int8 and down is float32; quantise both",
+            "gate_up is int8 and down is float32; quantize both",
         ),
     ],
 )

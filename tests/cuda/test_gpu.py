@@ -46,7 +46,7 @@ class Layer:
         permuted = self.kernels.permute(self.hidden_TD, self.ids_TK, L)
         rows_SD = self.kernels.expert_mlp(permuted.rows_SD, permuted.counts_L, self.weights)
         out_TD = torch.zeros(T, D, device="cuda")
-        self.kernels.unpermute(rows_SD, permuted.source_S, self.weights_TK, out_TD)
+        self.kernels.unpermute(rows_SD, permuted.choice_of_row_S, self.weights_TK, out_TD)
         return out_TD
 
     def expected(self) -> torch.Tensor:
@@ -124,7 +124,9 @@ def test_rows_past_two_to_the_31_elements(kernels):
     expected = hidden_TD[-9:].float() @ weight_LNK[-1].float().T
     torch.testing.assert_close(rows_SN[-9:].float(), expected, **tolerance(torch.bfloat16))
     out_TD = torch.zeros(tokens, width, device="cuda")
-    kernels.unpermute(permuted.rows_SD, permuted.source_S, torch.ones(tokens, top_k, device="cuda"), out_TD)
+    kernels.unpermute(
+        permuted.rows_SD, permuted.choice_of_row_S, torch.ones(tokens, top_k, device="cuda"), out_TD
+    )
     torch.testing.assert_close(out_TD[-9:], top_k * hidden_TD[-9:].float())
 
 

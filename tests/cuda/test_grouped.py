@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from epbackend.kernels.triton import expert_mlp as products
 from epbackend.kernels.triton.grouped_matmul import grouped_matmul
-from epbackend.kernels.triton.quantize import quantise_fp8, quantise_int8
+from epbackend.kernels.triton.quantize import quantize_fp8, quantize_int8
 from epbackend.kernels.triton.tiles import Tile, chip_of, choose_tile, row_tiles
 
 pytestmark = [
@@ -96,7 +96,7 @@ def test_the_schedule_covers_each_row_once(place):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", [Fp8Blocks, Int8Weights])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_quantised_experts(kernels, place, form, dtype, bias):
+def test_quantized_experts(kernels, place, form, dtype, bias):
     """Near the same experts in full precision; the bound is what 3 or 7 bits of mantissa leave of random rows."""
     if form is Fp8Blocks and not chip_of(place).fp8:
         pytest.skip("this chip has no float8 matrix units")
@@ -106,21 +106,21 @@ def test_quantised_experts(kernels, place, form, dtype, bias):
     rows = rows.to(dtype)
     biases = [torch.randn(3, 2 * BLOCK, device=place).to(dtype) if bias else None for _ in packed]
     out = kernels.expert_mlp(rows, counts_L, ExpertWeights(*map(kernels.pack, packed), *biases))[:23]
-    full = [weights.dequantised().double() for weights in packed]
+    full = [weights.dequantized().double() for weights in packed]
     wide = [None if each is None else each.double() for each in biases]
     expected = ReferenceKernels().expert_mlp(rows[:23].double(), counts_L, ExpertWeights(*full, *wide))
     assert out.dtype == dtype
     assert (out.double() - expected).norm() / expected.norm() < (0.05 if form is Fp8Blocks else 0.03)
 
 
-def test_quantisers_keep_to_their_rows(place):
+def test_quantizers_keep_to_their_rows(place):
     rows, _, counts_L = draw(place, [2, 3], BLOCK, 16, torch.bfloat16)
     rows[1] = 0
     schedule = row_tiles(counts_L, len(rows), 16)
-    fp8 = quantise_fp8(rows, schedule)
+    fp8 = quantize_fp8(rows, schedule)
     restored = fp8.values_SK.float() * fp8.scale_BS.repeat_interleave(BLOCK, 0).T
     torch.testing.assert_close(restored[:5], rows[:5].float(), rtol=1 / 16, atol=1e-2)
-    int8 = quantise_int8(rows, schedule)
+    int8 = quantize_int8(rows, schedule)
     restored = int8.values_SK[:5].float() * int8.scale_S[:5, None]
     torch.testing.assert_close(restored, rows[:5].float(), rtol=0, atol=float(rows[:5].abs().max()) / 127)
     assert restored[1].count_nonzero() == 0

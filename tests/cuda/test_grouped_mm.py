@@ -27,13 +27,13 @@ def test_permute_and_back(grouped, place, window):
     found = grouped.permute(hidden_TD, slot_ids_TK, 4, window)
     rows = int(found.counts_L.sum())
     assert torch.equal(found.counts_L, expected.counts_L)
-    assert torch.equal(found.source_S[:rows], expected.source_S)
+    assert torch.equal(found.choice_of_row_S[:rows], expected.choice_of_row_S)
     assert torch.equal(found.rows_SD[:rows], expected.rows_SD)
     assert torch.equal(grouped.count(slot_ids_TK, 4), ReferenceKernels().count(slot_ids_TK, 4))
     sums = [torch.zeros(9, 16, device=place) for _ in range(2)]
     found.rows_SD[rows:] = torch.nan
-    grouped.unpermute(found.rows_SD, found.source_S, weights_TK, sums[0])
-    ReferenceKernels().unpermute(expected.rows_SD, expected.source_S, weights_TK, sums[1])
+    grouped.unpermute(found.rows_SD, found.choice_of_row_S, weights_TK, sums[0])
+    ReferenceKernels().unpermute(expected.rows_SD, expected.choice_of_row_S, weights_TK, sums[1])
     torch.testing.assert_close(*sums)
 
 

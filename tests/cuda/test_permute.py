@@ -32,12 +32,12 @@ def test_sorted_like_the_reference(way, place, tokens, top_k, slots, window):
     found = permute.permute(hidden_TD, ids_TK, slots, window)
     rows = len(expected.rows_SD)
     assert torch.equal(found.counts_L, expected.counts_L)
-    assert found.source_S[:rows].equal(expected.source_S)
-    assert (found.source_S[rows:] == -1).all()
+    assert found.choice_of_row_S[:rows].equal(expected.choice_of_row_S)
+    assert (found.choice_of_row_S[rows:] == -1).all()
     assert found.rows_SD[:rows].equal(expected.rows_SD)
     found.rows_SD[rows:] = torch.nan
     weights_TK = torch.rand(tokens, 2 * top_k, device=place)[:, ::2]
     sums = [torch.ones(tokens, 7, device=place) for _ in range(2)]
-    permute.unpermute(found.rows_SD, found.source_S, weights_TK, sums[0])
-    ReferenceKernels().unpermute(expected.rows_SD, expected.source_S, weights_TK, sums[1])
+    permute.unpermute(found.rows_SD, found.choice_of_row_S, weights_TK, sums[0])
+    ReferenceKernels().unpermute(expected.rows_SD, expected.choice_of_row_S, weights_TK, sums[1])
     torch.testing.assert_close(*sums)

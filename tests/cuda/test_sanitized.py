@@ -12,9 +12,9 @@ from contract.routing import routing
 
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.fp8 import Fp8Blocks
-from epbackend.kernels.id_check import IdGuard
+from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.int8 import Int8Weights
-from epbackend.kernels.replica_split import EvenCopies
+from epbackend.kernels.replica_split import EvenReplicas
 from epbackend.kernels.triton.tiles import chip_of
 
 pytestmark = pytest.mark.cuda
@@ -30,14 +30,14 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_whole_layer(kernels, place, form):
-    width, inner, dtype, quantise = FORMS[form]
+    width, inner, dtype, quantize = FORMS[form]
     if form == "fp8" and not chip_of(place).fp8:
         pytest.skip("this chip has no float8 matrix units")
-    gate_up = quantise(torch.randn(3, 2 * inner, width, device=place).to(dtype))
-    down = quantise(torch.randn(3, width, inner, device=place).to(dtype))
+    gate_up = quantize(torch.randn(3, 2 * inner, width, device=place).to(dtype))
+    down = quantize(torch.randn(3, width, inner, device=place).to(dtype))
     ids_TK = routing(13, 2, -1, 4, seed=1).to(place)
     guarded = kernels.even_split(
-        EvenCopies(np.array([[0], [1], [2]]), np.ones((3, 1), bool)), place, IdGuard(3, place)
+        EvenReplicas(np.array([[0], [1], [2]]), np.ones((3, 1), bool)), place, ExpertIdCheck(3, place)
     )
     guarded(ids_TK)  # -1 and 3 are no experts
     permuted = kernels.permute(torch.randn(13, width, device=place).to(dtype), ids_TK, 3)
@@ -45,6 +45,6 @@ def test_a_whole_layer(kernels, place, form):
         permuted.rows_SD, permuted.counts_L, ExpertWeights(kernels.pack(gate_up), kernels.pack(down))
     )
     out_TD = torch.zeros(13, width, device=place)
-    kernels.unpermute(rows_SD, permuted.source_S, torch.ones(13, 2, device=place), out_TD)
+    kernels.unpermute(rows_SD, permuted.choice_of_row_S, torch.ones(13, 2, device=place), out_TD)
     kernels.swiglu(rows_SD[:, : width // 2 * 2])
     assert out_TD.isfinite().all()

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 split = pytest.importorskip("epbackend.placement.replica_split", reason="needs numba", exc_type=ImportError)
 
-from epbackend.kernels.replica_split import EvenCopies, LevelCopies
+from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas
 from epbackend.kernels.triton import permute
 from epbackend.kernels.triton import replica_split as seats
 from epbackend.placement.placement import Layout
@@ -17,12 +17,12 @@ from epbackend.placement.placement import Layout
 pytestmark = pytest.mark.cuda
 
 LAYOUTS = {
-    "no copies": Layout.even(6, 3),
+    "no replicas": Layout.even(6, 3),
     "one copied": Layout.of([0, 1, 2, 3, 0, 4], 3, 5),
     "a chain": Layout.of([0, 1, 1, 2, 2, 3, 3, 4], 4, 5),
     "twice on a rank": Layout.of([0, 0, 1, 2, 0, 3, 2, 1], 4, 4),
     "uneven ranks": Layout(((0, 1, 2), (0,), (3, 1), (0, 4)), 5),
-    "many copies": Layout.even(7, 8, 32),
+    "many replicas": Layout.even(7, 8, 32),
 }
 
 
@@ -48,10 +48,10 @@ def check(kernels, place, layout: Layout, ids_of: list[np.ndarray], node_size: i
     shares_P = split.level_shares(counts_RE.sum(0), layout)
     on_device = torch.from_numpy(counts_RE).to(place)
     for source, ids_TK in list(enumerate(ids_of))[::step]:
-        copies = LevelCopies(layout.slots_EC, layout, layout, source, node_size, lambda _: on_device)
+        replicas = LevelReplicas(layout.slots_EC, layout, layout, source, node_size, lambda _: on_device)
         quota_P = split.own_quota(counts_RE, shares_P, layout, source, node_size)
         expected = split.assign(ids_TK, quota_P, layout)
-        found = kernels.level_split(copies, place, None)(torch.from_numpy(ids_TK).to(place))
+        found = kernels.level_split(replicas, place, None)(torch.from_numpy(ids_TK).to(place))
         assert np.array_equal(found.cpu().numpy(), expected)
 
 
@@ -72,8 +72,8 @@ def test_loads_are_carried_along_a_chain(kernels, place, tokens):
 
 def test_even_with_several_programs(way, kernels, place):
     """All of them see the same turn, and one moves it on."""
-    layout = LAYOUTS["many copies"]
-    even = kernels.even_split(EvenCopies(layout.slots_EC, layout.slots_EC >= 0), place, None)
+    layout = LAYOUTS["many replicas"]
+    even = kernels.even_split(EvenReplicas(layout.slots_EC, layout.slots_EC >= 0), place, None)
     for turn in range(3):
         ids_TK = np.random.default_rng(turn).integers(0, layout.experts, (50, 2))
         quota_P = split.even_shares(np.bincount(ids_TK.flatten(), minlength=layout.experts), layout, turn)

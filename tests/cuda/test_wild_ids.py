@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton import knobs
 
 from epbackend.errors import ConfigError
-from epbackend.kernels.id_check import IdGuard
-from epbackend.kernels.replica_split import EvenCopies
+from epbackend.kernels.id_check import ExpertIdCheck
+from epbackend.kernels.replica_split import EvenReplicas
 
 pytestmark = pytest.mark.cuda
 
@@ -21,15 +21,15 @@ def test_permute_leaves_bad_ids_out(kernels, place):
     ids_TK = torch.tensor([[1 << 40, 0], [-(1 << 40), 2]], device=place)
     permuted = kernels.permute(torch.randn(2, 4, device=place), ids_TK, 2)
     assert permuted.counts_L.tolist() == [1, 0]
-    assert permuted.source_S.tolist() == [1, -1, -1, -1]
+    assert permuted.choice_of_row_S.tolist() == [1, -1, -1, -1]
 
 
 @pytest.mark.skipif(knobs.runtime.interpret or not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("name", ["triton", "grouped_mm"])
 def test_a_finding_of_a_replay_is_raised_by_the_next_call(cuda, name):
     place = cuda.torch_device(0)
-    one = EvenCopies(np.arange(4)[:, None], np.ones((4, 1), bool))
-    split = cuda.kernel_set(name).even_split(one, place, IdGuard(4, place))
+    one = EvenReplicas(np.arange(4)[:, None], np.ones((4, 1), bool))
+    split = cuda.kernel_set(name).even_split(one, place, ExpertIdCheck(4, place))
     ids_TK = torch.zeros(3, 2, dtype=torch.int64, device=place)
     split(ids_TK)
     graph = torch.cuda.CUDAGraph()

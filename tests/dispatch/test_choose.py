@@ -10,15 +10,15 @@ import torch
 
 from epbackend.device import devices
 from epbackend.dispatch import symmetric
-from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
+from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import choose, decide, dispatchers
 from epbackend.errors import ConfigError
 from epbackend.kernels.reference import ReferenceKernels
 
 
-def problem(size: int, token_size: int = 1, top_k: int = 8, **settings) -> Problem:
+def spec(size: int, token_size: int = 1, top_k: int = 8, **settings) -> LayerSpec:
     ranks = RankGroup(None, 0, size, None, 0, token_size)
-    return Problem(ranks, ReferenceKernels(), DispatchSettings(**settings), slots=4, top_k=top_k)
+    return LayerSpec(ranks, ReferenceKernels(), DispatchSettings(**settings), slots=4, top_k=top_k)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def problem(size: int, token_size: int = 1, top_k: int = 8, **settings) -> Probl
     ],
 )
 def test_automatic_choice(size, token_size, level, name):
-    dispatcher, choice = choose(problem(size, token_size, level=level))
+    dispatcher, choice = choose(spec(size, token_size, level=level))
     assert (dispatcher.name, choice.name) == (name, name)
     assert choice.reason
     assert {other for other, _ in choice.passed_over} == {entry.name for entry in dispatchers()} - {name}
@@ -42,22 +42,22 @@ def test_automatic_choice(size, token_size, level, name):
 
 
 def test_pinned_is_taken_and_says_so():
-    _, choice = choose(problem(4, 4, level=1, dispatcher="allgather"))
+    _, choice = choose(spec(4, 4, level=1, dispatcher="allgather"))
     assert choice.reason.startswith("pinned")
     assert dict(choice.passed_over)["replicated"] == "usable, but allgather is pinned"
 
 
 def test_the_next_is_taken_only_where_it_is_named():
-    _, choice = choose(problem(4, level=2, dispatcher="mc2, alltoall"))
+    _, choice = choose(spec(4, level=2, dispatcher="mc2, alltoall"))
     assert choice.name == "alltoall"
     assert choice.reason.startswith("pinned")
     assert "Ascend" in dict(choice.passed_over)["mc2"]
     with pytest.raises(ConfigError, match=r"mc2 is pinned but cannot be used: .*Ascend"):
-        choose(problem(4, level=2, dispatcher="mc2"))
+        choose(spec(4, level=2, dispatcher="mc2"))
 
 
 def test_a_static_call_says_what_it_costs():
-    _, choice = choose(problem(4, level=2, static=True))
+    _, choice = choose(spec(4, level=2, static=True))
     assert (choice.name, "every token to every rank" in choice.reason) == ("alltoall", True)
 
 
@@ -65,7 +65,7 @@ def test_before_any_rank_runs_this_machine_is_judged(monkeypatch):
     """What `epbackend doctor` asks on a machine with two GPUs, for eight ranks."""
     monkeypatch.setattr(symmetric, "not_built", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    asked = replace(problem(8, level=2), kernels=mock.Mock(ReferenceKernels, on_cuda=True))
+    asked = replace(spec(8, level=2), kernels=mock.Mock(ReferenceKernels, on_cuda=True))
     choice = decide(asked)
     assert choice.name == "alltoall"
     assert "taken only where it is named" in dict(choice.passed_over)["symmetric"]
@@ -78,7 +78,7 @@ def test_before_any_rank_runs_this_machine_is_judged(monkeypatch):
 def test_the_choice_is_logged_once(caplog):
     caplog.set_level("INFO", logger="epbackend")
     for _ in range(3):
-        choose(problem(3, level=1, dispatcher="allgather"))
+        choose(spec(3, level=1, dispatcher="allgather"))
     (line,) = caplog.messages
     assert "dispatcher allgather (pinned; gather all tokens" in line
     assert "not alltoall: it serves ep_level 2" in line
@@ -105,12 +105,12 @@ def test_the_choice_is_logged_once(caplog):
 )
 def test_what_cannot_be(settings, message):
     with pytest.raises(ConfigError, match=message):
-        choose(problem(4, **settings))
+        choose(spec(4, **settings))
 
 
 def test_one_rank_has_nothing_to_send():
     with pytest.raises(ConfigError, match="one rank"):
-        choose(problem(1, dispatcher="alltoall", level=2))
+        choose(spec(1, dispatcher="alltoall", level=2))
 
 
 def test_every_dispatcher_is_listed():

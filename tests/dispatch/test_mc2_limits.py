@@ -7,13 +7,13 @@ from unittest import mock
 import pytest
 import torch
 
-from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
+from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import choose
 from epbackend.dispatch.mc2 import Mc2, broken, buffer_mb
 from epbackend.errors import ConfigError
 
 
-def problem(
+def spec(
     chip: str | None = "A3",
     size=16,
     slots=16,
@@ -21,11 +21,11 @@ def problem(
     tokens: int | None = 64,
     hidden: int | None = None,
     **settings,
-) -> Problem:
+) -> LayerSpec:
     kernels = mock.Mock(chip=chip) if chip else mock.Mock(spec=[])
     group = RankGroup(mock.Mock(), 0, size, None, 0, 1)
     settings = DispatchSettings(**{"level": 2, "max_tokens": tokens, **settings})
-    return Problem(group, kernels, settings, slots, top_k, hidden)
+    return LayerSpec(group, kernels, settings, slots, top_k, hidden)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def problem(
         ({"size": 769, "slots": 1}, "ep_size must be 2 to 768, and is 769"),
         ({"size": 1}, "there is one rank"),
         ({"chip": "A2", "slots": 25}, "a rank may hold 24 experts, and holds 25: raise ep_size"),
-        ({"size": 64, "slots": 17}, "1024 experts with their copies, and there are 1088"),
+        ({"size": 64, "slots": 17}, "1024 experts with their replicas, and there are 1088"),
         ({"top_k": 13}, "may choose 12 experts, and this model's chooses 13"),
         ({"chip": "A2", "top_k": 17}, "may choose 16 experts"),
         ({"tokens": None}, "decode is bounded by engine.max_batch_size"),
@@ -49,7 +49,7 @@ def problem(
     ],
 )
 def test_what_the_choice_refuses(changes, message):
-    given = problem(**changes, dispatcher="mc2")
+    given = spec(**changes, dispatcher="mc2")
     with pytest.raises(ConfigError, match=f"dispatcher mc2 is pinned but cannot be used: .*{message}"):
         choose(given)
 
@@ -66,35 +66,35 @@ def test_what_the_choice_refuses(changes, message):
 def test_what_a_call_refuses(chip, hidden_TD, message):
     ids, weights = torch.zeros(len(hidden_TD), 8), torch.zeros(len(hidden_TD), 8)
     with pytest.raises(ConfigError, match=message):
-        Mc2(problem(chip)).begin(hidden_TD, ids, weights)
+        Mc2(spec(chip)).begin(hidden_TD, ids, weights)
 
 
 def test_it_is_preferred_where_it_serves():
-    _, choice = choose(problem())
+    _, choice = choose(spec())
     assert choice.name == "mc2"
     assert dict(choice.passed_over)["alltoall"] == "usable, but mc2 is preferred"
 
 
 def test_few_ranks_of_a2_take_it_by_name_alone():
-    few = problem("A2", size=8)
+    few = spec("A2", size=8)
     _, choice = choose(few)
     assert choice.name == "alltoall"
     assert "on A2 it is for 16 ranks and more" in dict(choice.passed_over)["mc2"]
-    assert Mc2.unsupported(problem("A2", size=8, dispatcher="mc2")) is None
-    assert choose(problem("A2", size=16))[1].name == "mc2"
+    assert Mc2.unsupported(spec("A2", size=8, dispatcher="mc2")) is None
+    assert choose(spec("A2", size=16))[1].name == "mc2"
 
 
 @pytest.mark.parametrize(("transport", "form"), [("full", ""), ("int8", ", in int8")])
 def test_the_reason_names_chip_and_sizes(transport, form):
-    reason = Mc2.reason(problem(transport=transport))
+    reason = Mc2.reason(spec(transport=transport))
     assert reason.endswith(f"A3 takes 512 tokens a rank, and 64 are sent{form}")
 
 
 def test_ranks_with_the_same_tokens_send_a_slice_each():
-    shared = problem(tokens=1024)
+    shared = spec(tokens=1024)
     assert "512 tokens" in str(Mc2.unsupported(shared))
     ranks = RankGroup(mock.Mock(), 0, 16, mock.Mock(), 0, 2)
-    assert Mc2.unsupported(Problem(ranks, shared.kernels, shared.settings, 16, 8)) is None
+    assert Mc2.unsupported(LayerSpec(ranks, shared.kernels, shared.settings, 16, 8)) is None
 
 
 @pytest.mark.parametrize("chip", ["A2", "A3"])

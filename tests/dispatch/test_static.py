@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dispatch.host_reads import HostReads, Unwatched
-from epbackend.dispatch.base import DispatchSettings, Problem
+from epbackend.dispatch.base import DispatchSettings, LayerSpec
 from epbackend.dispatch.choose import choose
 from epbackend.dispatch.collectives import Collectives
 from epbackend.kernels.reference import ReferenceKernels
@@ -43,7 +43,7 @@ def one_call(groups, token_size: int, settings: DispatchSettings, tokens: int, o
     """A layer whose experts double their rows. `only_slot` is what all choose; None: each something else."""
     ranks = groups[token_size]
     kernels = Unwatched(ReferenceKernels())
-    dispatcher, _ = choose(Problem(ranks, kernels, settings, L, K))
+    dispatcher, _ = choose(LayerSpec(ranks, kernels, settings, L, K))
     draw = torch.Generator().manual_seed(ranks.source)
     hidden_TD = torch.randn(tokens, D, generator=draw)
     ids_TK = torch.rand(tokens, L * ranks.size, generator=draw).argsort(1)[:, :K]

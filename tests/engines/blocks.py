@@ -133,11 +133,11 @@ FAMILIES = {
 
 
 def run_blocks(
-    groups: dict[int, RankGroup], ep: int, tp: int = 1, dp: int = 1, copies: bool = False
+    groups: dict[int, RankGroup], ep: int, tp: int = 1, dp: int = 1, replicas: bool = False
 ) -> dict[str, Tensor]:
     """Every family's output [T, D] for this rank's tokens, experts on `ep` ranks in order, or as in COPIES."""
     config = EPConfig.load({"device": "cpu", "ep_size": ep, "engine": {"tp": tp, "dp": dp}})
-    epbackend.enable(config, Placement((COPIES,) * (LAYER + 1)) if copies else None)
+    epbackend.enable(config, Placement((COPIES,) * (LAYER + 1)) if replicas else None)
     try:
         with _in_lmdeploy(groups[1].rank, DistConfig(dp=dp, tp=tp, ep=ep)) as dp_rank:
             return {name: _run(family, tokens(dp_rank)) for name, family in FAMILIES.items()}

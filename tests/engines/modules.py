@@ -41,7 +41,7 @@ PLACE = CudaDevice().torch_device(0)
 E, K, F = 8, 3, 128
 LAYER = 2
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-"""Relative error allowed: what rows lose where they are rounded, and quantised, at slightly different values."""
+"""Relative error allowed: what rows lose where they are rounded, and quantized, at slightly different values."""
 COPIES = Layout(((0, 1, 2, 3, 7), (4, 5, 6, 7, 0, 0)), E)
 """Unequal ranks, an expert on both of them, another twice on one."""
 
@@ -59,7 +59,7 @@ class Case:
     """Whether ranks have experts of their own (ep), or a part of each expert (tp)."""
     level: int = 1
     dispatcher: str = "auto"
-    copies: bool = False
+    replicas: bool = False
     tokens: tuple[int, ...] = (5, 3)
     """Of each group of ranks that hold the same ones."""
     dtype: torch.dtype = torch.float32
@@ -75,7 +75,7 @@ class Case:
     def config(self) -> EPConfig:
         engine = {"dp": self.dp, "tp": 1 if self.spread else self.size, "eager_mode": not self.graphs}
         # The placement itself is handed over finished; the config says that there is one, and how tokens split.
-        placement = {"split": "nearest", "file": "given"} if self.copies else {}
+        placement = {"split": "nearest", "file": "given"} if self.replicas else {}
         return EPConfig.load(
             {
                 "device": self.device,
@@ -147,7 +147,7 @@ def built_for(case: Case, ranks: RankGroup) -> Iterator[None]:
     )
     steps = StepContextManager(BuildModelContext(max_batch_size=16))
     step = SimpleNamespace(global_is_decoding=lambda: True)
-    placement = Placement((COPIES,) * (LAYER + 1)) if case.copies else None
+    placement = Placement((COPIES,) * (LAYER + 1)) if case.replicas else None
     plug.enable(case.config, placement)
     try:
         with ExitStack() as contexts:

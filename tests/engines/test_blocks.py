@@ -14,21 +14,21 @@ from lmdeploy.pytorch.models.module_map import MODULE_MAP
 from tests.engines.blocks import FAMILIES, LAYER, layer_number, run_blocks
 
 RANKS = 4
-SPREADS = {"tp 1, copies": (1, 1, True), "tp 4": (4, 1, False), "dp 2": (1, 2, False)}
-"""(tp, dp, copies) with ep_size 4: dense layers whole or cut, all tokens on all ranks or on two groups of two."""
+SPREADS = {"tp 1, replicas": (1, 1, True), "tp 4": (4, 1, False), "dp 2": (1, 2, False)}
+"""(tp, dp, replicas) with ep_size 4: dense layers whole or cut, all tokens on all ranks or on two groups of two."""
 
 
 @pytest.fixture(scope="module")
 def outputs(ranks):
-    """(ep, tp, dp, copies) -> each rank's outputs by family."""
+    """(ep, tp, dp, replicas) -> each rank's outputs by family."""
     return cache(lambda *sizes: ranks.run(sizes[0], run_blocks, *sizes))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spread", SPREADS)
 def test_spread_experts_change_nothing(family, spread, outputs):
-    tp, dp, copies = SPREADS[spread]
-    spread_out = [of_rank[family] for of_rank in outputs(RANKS, tp, dp, copies)]
+    tp, dp, replicas = SPREADS[spread]
+    spread_out = [of_rank[family] for of_rank in outputs(RANKS, tp, dp, replicas)]
     (whole,) = outputs(1, 1, 1, False)
     assert whole[family].abs().max() > 0.05
     # Ranks of one attention group have the same tokens; the first group's are those of the single rank.

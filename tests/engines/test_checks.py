@@ -68,13 +68,13 @@ def test_ep_size_that_does_not_divide_the_experts(write_model):
     refused(model, two_ranks(), ConfigError, "ep_size: 2 does not divide the 9 experts.*1, 3, 9")
 
 
-def test_quantised_checkpoint(write_model):
+def test_quantized_checkpoint(write_model):
     model = write_model(n_routed_experts=8, quantization_config={"quant_method": "fp8"})
-    refused(model, two_ranks(), ConfigError, "cpu.*unquantised.*blocked FP8")
+    refused(model, two_ranks(), ConfigError, "cpu.*unquantized.*blocked FP8")
 
 
 @pytest.mark.parametrize(
-    ("quantised", "form"),
+    ("quantized", "form"),
     [
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "blocked FP8"),
         ({"quant_method": "fp8", "activation_scheme": "static"}, "FP8 with one scale a tensor"),
@@ -83,10 +83,10 @@ def test_quantised_checkpoint(write_model):
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
     ],
 )
-def test_quantised_forms_on_each_device(write_model, monkeypatch, quantised, form):
+def test_quantized_forms_on_each_device(write_model, monkeypatch, quantized, form):
     """What LMDeploy alone computes is left to it, on ranks that all hold every expert."""
-    assert checks.form_of_experts(quantised) == form
-    model = write_model(n_routed_experts=8, quantization_config=quantised)
+    assert checks.form_of_experts(quantized) == form
+    model = write_model(n_routed_experts=8, quantization_config=quantized)
     for device, spread in checks.SPREAD.items():
         monkeypatch.setattr(checks, "get_device", lambda _, name=device: SimpleNamespace(name=name))
         if form in spread:

@@ -77,14 +77,14 @@ def test_one_rank(cuda, form):
     [
         ({"level": 1}, "replicated"),
         ({"level": 1, "dp": 2}, "allgather"),
-        ({"level": 2, "dp": 2, "copies": True}, "alltoall"),
+        ({"level": 2, "dp": 2, "replicas": True}, "alltoall"),
     ],
-    ids=["shared tokens", "own tokens", "copies"],
+    ids=["shared tokens", "own tokens", "replicas"],
 )
 def test_two_ranks(run, form, settings, dispatcher):
     seen = run(cuda_case(form, size=2, **settings))
     assert [rank.dispatcher for rank in seen] == [dispatcher] * 2
-    if settings.get("copies"):
+    if settings.get("replicas"):
         assert [rank.expert_list for rank in seen] == [list(held) for held in COPIES.experts_of_rank]
     computed = sum(rank.load.tokens_RLE.sum() for rank in seen)
     assert computed == 3 * (8 if settings.get("dp") else 5)
@@ -100,7 +100,7 @@ def test_two_ranks_with_a_part_of_each_expert(run, form):
 @pytest.mark.parametrize("level", [1, 2])
 def test_two_ranks_as_decoding_is_captured(run, level):
     """Ranks bring equally many tokens, and nothing is read back to size anything."""
-    run(cuda_case("float", size=2, dp=2, level=level, copies=True, tokens=(4, 4), graphs=True))
+    run(cuda_case("float", size=2, dp=2, level=level, replicas=True, tokens=(4, 4), graphs=True))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from epbackend.replica_split import SlotMap
 
 
 @dataclass(frozen=True)
-class Choice:
+class Decision:
     name: str
     reason: str
 
@@ -38,7 +38,7 @@ class Layer:
     def __init__(self, tokens_E, passes=1, rounds=1) -> None:
         self.load = Load(tuple(range(len(tokens_E))), len(tokens_E))
         self.slot_map = SlotMap.uniform(len(tokens_E), 1)
-        self.dispatchers = {"decode": Choice("alltoall", "it suits")}
+        self.dispatchers = {"decode": Decision("alltoall", "it suits")}
         self.call(tokens_E, passes, rounds)
 
     def call(self, tokens_E, passes=1, rounds=1) -> None:
@@ -148,7 +148,7 @@ def test_steps_of_a_rank_that_is_behind_are_left_out(board):
 
 
 def test_loads_are_those_of_the_model():
-    """Copies of an expert add up, layers without experts are there, and shards of an expert count once."""
+    """Replicas of an expert add up, layers without experts are there, and shards of an expert count once."""
     both = report([[[3, 0], [1, 1]], [[4, 1], [0, 2]]], (1, 3))
     assert both.loads_LE(4, ep_size=2).tolist() == [[0, 0], [7, 1], [0, 0], [1, 3]]
     assert both.loads_LE(4, ep_size=1).tolist() == [[0, 0], [3, 0], [0, 0], [1, 1]]

@@ -41,9 +41,9 @@ def test_the_file_is_what_planners_read(tmp_path):
     file = Recording.of(tmp_path / "loads.json", resolve("tiny-deepseek-v3"), ep_size=2)
     file.write(report(np.ones((2, 3, 32), dtype=np.int64)))
     loads = read_loads(tmp_path / "loads.json")
-    assert loads.tokens_WLE.shape == (1, 4, 32)
+    assert loads.tokens_WYE.shape == (1, 4, 32)
     assert loads.loaded_layers == (1, 2, 3)
-    assert (loads.tokens_WLE[0, 1:] == 2).all()
+    assert (loads.tokens_WYE[0, 1:] == 2).all()
     assert [each.name for each in tmp_path.iterdir()] == ["loads.json"]
 
 

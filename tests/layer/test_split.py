@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
+from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.errors import ConfigError
 from epbackend.kernels.cpu import CpuKernels
 from epbackend.placement import replica_split as on_arrays
@@ -22,9 +22,9 @@ from epbackend.replica_split import SlotMap, TokenSplit
 E, K = 5, 3
 
 
-def problem(rank: int, size: int, token_size: int = 1) -> Problem:
+def spec(rank: int, size: int, token_size: int = 1) -> LayerSpec:
     ranks = RankGroup(None, rank, size, token_size=token_size)
-    return Problem(ranks, CpuKernels(), DispatchSettings(), slots=0, top_k=K)
+    return LayerSpec(ranks, CpuKernels(), DispatchSettings(), slots=0, top_k=K)
 
 
 @st.composite
@@ -56,7 +56,7 @@ def expected_slots(ids_TK: torch.Tensor, quota_P: np.ndarray, slot_map: SlotMap)
 @given(layout=layouts(), tokens=st.integers(0, 40), seed=st.integers(0, 99), rank=st.integers(0, 3))
 def test_even_takes_turns_from_call_to_call(layout, tokens, seed, rank):
     rank, slot_map = rank % layout.ranks, SlotMap(layout)
-    split = TokenSplit("even", slot_map, problem(rank, layout.ranks))
+    split = TokenSplit("even", slot_map, spec(rank, layout.ranks))
     for call in range(3):
         ids = chosen(tokens, seed + call)
         counts = np.bincount(ids.flatten(), minlength=E)
@@ -70,7 +70,7 @@ def test_nearest(layout, tokens, rank, node):
     rank, slot_map = rank % layout.ranks, SlotMap(layout, node)
     ids = chosen(tokens, seed=0)
     quota = on_arrays.nearest_quota(np.bincount(ids.flatten(), minlength=E), layout, rank, node)
-    split = TokenSplit("nearest", slot_map, problem(rank, layout.ranks))
+    split = TokenSplit("nearest", slot_map, spec(rank, layout.ranks))
     assert torch.equal(split(ids), expected_slots(ids, quota, slot_map))
 
 
@@ -80,7 +80,7 @@ def test_level_where_all_ranks_hold_the_same_tokens(layout, tokens, rank):
     """Nobody is asked: there is no process group here."""
     slot_map, ids = SlotMap(layout), chosen(tokens, seed=1)
     quota = on_arrays.level_shares(np.bincount(ids.flatten(), minlength=E), layout)
-    split = TokenSplit("level", slot_map, problem(rank % layout.ranks, layout.ranks, layout.ranks))
+    split = TokenSplit("level", slot_map, spec(rank % layout.ranks, layout.ranks, layout.ranks))
     assert torch.equal(split(ids), expected_slots(ids, quota, slot_map))
 
 
@@ -96,7 +96,7 @@ def level_of_all(groups, layout: Layout, token_size: int, tokens: tuple[int, ...
     node = node_size // token_size
     quota = on_arrays.own_quota(counts, shares, Layout(tuple(grouped), E), ranks.source, node)
     ids = chosen_by_source[ranks.source]
-    found = TokenSplit("level", slot_map, Problem(ranks, CpuKernels(), DispatchSettings(), 0, K))(ids)
+    found = TokenSplit("level", slot_map, LayerSpec(ranks, CpuKernels(), DispatchSettings(), 0, K))(ids)
     return torch.equal(found, expected_slots(ids, quota, slot_map))
 
 
@@ -109,17 +109,17 @@ def test_level_asks_the_other_sources(ranks, token_size, node_size):
 
 
 @pytest.mark.parametrize("name", on_arrays.SPLITS)
-def test_without_copies_there_is_nothing_to_split(name):
+def test_without_replicas_there_is_nothing_to_split(name):
     """Not even the other ranks are asked."""
     slot_map = SlotMap(Layout(((4, 1), (0, 2, 3)), E))
     ids = torch.tensor([[0, 4, 3]])
-    assert TokenSplit(name, slot_map, problem(0, 2))(ids).tolist() == [[3, 0, 5]]
+    assert TokenSplit(name, slot_map, spec(0, 2))(ids).tolist() == [[3, 0, 5]]
 
 
 def test_what_there_is_not():
-    copies = SlotMap.of((0, 1, 0, 1), 2)
+    replicas = SlotMap.of((0, 1, 0, 1), 2)
     with pytest.raises(ConfigError, match="split 'random' is unknown; it is one of even, nearest, level"):
-        TokenSplit("random", copies, problem(0, 2))
+        TokenSplit("random", replicas, spec(0, 2))
 
 
 @pytest.mark.parametrize("name", on_arrays.SPLITS)
@@ -127,8 +127,8 @@ def test_an_expert_that_does_not_exist(name):
     """Unless nobody looks; a choice of it then goes where an expert is."""
     slot_map, ids = SlotMap.of((0, 1, 0, 1), 2), torch.tensor([[0, 5]])
     with pytest.raises(ConfigError, match="layer 0: a token chose expert 5, and the experts are 0 to 1;"):
-        TokenSplit(name, slot_map, problem(0, 2, 2))(ids)
-    assert int(TokenSplit(name, slot_map, problem(0, 2, 2), check_ids=False)(ids).max()) < 4
+        TokenSplit(name, slot_map, spec(0, 2, 2))(ids)
+    assert int(TokenSplit(name, slot_map, spec(0, 2, 2), check_ids=False)(ids).max()) < 4
 
 
 def test_nothing_is_compiled_or_loaded_for_it_unless_level_is_used():

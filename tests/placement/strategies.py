@@ -12,7 +12,7 @@ from epbackend.placement import Layout, Placement
 
 @st.composite
 def layouts(draw, experts: int | None = None, ranks: int | None = None):
-    """Layouts with copies anywhere, and any number of slots a rank."""
+    """Layouts with replicas anywhere, and any number of slots a rank."""
     experts = experts or draw(st.integers(1, 8))
     ranks = ranks or draw(st.integers(1, 4))
     held = draw(st.lists(st.integers(0, experts - 1), min_size=max(0, ranks - experts), max_size=8))

@@ -1,4 +1,4 @@
-"""Copies, bounds and budgets."""
+"""Replicas, bounds and budgets."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from epbackend.errors import ConfigError
 from epbackend.placement import plan
 from epbackend.placement.budget import first_slots, share_out
-from epbackend.placement.score import lower_bound, optimal_copies
+from epbackend.placement.score import lower_bound, optimal_replicas
 from epbackend.placement.search.layer_search import falls
 
 weights = st.lists(st.integers(0, 100), min_size=1, max_size=8).map(np.array)
@@ -16,27 +16,27 @@ weights = st.lists(st.integers(0, 100), min_size=1, max_size=8).map(np.array)
 
 @given(weights, st.integers(0, 12), st.integers(1, 6))
 @settings(deadline=None)
-def test_copies_minimise_the_heaviest(weight_E, spare, most):
+def test_replicas_minimise_the_heaviest(weight_E, spare, most):
     slots = min(len(weight_E) + spare, len(weight_E) * most)
-    copies_E = optimal_copies(weight_E, slots, most)
-    assert copies_E.sum() == slots
-    assert 1 <= copies_E.min() <= copies_E.max() <= most
-    heaviest = (weight_E / copies_E).max()
-    # Every expert below `heaviest` would need so many copies: more than there are, or than one may have.
+    replicas_E = optimal_replicas(weight_E, slots, most)
+    assert replicas_E.sum() == slots
+    assert 1 <= replicas_E.min() <= replicas_E.max() <= most
+    heaviest = (weight_E / replicas_E).max()
+    # Every expert below `heaviest` would need so many replicas: more than there are, or than one may have.
     needed_E = np.floor(weight_E / heaviest) + 1 if heaviest else np.full(len(weight_E), np.inf)
     assert needed_E.sum() > slots or needed_E.max() > most
 
 
 def test_ties_go_to_the_first():
-    assert optimal_copies(np.ones(4), 6).tolist() == [2, 2, 1, 1]
+    assert optimal_replicas(np.ones(4), 6).tolist() == [2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("slots", [3, 9])
-def test_copies_that_cannot_be(slots):
+def test_replicas_that_cannot_be(slots):
     with pytest.raises(
-        ConfigError, match=f"slots: {slots} do not fit 4 experts of 1 to 2 copies; use 4 to 8"
+        ConfigError, match=f"slots: {slots} do not fit 4 experts of 1 to 2 replicas; use 4 to 8"
     ):
-        optimal_copies(np.ones(4), slots, 2)
+        optimal_replicas(np.ones(4), slots, 2)
 
 
 def test_bound_is_the_mean_or_the_heaviest_copy():
@@ -58,22 +58,22 @@ def test_envelope_is_convex_and_below(values):
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 12), st.integers(0, 40), st.integers(0, 99))
 @settings(deadline=None)
 def test_budget_is_given_out_and_ranks_share_it(layers, ranks, experts, budget, seed):
-    weight_LE = np.random.default_rng(seed).lognormal(0, 1.5, (layers, experts))
+    weight_YE = np.random.default_rng(seed).lognormal(0, 1.5, (layers, experts))
     base = max(experts, ranks)
-    slots_L = share_out(weight_LE, ranks, base, budget)
-    assert slots_L.min() >= base
-    assert slots_L.max() <= max(base, experts * ranks)
-    assert slots_L.sum() == base * layers + min(budget, layers * max(experts * ranks - base, 0))
-    slots_LR = np.diff(first_slots(slots_L, ranks), axis=1)
-    assert slots_LR.sum(axis=1).tolist() == slots_L.tolist()
-    assert np.ptp(slots_LR, axis=1).max() <= 1
-    assert np.ptp(slots_LR.sum(axis=0)) <= 1
+    slots_Y = share_out(weight_YE, ranks, base, budget)
+    assert slots_Y.min() >= base
+    assert slots_Y.max() <= max(base, experts * ranks)
+    assert slots_Y.sum() == base * layers + min(budget, layers * max(experts * ranks - base, 0))
+    slots_YR = np.diff(first_slots(slots_Y, ranks), axis=1)
+    assert slots_YR.sum(axis=1).tolist() == slots_Y.tolist()
+    assert np.ptp(slots_YR, axis=1).max() <= 1
+    assert np.ptp(slots_YR.sum(axis=0)) <= 1
 
 
 def test_layers_in_need_get_the_budget():
     even, skewed, empty = np.ones(8), np.array([40.0, 30, 1, 1, 1, 1, 1, 1]), np.zeros(8)
-    slots_L = share_out(np.array([even, skewed, empty]), 8, 8, 4)
-    assert slots_L.tolist() == [8, 12, 8]
+    slots_Y = share_out(np.array([even, skewed, empty]), 8, 8, 4)
+    assert slots_Y.tolist() == [8, 12, 8]
 
 
 def test_needless_slots_are_spread_evenly():
@@ -87,7 +87,7 @@ def test_plan_with_a_budget_is_better_than_the_same_slots_everywhere():
 
     def imbalances(placement):
         for layer, tokens_E in zip(placement.layers, loads, strict=True):
-            tokens_P = (tokens_E / layer.copies_E)[layer.slot_to_expert_P]
+            tokens_P = (tokens_E / layer.replicas_E)[layer.slot_to_expert_P]
             load_R = np.bincount(layer.rank_of_slot_P, weights=tokens_P)
             yield load_R.max() / load_R.mean()
 

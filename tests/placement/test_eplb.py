@@ -1,4 +1,4 @@
-"""EPLB: slot for slot what DeepSeek published, as LMDeploy's copy of it (hierarchical part) computes it."""
+"""EPLB: slot for slot what DeepSeek published, as LMDeploy's replica of it (hierarchical part) computes it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ README_SLOTS = [
 ]
 
 
-def published(weight_LE: np.ndarray, slots: int, ranks: int, groups: int = 1, nodes: int = 1) -> np.ndarray:
-    copy = pytest.importorskip("lmdeploy.pytorch.nn.eplb")
+def published(weight_YE: np.ndarray, slots: int, ranks: int, groups: int = 1, nodes: int = 1) -> np.ndarray:
+    replica = pytest.importorskip("lmdeploy.pytorch.nn.eplb")
     if groups % nodes:
         groups = nodes = 1
-    weight = torch.tensor(weight_LE, dtype=torch.float32)
-    return copy.rebalance_experts_hierarchical(weight, slots, groups, nodes, ranks)[0].numpy()
+    weight = torch.tensor(weight_YE, dtype=torch.float32)
+    return replica.rebalance_experts_hierarchical(weight, slots, groups, nodes, ranks)[0].numpy()
 
 
 def slots_of(placement) -> list[list[int]]:
@@ -59,9 +59,9 @@ def test_the_example_of_its_readme():
 @pytest.mark.parametrize("most", [5, 200, 10**6])
 def test_slot_for_slot_at_full_size(ranks, slots, groups, nodes, most):
     # Few distinct loads: the order of ties decides nearly every slot.
-    weight_LE = np.random.default_rng(most).integers(0, most, (4, 256)).astype(float)
+    weight_YE = np.random.default_rng(most).integers(0, most, (4, 256)).astype(float)
     assert np.array_equal(
-        rebalance(weight_LE, slots, ranks, groups, nodes), published(weight_LE, slots, ranks, groups, nodes)
+        rebalance(weight_YE, slots, ranks, groups, nodes), published(weight_YE, slots, ranks, groups, nodes)
     )
 
 
@@ -74,9 +74,9 @@ def test_slot_for_slot(data):
     least = -(-experts // ranks)
     slots = ranks * data.draw(st.integers(least, 2 * least + 1))
     weights = st.lists(st.integers(0, 40) | st.integers(0, 10**6), min_size=experts, max_size=experts)
-    weight_LE = np.array([data.draw(weights), data.draw(weights)], dtype=float)
+    weight_YE = np.array([data.draw(weights), data.draw(weights)], dtype=float)
     assert np.array_equal(
-        rebalance(weight_LE, slots, ranks, groups, nodes), published(weight_LE, slots, ranks, groups, nodes)
+        rebalance(weight_YE, slots, ranks, groups, nodes), published(weight_YE, slots, ranks, groups, nodes)
     )
 
 
@@ -97,11 +97,11 @@ def test_ties_are_in_the_order_that_torch_leaves_them(size, distinct):
 
 
 def test_global_without_groups_that_the_nodes_divide():
-    weight_LE = skewed(2, 12)
-    everywhere = slots_of(plan(weight_LE, ranks=8, slots=16, algorithm="eplb"))
-    assert everywhere == published(weight_LE, 16, 8).tolist()
-    assert everywhere == slots_of(plan(weight_LE, ranks=8, slots=16, algorithm="eplb", node_size=4))
-    assert everywhere == slots_of(plan(weight_LE, ranks=8, slots=16, algorithm="eplb", groups=3, node_size=4))
+    weight_YE = skewed(2, 12)
+    everywhere = slots_of(plan(weight_YE, ranks=8, slots=16, algorithm="eplb"))
+    assert everywhere == published(weight_YE, 16, 8).tolist()
+    assert everywhere == slots_of(plan(weight_YE, ranks=8, slots=16, algorithm="eplb", node_size=4))
+    assert everywhere == slots_of(plan(weight_YE, ranks=8, slots=16, algorithm="eplb", groups=3, node_size=4))
 
 
 def test_groups_stay_whole_on_a_node():

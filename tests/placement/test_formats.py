@@ -50,7 +50,7 @@ WRITABLE_LOADS = [name for name, form in LOADS.items() if form.write]
 def test_loads_come_back(tmp_path, name):
     write(ONE, tmp_path / "recorded", name)
     again = read_loads(tmp_path / "recorded")
-    np.testing.assert_array_equal(again.tokens_WLE, ONE.tokens_WLE)
+    np.testing.assert_array_equal(again.tokens_WYE, ONE.tokens_WYE)
     assert again.names == ("recorded",)
 
 
@@ -58,7 +58,7 @@ def test_loads_come_back(tmp_path, name):
 def test_windows_come_back(tmp_path, name):
     write(TWO, tmp_path / "recorded", name)
     again = read_loads(tmp_path / "recorded")
-    np.testing.assert_array_equal(again.tokens_WLE, TWO.tokens_WLE)
+    np.testing.assert_array_equal(again.tokens_WYE, TWO.tokens_WYE)
     assert again.names == (TWO.names if name != "npy" else ("recorded 0", "recorded 1"))
 
 
@@ -68,12 +68,12 @@ def test_any_counts_come_back(tmp_path_factory, counts):
     folder = tmp_path_factory.mktemp("formats")
     for name in WRITABLE_LOADS:
         write(Loads.of(np.array(counts)), folder / name, name)
-        np.testing.assert_array_equal(read_loads(folder / name).tokens_WLE[0], counts)
+        np.testing.assert_array_equal(read_loads(folder / name).tokens_WYE[0], counts)
 
 
 def test_lmdeploy_takes_the_mixture_of_windows(tmp_path):
     write(TWO, tmp_path / "statistics.json", "lmdeploy")
-    np.testing.assert_allclose(json.loads((tmp_path / "statistics.json").read_text()), TWO.mixture_LE())
+    np.testing.assert_allclose(json.loads((tmp_path / "statistics.json").read_text()), TWO.mixture_YE())
 
 
 def test_several_files_are_several_windows(tmp_path):
@@ -86,7 +86,7 @@ def test_several_files_are_several_windows(tmp_path):
 def test_steps_of_sglang_are_added_up(tmp_path):
     steps = np.stack([COUNTS_LE, np.zeros_like(COUNTS_LE), COUNTS_LE])
     (tmp_path / "a.json").write_text(json.dumps({"logical_count": steps.tolist(), "rank": 0}))
-    np.testing.assert_array_equal(read_loads(tmp_path / "a.json").tokens_WLE, [2 * COUNTS_LE])
+    np.testing.assert_array_equal(read_loads(tmp_path / "a.json").tokens_WYE, [2 * COUNTS_LE])
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
@@ -96,7 +96,7 @@ def test_recordings_of_torch(tmp_path, shape):
     torch.save(
         {"rank": 0, "logical_count": count, "average_utilization_rate_over_window": 0.4}, tmp_path / "a.pt"
     )
-    np.testing.assert_array_equal(read_loads(tmp_path / "a.pt").tokens_WLE[0], count.reshape(-1, 3, 4).sum(0))
+    np.testing.assert_array_equal(read_loads(tmp_path / "a.pt").tokens_WYE[0], count.reshape(-1, 3, 4).sum(0))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_recordings_of_torch(tmp_path, shape):
 )
 def test_both_forms_of_csv(tmp_path, text):
     (tmp_path / "a.csv").write_text(text)
-    np.testing.assert_array_equal(read_loads(tmp_path / "a.csv").tokens_WLE, [[[0, 0], [5, 2]]])
+    np.testing.assert_array_equal(read_loads(tmp_path / "a.csv").tokens_WYE, [[[0, 0], [5, 2]]])
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
@@ -160,8 +160,8 @@ def test_what_sglang_reads(tmp_path):
 
 def test_what_omniplacement_reads(tmp_path):
     write(UNEVEN, tmp_path / "pattern.npy", "omni")
-    pattern_RLE = np.load(tmp_path / "pattern.npy")
-    assert pattern_RLE.tolist() == [[[1, 1, 0, 1], [1, 0, 1, 0]], [[0, 0, 1, 1], [0, 1, 0, 1]]]
+    pattern_RYE = np.load(tmp_path / "pattern.npy")
+    assert pattern_RYE.tolist() == [[[1, 1, 0, 1], [1, 0, 1, 0]], [[0, 0, 1, 1], [0, 1, 0, 1]]]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,11 @@ def test_what_omniplacement_reads(tmp_path):
         (UNEVEN, "sglang", "layer 0: has 5 slots, 2 to 3 a rank; SGLang needs the same number"),
         (UNEVEN, "vllm-ascend", "vllm-ascend needs the same number"),
         (UNEVEN, "lmdeploy", "LMDeploy needs the same number"),
-        (TWICE, "omni", "layer 0: a rank holds two copies of one expert, which OmniPlacement cannot express"),
+        (
+            TWICE,
+            "omni",
+            "layer 0: a rank holds two replicas of one expert, which OmniPlacement cannot express",
+        ),
         (TWICE, "mindie", "MindIE cannot express"),
         (TWICE, "lmdeploy", "layer 0: LMDeploy's EPLB cannot be brought to this placement"),
         (ONE_EACH, "lmdeploy", "with one slot a rank it keeps experts in order"),
@@ -218,7 +222,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 def lmdeploy_plan():
-    """Two ranks with room to steer: expert 0 has a copy on each."""
+    """Two ranks with room to steer: expert 0 has a replica on each."""
     moe = Layout(((0, 1, 2, 3), (0, 4, 5, 6)), 7)
     return Placement((Layout.even(7, 2, 8), moe, Layout(((6, 5, 3, 1), (6, 0, 2, 4)), 7)))
 
@@ -234,10 +238,10 @@ def test_lmdeploy_itself_makes_the_placement(tmp_path):
         "LMDEPLOY_EPLB_RANKS_PER_NODE=8 LMDEPLOY_EPLB_NUM_REDUNDANT_EXPERTS=16, enable_eplb"
     )
     statistics = torch.tensor(json.loads((tmp_path / "statistics.json").read_text()), dtype=torch.float32)
-    expert_LP, _, _ = lmdeploy.rebalance_experts(
+    expert_YP, _, _ = lmdeploy.rebalance_experts(
         statistics, num_replicas=80, num_groups=1, num_nodes=1, num_gpus=8
     )
-    made = [[sorted(held) for held in expert_P.reshape(8, -1).tolist()] for expert_P in expert_LP]
+    made = [[sorted(held) for held in expert_P.reshape(8, -1).tolist()] for expert_P in expert_YP]
     assert made == on_ranks(plan)
 
 
@@ -255,16 +259,16 @@ def test_lmdeploy_counts_make_the_placement_or_say_why_not(tmp_path_factory, see
 
 
 def random_plan(*, experts, ranks, slots, layers, seed):
-    """Random copies on random ranks, never two on one."""
+    """Random replicas on random ranks, never two on one."""
     random = np.random.default_rng(seed)
     each = slots // ranks
     made = []
     while len(made) < layers:
-        copies_E = 1 + np.bincount(random.integers(0, experts, slots - experts), minlength=experts)
+        replicas_E = 1 + np.bincount(random.integers(0, experts, slots - experts), minlength=experts)
         held = [[] for _ in range(ranks)]
-        for expert in np.argsort(-copies_E):
+        for expert in np.argsort(-replicas_E):
             emptiest = np.argsort([len(slots) + random.random() * 0.9 for slots in held], kind="stable")
-            for rank in emptiest[: copies_E[expert]]:
+            for rank in emptiest[: replicas_E[expert]]:
                 held[rank].append(int(expert))
         if {len(slots) for slots in held} == {each}:
             made.append(Layout(tuple(map(tuple, held)), experts))

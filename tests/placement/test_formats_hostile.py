@@ -206,9 +206,9 @@ def test_placements(refused, content, message):
 
 
 def test_a_pattern_that_leaves_an_expert_out(tmp_path):
-    pattern_RLE = np.zeros((2, 1, 3), dtype=np.int8)
-    pattern_RLE[0, 0, 0] = pattern_RLE[1, 0, 1] = 1
-    np.save(tmp_path / "pattern.npy", pattern_RLE)
+    pattern_RYE = np.zeros((2, 1, 3), dtype=np.int8)
+    pattern_RYE[0, 0, 0] = pattern_RYE[1, 0, 1] = 1
+    np.save(tmp_path / "pattern.npy", pattern_RYE)
     with pytest.raises(ConfigError, match="layer 0: layout: no slot holds expert 2"):
         read(tmp_path / "pattern.npy", "omni")
 

@@ -9,7 +9,7 @@ from epbackend.placement.placement import Layout, Placement
 
 
 def imbalance(layout, tokens_E):
-    tokens_P = (tokens_E / layout.copies_E)[layout.slot_to_expert_P]
+    tokens_P = (tokens_E / layout.replicas_E)[layout.slot_to_expert_P]
     load_R = np.bincount(layout.rank_of_slot_P, weights=tokens_P, minlength=layout.ranks)
     return load_R.max() / load_R.mean()
 
@@ -75,7 +75,7 @@ def test_a_tighter_target_moves_more():
     assert changes[0] < changes[1] < changes[2]
 
 
-def test_copies_that_share_a_rank_are_taken_apart():
+def test_replicas_that_share_a_rank_are_taken_apart():
     current = Placement((Layout(((0, 0, 1), (2, 3, 4)), 5),))
     new = plan(np.array([[8.0, 2, 4, 3, 3]]), ranks=2, algorithm="incremental", current=current)
     assert new.duplicates_on_rank == 0

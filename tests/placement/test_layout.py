@@ -18,17 +18,17 @@ def test_derived_maps():
     assert layout.slots_R.tolist() == [2, 3, 1]
     assert layout.slot_to_expert_P.tolist() == [0, 2, 1, 0, 2, 2]
     assert layout.rank_of_slot_P.tolist() == [0, 0, 1, 1, 1, 2]
-    assert layout.copies_E.tolist() == [2, 1, 3]
+    assert layout.replicas_E.tolist() == [2, 1, 3]
     assert layout.slots_EC.tolist() == [[0, 3, -1], [2, -1, -1], [1, 4, 5]]
 
 
 @given(layouts())
 def test_derived_maps_agree_with_each_other(layout):
-    assert layout.copies_E.sum() == layout.slots_R.sum() == layout.slots
+    assert layout.replicas_E.sum() == layout.slots_R.sum() == layout.slots
     for expert, slots_C in enumerate(layout.slots_EC.tolist()):
         slots = [slot for slot in slots_C if slot >= 0]
         assert slots == sorted(slots) == np.flatnonzero(layout.slot_to_expert_P == expert).tolist()
-        assert len(slots) == layout.copies_E[expert]
+        assert len(slots) == layout.replicas_E[expert]
     for rank, held in enumerate(layout.experts_of_rank):
         assert tuple(layout.slot_to_expert_P[layout.rank_of_slot_P == rank]) == held
 
@@ -39,7 +39,7 @@ def test_derived_maps_cannot_be_written_to():
         layout.slots_R,
         layout.slot_to_expert_P,
         layout.rank_of_slot_P,
-        layout.copies_E,
+        layout.replicas_E,
         layout.slots_EC,
     ):
         with pytest.raises(ValueError, match="read-only"):
@@ -56,10 +56,10 @@ def test_slots_in_order_are_cut_evenly():
 
 
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 20))
-def test_the_even_layout_spreads_experts_and_copies(experts, ranks, more):
+def test_the_even_layout_spreads_experts_and_replicas(experts, ranks, more):
     layout = Layout.even(experts, ranks, max(experts, ranks) + more)
     assert layout.slots == max(experts, ranks) + more
-    assert layout.copies_E.max() - layout.copies_E.min() <= 1
+    assert layout.replicas_E.max() - layout.replicas_E.min() <= 1
     assert layout.slots_R.max() - layout.slots_R.min() <= 1
 
 

@@ -14,13 +14,13 @@ from epbackend.placement.synthetic import draw_batches, synthetic_loads
 
 def levelled(placement, loads, concentration=2000.0, batches=6):
     """Mean imbalance of batches that no planner has seen."""
-    counts_LBE = draw_batches(
+    counts_YBE = draw_batches(
         loads, loads.loaded_layers, batches=batches, concentration=concentration, seed=99
     )
     return np.mean(
         [
             imbalances(expected_shares("level", counts_BE, layer), layer).mean()
-            for counts_BE, layer in zip(counts_LBE, placement.layers, strict=True)
+            for counts_BE, layer in zip(counts_YBE, placement.layers, strict=True)
         ]
     )
 
@@ -39,7 +39,7 @@ def test_the_mean_is_level_too():
     loads = synthetic_loads(layers=4, seed=6)
     for ranks, slots, most in ((32, 288, 1.002), (64, 320, 1.01), (72, 288, 1.03)):
         placement = plan(loads, ranks=ranks, slots=slots, split="level")
-        for tokens_E, layer in zip(loads.tokens_WLE[0], placement.layers, strict=True):
+        for tokens_E, layer in zip(loads.tokens_WYE[0], placement.layers, strict=True):
             assert imbalances(expected_shares("level", tokens_E[None], layer), layer)[0] <= most
 
 
@@ -48,18 +48,18 @@ def questions(draw):
     experts, ranks = draw(st.integers(1, 12)), draw(st.integers(1, 6))
     windows = draw(st.integers(1, 3))
     rows = st.lists(st.integers(0, 1000), min_size=experts, max_size=experts)
-    tokens_WLE = np.array(
+    tokens_WYE = np.array(
         draw(st.lists(st.lists(rows, min_size=2, max_size=2), min_size=windows, max_size=windows))
     )
     if draw(st.booleans()) and ranks <= experts:
-        loaded = int(tokens_WLE.any(axis=(0, 2)).sum())
+        loaded = int(tokens_WYE.any(axis=(0, 2)).sum())
         return (
-            Loads.of(list(tokens_WLE)),
+            Loads.of(list(tokens_WYE)),
             ranks,
             {"budget": draw(st.integers(0, loaded * experts * (ranks - 1)))},
         )
     least = -(-max(experts, ranks) // ranks)
-    return Loads.of(list(tokens_WLE)), ranks, {"slots": ranks * draw(st.integers(least, experts))}
+    return Loads.of(list(tokens_WYE)), ranks, {"slots": ranks * draw(st.integers(least, experts))}
 
 
 @given(questions())

@@ -13,29 +13,29 @@ def test_one_array_is_one_window():
     loads = Loads.of(np.array([[0, 0, 0], [1, 2, 3]]))
     assert (loads.windows, loads.layers, loads.experts, loads.loaded_layers) == (1, 2, 3, (1,))
     assert loads.names == ("window 0",)
-    assert loads.tokens_WLE.dtype == np.float64
-    assert loads.mixture_LE().tolist() == [[0, 0, 0], [1, 2, 3]]
+    assert loads.tokens_WYE.dtype == np.float64
+    assert loads.mixture_YE().tolist() == [[0, 0, 0], [1, 2, 3]]
 
 
 def test_loads_are_a_copy_that_cannot_be_written_to():
     array = np.ones((2, 3))
     loads = Loads.of(array)
     array[0, 0] = 7
-    assert loads.tokens_WLE[0, 0, 0] == 1
+    assert loads.tokens_WYE[0, 0, 0] == 1
     with pytest.raises(ValueError, match="read-only"):
-        loads.tokens_WLE[0, 0, 0] = 2
+        loads.tokens_WYE[0, 0, 0] = 2
 
 
 def test_in_a_mixture_windows_count_equally_whatever_their_tokens():
     loads = Loads.of([np.array([[10.0, 30.0]]), np.array([[300.0, 100.0]])])
-    assert loads.mixture_LE() == pytest.approx(np.array([[110.0, 110.0]]))
+    assert loads.mixture_YE() == pytest.approx(np.array([[110.0, 110.0]]))
 
 
 def test_in_a_mixture_a_window_without_the_layer_does_not_count():
     loads = Loads.of([np.array([[10.0, 30.0], [0, 0]]), np.array([[0.0, 0.0], [0, 0]])])
-    mixture_LE = loads.mixture_LE()
-    assert mixture_LE[0] / mixture_LE[0].sum() == pytest.approx([0.25, 0.75])
-    assert mixture_LE[1].tolist() == [0, 0]
+    mixture_YE = loads.mixture_YE()
+    assert mixture_YE[0] / mixture_YE[0].sum() == pytest.approx([0.25, 0.75])
+    assert mixture_YE[1].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

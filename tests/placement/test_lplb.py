@@ -1,4 +1,4 @@
-"""LPLB's placement: EPLB without copies, then copies along a graph."""
+"""LPLB's placement: EPLB without replicas, then replicas along a graph."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_redundant_slots_copy_what_the_matrix_says(topology):
         assert layer.duplicates_on_rank == 0
 
 
-def test_its_first_copies_are_as_eplb_places_them():
+def test_its_first_replicas_are_as_eplb_places_them():
     loads_LE = skewed(2, 32)
     own = plan(loads_LE, ranks=8, algorithm="eplb").layers
     for layer, bare in zip(lplb(loads_LE, 8, 40).layers, own, strict=True):
@@ -102,7 +102,7 @@ def test_layers_without_load_are_even():
         (8, 40, {"topology": "torus"}, "a torus needs two nodes or more"),
         (8, 40, {"topology": "torus", "node_size": 8}, "a torus needs two nodes or more"),
         (8, 56, {"topology": "cube"}, "topology 'cube' has 2 redundant slots a rank, not 3"),
-        (8, 72, {}, "lplb copies each expert once at most"),
+        (8, 72, {}, "lplb replicas each expert once at most"),
         (8, 40, {"topology": "ring", "r2o": [[1], [0]]}, "r2o: cannot be given beside topology"),
         (
             8,
@@ -113,7 +113,7 @@ def test_layers_without_load_are_even():
         (8, 40, {"r2o": [[1], [2], [0]]}, "groups of 3 ranks do not divide the 8 ranks"),
         (8, 40, {"r2o": [[1], [1]]}, "column 0 is no permutation of 0 to 1"),
         (8, 40, {"r2o": [[-1], [0]]}, "column 0 is no permutation"),
-        (8, 48, {"r2o": [[1, 0], [0, 1]]}, "column 1 copies rank 0 to itself"),
+        (8, 48, {"r2o": [[1, 0], [0, 1]]}, "column 1 replicas rank 0 to itself"),
         (8, 40, {"r2o": [[1], [0, 1]]}, "r2o: rows of different length"),
         (8, 40, {"r2o": [[1.0], [0.0]]}, "must be a matrix"),
         (8, 40, {"r2o": [1, 0]}, "must be a matrix"),

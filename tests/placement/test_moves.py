@@ -15,14 +15,14 @@ def test_experts_that_a_rank_did_not_hold():
     before = Placement((Layout(((0, 1), (2, 3)), 4), Layout(((0, 1), (2, 3)), 4)))
     after = Placement((Layout(((1, 0), (3, 2)), 4), Layout(((1, 2), (3, 0, 1)), 4)))
     moves = count_moves(before, after)
-    assert moves.received_LR.tolist() == [[0, 0], [1, 2]]
+    assert moves.received_YR.tolist() == [[0, 0], [1, 2]]
     assert (moves.total, moves.slots, moves.share) == (3, 9, 3 / 9)
     assert moves.bytes_R(10).tolist() == [10, 20]
 
 
 def test_some_layers_only():
     before, after = Placement.even(3, 4, 2), Placement((Layout(((3, 2), (1, 0)), 4),) * 3)
-    assert count_moves(before, after, layers=[1]).received_LR.tolist() == [[2, 2]]
+    assert count_moves(before, after, layers=[1]).received_YR.tolist() == [[2, 2]]
     nothing = count_moves(before, after, layers=[])
     assert (nothing.total, nothing.slots, nothing.share) == (0, 0, 0.0)
     assert nothing.bytes_R(8).tolist() == [0, 0]
@@ -30,7 +30,7 @@ def test_some_layers_only():
 
 def test_a_second_copy_on_the_same_rank_is_not_received_again():
     before, after = Layout(((0, 1), (2,)), 3), Layout(((0, 1), (2, 0, 0)), 3)
-    assert count_moves(Placement((before,)), Placement((after,))).received_LR.tolist() == [[0, 1]]
+    assert count_moves(Placement((before,)), Placement((after,))).received_YR.tolist() == [[0, 1]]
 
 
 @given(placements())
@@ -43,7 +43,7 @@ def test_as_counted_by_hand(data):
     before, after = data.draw(layouts(5, 3)), data.draw(layouts(5, 3))
     pairs = zip(before.experts_of_rank, after.experts_of_rank, strict=True)
     by_hand = [len(set(new) - set(old)) for old, new in pairs]
-    assert count_moves(Placement((before,)), Placement((after,))).received_LR.tolist() == [by_hand]
+    assert count_moves(Placement((before,)), Placement((after,))).received_YR.tolist() == [by_hand]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_parsing():
 def test_plane():
     assert TOKENS.plane == (1, 0)
     assert activated(8).plane == (0, 1)
-    assert Objective("table", 8, cost_XY=((0, 2), (3, 6))).plane is None
+    assert Objective("table", 8, cost_XA=((0, 2), (3, 6))).plane is None
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_files_that_are_no_table(tmp_path):
 
 def test_experts_cannot_count_without_a_batch():
     with pytest.raises(ConfigError, match="batch is 0"):
-        Objective("mine", cost_XY=((0, 1), (1, 2)))
+        Objective("mine", cost_XA=((0, 1), (1, 2)))

@@ -19,7 +19,7 @@ PLANNERS = ("refined", "eplb", "omni", "lplb")
 
 
 def rank_loads(layer: Layout, tokens_E: np.ndarray) -> np.ndarray:
-    tokens_P = (tokens_E / layer.copies_E)[layer.slot_to_expert_P]
+    tokens_P = (tokens_E / layer.replicas_E)[layer.slot_to_expert_P]
     return np.bincount(layer.rank_of_slot_P, weights=tokens_P, minlength=layer.ranks)
 
 
@@ -44,7 +44,7 @@ def test_every_expert_is_placed_on_even_ranks(algorithm, question):
     assert len(placement.layers) == len(loads_LE)
     for layer in placement.layers:
         assert layer.slots_R.tolist() == [slots // ranks] * ranks
-        assert layer.copies_E.min() >= 1
+        assert layer.replicas_E.min() >= 1
     assert placement == plan(loads_LE, ranks=ranks, slots=slots, algorithm=algorithm)
 
 

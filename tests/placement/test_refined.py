@@ -14,14 +14,14 @@ from epbackend.placement.score import lower_bound
 
 
 def busiest(layout, tokens_E, objective=TOKENS):
-    """Cost of the worst rank where copies share their expert evenly."""
-    tokens_P = (np.asarray(tokens_E) / layout.copies_E)[layout.slot_to_expert_P]
+    """Cost of the worst rank where replicas share their expert evenly."""
+    tokens_P = (np.asarray(tokens_E) / layout.replicas_E)[layout.slot_to_expert_P]
     return objective.rank_costs(tokens_P, layout.rank_of_slot_P, layout.ranks).max()
 
 
 @st.composite
 def questions(draw):
-    """Loads of every kind for small layers: (tokens [E], ranks, slots), from one expert to a copy on every rank."""
+    """Loads of every kind for small layers: (tokens [E], ranks, slots), from one expert to a replica on every rank."""
     experts, ranks = draw(st.integers(1, 12)), draw(st.integers(1, 6))
     least = -(-max(experts, ranks) // ranks)
     slots = ranks * draw(st.integers(least, experts))
@@ -51,7 +51,7 @@ def test_layers_are_valid_and_never_worse_than_in_order(question):
 
 
 def least_possible(tokens_E, ranks, each):
-    """Over all layouts without two copies on a rank, tried one by one."""
+    """Over all layouts without two replicas on a rank, tried one by one."""
     experts = range(len(tokens_E))
     layouts = product(combinations(experts, each), repeat=ranks)
     return min(
@@ -88,7 +88,7 @@ def test_skewed_layers_are_near_their_bound(kind, experts, ranks, slots):
     tokens_E = SKEWED[kind](np.random.default_rng(experts), experts)
     layer = plan(tokens_E[None], ranks=ranks, slots=slots).layers[0]
     assert layer.duplicates_on_rank == 0
-    # With four slots a rank and more, what is left above the bound is the heaviest copy's company, which is light.
+    # With four slots a rank and more, what is left above the bound is the heaviest replica's company, which is light.
     slack = 1.02 if slots // ranks > 4 else 1.6
     assert busiest(layer, tokens_E) <= slack * lower_bound(tokens_E, slots, ranks)
 
@@ -131,7 +131,7 @@ def test_worst_window_is_levelled():
     assert worst(windows="worst", kicks=100) < worst(kicks=100)
 
 
-def test_node_penalty_spreads_copies_over_nodes():
+def test_node_penalty_spreads_replicas_over_nodes():
     tokens_E = np.random.default_rng(3).lognormal(0, 1.5, 48)
 
     def crowded_and_busiest(**options):
@@ -141,7 +141,9 @@ def test_node_penalty_spreads_copies_over_nodes():
             for expert in range(48)
         ]
         crowds = sum(
-            copies - len(on) for copies, on in zip(layer.copies_E.tolist(), nodes, strict=True) if len(on) < 4
+            replicas - len(on)
+            for replicas, on in zip(layer.replicas_E.tolist(), nodes, strict=True)
+            if len(on) < 4
         )
         return crowds, busiest(layer, tokens_E) / tokens_E.sum() * 16
 

@@ -48,7 +48,7 @@ def test_moves_and_bytes_from_a_baseline():
 
 def test_nearest_needs_the_nodes_of_the_placement():
     layers = (Layout(((0, 0), (1,), (0,), (2,)), 3),)
-    # With one node the source on rank 0 keeps its third in slots 0 and 1, rank 2 its own, the others use all copies.
+    # With one node the source on rank 0 keeps its third in slots 0 and 1, rank 2 its own, the others use all replicas.
     one, two = (
         score(Placement(layers, node_size=nodes), np.array([[12.0, 0, 0]]), split="nearest")
         for nodes in (0, 2)
@@ -131,7 +131,7 @@ def test_drift_is_of_a_placement_that_has_not_seen_the_later_windows():
     loads = synthetic_loads(2, 16, windows=2, drift=0.3)
     (row,) = score_table(loads, ranks=4, slots=20, algorithms=["eplb"], splits=["even"]).rows
     alone = score_table(
-        Loads(loads.tokens_WLE[:1], ("a",)), ranks=4, slots=20, algorithms=["eplb"], splits=["even"]
+        Loads(loads.tokens_WYE[:1], ("a",)), ranks=4, slots=20, algorithms=["eplb"], splits=["even"]
     )
     assert alone.rows[0].drift is None
     assert row.drift > alone.rows[0].score.imbalance_mean

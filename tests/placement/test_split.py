@@ -1,4 +1,4 @@
-"""Splits of the sources' own tokens: nothing lost, near copies first, remainders going round."""
+"""Splits of the sources' own tokens: nothing lost, near replicas first, remainders going round."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_remainders_go_round():
 
 
 @given(problems())
-def test_nearest_uses_the_nearest_copies_alone(problem):
+def test_nearest_uses_the_nearest_replicas_alone(problem):
     layout, counts_RE, node_size = problem
     node_ranks = node_size or layout.ranks
     for source, counts_E in enumerate(counts_RE):

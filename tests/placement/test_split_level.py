@@ -31,10 +31,10 @@ def expert_sums(shares_P: np.ndarray, layout: Layout) -> list[int]:
 
 
 def topology(ranks: int, each: int, partners: list[list[int]]) -> Layout:
-    """Experts in order, and beside them copies of the k-th expert of the k-th partner, as LPLB has them."""
+    """Experts in order, and beside them replicas of the k-th expert of the k-th partner, as LPLB has them."""
     own = [list(range(rank * each, (rank + 1) * each)) for rank in range(ranks)]
-    copies = [[own[partner[rank]][k] for k, partner in enumerate(partners)] for rank in range(ranks)]
-    return Layout(tuple(tuple(a + b) for a, b in zip(own, copies, strict=True)), ranks * each)
+    replicas = [[own[partner[rank]][k] for k, partner in enumerate(partners)] for rank in range(ranks)]
+    return Layout(tuple(tuple(a + b) for a, b in zip(own, replicas, strict=True)), ranks * each)
 
 
 def ring(ranks: int, step: int) -> list[int]:
@@ -42,7 +42,7 @@ def ring(ranks: int, step: int) -> list[int]:
 
 
 def anywhere(experts: int, ranks: int, slots: int, seed: int) -> Layout:
-    """Copies of any experts on any ranks, also twice on one, and any number of slots a rank."""
+    """Replicas of any experts on any ranks, also twice on one, and any number of slots a rank."""
     random = np.random.default_rng(seed)
     held_P = random.permutation([*range(experts), *random.integers(0, experts, slots - experts)])
     cuts = np.sort(random.choice(np.arange(1, slots), ranks - 1, replace=False))
@@ -56,7 +56,7 @@ LAYOUTS = {
     "cubes": topology(16, 4, [[8 * (r // 8) + column[r % 8] for r in range(16)] for column in CUBE]),
     "even": Layout.even(64, 16, 80),
     "uneven": anywhere(64, 16, 96, seed=1),
-    "many copies": anywhere(16, 12, 96, seed=2),
+    "many replicas": anywhere(16, 12, 96, seed=2),
     "chain": Layout(((0,), *((rank, rank - 1) for rank in range(1, 39)), (38,)), 39),
 }
 SKEWS = {

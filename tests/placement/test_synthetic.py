@@ -12,7 +12,7 @@ from epbackend.placement import synthetic_loads
 
 
 def shares(loads) -> np.ndarray:
-    return loads.tokens_WLE / loads.tokens_WLE.sum(axis=2, keepdims=True)
+    return loads.tokens_WYE / loads.tokens_WYE.sum(axis=2, keepdims=True)
 
 
 def distances(loads) -> list[float]:
@@ -22,15 +22,15 @@ def distances(loads) -> list[float]:
 
 def test_shape_names_and_sums():
     loads = synthetic_loads(6, 16, tokens=1000, windows=3, dense_layers=2, seed=5)
-    assert loads.tokens_WLE.shape == (3, 6, 16)
+    assert loads.tokens_WYE.shape == (3, 6, 16)
     assert loads.loaded_layers == (2, 3, 4, 5)
-    assert (loads.tokens_WLE[:, 2:].sum(axis=2) == 1000).all()
-    assert (loads.tokens_WLE % 1 == 0).all()
+    assert (loads.tokens_WYE[:, 2:].sum(axis=2) == 1000).all()
+    assert (loads.tokens_WYE % 1 == 0).all()
     assert loads.names == ("synthetic 5.0", "synthetic 5.1", "synthetic 5.2")
 
 
 def test_the_seed_decides():
-    first, again, other = (synthetic_loads(2, 8, windows=2, seed=seed).tokens_WLE for seed in (1, 1, 2))
+    first, again, other = (synthetic_loads(2, 8, windows=2, seed=seed).tokens_WYE for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
@@ -77,14 +77,14 @@ def test_more_skew_is_more_skewed():
 def test_noise_multiplies_the_variance():
     def variance(noise: float) -> float:
         loads = synthetic_loads(4, 16, tokens=4096, skew=0, drift=0, windows=400, noise=noise)
-        return float(loads.tokens_WLE.var(axis=0).mean())
+        return float(loads.tokens_WYE.var(axis=0).mean())
 
     assert variance(0) == pytest.approx(4096 / 16 * 15 / 16, rel=0.1)
     assert variance(3) == pytest.approx(4 * variance(0), rel=0.1)
 
 
 def test_a_single_expert_and_no_tokens():
-    assert (synthetic_loads(2, 1, tokens=7).tokens_WLE == 7).all()
+    assert (synthetic_loads(2, 1, tokens=7).tokens_WYE == 7).all()
     assert synthetic_loads(2, 4, tokens=0).loaded_layers == ()
 
 

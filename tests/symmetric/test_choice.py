@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
+from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import choose
 from epbackend.dispatch.deepep import DeepEp
 from epbackend.dispatch.symmetric import Symmetric, Whereabouts, apart
@@ -22,17 +22,17 @@ class PeerKernels(ReferenceKernels):
     on_cuda = True
 
 
-def problem(size: int = 8, token_size: int = 1, kernels=None, **settings) -> Problem:
+def spec(size: int = 8, token_size: int = 1, kernels=None, **settings) -> LayerSpec:
     ranks = RankGroup(None, 0, size, None, 0, token_size)
-    return Problem(ranks, kernels or PeerKernels(), DispatchSettings(2, **settings), slots=4, top_k=8)
+    return LayerSpec(ranks, kernels or PeerKernels(), DispatchSettings(2, **settings), slots=4, top_k=8)
 
 
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        (problem(size=1), "there is one rank"),
-        (problem(kernels=ReferenceKernels()), "needs device cuda with its Triton kernels"),
-        (problem(static=True), "nothing bounds this phase's tokens"),
+        (spec(size=1), "there is one rank"),
+        (spec(kernels=ReferenceKernels()), "needs device cuda with its Triton kernels"),
+        (spec(static=True), "nothing bounds this phase's tokens"),
     ],
 )
 def test_reasons_against(case, reason):
@@ -40,23 +40,23 @@ def test_reasons_against(case, reason):
 
 
 def test_deepep_is_taken_by_name_only_and_says_what_is_missing():
-    assert DeepEp.unsupported(problem()) == "it is taken only where it is named"
+    assert DeepEp.unsupported(spec()) == "it is taken only where it is named"
     if find_spec("deep_ep") is None:
         with pytest.raises(
             ConfigError, match="deepep is pinned but cannot be used: deep_ep is not installed"
         ):
-            choose(problem(dispatcher="deepep"))
+            choose(spec(dispatcher="deepep"))
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
 def test_a_torch_without_cuda():
-    assert "is built without symmetric memory for CUDA" in Symmetric.unsupported(problem())
+    assert "is built without symmetric memory for CUDA" in Symmetric.unsupported(spec())
     assert "device cuda" in Symmetric.missing()
     with pytest.raises(
         ConfigError, match=r"symmetric is pinned but cannot be used: torch .* is built without"
     ):
-        choose(problem(dispatcher="symmetric"))
-    _, choice = choose(problem())
+        choose(spec(dispatcher="symmetric"))
+    _, choice = choose(spec())
     assert choice.name == "alltoall"
     assert "without symmetric memory" in dict(choice.passed_over)["symmetric"]
 
@@ -76,21 +76,21 @@ def test_where_the_ranks_are(places, overlap, reason):
 
 
 def test_room_for_the_worst_case_where_tokens_are_bounded():
-    room = Room.of(problem(max_tokens=128))
+    room = Room.of(spec(max_tokens=128))
     assert room == Room(tokens=128, rows=8 * 128 * 8, bounded=True)
     assert room.rounds_of(8 * 128 * 8) == 1
 
 
 def test_ranks_that_share_tokens_send_a_part_each():
-    assert Room.of(problem(token_size=4, max_tokens=130)).tokens == 33
+    assert Room.of(spec(token_size=4, max_tokens=130)).tokens == 33
 
 
 def test_room_of_a_call_that_nothing_bounds():
-    room = Room.of(problem())
+    room = Room.of(spec())
     assert (room.tokens, room.rows, room.bounded) == (OPEN_TOKENS, OPEN_TOKENS * 8 * 2, False)
 
 
 def test_the_buffer_setting_makes_room():
-    room = Room.of(problem(max_tokens=128, buffer_scale_factors=((256, 0.1), (64, 1.5), (0, 3))))
+    room = Room.of(spec(max_tokens=128, buffer_scale_factors=((256, 0.1), (64, 1.5), (0, 3))))
     assert room.rows == 128 * 8 * 1.5
     assert room.rounds_of(8 * 128 * 8) == 6

@@ -16,7 +16,7 @@ from contract.dense import dense_moe, tolerance
 from triton import knobs
 
 from epbackend.device import get_device
-from epbackend.dispatch.base import DispatchSettings, Problem, RankGroup
+from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.symmetric import OVERLAP
 from epbackend.dispatch.symmetric_exchange import SymmetricExchange
 from epbackend.dispatch.symmetric_memory import Room, SymmetricMemoryPeers
@@ -143,7 +143,7 @@ def test_one_rank_captured_and_replayed():
     ids_TK = torch.empty(T, K, device="cuda", dtype=torch.int64)
     weights_TK = torch.rand(T, K, device="cuda")
     settings = DispatchSettings(level=2, dispatcher="symmetric", static=True, max_tokens=T)
-    problem = Problem(RankGroup.single(), get_device("cuda").kernels, settings, slots=E, top_k=K)
+    spec = LayerSpec(RankGroup.single(), get_device("cuda").kernels, settings, slots=E, top_k=K)
     peers = Alone(hidden_TD.device)
 
     def load(seed: int) -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_one_rank_captured_and_replayed():
         return (2 * hidden_TD.float() * weights_TK.sum(1, keepdim=True)).to(torch.bfloat16)
 
     def run() -> torch.Tensor:
-        exchange = SymmetricExchange(problem, peers, Room.of(problem), hidden_TD, ids_TK, weights_TK)
+        exchange = SymmetricExchange(spec, peers, Room.of(spec), hidden_TD, ids_TK, weights_TK)
         for batch in exchange.dispatch():
             exchange.combine(2 * batch.rows_SD, batch)
         return exchange.finish()

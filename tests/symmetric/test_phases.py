@@ -80,7 +80,7 @@ def test_rows_arrive_sorted_and_results_come_back(place_of, case):
             cut = ReferenceKernels().permute(padded_hidden, padded_ids - rank * slots, slots, window)
             assert torch.equal(counts_L, cut.counts_L)
             assert torch.equal(rows[rank].mine[:valid], expected.rows_SD[first : first + valid])
-            assert torch.equal(sources[rank].mine[:valid], expected.source_S[first : first + valid])
+            assert torch.equal(sources[rank].mine[:valid], expected.choice_of_row_S[first : first + valid])
             give_back(rows[rank].mine * (rank + 1), counts_L, sources[rank].mine, results[rank])
 
     for rank in range(ranks):
@@ -118,5 +118,5 @@ def test_more_choices_than_one_block_counts(place_of):
     (table,) = mirrored(1, (1, slots + 1), torch.int32, place_of)
     before = publish_counts(ids_TK, tokens, table, 0)
     row_S = place(ids_TK, before, lay_out(table.mine, 0, slots, (0, 999)).bases_P)
-    order = ReferenceKernels().permute(hidden_TD, ids_TK, slots).source_S
+    order = ReferenceKernels().permute(hidden_TD, ids_TK, slots).choice_of_row_S
     assert torch.equal(row_S[order], torch.arange(tokens * top_k, device=place_of))

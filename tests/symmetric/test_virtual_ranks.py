@@ -72,7 +72,7 @@ def test_dtypes(place_of, dtype):
 
 
 @pytest.mark.parametrize("transport", ["int8", "fp8"])
-def test_rows_that_travel_quantised(place_of, transport):
+def test_rows_that_travel_quantized(place_of, transport):
     """Restored on arrival to what `transport.py` says, over more than one block of scales, in several rounds."""
     run(
         Case(3, (9, 0, 4), tight(replace(BOUNDED, transport=transport), 0.5), slots=REPLICAS, hidden=150),

@@ -19,7 +19,7 @@ OWN_EXPERTS = {"DeepseekV4ForCausalLM"}
 """Models of LMDeploy whose experts have operators of their own, which no patch of ours reaches."""
 BLOCKED_FP8, W8A8 = "blocked FP8", "W8A8"
 SPREAD: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (BLOCKED_FP8, W8A8), "ascend": (W8A8,)}
-"""device -> the quantised forms of experts that our operators have there."""
+"""device -> the quantized forms of experts that our operators have there."""
 
 
 def check_model(path: str, config: EPConfig, placement: Placement | None = None) -> None:
@@ -27,7 +27,7 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
 
     Raises:
         UnavailableError: there is no model at the path.
-        ConfigError: its form, its experts or their number, or its quantisation do not suit the settings.
+        ConfigError: its form, its experts or their number, or its quantization do not suit the settings.
     """
     settings = read_model_config(Path(path))
     experts = expert_count(settings)
@@ -50,11 +50,11 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
                 f"ep_size: {config.ep_size} does not divide the {experts} experts of {path}; "
                 f"use one of {', '.join(fitting)}, or a placement"
             )
-    quantised = settings.get("quantization_config") or settings.get("text_config", {}).get(
+    quantized = settings.get("quantization_config") or settings.get("text_config", {}).get(
         "quantization_config"
     )
-    if quantised:
-        _check_form(form_of_experts(quantised), config, path)
+    if quantized:
+        _check_form(form_of_experts(quantized), config, path)
 
 
 def check_packages(config: EPConfig, *, serving: bool) -> None:
@@ -69,13 +69,13 @@ def check_packages(config: EPConfig, *, serving: bool) -> None:
         raise UnavailableError(f"{', '.join(missing)} must be installed: pip install 'epbackend[serve]'")
 
 
-def form_of_experts(quantised: dict[str, Any]) -> str:
+def form_of_experts(quantized: dict[str, Any]) -> str:
     """The form that LMDeploy gives the experts of a model, from the quantization_config of its config.json."""
-    method = quantised.get("quant_method", "quantised")
-    if method == "fp8" and quantised.get("fmt", "e4m3") == "e4m3":
-        of_tensors = quantised.get("activation_scheme") == "static" and not quantised.get("weight_block_size")
+    method = quantized.get("quant_method", "quantized")
+    if method == "fp8" and quantized.get("fmt", "e4m3") == "e4m3":
+        of_tensors = quantized.get("activation_scheme") == "static" and not quantized.get("weight_block_size")
         return "FP8 with one scale a tensor" if of_tensors else BLOCKED_FP8
-    if method == "smooth_quant" and quantised.get("quant_dtype", "int8") == "int8":
+    if method == "smooth_quant" and quantized.get("quant_dtype", "int8") == "int8":
         return W8A8
     return method
 
@@ -86,12 +86,12 @@ def _check_form(form: str, config: EPConfig, path: str) -> None:
     computed = SPREAD.get(device, ())
     if not computed:
         raise ConfigError(
-            f"device: {device} computes unquantised weights only, and {path} holds {form} ones; "
+            f"device: {device} computes unquantized weights only, and {path} holds {form} ones; "
             "use the original checkpoint"
         )
     if form not in computed and config.ep_size > 1:
         raise ConfigError(
-            f"ep_size: {config.ep_size}, but {path} holds {form} experts, and on device {device} only unquantised and "
+            f"ep_size: {config.ep_size}, but {path} holds {form} experts, and on device {device} only unquantized and "
             f"{' and '.join(computed)} ones are spread; use such a checkpoint, or ep_size: 1"
         )
 

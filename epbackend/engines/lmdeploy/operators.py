@@ -62,7 +62,7 @@ class FloatExperts(LayerExperts, FusedMoEImpl):
 class BlockedF8Experts(LayerExperts, FusedMoEBlockedF8Impl):
     """Experts of float8, a scale for each block of 128 x 128 (DeepSeek-V3's own form).
 
-    Scales that are powers of two (`scale_fmt` ue8m0) are float32 like others; rows are quantised with exact scales.
+    Scales that are powers of two (`scale_fmt` ue8m0) are float32 like others; rows are quantized with exact scales.
     """
 
     def __init__(self, spec: FusedMoEBlockedF8BuildSpec, device: str) -> None:
@@ -86,7 +86,7 @@ class BlockedF8Experts(LayerExperts, FusedMoEBlockedF8Impl):
 
 
 class W8A8Experts(LayerExperts, FusedMoEW8A8Impl):
-    """Experts of int8, a scale for each output; rows are quantised as they come."""
+    """Experts of int8, a scale for each output; rows are quantized as they come."""
 
     def __init__(self, spec: FusedMoEW8A8BuildSpec, device: str) -> None:
         if spec.quant_dtype != torch.int8:

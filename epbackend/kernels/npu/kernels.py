@@ -1,6 +1,6 @@
 """W8A8 experts: rows stay in int8 from one product to the next.
 
-With tiled matrices (FRACTAL_NZ) the first product, SwiGLU and the quantisation of its rows are one operator; with plain
+With tiled matrices (FRACTAL_NZ) the first product, SwiGLU and the quantization of its rows are one operator; with plain
 ones the product leaves int32 sums, and a second operator does the rest.
 
 Experts on an Ascend NPU, by the fused operators of torch_npu.
@@ -63,23 +63,23 @@ def grouped_matmul(rows_SK: Rows, packed: Int8Experts, counts_L: Tensor, bias_LN
     ops.check_int8(rows_SK.dtype, bias_LN)
     if not len(rows_SK):
         return counts_L.new_empty(0, packed.scale_LN.shape[1], dtype=rows_SK.dtype)
-    return _scaled(_quantised(rows_SK), packed, counts_L)
+    return _scaled(_quantized(rows_SK), packed, counts_L)
 
 
 def expert_mlp(rows_SD: Rows, counts_L: Tensor, weights: ExpertWeights) -> Tensor:
     """rows_SD: the experts with SwiGLU; S > 0."""
     ops.check_int8(rows_SD.dtype, weights.gate_up_bias_L2F)
     ops.check_int8(rows_SD.dtype, weights.down_bias_LD)
-    rows_SF = _gate_up_swiglu(_quantised(rows_SD), weights.gate_up, counts_L)
+    rows_SF = _gate_up_swiglu(_quantized(rows_SD), weights.gate_up, counts_L)
     return _scaled(rows_SF, weights.down, counts_L)
 
 
-def _quantised(rows_SK: Rows) -> Int8Rows:
+def _quantized(rows_SK: Rows) -> Int8Rows:
     return rows_SK if isinstance(rows_SK, Int8Rows) else Int8Rows(*ops.dynamic_quant(rows_SK), rows_SK.dtype)
 
 
 def _gate_up_swiglu(rows: Int8Rows, gate_up: Int8Experts, counts_L: Tensor) -> Int8Rows:
-    """rows_SF: quantised again, a scale for each."""
+    """rows_SF: quantized again, a scale for each."""
     ends_L = counts_L.cumsum(0)
     if isinstance(gate_up, Tiled):
         values_SF, scale_S = ops.grouped_matmul_swiglu_quant(
@@ -128,14 +128,14 @@ class NpuKernels(TorchSplits, TorchNarrowing):
         ids_TK = _or_last(slot_ids_TK, slots)
         if window or not len(hidden_TD):
             return _permute_window(hidden_TD, ids_TK, slots, window or (0, 0))
-        rows_SD, source_S, counts_L = ops.init_routing(hidden_TD, ids_TK, slots + 1, active=slots)
+        rows_SD, choice_of_row_S, counts_L = ops.init_routing(hidden_TD, ids_TK, slots + 1, active=slots)
         valid_S = torch.arange(len(rows_SD), device=rows_SD.device) < counts_L.sum()
-        return Permuted(rows_SD, counts_L, source_S.long().masked_fill(~valid_S, -1))
+        return Permuted(rows_SD, counts_L, choice_of_row_S.long().masked_fill(~valid_S, -1))
 
-    def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+    def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         if not len(rows_SD) or not len(out_TD):
             return
-        row_TK = _rows_of_choices(source_S, weights_TK.numel()).view(weights_TK.shape)
+        row_TK = _rows_of_choices(choice_of_row_S, weights_TK.numel()).view(weights_TK.shape)
         absent_TK = row_TK < 0
         # A choice without a row takes one of its token's own, times 0: another row may be garbage, and 0 * NaN is NaN.
         own_T1 = row_TK.amax(1, keepdim=True)
@@ -161,7 +161,7 @@ class NpuKernels(TorchSplits, TorchNarrowing):
         if not isinstance(packed, Tensor):
             return grouped_matmul(rows_SK, packed, counts_L, bias_LN)
         if isinstance(rows_SK, Int8Rows):
-            rows_SK = rows_SK.dequantised()
+            rows_SK = rows_SK.dequantized()
         if not len(rows_SK):
             return rows_SK.new_empty(0, packed.shape[1])
         if bias_LN is not None and rows_SK.dtype == torch.bfloat16:
@@ -200,13 +200,13 @@ def _permute_window(hidden_TD: Tensor, ids_TK: Tensor, slots: int, window: tuple
     order_S = ids_S.float().argsort(stable=True)[first:last]  # NPUs leave integers to their CPU
     ends_L = (ids_S.unsqueeze(1) <= torch.arange(slots, device=ids_S.device)).sum(0)
     counts_L = ends_L.clamp(first, last).diff(prepend=ends_L.new_full((1,), first))
-    source_S = order_S.masked_fill(ids_S[order_S] == slots, -1)
-    return Permuted(hidden_TD.index_select(0, order_S // ids_TK.shape[1]), counts_L, source_S)
+    choice_of_row_S = order_S.masked_fill(ids_S[order_S] == slots, -1)
+    return Permuted(hidden_TD.index_select(0, order_S // ids_TK.shape[1]), counts_L, choice_of_row_S)
 
 
-def _rows_of_choices(source_S: Tensor, choices: int) -> Tensor:
-    """The inverse of source_S: row_J (int32) for each of J choices, -1 where it has none."""
-    row_J = torch.full((choices + 1,), -1, dtype=torch.int32, device=source_S.device)
-    rows_S = torch.arange(len(source_S), dtype=torch.int32, device=source_S.device)
-    place_S = source_S.masked_fill(source_S < 0, choices)  # garbage rows share the last place
+def _rows_of_choices(choice_of_row_S: Tensor, choices: int) -> Tensor:
+    """The inverse of choice_of_row_S: row_J (int32) for each of J choices, -1 where it has none."""
+    row_J = torch.full((choices + 1,), -1, dtype=torch.int32, device=choice_of_row_S.device)
+    rows_S = torch.arange(len(choice_of_row_S), dtype=torch.int32, device=choice_of_row_S.device)
+    place_S = choice_of_row_S.masked_fill(choice_of_row_S < 0, choices)  # garbage rows share the last place
     return row_J.scatter_(0, place_S, rows_S)[:choices]

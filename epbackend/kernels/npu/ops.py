@@ -44,11 +44,12 @@ def chip_name() -> str:
 def init_routing(
     hidden_TD: Tensor, ids_TK: Tensor, experts: int, active: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows_SD, source_S, counts_L): each token once for each choice of an expert below `active`, sorted by expert.
+    """(rows_SD, choice_of_row_S, counts_L): each token once for each choice of an expert below `active`, sorted by
+    expert.
 
     `ids_TK` is int32 and below `experts`; T > 0. S = T * K; rows and sources past the sum of the counts are garbage.
     """
-    rows_SD, source_S, counts_L, _ = _npu().npu_moe_init_routing_v2(
+    rows_SD, choice_of_row_S, counts_L, _ = _npu().npu_moe_init_routing_v2(
         hidden_TD,
         ids_TK,
         active_num=ids_TK.numel(),  # older versions take no other
@@ -59,7 +60,7 @@ def init_routing(
         quant_mode=-1,  # its default is 0 up to torch-npu 2.9
         row_idx_type=1,  # from row to choice, and the type that has the fast path for large batches
     )
-    return rows_SD, source_S, counts_L
+    return rows_SD, choice_of_row_S, counts_L
 
 
 def token_unpermute(rows_SD: Tensor, row_of_choice: Tensor, weights_TK: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def dynamic_quant(rows_SK: Tensor) -> tuple[Tensor, Tensor]:
 def dequant_swiglu_quant(
     sums_S2F: Tensor, scale_L2F: Tensor, scale_S: Tensor, counts_L: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(values_SF int8, scale_S float32): swiglu of int32 sums times both scales, quantised again.
+    """(values_SF int8, scale_S float32): swiglu of int32 sums times both scales, quantized again.
 
     F at most 10496 and a multiple of 64.
     """
@@ -183,7 +184,7 @@ def moe_gating_top_k(
 def grouped_matmul_swiglu_quant(
     values_SD: Tensor, scale_S: Tensor, tiles_LDN: Tensor, scale_LN: Tensor, ends_L: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(values_SF int8, scale_S float32): the product of int8 rows, swiglu (gate first), quantised again.
+    """(values_SF int8, scale_S float32): the product of int8 rows, swiglu (gate first), quantized again.
 
     Weights in FRACTAL_NZ; N = 2F at most 10240, D below 65536. Types and modes have defaults that differ between
     versions, and are the only ones for these chips.
@@ -249,7 +250,7 @@ def moe_dispatch(
 ) -> FusedRows:
     """Send each token of the mask to its experts. `ids_TK`: int32, valid and different within a row, masked or not.
 
-    `active_T` is True first, then False. With `int8` each row travels quantised, with a scale. Limits:
+    `active_T` is True first, then False. With `int8` each row travels quantized, with a scale. Limits:
     `epbackend.dispatch.mc2`.
     """
     rows_SD, scale_S, assist_info, counts_L, arrived, _, _ = _npu().npu_moe_distribute_dispatch_v2(
@@ -286,7 +287,7 @@ INNER_LIMIT = 65536
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 QUANTISED = (torch.bfloat16, torch.float16)
-"""Types of rows that can be quantised as they come."""
+"""Types of rows that can be quantized as they come."""
 
 TILE_ROWS, TILE_COLUMNS, TILED_LIMIT = 16, 32, 10240
 """A tile of FRACTAL_NZ in int8 [in, out], and the most columns that `grouped_matmul_swiglu_quant` takes."""
@@ -314,10 +315,10 @@ def check_weights(weights: Tensor | Int8Weights) -> None:
 
 
 def check_int8(rows: torch.dtype, bias_LN: Tensor | None) -> None:
-    """Raise ConfigError for what W8A8 does not take; `rows` is the type of the rows before they are quantised."""
+    """Raise ConfigError for what W8A8 does not take; `rows` is the type of the rows before they are quantized."""
     if rows not in QUANTISED:
         raise ConfigError(
-            f"device ascend: W8A8 quantises bfloat16 and float16 rows, not {rows}; set engine.dtype: bfloat16"
+            f"device ascend: W8A8 quantizes bfloat16 and float16 rows, not {rows}; set engine.dtype: bfloat16"
         )
     if bias_LN is not None:
         raise ConfigError("device ascend: W8A8 experts with biases are not supported; use bfloat16 weights")

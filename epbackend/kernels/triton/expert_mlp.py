@@ -1,6 +1,6 @@
 """silu(gate) * up as a launch of its own, for rows whose gate_up product was not fused with it.
 
-The products of one call, whatever the experts' form: choose tiles, make the schedules, quantise what comes in.
+The products of one call, whatever the experts' form: choose tiles, make the schedules, quantize what comes in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from epbackend.errors import ConfigError
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.grouped_matmul import Rows, grouped_matmul
-from epbackend.kernels.triton.quantize import Fp8Tokens, quantise_fp8, quantise_int8
+from epbackend.kernels.triton.quantize import Fp8Tokens, quantize_fp8, quantize_int8
 from epbackend.kernels.triton.tiles import (
     Chip,
     Product,
@@ -75,7 +75,7 @@ class Products:
         tile, schedule = self._cut(experts, gated)
         in_form: Rows = rows
         if isinstance(rows, Tensor):
-            in_form = _quantised(rows, experts, schedule)
+            in_form = _quantized(rows, experts, schedule)
         return grouped_matmul(
             in_form, experts, schedule, tile, self._chip, gated=gated, dtype=self._dtype, bias_LN=bias_LN
         )
@@ -104,16 +104,16 @@ class Products:
             )
 
 
-def _quantised(rows_SK: Tensor, experts: Experts, schedule: Schedule) -> Rows:
+def _quantized(rows_SK: Tensor, experts: Experts, schedule: Schedule) -> Rows:
     """The rows in the form of the experts."""
     if isinstance(experts, Fp8Blocks):
-        return quantise_fp8(rows_SK, schedule)
-    return quantise_int8(rows_SK, schedule) if isinstance(experts, Int8Weights) else rows_SK
+        return quantize_fp8(rows_SK, schedule)
+    return quantize_int8(rows_SK, schedule) if isinstance(experts, Int8Weights) else rows_SK
 
 
 def check_same_form(gate_up: Experts, down: Experts) -> None:
-    """Raise ConfigError for experts of which one half alone is quantised."""
+    """Raise ConfigError for experts of which one half alone is quantized."""
     if form_of(gate_up) != form_of(down):
         raise ConfigError(
-            f"gate_up is {form_of(gate_up)} and down is {form_of(down)}; quantise both in one way, or neither"
+            f"gate_up is {form_of(gate_up)} and down is {form_of(down)}; quantize both in one way, or neither"
         )

@@ -11,9 +11,9 @@ from torch import Tensor
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.fp8 import FP8
-from epbackend.kernels.id_check import IdGuard
+from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.narrow import TorchNarrowing
-from epbackend.kernels.replica_split import EvenCopies, LevelCopies, Split
+from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
 from epbackend.kernels.triton import expert_mlp, permute, quantize, replica_split
 from epbackend.kernels.triton.expert_mlp import Products, check_same_form
 from epbackend.kernels.triton.tiles import Chip, chip_of
@@ -40,8 +40,8 @@ class TritonKernels(TorchNarrowing):
     ) -> Permuted:
         return permute.permute(hidden_TD, slot_ids_TK, slots, window)
 
-    def unpermute(self, rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
-        permute.unpermute(rows_SD, source_S, weights_TK, out_TD)
+    def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+        permute.unpermute(rows_SD, choice_of_row_S, weights_TK, out_TD)
 
     def narrow(self, rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
         by = quantize.narrow if self._converts(values_TD) else super().narrow
@@ -55,14 +55,14 @@ class TritonKernels(TorchNarrowing):
         return expert_mlp.swiglu(rows_S2F)
 
     def pack(self, weights_LNK: Matrices) -> Experts:
-        """Stacked as LMDeploy lays them; a contiguous tensor and quantised matrices are used where they are."""
+        """Stacked as LMDeploy lays them; a contiguous tensor and quantized matrices are used where they are."""
         packed = stacked(weights_LNK)
         if not isinstance(packed, Tensor):
             return packed
         if packed.dtype not in DTYPES:
             raise ConfigError(
                 f"experts are {packed.dtype}, but device cuda multiplies {', '.join(map(str, DTYPES))}; convert "
-                "them, or quantise them (epbackend.kernels.int8, epbackend.kernels.fp8)"
+                "them, or quantize them (epbackend.kernels.int8, epbackend.kernels.fp8)"
             )
         return packed
 
@@ -82,11 +82,13 @@ class TritonKernels(TorchNarrowing):
             rows_SF = weights.activation(products.plain(rows_SD, weights.gate_up, weights.gate_up_bias_L2F))
         return products.plain(rows_SF, weights.down, weights.down_bias_LD)
 
-    def even_split(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> Split:
-        return replica_split.EvenSplit(copies, device, guard)
+    def even_split(self, replicas: EvenReplicas, device: torch.device, guard: ExpertIdCheck | None) -> Split:
+        return replica_split.EvenSplit(replicas, device, guard)
 
-    def level_split(self, copies: LevelCopies, device: torch.device, guard: IdGuard | None) -> Split:
-        return replica_split.level_split(copies, device, guard, self._chip)
+    def level_split(
+        self, replicas: LevelReplicas, device: torch.device, guard: ExpertIdCheck | None
+    ) -> Split:
+        return replica_split.level_split(replicas, device, guard, self._chip)
 
     def _converts(self, values_TD: Tensor) -> bool:
         """Whether the chip knows the values' dtype; torch converts to and from float8 on any."""

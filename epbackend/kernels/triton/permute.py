@@ -11,7 +11,8 @@ A stable counting sort, deterministic because nothing depends on which program c
     slot_ids_TK = [[1, 9], [0, 1], [9, 0]], two slots, blocks of 4 choices
     counts_BL   = [[1, 2], [1, 0]]      # choices of each block, by slot; 9 is a slot of another rank
     before_BL   = [[0, 0], [1, 2]]      # those in earlier blocks
-    source_S    = [2, 5, 0, 3, -1, -1]  # place = rows of earlier slots + before_BL + earlier ones in the same block
+    choice_of_row_S    = [2, 5, 0, 3, -1, -1]  # place = rows of earlier slots + before_BL + earlier ones in the same
+    block
 
 Nothing comes back to the host, so there are as many rows as there may be choices; those past the counts have source -1.
 
@@ -19,7 +20,7 @@ Weighted sum of the experts' rows for each token, in float32 and always in the o
 
 Each token looks its own rows up, so no two programs add to the same place and no atomics are needed:
 
-    source_S   = [2, 5, 0, -1]                      # K = 2; the last row is garbage
+    choice_of_row_S   = [2, 5, 0, -1]                      # K = 2; the last row is garbage
     row_of_TK  = [[2, -1], [0, -1], [-1, 1]]        # which row serves each choice
     out_TD[0] += weights_TK[0, 0] * rows_SD[2], out_TD[1] += weights_TK[1, 0] * rows_SD[0], ...
 """
@@ -71,14 +72,14 @@ def store_counts(counts_L, totals, first, last, slots, LANES: tl.constexpr):
 
 
 @triton.jit
-def store_sources(source_S, slot, choice, row, rows, first, last, slots):
+def store_sources(choice_of_row_S, slot, choice, row, rows, first, last, slots):
     """Write each choice to its row; `rows` is how many rows there are in all, were all kept.
 
     The rows that no choice fills are shared out: each choice marks the one that has its own number with -1.
     """
     ours = (slot < slots) & (row >= first) & (row < last)
-    tl.store(source_S + row - first, choice.to(tl.int64), mask=ours)
-    tl.store(source_S + choice, -1, mask=(first + choice >= rows) & (first + choice < last))
+    tl.store(choice_of_row_S + row - first, choice.to(tl.int64), mask=ours)
+    tl.store(choice_of_row_S + choice, -1, mask=(first + choice >= rows) & (first + choice < last))
     return ours
 
 
@@ -97,7 +98,7 @@ def permute_few(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: P
         ids_S,
         out.rows_SD,
         out.counts_L,
-        out.source_S,
+        out.choice_of_row_S,
         len(ids_S),
         slots,
         first,
@@ -118,7 +119,7 @@ def _permute_few(
     ids_S,
     rows_SD,
     counts_L,
-    source_S,
+    choice_of_row_S,
     S,
     slots,
     first,
@@ -144,7 +145,7 @@ def _permute_few(
     choice = start + tl.arange(0, BLOCK)
     slot = load_slots(ids_S, choice, S, slots)
     row = place(slot, choice, totals, before, BLOCK)
-    ours = store_sources(source_S, slot, choice, row, tl.sum(totals), first, last, slots)
+    ours = store_sources(choice_of_row_S, slot, choice, row, tl.sum(totals), first, last, slots)
     token = (choice // K).to(tl.int64)
     for start_column in range(0, D, COLUMNS):
         column = start_column + tl.arange(0, COLUMNS)
@@ -183,7 +184,7 @@ def permute(
     out = Permuted(
         rows_SD=hidden_TD.new_empty(rows, width),
         counts_L=torch.empty(slots, dtype=torch.int64, device=hidden_TD.device),
-        source_S=torch.empty(rows, dtype=torch.int64, device=hidden_TD.device),
+        choice_of_row_S=torch.empty(rows, dtype=torch.int64, device=hidden_TD.device),
     )
     if tokens == 0:
         out.counts_L.zero_()
@@ -203,7 +204,7 @@ def _permute_many(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out:
         totals_L,
         before_BL,
         out.counts_L,
-        out.source_S,
+        out.choice_of_row_S,
         len(ids_S),
         slots,
         first,
@@ -215,7 +216,7 @@ def _permute_many(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out:
         grid = (triton.cdiv(rows, COPIED_ROWS), triton.cdiv(width, COPIED_COLUMNS))
         _copy_rows[grid](
             hidden_TD,
-            out.source_S,
+            out.choice_of_row_S,
             out.rows_SD,
             rows,
             hidden_TD.stride(0),
@@ -268,7 +269,7 @@ def _place(
     totals_L,
     before_BL,
     counts_L,
-    source_S,
+    choice_of_row_S,
     S,
     slots,
     first,
@@ -286,13 +287,13 @@ def _place(
     choice = block * BLOCK + tl.arange(0, BLOCK)
     slot = load_slots(ids_S, choice, S, slots)
     row = place(slot, choice, totals, before, BLOCK)
-    store_sources(source_S, slot, choice, row, tl.sum(totals), first, last, slots)
+    store_sources(choice_of_row_S, slot, choice, row, tl.sum(totals), first, last, slots)
 
 
 @triton.jit(do_not_specialize=["S"])
 def _copy_rows(
     hidden_TD,
-    source_S,
+    choice_of_row_S,
     rows_SD,
     S,
     token_stride,
@@ -301,10 +302,10 @@ def _copy_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """rows_SD[s] = hidden_TD[source_S[s] // K]; unused rows stay as they are."""
+    """rows_SD[s] = hidden_TD[choice_of_row_S[s] // K]; unused rows stay as they are."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    source = tl.load(source_S + row, mask=row < S, other=-1)
+    source = tl.load(choice_of_row_S + row, mask=row < S, other=-1)
     inside = (source >= 0)[:, None] & (column < D)[None, :]
     values = tl.load(hidden_TD + (source // K)[:, None] * token_stride + column[None, :], mask=inside)
     tl.store(rows_SD + row.to(tl.int64)[:, None] * D + column[None, :], values, mask=inside)
@@ -316,7 +317,7 @@ FEWEST, MOST_ROWS = 16, 4096
 """Up to here each token searches all rows for its own, which spares the launches that build a table."""
 
 
-def unpermute(rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+def unpermute(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
     """Add weight * row to each row's token in `out_TD` (float32). Rows with source -1 are not read."""
     (rows, width), (tokens, top_k) = rows_SD.shape, weights_TK.shape
     if rows == 0 or tokens == 0:
@@ -325,7 +326,7 @@ def unpermute(rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Ten
     columns = min(SUM_BLOCK, triton.next_power_of_2(width))
     _weighted_sum[(tokens, triton.cdiv(width, columns))](
         rows_SD,
-        source_S if few else _row_of_choice(source_S, tokens * top_k),
+        choice_of_row_S if few else _row_of_choice(choice_of_row_S, tokens * top_k),
         weights_TK,
         out_TD,
         rows,
@@ -340,18 +341,20 @@ def unpermute(rows_SD: Tensor, source_S: Tensor, weights_TK: Tensor, out_TD: Ten
     )
 
 
-def _row_of_choice(source_S: Tensor, choices: int) -> Tensor:
-    """The inverse of source_S, -1 for choices that no row serves."""
-    row_of = torch.full((choices,), -1, dtype=torch.int64, device=source_S.device)
-    _invert[(triton.cdiv(len(source_S), SUM_BLOCK),)](source_S, row_of, len(source_S), SUM_BLOCK)
+def _row_of_choice(choice_of_row_S: Tensor, choices: int) -> Tensor:
+    """The inverse of choice_of_row_S, -1 for choices that no row serves."""
+    row_of = torch.full((choices,), -1, dtype=torch.int64, device=choice_of_row_S.device)
+    _invert[(triton.cdiv(len(choice_of_row_S), SUM_BLOCK),)](
+        choice_of_row_S, row_of, len(choice_of_row_S), SUM_BLOCK
+    )
     return row_of
 
 
 @triton.jit(do_not_specialize=["S"])
-def _invert(source_S, row_of, S, BLOCK: tl.constexpr):
+def _invert(choice_of_row_S, row_of, S, BLOCK: tl.constexpr):
     """A choice is served by one row at most, so no two programs write to the same place."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    source = tl.load(source_S + row, mask=row < S, other=-1)
+    source = tl.load(choice_of_row_S + row, mask=row < S, other=-1)
     tl.store(row_of + source, row.to(tl.int64), mask=source >= 0)
 
 

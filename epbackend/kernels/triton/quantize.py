@@ -1,4 +1,4 @@
-"""Quantise rows on their way into a product: float8 with a scale for each 128 values, int8 with one for each row.
+"""Quantize rows on their way into a product: float8 with a scale for each 128 values, int8 with one for each row.
 
 Only the rows that the counts cover are read; the rest of a padded buffer costs nothing.
 
@@ -52,12 +52,12 @@ def empty_fp8(rows: int, width: int, device: torch.device) -> Fp8Tokens:
     return Fp8Tokens(values_SK, torch.empty(width // BLOCK, rows, dtype=torch.float32, device=device))
 
 
-def quantise_fp8(rows_SK: Tensor, schedule: Schedule) -> Fp8Tokens:
+def quantize_fp8(rows_SK: Tensor, schedule: Schedule) -> Fp8Tokens:
     """`rows_SK` with one scale for each 128 values of a row."""
     rows, width = rows_SK.shape
     out = empty_fp8(rows, width, rows_SK.device)
     if rows:
-        _quantise_fp8[(triton.cdiv(rows, FP8_ROWS), width // BLOCK)](
+        _quantize_fp8[(triton.cdiv(rows, FP8_ROWS), width // BLOCK)](
             rows_SK,
             out.values_SK,
             out.scale_BS,
@@ -72,13 +72,13 @@ def quantise_fp8(rows_SK: Tensor, schedule: Schedule) -> Fp8Tokens:
     return out
 
 
-def quantise_int8(rows_SK: Tensor, schedule: Schedule) -> Int8Tokens:
+def quantize_int8(rows_SK: Tensor, schedule: Schedule) -> Int8Tokens:
     """`rows_SK` with one scale a row."""
     rows, width = rows_SK.shape
     values_SK = torch.empty(rows, width, dtype=torch.int8, device=rows_SK.device)
     scale_S = torch.empty(rows, dtype=torch.float32, device=rows_SK.device)
     if rows:
-        _quantise_int8[(rows,)](
+        _quantize_int8[(rows,)](
             rows_SK,
             values_SK,
             scale_S,
@@ -107,7 +107,7 @@ def to_fp8(values_MN):
 
 
 @triton.jit(do_not_specialize=["S"])
-def _quantise_fp8(
+def _quantize_fp8(
     rows_SK,
     values_SK,
     scale_BS,
@@ -130,7 +130,7 @@ def _quantise_fp8(
 
 
 @triton.jit
-def _quantise_int8(
+def _quantize_int8(
     rows_SK, values_SK, scale_S, tiles_M3, total_1, row_stride, K: tl.constexpr, WIDTH: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -147,7 +147,7 @@ def _quantise_int8(
 
 
 GROUPS = 8
-"""Groups of 128 values that one program quantises."""
+"""Groups of 128 values that one program quantizes."""
 
 
 def narrow(rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
@@ -191,10 +191,10 @@ def _narrow(
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     values = tl.load(rows_TD + token * row_stride + column, mask=column < D, other=0).to(tl.float32)
     if FLOAT8:
-        quantised, scale = to_fp8(values)
+        quantized, scale = to_fp8(values)
     else:
-        quantised, scale = _to_int8(values)
-    tl.store(values_TD + token * value_stride + column, quantised, mask=column < D)
+        quantized, scale = _to_int8(values)
+    tl.store(values_TD + token * value_stride + column, quantized, mask=column < D)
     tl.store(scale_TG + token * scale_stride + group, scale, mask=group < SCALES)
 
 

@@ -4,27 +4,27 @@ Integer for integer what `epbackend.placement.replica_split` computes on the CPU
 With more choices than one program counts by the way (`permute_few.MOST_CHOICES`) two launches count them first;
 `level` with several sources counts before it asks them.
 
-From how many tokens a copy takes to which ones: what both splits share.
+From how many tokens a replica takes to which ones: what both splits share.
 
-The n choices of an expert sit down on n seats, its copies' quotas side by side; the i-th one takes seat i * STRIDE % n,
-so that copies alternate along the batch.
+The n choices of an expert sit down on n seats, its replicas' quotas side by side; the i-th one takes seat i * STRIDE
+% n, so that replicas alternate along the batch.
 
-`even` and `nearest`: equal quotas for the copies that take any, or quotas that differ by one.
+`even` and `nearest`: equal quotas for the replicas that take any, or quotas that differ by one.
 
 What `level` must know of a layer's slots, on the device.
 
-How many of its tokens each copy takes, so that the fullest rank is as empty as can be.
+How many of its tokens each replica takes, so that the fullest rank is as empty as can be.
 
-One program: every step follows from the one before. Loads of all ranks and shares of all copies stay in registers.
+One program: every step follows from the one before. Loads of all ranks and shares of all replicas stay in registers.
 `epbackend/placement/replica_split_reference.py` says in words and plain Python what happens here: replicated experts
-pour their tokens anew on the ranks of their copies, in sweeps; before every second sweep loads are carried along a
+pour their tokens anew on the ranks of their replicas, in sweeps; before every second sweep loads are carried along a
 tree of ranks.
 
-How many of one source's tokens go to each copy, near ones first.
+How many of one source's tokens go to each replica, near ones first.
 
-Sources and copies meet in blocks of one source, then of a node, then of all. In each block the tokens that its sources
-still have lie on one line, and the room that its copies still have on another: a source's quota of a copy is the
-overlap of their two intervals.
+Sources and replicas meet in blocks of one source, then of a node, then of all. In each block the tokens that its
+sources still have lie on one line, and the room that its replicas still have on another: a source's quota of a
+replica is the overlap of their two intervals.
 
 `level`: one launch from the counts of all sources to a slot for every choice of one's own.
 
@@ -43,8 +43,8 @@ import triton.language as tl
 from torch import Tensor
 
 from epbackend.kernels.id_check import NOTHING as NO_ID
-from epbackend.kernels.id_check import IdGuard
-from epbackend.kernels.replica_split import EvenCopies, LevelCopies, Split
+from epbackend.kernels.id_check import ExpertIdCheck
+from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
 from epbackend.kernels.triton.permute import MOST_CHOICES, count, count_in_blocks, load_slots
 from epbackend.kernels.triton.tiles import Chip, chip_of
 
@@ -126,8 +126,8 @@ def find_seats(
 
 
 @triton.jit
-def copy_of_seat(quota, seat):
-    """Which copy each choice takes; `quota` has a row for each choice."""
+def replica_of_seat(quota, seat):
+    """Which replica each choice takes; `quota` has a row for each choice."""
     return tl.sum((tl.cumsum(quota, 1) <= seat[:, None]).to(tl.int32), 1)
 
 
@@ -153,22 +153,22 @@ FEW = 512
 class EvenSplit:
     """See `epbackend.kernels.Kernels.even_split`."""
 
-    def __init__(self, copies: EvenCopies, device: torch.device, guard: IdGuard | None) -> None:
+    def __init__(self, replicas: EvenReplicas, device: torch.device, guard: ExpertIdCheck | None) -> None:
         self._guard = guard
-        self._slot_ids_EC = torch.tensor(copies.slot_ids_EC, device=device)
+        self._slot_ids_EC = torch.tensor(replicas.slot_ids_EC, device=device)
         self._place_EC, self._takers_E = (
             torch.tensor(table, dtype=torch.int32, device=device)
-            for table in (copies.place_EC, copies.takers_E)
+            for table in (replicas.place_EC, replicas.takers_E)
         )
         self._turn_2 = torch.zeros(2, dtype=torch.int64, device=device)
 
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
         if self._guard:
             self._guard.report()
-        (experts, copies), slot_ids_TK = self._slot_ids_EC.shape, empty_slots(topk_ids_TK)
+        (experts, replicas), slot_ids_TK = self._slot_ids_EC.shape, empty_slots(topk_ids_TK)
         if topk_ids_TK.numel():
             ids_S = topk_ids_TK.contiguous().view(-1)
-            counted = Counted.of(ids_S, experts) if copies > 1 else Counted(ids_S, None, None, 0)
+            counted = Counted.of(ids_S, experts) if replicas > 1 else Counted(ids_S, None, None, 0)
             _even_slots[(counted.blocks,)](
                 ids_S,
                 counted.totals_E,
@@ -181,8 +181,8 @@ class EvenSplit:
                 slot_ids_TK,
                 len(ids_S),
                 experts,
-                copies,
-                triton.next_power_of_2(copies),
+                replicas,
+                triton.next_power_of_2(replicas),
                 triton.next_power_of_2(experts + 1),
                 counted.all,
                 BLOCK,
@@ -215,7 +215,7 @@ def _even_slots(
     choice = block * BLOCK + tl.arange(0, BLOCK)
     expert = load_slots(ids_S, choice, S, E)
     known = expert < E
-    copy = tl.zeros_like(expert)
+    replica = tl.zeros_like(expert)
     if C > 1:
         turn = tl.load(turn_2)
         seat, seats = find_seats(ids_S, totals_E, before_BE, block, expert, S, E, LANES, ALL, BLOCK)
@@ -227,19 +227,20 @@ def _even_slots(
         place -= (turn % takers).to(tl.int32)[:, None]
         place = tl.where(place < 0, place + takers[:, None], place)
         more = (place < (seats % takers)[:, None]).to(tl.int32)
-        copy = copy_of_seat(tl.where(taking, (seats // takers)[:, None] + more, 0), seat)
+        replica = replica_of_seat(tl.where(taking, (seats // takers)[:, None] + more, 0), seat)
         # The last program moves the turn on, when all have read it.
         tl.debug_barrier()
         if tl.atomic_add(turn_2 + 1, 1) == tl.num_programs(0) - 1:
             tl.store(turn_2, turn + 1)
             tl.store(turn_2 + 1, 0)
-    slot = tl.load(slot_ids_EC + expert * C + copy, mask=known & (copy < C), other=0)
+    slot = tl.load(slot_ids_EC + expert * C + replica, mask=known & (replica < C), other=0)
     store_slots(slot_ids_S, slot, tl.load(slot_ids_EC), ids_S, found_1, choice, S, E)
 
 
 @dataclass(frozen=True)
 class LevelTable:
-    """Made once a layer. X counts the experts on several ranks, C their copies, one a rank; J the others of a rank."""
+    """Made once a layer. X counts the experts on several ranks, C their replicas, one a rank; J the others of a
+    rank."""
 
     first_slot_E: Tensor
     """int64: each expert's first slot."""
@@ -252,14 +253,14 @@ class LevelTable:
     slots_XC: Tensor
     """int64, in ascending order; rows end in -1, here and below."""
     ranks_XC: Tensor
-    """int32: the rank of each copy."""
+    """int32: the rank of each replica."""
     sources_XC: Tensor
     """int32: the source that the rank belongs to."""
 
     @classmethod
-    def of(cls, copies: LevelCopies, device: torch.device) -> LevelTable:
+    def of(cls, replicas: LevelReplicas, device: torch.device) -> LevelTable:
         """Of two slots of an expert on a rank the first counts."""
-        layout = copies.layout
+        layout = replicas.layout
         kept = [
             _one_a_rank(layout.slots_EC[expert], layout.rank_of_slot_P) for expert in range(layout.experts)
         ]
@@ -277,16 +278,16 @@ class LevelTable:
             return torch.tensor(np.array(values), dtype=dtype, device=device)
 
         return cls(
-            first_slot_E=on(copies.slot_ids_EC[:, 0], torch.int64),
+            first_slot_E=on(replicas.slot_ids_EC[:, 0], torch.int64),
             replicated_E=on(index_E),
             single_RJ=on(_padded(single_of)),
             expert_X=on(replicated),
             slots_XC=on(
-                _padded([copies.slot_ids_EC[e, np.isin(layout.slots_EC[e], kept[e])] for e in replicated]),
+                _padded([replicas.slot_ids_EC[e, np.isin(layout.slots_EC[e], kept[e])] for e in replicated]),
                 torch.int64,
             ),
             ranks_XC=on(np.where(here_XC, layout.rank_of_slot_P[slots_XC], -1)),
-            sources_XC=on(np.where(here_XC, copies.by_source.rank_of_slot_P[slots_XC], -1)),
+            sources_XC=on(np.where(here_XC, replicas.by_source.rank_of_slot_P[slots_XC], -1)),
         )
 
 
@@ -323,19 +324,20 @@ def level_shares(
     XS: tl.constexpr,
     CS: tl.constexpr,
 ):
-    """shares [XS, CS], zero where a row has no copy. `tokens` has a lane for each expert; RS, JS, XS and CS are powers
-    of two that hold the ranks, the experts on one rank alone, the replicated ones and their copies."""
+    """shares [XS, CS], zero where a row has no replica. `tokens` has a lane for each expert; RS, JS, XS and CS are
+    powers
+    of two that hold the ranks, the experts on one rank alone, the replicated ones and their replicas."""
     loads = _single_loads(tokens, single_RJ, R, J, RS, JS)
     nth = tl.arange(0, XS)
     tokens_X = tl.gather(tokens, tl.load(expert_X + nth, mask=nth < X, other=0), 0)
     tokens_X = tl.where(nth < X, tokens_X, 0)
     each_rank = tl.arange(0, RS)
-    each, copy = nth[:, None], tl.arange(0, CS)[None, :]
-    here = (each < X) & (copy < C)
-    here = here & (tl.load(ranks_XC + each * C + copy, mask=here, other=-1) >= 0)
-    copies = tl.maximum(tl.sum(here.to(tl.int32), 1), 1)
-    more = (copy < (tokens_X % copies)[:, None]).to(tl.int32)
-    shares = tl.where(here, (tokens_X // copies)[:, None] + more, 0)
+    each, replica = nth[:, None], tl.arange(0, CS)[None, :]
+    here = (each < X) & (replica < C)
+    here = here & (tl.load(ranks_XC + each * C + replica, mask=here, other=-1) >= 0)
+    replicas = tl.maximum(tl.sum(here.to(tl.int32), 1), 1)
+    more = (replica < (tokens_X % replicas)[:, None]).to(tl.int32)
+    shares = tl.where(here, (tokens_X // replicas)[:, None] + more, 0)
     for x in range(0, X):
         loads += _spread(_row(shares, x, XS), _ranks(ranks_XC, x, C, CS), each_rank)
     sweep = tl.zeros((), tl.int32)
@@ -368,9 +370,9 @@ def _single_loads(tokens, single_RJ, R, J, RS: tl.constexpr, JS: tl.constexpr):
 
 @triton.jit
 def _ranks(ranks_XC, x, C, CS: tl.constexpr):
-    """The ranks of one expert's copies, -1 past them."""
-    copy = tl.arange(0, CS)
-    return tl.load(ranks_XC + x * C + copy, mask=copy < C, other=-1)
+    """The ranks of one expert's replicas, -1 past them."""
+    replica = tl.arange(0, CS)
+    return tl.load(ranks_XC + x * C + replica, mask=replica < C, other=-1)
 
 
 @triton.jit
@@ -420,10 +422,10 @@ def _pour(tokens, load, here):
 def _grow_tree(loads, shares, ranks_XC, X, C, XS: tl.constexpr, CS: tl.constexpr, RS: tl.constexpr):
     """The ranks to which tokens of the fullest rank can get, and their number and load.
 
-    Of each rank: `order` of joining, or -1; the expert that `joined` it, its copy nearer to the root (`giver`), and its
-    copy there (`taker`).
+    Of each rank: `order` of joining, or -1; the expert that `joined` it, its replica nearer to the root (`giver`),
+    and its replica there (`taker`).
     """
-    each_rank, copy = tl.arange(0, RS), tl.arange(0, CS)
+    each_rank, replica = tl.arange(0, RS), tl.arange(0, CS)
     total = tl.max(loads)
     root = tl.min(tl.where(loads == total, each_rank, RS))
     order = tl.where(each_rank == root, 0, -1)
@@ -436,14 +438,14 @@ def _grow_tree(loads, shares, ranks_XC, X, C, XS: tl.constexpr, CS: tl.constexpr
             rank = _ranks(ranks_XC, x, C, CS)
             inside = tl.gather(order, tl.maximum(rank, 0), 0) >= 0
             gives = (rank >= 0) & inside & (_row(shares, x, XS) > 0)
-            first_giver = tl.min(tl.where(gives, copy, CS))
+            first_giver = tl.min(tl.where(gives, replica, CS))
             joins = ((rank >= 0) & (inside == 0) & (first_giver < CS)).to(tl.int32)
             place = size + tl.cumsum(joins) - joins
             new = _spread(joins, rank, each_rank) > 0
             order = tl.where(new, _spread(place * joins, rank, each_rank), order)
             joined = tl.where(new, x, joined)
             giver = tl.where(new, first_giver, giver)
-            taker = tl.where(new, _spread(copy * joins, rank, each_rank), taker)
+            taker = tl.where(new, _spread(replica * joins, rank, each_rank), taker)
             total += tl.sum(tl.where(new, loads, 0))
             size += tl.sum(joins)
     return size, total, order, joined, giver, taker
@@ -466,15 +468,15 @@ def _carry(
     RS: tl.constexpr,
 ):
     """Level the tree from its leaves to the root, as far as the shares along its branches go."""
-    each, copy, each_rank = tl.arange(0, XS)[:, None], tl.arange(0, CS)[None, :], tl.arange(0, RS)
+    each, replica, each_rank = tl.arange(0, XS)[:, None], tl.arange(0, CS)[None, :], tl.arange(0, RS)
     mean = total // size
     for step in range(1, size):
         index = size - step
         here = order == index
         x = tl.sum(tl.where(here, joined, 0))
         from_copy, to_copy = tl.sum(tl.where(here, giver, 0)), tl.sum(tl.where(here, taker, 0))
-        given = (each == x) & (copy == from_copy)
-        taken = (each == x) & (copy == to_copy)
+        given = (each == x) & (replica == from_copy)
+        taken = (each == x) & (replica == to_copy)
         surplus = tl.sum(tl.where(here, loads, 0)) - mean - (index < total - mean * size).to(tl.int32)
         surplus = tl.minimum(surplus, tl.sum(tl.sum(tl.where(taken, shares, 0), 1)))
         surplus = tl.maximum(surplus, -tl.sum(tl.sum(tl.where(given, shares, 0), 1)))
@@ -511,15 +513,15 @@ def own_quota(
 ):
     """quota [XS, CS] of `source`, from the shares [XS, CS] of all; CHUNK experts at a time."""
     each = tl.arange(0, XS)[:, None]
-    copy, sources = tl.arange(0, CS)[None, :], tl.arange(0, GS)[None, :]
+    replica, sources = tl.arange(0, CS)[None, :], tl.arange(0, GS)[None, :]
     quota = tl.zeros_like(shares)
     for start in range(0, X, CHUNK):
         x = (start + tl.arange(0, CHUNK))[:, None]
         expert = tl.load(expert_X + x, mask=x < X, other=0)
         counts = counts_GE + sources.to(tl.int64) * stride + expert
         tokens = tl.load(counts, mask=(x < X) & (sources < G), other=0).to(tl.int32)
-        holder = tl.load(sources_XC + x * C + copy, mask=(x < X) & (copy < C), other=-1)
-        room = take(shares, tl.minimum(x, XS - 1) * CS + copy, XS * CS, CHUNK, CS)
+        holder = tl.load(sources_XC + x * C + replica, mask=(x < X) & (replica < C), other=-1)
+        room = take(shares, tl.minimum(x, XS - 1) * CS + replica, XS * CS, CHUNK, CS)
         room = tl.where(x < X, room, 0)
         part = tl.zeros_like(room)
         for step in tl.static_range(3):
@@ -533,17 +535,18 @@ def own_quota(
             part += gained
         mine = (each >= start) & (each < start + CHUNK)
         row = tl.minimum(tl.maximum(each - start, 0), CHUNK - 1)
-        quota = tl.where(mine, take(part, row * CS + copy, CHUNK * CS, XS, CS), quota)
+        quota = tl.where(mine, take(part, row * CS + replica, CHUNK * CS, XS, CS), quota)
     return quota
 
 
 @triton.jit
 def _meet(tokens, room, holder, source, block, CS: tl.constexpr, GS: tl.constexpr, CHUNK: tl.constexpr):
-    """(what the source gives each copy of its own block, tokens left, room left), for some experts [.., GS], [.., CS].
+    """(what the source gives each replica of its own block, tokens left, room left), for some experts [.., GS], [..,
+    CS].
 
-    `holder` is the source of each copy, -1 past them; `block` how many sources a block has.
+    `holder` is the source of each replica, -1 past them; `block` how many sources a block has.
     """
-    sources, copy = tl.arange(0, GS)[None, :], tl.arange(0, CS)
+    sources, replica = tl.arange(0, GS)[None, :], tl.arange(0, CS)
     block_G = sources // block
     block_C = tl.where(holder >= 0, holder // block, -1)
     start_of_x = tl.arange(0, CHUNK)[:, None] * GS
@@ -552,7 +555,7 @@ def _meet(tokens, room, holder, source, block, CS: tl.constexpr, GS: tl.constexp
     sums = tl.cumsum(tokens, 1)
     ends = sums - take(sums - tokens, start_of_x + first, CHUNK * GS, CHUNK, GS)
     same = block_C[:, :, None] == block_C[:, None, :]
-    earlier = same & (copy[None, None, :] <= copy[None, :, None])
+    earlier = same & (replica[None, None, :] <= replica[None, :, None])
     room_ends = tl.sum(tl.where(earlier, room[:, None, :], 0), 2)
     here = sources == source
     end = tl.sum(tl.where(here, ends, 0), 1)[:, None]
@@ -569,41 +572,43 @@ def _meet(tokens, room, holder, source, block, CS: tl.constexpr, GS: tl.constexp
 
 
 QUOTA_CELLS = 1024
-"""Experts times copies times sources (or copies) whose quotas are worked out at a time: 8 values a thread."""
+"""Experts times replicas times sources (or replicas) whose quotas are worked out at a time: 8 values a thread."""
 
 SOURCES = tl.constexpr(8)
 """Sources whose counts are added up at a time."""
 
 
-def level_split(copies: LevelCopies, device: torch.device, guard: IdGuard | None, chip: Chip | None) -> Split:
+def level_split(
+    replicas: LevelReplicas, device: torch.device, guard: ExpertIdCheck | None, chip: Chip | None
+) -> Split:
     """See `epbackend.kernels.Kernels.level_split`; the sum of all counts is below 2^31."""
-    table = LevelTable.of(copies, device)
-    if not len(table.expert_X):  # copies of an expert on one rank only, of which the first takes all
-        first_E1 = copies.slot_ids_EC[:, :1]
-        return EvenSplit(EvenCopies(first_E1, first_E1 >= 0), device, guard)
-    return LevelSplit(copies, table, guard, chip)
+    table = LevelTable.of(replicas, device)
+    if not len(table.expert_X):  # replicas of an expert on one rank only, of which the first takes all
+        first_E1 = replicas.slot_ids_EC[:, :1]
+        return EvenSplit(EvenReplicas(first_E1, first_E1 >= 0), device, guard)
+    return LevelSplit(replicas, table, guard, chip)
 
 
 class LevelSplit:
     """A layer with experts on several ranks."""
 
     def __init__(
-        self, copies: LevelCopies, table: LevelTable, guard: IdGuard | None, chip: Chip | None
+        self, replicas: LevelReplicas, table: LevelTable, guard: ExpertIdCheck | None, chip: Chip | None
     ) -> None:
-        self._copies, self._table, self._guard, self._chip = copies, table, guard, chip
+        self._replicas, self._table, self._guard, self._chip = replicas, table, guard, chip
 
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
         if self._guard:
             self._guard.report()
         experts, slot_ids_TK = len(self._table.first_slot_E), empty_slots(topk_ids_TK)
         counted = Counted.of(topk_ids_TK.contiguous().view(-1), experts)
-        counts_GE = self._copies.gather(counted.counts_E(experts)) if self._copies.gather else None
+        counts_GE = self._replicas.gather(counted.counts_E(experts)) if self._replicas.gather else None
         if len(counted.ids_S):
             self._seat(counted, counts_GE, slot_ids_TK)
         return slot_ids_TK
 
     def _seat(self, counted: Counted, counts_GE: Tensor | None, slot_ids_TK: Tensor) -> None:
-        table, copies = self._table, self._copies
+        table, replicas = self._table, self._replicas
         (replicated, most), (ranks, single) = table.ranks_XC.shape, table.single_RJ.shape
         xs, cs = triton.next_power_of_2(replicated), triton.next_power_of_2(most)
         sources = 1 if counts_GE is None else len(counts_GE)
@@ -628,8 +633,8 @@ class LevelSplit:
             counted.blocks,
             len(table.first_slot_E),
             sources,
-            copies.source,
-            copies.node_sources or sources,
+            replicas.source,
+            replicas.node_sources or sources,
             ranks,
             single,
             replicated,
@@ -702,7 +707,7 @@ def _level_slots(
         seat, _ = find_seats(ids_S, totals_E, before_BE, block, expert, S, E, LANES, ALL, BLOCK)
         x = tl.load(replicated_E + expert, mask=expert < E, other=-1)
         place = tl.maximum(x, 0)[:, None] * CS + tl.arange(0, CS)[None, :]
-        taken = copy_of_seat(take(quota, place, XS * CS, BLOCK, CS), seat)
+        taken = replica_of_seat(take(quota, place, XS * CS, BLOCK, CS), seat)
         slot = tl.load(first_slot_E + expert, mask=(expert < E) & (x < 0), other=0)
         shared = tl.load(slots_XC + x * C + taken, mask=(x >= 0) & (taken < C), other=0)
         store_slots(slot_ids_S, tl.where(x >= 0, shared, slot), slot_of_first, ids_S, found_1, choice, S, E)

@@ -328,8 +328,9 @@ ROWS, COLUMNS = 4, 1024
 PROGRAMS_PER_SM = 8
 
 
-def give_back(rows_SD: Tensor, counts_L: Tensor, source_S: Tensor, results: Mirror) -> None:
-    """Send the first `counts_L.sum()` rows; `results` is [tokens * K, D] on each rank, `source_S` as `send` wrote it.
+def give_back(rows_SD: Tensor, counts_L: Tensor, choice_of_row_S: Tensor, results: Mirror) -> None:
+    """Send the first `counts_L.sum()` rows; `results` is [tokens * K, D] on each rank, `choice_of_row_S` as `send`
+    wrote it.
 
     As many programs as fit on the chip share the rows, since how many there are is known on the device alone.
     """
@@ -337,7 +338,7 @@ def give_back(rows_SD: Tensor, counts_L: Tensor, source_S: Tensor, results: Mirr
     _give_back[(chip_of(rows_SD.device).sms * PROGRAMS_PER_SM,)](
         rows_SD,
         counts_L,
-        source_S,
+        choice_of_row_S,
         results.addresses_R,
         results.mine,
         rows_SD.stride(0),
@@ -354,7 +355,7 @@ def give_back(rows_SD: Tensor, counts_L: Tensor, source_S: Tensor, results: Mirr
 def _give_back(
     rows_SD,
     counts_L,
-    source_S,
+    choice_of_row_S,
     results_R,
     results_CD,
     row_stride,
@@ -373,7 +374,7 @@ def _give_back(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         row = block // column_blocks * ROWS + tl.arange(0, ROWS).to(tl.int64)
         column = block % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-        source = tl.load(source_S + row, mask=row < rows, other=0)
+        source = tl.load(choice_of_row_S + row, mask=row < rows, other=0)
         inside = (row < rows)[:, None] & (column < D)[None, :]
         values = tl.load(rows_SD + row[:, None] * row_stride + column[None, :], mask=inside)
         start = reach(results_R, source // choices, results_CD) + source % choices * D

@@ -37,7 +37,7 @@ from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.compile_info import compiling_for, resources
 from epbackend.kernels.triton.grouped_matmul import grouped_matmul
-from epbackend.kernels.triton.quantize import quantise_fp8, quantise_int8
+from epbackend.kernels.triton.quantize import quantize_fp8, quantize_int8
 from epbackend.kernels.triton.tiles import (
     Chip,
     Product,
@@ -120,7 +120,7 @@ def random_experts(form: str, slots: int, columns: int, depth: int, device: torc
 
 @dataclass(frozen=True)
 class Data:
-    """Rows as the kernel takes them, quantised or not; the experts; counts_L."""
+    """Rows as the kernel takes them, quantized or not; the experts; counts_L."""
 
     rows: Any
     experts: Any
@@ -169,9 +169,9 @@ class Job:
         counts_L = torch.zeros(product.slots, dtype=torch.int64, device=device)
         counts_L.scatter_add_(0, slot_S, torch.ones_like(slot_S))
         schedule = row_tiles(counts_L, product.rows, 128)
-        quantise = {"half": lambda rows, _: rows, "fp8": quantise_fp8, "int8": quantise_int8}[self.form]
+        quantize = {"half": lambda rows, _: rows, "fp8": quantize_fp8, "int8": quantize_int8}[self.form]
         experts = self.experts.weights(self.form, device)[0 if self.gated else 1]
-        return Data(quantise(rows_SK, schedule), experts, counts_L)
+        return Data(quantize(rows_SK, schedule), experts, counts_L)
 
     def run(self, data: Data, tile: Tile, chip: Chip | None = None) -> Tensor:
         """The schedule and the product."""

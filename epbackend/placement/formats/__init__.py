@@ -48,7 +48,7 @@ def read_loads(paths: str | Path | Sequence[str | Path]) -> Loads:
     if not each:
         raise ConfigError("loads: no file is given; name one at least")
     recorded = [_read_loads(Path(path)) for path in each]
-    windows = [tokens_LE for loads in recorded for tokens_LE in loads.tokens_WLE]
+    windows = [tokens_YE for loads in recorded for tokens_YE in loads.tokens_WYE]
     return Loads.of(windows, [name for loads in recorded for name in loads.names])
 
 

@@ -99,11 +99,11 @@ def check_equal_slots(layers: NumberedLayers, program: str) -> None:
 
 
 def check_no_duplicates(layers: NumberedLayers, program: str) -> None:
-    """Raises ConfigError for a layer with two copies of an expert on one rank."""
+    """Raises ConfigError for a layer with two replicas of an expert on one rank."""
     for index, layer in layers:
         if layer.duplicates_on_rank:
             raise ConfigError(
-                f"layer {index}: a rank holds two copies of one expert, which {program} cannot express; plan with "
+                f"layer {index}: a rank holds two replicas of one expert, which {program} cannot express; plan with "
                 "refined or omni"
             )
 

@@ -36,7 +36,7 @@ def _read_loads(file: File) -> Loads:
 
 def _write_loads(loads: Loads) -> bytes:
     """Several windows as their mixture: the file has room for one."""
-    return (json_rows(loads.mixture_LE()) + "\n").encode()
+    return (json_rows(loads.mixture_YE()) + "\n").encode()
 
 
 def _read_placement(file: File, hints: Hints) -> Placement:
@@ -47,8 +47,8 @@ def _read_placement(file: File, hints: Hints) -> Placement:
         raise ConfigError(
             f"slots: {slots} must be a multiple of the {ranks} ranks, and {loads.experts} at least"
         )
-    expert_LP = rebalance(loads.tokens_WLE[0], slots, ranks)
-    layers = tuple(Layout.of(expert_P, ranks, loads.experts) for expert_P in expert_LP)
+    expert_YP = rebalance(loads.tokens_WYE[0], slots, ranks)
+    layers = tuple(Layout.of(expert_P, ranks, loads.experts) for expert_P in expert_YP)
     return imported(layers, file, "lmdeploy")
 
 
@@ -56,16 +56,16 @@ def _write_placement(placement: Placement, dense_layers: tuple[int, ...]) -> byt
     """Raises ConfigError for a layer that EPLB cannot be brought to."""
     layers = moe_layers(placement, dense_layers)
     check_equal_slots(layers, "LMDeploy")
-    count_LE = np.ones((len(placement.layers), placement.experts))  # of a dense layer nobody asks
+    count_YE = np.ones((len(placement.layers), placement.experts))  # of a dense layer nobody asks
     for index, layer in layers:
         try:
-            count_LE[index] = counts_for(layer)
+            count_YE[index] = counts_for(layer)
         except ConfigError as error:
             raise ConfigError(
                 f"layer {index}: LMDeploy's EPLB cannot be brought to this placement: {error}. Use the placement in "
                 "epbackend's config instead, or give a dense layer as such (--dense-layers)"
             ) from None
-    return (json_rows(count_LE) + "\n").encode()
+    return (json_rows(count_YE) + "\n").encode()
 
 
 def _usage(placement: Placement, file: str) -> str:

@@ -1,18 +1,18 @@
 """Made-up counts of tokens from which EPLB makes a given layout.
 
-EPLB packs copies heaviest first, each onto the lightest rank with room. With nearly equal loads it therefore fills
-the ranks row by row, a copy on every rank, lightest rank first; who is lightest is decided by small differences, and
-those are ours. Copies of one expert weigh the same, so they come one after another, onto ranks that must be next in
-line. So the experts with several copies are gathered in rounds in which no rank is asked twice, one row a round; the
-ranks that a round does not ask get experts of one copy. Two rows of such experts go first and bring the ranks into the
-order that the first round needs: any order is in reach, because along the ranks the first row falls and the second
-rises, as steeply as we like. What is left after the rounds may come in any order.
+EPLB packs replicas heaviest first, each onto the lightest rank with room. With nearly equal loads it therefore fills
+the ranks row by row, a replica on every rank, lightest rank first; who is lightest is decided by small differences, and
+those are ours. Replicas of one expert weigh the same, so they come one after another, onto ranks that must be next in
+line. So the experts with several replicas are gathered in rounds in which no rank is asked twice, one row a round; the
+ranks that a round does not ask get experts of one replica. Two rows of such experts go first and bring the ranks into
+the order that the first round needs: any order is in reach, because along the ranks the first row falls and the
+second rises, as steeply as we like. What is left after the rounds may come in any order.
 
 Going backwards from the last round, `_heights_before` finds how the ranks must differ before each row. The differences
-grow with every round, and float32 has room for some millions; a row of experts with one copy between two rounds makes
-them small again, so rows to spare go there.
+grow with every round, and float32 has room for some millions; a row of experts with one replica between two rounds
+makes them small again, so rows to spare go there.
 
-EPLB copies the expert with the most load a copy: nearly equal loads give every expert its copies. What this
+EPLB copies the expert with the most load a replica: nearly equal loads give every expert its copies. What this
 construction does not reach (more rounds than rows, differences too fine) may be in reach of another one; the answer is
 checked by running EPLB.
 """
@@ -31,10 +31,10 @@ EXACT = 1 << 24
 TOO_FINE = "the differences between loads that it takes are too fine for float32"
 
 STEERING = 2
-"""Rows at the start, of experts with one copy, that bring the ranks into any order."""
+"""Rows at the start, of experts with one replica, that bring the ranks into any order."""
 
 Round = list[tuple[int, list[int]]]
-"""Experts with several copies, each with its ranks; no rank twice."""
+"""Experts with several replicas, each with its ranks; no rank twice."""
 
 
 def counts_for(layout: Layout) -> np.ndarray:
@@ -43,16 +43,17 @@ def counts_for(layout: Layout) -> np.ndarray:
     Raises ConfigError with the reason, without the layer's number, where this construction finds none.
     """
     if layout.duplicates_on_rank:
-        raise ConfigError("a rank holds two copies of one expert")
+        raise ConfigError("a rank holds two replicas of one expert")
     rounds, each = _rounds(layout), layout.slots // layout.ranks
     spare = each - STEERING - len(rounds)
     if rounds and spare < 0:
         raise ConfigError(
-            f"experts with several copies need {len(rounds)} of its {each} rows, and {STEERING} more have to stay free"
+            f"experts with several replicas need {len(rounds)} of its {each} rows, and {STEERING} more "
+            "have to stay free"
         )
     rounds = _with_rests(rounds, spare)
     load_E = _loads(layout, rounds)
-    count_E = load_E * layout.copies_E
+    count_E = load_E * layout.replicas_E
     expert_RS = rebalance(count_E[None].astype(np.float64), layout.slots, layout.ranks).reshape(
         layout.ranks, each
     )
@@ -63,14 +64,16 @@ def counts_for(layout: Layout) -> np.ndarray:
 
 
 def _rounds(layout: Layout) -> list[Round]:
-    """The experts with several copies in few rounds: most copies first, each into the first round with room."""
+    """The experts with several replicas in few rounds: most replicas first, each into the first round with room."""
     rounds: list[Round] = []
     taken: list[set[int]] = []
     copied = [
-        int(expert) for expert in np.argsort(-layout.copies_E, kind="stable") if layout.copies_E[expert] > 1
+        int(expert)
+        for expert in np.argsort(-layout.replicas_E, kind="stable")
+        if layout.replicas_E[expert] > 1
     ]
     for expert in copied:
-        ranks = layout.rank_of_slot_P[layout.slots_EC[expert, : layout.copies_E[expert]]].tolist()
+        ranks = layout.rank_of_slot_P[layout.slots_EC[expert, : layout.replicas_E[expert]]].tolist()
         index = next((index for index, used in enumerate(taken) if used.isdisjoint(ranks)), len(rounds))
         if index == len(rounds):
             rounds.append([])
@@ -90,12 +93,12 @@ def _with_rests(rounds: list[Round], spare: int) -> list[Round]:
 
 
 def _loads(layout: Layout, rounds: list[Round]) -> np.ndarray:
-    """The load of one copy of each expert, int64 [E]: rows for the rounds, then whatever is left."""
-    copies_E = layout.copies_E
-    singles = [[expert for expert in held if copies_E[expert] == 1] for held in layout.experts_of_rank]
+    """The load of one replica of each expert, int64 [E]: rows for the rounds, then whatever is left."""
+    replicas_E = layout.replicas_E
+    singles = [[expert for expert in held if replicas_E[expert] == 1] for held in layout.experts_of_rank]
     load_E = np.zeros(layout.experts, dtype=np.int64)
     height_R = np.zeros(layout.ranks, dtype=np.int64)
-    least = EXACT // max(int(layout.slots_R.max()), int(copies_E.max())) - 1
+    least = EXACT // max(int(layout.slots_R.max()), int(replicas_E.max())) - 1
     steered = zip(_rows(layout.ranks, rounds), [[]] * STEERING + rounds, strict=False)
     for row_R, experts in steered:
         load_R = row_R - row_R.max() + least - 1

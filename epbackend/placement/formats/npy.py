@@ -61,7 +61,7 @@ def _read(file: File) -> Loads:
 
 
 def _write(loads: Loads) -> bytes:
-    return array_bytes(loads.tokens_WLE[0] if loads.windows == 1 else loads.tokens_WLE)
+    return array_bytes(loads.tokens_WYE[0] if loads.windows == 1 else loads.tokens_WYE)
 
 
 LOADS = LoadsFormat(

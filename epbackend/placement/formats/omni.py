@@ -31,15 +31,15 @@ def _matches(file: File) -> bool:
 
 
 def _read(file: File, hints: Hints) -> Placement:
-    pattern_RLE = read_array(file)
-    if pattern_RLE.ndim != 3 or 0 in pattern_RLE.shape or not np.isin(pattern_RLE, (0, 1)).all():
+    pattern_RYE = read_array(file)
+    if pattern_RYE.ndim != 3 or 0 in pattern_RYE.shape or not np.isin(pattern_RYE, (0, 1)).all():
         raise ConfigError(
-            f"pattern: must be [ranks, layers, experts] of 0 and 1, not of shape {pattern_RLE.shape}"
+            f"pattern: must be [ranks, layers, experts] of 0 and 1, not of shape {pattern_RYE.shape}"
         )
-    experts = pattern_RLE.shape[2]
+    experts = pattern_RYE.shape[2]
     layers = [
-        layout_of_layer(index, [np.flatnonzero(held_E).tolist() for held_E in pattern_RLE[:, index]], experts)
-        for index in range(pattern_RLE.shape[1])
+        layout_of_layer(index, [np.flatnonzero(held_E).tolist() for held_E in pattern_RYE[:, index]], experts)
+        for index in range(pattern_RYE.shape[1])
     ]
     return imported(with_dense(layers, hints.dense_layers), file, "omni")
 
@@ -47,10 +47,10 @@ def _read(file: File, hints: Hints) -> Placement:
 def _write(placement: Placement, dense_layers: tuple[int, ...]) -> bytes:
     moe = moe_layers(placement, dense_layers)
     check_no_duplicates(moe, "OmniPlacement")
-    pattern_RLE = np.zeros((placement.ranks, len(moe), placement.experts), dtype=np.int32)
+    pattern_RYE = np.zeros((placement.ranks, len(moe), placement.experts), dtype=np.int32)
     for row, (_, layer) in enumerate(moe):
-        pattern_RLE[layer.rank_of_slot_P, row, layer.slot_to_expert_P] = 1
-    return array_bytes(pattern_RLE)
+        pattern_RYE[layer.rank_of_slot_P, row, layer.slot_to_expert_P] = 1
+    return array_bytes(pattern_RYE)
 
 
 def _usage(placement: Placement, file: str) -> str:

@@ -43,7 +43,7 @@ def _read_loads(file: File) -> Loads:
 
 
 def _write_loads(loads: Loads) -> bytes:
-    windows = [json_rows(tokens_LE) for tokens_LE in loads.tokens_WLE]
+    windows = [json_rows(tokens_YE) for tokens_YE in loads.tokens_WYE]
     if loads.windows == 1:
         return f'{{"{COUNT}": {windows[0]}}}\n'.encode()
     names = json.dumps(loads.names)
@@ -52,23 +52,23 @@ def _write_loads(loads: Loads) -> bytes:
 
 def _read_placement(file: File, hints: Hints) -> Placement:
     ranks = hints.need_ranks("a placement of SGLang")
-    expert_LP = number_array(file.json[MAP], MAP, "[layers][slots]", dims=(2,))
-    slots, experts = expert_LP.shape[1], int(expert_LP.max()) + 1 if np.isfinite(expert_LP).all() else 0
-    if (expert_LP % 1).any() or expert_LP.min() < 0 or not 1 <= experts <= slots:
+    expert_YP = number_array(file.json[MAP], MAP, "[layers][slots]", dims=(2,))
+    slots, experts = expert_YP.shape[1], int(expert_YP.max()) + 1 if np.isfinite(expert_YP).all() else 0
+    if (expert_YP % 1).any() or expert_YP.min() < 0 or not 1 <= experts <= slots:
         raise ConfigError(f"{MAP}: must hold experts, whole numbers from 0 and below the {slots} slots")
     if slots % ranks:
         raise ConfigError(
             f"ranks: {ranks} do not divide the {slots} slots of {MAP}; SGLang has as many on each"
         )
-    expert_LRS = expert_LP.astype(np.int64).reshape(len(expert_LP), ranks, -1).tolist()
-    layers = tuple(layout_of_layer(index, held, experts) for index, held in enumerate(expert_LRS))
+    expert_YRS = expert_YP.astype(np.int64).reshape(len(expert_YP), ranks, -1).tolist()
+    layers = tuple(layout_of_layer(index, held, experts) for index, held in enumerate(expert_YRS))
     return imported(layers, file, "sglang")
 
 
 def _write_placement(placement: Placement, dense_layers: tuple[int, ...]) -> bytes:
     check_equal_slots(list(enumerate(placement.layers)), "SGLang")
-    expert_LP = np.stack([layer.slot_to_expert_P for layer in placement.layers])
-    return f'{{"{MAP}": {json_rows(expert_LP)}}}\n'.encode()
+    expert_YP = np.stack([layer.slot_to_expert_P for layer in placement.layers])
+    return f'{{"{MAP}": {json_rows(expert_YP)}}}\n'.encode()
 
 
 def _usage(placement: Placement, file: str) -> str:

@@ -60,9 +60,9 @@ def _read_list(rows: Iterable[tuple[int, list[str]]], name: str, *, named: bool)
     if len(repeated := np.flatnonzero(np.bincount(flat_N) > 1)):
         _, layer, expert = np.unravel_index(repeated[0], shape)
         raise ConfigError(f"layer {layer}, expert {expert}: is there more than once; add its counts up")
-    tokens_WLE = np.zeros(shape)
-    tokens_WLE.flat[flat_N] = tokens
-    return Loads(tokens_WLE, tuple(window_of))
+    tokens_WYE = np.zeros(shape)
+    tokens_WYE.flat[flat_N] = tokens
+    return Loads(tokens_WYE, tuple(window_of))
 
 
 def _number(kind: Callable[[str], float], cell: str, line: int) -> float:
@@ -79,7 +79,7 @@ def _write(loads: Loads) -> bytes:
     lines = csv.writer(text, lineterminator="\n")
     named = loads.windows > 1
     lines.writerow(["window"] * named + HEADER)
-    for (window, layer, expert), tokens in np.ndenumerate(loads.tokens_WLE):
+    for (window, layer, expert), tokens in np.ndenumerate(loads.tokens_WYE):
         value = float(tokens)
         lines.writerow(
             [loads.names[window]] * named + [layer, expert, int(value) if value.is_integer() else value]

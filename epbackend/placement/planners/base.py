@@ -75,7 +75,7 @@ def check_task(task: Task) -> None:
         raise ConfigError(f"slots: {slots} are fewer than the {ranks} ranks; every rank needs one")
     if slots > experts * ranks:
         raise ConfigError(
-            f"slots: {slots} are more than {experts * ranks}, a copy of each of {experts} experts on each of "
+            f"slots: {slots} are more than {experts * ranks}, a replica of each of {experts} experts on each of "
             f"{ranks} ranks; use fewer"
         )
     if slots % ranks and task.budget is None and task.current is None:
@@ -88,7 +88,7 @@ def check_task(task: Task) -> None:
         most := len(task.loads.loaded_layers) * experts * (ranks - 1)
     ):
         raise ConfigError(
-            f"budget: {task.budget} is more than {most}, a copy of every expert on every rank; use less"
+            f"budget: {task.budget} is more than {most}, a replica of every expert on every rank; use less"
         )
     if task.node_size and ranks % task.node_size:
         raise ConfigError(

@@ -9,11 +9,12 @@ The heap sort to which introsort turns when quicksort goes badly is left out: su
 DeepSeek's Expert Parallelism Load Balancer, slot for slot: the reference that other planners are measured against.
 
 Source: the published description and example of https://github.com/deepseek-ai/EPLB, written anew, all layers at once.
-Three steps, each greedy: groups of experts to nodes, copies within a node to the expert with the most load a copy, and
-copies to ranks, heaviest first. Loads are added and divided in float32 as there, and equal ones sorted as torch does.
+Three steps, each greedy: groups of experts to nodes, replicas within a node to the expert with the most load a
+replica, and replicas to ranks, heaviest first. Loads are added and divided in float32 as there, and equal ones sorted
+as torch does.
 
 Options: `groups`, the expert groups of the router. Where nodes divide them, the groups stay whole on a node
-(hierarchical; costs balance), else any copy may go to any rank (global). Two copies may meet on one rank.
+(hierarchical; costs balance), else any replica may go to any rank (global). Two replicas may meet on one rank.
 """
 
 from __future__ import annotations
@@ -85,11 +86,11 @@ def _swap(values: list[float], order: list[int], a: int, b: int) -> None:
     order[a], order[b] = order[b], order[a]
 
 
-class Copies(NamedTuple):
-    """The copies of B independent problems with E experts and P copies each."""
+class Replicas(NamedTuple):
+    """The replicas of B independent problems with E experts and P replicas each."""
 
     expert_BP: np.ndarray
-    """The expert of each copy: first one of every expert, then the further ones in the order they were given."""
+    """The expert of each replica: first one of every expert, then the further ones in the order they were given."""
     count_BE: np.ndarray
 
 
@@ -103,35 +104,36 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
         )
     nodes = task.ranks // task.node_size if task.node_size else 1
     loaded = task.loads.loaded_layers
-    weight_LE = task.loads.mixture_LE()[list(loaded)]
-    expert_LP = rebalance(weight_LE, task.slots, task.ranks, groups, nodes)
-    layouts = (Layout.of(held_P, task.ranks, task.loads.experts) for held_P in expert_LP)
+    weight_YE = task.loads.mixture_YE()[list(loaded)]
+    expert_YP = rebalance(weight_YE, task.slots, task.ranks, groups, nodes)
+    layouts = (Layout.of(held_P, task.ranks, task.loads.experts) for held_P in expert_YP)
     return all_layers(task, dict(zip(loaded, layouts, strict=True)))
 
 
-def rebalance(weight_LE: np.ndarray, slots: int, ranks: int, groups: int = 1, nodes: int = 1) -> np.ndarray:
-    """The expert of every slot, int64 [L, P].
+def rebalance(weight_YE: np.ndarray, slots: int, ranks: int, groups: int = 1, nodes: int = 1) -> np.ndarray:
+    """The expert of every slot, int64 [Y, P].
 
     groups: must divide the experts.  nodes: must divide the ranks.  slots: must be a multiple of the ranks.
     """
     if groups % nodes:
         groups = nodes = 1
-    layers, experts = weight_LE.shape
-    weight_LE = weight_LE.astype(np.float32)
-    by_node_LE = _experts_by_node(weight_LE, groups, nodes)
-    weight_BE = np.take_along_axis(weight_LE, by_node_LE, axis=1).reshape(layers * nodes, experts // nodes)
-    copies = replicate(weight_BE, slots // nodes)
-    load_BE = weight_BE / copies.count_BE.astype(np.float32)
-    load_BP = np.take_along_axis(load_BE, copies.expert_BP, axis=1)
-    copy_BP = pack(load_BP, ranks // nodes)
-    expert_BP = np.take_along_axis(copies.expert_BP, copy_BP, axis=1)
+    layers, experts = weight_YE.shape
+    weight_YE = weight_YE.astype(np.float32)
+    by_node_YE = _experts_by_node(weight_YE, groups, nodes)
+    weight_BE = np.take_along_axis(weight_YE, by_node_YE, axis=1).reshape(layers * nodes, experts // nodes)
+    replicas = replicate(weight_BE, slots // nodes)
+    load_BE = weight_BE / replicas.count_BE.astype(np.float32)
+    load_BP = np.take_along_axis(load_BE, replicas.expert_BP, axis=1)
+    replica_BP = pack(load_BP, ranks // nodes)
+    expert_BP = np.take_along_axis(replicas.expert_BP, replica_BP, axis=1)
     first_N1 = np.arange(nodes)[:, None] * (experts // nodes)
-    local_LP = (expert_BP.reshape(layers, nodes, slots // nodes) + first_N1).reshape(layers, slots)
-    return np.take_along_axis(by_node_LE, local_LP, axis=1)
+    local_YP = (expert_BP.reshape(layers, nodes, slots // nodes) + first_N1).reshape(layers, slots)
+    return np.take_along_axis(by_node_YE, local_YP, axis=1)
 
 
-def replicate(weight_BE: np.ndarray, slots: int) -> Copies:
-    """One copy of each expert, and then one copy more of the expert with the most load a copy, until slots are used."""
+def replicate(weight_BE: np.ndarray, slots: int) -> Replicas:
+    """One replica of each expert, and then one replica more of the expert with the most load a replica, until slots
+    are used."""
     problems, experts = weight_BE.shape
     every_B = np.arange(problems)
     expert_BP = np.tile(np.arange(slots), (problems, 1))
@@ -141,9 +143,9 @@ def replicate(weight_BE: np.ndarray, slots: int) -> Copies:
         heaviest_B = load_BE.argmax(axis=1)
         expert_BP[:, slot] = heaviest_B
         count_BE[every_B, heaviest_B] += 1
-        copies_B = count_BE[every_B, heaviest_B].astype(np.float32)
-        load_BE[every_B, heaviest_B] = weight_BE[every_B, heaviest_B] / copies_B
-    return Copies(expert_BP, count_BE)
+        replicas_B = count_BE[every_B, heaviest_B].astype(np.float32)
+        load_BE[every_B, heaviest_B] = weight_BE[every_B, heaviest_B] / replicas_B
+    return Replicas(expert_BP, count_BE)
 
 
 def pack(load_BI: np.ndarray, packs: int) -> np.ndarray:
@@ -170,10 +172,10 @@ def pack(load_BI: np.ndarray, packs: int) -> np.ndarray:
     return packed_BI
 
 
-def _experts_by_node(weight_LE: np.ndarray, groups: int, nodes: int) -> np.ndarray:
-    """The experts in the order of nodes, int64 [L, E]: groups stay whole, and every node gets as many."""
-    layers, experts = weight_LE.shape
+def _experts_by_node(weight_YE: np.ndarray, groups: int, nodes: int) -> np.ndarray:
+    """The experts in the order of nodes, int64 [Y, E]: groups stay whole, and every node gets as many."""
+    layers, experts = weight_YE.shape
     size = experts // groups
-    weight_LG = weight_LE.reshape(layers, groups, size).sum(axis=2)
-    group_LG = pack(weight_LG, nodes)
-    return (group_LG[:, :, None] * size + np.arange(size)).reshape(layers, experts)
+    weight_YG = weight_YE.reshape(layers, groups, size).sum(axis=2)
+    group_YG = pack(weight_YG, nodes)
+    return (group_YG[:, :, None] * size + np.arange(size)).reshape(layers, experts)

@@ -1,9 +1,10 @@
 """From the placement in use to one that is balanced for new loads, with few changes.
 
-The worst rank is relieved by the swap or the replaced copy that brings most for each expert that a rank has to fetch,
-until no rank costs more than `target` times the mean. Where such steps do not get there, the layer is refined as
-`refined` does, whatever that moves. Slots that keep their expert keep their place, layers that are balanced stay as
-they are, and no layer gets worse. Two copies of an expert on one rank are taken apart, unless that would cost balance.
+The worst rank is relieved by the swap or the replaced replica that brings most for each expert that a rank has to
+fetch, until no rank costs more than `target` times the mean. Where such steps do not get there, the layer is refined
+as `refined` does, whatever that moves. Slots that keep their expert keep their place, layers that are balanced stay
+as they are, and no layer gets worse. Two replicas of an expert on one rank are taken apart, unless that would cost
+balance.
 
 A slot counts as changed if its rank did not hold its expert before: what has to be fetched.
 
@@ -20,7 +21,7 @@ import numpy as np
 from epbackend.errors import ConfigError
 from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.planners.base import Task, refuse_options
-from epbackend.placement.planners.search_inputs import Features, layout_of
+from epbackend.placement.planners.search_inputs import SearchInputs, layout_of
 from epbackend.placement.values import real_number
 
 OPTIONS = ("target", "windows")
@@ -42,7 +43,7 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
         raise ConfigError(
             f"target: {target} is below 1, and the worst rank cannot be below the mean; use 1 or more"
         )
-    features = Features.of(task)
+    features = SearchInputs.of(task)
     layers = list(current.layers)
     search.announce()
     for done, layer in enumerate(task.loads.loaded_layers, start=1):
@@ -69,7 +70,7 @@ def _start(task: Task) -> Placement:
     return current
 
 
-def _replan(features: Features, layer: int, before: Layout, target: float, seed: int) -> Layout:
+def _replan(features: SearchInputs, layer: int, before: Layout, target: float, seed: int) -> Layout:
     from epbackend.placement.search.layer_search import change, improve, judge
 
     first_R = np.concatenate(([0], np.cumsum(before.slots_R)))

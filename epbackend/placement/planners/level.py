@@ -1,10 +1,10 @@
-"""`refined` for the `level` split: one layer whose copies connect the ranks, so that any batch can be levelled.
+"""`refined` for the `level` split: one layer whose replicas connect the ranks, so that any batch can be levelled.
 
-Under `even` a copy halves what a rank gets of an expert. Under `level` it is a road between ranks: what matters is that
-no group of ranks is cut off from the others, and that the roads are wide, which copies of heavy experts are.
+Under `even` a replica halves what a rank gets of an expert. Under `level` it is a road between ranks: what matters is
+that no group of ranks is cut off from the others, and that the roads are wide, which replicas of heavy experts are.
 
 1. Several answers: the one for the `even` split, and layers that connect ranks (`level_search.connect`), some with
-   more roads and some with lighter copies.
+   more roads and some with lighter replicas.
 2. The best of them is searched on (`level_search.climb`): random changes stay by which the mean load, or batches drawn
    around it, are levelled better. Drawn batches are over-dispersed (`noise.py`), and the windows take turns.
 3. A search fits the batches that it has seen, so whether its layer is taken is decided by others.
@@ -22,7 +22,7 @@ import numpy as np
 from epbackend.placement.synthetic import CONCENTRATION
 
 FORMS = ((1.0, False), (1.0, True), (1.25, True), (1.5, False), (1.5, True))
-"""Steepness of the copies, and whether their ranks form a chain: see `search.level_search.connect`."""
+"""Steepness of the replicas, and whether their ranks form a chain: see `search.level_search.connect`."""
 
 BATCHES = 24
 MEAN_WEIGHT = 2.0
@@ -61,12 +61,12 @@ def plan_layer(
 
 
 def _connected(weight_E: np.ndarray, first_R: np.ndarray) -> Iterator[np.ndarray]:
-    from epbackend.placement.search.level_search import connect, steep_copies
+    from epbackend.placement.search.level_search import connect, steep_replicas
 
     for steepness, chain in FORMS:
-        copies_E = steep_copies(weight_E, first_R[-1], first_R.size - 1, steepness)
-        order_E = np.argsort(-weight_E / copies_E, kind="stable")
-        expert_P = connect(weight_E, copies_E, order_E, first_R, chain)
+        replicas_E = steep_replicas(weight_E, first_R[-1], first_R.size - 1, steepness)
+        order_E = np.argsort(-weight_E / replicas_E, kind="stable")
+        expert_P = connect(weight_E, replicas_E, order_E, first_R, chain)
         if expert_P.min() >= 0:
             yield expert_P
 

@@ -1,12 +1,12 @@
-"""LPLB's `r2o` matrices: redundant slot k of rank i holds a copy of expert k of rank r2o[i, k].
+"""LPLB's `r2o` matrices: redundant slot k of rank i holds a replica of expert k of rank r2o[i, k].
 
 A matrix is for a group of G ranks and repeats itself group by group. Each column is a permutation, so that expert k of
-every rank gets one copy, and moves every rank, so that no copy is made where its original is.
+every rank gets one replica, and moves every rank, so that no replica is made where its original is.
 
-DeepSeek's LPLB placement: a fixed graph of copies, along which a split can level every batch.
+DeepSeek's LPLB placement: a fixed graph of replicas, along which a split can level every batch.
 
-Source: the published description of https://github.com/deepseek-ai/LPLB, written anew. EPLB places one copy of every
-expert; each rank's experts are ordered by load, heaviest first; then redundant slot k of rank i copies expert k of
+Source: the published description of https://github.com/deepseek-ai/LPLB, written anew. EPLB places one replica of every
+expert; each rank's experts are ordered by load, heaviest first; then redundant slot k of rank i replicas expert k of
 rank r2o[i, k]. Where LPLB solves a linear program a batch, `split="level"` reaches the same optimum.
 
 Options: `topology`, one of spread (default), ring, cube, hypercube, torus; or `r2o`, a matrix of your own (see
@@ -66,7 +66,7 @@ def checked_matrix(r2o: Any, ranks: int) -> np.ndarray:
             )
         if (fixed := np.flatnonzero(source_G == every_G)).size:
             raise ConfigError(
-                f"r2o: column {column} copies rank {fixed[0]} to itself; let another rank hold its copy"
+                f"r2o: column {column} replicas rank {fixed[0]} to itself; let another rank hold its replica"
             )
     return r2o_GK.astype(np.int64)
 
@@ -141,15 +141,15 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
     experts, ranks = task.loads.experts, task.ranks
     r2o_RK = _over_all_ranks(_matrix(task), ranks)
     loaded = list(task.loads.loaded_layers)
-    weight_LE = task.loads.mixture_LE()[loaded]
-    expert_LRS = rebalance(weight_LE, experts, ranks).reshape(len(loaded), ranks, experts // ranks)
-    load_LRS = np.take_along_axis(weight_LE, expert_LRS.reshape(len(loaded), experts), axis=1).reshape(
-        expert_LRS.shape
+    weight_YE = task.loads.mixture_YE()[loaded]
+    expert_YRS = rebalance(weight_YE, experts, ranks).reshape(len(loaded), ranks, experts // ranks)
+    load_YRS = np.take_along_axis(weight_YE, expert_YRS.reshape(len(loaded), experts), axis=1).reshape(
+        expert_YRS.shape
     )
-    own_LRS = np.take_along_axis(expert_LRS, np.argsort(-load_LRS, axis=2, kind="stable"), axis=2)
-    copies_LRK = own_LRS[:, r2o_RK, np.arange(r2o_RK.shape[1])]
-    held_LP = np.concatenate([own_LRS, copies_LRK], axis=2).reshape(len(loaded), task.slots)
-    layouts = (Layout.of(held_P, ranks, experts) for held_P in held_LP)
+    own_YRS = np.take_along_axis(expert_YRS, np.argsort(-load_YRS, axis=2, kind="stable"), axis=2)
+    replicas_YRK = own_YRS[:, r2o_RK, np.arange(r2o_RK.shape[1])]
+    held_YP = np.concatenate([own_YRS, replicas_YRK], axis=2).reshape(len(loaded), task.slots)
+    layouts = (Layout.of(held_P, ranks, experts) for held_P in held_YP)
     return all_layers(task, dict(zip(loaded, layouts, strict=True)))
 
 
@@ -163,7 +163,7 @@ def _matrix(task: Task) -> np.ndarray:
     columns = (task.slots - experts) // ranks
     if columns > experts // ranks:
         raise ConfigError(
-            f"slots: lplb copies each expert once at most; {task.slots} are more than twice {experts} experts"
+            f"slots: lplb replicas each expert once at most; {task.slots} are more than twice {experts} experts"
         )
     if "r2o" not in task.options:
         return topology_matrix(task.options.get("topology", "spread"), ranks, task.node_size, columns)

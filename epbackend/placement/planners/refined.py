@@ -1,9 +1,9 @@
-"""The default planner: copies that are as light as they can be, packed, then exchanged until nothing helps.
+"""The default planner: replicas that are as light as they can be, packed, then exchanged until nothing helps.
 
-1. Copies: one at a time to the expert whose copies weigh most, which minimises the heaviest copy. Where activated
-   experts cost, the copies that add least are tried too.
-2. Packing: the heaviest copy first, to the rank that is cheapest with it, never two of an expert on one rank.
-3. Refinement: swaps and replaced copies that relieve the worst rank. Random kicks and refinement again for small
+1. Replicas: one at a time to the expert whose replicas weigh most, which minimises the heaviest replica. Where
+   activated experts cost, the replicas that add least are tried too.
+2. Packing: the heaviest replica first, to the rank that is cheapest with it, never two of an expert on one rank.
+3. Refinement: swaps and replaced replicas that relieve the worst rank. Random kicks and refinement again for small
    layers, and for all of them as long as `search_ms` lasts.
 
 Where the layout in order is still better, it is taken instead. The answer to a task is always the same, unless it has
@@ -11,10 +11,10 @@ Where the layout in order is still better, it is taken instead. The answer to a 
 
 Options: `kicks`, how many per layer before any `search_ms` (by the size of the layer unless given); `windows`,
 "mixture" (the default) or "worst": level the mixture of several windows, or the worst of them; `node_penalty`, with
-`node_size`: what each copy that crowds on a node while another node has none may cost, in mean rank loads (0.001: the
-worst rank may get 0.1% more load to avoid it), so that `nearest` finds copies near by; `split`, "even" (the default) or
-"level": the split that batches will get. For `level` the copies connect the ranks, so that any batch can be levelled
-(see `levelled`); then tokens are the only objective, and the options above play no part.
+`node_size`: what each replica that crowds on a node while another node has none may cost, in mean rank loads (0.001:
+the worst rank may get 0.1% more load to avoid it), so that `nearest` finds replicas near by; `split`, "even" (the
+default) or "level": the split that batches will get. For `level` the replicas connect the ranks, so that any batch
+can be levelled (see `levelled`); then tokens are the only objective, and the options above play no part.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from epbackend.placement.objectives import TOKENS
 from epbackend.placement.placement import Layout
 from epbackend.placement.planners import level
 from epbackend.placement.planners.base import Task, all_layers, refuse_options
-from epbackend.placement.planners.search_inputs import Features, layout_of
+from epbackend.placement.planners.search_inputs import SearchInputs, layout_of
 from epbackend.placement.values import whole_number
 
 if TYPE_CHECKING:
-    from epbackend.placement.search.layer_search import Problem
+    from epbackend.placement.search.layer_search import LayerProblem
 
 EVEN_OPTIONS = ("kicks", "node_penalty", "windows")
 OPTIONS = (*EVEN_OPTIONS, "split")
@@ -52,16 +52,16 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
 
     refuse_options("refined", task, OPTIONS)
     plan_layer = _plan_for_level if _split(task) == "level" else _plan_layer
-    features = Features.of(task)
-    slots_L = np.full(task.loads.layers, task.slots)
+    features = SearchInputs.of(task)
+    slots_Y = np.full(task.loads.layers, task.slots)
     if task.budget is not None:
-        slots_L = share_out(features.weight_LE, task.ranks, task.slots, task.budget)
+        slots_Y = share_out(features.weight_YE, task.ranks, task.slots, task.budget)
     loaded = task.loads.loaded_layers
-    first_LR = first_slots(slots_L[list(loaded)], task.ranks)
+    first_YR = first_slots(slots_Y[list(loaded)], task.ranks)
     planned = {}
     search.announce()
     for done, layer in enumerate(loaded):
-        planned[layer] = plan_layer(task, features, layer, first_LR[done])
+        planned[layer] = plan_layer(task, features, layer, first_YR[done])
         task.progress(done + 1, len(loaded))
     return all_layers(task, planned)
 
@@ -85,16 +85,16 @@ def _split(task: Task) -> str:
     return split
 
 
-def _plan_for_level(task: Task, features: Features, layer: int, first_R: np.ndarray) -> Layout:
+def _plan_for_level(task: Task, features: SearchInputs, layer: int, first_R: np.ndarray) -> Layout:
     even = _plan_layer(replace(task, search_ms=0.0), features, layer, first_R)
-    tokens_WE = task.loads.tokens_WLE[:, layer]
+    tokens_WE = task.loads.tokens_WYE[:, layer]
     tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
     even_P = even.slot_to_expert_P.copy()  # a read-only array would be compiled for once more
     expert_P = level.plan_layer(tokens_WE, first_R, even_P, task.search_ms, task.seed % 2**32)
     return _in_order(expert_P, first_R, even.experts)
 
 
-def _plan_layer(task: Task, features: Features, layer: int, first_R: np.ndarray) -> Layout:
+def _plan_layer(task: Task, features: SearchInputs, layer: int, first_R: np.ndarray) -> Layout:
     from epbackend.placement.search.layer_search import improve, judge
 
     problem = features.problem(layer, first_R)
@@ -103,7 +103,7 @@ def _plan_layer(task: Task, features: Features, layer: int, first_R: np.ndarray)
     seed = task.seed % 2**32
     answers = [
         (*improve(problem, start_P, start_P, kicks, seed), start_P)
-        for start_P in _starts(problem, features.weight_LE[layer])
+        for start_P in _starts(problem, features.weight_YE[layer])
     ]
     expert_P, cost, start_P = min(answers, key=lambda answer: answer[1])
     expert_P, cost = _search(problem, expert_P, cost, start_P, task.search_ms / 1e3, seed)
@@ -119,20 +119,20 @@ def _in_order(expert_P: np.ndarray, first_R: np.ndarray, experts: int) -> Layout
     return layout_of(np.sort(rank_P * experts + expert_P) % experts, first_R, experts)
 
 
-def _starts(problem: Problem, weight_E: np.ndarray) -> Iterator[np.ndarray]:
+def _starts(problem: LayerProblem, weight_E: np.ndarray) -> Iterator[np.ndarray]:
     """Packed layers [P] to refine."""
-    from epbackend.placement.search.layer_search import cheapest_copies, optimal_copies, pack
+    from epbackend.placement.search.layer_search import cheapest_replicas, optimal_replicas, pack
 
     slots, ranks = problem.rank_P.size, problem.node_R.size
-    copies_E = optimal_copies(weight_E, np.argsort(-weight_E, kind="stable"), slots, ranks)
-    yield pack(problem, copies_E, np.argsort(-weight_E / copies_E, kind="stable"))
+    replicas_E = optimal_replicas(weight_E, np.argsort(-weight_E, kind="stable"), slots, ranks)
+    yield pack(problem, replicas_E, np.argsort(-weight_E / replicas_E, kind="stable"))
     if problem.batch:
-        copies_E = cheapest_copies(problem)
-        yield pack(problem, copies_E, np.argsort(-weight_E / copies_E, kind="stable"))
+        replicas_E = cheapest_replicas(problem)
+        yield pack(problem, replicas_E, np.argsort(-weight_E / replicas_E, kind="stable"))
 
 
 def _search(
-    problem: Problem, expert_P: np.ndarray, cost: float, start_P: np.ndarray, seconds: float, seed: int
+    problem: LayerProblem, expert_P: np.ndarray, cost: float, start_P: np.ndarray, seconds: float, seed: int
 ) -> tuple[np.ndarray, float]:
     """Kicks until the time is over: first a few, then as many as half of the time left is enough for, and so on."""
     from epbackend.placement.search.layer_search import improve

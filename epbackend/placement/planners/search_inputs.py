@@ -14,19 +14,20 @@ from epbackend.placement.planners.base import Task
 from epbackend.placement.values import real_number
 
 if TYPE_CHECKING:
-    from epbackend.placement.search.layer_search import Problem
+    from epbackend.placement.search.layer_search import LayerProblem
 
 
 WINDOWS = ("mixture", "worst")
 
 
 @dataclass(frozen=True)
-class Features:
-    """What all layers of a task have in common, and their loads. See `search.layer_search.Problem` for the fields."""
+class SearchInputs:
+    """What all layers of a task have in common, and their loads. See `search.layer_search.LayerProblem` for the
+    fields."""
 
-    share_LEF: np.ndarray
-    weight_LE: np.ndarray
-    """Largest share of each expert in any window: what its copies are to share out."""
+    share_YEF: np.ndarray
+    weight_YE: np.ndarray
+    """Largest share of each expert in any window: what its replicas are to share out."""
     weights_F2: np.ndarray
     batch: float
     table: tuple[np.ndarray, np.ndarray, np.ndarray] | None
@@ -34,12 +35,12 @@ class Features:
     crowd_price: float
 
     @classmethod
-    def of(cls, task: Task) -> Features:
+    def of(cls, task: Task) -> SearchInputs:
         """Reads the options `windows` and `node_penalty`. Raises ConfigError for values that they cannot have."""
-        tokens_WLE = _windows(task)
-        totals_WL1 = tokens_WLE.sum(axis=2, keepdims=True)
-        share_WLE = tokens_WLE / np.where(totals_WL1 > 0, totals_WL1, 1.0)
-        objective, windows = task.objective, len(share_WLE)
+        tokens_WYE = _windows(task)
+        totals_WY1 = tokens_WYE.sum(axis=2, keepdims=True)
+        share_WYE = tokens_WYE / np.where(totals_WY1 > 0, totals_WY1, 1.0)
+        objective, windows = task.objective, len(share_WYE)
         if objective.plane is None:
             weights, table = [(objective.batch, 0.0), (0.0, 1.0)], objective.table
         elif objective.batch:
@@ -48,22 +49,22 @@ class Features:
             weights, table = [(task.ranks, 0.0)], None  # so that the mean rank costs 1
         node_R = np.arange(task.ranks) // (task.node_size or task.ranks)
         return cls(
-            np.ascontiguousarray(np.repeat(share_WLE, len(weights), axis=0).transpose(1, 2, 0)),
-            share_WLE.max(axis=0),
+            np.ascontiguousarray(np.repeat(share_WYE, len(weights), axis=0).transpose(1, 2, 0)),
+            share_WYE.max(axis=0),
             np.array(weights * windows, dtype=np.float64),
             float(objective.batch),
             table,
             node_R,
-            _node_penalty(task, node_R) * _mean_cost(task, share_WLE),
+            _node_penalty(task, node_R) * _mean_cost(task, share_WYE),
         )
 
-    def problem(self, layer: int, first_R: np.ndarray) -> Problem:
+    def problem(self, layer: int, first_R: np.ndarray) -> LayerProblem:
         """One layer, whose ranks have these slots."""
-        from epbackend.placement.search.layer_search import Problem
+        from epbackend.placement.search.layer_search import LayerProblem
 
         rank_P = np.repeat(np.arange(first_R.size - 1), np.diff(first_R))
-        share_EF = self.share_LEF[layer]
-        return Problem(
+        share_EF = self.share_YEF[layer]
+        return LayerProblem(
             share_EF, self.weights_F2, self.batch, self.table, first_R, rank_P, self.node_R, self.crowd_price
         )
 
@@ -78,7 +79,7 @@ def _windows(task: Task) -> np.ndarray:
     windows: Any = task.options.get("windows", WINDOWS[0])
     if windows not in WINDOWS:
         raise ConfigError(f"windows: must be {' or '.join(WINDOWS)}, not {windows!r}")
-    return task.loads.tokens_WLE if windows == "worst" else task.loads.mixture_LE()[None]
+    return task.loads.tokens_WYE if windows == "worst" else task.loads.mixture_YE()[None]
 
 
 def _node_penalty(task: Task, node_R: np.ndarray) -> float:
@@ -88,11 +89,11 @@ def _node_penalty(task: Task, node_R: np.ndarray) -> float:
     return penalty
 
 
-def _mean_cost(task: Task, share_WLE: np.ndarray) -> float:
+def _mean_cost(task: Task, share_WYE: np.ndarray) -> float:
     """What a rank with the mean tokens and activated experts costs: the unit of the node penalty."""
     objective = task.objective
     if not objective.batch:
         return 1.0
-    _, active_WLE = objective.features(share_WLE, 1.0)
-    tokens, active = objective.batch / task.ranks, active_WLE.sum(axis=2).max() / task.ranks
+    _, active_WYE = objective.features(share_WYE, 1.0)
+    tokens, active = objective.batch / task.ranks, active_WYE.sum(axis=2).max() / task.ranks
     return float(objective.cost(tokens, active))

@@ -10,24 +10,25 @@ it for problems whose table is None, and again only for those that have one.
 Letters: E experts, P slots, R ranks, F features. Loops instead of array expressions keep the compilation short; what
 the innermost loops call takes few arrays, as each array that is handed over costs a reference count.
 
-Copies of an expert that crowd on one node while another node has none.
+Replicas of an expert that crowd on one node while another node has none.
 
-Tokens that prefer their own node (`nearest`) must leave it for an expert that the node lacks. So each copy beyond the
-first on a node counts as crowded, as long as some node has no copy; at least 0, at most an expert's copies - 1.
+Tokens that prefer their own node (`nearest`) must leave it for an expert that the node lacks. So each replica beyond
+the first on a node counts as crowded, as long as some node has no replica; at least 0, at most an expert's replicas -
+1.
 
-Refinement of a layer: swaps and replaced copies until none helps.
+Refinement of a layer: swaps and replaced replicas until none helps.
 
-The aim is the cost of the worst rank, plus the price of crowded copies where there is one. One rank is the worst, so
+The aim is the cost of the worst rank, plus the price of crowded replicas where there is one. One rank is the worst, so
 only changes that relieve it can help; it meets the cheapest other rank first, which mostly settles the matter.
 
-How many copies each expert gets, and a first place for every copy.
+How many replicas each expert gets, and a first place for every replica.
 
 Search: random kicks, and refinement again after each.
 
 From the placement in use to a balanced one, with few changes.
 
 Ranks above a limit are to get below it; whatever is below is left alone. Each step takes the change of the worst rank,
-a swap or a replaced copy, that brings the most relief for each expert that a rank has to fetch.
+a swap or a replaced replica, that brings the most relief for each expert that a rank has to fetch.
 
 The convex envelope of a falling curve.
 """
@@ -56,24 +57,24 @@ def below(random_1, limit):
     return np.int64((mixed ^ (mixed >> np.uint64(31))) % np.uint64(limit))
 
 
-class Problem(NamedTuple):
+class LayerProblem(NamedTuple):
     """What is asked about one layer, as plain arrays."""
 
     share_EF: np.ndarray
     """Share of the layer's tokens that goes to each expert, in the window which the feature looks at."""
     weights_F2: np.ndarray
-    """How much the tokens of a copy, and how much its activation, add to the feature."""
+    """How much the tokens of a replica, and how much its activation, add to the feature."""
     batch: float
     """Tokens of a batch, for the activation."""
     table: Any
-    """None, or the objective's (tokens_X, experts_Y, cost_XY); features are then pairs of tokens and experts."""
+    """None, or the objective's (tokens_X, experts_A, cost_XA); features are then pairs of tokens and experts."""
     first_R: np.ndarray
     """The first slot of each rank, and behind the last rank all slots: R + 1 entries."""
     rank_P: np.ndarray
     node_R: np.ndarray
     """The node of each rank, from 0."""
     crowd_price: float
-    """What a crowded copy costs (see `crowding`), in units of a rank's cost; 0: nothing, and nodes play no part."""
+    """What a crowded replica costs (see `crowding`), in units of a rank's cost; 0: nothing, and nodes play no part."""
 
 
 class State(NamedTuple):
@@ -81,10 +82,10 @@ class State(NamedTuple):
 
     expert_P: np.ndarray
     held_RE: np.ndarray
-    """Copies of each expert on each rank."""
-    copies_E: np.ndarray
+    """Replicas of each expert on each rank."""
+    replicas_E: np.ndarray
     value_EF: np.ndarray
-    """What one copy adds to the features of its rank."""
+    """What one replica adds to the features of its rank."""
     load_RF: np.ndarray
     cost_R: np.ndarray
 
@@ -114,20 +115,20 @@ def place(problem, state, expert_P):
         for expert in range(experts):
             state.held_RE[rank, expert] = 0
     for expert in range(experts):
-        state.copies_E[expert] = 0
+        state.replicas_E[expert] = 0
     for slot in range(expert_P.size):
         expert = expert_P[slot]
         state.expert_P[slot] = expert
         state.held_RE[problem.rank_P[slot], expert] += 1
-        state.copies_E[expert] += 1
+        state.replicas_E[expert] += 1
     set_values(problem, state, 0, experts)
     for rank in range(ranks):
         set_cost(problem, state, rank)
 
 
 @inner
-def copy_value(share, weights_2, batch):
-    """What a copy with this share of the tokens adds to a feature: its tokens, and how likely a batch needs it."""
+def replica_value(share, weights_2, batch):
+    """What a replica with this share of the tokens adds to a feature: its tokens, and how likely a batch needs it."""
     if weights_2[1] == 0.0:
         return weights_2[0] * share
     return weights_2[0] * share - weights_2[1] * math.expm1(batch * math.log1p(-share))
@@ -149,12 +150,12 @@ def cost_of(load_F, table):
 @inner
 def look_up(tokens, experts, table):
     """The objective's table: bilinear, and outside of it as its outermost cells."""
-    tokens_X, experts_Y, cost_XY = table
-    x, y = _cell(tokens_X, tokens), _cell(experts_Y, experts)
+    tokens_X, experts_A, cost_XA = table
+    x, y = _cell(tokens_X, tokens), _cell(experts_A, experts)
     fx = (tokens - tokens_X[x]) / (tokens_X[x + 1] - tokens_X[x])
-    fy = (experts - experts_Y[y]) / (experts_Y[y + 1] - experts_Y[y])
-    low = cost_XY[x, y] + fy * (cost_XY[x, y + 1] - cost_XY[x, y])
-    high = cost_XY[x + 1, y] + fy * (cost_XY[x + 1, y + 1] - cost_XY[x + 1, y])
+    fy = (experts - experts_A[y]) / (experts_A[y + 1] - experts_A[y])
+    low = cost_XA[x, y] + fy * (cost_XA[x, y + 1] - cost_XA[x, y])
+    high = cost_XA[x + 1, y] + fy * (cost_XA[x + 1, y + 1] - cost_XA[x + 1, y])
     return low + fx * (high - low)
 
 
@@ -168,11 +169,12 @@ def _cell(axis, value):
 
 @inner
 def set_values(problem, state, first, last):
-    """Brings the value of a copy up to date with the number of copies, of the experts from `first` to before `last`."""
+    """Brings the value of a replica up to date with the number of replicas, of the experts from `first` to before
+    `last`."""
     for expert in range(first, last):
         for feature in range(state.value_EF.shape[1]):
-            share = problem.share_EF[expert, feature] / state.copies_E[expert]
-            state.value_EF[expert, feature] = copy_value(share, problem.weights_F2[feature], problem.batch)
+            share = problem.share_EF[expert, feature] / state.replicas_E[expert]
+            state.value_EF[expert, feature] = replica_value(share, problem.weights_F2[feature], problem.batch)
 
 
 @inner
@@ -202,13 +204,13 @@ def swap(problem, state, slot, other):
 
 @inner
 def replace(problem, state, slot, expert):
-    """Makes the slot a copy of another expert, so that one expert has a copy less and one a copy more."""
+    """Makes the slot a replica of another expert, so that one expert has a replica less and one a replica more."""
     loser, home = state.expert_P[slot], problem.rank_P[slot]
     state.expert_P[slot] = expert
     state.held_RE[home, loser] -= 1
     state.held_RE[home, expert] += 1
-    state.copies_E[loser] -= 1
-    state.copies_E[expert] += 1
+    state.replicas_E[loser] -= 1
+    state.replicas_E[expert] += 1
     set_values(problem, state, loser, loser + 1)
     set_values(problem, state, expert, expert + 1)
     for rank in range(state.cost_R.size):
@@ -218,17 +220,17 @@ def replace(problem, state, slot, expert):
 
 @inner
 def crowded(problem, state):
-    """Crowded copies of all experts."""
+    """Crowded replicas of all experts."""
     total = 0
-    for expert in range(state.copies_E.size):
-        if state.copies_E[expert] > 1:
+    for expert in range(state.replicas_E.size):
+        if state.replicas_E[expert] > 1:
             total += _crowded(problem, state, expert, -1, -1)
     return total
 
 
 @inner
 def swap_crowds(problem, state, slot, other):
-    """How many more copies would be crowded if the two slots exchanged their experts."""
+    """How many more replicas would be crowded if the two slots exchanged their experts."""
     home, away = problem.node_R[problem.rank_P[slot]], problem.node_R[problem.rank_P[other]]
     if home == away:
         return 0
@@ -239,17 +241,17 @@ def swap_crowds(problem, state, slot, other):
 
 @inner
 def shares_node(problem, state, slot):
-    """Whether the slot's node holds another copy of its expert."""
-    copies, node = 0, problem.node_R[problem.rank_P[slot]]
+    """Whether the slot's node holds another replica of its expert."""
+    replicas, node = 0, problem.node_R[problem.rank_P[slot]]
     for rank in range(state.cost_R.size):
         if problem.node_R[rank] == node:
-            copies += state.held_RE[rank, state.expert_P[slot]]
-    return copies > 1
+            replicas += state.held_RE[rank, state.expert_P[slot]]
+    return replicas > 1
 
 
 @inner
 def _crowded(problem, state, expert, source, target):
-    """Crowded copies of the expert, once one of them has moved from the source node to the target (-1: none has)."""
+    """Crowded replicas of the expert, once one of them has moved from the source node to the target (-1: none has)."""
     on_node_N = np.zeros(problem.node_R[-1] + 1, np.int64)
     for rank in range(state.cost_R.size):
         on_node_N[problem.node_R[rank]] += state.held_RE[rank, expert]
@@ -257,9 +259,9 @@ def _crowded(problem, state, expert, source, target):
         on_node_N[source] -= 1
         on_node_N[target] += 1
     reached = 0
-    for copies in on_node_N:
-        reached += copies > 0
-    return 0 if reached == on_node_N.size else state.copies_E[expert] - reached
+    for replicas in on_node_N:
+        reached += replicas > 0
+    return 0 if reached == on_node_N.size else state.replicas_E[expert] - reached
 
 
 LEAST_GAIN = 1e-9
@@ -348,14 +350,15 @@ def swapped_costs(load_RF, value_EF, rank, other_rank, expert, partner, table):
 def best_replacement(problem, state, worst):
     """The slot, and the expert to put there, that leave all ranks concerned cheapest; (-1, -1) where none helps.
 
-    Either the worst rank gives up a copy for something lighter, or an expert of the worst rank gets one copy more.
+    Either the worst rank gives up a replica for something lighter, or an expert of the worst rank gets one replica
+    more.
     """
     best, best_slot, best_expert = state.cost_R[worst] * (1.0 - LEAST_GAIN), -1, -1
-    experts, first, last = state.copies_E.size, problem.first_R[worst], problem.first_R[worst + 1]
+    experts, first, last = state.replicas_E.size, problem.first_R[worst], problem.first_R[worst + 1]
     for slot in range(state.expert_P.size):
         home, loser = problem.rank_P[slot], state.expert_P[slot]
         gives_up = home == worst
-        if state.copies_E[loser] < 2 or (not gives_up and state.held_RE[worst, loser]):
+        if state.replicas_E[loser] < 2 or (not gives_up and state.held_RE[worst, loser]):
             continue
         burdened = burdened_rank(problem, state, slot, best)
         for index in range(experts if gives_up else last - first):
@@ -370,7 +373,8 @@ def best_replacement(problem, state, worst):
 
 @inner
 def burdened_rank(problem, state, slot, limit):
-    """A rank that the slot's tokens would push to the limit if its expert's other copies took them; -1: there is none.
+    """A rank that the slot's tokens would push to the limit if its expert's other replicas took them; -1: there is
+    none.
 
     Only an expert on that very rank, which gets lighter there, can take the slot.
     """
@@ -380,8 +384,8 @@ def burdened_rank(problem, state, slot, limit):
         if not state.held_RE[rank, expert] or rank == problem.rank_P[slot]:
             continue
         for feature in range(with_F.size):
-            share = problem.share_EF[expert, feature] / (state.copies_E[expert] - 1)
-            value = copy_value(share, problem.weights_F2[feature], problem.batch)
+            share = problem.share_EF[expert, feature] / (state.replicas_E[expert] - 1)
+            value = replica_value(share, problem.weights_F2[feature], problem.batch)
             with_F[feature] = state.load_RF[rank, feature] + value - state.value_EF[expert, feature]
         if cost_of(with_F, problem.table) >= limit:
             return rank
@@ -390,7 +394,7 @@ def burdened_rank(problem, state, slot, limit):
 
 @inner
 def replaced_cost(problem, state, slot, expert, limit):
-    """What happens to the ranks that hold either expert when the slot becomes a copy of `expert`.
+    """What happens to the ranks that hold either expert when the slot becomes a replica of `expert`.
 
     The cost of the dearest of them, and how much less they exceed the limit, all together.
     """
@@ -398,10 +402,10 @@ def replaced_cost(problem, state, slot, expert, limit):
     features = state.load_RF.shape[1]
     loses_F, gains_F, with_F = np.empty(features), np.empty(features), np.empty(features)
     for feature in range(features):
-        share = problem.share_EF[loser, feature] / (state.copies_E[loser] - 1)
-        loses_F[feature] = copy_value(share, problem.weights_F2[feature], problem.batch)
-        share = problem.share_EF[expert, feature] / (state.copies_E[expert] + 1)
-        gains_F[feature] = copy_value(share, problem.weights_F2[feature], problem.batch)
+        share = problem.share_EF[loser, feature] / (state.replicas_E[loser] - 1)
+        loses_F[feature] = replica_value(share, problem.weights_F2[feature], problem.batch)
+        share = problem.share_EF[expert, feature] / (state.replicas_E[expert] + 1)
+        gains_F[feature] = replica_value(share, problem.weights_F2[feature], problem.batch)
     worst, relief = 0.0, 0.0
     for rank in range(state.cost_R.size):
         loses, gains = state.held_RE[rank, loser], state.held_RE[rank, expert]
@@ -421,13 +425,13 @@ def replaced_cost(problem, state, slot, expert, limit):
 
 @inner
 def _spread(problem, state):
-    """Swaps that scatter crowded copies, while that is worth what the worst rank then costs more."""
+    """Swaps that scatter crowded replicas, while that is worth what the worst rank then costs more."""
     while True:
         worst = state.cost_R.max()
         best, best_slot, best_other = -LEAST_GAIN * worst, -1, -1
         for slot in range(state.expert_P.size):
             rank, expert = problem.rank_P[slot], state.expert_P[slot]
-            if state.copies_E[expert] < 2 or not shares_node(problem, state, slot):
+            if state.replicas_E[expert] < 2 or not shares_node(problem, state, slot):
                 continue
             for other in range(state.expert_P.size):
                 other_rank, partner = problem.rank_P[other], state.expert_P[other]
@@ -437,7 +441,7 @@ def _spread(problem, state):
                     state.load_RF, state.value_EF, rank, other_rank, expert, partner, problem.table
                 )
                 rise = max(max(costs) - worst, 0.0)
-                if rise - 2 * problem.crowd_price >= best:  # a swap moves two copies
+                if rise - 2 * problem.crowd_price >= best:  # a swap moves two replicas
                     continue
                 change = rise + problem.crowd_price * swap_crowds(problem, state, slot, other)
                 if change < best:
@@ -448,53 +452,54 @@ def _spread(problem, state):
 
 
 @entry
-def optimal_copies(weight_E, order_E, slots, most_copies):
-    """The copies [E] that minimise the largest weight of a copy: one at a time, to the expert whose copy weighs most.
+def optimal_replicas(weight_E, order_E, slots, most_replicas):
+    """The replicas [E] that minimise the largest weight of a replica: one at a time, to the expert whose replica
+    weighs most.
 
     `order_E` lists the experts by falling weight: a whole expert bounds all that follow, so that few are looked at.
     """
-    copies_E = np.ones(weight_E.size, np.int64)
+    replicas_E = np.ones(weight_E.size, np.int64)
     for _ in range(slots - weight_E.size):
         heaviest, weight = -1, -1.0
         for expert in order_E:
             if weight_E[expert] <= weight:
                 break
-            if weight_E[expert] / copies_E[expert] > weight and copies_E[expert] < most_copies:
-                heaviest, weight = expert, weight_E[expert] / copies_E[expert]
-        copies_E[heaviest] += 1
-    return copies_E
+            if weight_E[expert] / replicas_E[expert] > weight and replicas_E[expert] < most_replicas:
+                heaviest, weight = expert, weight_E[expert] / replicas_E[expert]
+        replicas_E[heaviest] += 1
+    return replicas_E
 
 
 @entry
-def cheapest_copies(problem):
-    """The copies [E] that add the least to the sum of all features, one at a time.
+def cheapest_replicas(problem):
+    """The replicas [E] that add the least to the sum of all features, one at a time.
 
-    Tokens are only shared out by a copy, but a batch that needs an expert may need all of its copies: where activated
-    experts count, copies of rarely used experts are the cheapest.
+    Tokens are only shared out by a replica, but a batch that needs an expert may need all of its replicas: where
+    activated experts count, replicas of rarely used experts are the cheapest.
     """
     experts, features = problem.share_EF.shape
-    copies_E = np.ones(experts, np.int64)
+    replicas_E = np.ones(experts, np.int64)
     extra_E = np.empty(experts)
     for step in range(problem.rank_P.size):
         changed = step if step < experts else int(np.argmin(extra_E))
-        copies_E[changed] += step >= experts
+        replicas_E[changed] += step >= experts
         extra_E[changed] = np.inf
-        if copies_E[changed] < problem.node_R.size:
+        if replicas_E[changed] < problem.node_R.size:
             extra_E[changed] = 0.0
             for feature in range(features):
                 share, weights_2 = problem.share_EF[changed, feature], problem.weights_F2[feature]
-                now, then = copies_E[changed], copies_E[changed] + 1
-                extra_E[changed] += then * copy_value(share / then, weights_2, problem.batch)
-                extra_E[changed] -= now * copy_value(share / now, weights_2, problem.batch)
-    return copies_E
+                now, then = replicas_E[changed], replicas_E[changed] + 1
+                extra_E[changed] += then * replica_value(share / then, weights_2, problem.batch)
+                extra_E[changed] -= now * replica_value(share / now, weights_2, problem.batch)
+    return replicas_E
 
 
 @entry
-def pack(problem, copies_E, order_E):
-    """The expert of every slot [P]: experts in this order, each copy to the rank that is cheapest with it.
+def pack(problem, replicas_E, order_E):
+    """The expert of every slot [P]: experts in this order, each replica to the rank that is cheapest with it.
 
-    With the heaviest copies first this is LPT, longest processing time first (Graham 1969), for ranks with so many
-    places each and never two copies of an expert; no expert may have more copies than there are ranks.
+    With the heaviest replicas first this is LPT, longest processing time first (Graham 1969), for ranks with so many
+    places each and never two replicas of an expert; no expert may have more replicas than there are ranks.
     """
     experts, features = problem.share_EF.shape
     ranks = problem.node_R.size
@@ -507,9 +512,9 @@ def pack(problem, copies_E, order_E):
         next_R[rank] = problem.first_R[rank]
     for expert in order_E:
         for feature in range(features):
-            share = problem.share_EF[expert, feature] / copies_E[expert]
-            value_F[feature] = copy_value(share, problem.weights_F2[feature], problem.batch)
-        for _ in range(copies_E[expert]):
+            share = problem.share_EF[expert, feature] / replicas_E[expert]
+            value_F[feature] = replica_value(share, problem.weights_F2[feature], problem.batch)
+        for _ in range(replicas_E[expert]):
             chosen, least = -1, np.inf
             for rank in range(ranks):
                 if next_R[rank] == problem.first_R[rank + 1] or held_RE[rank, expert]:
@@ -554,11 +559,11 @@ def _make_room(problem, expert, expert_P, next_R, held_RE):
                     next_R[room] += 1
                     held_RE[room, moved], held_RE[full, moved] = True, False
                     return slot
-    raise ValueError("an expert has more copies than there are ranks")
+    raise ValueError("an expert has more replicas than there are ranks")
 
 
 REPLACEMENTS = 2
-"""One change of a kick in so many replaces a copy; the others exchange slots."""
+"""One change of a kick in so many replaces a replica; the others exchange slots."""
 
 PATIENCE = 2
 """Kicks for every slot without a gain, after which a run is stuck."""
@@ -604,7 +609,7 @@ def judge(problem, expert_P):
 
 @inner
 def total_cost(problem, state):
-    """The worst rank, and the price of the crowded copies."""
+    """The worst rank, and the price of the crowded replicas."""
     cost = state.cost_R.max()
     if problem.crowd_price > 0.0:
         cost += problem.crowd_price * crowded(problem, state)
@@ -617,8 +622,8 @@ def _kick(problem, state, random_1):
     for change in range(1 + below(random_1, 3)):
         slot = below(random_1, state.expert_P.size)
         if below(random_1, REPLACEMENTS) == 0:
-            expert = below(random_1, state.copies_E.size)
-            if state.copies_E[state.expert_P[slot]] > 1 and not state.held_RE[problem.rank_P[slot], expert]:
+            expert = below(random_1, state.replicas_E.size)
+            if state.replicas_E[state.expert_P[slot]] > 1 and not state.held_RE[problem.rank_P[slot], expert]:
                 replace(problem, state, slot, expert)
             continue
         if change == 0:
@@ -673,13 +678,13 @@ def change(problem, current_P, target):
 
 @inner
 def _separate(problem, state):
-    """Replaces copies that share a rank with another copy of their expert, whatever the balance."""
+    """Replaces replicas that share a rank with another replica of their expert, whatever the balance."""
     for slot in range(state.expert_P.size):
         rank, double = problem.rank_P[slot], state.expert_P[slot]
         if state.held_RE[rank, double] < 2:
             continue
         best, best_expert = np.inf, -1
-        for expert in range(state.copies_E.size):
+        for expert in range(state.replicas_E.size):
             if state.held_RE[rank, expert] == 0:
                 cost, _ = replaced_cost(problem, state, slot, expert, best)
                 if cost < best:
@@ -722,13 +727,13 @@ def _best_swap(problem, state, before_RE, worst, limit):
 
 @inner
 def _best_replacement(problem, state, before_RE, worst, limit):
-    """The replaced copy that brings the most relief for each fetched expert: slot, new expert, and that relief."""
+    """The replaced replica that brings the most relief for each fetched expert: slot, new expert, and that relief."""
     best, best_slot, best_expert = 0.0, -1, -1
-    experts, first, last = state.copies_E.size, problem.first_R[worst], problem.first_R[worst + 1]
+    experts, first, last = state.replicas_E.size, problem.first_R[worst], problem.first_R[worst + 1]
     for slot in range(state.expert_P.size):
         home, loser = problem.rank_P[slot], state.expert_P[slot]
         gives_up = home == worst
-        if state.copies_E[loser] < 2 or (not gives_up and state.held_RE[worst, loser]):
+        if state.replicas_E[loser] < 2 or (not gives_up and state.held_RE[worst, loser]):
             continue
         burdened = burdened_rank(problem, state, slot, limit)
         for index in range(experts if gives_up else last - first):

@@ -1,11 +1,11 @@
-"""Copies that connect ranks: wherever a batch is heavy, its tokens find a way to where it is light.
+"""Replicas that connect ranks: wherever a batch is heavy, its tokens find a way to where it is light.
 
-Two ranks are neighbours if they hold copies of the same expert: the split can move its tokens from one to the other.
+Two ranks are neighbours if they hold replicas of the same expert: the split can move its tokens from one to the other.
 
-Search over one layer for the `level` split: slots exchanged and copies replaced while batches get more level.
+Search over one layer for the `level` split: slots exchanged and replicas replaced while batches get more level.
 
-Letters: E experts, P slots, R ranks, C copies of an expert, B batches. Loads are in mean rank loads of their batch.
-All batches are split at once, by what `split/reference.py` does in whole tokens, and here by pairs of copies.
+Letters: E experts, P slots, R ranks, C replicas of an expert, B batches. Loads are in mean rank loads of their batch.
+All batches are split at once, by what `split/reference.py` does in whole tokens, and here by pairs of replicas.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ def below(random_1, limit):  # as in layer_search: numba would not notice a chan
 
 
 @entry
-def steep_copies(weight_E, slots, most_copies, steepness):
-    """The copies [E], one at a time to the expert with the largest weight / copies ** steepness.
+def steep_replicas(weight_E, slots, most_replicas, steepness):
+    """The replicas [E], one at a time to the expert with the largest weight / replicas ** steepness.
 
-    1 makes the heaviest copy as light as it can be; above, more experts get a copy, and the heaviest fewer.
+    1 makes the heaviest replica as light as it can be; above, more experts get a replica, and the heaviest fewer.
     """
-    copies_E = np.ones(weight_E.size, np.int64)
+    replicas_E = np.ones(weight_E.size, np.int64)
     worth_E = weight_E.copy()
     for _ in range(slots - weight_E.size):
         expert = np.argmax(worth_E)
-        copies_E[expert] += 1
-        full = copies_E[expert] == most_copies
-        worth_E[expert] = -1.0 if full else weight_E[expert] / copies_E[expert] ** steepness
-    return copies_E
+        replicas_E[expert] += 1
+        full = replicas_E[expert] == most_replicas
+        worth_E[expert] = -1.0 if full else weight_E[expert] / replicas_E[expert] ** steepness
+    return replicas_E
 
 
 @entry
-def connect(weight_E, copies_E, order_E, first_R, chain):
+def connect(weight_E, replicas_E, order_E, first_R, chain):
     """The expert of every slot [P], or of a slot -1 where this way no place was left for it.
 
-    Experts in this order, those with copies before the others, as evenly over the ranks as can be. Their first copy
-    goes to the emptiest rank, or with `chain` to one that has copies already; each further copy to the rank that is
-    the most steps away, best of all out of reach; the least loaded of several.
+    Experts in this order, those with replicas before the others, as evenly over the ranks as can be. Their first
+    replica goes to the emptiest rank, or with `chain` to one that has replicas already; each further replica to the
+    rank that is the most steps away, best of all out of reach; the least loaded of several.
     """
     ranks, experts = first_R.size - 1, weight_E.size
     expert_P = np.full(first_R[-1], -1, np.int64)
     next_R = first_R[:-1].copy()
     load_R = np.zeros(ranks)
-    ranks_EC = np.empty((experts, copies_E.max()), np.int64)
+    ranks_EC = np.empty((experts, replicas_E.max()), np.int64)
     placed_E = np.zeros(experts, np.int64)
     shared = 0
     for expert in range(experts):
-        shared += copies_E[expert] if copies_E[expert] > 1 else 0
+        shared += replicas_E[expert] if replicas_E[expert] > 1 else 0
     fair = (shared + ranks - 1) // ranks
     steps_R, queue_R = np.empty(ranks, np.int64), np.empty(ranks, np.int64)
     for alone in (False, True):
         for expert in order_E:
-            if (copies_E[expert] == 1) != alone:
+            if (replicas_E[expert] == 1) != alone:
                 continue
-            for copy in range(copies_E[expert]):
+            for replica in range(replicas_E[expert]):
                 for rank in range(ranks):
                     steps_R[rank] = ranks
-                if copy:
+                if replica:
                     _count_steps(expert, expert_P, first_R, next_R, ranks_EC, placed_E, steps_R, queue_R)
                 chosen, most, least = -1, 0, 0.0
                 for rank in range(ranks):
@@ -77,7 +77,7 @@ def connect(weight_E, copies_E, order_E, first_R, chain):
                     if next_R[rank] == first_R[rank + 1] or steps == 0:
                         continue
                     if not alone:
-                        steps = used if chain and copy == 0 else steps
+                        steps = used if chain and replica == 0 else steps
                         steps -= 2 * ranks if used >= fair else 0
                     if chosen < 0 or steps > most or (steps == most and load_R[rank] < least):
                         chosen, most, least = rank, steps, load_R[rank]
@@ -85,8 +85,8 @@ def connect(weight_E, copies_E, order_E, first_R, chain):
                     return expert_P
                 expert_P[next_R[chosen]] = expert
                 next_R[chosen] += 1
-                load_R[chosen] += weight_E[expert] / copies_E[expert]
-                ranks_EC[expert, copy] = chosen
+                load_R[chosen] += weight_E[expert] / replicas_E[expert]
+                ranks_EC[expert, replica] = chosen
                 placed_E[expert] += 1
     return expert_P
 
@@ -95,17 +95,17 @@ def connect(weight_E, copies_E, order_E, first_R, chain):
 def _count_steps(expert, expert_P, first_R, next_R, ranks_EC, placed_E, steps_R, queue_R):
     """Writes how many steps each rank is away from those that hold the expert, where it can be reached at all."""
     size = placed_E[expert]
-    for copy in range(size):
-        queue_R[copy] = ranks_EC[expert, copy]
-        steps_R[queue_R[copy]] = 0
+    for replica in range(size):
+        queue_R[replica] = ranks_EC[expert, replica]
+        steps_R[queue_R[replica]] = 0
     head = 0
     while head < size:
         rank = queue_R[head]
         head += 1
         for slot in range(first_R[rank], next_R[rank]):
             shared = expert_P[slot]
-            for copy in range(placed_E[shared]):
-                neighbour = ranks_EC[shared, copy]
+            for replica in range(placed_E[shared]):
+                neighbour = ranks_EC[shared, replica]
                 if steps_R[neighbour] == steps_R.size:
                     steps_R[neighbour] = steps_R[rank] + 1
                     queue_R[size] = neighbour
@@ -127,9 +127,9 @@ class Split(NamedTuple):
 
     rank_P: np.ndarray
     expert_P: np.ndarray
-    copies_E: np.ndarray
+    replicas_E: np.ndarray
     slots_EC: np.ndarray
-    """The slots of each expert, in any order; behind its last copy anything."""
+    """The slots of each expert, in any order; behind its last replica anything."""
     share_PB: np.ndarray
     load_RB: np.ndarray
 
@@ -139,7 +139,7 @@ def climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
     """The experts [P] after so many random changes, of which those stay that lower the cost (see `judge`).
 
     A change takes load from the fullest rank of some batch: it exchanges one of its experts for another, or gives an
-    expert of it one copy more in the place of some other copy.
+    expert of it one replica more in the place of some other replica.
     """
     random_1 = np.full(1, seed, np.uint64)
     split = _even(expert_P, first_R, tokens_EB)
@@ -156,13 +156,13 @@ def climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
         expert, partner, rank = split.expert_P[slot], split.expert_P[other], split.rank_P[other]
         if _holds(split, rank, expert):
             continue
-        replaces = split.copies_E[partner] > 1 and below(random_1, 2) == 0
+        replaces = split.replicas_E[partner] > 1 and below(random_1, 2) == 0
         if replaces:
             _replace(split, other, expert)
         else:
             moves = share_PB[slot, batch] - share_PB[other, batch]
             fuller = load_RB[rank, batch] + moves >= load_RB[fullest, batch]
-            alone = split.copies_E[expert] == 1 and split.copies_E[partner] == 1
+            alone = split.replicas_E[expert] == 1 and split.replicas_E[partner] == 1
             if (alone and (moves < 0.0 or fuller)) or _holds(split, fullest, partner):
                 continue
             _swap(split, slot, other)
@@ -178,7 +178,7 @@ def climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
         else:
             _swap(split, slot, other)
         for changed in range(expert_P.size):
-            if split.copies_E[split.expert_P[changed]] > 1 or changed in (slot, other):
+            if split.replicas_E[split.expert_P[changed]] > 1 or changed in (slot, other):
                 _copy(share_PB[changed], split.share_PB[changed])
         _copy_rows(load_RB, split.load_RB)
     return split.expert_P
@@ -212,19 +212,23 @@ def _even(expert_P, first_R, tokens_EB):
     for slot in range(expert_P.size):
         expert = expert_P[slot]
         for batch in range(batches):
-            split.share_PB[slot, batch] = tokens_EB[expert, batch] / split.copies_E[expert]
+            split.share_PB[slot, batch] = tokens_EB[expert, batch] / split.replicas_E[expert]
         _add(split.share_PB[slot], split.load_RB[split.rank_P[slot]], 1.0)
     return split
 
 
 @inner
 def _sweep(split, sweeps):
-    """Block-coordinate descent on the sum of squared rank loads: neighbouring copies of an expert level their ranks."""
+    """Block-coordinate descent on the sum of squared rank loads: neighbouring replicas of an expert level their
+    ranks."""
     for _ in range(sweeps):
-        for expert in range(split.copies_E.size):
-            copies = split.copies_E[expert]
-            for copy in range(copies if copies > 2 else copies - 1):
-                slot, other = split.slots_EC[expert, copy], split.slots_EC[expert, (copy + 1) % copies]
+        for expert in range(split.replicas_E.size):
+            replicas = split.replicas_E[expert]
+            for replica in range(replicas if replicas > 2 else replicas - 1):
+                slot, other = (
+                    split.slots_EC[expert, replica],
+                    split.slots_EC[expert, (replica + 1) % replicas],
+                )
                 load_B, other_B = split.load_RB[split.rank_P[slot]], split.load_RB[split.rank_P[other]]
                 _level_pair(split.share_PB[slot], split.share_PB[other], load_B, other_B)
 
@@ -268,8 +272,8 @@ def _a_full_rank(load_RB, batch, start):
 @inner
 def _holds(split, rank, expert):
     held = False
-    for copy in range(split.copies_E[expert]):
-        held |= split.rank_P[split.slots_EC[expert, copy]] == rank
+    for replica in range(split.replicas_E[expert]):
+        held |= split.rank_P[split.slots_EC[expert, replica]] == rank
     return held
 
 
@@ -292,10 +296,11 @@ def _swap(split, slot, other):
 
 @inner
 def _replace(split, slot, expert):
-    """Makes the slot a copy of another expert, still without tokens; a copy of the old one takes over what it had."""
+    """Makes the slot a replica of another expert, still without tokens; a replica of the old one takes over what it
+    had."""
     loser = split.expert_P[slot]
-    split.copies_E[loser] -= 1
-    _rename(split, loser, slot, split.slots_EC[loser, split.copies_E[loser]])
+    split.replicas_E[loser] -= 1
+    _rename(split, loser, slot, split.slots_EC[loser, split.replicas_E[loser]])
     heir = split.slots_EC[loser, 0]
     share_B = split.share_PB[slot]
     _add(share_B, split.share_PB[heir], 1.0)
@@ -309,16 +314,16 @@ def _replace(split, slot, expert):
 
 @inner
 def _append(split, expert, slot):
-    split.slots_EC[expert, split.copies_E[expert]] = slot
-    split.copies_E[expert] += 1
+    split.slots_EC[expert, split.replicas_E[expert]] = slot
+    split.replicas_E[expert] += 1
 
 
 @inner
 def _rename(split, expert, slot, new):
-    """The expert's copy in the one slot is in the other from now on."""
-    for copy in range(split.copies_E[expert]):
-        if split.slots_EC[expert, copy] == slot:
-            split.slots_EC[expert, copy] = new
+    """The expert's replica in the one slot is in the other from now on."""
+    for replica in range(split.replicas_E[expert]):
+        if split.slots_EC[expert, replica] == slot:
+            split.slots_EC[expert, replica] = new
             return
 
 

@@ -1,6 +1,6 @@
 """The `level` split compiled: what `epbackend.placement.replica_split_reference` computes, integer for integer.
 
-X counts the replicated experts, C the copies of one of them that are on different ranks. Loops instead of array
+X counts the replicated experts, C the replicas of one of them that are on different ranks. Loops instead of array
 expressions keep the compilation short.
 """
 
@@ -20,73 +20,73 @@ def level_shares(tokens_E, slots_EC, rank_of_slot_P, ranks):
     shares_P = np.zeros(rank_of_slot_P.size, np.int64)
     loads_R = np.zeros(ranks, np.int64)
     tokens_X = np.empty(tokens_E.size, np.int64)
-    copies_X = np.empty(tokens_E.size, np.int64)
+    replicas_X = np.empty(tokens_E.size, np.int64)
     slots_XC = np.empty(slots_EC.shape, np.int64)
     replicated = _place_single(
-        tokens_E, slots_EC, rank_of_slot_P, shares_P, loads_R, tokens_X, copies_X, slots_XC
+        tokens_E, slots_EC, rank_of_slot_P, shares_P, loads_R, tokens_X, replicas_X, slots_XC
     )
     ranks_XC = np.empty((replicated, slots_EC.shape[1]), np.int64)
     shares_XC = np.empty((replicated, slots_EC.shape[1]), np.int64)
     for x in range(replicated):
-        for copy in range(copies_X[x]):
-            ranks_XC[x, copy] = rank_of_slot_P[slots_XC[x, copy]]
-            shares_XC[x, copy] = tokens_X[x] // copies_X[x] + (copy < tokens_X[x] % copies_X[x])
-            loads_R[ranks_XC[x, copy]] += shares_XC[x, copy]
+        for replica in range(replicas_X[x]):
+            ranks_XC[x, replica] = rank_of_slot_P[slots_XC[x, replica]]
+            shares_XC[x, replica] = tokens_X[x] // replicas_X[x] + (replica < tokens_X[x] % replicas_X[x])
+            loads_R[ranks_XC[x, replica]] += shares_XC[x, replica]
     tree_R = np.empty(ranks, np.int64)
     joined_R3 = np.empty((ranks, 3), np.int64)
     for sweep in range(MOST_SWEEPS):
-        size, total = _grow_tree(loads_R, copies_X, ranks_XC, shares_XC, tree_R, joined_R3)
+        size, total = _grow_tree(loads_R, replicas_X, ranks_XC, shares_XC, tree_R, joined_R3)
         most = loads_R[tree_R[0]]
         if most - (most >> GAP_BITS) <= (total + size - 1) // size:
             break
         if sweep % 2:
             _carry(loads_R, ranks_XC, shares_XC, tree_R, joined_R3, size, total)
-        _sweep(loads_R, tokens_X, copies_X, ranks_XC, shares_XC)
+        _sweep(loads_R, tokens_X, replicas_X, ranks_XC, shares_XC)
     for x in range(replicated):
-        for copy in range(copies_X[x]):
-            shares_P[slots_XC[x, copy]] = shares_XC[x, copy]
+        for replica in range(replicas_X[x]):
+            shares_P[slots_XC[x, replica]] = shares_XC[x, replica]
     return shares_P
 
 
 @njit(cache=True, error_model="numpy")
-def _place_single(tokens_E, slots_EC, rank_of_slot_P, shares_P, loads_R, tokens_X, copies_X, slots_XC):
+def _place_single(tokens_E, slots_EC, rank_of_slot_P, shares_P, loads_R, tokens_X, replicas_X, slots_XC):
     """Gives experts on a single rank their tokens, lists the others, and says how many these are."""
     replicated = 0
     for expert in range(tokens_E.size):
-        copies = 0
+        replicas = 0
         last_rank = -1
-        for copy in range(slots_EC.shape[1]):
-            slot = slots_EC[expert, copy]
+        for replica in range(slots_EC.shape[1]):
+            slot = slots_EC[expert, replica]
             if slot < 0:
                 break
             if rank_of_slot_P[slot] != last_rank:
                 last_rank = rank_of_slot_P[slot]
-                slots_XC[replicated, copies] = slot
-                copies += 1
-        if copies == 1:
+                slots_XC[replicated, replicas] = slot
+                replicas += 1
+        if replicas == 1:
             shares_P[slots_XC[replicated, 0]] = tokens_E[expert]
             loads_R[last_rank] += tokens_E[expert]
         else:
-            tokens_X[replicated], copies_X[replicated] = tokens_E[expert], copies
+            tokens_X[replicated], replicas_X[replicated] = tokens_E[expert], replicas
             replicated += 1
     return replicated
 
 
 @njit(cache=True, error_model="numpy")
-def _sweep(loads_R, tokens_X, copies_X, ranks_XC, shares_XC):
+def _sweep(loads_R, tokens_X, replicas_X, ranks_XC, shares_XC):
     """Pours every replicated expert anew."""
     for x in range(len(ranks_XC)):
-        copies = under = copies_X[x]
+        replicas = under = replicas_X[x]
         total = tokens_X[x]
-        for copy in range(copies):
-            loads_R[ranks_XC[x, copy]] -= shares_XC[x, copy]
-            total += loads_R[ranks_XC[x, copy]]
+        for replica in range(replicas):
+            loads_R[ranks_XC[x, replica]] -= shares_XC[x, replica]
+            total += loads_R[ranks_XC[x, replica]]
         level = total // under
         while True:
             still_under = 0
             total = tokens_X[x]
-            for copy in range(copies):
-                load = loads_R[ranks_XC[x, copy]]
+            for replica in range(replicas):
+                load = loads_R[ranks_XC[x, replica]]
                 if load <= level:
                     still_under += 1
                     total += load
@@ -95,17 +95,17 @@ def _sweep(loads_R, tokens_X, copies_X, ranks_XC, shares_XC):
             under = still_under
             level = total // under
         left = total - level * under
-        for copy in range(copies):
+        for replica in range(replicas):
             share = 0
-            if loads_R[ranks_XC[x, copy]] <= level:
-                share = level - loads_R[ranks_XC[x, copy]] + (left > 0)
+            if loads_R[ranks_XC[x, replica]] <= level:
+                share = level - loads_R[ranks_XC[x, replica]] + (left > 0)
                 left -= 1
-            shares_XC[x, copy] = share
-            loads_R[ranks_XC[x, copy]] += share
+            shares_XC[x, replica] = share
+            loads_R[ranks_XC[x, replica]] += share
 
 
 @njit(cache=True, error_model="numpy")
-def _grow_tree(loads_R, copies_X, ranks_XC, shares_XC, tree_R, joined_R3):
+def _grow_tree(loads_R, replicas_X, ranks_XC, shares_XC, tree_R, joined_R3):
     """Writes the ranks of the tree in order of joining, and what joined each; says how many they are and their load."""
     root = 0
     for rank in range(loads_R.size):
@@ -121,16 +121,16 @@ def _grow_tree(loads_R, copies_X, ranks_XC, shares_XC, tree_R, joined_R3):
         grown = size
         for x in range(len(ranks_XC)):
             giver = -1
-            for copy in range(copies_X[x]):
-                if joined_R3[ranks_XC[x, copy], 0] >= 0 and shares_XC[x, copy] > 0:
-                    giver = copy
+            for replica in range(replicas_X[x]):
+                if joined_R3[ranks_XC[x, replica], 0] >= 0 and shares_XC[x, replica] > 0:
+                    giver = replica
                     break
             if giver < 0:
                 continue
-            for copy in range(copies_X[x]):
-                rank = ranks_XC[x, copy]
+            for replica in range(replicas_X[x]):
+                rank = ranks_XC[x, replica]
                 if joined_R3[rank, 0] < 0:
-                    joined_R3[rank, 0], joined_R3[rank, 1], joined_R3[rank, 2] = x, giver, copy
+                    joined_R3[rank, 0], joined_R3[rank, 1], joined_R3[rank, 2] = x, giver, replica
                     tree_R[size] = rank
                     total += loads_R[rank]
                     size += 1
@@ -143,10 +143,10 @@ def _carry(loads_R, ranks_XC, shares_XC, tree_R, joined_R3, size, total):
     left = total - mean * size
     for index in range(size - 1, 0, -1):
         rank = tree_R[index]
-        x, giver, copy = joined_R3[rank, 0], joined_R3[rank, 1], joined_R3[rank, 2]
+        x, giver, replica = joined_R3[rank, 0], joined_R3[rank, 1], joined_R3[rank, 2]
         surplus = loads_R[rank] - mean - (index < left)
-        surplus = max(min(surplus, shares_XC[x, copy]), -shares_XC[x, giver])
-        shares_XC[x, copy] -= surplus
+        surplus = max(min(surplus, shares_XC[x, replica]), -shares_XC[x, giver])
+        shares_XC[x, replica] -= surplus
         shares_XC[x, giver] += surplus
         loads_R[rank] -= surplus
         loads_R[ranks_XC[x, giver]] += surplus
@@ -160,11 +160,11 @@ def own_quota(counts_RE, shares_P, slots_EC, rank_of_slot_P, source_rank, node_r
     tokens_R = np.empty(ranks, np.int64)
     room_C = np.empty(slots_EC.shape[1], np.int64)
     for expert in range(experts):
-        copies = 0
-        while copies < slots_EC.shape[1] and slots_EC[expert, copies] >= 0:
-            room_C[copies] = shares_P[slots_EC[expert, copies]]
-            copies += 1
-        if copies == 1:
+        replicas = 0
+        while replicas < slots_EC.shape[1] and slots_EC[expert, replicas] >= 0:
+            room_C[replicas] = shares_P[slots_EC[expert, replicas]]
+            replicas += 1
+        if replicas == 1:
             quota_P[slots_EC[expert, 0]] = counts_RE[source_rank, expert]
             continue
         for rank in range(ranks):
@@ -173,14 +173,14 @@ def own_quota(counts_RE, shares_P, slots_EC, rank_of_slot_P, source_rank, node_r
             block_ranks = 1 if step == 0 else node_ranks if step == 1 else ranks
             block = -1
             rank = 0
-            for copy in range(copies):
-                slot = slots_EC[expert, copy]
+            for replica in range(replicas):
+                slot = slots_EC[expert, replica]
                 if rank_of_slot_P[slot] // block_ranks > block:
                     block = rank_of_slot_P[slot] // block_ranks
                     rank = block * block_ranks
-                while room_C[copy] > 0 and rank < min((block + 1) * block_ranks, ranks):
-                    met = min(room_C[copy], tokens_R[rank])
-                    room_C[copy] -= met
+                while room_C[replica] > 0 and rank < min((block + 1) * block_ranks, ranks):
+                    met = min(room_C[replica], tokens_R[rank])
+                    room_C[replica] -= met
                     tokens_R[rank] -= met
                     if rank == source_rank:
                         quota_P[slot] += met

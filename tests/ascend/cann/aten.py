@@ -1,7 +1,7 @@
 """Plain torch operators on emulated NPU tensors: computed by the CPU, over the same bytes.
 
-Allocations, views, copies of bytes and everything of `npu::` stay with torch_npu. The mode also notes what makes a real
-NPU stop and wait for its results on the host, which a decode step should not do.
+Allocations, views, copies of bytes and everything of `npu::` stay with torch_npu. The mode also notes what makes a
+real NPU stop and wait for its results on the host, which a decode step should not do.
 """
 
 from __future__ import annotations

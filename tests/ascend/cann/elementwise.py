@@ -10,7 +10,7 @@ from ascend.cann.registry import aclnn, require
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 rows, one float32 scale a row): the formula of every dynamic quantisation of CANN."""
+    """(int8 rows, one float32 scale a row): the formula of every dynamic quantization of CANN."""
     scale = rows.float().abs().amax(-1) / 127
     return (rows.float() / scale.clamp(min=1e-30).unsqueeze(-1)).round().clamp(-128, 127).to(
         torch.int8

@@ -135,7 +135,7 @@ def aclnnMoeDistributeDispatchV4(
     count = len(order_S)
     require(count <= len(expand_x), f"{count} rows do not fit into {len(expand_x)}")
     expand_x[:count] = rows_SD[order_S]
-    dynamic_scales[:count] = scale_S1[order_S, 0]  # without quantisation documented as missing: NaN
+    dynamic_scales[:count] = scale_S1[order_S, 0]  # without quantization documented as missing: NaN
     assist_info.view(-1, NOTE)[:count, :3] = notes_S4[order_S, 1:].int()
     expert_token_nums.copy_(torch.bincount(notes_S4[:, 0], minlength=slots))
     pair_S, pairs = notes_S4[:, 0] * communicator.size + notes_S4[:, 1], slots * communicator.size

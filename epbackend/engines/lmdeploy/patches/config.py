@@ -24,7 +24,7 @@ def engine_config_accepts_cpu(original: Callable) -> Callable:
         if self.device_type != "cpu":
             return original(self)
         if self.quant_policy:
-            raise ConfigError("quant_policy: device cpu keeps its KV cache unquantised; remove the setting")
+            raise ConfigError("quant_policy: device cpu keeps its KV cache unquantized; remove the setting")
         # Everything else that it checks holds for the CPU too: let it see a device and a dtype that it knows.
         dtype = self.dtype
         self.device_type, self.dtype = "cuda", "auto" if dtype == "float32" else dtype
