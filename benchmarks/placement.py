@@ -24,7 +24,7 @@ from epbackend.placement.score import rank_costs, score
 from epbackend.placement.search.level_split import level_shares as level_kernel
 from epbackend.placement.synthetic import CONCENTRATION, draw_batches
 from epbackend.placement.warmup import warm_up
-from tests.placement.linear_program import optimum
+from tests.helpers.linear_program import optimum
 
 TARGETS = {  # ranks, slots: mean and worst layer, without search and with it
     (16, 272): (1.0002, None, None, None),

@@ -6,9 +6,10 @@ from collections import Counter
 from functools import partial
 from importlib.util import find_spec
 
-import ascend
 import pytest
-from ranks import RankPool
+
+from tests.helpers import ascend
+from tests.helpers.ranks import RankPool
 
 if find_spec("hypothesis"):  # a machine with a GPU may have torch, triton and pytest alone
     import hypothesis
@@ -50,7 +51,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def ranks(request):
-    """`ranks.run(size, function, *args)` runs a function on processes joined by gloo, or by HCCL; see `ranks.py`."""
+    """`ranks.run(size, function, *args)` runs a function on processes joined by gloo, or by HCCL."""
     platform = request.config.getoption("--ascend")
     pool = RankPool("hccl", partial(ascend.start, platform)) if platform else RankPool()
     yield pool

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ascend.call_log import layer_calls, markdown
 from benchmarks import ascend_traffic
+from tests.helpers.ascend_call_log import layer_calls, markdown
 
 DOCS = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text()
 
@@ -22,7 +22,7 @@ def test_the_computed_tables(table):
 def test_the_call_log(ranks, npu):
     if npu != "A3":
         pytest.skip("the docs show the calls on A3")
-    assert markdown(ranks.run) in DOCS, "paste the output of python -m ascend.call_log"
+    assert markdown(ranks.run) in DOCS, "paste the output of python -m tests.helpers.ascend_call_log"
 
 
 @pytest.mark.ascend

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ascend import REAL
 from epbackend.dispatch.base import RankGroup
+from tests.helpers.ascend import REAL
 
 pytestmark = pytest.mark.ascend
 

@@ -29,7 +29,7 @@ def _dlinfer(npu):
 
 def equals_reference(groups, settings):
     """`modules.module_equals_reference`, which imports LMDeploy, in a rank."""
-    from tests.engines.modules import Case, module_equals_reference
+    from tests.helpers.moe_modules import Case, module_equals_reference
 
     return module_equals_reference(groups, Case(device="ascend", **settings))
 
@@ -59,9 +59,9 @@ def test_modules(ranks, npu, form, settings, dispatcher):
 
 def host_waits(groups, settings):
     """What makes the host wait for the device in a layer's second call and behind the step."""
-    from ascend.cann import aten
     from epbackend.engines.lmdeploy import plug
-    from tests.engines.modules import Case, batch_of, built_for, load_module
+    from tests.helpers.cann import aten
+    from tests.helpers.moe_modules import Case, batch_of, built_for, load_module
 
     case = Case(device="ascend", dtype=torch.bfloat16, form="float", **settings)
     ranks = groups[case.size // case.dp]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract.dense import dense_moe, swiglu
-from contract.test_int8 import close, quantized, whole
-from contract.test_layer import relu_product
 
 from epbackend.kernels import ExpertWeights, int8
 from epbackend.kernels.npu import kernels, ops
 from epbackend.kernels.npu.kernels import NpuKernels
+from tests.contract.test_int8 import close, quantized, whole
+from tests.contract.test_layer import relu_product
+from tests.helpers.dense import dense_moe, swiglu
 
 pytestmark = pytest.mark.ascend
 
@@ -56,8 +56,8 @@ def test_float_experts_dequantize_them(npu):
 
 def test_a_call_asks_nothing_twice(npu):
     """Tiled: one operator from int8 rows to int8 rows, one back; the setting of the process is as it was."""
-    from ascend import REAL
-    from ascend.cann import registry
+    from tests.helpers.ascend import REAL
+    from tests.helpers.cann import registry
 
     if npu == REAL:
         pytest.skip("only the emulation notes its calls")

@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ascend import REAL
 from epbackend.dispatch.mc2 import LIMITS
 from epbackend.errors import ConfigError
 from epbackend.kernels import int8
 from epbackend.kernels.npu.kernels import NpuKernels, ops
+from tests.helpers.ascend import REAL
 
 pytestmark = pytest.mark.ascend
 

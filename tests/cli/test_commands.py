@@ -12,7 +12,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE_S
+
+from tests.helpers.patience import PATIENCE_S
 
 pytestmark = pytest.mark.engine
 

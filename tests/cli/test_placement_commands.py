@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from patience import PATIENCE_S
 from typer.testing import CliRunner
 
 from epbackend.cli import COMMANDS, app
@@ -16,6 +15,7 @@ from epbackend.placement.formats import read_placement, write
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
 from epbackend.placement.synthetic import synthetic_loads
+from tests.helpers.patience import PATIENCE_S
 
 PNG = b"\x89PNG"
 

@@ -13,8 +13,7 @@ from epbackend.config import ConfigWarning, EPConfig
 from epbackend.config import mindie as mindie_file
 from epbackend.config.files import read_mapping
 from epbackend.config.reference import json_schema, markdown, settings
-
-from .strategies import settings as valid_settings
+from tests.helpers.config_strategies import settings as valid_settings
 
 jsonschema = pytest.importorskip("jsonschema")
 

@@ -12,8 +12,7 @@ from hypothesis import given
 from epbackend.config import ConfigWarning, EPConfig, PhaseLevels
 from epbackend.config.reference import values
 from epbackend.dispatch.base import DispatchSettings
-
-from .strategies import settings
+from tests.helpers.config_strategies import settings
 
 
 def load_quietly(source):

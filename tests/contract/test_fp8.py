@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contract.dense import dense_moe
 from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.errors import ConfigError
@@ -13,6 +12,7 @@ from epbackend.kernels import ExpertWeights
 from epbackend.kernels.fp8 import BLOCK, Fp8Blocks
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
+from tests.helpers.dense import dense_moe
 
 D, F, E, K = 2 * BLOCK, BLOCK, 4, 2
 

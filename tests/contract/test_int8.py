@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from contract.dense import dense_moe
 from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels import ExpertWeights, int8
 from epbackend.kernels.weight_formats import Matrices
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
+from tests.helpers.dense import dense_moe
 
 D, F, E, K = 64, 64, 8, 3
 WAYS = {

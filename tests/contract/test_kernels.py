@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contract.dense import swiglu, tolerance
-from contract.routing import routing
 from epbackend.kernels import ExpertWeights
+from tests.helpers.dense import swiglu, tolerance
+from tests.helpers.routing import routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

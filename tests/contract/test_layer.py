@@ -13,8 +13,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contract.layer_case import Case, Seen, layer_equals_dense
 from epbackend.dispatch.base import DispatchSettings
+from tests.helpers.layer_case import Case, Seen, layer_equals_dense
 
 LEVEL_1 = DispatchSettings(level=1)
 LEVEL_2 = DispatchSettings(level=2)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contract.narrow import within
 from epbackend.kernels.fp8 import BLOCK, FP8
 from epbackend.kernels.reference import ReferenceKernels
+from tests.helpers.row_tolerance import within
 
 WIDTHS = [1, 40, 128, 300]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contract.routing import routing
 from epbackend.kernels import Permuted
+from tests.helpers.routing import routing
 
 pytest.importorskip("hypothesis")
 

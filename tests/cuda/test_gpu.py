@@ -7,8 +7,6 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from contract.dense import dense_moe, tolerance
-from contract.routing import routing
 from triton import knobs
 
 from epbackend.device import get_device
@@ -16,6 +14,8 @@ from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels import ExpertWeights
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
+from tests.helpers.dense import dense_moe, tolerance
+from tests.helpers.routing import routing
 
 pytestmark = [
     pytest.mark.cuda,

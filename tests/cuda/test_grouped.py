@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract.dense import swiglu, tolerance
 
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.fp8 import BLOCK, Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.reference import ReferenceKernels
+from tests.helpers.dense import swiglu, tolerance
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract.dense import tolerance
-from contract.routing import routing
 
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.reference import ReferenceKernels
+from tests.helpers.dense import tolerance
+from tests.helpers.routing import routing
 
 pytestmark = pytest.mark.cuda
 

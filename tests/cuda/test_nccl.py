@@ -14,14 +14,14 @@ import torch.distributed as dist
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from contract.dense import dense_moe, tolerance
-from dispatch.test_failures import free_port
 from triton import knobs
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.dispatch.watchdog import watch
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
+from tests.dispatch.test_failures import free_port
+from tests.helpers.dense import dense_moe, tolerance
 
 pytestmark = [
     pytest.mark.cuda,

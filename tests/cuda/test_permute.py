@@ -7,10 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from contract.routing import routing
-
 from epbackend.kernels.reference import ReferenceKernels
 from epbackend.kernels.triton import permute
+from tests.helpers.routing import routing
 
 pytestmark = pytest.mark.cuda
 

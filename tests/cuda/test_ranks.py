@@ -12,9 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from contract.layer_case import Case, layer_equals_dense
-
 from epbackend.dispatch.base import DispatchSettings
+from tests.helpers.layer_case import Case, layer_equals_dense
 
 pytestmark = pytest.mark.cuda
 WAYS = {

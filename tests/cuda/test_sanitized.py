@@ -8,14 +8,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from contract.routing import routing
-
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.replica_split import EvenReplicas
 from epbackend.kernels.triton.tiles import chip_of
+from tests.helpers.routing import routing
 
 pytestmark = pytest.mark.cuda
 

@@ -12,12 +12,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from patience import PATIENCE_S
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.errors import CollectiveError
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
+from tests.helpers.patience import PATIENCE_S
 
 SIZE, TIMEOUT_S = 3, 3.0
 LEVEL_1 = DispatchSettings(level=1, timeout_s=TIMEOUT_S)

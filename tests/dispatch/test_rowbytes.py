@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract.narrow import within
 from hypothesis import given
 from hypothesis import strategies as st
 
 from epbackend.dispatch.row_format import RowFormat
 from epbackend.kernels import int8
 from epbackend.kernels.reference import ReferenceKernels
+from tests.helpers.row_tolerance import within
 
 KERNELS = ReferenceKernels()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from patience import PATIENCE_S
 
-from dispatch.test_failures import free_port
 from epbackend.dispatch import watchdog
 from epbackend.dispatch.watchdog import Sentry, blame
+from tests.dispatch.test_failures import free_port
+from tests.helpers.patience import PATIENCE_S
 
 SIZE, VICTIM, TIMEOUT_S = 3, 1, 2.0
 

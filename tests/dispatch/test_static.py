@@ -11,11 +11,11 @@ from unittest import mock
 import pytest
 import torch
 
-from dispatch.host_reads import HostReads, Unwatched
 from epbackend.dispatch.base import DispatchSettings, LayerSpec
 from epbackend.dispatch.choose import choose
 from epbackend.dispatch.collectives import Collectives
 from epbackend.kernels.reference import ReferenceKernels
+from tests.helpers.host_reads import HostReads, Unwatched
 
 L, D, K, T = 3, 16, 2, 8
 REPLICATED = DispatchSettings(level=1)

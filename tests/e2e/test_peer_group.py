@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankPool
 
 from epbackend.device.cuda import CudaDevice
-from tests.e2e import peer_group
-from tests.e2e.layer import layer_equals_dense, prepare
+from tests.helpers import peer_group
+from tests.helpers.ranks import RankPool
+from tests.helpers.shared_gpu_layer import layer_equals_dense, prepare
 
 
 @pytest.fixture(scope="module")

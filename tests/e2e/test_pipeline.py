@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import epbackend
 from epbackend import EPConfig
 from epbackend.device.cuda import CudaDevice
-from tests.e2e.shared_gpu import on_shared_devices
+from tests.helpers.shared_gpu import on_shared_devices
 
 MODELS = Path(epbackend.__file__).parent / "models"
 TEXTS = ["Once upon a time", "hello", "The little dog ran to the house and", "One day, a girl named Sue " * 9]

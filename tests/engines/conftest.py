@@ -14,7 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from epbackend.device.cuda import CudaDevice
 from epbackend.engines.lmdeploy import disable
-from tests.engines import models, processes
+from tests.helpers import engine_models as models
+from tests.helpers import processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

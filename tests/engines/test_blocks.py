@@ -11,7 +11,7 @@ import pytest
 import torch
 from lmdeploy.pytorch.models.module_map import MODULE_MAP
 
-from tests.engines.blocks import FAMILIES, LAYER, layer_number, run_blocks
+from tests.helpers.expert_blocks import FAMILIES, LAYER, layer_number, run_blocks
 
 RANKS = 4
 SPREADS = {"tp 1, replicas": (1, 1, True), "tp 4": (4, 1, False), "dp 2": (1, 2, False)}

@@ -15,7 +15,7 @@ from epbackend.engines.lmdeploy import checks, engine, plug
 from epbackend.engines.lmdeploy.checks import expert_count
 from epbackend.engines.lmdeploy.patches.cache import GIB, cache_blocks
 from epbackend.errors import ConfigError, EPError, UnavailableError
-from tests.engines.processes import engine_workers
+from tests.helpers.processes import engine_workers
 
 
 def two_ranks(**engine) -> EPConfig:

@@ -26,7 +26,7 @@ from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.graphs import ExpertsBetweenGraphs
 from epbackend.engines.lmdeploy.moe import LayerExperts
 from epbackend.errors import ConfigError
-from tests.engines.modules import FORMS, PLACE, Case, batch_of, built_for, cuda_case, load_module
+from tests.helpers.moe_modules import FORMS, PLACE, Case, batch_of, built_for, cuda_case, load_module
 
 pytestmark = pytest.mark.cuda
 

@@ -30,9 +30,9 @@ from epbackend.dispatch.base import RankGroup
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.operators import expert_operator
 from epbackend.errors import ConfigError, UnavailableError
-from tests.engines.interpreted import with_cuda_experts
-from tests.engines.models import greedy_tokens, prompts
-from tests.engines.modules import (
+from tests.helpers.engine_models import greedy_tokens, prompts
+from tests.helpers.interpreted import with_cuda_experts
+from tests.helpers.moe_modules import (
     COPIES,
     FORMS,
     PLACE,

@@ -9,7 +9,7 @@ from lmdeploy import GenerationConfig
 
 import epbackend
 from epbackend import EPConfig
-from tests.engines.models import EXPERTS, NEW_TOKENS, TOP_K, prompts
+from tests.helpers.engine_models import EXPERTS, NEW_TOKENS, TOP_K, prompts
 
 GREEDY = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True)
 

@@ -9,12 +9,12 @@ import time
 
 import pytest
 from lmdeploy import GenerationConfig
-from patience import PATIENCE_S
 
 import epbackend
 from epbackend import EPConfig
 from epbackend.errors import WorkerError
-from tests.engines.processes import GENERATE, engine_workers
+from tests.helpers.patience import PATIENCE_S
+from tests.helpers.processes import GENERATE, engine_workers
 
 TWO_RANKS = EPConfig.load({"device": "cpu", "ep_size": 2, "ep_level": 2, "engine": {"session_len": 400}})
 

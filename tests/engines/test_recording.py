@@ -7,7 +7,6 @@ import signal
 
 import numpy as np
 import pytest
-from patience import PATIENCE_S
 from transformers import AutoTokenizer
 
 from epbackend.engines.lmdeploy import LoadReport
@@ -16,9 +15,10 @@ from epbackend.engines.lmdeploy.recording import Recording
 from epbackend.errors import ConfigError, EPError
 from epbackend.models import resolve
 from epbackend.placement.formats import read_loads
-from tests.engines.models import EXPERTS, NEW_TOKENS, TOP_K, prompts
 from tests.engines.test_greedy import config
 from tests.engines.test_server import _await_model, _complete
+from tests.helpers.engine_models import EXPERTS, NEW_TOKENS, TOP_K, prompts
+from tests.helpers.patience import PATIENCE_S
 
 SERVE = """
 import sys

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from patience import PATIENCE_S
 
 import epbackend
 from epbackend.errors import WorkerError
-from tests.engines.models import NEW_TOKENS, prompts
-from tests.engines.processes import GENERATE
 from tests.engines.test_greedy import GREEDY, config
+from tests.helpers.engine_models import NEW_TOKENS, prompts
+from tests.helpers.patience import PATIENCE_S
+from tests.helpers.processes import GENERATE
 
 
 def test_tokens_with_uneven_and_empty_ranks(checkpoint, reference):

@@ -9,14 +9,14 @@ import time
 
 import pytest
 import requests
-from patience import PATIENCE_S
 from transformers import AutoTokenizer
 
 from epbackend.engines.lmdeploy import serve
 from epbackend.engines.lmdeploy.deployment import LOOPBACK, free_port
 from epbackend.errors import ConfigError
-from tests.engines.models import NEW_TOKENS, prompts
 from tests.engines.test_greedy import config
+from tests.helpers.engine_models import NEW_TOKENS, prompts
+from tests.helpers.patience import PATIENCE_S
 
 SERVE = """
 import sys

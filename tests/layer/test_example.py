@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from patience import PATIENCE_S
+from tests.helpers.patience import PATIENCE_S
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "layer_torchrun.py"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from epbackend.errors import ConfigError
 from epbackend.placement import Layout, plan
 from epbackend.placement.planners.eplb import descending_order, rebalance
-from tests.placement.strategies import skewed
+from tests.helpers.placement_strategies import skewed
 
 torch = pytest.importorskip("torch")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
 from epbackend.placement import Layout
-from tests.placement.strategies import layouts
+from tests.helpers.placement_strategies import layouts
 
 
 def test_derived_maps():

@@ -8,7 +8,7 @@ import pytest
 from epbackend.errors import ConfigError
 from epbackend.placement import Layout, plan
 from epbackend.placement.planners.lplb import TOPOLOGIES, topology_matrix
-from tests.placement.strategies import skewed
+from tests.helpers.placement_strategies import skewed
 
 
 def lplb(loads_LE, ranks, slots, **options):

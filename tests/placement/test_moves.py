@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
 from epbackend.placement import Layout, Placement, count_moves
-from tests.placement.strategies import layouts, placements
+from tests.helpers.placement_strategies import layouts, placements
 
 
 def test_experts_that_a_rank_did_not_hold():

@@ -11,7 +11,7 @@ from epbackend.errors import ConfigError
 from epbackend.placement import Layout, plan
 from epbackend.placement.planners.eplb import replicate
 from epbackend.placement.planners.omni import capped_replicas, pack_apart
-from tests.placement.strategies import skewed
+from tests.helpers.placement_strategies import skewed
 
 
 def omni(loads_LE, ranks, slots=None, **options):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import epbackend.placement as placement_package
 from epbackend.errors import ConfigError
 from epbackend.placement import Layout, Placement, Provenance
-from tests.placement.strategies import placements
+from tests.helpers.placement_strategies import placements
 
 PLAIN = st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from epbackend import __version__
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.placement import Layout, Loads, Placement, plan, planner_names
-from tests.placement.strategies import skewed
+from tests.helpers.placement_strategies import skewed
 
 PLANNERS = ("refined", "eplb", "omni", "lplb")
 """Those that need no placement in use."""

@@ -18,7 +18,7 @@ from epbackend.placement.replica_split import (
     nearest_quota,
     own_quota,
 )
-from tests.placement.strategies import layouts
+from tests.helpers.placement_strategies import layouts
 
 
 def expert_sums(shares_P: np.ndarray, layout: Layout) -> list[int]:

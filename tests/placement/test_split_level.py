@@ -11,8 +11,8 @@ from epbackend.errors import ConfigError
 from epbackend.placement import replica_split_reference as reference
 from epbackend.placement.placement import Layout
 from epbackend.placement.replica_split import even_shares, level_shares
-from tests.placement.linear_program import optimum
-from tests.placement.strategies import layouts
+from tests.helpers.linear_program import optimum
+from tests.helpers.placement_strategies import layouts
 
 
 def within_the_gap(most: float, bound: float) -> bool:

@@ -7,11 +7,11 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("hypothesis")
 
-from contract.layer_case import Case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from symmetric.cases import BOUNDED, OPEN, STATIC, run, tight
+from tests.helpers.layer_case import Case
+from tests.helpers.symmetric_cases import BOUNDED, OPEN, STATIC, run, tight
 
 pytestmark = pytest.mark.cuda
 

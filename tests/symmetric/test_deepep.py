@@ -9,12 +9,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from contract.layer_case import Case, Seen, layer_equals_dense
 from triton import knobs
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels.triton.padded import pack, spread
-from symmetric import deep_ep_stand_in
+from tests.helpers import deep_ep_stand_in
+from tests.helpers.layer_case import Case, Seen, layer_equals_dense
 
 pytestmark = pytest.mark.cuda
 NORMAL = DispatchSettings(level=2, dispatcher="deepep")

@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from contract.dense import dense_moe, tolerance
 from triton import knobs
 
 from epbackend.device import get_device
@@ -24,7 +23,8 @@ from epbackend.errors import CollectiveError
 from epbackend.kernels.triton.symmetric import Mirror, give_back, lay_out, meet, place, publish_counts, send
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
-from symmetric.virtual import Hub, VirtualPeers
+from tests.helpers.dense import dense_moe, tolerance
+from tests.helpers.virtual_ranks import Hub, VirtualPeers
 
 pytestmark = [
     pytest.mark.cuda,

@@ -13,13 +13,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from contract.layer_case import Case, Seen, layer_equals_dense
 from triton import knobs
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.dispatch.symmetric_memory import SymmetricMemoryPeers
 from epbackend.errors import CollectiveError, UnavailableError
-from symmetric import shared_memory
+from tests.helpers import shared_memory
+from tests.helpers.layer_case import Case, Seen, layer_equals_dense
 
 pytestmark = [
     pytest.mark.cuda,

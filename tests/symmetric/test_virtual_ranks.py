@@ -9,13 +9,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from contract.layer_case import Case, layer_equals_dense
-
 from epbackend.dispatch import symmetric
 from epbackend.dispatch.base import RankGroup
 from epbackend.errors import ConfigError
-from symmetric.cases import BOUNDED, OPEN, REPLICAS, STATIC, run, tight
-from symmetric.virtual import run_virtual
+from tests.helpers.layer_case import Case, layer_equals_dense
+from tests.helpers.symmetric_cases import BOUNDED, OPEN, REPLICAS, STATIC, run, tight
+from tests.helpers.virtual_ranks import run_virtual
 
 pytestmark = pytest.mark.cuda
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from ascend.cann.elementwise import quantize
-from ascend.cann.formats import from_nz
-from ascend.cann.matmul import INNER_LIMIT, group_ends
-from ascend.cann.registry import aclnn, require
+from tests.helpers.cann.elementwise import quantize
+from tests.helpers.cann.formats import from_nz
+from tests.helpers.cann.matmul import INNER_LIMIT, group_ends
+from tests.helpers.cann.registry import aclnn, require
 
 MOST_COLUMNS = 10240
 SCALES = (torch.float32, torch.float16, torch.bfloat16)

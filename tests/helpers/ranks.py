@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from patience import PATIENCE_S
 
 from epbackend.dispatch.base import RankGroup
+from tests.helpers.patience import PATIENCE_S
 
 SIZES = (1, 2, 4)
 

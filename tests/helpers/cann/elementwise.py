@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from ascend.cann.registry import aclnn, require
+from tests.helpers.cann.registry import aclnn, require
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:

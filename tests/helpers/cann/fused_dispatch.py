@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ascend.cann.elementwise import quantize
-from ascend.cann.hccl import Communicator
-from ascend.cann.registry import aclnn, chip, require
+from tests.helpers.cann.elementwise import quantize
+from tests.helpers.cann.hccl import Communicator
+from tests.helpers.cann.registry import aclnn, chip, require
 
 MEGABYTE = 1 << 20
 NOTE = 128

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ascend.cann.handles import over_bytes
-from ascend.cann.registry import calls, in_short
+from tests.helpers.cann.handles import over_bytes
+from tests.helpers.cann.registry import calls, in_short
 
 ALLOCATE = {"aten::empty.memory_format", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 NATIVE = {

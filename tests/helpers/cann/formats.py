@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ascend.cann.registry import aclnn, require
+from tests.helpers.cann.registry import aclnn, require
 
 ROWS, BYTES = 16, 32
 """Of a tile (native/objects.cpp has them too)."""

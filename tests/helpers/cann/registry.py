@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend.cann.build import table_symbols
-from ascend.cann.handles import ARGUMENTS, Handles, RefusedError
+from tests.helpers.cann.build import table_symbols
+from tests.helpers.cann.handles import ARGUMENTS, Handles, RefusedError
 
 REFUSED, FAILED = 161002, 561103
 """ACLNN_ERR_PARAM_INVALID and an inner error, as CANN returns them."""

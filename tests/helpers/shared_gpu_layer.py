@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from contract.dense import dense_moe
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
-from tests.e2e import peer_group
-from tests.e2e.shared_gpu import share_devices
+from tests.helpers import peer_group
+from tests.helpers.dense import dense_moe
+from tests.helpers.shared_gpu import share_devices
 
 
 @dataclass(frozen=True)

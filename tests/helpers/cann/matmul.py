@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ascend.cann.formats import from_nz
-from ascend.cann.registry import aclnn, require
+from tests.helpers.cann.formats import from_nz
+from tests.helpers.cann.registry import aclnn, require
 
 MOST_GROUPS = 1024
 INNER_LIMIT = 65536

@@ -18,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-from ascend.cann import build, registry
+from tests.helpers.cann import build, registry
 
 WHEEL = Path(__file__).parents[3] / ".torch-npu"
 """Where `make test-ascend` unpacks the wheel: aside, because torch imports a torch_npu that it finds beside itself."""
@@ -37,7 +37,7 @@ def missing() -> str | None:
 def start(chip: str = "A3", devices: int = 1) -> None:
     """Make `torch.npu` work in this process, on `devices` emulated NPUs. There is no way back."""
     for module in OPERATORS:
-        importlib.import_module(f"ascend.cann.{module}")
+        importlib.import_module(f"tests.helpers.cann.{module}")
     # torch_npu would queue operators to a thread of its own, which Python's emulations cannot serve.
     os.environ.update(
         TORCH_DEVICE_BACKEND_AUTOLOAD="0",
@@ -51,6 +51,6 @@ def start(chip: str = "A3", devices: int = 1) -> None:
     registry.install(libraries["libopapi.so"], libraries["libascendcl.so"])
     sys.path.append(str(WHEEL))
     importlib.import_module("torch_npu")
-    from ascend.cann.aten import AtenOnCpu
+    from tests.helpers.cann.aten import AtenOnCpu
 
     AtenOnCpu().__enter__()

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from patience import PATIENCE_S
 
 from epbackend.engines.lmdeploy.guard import descendants
+from tests.helpers.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ascend.cann.registry import aclnn, require
+from tests.helpers.cann.registry import aclnn, require
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 

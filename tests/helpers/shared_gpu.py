@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from epbackend.engines.lmdeploy import workers
-from tests.e2e import peer_group
+from tests.helpers import peer_group
 
 OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 

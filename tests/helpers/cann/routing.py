@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ascend.cann.registry import GARBAGE, aclnn, require
+from tests.helpers.cann.registry import GARBAGE, aclnn, require
 
 MOST_EXPERTS = 10240
 

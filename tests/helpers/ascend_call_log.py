@@ -1,6 +1,6 @@
 """What one call of a MoE layer asks of the NPU: its aclnn operators and collectives in order, and its host waits.
 
-python -m ascend.call_log      # in tests/: prints the lists that docs/ascend.md shows
+python -m tests.helpers.ascend_call_log      # prints the lists that docs/ascend.md shows
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LEFT_OUT = ("aclnnInplaceCopy", "aclnnInplaceZero", "aclnnInplaceFillScalar", "a
 
 def layer_calls(groups: dict[int, RankGroup], dispatcher: str, int8: bool) -> tuple[list[str], list[str]]:
     """(calls, host waits) of a layer's second call; the first may set up a communicator."""
-    from ascend.cann import aten, registry
+    from tests.helpers.cann import aten, registry
 
     settings, token_size = LAYERS[dispatcher]
     ranks = groups[token_size]
@@ -95,9 +95,8 @@ def markdown(run: Any) -> str:
 
 
 def main() -> None:
-    from ranks import RankPool
-
-    import ascend
+    from tests.helpers import ascend
+    from tests.helpers.ranks import RankPool
 
     pool = RankPool("hccl", partial(ascend.start, "A3"))
     try:

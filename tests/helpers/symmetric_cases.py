@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from contract.layer_case import Case, Seen, layer_equals_dense
 
 from epbackend.dispatch.base import DispatchSettings
-from symmetric.virtual import run_virtual
+from tests.helpers.layer_case import Case, Seen, layer_equals_dense
+from tests.helpers.virtual_ranks import run_virtual
 
 OPEN = DispatchSettings(level=2, dispatcher="symmetric")
 BOUNDED = DispatchSettings(level=2, dispatcher="symmetric", max_tokens=11)

@@ -8,7 +8,7 @@ from ctypes import POINTER, byref, c_char_p, c_int, c_uint32, c_uint64, c_void_p
 import torch
 from torch import Tensor
 
-from ascend.cann.registry import require
+from tests.helpers.cann.registry import require
 
 INT64, UINT8 = 5, 7
 """HcclDataType."""

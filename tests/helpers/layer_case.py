@@ -10,7 +10,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from contract.dense import dense_moe, swiglu, tolerance
 from epbackend import moe
 from epbackend.device import Device, get_device
 from epbackend.dispatch.base import DispatchSettings, RankGroup
@@ -19,6 +18,7 @@ from epbackend.kernels import Permuted
 from epbackend.kernels.reference import ReferenceKernels
 from epbackend.placement.placement import Layout
 from epbackend.replica_split import SlotMap
+from tests.helpers.dense import dense_moe, swiglu, tolerance
 
 D, F = 12, 10
 

@@ -1,0 +1,1 @@
+"""What tests share: references, cases, ranks, stand-ins. No test imports another test."""

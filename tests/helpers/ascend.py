@@ -1,0 +1,37 @@
+"""The ascend device: on real NPUs, or on the emulated CANN (`cann/`).
+
+`--ascend` says on which (see `tests/conftest.py`); without it these tests skip, as torch_npu changes the torch of the
+whole process and belongs into a run of its own (`make test-ascend`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.util import find_spec
+
+import torch
+
+from tests.helpers import cann
+
+REAL = "npu"
+PLATFORMS = ("A3", "A2", REAL)
+"""The emulated chip, or real NPUs."""
+
+DEVICES = 4
+
+
+def missing(platform: str) -> str | None:
+    """Why the tests cannot run on a platform; None if they can."""
+    return None if platform == REAL else cann.missing()
+
+
+def start(platform: str, rank: int = 0) -> None:
+    """Make torch.npu work in this process, its current device being the rank's own."""
+    if platform == REAL:
+        if find_spec("torch_npu") is None:
+            sys.path.append(str(cann.WHEEL))
+        importlib.import_module("torch_npu")
+    else:
+        cann.start(platform, DEVICES)
+    torch.get_device_module("npu").set_device(rank)
