@@ -57,7 +57,7 @@ test-cpu: setup ## the suite on the CPU; tests of a device that is missing skip 
 
 # A machine with a GPU brings its own Python with torch, triton and pytest; nothing is installed there.
 test-cuda: ## the contract suite and the kernels' own tests on a CUDA GPU
-	$(CUDA_PYTHON) -m pytest tests/cuda tests/symmetric $(addprefix tests/contract/test_,kernels.py permute.py split.py narrow.py) -m cuda
+	$(CUDA_PYTHON) -m pytest tests/cuda tests/symmetric $(addprefix tests/contract/test_,kernels.py permute.py replica_split.py narrow.py) -m cuda
 	$(CUDA_PYTHON) -m pytest $(addprefix tests/contract/test_,layer.py int8.py fp8.py) -m cuda -k "1-1 or test_experts or test_values"  # one rank: NCCL wants a GPU for each
 	@if command -v compute-sanitizer >/dev/null; then \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \

@@ -21,6 +21,7 @@ FEWER = ["--hypothesis-profile", "interpreter"]
 SUITES = {
     "cuda": ["tests/cuda", "--ignore", "tests/cuda/test_gpu.py"],
     "engine": ["tests/engines/test_cuda_plug.py", "tests/engines/test_cuda_graphs.py"],
+    "engine processes": ["tests/engines/test_cuda_processes.py"],
     "contract": ["tests/contract/test_kernels.py", "tests/contract/test_permute.py", "-k", "own", *FEWER],
     "narrow": ["tests/contract/test_narrow.py", "-k", "own"],
     "split": ["tests/contract/test_split.py", "-k", "own", *FEWER],
