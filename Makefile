@@ -16,7 +16,7 @@ DEVICE ?= A3
 RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-cuda e2e-cuda test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
+.PHONY: help setup demo test test-cpu test-cuda e2e-cuda gpu test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ test-cuda: ## the contract suite and the kernels' own tests on a CUDA GPU
 
 e2e-cuda: ## LMDeploy pipelines and whole layers on a GPU, two ranks on it; make gather-gpu brings what it needs
 	$(CUDA_PYTHON) -m pytest tests/e2e -m cuda
+
+gpu: ## tests and benchmarks for a GPU that is there for ten minutes, the most important first; GPU="--parts e2e engine --seconds 300"
+	$(CUDA_PYTHON) -m benchmarks.cuda.session $(GPU)
 
 test-ascend: setup $(NPU_WHEEL)/.ready ## the suite of the ascend device on an emulated A3; DEVICE=A2 for that chip, DEVICE=npu for four real NPUs
 	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend $(DEVICE)
