@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def host_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The serving thread's part, once a step, and the other thread's, twice a second at most."""
+    """The serving thread's part, once a step, and the other thread's, four times a second."""
     board = LoadBoard(1)
     with mock.patch.dict(os.environ, {BOARD_VARIABLE: board.variable}):
         writer, layers = LoadWriter(), [layer(args.experts, args.place) for _ in range(args.layers)]
@@ -106,20 +106,39 @@ def engine_row(args: argparse.Namespace) -> dict[str, Any]:
     gen = GenerationConfig(max_new_tokens=NEW_TOKENS, ignore_eos=True, do_sample=False)
     prompts = [f"Once upon a time there were {number} ranks" for number in range(PROMPTS)]
     with epbackend.pipeline(args.model, config) as pipe:
+        spent = {"step": 0.0, "_write_down": 0.0}
+
+        def clocked(name: str) -> Callable[..., Any]:
+            method = getattr(LoadWriter, name)
+
+            def timed(*args: Any) -> Any:
+                began = time.thread_time()
+                try:
+                    return method(*args)
+                finally:
+                    spent[name] += time.thread_time() - began
+
+            return timed
 
         def run(report: bool) -> tuple[float, float]:
             """Seconds on the wall, and of processor time of all threads, on which other programs tell less."""
-            with mock.patch.object(LoadWriter, "step", LoadWriter.step if report else lambda writer: None):
+            with (
+                mock.patch.object(LoadWriter, "step", clocked("step") if report else lambda writer: None),
+                mock.patch.object(LoadWriter, "_write_down", clocked("_write_down")),
+            ):
                 began = time.perf_counter(), time.process_time()
                 pipe(prompts, gen_config=gen, do_preprocess=False)
                 return time.perf_counter() - began[0], time.process_time() - began[1]
 
         run(True)
+        spent |= dict.fromkeys(spent, 0.0)
         with_it, without = [], []
         for pair in range(args.pairs):
             for report in (True, False) if pair % 2 else (False, True):
                 (with_it if report else without).append(run(report))
     row = {"pairs": args.pairs, "tokens/s without": PROMPTS * NEW_TOKENS / min(wall for wall, _ in without)}
+    whole = sum(processor for _, processor in with_it)
+    row |= {f"of the processor time, {name}": f"{100 * spent[name] / whole:.3f}%" for name in spent}
     for at, clock in enumerate(("wall", "processor")):
         ratios = [100 * (a[at] / b[at] - 1) for a, b in zip(with_it, without, strict=True)]
         row[f"more {clock} time, median of pairs"] = f"{statistics.median(ratios):+.2f}%"

@@ -25,7 +25,7 @@ from epbackend.moe import ExpertParallelMoE
 
 LOOK_S = 0.05
 """How often the thread looks whether somebody asks."""
-EVERY_S = 0.5
+EVERY_S = 0.25
 """How often it writes when nobody does: what a reader finds of a worker that was killed is no older."""
 CLOSING_S = 1.0
 """How long `close` waits for what is on its way from the device."""

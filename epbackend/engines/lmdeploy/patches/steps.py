@@ -28,7 +28,9 @@ def steps_are_counted(original: Callable) -> Callable:
     @functools.wraps(original)
     def model_forward(*args: Any, stream: Any = None, **kwargs: Any) -> Any:
         plug = active()
-        watched = _hangs_unseen(plug.device, plug.config.ep_size)
+        # A lost rank would be waited for without end, in graphs too. Not in the interpreter, whose device is cuda as
+        # well, and where nothing runs behind the host's back.
+        watched = plug.device == "cuda" and plug.config.ep_size > 1 and torch.cuda.is_initialized()
         with one_mark() if watched else nullcontext():
             output = original(*args, stream=stream, **kwargs)
         # LMDeploy is in the step's stream already; going there once more would cost more than what is done there.
@@ -41,10 +43,3 @@ def steps_are_counted(original: Callable) -> Callable:
         return output
 
     return model_forward
-
-
-@functools.cache
-def _hangs_unseen(device: str, ep_size: int) -> bool:
-    """Whether a lost rank would be waited for without end, in graphs too: on a GPU, where work runs beside the host."""
-    # The device cuda is also what the interpreter stands in for, without a GPU.
-    return device == "cuda" and ep_size > 1 and torch.cuda.is_available()
