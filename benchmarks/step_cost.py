@@ -58,11 +58,13 @@ def host_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         for number, each in enumerate(layers):
             writer.watch(0, number, each, each.place)
         writer.step()
+        counters = writer._counters
+        assert counters is not None
         rows = [
             {"what": "step, in the serving thread", **times(writer.step, args.place)},
             {
                 "what": "write down, in the thread beside",
-                **times(lambda: writer._write_down(writer._counters)),
+                **times(lambda: writer._write_down(counters)),
             },
             {"what": "report, in the parent (it waits for the thread)", **times(board.report, repeat=1)},
         ]
@@ -132,7 +134,8 @@ def engine_row(args: argparse.Namespace) -> dict[str, Any]:
 
         run(True)
         spent |= dict.fromkeys(spent, 0.0)
-        with_it, without = [], []
+        with_it: list[tuple[float, float]] = []
+        without: list[tuple[float, float]] = []
         for pair in range(args.pairs):
             for report in (True, False) if pair % 2 else (False, True):
                 (with_it if report else without).append(run(report))
