@@ -54,17 +54,29 @@ class Load:
     """What one layer has done on this rank so far."""
 
     def __init__(self, local_experts: tuple[int, ...], experts: int) -> None:
+        self.local_experts = local_experts
+        """The expert in each of the rank's slots."""
         self.calls = 0
         """Calls from Python: a replayed CUDA graph makes none."""
         self.passes = Counter()
         self.rounds = Counter()
         self.rows_L = torch.zeros(len(local_experts), dtype=torch.int64)
         """Rows of each slot, on the experts' device from the first call on; replays of a CUDA graph count here."""
+        self._placed = False  # until the first call
         self._experts_L, self._experts = torch.tensor(local_experts), experts
+
+    def count_in(self, rows_L: Tensor) -> None:
+        """Go on counting there, on the experts' device, so that one allocation can hold the rows of all layers.
+
+        To be called before a CUDA graph is captured, which would go on counting in the old place.
+        """
+        rows_L.copy_(self.rows_L)
+        self.rows_L, self._placed = rows_L, True
 
     def add_rows(self, counts_L: Tensor) -> None:
         """Count the rows of one batch, on the experts' device."""
-        self.rows_L = self.rows_L.to(counts_L.device)
+        if not self._placed:
+            self.rows_L, self._placed = self.rows_L.to(counts_L.device), True
         self.rows_L += counts_L  # in place, for the graphs
 
     def add_call(self, passes: int, rounds: int) -> None:

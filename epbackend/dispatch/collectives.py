@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from epbackend.dispatch.base import LayerSpec
-from epbackend.dispatch.watchdog import blame
+from epbackend.dispatch.watchdog import blame, held
 from epbackend.errors import CollectiveError
 
 
@@ -68,7 +68,11 @@ class Collectives:
 
     def all_gather_ints(self, values_V: Tensor) -> list[list[int]]:
         """The values of each rank; as many on all. The only place where the host waits for what the device found."""
-        return self.all_gather(values_V[None]).tolist()
+        whole = self.all_gather(values_V[None])
+        if self.group is None or not whole.is_cuda:
+            return whole.tolist()
+        with held(f"sizes of MoE layer {self.layer}", self.group, self.timeout_s):
+            return whole.tolist()
 
     def all_gather(self, part: Tensor) -> Tensor:
         """The parts of all ranks, one after the other along the first dimension; equal shapes."""

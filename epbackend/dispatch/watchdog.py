@@ -21,7 +21,8 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock, Thread
@@ -78,18 +79,45 @@ def _store_is_gone() -> str:
 
 logger = logging.getLogger("epbackend")
 POLL_S = 1.0
+_marked_as_one = False
 
 
 def watch(what: str, group: dist.ProcessGroup | None, timeout_s: float) -> None:
     """Mark this place in the current CUDA stream; `what` ends there. Does nothing while a graph is captured.
 
-    A replay of a graph that holds collectives is marked by calling this after it. No group, nobody to wait for.
+    A replay of a graph that holds collectives is marked by calling this after it. No group, nobody to wait for. Does
+    nothing inside `one_mark` either.
     """
-    if group is None or torch.cuda.is_current_stream_capturing():
+    if group is None or _marked_as_one or torch.cuda.is_current_stream_capturing():
         return
     passed = torch.cuda.Event()
     passed.record()
     _sentry(group).add(what, passed.query, timeout_s)
+
+
+@contextmanager
+def one_mark() -> Iterator[None]:
+    """Layers inside set no mark of their own: whoever enters this watches what comes after them all.
+
+    Between the two the host must not wait for the device, unless `held` says so.
+    """
+    global _marked_as_one
+    before, _marked_as_one = _marked_as_one, True
+    try:
+        yield
+    finally:
+        _marked_as_one = before
+
+
+@contextmanager
+def held(what: str, group: dist.ProcessGroup, timeout_s: float) -> Iterator[None]:
+    """Watch the host itself, which waits inside for what the device finds."""
+    free: list[bool] = []
+    _sentry(group).add(what, lambda: bool(free), timeout_s)
+    try:
+        yield
+    finally:
+        free.append(True)
 
 
 @cache

@@ -71,6 +71,35 @@ def test_a_gpu_that_failed_is_not_waited_for(monkeypatch):
     assert not ended
 
 
+def test_a_host_that_waits_is_watched(caplog, monkeypatch):
+    """What it waits for may never come, and no mark can follow it."""
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+    ended = []
+    guard = Sentry(lambda: "rank 3 does not answer", lambda: ended.append(True))
+    monkeypatch.setattr(watchdog, "_sentry", lambda group: guard)
+    with watchdog.held("sizes of MoE layer 1", None, 60):
+        pass
+    with watchdog.held("sizes of MoE layer 2", None, 0.05):
+        wait_for(lambda: ended)
+    (line,) = caplog.messages
+    assert line.startswith("sizes of MoE layer 2 did not end within timeout_s 0.05: rank 3 does not answer")
+
+
+def test_many_layers_leave_one_mark(monkeypatch):
+    added = []
+    monkeypatch.setattr(
+        watchdog, "_sentry", lambda group: SimpleNamespace(add=lambda *mark: added.append(mark))
+    )
+    event = SimpleNamespace(record=lambda: None, query=lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with watchdog.one_mark():
+        for layer in range(58):
+            watchdog.watch(f"decode of MoE layer {layer}", dist.group, 1.0)
+    watchdog.watch("a step of the engine", dist.group, 1.0)
+    assert added == [("a step of the engine", event.query, 1.0)]
+
+
 def serve(rank: int, port: int, lines) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=SIZE)
