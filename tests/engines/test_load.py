@@ -15,7 +15,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from patience import PATIENCE_S
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from epbackend.engines.lmdeploy import load, load_writer
@@ -31,6 +30,7 @@ from epbackend.engines.lmdeploy.load import (
 from epbackend.engines.lmdeploy.load_writer import LoadWriter
 from epbackend.errors import EPError
 from epbackend.moe import Load
+from tests.helpers.patience import PATIENCE_S
 
 CPU = torch.device("cpu")
 
