@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cuda.cases import QWEN3
+from benchmarks.cuda.cases import QWEN3, Experts
 from benchmarks.cuda.lmdeploy import LMDeploy
 from benchmarks.cuda.report import Report, machine_facts
 from epbackend.dispatch.base import DispatchSettings, RankGroup
@@ -37,10 +37,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 class Layers:
     """The same layers by both, and what they are given."""
 
-    def __init__(self, lmdeploy: LMDeploy | None) -> None:
-        device = torch.device("cuda", 0)
-        self._lmdeploy = lmdeploy
-        self._weights = [ExpertWeights(*QWEN3.weights("half", device)) for _ in range(LAYERS)]
+    def __init__(self, lmdeploy: LMDeploy | None, experts: Experts, device: torch.device) -> None:
+        self._lmdeploy, self._experts, self._device = lmdeploy, experts, device
+        self._weights = [ExpertWeights(*experts.weights("half", device)) for _ in range(LAYERS)]
         settings = {
             "prefill": DispatchSettings(),
             "decode": DispatchSettings(static=True, max_tokens=DECODED),
@@ -49,10 +48,10 @@ class Layers:
             ExpertParallelMoE(
                 weights.gate_up,
                 weights.down,
-                slot_map=SlotMap.uniform(QWEN3.slots, 1),
+                slot_map=SlotMap.uniform(experts.slots, 1),
                 ranks=RankGroup.single(),
                 settings=settings,
-                top_k=QWEN3.top_k,
+                top_k=experts.top_k,
                 device="cuda",
                 layer=number,
             )
@@ -61,8 +60,9 @@ class Layers:
 
     def calls(self, tokens: int) -> dict[str, Callable[[], Tensor]]:
         """Who -> all layers once."""
-        hidden_TD = torch.randn(tokens, QWEN3.D, device="cuda", dtype=torch.bfloat16)
-        scores = torch.randn(LAYERS, tokens, QWEN3.slots, device="cuda").softmax(-1).topk(QWEN3.top_k)
+        experts, device = self._experts, self._device
+        hidden_TD = torch.randn(tokens, experts.D, device=device, dtype=torch.bfloat16)
+        scores = torch.randn(LAYERS, tokens, experts.slots, device=device).softmax(-1).topk(experts.top_k)
         phase = "decode" if tokens <= DECODED else "prefill"
 
         def ours() -> Tensor:
@@ -159,7 +159,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.manual_seed(0)
     report = Report(asked.out, machine_facts())
-    layers = Layers(LMDeploy.found(asked.lmdeploy))
+    layers = Layers(LMDeploy.found(asked.lmdeploy), QWEN3, torch.device("cuda", 0))
     for tokens in asked.tokens:
         with torch.inference_mode():
             for row in measure(layers, tokens):

@@ -12,8 +12,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton import knobs
 
 from epbackend.kernels.triton import tuning
+from epbackend.kernels.triton import tuning as candidates
 from epbackend.kernels.triton.tiles import H100, Tile, chip_of, family_tiles
-from epbackend.kernels.triton.tuning import ExpertShape, Job, candidates
+from epbackend.kernels.triton.tuning import ExpertShape, Job
 
 SHAPE = ExpertShape("tiny", slots=2, D=128, F=128)
 IN_USE = Tile(rows=16, columns=128, depth=128, warps=4, stages=2)

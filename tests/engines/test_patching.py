@@ -186,6 +186,8 @@ def test_a_failed_check_of_lmdeploy_raises():
     epbackend.enable(MP)
     with pytest.raises(ConfigError, match=r"Dist.*no good"):
         BaseChecker().log_and_exit(mod_name="Dist", message="no good")
+    with pytest.raises(ConfigError, match=r"PyTorch failed: not there \(RuntimeError: no GPU\)"):
+        BaseChecker().log_and_exit(RuntimeError("no GPU"), "PyTorch", "not there")
 
 
 def test_a_device_without_a_plug(monkeypatch):
