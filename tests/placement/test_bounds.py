@@ -9,7 +9,7 @@ from epbackend.errors import ConfigError
 from epbackend.placement import plan
 from epbackend.placement.budget import first_slots, share_out
 from epbackend.placement.score import lower_bound, optimal_replicas
-from epbackend.placement.search.layer_search import falls
+from epbackend.placement.search.layer_search import envelope_falls
 
 weights = st.lists(st.integers(0, 100), min_size=1, max_size=8).map(np.array)
 
@@ -48,7 +48,7 @@ def test_bound_is_the_mean_or_the_heaviest_copy():
 @settings(deadline=None)
 def test_envelope_is_convex_and_below(values):
     curve_X = -np.sort(-np.array(values))
-    fall_X = falls(curve_X)
+    fall_X = envelope_falls(curve_X)
     envelope_X = curve_X[0] - np.concatenate(([0], np.cumsum(fall_X)))
     assert (np.diff(fall_X) <= 1e-9).all()
     assert (envelope_X <= curve_X + 1e-9).all()

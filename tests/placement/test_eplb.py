@@ -115,11 +115,11 @@ def test_groups_stay_whole_on_a_node():
 
 
 def test_layers_without_load_are_even_and_change_nothing_else():
-    loads_LE = skewed(3, 16)
-    loads_LE[1] = 0
-    layers = plan(loads_LE, ranks=4, slots=20, algorithm="eplb").layers
+    loads_YE = skewed(3, 16)
+    loads_YE[1] = 0
+    layers = plan(loads_YE, ranks=4, slots=20, algorithm="eplb").layers
     assert layers[1] == Layout.even(16, 4, 20)
-    alone = plan(loads_LE[[0, 2]], ranks=4, slots=20, algorithm="eplb").layers
+    alone = plan(loads_YE[[0, 2]], ranks=4, slots=20, algorithm="eplb").layers
     assert (layers[0], layers[2]) == alone
 
 

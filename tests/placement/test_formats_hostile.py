@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from epbackend.errors import ConfigError
-from epbackend.placement.formats import Hints, read, read_loads, read_placement
+from epbackend.placement.formats import ReadOptions, read, read_loads, read_placement
 from epbackend.placement.placement import Placement
 
 MOST_MEMORY = 64 << 20
@@ -202,7 +202,7 @@ def expert_map(devices, **fields):
     ],
 )
 def test_placements(refused, content, message):
-    assert re.search(message, refused(content, lambda path: read_placement(path, Hints(ranks=2))))
+    assert re.search(message, refused(content, lambda path: read_placement(path, ReadOptions(ranks=2))))
 
 
 def test_a_pattern_that_leaves_an_expert_out(tmp_path):
@@ -219,7 +219,7 @@ def test_slots_that_lmdeploy_cannot_fill(tmp_path):
         with pytest.raises(
             ConfigError, match=f"slots: {slots} must be a multiple of the 2 ranks, and 3 at least"
         ):
-            read(tmp_path / "a.json", hints=Hints(ranks=2, slots=slots))
+            read(tmp_path / "a.json", options=ReadOptions(ranks=2, slots=slots))
 
 
 def test_an_unknown_format(tmp_path):

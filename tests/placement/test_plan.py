@@ -31,32 +31,32 @@ def questions(draw):
     experts = ranks * each
     more = draw(st.integers(0, min(each, ranks - 1)))
     tokens = st.lists(st.integers(0, 1000), min_size=experts, max_size=experts)
-    loads_LE = np.array(draw(st.lists(tokens, min_size=1, max_size=3)), dtype=float)
-    return loads_LE, ranks, experts + more * ranks
+    loads_YE = np.array(draw(st.lists(tokens, min_size=1, max_size=3)), dtype=float)
+    return loads_YE, ranks, experts + more * ranks
 
 
 @pytest.mark.parametrize("algorithm", PLANNERS)
 @settings(max_examples=40, deadline=None)
 @given(questions())
 def test_every_expert_is_placed_on_even_ranks(algorithm, question):
-    loads_LE, ranks, slots = question
-    placement = plan(loads_LE, ranks=ranks, slots=slots, algorithm=algorithm)
-    assert len(placement.layers) == len(loads_LE)
+    loads_YE, ranks, slots = question
+    placement = plan(loads_YE, ranks=ranks, slots=slots, algorithm=algorithm)
+    assert len(placement.layers) == len(loads_YE)
     for layer in placement.layers:
         assert layer.slots_R.tolist() == [slots // ranks] * ranks
         assert layer.replicas_E.min() >= 1
-    assert placement == plan(loads_LE, ranks=ranks, slots=slots, algorithm=algorithm)
+    assert placement == plan(loads_YE, ranks=ranks, slots=slots, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("algorithm", ["refined", "omni"])
 @settings(max_examples=60, deadline=None)
 @given(questions())
 def test_never_worse_than_the_even_layout_and_never_twice_on_a_rank(algorithm, question):
-    loads_LE, ranks, slots = question
-    placement = plan(loads_LE, ranks=ranks, slots=slots, algorithm=algorithm)
-    even = Layout.even(loads_LE.shape[1], ranks, slots)
+    loads_YE, ranks, slots = question
+    placement = plan(loads_YE, ranks=ranks, slots=slots, algorithm=algorithm)
+    even = Layout.even(loads_YE.shape[1], ranks, slots)
     assert placement.duplicates_on_rank == 0
-    for layer, tokens_E in zip(placement.layers, loads_LE, strict=True):
+    for layer, tokens_E in zip(placement.layers, loads_YE, strict=True):
         assert rank_loads(layer, tokens_E).max() <= rank_loads(even, tokens_E).max() * (1 + 1e-12)
 
 
@@ -84,10 +84,10 @@ def test_where_a_placement_came_from():
 
 
 def test_slots_unless_given():
-    loads_LE = skewed(2, 12)
-    assert plan(loads_LE, ranks=4, algorithm="eplb").slots == 12
+    loads_YE = skewed(2, 12)
+    assert plan(loads_YE, ranks=4, algorithm="eplb").slots == 12
     in_use = Placement.even(2, 12, 4, 20)
-    assert plan(loads_LE, ranks=4, algorithm="eplb", current=in_use).slots == 20
+    assert plan(loads_YE, ranks=4, algorithm="eplb", current=in_use).slots == 20
 
 
 @pytest.mark.parametrize(

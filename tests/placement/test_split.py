@@ -42,8 +42,8 @@ def problems(draw):
 @given(problems())
 def test_even_shares_differ_by_one_at_most_and_lose_nothing(problem):
     layout, counts_RE, _ = problem
-    for turn, counts_E in enumerate(counts_RE):
-        shares_P = even_shares(counts_E, layout, turn)
+    for offset, counts_E in enumerate(counts_RE):
+        shares_P = even_shares(counts_E, layout, offset)
         assert expert_sums(shares_P, layout) == counts_E.tolist()
         for expert in range(layout.experts):
             own = shares_P[layout.slot_to_expert_P == expert]
@@ -54,7 +54,7 @@ def test_remainders_go_round():
     layout = Layout(((0, 1, 2, 3), (0, 1, 2, 3)), 4)
     one_each = np.ones(4, np.int64)
     assert even_shares(one_each, layout).reshape(2, 4).sum(axis=1).tolist() == [2, 2]  # over the experts
-    by_source = [even_shares(one_each, layout, turn) for turn in range(2)]
+    by_source = [even_shares(one_each, layout, offset) for offset in range(2)]
     assert sum(by_source).tolist() == [1] * 8  # over the sources
 
 

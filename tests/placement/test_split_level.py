@@ -163,7 +163,7 @@ def test_bad_counts(counts, problem):
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 10**4), min_size=1, max_size=6))
 def test_pouring_levels_what_is_under_the_water(amount, loads):
     loads_C = np.array(loads)
-    shares_C = reference.pour(amount, loads_C)
+    shares_C = reference.water_fill(amount, loads_C)
     assert shares_C.sum() == amount
     assert shares_C.min() >= 0
     ends_C = loads_C + shares_C
