@@ -184,7 +184,7 @@ def test_what_omniplacement_reads(tmp_path):
         (ONE, "sglang-pt", "'sglang-pt' is no format of loads to write"),
     ],
 )
-def test_what_a_format_cannot_say(tmp_path, plan, name, message):
+def test_what_a_format_cannot_express_is_refused(tmp_path, plan, name, message):
     with pytest.raises(ConfigError, match=message):
         write(plan, tmp_path / "out", name)
     assert not (tmp_path / "out").exists()
@@ -197,7 +197,7 @@ def test_dense_layers_must_be_layers(tmp_path):
         write(PLAN, tmp_path / "out", "omni", dense_layers=(0, 1, 2))
 
 
-def test_loads_and_placements_are_told_apart(tmp_path):
+def test_loads_and_placements_are_distinguished(tmp_path):
     write(ONE, tmp_path / "loads.json", "sglang")
     write(PLAN, tmp_path / "plan.json", "epbackend")
     with pytest.raises(ConfigError, match=r"plan.json: holds a placement, not loads"):
@@ -216,7 +216,7 @@ def test_a_file_of_sglang_needs_ranks(tmp_path):
         read_placement(tmp_path / "plan.json", ReadOptions(ranks=4))
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written"):
         write(PLAN, tmp_path, "epbackend")
 

@@ -122,6 +122,6 @@ def test_layers_without_load_are_even():
         (8, 40, {"r20": [[1], [0]]}, "r20: is no option of lplb, did you mean 'r2o'"),
     ],
 )
-def test_what_it_cannot_do(ranks, slots, options, message):
+def test_graphs_that_cannot_be_are_refused(ranks, slots, options, message):
     with pytest.raises(ConfigError, match=message):
         lplb(skewed(1, 32), ranks, slots, **options)

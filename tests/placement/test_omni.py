@@ -51,7 +51,7 @@ def test_the_old_name_of_the_cap_works_with_a_note(caplog):
         ({"max_copy": 2}, "max_copy: is no option of omni"),
     ],
 )
-def test_caps_that_cannot_be(options, message):
+def test_caps_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         omni(skewed(1, 16), 8, 32, **options)
 
@@ -78,13 +78,13 @@ def test_replicas_fill_the_room_and_stay_apart(packing):
     assert layout.duplicates_on_rank == 0
 
 
-def test_a_copy_that_finds_no_rank_with_room_is_squeezed_in():
+def test_a_replica_that_finds_no_rank_with_room_is_squeezed_in():
     # Rank 1 is full of experts 0, 4 and 1 when expert 3 comes, whose two replicas rank 0 alone must not take.
     layout = bin_pack_apart(np.array([2.0, 1, 6, 1, 2]), np.array([1, 1, 1, 2, 1]), [3, 3])
     assert layout.experts_of_rank == ((2, 3, 1), (0, 4, 3))
 
 
-def test_the_heaviest_copy_goes_first_and_to_the_lightest_rank():
+def test_the_heaviest_replica_goes_first_and_to_the_lightest_rank():
     layout = bin_pack_apart(np.array([5.0, 9, 3, 4]), np.array([1, 1, 1, 1]), [2, 2])
     assert layout.experts_of_rank == ((1, 2), (0, 3))
 
@@ -139,6 +139,6 @@ def test_a_budget_keeps_to_the_cap():
         ({"cap": 3}, "cap: is no option of omni; it knows max_replicas"),
     ],
 )
-def test_what_it_cannot_do(options, message):
+def test_options_that_it_cannot_serve_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         omni(skewed(1, 16), 4, **options)

@@ -101,6 +101,6 @@ def test_a_single_expert_and_no_tokens():
         ({"layers": 2, "dense_layers": 3}, "dense_layers: 3 are more than the 2 layers"),
     ],
 )
-def test_what_it_cannot_make(asked, message):
+def test_arguments_out_of_range_are_refused(asked, message):
     with pytest.raises(ConfigError, match=message):
         synthetic_loads(**asked)
