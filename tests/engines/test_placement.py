@@ -11,7 +11,7 @@ import pytest
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.engines.placement import finished_placement, pack, unpack
+from epbackend.engines.placement import finished_placement, from_env, to_env
 from epbackend.errors import ConfigError
 from epbackend.models import resolve
 from epbackend.placement import Layout, Loads, Placement, plan
@@ -150,9 +150,9 @@ def test_planned_from_recorded_loads(dp, tmp_path):
 
 def test_planning_happens_once_and_every_rank_gets_it_whole():
     placement = duplicates(QWEN, 2)
-    assert unpack(pack(placement)) == placement
+    assert from_env(to_env(placement)) == placement
     large = plan(np.random.default_rng(0).random((61, 256)), ranks=64, slots=320, algorithm="eplb")
-    assert unpack(pack(large)) == large
+    assert from_env(to_env(large)) == large
 
 
 def test_without_a_section_there_is_no_placement():

@@ -60,7 +60,7 @@ def test_even_takes_turns_from_call_to_call(layout, tokens, seed, rank):
     for call in range(3):
         ids = chosen(tokens, seed + call)
         counts = np.bincount(ids.flatten(), minlength=E)
-        quota = on_arrays.even_shares(counts, layout, turn=rank + call)
+        quota = on_arrays.even_shares(counts, layout, offset=rank + call)
         assert torch.equal(split(ids), expected_slots(ids, quota, slot_map))
 
 

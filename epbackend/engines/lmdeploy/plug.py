@@ -17,7 +17,7 @@ from epbackend.device import get_device
 from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard, LoadReport
 from epbackend.engines.lmdeploy.load_writer import LoadWriter
 from epbackend.engines.lmdeploy.patching import Patches, check_version
-from epbackend.engines.placement import finished_placement, pack, unpack, warm_splits
+from epbackend.engines.placement import finished_placement, from_env, to_env, warm_splits
 from epbackend.errors import ConfigError, EPError, UnavailableError
 from epbackend.placement.placement import Placement
 
@@ -103,7 +103,7 @@ def enable_worker() -> None:
         packed = os.environ.get(PLACEMENT_VARIABLE)
         config = EPConfig.from_json(os.environ[CONFIG_VARIABLE])
         warm_splits(config)
-        _switch_on(config, unpack(packed) if packed else None, worker=True)
+        _switch_on(config, from_env(packed) if packed else None, worker=True)
 
 
 def disable() -> None:
@@ -158,7 +158,7 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
     plug = _Plug(config, device, placement)
     try:
         plug.set_environment(CONFIG_VARIABLE, config.to_json())
-        plug.set_environment(PLACEMENT_VARIABLE, pack(placement) if placement else "")
+        plug.set_environment(PLACEMENT_VARIABLE, to_env(placement) if placement else "")
         # Workers write to their starter's board, and so do the engines of one deployment. Any other process that
         # finds one in its environment only happens to be started from a process with an engine.
         if BOARD_VARIABLE not in os.environ or not (worker or config.engine.dp > 1):
