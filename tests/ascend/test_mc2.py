@@ -11,9 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from epbackend.dispatch.base import DispatchSettings
-from tests.contract.test_int8 import layer_is_close, quantized
-from tests.contract.test_layer import REPLICAS, SHUFFLED, SPLITS, UNEVEN, UNEVEN_CUTS, relu_product, uneven
-from tests.helpers.layer_case import Case, layer_equals_dense
+from tests.helpers.int8_layer import layer_is_close, quantized
+from tests.helpers.layer_case import (
+    REPLICAS,
+    SHUFFLED,
+    SPLITS,
+    UNEVEN,
+    UNEVEN_CUTS,
+    Case,
+    layer_equals_dense,
+    relu_product,
+    uneven,
+)
 
 MC2 = DispatchSettings(level=2, dispatcher="mc2", max_tokens=16)
 HIDDEN = 1024  # the least that A3 takes

@@ -8,9 +8,9 @@ import torch
 from epbackend.kernels import ExpertWeights, int8
 from epbackend.kernels.npu import kernels, ops
 from epbackend.kernels.npu.kernels import NpuKernels
-from tests.contract.test_int8 import close, quantized, whole
-from tests.contract.test_layer import relu_product
 from tests.helpers.dense import dense_moe, swiglu
+from tests.helpers.int8_layer import close, quantized, whole
+from tests.helpers.layer_case import relu_product
 
 pytestmark = pytest.mark.ascend
 

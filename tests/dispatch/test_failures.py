@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 from dataclasses import replace
 
 import pytest
@@ -18,6 +17,7 @@ from epbackend.errors import CollectiveError
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
 from tests.helpers.patience import PATIENCE_S
+from tests.helpers.ranks import free_port
 
 SIZE, TIMEOUT_S = 3, 3.0
 LEVEL_1 = DispatchSettings(level=1, timeout_s=TIMEOUT_S)
@@ -46,12 +46,6 @@ def serve(rank: int, port: int, settings: DispatchSettings, victim: int, blow: i
         layer(*tokens)
     except CollectiveError as error:
         errors.put((rank, str(error)))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from epbackend.dispatch import watchdog
 from epbackend.dispatch.watchdog import Sentry, blame
-from tests.dispatch.test_failures import free_port
 from tests.helpers.patience import PATIENCE_S
+from tests.helpers.ranks import free_port
 
 SIZE, VICTIM, TIMEOUT_S = 3, 1, 2.0
 

@@ -16,8 +16,8 @@ from epbackend.errors import ConfigError
 from epbackend.models import resolve
 from epbackend.placement import Layout, Loads, Placement, plan
 from epbackend.placement.formats import write
-from tests.engines.test_greedy import GREEDY, config
 from tests.helpers.engine_models import greedy_tokens, prompts
+from tests.helpers.engines import GREEDY, config
 from tests.helpers.processes import engine_workers
 
 EXPERTS, LAYERS = 32, 4

@@ -6,8 +6,8 @@ import pytest
 
 import epbackend
 from epbackend.errors import WorkerError
-from tests.engines.test_greedy import GREEDY, config
 from tests.helpers.engine_models import NEW_TOKENS, prompts
+from tests.helpers.engines import GREEDY, config
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import GENERATE
 

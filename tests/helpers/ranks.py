@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import socket
 import sys
 import tempfile
 import traceback
@@ -28,6 +29,13 @@ from epbackend.dispatch.base import RankGroup
 from tests.helpers.patience import PATIENCE_S
 
 SIZES = (1, 2, 4)
+
+
+def free_port() -> int:
+    """A TCP port at which ranks that a test starts by itself can meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class RankPool:

@@ -14,7 +14,6 @@ from tests.helpers.virtual_ranks import run_virtual
 OPEN = DispatchSettings(level=2, dispatcher="symmetric")
 BOUNDED = DispatchSettings(level=2, dispatcher="symmetric", max_tokens=11)
 STATIC = DispatchSettings(level=2, dispatcher="symmetric", static=True, max_tokens=11)
-REPLICAS = (0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 0, 5)
 
 
 def tight(settings: DispatchSettings, scale: float) -> DispatchSettings:

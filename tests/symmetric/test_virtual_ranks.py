@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from epbackend.dispatch import symmetric
 from epbackend.dispatch.base import RankGroup
 from epbackend.errors import ConfigError
-from tests.helpers.layer_case import Case, layer_equals_dense
-from tests.helpers.symmetric_cases import BOUNDED, OPEN, REPLICAS, STATIC, run, tight
+from tests.helpers.layer_case import REPLICAS, Case, layer_equals_dense
+from tests.helpers.symmetric_cases import BOUNDED, OPEN, STATIC, run, tight
 from tests.helpers.virtual_ranks import run_virtual
 
 pytestmark = pytest.mark.cuda
