@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from epbackend.dispatch.base import DispatchSettings
-from tests.helpers.int8_layer import layer_is_close, quantized
 from tests.helpers.layer_case import (
     REPLICAS,
     SHUFFLED,
@@ -19,10 +18,12 @@ from tests.helpers.layer_case import (
     UNEVEN,
     UNEVEN_CUTS,
     Case,
+    assert_each_choice_computed_once,
     layer_equals_dense,
     relu_product,
     uneven,
 )
+from tests.helpers.quantized_layer import INT8, layer_is_near
 
 MC2 = DispatchSettings(level=2, dispatcher="mc2", max_tokens=16)
 HIDDEN = 1024  # the least that A3 takes
@@ -37,9 +38,7 @@ def run(ranks, npu):
     def run(case: Case) -> None:
         seen = ranks.run(case.size, layer_equals_dense, replace(case, device="ascend", hidden=HIDDEN))
         assert {rank.dispatcher for rank in seen} == {"mc2"}
-        computed = torch.tensor([rank.tokens_E for rank in seen]).sum(0)
-        chosen = torch.tensor([rank.chosen_E for rank in seen[:: case.token_size]]).sum(0)
-        assert torch.equal(computed, chosen)
+        assert_each_choice_computed_once(seen, case.token_size)
 
     return run
 
@@ -81,10 +80,10 @@ def bfloat16(weights_EXX: torch.Tensor, place: torch.device) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("transport", ["full", "int8"])
-@pytest.mark.parametrize("form", [quantized, bfloat16], ids=["W8A8", "bfloat16"])
+@pytest.mark.parametrize("form", [INT8, replace(INT8, quantize=bfloat16)], ids=["W8A8", "bfloat16"])
 def test_int8_experts_and_int8_rows(ranks, npu, size, transport, form):
     settings = replace(MC2, transport=transport)
-    ranks.run(size, layer_is_close, settings, REPLICAS, "ascend", HIDDEN, form)
+    ranks.run(size, layer_is_near, settings, REPLICAS, "ascend", replace(form, hidden=HIDDEN))
 
 
 @st.composite

@@ -9,8 +9,8 @@ from epbackend.kernels import ExpertWeights, int8
 from epbackend.kernels.npu import kernels, ops
 from epbackend.kernels.npu.kernels import NpuKernels
 from tests.helpers.dense import dense_moe, swiglu
-from tests.helpers.int8_layer import close, quantized, whole
 from tests.helpers.layer_case import relu_product
+from tests.helpers.quantized_layer import INT8, assert_near, int8_matrices, int8_weights
 
 pytestmark = pytest.mark.ascend
 
@@ -24,7 +24,7 @@ def experts(form, hidden: int, width: int) -> tuple[ExpertWeights, list[torch.Te
     return ExpertWeights(*packed), matrices
 
 
-@pytest.mark.parametrize("form", [quantized, whole], ids=["one by one", "whole"])
+@pytest.mark.parametrize("form", [int8_matrices, int8_weights], ids=["one by one", "whole"])
 @pytest.mark.parametrize(
     ("hidden", "width", "layout"),
     [(64, 64, kernels.Tiled), (40, 64, int8.Int8Weights), (40, 40, int8.Int8Weights)],
@@ -43,7 +43,7 @@ def test_rows_that_come_quantized(npu, form, hidden, width, layout, activation):
     slot_S1 = torch.repeat_interleave(torch.arange(SLOTS), counts_L.cpu()).unsqueeze(1)
     ones_S1 = torch.ones(6, 1)
     dense = dense_moe(rows_SD[:6], slot_S1, ones_S1, *matrices, activation=activation or swiglu)
-    close(out_SD[:6].cpu(), dense)
+    assert_near(out_SD[:6].cpu(), dense, INT8)
 
 
 def test_float_experts_dequantize_them(npu):
@@ -61,7 +61,7 @@ def test_a_call_asks_nothing_twice(npu):
 
     if npu == REAL:
         pytest.skip("only the emulation notes its calls")
-    weights, _ = experts(quantized, D, 64)
+    weights, _ = experts(int8_matrices, D, 64)
     rows = int8.Int8Rows(*(each.npu() for each in int8.quantize_rows(torch.randn(7, D))), torch.bfloat16)
     registry.calls.clear()
     NpuKernels().expert_mlp(rows, torch.tensor(COUNTS).npu(), weights)

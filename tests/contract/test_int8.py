@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from epbackend.dispatch.base import DispatchSettings
 from epbackend.kernels import ExpertWeights, int8
 from tests.helpers.dense import dense_moe
-from tests.helpers.int8_layer import D, E, close, layer_is_close, quantized, whole
 from tests.helpers.layer_case import REPLICAS
+from tests.helpers.quantized_layer import INT8, E, assert_near, int8_matrices, int8_weights, layer_is_near
 
+D = INT8.hidden
 WAYS = {
     "level1": DispatchSettings(level=1),
     "level2": DispatchSettings(level=2),
@@ -34,23 +37,26 @@ def test_quantized_rows_are_within_half_a_step():
 def test_experts(kernels, device, dtype, width, slots):
     place = device.torch_device(0)
     gate_up_L2FD, down_LDF = torch.randn(slots, 2 * width, D) / 8, torch.randn(slots, D, width) / 8
-    packed = [kernels.pack(quantized(weights, place)) for weights in (gate_up_L2FD, down_LDF)]
+    packed = [kernels.pack(int8_matrices(weights, place)) for weights in (gate_up_L2FD, down_LDF)]
     counts_L = torch.tensor([4, 0, 2][:slots])
     rows_SD = torch.randn(7, D).to(dtype)
     out_SD = kernels.expert_mlp(rows_SD.to(place), counts_L.to(place), ExpertWeights(*packed)).cpu()
     assert out_SD.dtype == dtype
     rows = int(counts_L.sum())
     slot_S1 = torch.repeat_interleave(torch.arange(slots), counts_L).unsqueeze(1)
-    close(out_SD[:rows], dense_moe(rows_SD[:rows], slot_S1, torch.ones(rows, 1), gate_up_L2FD, down_LDF))
+    dense_SD = dense_moe(rows_SD[:rows], slot_S1, torch.ones(rows, 1), gate_up_L2FD, down_LDF)
+    assert_near(out_SD[:rows], dense_SD, INT8)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("slots", [tuple(range(E)), REPLICAS], ids=["uniform", "replicas"])
 def test_layer(ranks, device, way, size, slots):
-    ranks.run(size, layer_is_close, WAYS[way], slots, device.name)
+    ranks.run(size, layer_is_near, WAYS[way], slots, device.name)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_layer_of_whole_weights(ranks, device, size):
-    ranks.run(size, layer_is_close, WAYS["level1"], REPLICAS, device.name, D, whole)
+    ranks.run(
+        size, layer_is_near, WAYS["level1"], REPLICAS, device.name, replace(INT8, quantize=int8_weights)
+    )

@@ -22,6 +22,7 @@ from tests.helpers.layer_case import (
     UNEVEN_CUTS,
     Case,
     Seen,
+    assert_each_choice_computed_once,
     layer_equals_dense,
     relu_product,
     uneven,
@@ -41,9 +42,7 @@ def run(ranks, device):
 
     def run(case: Case) -> list[Seen]:
         seen = ranks.run(case.size, layer_equals_dense, replace(case, device=device.name))
-        computed = torch.tensor([rank.tokens_E for rank in seen]).sum(0)
-        chosen = torch.tensor([rank.chosen_E for rank in seen[:: case.token_size]]).sum(0)
-        assert torch.equal(computed, chosen)
+        assert_each_choice_computed_once(seen, case.token_size)
         return seen
 
     return run

@@ -143,6 +143,13 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
     )
 
 
+def assert_each_choice_computed_once(seen: list[Seen], token_size: int = 1) -> None:
+    """`seen` is what the ranks of a layer saw, of which `token_size` in a row hold the same tokens."""
+    computed_E = torch.tensor([rank.tokens_E for rank in seen]).sum(0)
+    chosen_E = torch.tensor([rank.chosen_E for rank in seen[::token_size]]).sum(0)
+    assert torch.equal(computed_E, chosen_E)
+
+
 def place_of(device: Device, rank: int) -> torch.device:
     """Ranks share the GPUs that there are: gloo joins them, which NCCL would not do on one."""
     gpus = torch.cuda.device_count() if device.name == "cuda" else 0
