@@ -1,7 +1,4 @@
-"""The CUDA plug: LMDeploy's own modules with our operators, in Triton's interpreter or on GPUs.
-
-`tests/cuda/test_interpreter.py` runs these tests where there is no GPU.
-"""
+"""The CUDA plug: LMDeploy's own modules with our operators, in Triton's interpreter (TRITON_INTERPRET=1) or on GPUs."""
 
 from __future__ import annotations
 

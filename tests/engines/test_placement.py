@@ -70,15 +70,13 @@ PLACEMENTS = {
 }
 QWEN, DEEPSEEK = DENSE
 CASES = [
-    (QWEN, 2, 1, "refined", "level"),
-    (QWEN, 2, 2, "eplb", {"prefill": "level", "decode": "nearest"}),
-    (QWEN, 4, 2, "omni-uneven", "level"),
-    (DEEPSEEK, 2, 2, "duplicates", "level"),
-    (DEEPSEEK, 2, 1, "lplb", "even"),
-    (DEEPSEEK, 2, 1, "incremental", "nearest"),
+    (QWEN, 2, 1, ["refined", "eplb", "lplb", "duplicates"], {"prefill": "level", "decode": "nearest"}),
+    (QWEN, 4, 2, ["omni-uneven", "omni-uneven", "duplicates", "eplb"], "level"),
+    (DEEPSEEK, 2, 2, ["eplb", "duplicates", "lplb", "incremental"], {"prefill": "even", "decode": "level"}),
 ]
+"""The placement of each layer: they have nothing to do with one another, so that one engine shows several."""
 RARER = [
-    (model, ranks, level, placement, split)
+    (model, ranks, level, [placement] * LAYERS, split)
     for model in DENSE
     for ranks in (2, 4)
     for placement, level, split in [
@@ -103,11 +101,12 @@ def answer(model: str, settings: EPConfig) -> tuple[list[list[int]], Any]:
 
 
 @pytest.mark.parametrize(
-    ("model", "ranks", "level", "placement", "split"),
+    ("model", "ranks", "level", "placements", "split"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in RARER)],
 )
-def test_tokens_of_every_placement_and_split(model, ranks, level, placement, split, tmp_path):
-    placed = PLACEMENTS[placement](model, ranks)
+def test_tokens_of_every_placement_and_split(model, ranks, level, placements, split, tmp_path):
+    whole = {name: PLACEMENTS[name](model, ranks) for name in set(placements)}
+    placed = Placement(tuple(whole[name].layers[layer] for layer, name in enumerate(placements)))
     (tmp_path / "placement.json").write_text(placed.to_json())
     section = {"file": str(tmp_path / "placement.json"), "split": split}
     tokens, load = answer(model, config(FLOAT32, ep_size=ranks, ep_level=level, placement=section))
