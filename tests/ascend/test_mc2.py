@@ -47,7 +47,7 @@ def run(ranks, npu):
 @pytest.mark.parametrize(
     "slots", [tuple(range(8)), REPLICAS, SHUFFLED], ids=["uniform", "replicas", "shuffled"]
 )
-def test_uneven_and_empty_ranks(run, size, token_size, slots):
+def test_replicas_on_uneven_and_empty_ranks(run, size, token_size, slots):
     run(Case(size, uneven(size // token_size), MC2, token_size, slots, dtype=torch.bfloat16))
 
 

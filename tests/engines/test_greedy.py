@@ -100,7 +100,7 @@ def test_forced_passes_and_rounds_lose_nothing(level, forced, counted, checkpoin
     assert getattr(load, counted) > 1
 
 
-def test_streaming_and_seeds(checkpoint, reference):
+def test_streamed_parts_and_seeded_samples_are_reproducible(checkpoint, reference):
     """One rank, in this process: parts come one by one, and a seed draws the same tokens again in any company."""
     texts = prompts()[:4]
     with epbackend.pipeline(str(checkpoint("qwen3-moe")), config()) as pipe:

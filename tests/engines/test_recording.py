@@ -46,14 +46,14 @@ def test_the_file_is_what_planners_read(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["loads.json"]
 
 
-def test_nothing_to_record(tmp_path):
+def test_recording_without_a_token_fails_and_writes_nothing(tmp_path):
     file = Recording.of(tmp_path / "loads.json", resolve("tiny-deepseek-v3"), ep_size=2)
     with pytest.raises(EPError, match="no expert has had a token"):
         file.write(report(np.zeros((2, 3, 32), dtype=np.int64)))
     assert not file.path.exists()
 
 
-def test_a_file_that_cannot_be_is_refused_before_anything_runs(tmp_path):
+def test_a_path_that_cannot_be_written_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match=r"record: .*nowhere.* cannot be written"):
         Recording.of(tmp_path / "nowhere" / "loads.json", resolve("tiny-deepseek-v3"), ep_size=2)
 

@@ -36,7 +36,9 @@ if __name__ == "__main__":
     ],
     ids=["dp1-sigterm", "dp2-sigint", "dp1-sigkill"],
 )
-def test_serves_and_leaves_nothing(engine, ending, ready, checkpoint, reference, start_process):
+def test_a_server_answers_and_leaves_no_process_behind(
+    engine, ending, ready, checkpoint, reference, start_process
+):
     model, port = checkpoint("qwen3-moe"), free_port()
     settings = config(engine, ep_size=2, ep_level=2)
     running = start_process(SERVE, str(model), settings.to_json(), str(port), ready=ready)
