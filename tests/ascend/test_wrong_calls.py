@@ -141,7 +141,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_refused(name):
+def test_a_wrong_call_is_refused_by_the_emulation(name):
     call, message = WRONG[name]
     with pytest.raises(RuntimeError, match=message):
         call()
@@ -158,18 +158,18 @@ def test_refused(name):
         ),
     ],
 )
-def test_matrices(matrices, message):
+def test_matrices_that_npus_cannot_multiply_are_refused(matrices, message):
     with pytest.raises(ConfigError, match=message):
         NpuKernels().pack(matrices)
 
 
-def test_rows_of_int8_experts():
+def test_float32_rows_of_int8_experts_are_refused():
     packed = NpuKernels().pack([int8.Int8Matrix.of(torch.randn(8, 16))])
     with pytest.raises(ConfigError, match=r"not torch\.float32; set engine.dtype: bfloat16"):
         NpuKernels().grouped_matmul(npu_tensor(4, 16, dtype=FLOAT32), packed, npu_tensor(1, dtype=INT64))
 
 
-def test_biases_of_int8_experts():
+def test_biases_of_int8_experts_are_refused():
     kernels = NpuKernels()
     weights = [int8.Int8Matrix.of(torch.randn(8, 16)) for _ in range(2)]
     packed = kernels.pack([int8.Int8Matrix(each.values_NK.npu(), each.scale_N.npu()) for each in weights])

@@ -20,8 +20,8 @@ from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.dispatch.watchdog import watch
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
-from tests.dispatch.test_failures import free_port
 from tests.helpers.dense import dense_moe, tolerance
+from tests.helpers.ranks import free_port
 
 pytestmark = [
     pytest.mark.cuda,

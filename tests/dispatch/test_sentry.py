@@ -5,7 +5,6 @@ There is no GPU here: the marks are those of a gloo collective that nobody waits
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -16,8 +15,8 @@ import torch.distributed as dist
 
 from epbackend.dispatch import watchdog
 from epbackend.dispatch.watchdog import Sentry, blame
-from tests.dispatch.test_failures import free_port
 from tests.helpers.patience import PATIENCE_S
+from tests.helpers.ranks import forking, free_port
 
 SIZE, VICTIM, TIMEOUT_S = 3, 1, 2.0
 
@@ -120,9 +119,9 @@ def serve(rank: int, port: int, lines) -> None:
 
 
 def test_a_stopped_rank_is_named_and_the_others_end():
-    spawn = multiprocessing.get_context("spawn")
-    lines, port = spawn.SimpleQueue(), free_port()  # its `put` returns when the line is sent
-    ranks = [spawn.Process(target=serve, args=(rank, port, lines), daemon=True) for rank in range(SIZE)]
+    context = forking()
+    lines, port = context.SimpleQueue(), free_port()  # its `put` returns when the line is sent
+    ranks = [context.Process(target=serve, args=(rank, port, lines), daemon=True) for rank in range(SIZE)]
     for process in ranks:
         process.start()
     try:

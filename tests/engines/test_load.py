@@ -81,7 +81,7 @@ def board(monkeypatch, watching):
         board.remove()
 
 
-def test_counters_of_two_ranks_and_two_layers(board, watching):
+def test_report_has_the_counters_of_each_rank_and_layer(board, watching):
     for rank in (0, 1):
         layers = {index: Layer([rank, index, 5], rank + 1, index) for index in (1, 3)}
         writer = watching(rank, layers)
@@ -111,7 +111,7 @@ def test_since_subtracts_and_a_report_does_not_change(board, watching):
     assert np.array_equal(first.since(nothing).tokens_RLE, first.tokens_RLE)
 
 
-def test_a_model_that_replaces_another_is_counted_anew(board, watching):
+def test_a_model_that_replaces_another_starts_at_zero(board, watching):
     first = Layer([6, 6])
     writer = watching(0, {0: first})
     writer.step()
@@ -295,7 +295,7 @@ def test_imbalance_is_the_busiest_rank_over_the_mean():
     assert report(np.zeros((2, 0, 0), dtype=np.int64), ()).imbalance_L.size == 0
 
 
-def test_steps_are_looked_at_one_by_one(board, watching):
+def test_step_imbalance_is_taken_step_by_step(board, watching):
     """Two ranks that are busy in turn are level over the run, and twice as busy as need be in each step."""
     layers = [Layer([0]), Layer([0])]
     writers = [watching(rank, {0: layer}) for rank, layer in enumerate(layers)]
@@ -319,14 +319,14 @@ def test_steps_of_a_rank_that_is_behind_are_left_out(board, watching):
     assert board.report().step_imbalance_L == pytest.approx([2 / 1.5])
 
 
-def test_loads_are_those_of_the_model():
+def test_loads_add_up_replicas_and_count_shards_once():
     """Replicas of an expert add up, layers without experts are there, and shards of an expert count once."""
     both = report([[[3, 0], [1, 1]], [[4, 1], [0, 2]]], (1, 3))
     assert both.loads_LE(4, ep_size=2).tolist() == [[0, 0], [7, 1], [0, 0], [1, 3]]
     assert both.loads_LE(4, ep_size=1).tolist() == [[0, 0], [3, 0], [0, 0], [1, 1]]
 
 
-def test_last_words_cross_processes(board):
+def test_the_error_of_a_worker_is_read_by_its_parent(board):
     process = multiprocessing.get_context("spawn").Process(
         target=load.record_error, args=(1, "no such weight: ö")
     )
@@ -338,7 +338,7 @@ def test_last_words_cross_processes(board):
     assert (Path("/dev/shm") / board._memory.name).exists()
 
 
-def test_removed_board_is_gone(board):
+def test_a_removed_board_leaves_no_shared_memory(board):
     path = Path("/dev/shm") / board._memory.name
     assert path.exists()
     board.remove()
@@ -354,6 +354,6 @@ def test_without_a_board_nothing_is_written(monkeypatch, watching):
 
 
 @pytest.mark.parametrize(("index", "experts"), [(MAX_LAYERS, 8), (0, MAX_EXPERTS + 1)])
-def test_what_the_board_cannot_hold_is_refused(index, experts):
+def test_layers_and_experts_beyond_the_board_are_refused(index, experts):
     with pytest.raises(EPError, match=f"{MAX_LAYERS} layers of {MAX_EXPERTS} experts"):
         load.check_room(index, experts)

@@ -21,6 +21,23 @@ from epbackend.replica_split import SlotMap
 from tests.helpers.dense import dense_moe, swiglu, tolerance
 
 D, F = 12, 10
+SPLITS = ("even", "nearest", "level")
+# The expert in each slot: in order, with replicas of experts 0, 3 and 5; in no order; 13 slots, for unequal ranks.
+REPLICAS = (0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 0, 5)
+SHUFFLED = (5, 5, 2, 0, 7, 1, 5, 4, 6, 3, 5, 2)
+UNEVEN = (0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 5, 0)
+UNEVEN_CUTS = {1: (13,), 2: (9, 4), 4: (5, 1, 4, 3)}
+"""Slots of each rank that has a part of UNEVEN, by the number of ranks."""
+
+
+def uneven(groups: int) -> tuple[int, ...]:
+    """Tokens of each group of ranks, one of them without any."""
+    return (7, 0, 11, 3)[:groups]
+
+
+def relu_product(rows_S2F: Tensor) -> Tensor:
+    """A gate that is not SwiGLU, with its halves interleaved."""
+    return rows_S2F[..., ::2].relu() * rows_S2F[..., 1::2]
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,13 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
         load.tokens_E.tolist(),
         chosen,
     )
+
+
+def assert_each_choice_computed_once(seen: list[Seen], token_size: int = 1) -> None:
+    """`seen` is what the ranks of a layer saw, of which `token_size` in a row hold the same tokens."""
+    computed_E = torch.tensor([rank.tokens_E for rank in seen]).sum(0)
+    chosen_E = torch.tensor([rank.chosen_E for rank in seen[::token_size]]).sum(0)
+    assert torch.equal(computed_E, chosen_E)
 
 
 def place_of(device: Device, rank: int) -> torch.device:

@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from epbackend.dispatch import symmetric
+from epbackend.dispatch import symmetric_memory
 from epbackend.dispatch.base import RankGroup
 from epbackend.errors import ConfigError
-from tests.helpers.layer_case import Case, layer_equals_dense
-from tests.helpers.symmetric_cases import BOUNDED, OPEN, REPLICAS, STATIC, run, tight
+from tests.helpers.layer_case import REPLICAS, Case, layer_equals_dense
+from tests.helpers.symmetric_cases import BOUNDED, OPEN, STATIC, run, tight
 from tests.helpers.virtual_ranks import run_virtual
 
 pytestmark = pytest.mark.cuda
@@ -49,7 +49,7 @@ def test_one_layer_after_the_other_in_the_same_buffers(place_of, order, settings
 
 
 def test_calls_longer_than_the_window_go_in_parts(place_of, monkeypatch):
-    monkeypatch.setattr(symmetric, "OPEN_TOKENS", 4)
+    monkeypatch.setattr(symmetric_memory, "OPEN_TOKENS", 4)
     assert {rank.batches for rank in run(Case(2, (11, 3), tight(OPEN, 2.0)), place_of)} == {3}
 
 
