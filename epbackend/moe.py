@@ -32,9 +32,9 @@ from epbackend.dispatch.watchdog import watch
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.weight_formats import Matrices, outputs
+from epbackend.names import PHASES
 from epbackend.replica_split import SlotMap, TokenSplit
 
-PHASES = ("prefill", "decode")
 Value = TypeVar("Value")
 
 

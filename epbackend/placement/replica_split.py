@@ -40,6 +40,7 @@ from functools import lru_cache
 import numpy as np
 
 from epbackend.errors import ConfigError, did_you_mean
+from epbackend.names import SPLITS
 from epbackend.placement.placement import Layout
 
 __all__ = [
@@ -197,7 +198,6 @@ def assign(topk_ids_TK: np.ndarray, quota_P: np.ndarray, layout: Layout) -> np.n
     return slot_ids_S.reshape(np.shape(topk_ids_TK))
 
 
-SPLITS = ("even", "nearest", "level")
 WHOLE = 2**32
 """Whole tokens that stand for the load of a layer, so that splitting them is as good as splitting a real number."""
 

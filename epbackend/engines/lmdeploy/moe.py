@@ -22,7 +22,8 @@ from epbackend.engines.lmdeploy.load import check_room
 from epbackend.engines.lmdeploy.plug import active
 from epbackend.errors import ConfigError, EPError
 from epbackend.kernels.weight_formats import Matrices
-from epbackend.moe import PHASES, ExpertParallelMoE
+from epbackend.moe import ExpertParallelMoE
+from epbackend.names import PHASES
 from epbackend.placement.placement import Placement
 from epbackend.replica_split import SlotMap
 
