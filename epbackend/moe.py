@@ -184,7 +184,7 @@ class ExpertParallelMoE:
 
 def _by_phase(name: str, value: Value | Mapping[str, Value]) -> Mapping[str, Value]:
     """One value for each phase, from one for all or one for each."""
-    found = value if isinstance(value, Mapping) else dict.fromkeys(PHASES, value)
+    found: Mapping[str, Value] = value if isinstance(value, Mapping) else dict.fromkeys(PHASES, value)
     if set(found) != set(PHASES):
         raise ConfigError(f"{name}: needed for {' and '.join(PHASES)}, not for {sorted(found)}")
     return found

@@ -38,8 +38,8 @@ AUTO = "auto"
 class NameTable:
     """The names of one kind of plugin, and what they stand for."""
 
-    what: str
-    """The kind, as errors call it."""
+    kind: str
+    """How errors introduce a name."""
     group: str
     """The entry point group by which other packages add names."""
     built_in: Mapping[str, str]
@@ -62,13 +62,13 @@ class NameTable:
         if not points:
             known = self.names()
             hint = did_you_mean(str(name), known)
-            raise ConfigError(f"{self.what}: {name!r} is unknown{hint}; known are {', '.join(known)}")
+            raise ConfigError(f"{self.kind} {name!r} is unknown{hint}; known are {', '.join(known)}")
         (point, *_) = points
         try:
             return point.load()
         except Exception as error:  # a package may raise anything when it is imported
             raise UnavailableError(
-                f"{self.what}: {name!r} of {point.value} does not load: {error}; repair or remove that package"
+                f"{self.kind} {name!r} of {point.value} does not load: {error}; repair or remove that package"
             ) from error
 
 
@@ -83,7 +83,7 @@ DEVICES = NameTable(
 )
 
 PLANNERS = NameTable(
-    "algorithm",
+    "algorithm:",
     "epbackend.planners",
     {
         "refined": "epbackend.placement.planners.refined:plan_layers",

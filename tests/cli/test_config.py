@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from epbackend.cli import app
 from epbackend.config import EPConfig
-from epbackend.config.reference import settings
+from epbackend.config.docs import settings
 
 
 @pytest.fixture

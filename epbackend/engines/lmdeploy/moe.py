@@ -46,7 +46,7 @@ class LayerExperts:
             "prefill": config.dispatch_settings("prefill"),
             "decode": _bounded(config.dispatch_settings("decode")),
         }
-        self.split = {phase: config.placement.split_of(phase) for phase in PHASES}
+        self.split: dict[str, str] = {phase: config.placement.split_of(phase) for phase in PHASES}
         self.gate_up_bias: Tensor | None = None
         self.down_bias: Tensor | None = None
         self.activation: Callable[[Tensor], Tensor] | None = None
