@@ -60,7 +60,7 @@ def test_defaults_are_those_of_the_data_path():
     assert (config.ep_size, config.world_size, config.attn_tp) == (1, 1, 1)
 
 
-def test_each_phase_has_its_level():
+def test_ep_level_can_differ_between_phases():
     config = EPConfig.load({"ep_size": 2, "ep_level": {"prefill": 2, "decode": 1}})
     assert config.ep_level == PhaseLevels(prefill=2, decode=1)
     assert (config.level("prefill"), config.level("decode")) == (2, 1)
@@ -111,7 +111,7 @@ def test_decode_is_static_where_graphs_are_captured(settings, static):
     assert config.dispatch_settings("prefill").static is False
 
 
-def test_each_phase_has_its_split():
+def test_split_can_differ_between_phases():
     both = EPConfig.load({"ep_size": 2, "placement": {"file": "x", "split": "level"}}).placement
     assert (both.split_of("prefill"), both.split_of("decode"), both.given) == ("level", "level", True)
     split = {"prefill": "level", "decode": "nearest"}
@@ -170,7 +170,7 @@ def test_settings_with_effect_do_not_warn(mapping):
         EPConfig.load(mapping)
 
 
-def test_kernels_are_those_of_the_devices():
+def test_kernel_names_are_those_of_the_devices():
     from epbackend.config.checks import CUDA_KERNELS
     from epbackend.device import devices
 
