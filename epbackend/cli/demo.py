@@ -1,4 +1,4 @@
-"""`epbackend demo`: the main job in a minute, checked against Hugging Face transformers, then with experts placed."""
+"""`epbackend demo`: answers from experts in several processes, checked token by token; then with experts placed."""
 
 import time
 from collections.abc import Sequence
