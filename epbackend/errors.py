@@ -20,14 +20,18 @@ class UnavailableError(EPError):
 
 
 class CollectiveError(EPError):
-    """A collective that failed or timed out; names the collective and the ranks that did not answer."""
+    """A collective that failed or timed out; names it and the ranks that did not answer."""
 
 
 class WorkerError(EPError):
-    """A process of the engine that ended although nobody had asked it to; names its rank."""
+    """A process of the engine that ended unexpectedly; names its rank."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`", did you mean 'x'?"` for the closest known name, or nothing."""
+    """A hint at the closest known name, or an empty text.
+
+    >>> did_you_mean("alltoal", ["allgather", "alltoall"])
+    ", did you mean 'alltoall'?"
+    """
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else ""

@@ -32,9 +32,9 @@ from epbackend.dispatch.watchdog import watch
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.weight_formats import Matrices, outputs
+from epbackend.names import PHASES
 from epbackend.replica_split import SlotMap, TokenSplit
 
-PHASES = ("prefill", "decode")
 Value = TypeVar("Value")
 
 
@@ -196,7 +196,7 @@ class ExpertParallelMoE:
 
 def _by_phase(name: str, value: Value | Mapping[str, Value]) -> Mapping[str, Value]:
     """One value for each phase, from one for all or one for each."""
-    found = value if isinstance(value, Mapping) else dict.fromkeys(PHASES, value)
+    found: Mapping[str, Value] = value if isinstance(value, Mapping) else dict.fromkeys(PHASES, value)
     if set(found) != set(PHASES):
         raise ConfigError(f"{name}: needed for {' and '.join(PHASES)}, not for {sorted(found)}")
     return found

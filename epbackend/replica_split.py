@@ -25,8 +25,8 @@ from epbackend.dispatch.collectives import Collectives
 from epbackend.errors import ConfigError
 from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
+from epbackend.names import SPLITS
 from epbackend.placement.placement import Layout
-from epbackend.placement.replica_split import SPLITS
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ COMMANDS = {
     "generate": "Continue a prompt.",
     "chat": "Talk with a model.",
     "serve": "Serve a model by LMDeploy's OpenAI-compatible server.",
-    "record": "Answer prompts and write down what the experts did, to plan on.",
+    "record": "Answer prompts and record what the experts did, to plan on.",
     "plan": "Decide where the experts live, from recorded loads.",
     "compare": "All planning algorithms and token splits beside each other.",
     "show": "What a placement does to the load of each rank.",
@@ -29,7 +29,7 @@ COMMANDS = {
     "doctor": "What this machine can do, and what it lacks.",
     "config": "Check, show and describe configurations.",
 }
-"""Each lives in the module of its name: as a function of that name, or as `app` if it has commands of its own."""
+"""Each is a module of that name, with a function of that name, or with `app` if it has commands of its own."""
 
 
 class Commands(TyperGroup):
@@ -64,7 +64,7 @@ def _load(name: str) -> Any:
 
 
 def _listed() -> None:
-    """Stands for a command in the list, until it is called."""
+    """Stands for every command until its module is loaded."""
 
 
 app = typer.Typer(

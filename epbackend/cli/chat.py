@@ -17,7 +17,7 @@ def chat(
     settings = load_config(config)
     messages: list[dict[str, str]] = []
     with running(model, settings) as pipe:
-        console.print("[dim]an empty line or Ctrl-D ends, /new starts afresh[/dim]")
+        console.print("[dim]an empty line or Ctrl-D ends, /new starts over[/dim]")
         while (text := _read()) != "":
             if text == "/new":
                 messages.clear()

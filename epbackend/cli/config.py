@@ -11,7 +11,7 @@ from rich.table import Table
 
 from epbackend.cli.output import console, read_config, say
 from epbackend.config import EPConfig
-from epbackend.config.reference import json_schema, settings, values
+from epbackend.config.docs import json_schema, settings, values
 
 app = typer.Typer(no_args_is_help=True, help="Check, show and describe configurations.")
 

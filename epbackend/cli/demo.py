@@ -1,22 +1,16 @@
-"""`epbackend demo`: the main job in a minute, checked against Hugging Face transformers, then with experts placed."""
+"""`epbackend demo`: answers from experts in several processes, checked token by token; then with experts placed."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from epbackend.cli.loads import (
-    facts,
-    imbalance,
-    imbalance_in_words,
-    print_load,
-    save_comparison,
-    save_heat_map,
-)
+from epbackend.cli.loads import facts, imbalance, imbalance_in_words, print_load
 from epbackend.cli.output import JsonOption, console, json_stdout
-from epbackend.cli.reference import greedy_tokens
+from epbackend.cli.pictures import save_imbalance, save_load
 from epbackend.cli.session import Answer, ask, running
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import LoadReport
@@ -82,10 +76,10 @@ def demo(
 
 
 def _demo(model: str, config: EPConfig, max_new_tokens: int, out: Path, *, talk: bool) -> dict[str, Any]:
-    """The demo's facts as one object; with `talk` shown as they come."""
+    """The demo's results as one object; with `talk` they are shown as they come."""
     start = time.perf_counter()
     run = _run(model, config, max_new_tokens, talk)
-    picture = save_heat_map(run.load, out / "expert-load.png", title=f"{model}, {config.ep_size} ranks")
+    picture = save_load(run.load, out / "expert-load.png", title=f"{model}, {config.ep_size} ranks")
     expected = greedy_tokens(resolve(model), PROMPTS, max_new_tokens)
     identical = run.token_ids == expected
     if talk:
@@ -116,7 +110,7 @@ def _demo(model: str, config: EPConfig, max_new_tokens: int, out: Path, *, talk:
 def _placed(
     model: str, config: EPConfig, before: Run, max_new_tokens: int, out: Path, talk: bool
 ) -> dict[str, Any]:
-    """The same answers once more, from experts that live where the first run's loads say."""
+    """The same answers again, with experts placed by the loads of the first run."""
     from epbackend.engines.lmdeploy.recording import Recording
 
     recorded = out / "loads.json"
@@ -125,7 +119,7 @@ def _placed(
     placed = EPConfig.load({**SETTINGS, "ep_size": config.ep_size, "placement": placement})
     after = _run(model, placed, max_new_tokens, talk=False)
     identical = after.token_ids == before.token_ids
-    picture = save_comparison(
+    picture = save_imbalance(
         {"experts in order": before.load, "placed and levelled": after.load},
         out / "placement.png",
         title=f"{model}: {REDUNDANT_EXPERTS} replicas of busy experts, placed on {config.ep_size} ranks",
@@ -167,6 +161,33 @@ def _answer(pipe: Any, prompt: str, max_new_tokens: int, talk: bool) -> Answer:
     if talk:
         console.out("")
     return answer
+
+
+def greedy_tokens(model_path: str, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """Hugging Face transformers' own answers: the token ids that greedy float32 `generate` continues each prompt with.
+
+    Every answer has `max_new_tokens` ids: none ends the text early.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    tokens = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=max_new_tokens,  # what the engine does with ignore_eos
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        tokens.append(output[0, inputs.input_ids.shape[1] :].tolist())
+    return tokens
 
 
 def _count(token_ids: list[list[int]]) -> int:

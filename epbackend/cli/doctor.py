@@ -1,6 +1,7 @@
 """`epbackend doctor`: what this machine can do, and what it lacks for the rest."""
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,12 +10,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from epbackend.cli.choices import choices
 from epbackend.cli.output import JsonOption, console, json_stdout, read_config, say
-from epbackend.device import devices
-from epbackend.dispatch.choose import dispatchers
+from epbackend.device import devices, get_device
+from epbackend.dispatch.base import LayerSpec, RankGroup
+from epbackend.dispatch.choose import decide, dispatchers
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.errors import EPError
+from epbackend.names import PHASES, Phase
 
 if TYPE_CHECKING:
     from epbackend.config import EPConfig
@@ -32,7 +34,7 @@ NEEDED_FOR = {
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Option(help="Tell which dispatchers this configuration would get here.")
+        Path | None, typer.Option(help="Say which dispatchers this configuration would get here.")
     ] = None,
     ep_size: Annotated[int | None, typer.Option(min=1, help="The same for so many ranks.")] = None,
     level: Annotated[Literal["1", "2"], typer.Option(help="Their ep_level.")] = "1",
@@ -41,9 +43,9 @@ def doctor(
     top_k: Annotated[int, typer.Option(min=1, help="Of the model: experts of a token.")] = 8,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell of every device, dispatcher, engine and package: usable, or why not and what to install."""
+    """Report every device, dispatcher, engine and package: usable, or why not and what to install."""
     deployment = _deployment(config, ep_size, int(level), dp)
-    chosen = choices(deployment, experts, top_k) if deployment else None
+    chosen = _decisions(deployment, experts, top_k) if deployment else None
     if as_json:
         with json_stdout() as print_json:
             findings = examine()
@@ -52,22 +54,38 @@ def doctor(
         findings = examine()
         _show(findings)
         if chosen is not None:
-            _show_choices(chosen)
+            _show_decisions(chosen)
     if not any(device["usable"] for device in findings["devices"].values()):
         raise typer.Exit(1)
 
 
 def _deployment(config: Path | None, ep_size: int | None, level: int, dp: int) -> "EPConfig | None":
-    """What to choose dispatchers for, if that was asked."""
+    """The configuration to choose dispatchers for, if one was asked for."""
     if config is not None and ep_size is not None:
         raise typer.BadParameter("give a configuration or --ep-size, not both")
     if config is not None:
         return read_config(config)[0]
     if ep_size is None:
         return None
-    from epbackend.config import EPConfig  # needs pydantic, which the rest has not
+    from epbackend.config import EPConfig  # needs pydantic, which the rest does not
 
     return EPConfig.load({"ep_size": ep_size, "ep_level": level, "engine": {"dp": dp}})
+
+
+def _decisions(config: "EPConfig", experts: int, top_k: int) -> dict[str, dict[str, Any]]:
+    """For each phase a `Decision` as a mapping, or {"problem": why there is none}. No rank is started."""
+    return {phase: _decision(config, phase, experts, top_k) for phase in PHASES}
+
+
+def _decision(config: "EPConfig", phase: Phase, experts: int, top_k: int) -> dict[str, Any]:
+    ranks = RankGroup(None, 0, config.ep_size, None, 0, config.attn_tp if config.ep_size > 1 else 1)
+    try:
+        kernels = get_device(config.device).kernel_set(config.kernels)
+        slots = -(-experts // config.ep_size)
+        decision = decide(LayerSpec(ranks, kernels, config.dispatch_settings(phase), slots, top_k))
+    except EPError as error:
+        return {"problem": str(error)}
+    return asdict(decision)
 
 
 def examine() -> dict[str, Any]:
@@ -136,13 +154,13 @@ def _show(findings: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _show_choices(chosen: dict[str, dict[str, Any]]) -> None:
-    for phase, choice in chosen.items():
-        if "problem" in choice:
-            say(console, f"{phase}: {choice['spec']}", "yellow")
+def _show_decisions(chosen: dict[str, dict[str, Any]]) -> None:
+    for phase, decision in chosen.items():
+        if "problem" in decision:
+            say(console, f"{phase}: {decision['problem']}", "yellow")
             continue
-        say(console, f"{phase}: {choice['name']} ({choice['reason']})", "green")
-        for name, reason in choice["passed_over"]:
+        say(console, f"{phase}: {decision['name']} ({decision['reason']})", "green")
+        for name, reason in decision["passed_over"]:
             say(console, f"  not {name}: {reason}", "")
 
 

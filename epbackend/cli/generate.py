@@ -1,4 +1,4 @@
-"""`epbackend generate`: one prompt, one answer, and what the experts did for it."""
+"""`epbackend generate`: one prompt, one answer, and the load of the experts."""
 
 from typing import Annotated, Any
 

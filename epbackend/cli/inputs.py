@@ -1,4 +1,4 @@
-"""What the placement commands have in common: the loads and slots they are given, and the words for a placement."""
+"""What the placement commands share: their arguments, and how they describe a placement."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DenseOption = Annotated[
 
 
 def load_windows(names: list[str]) -> Loads:
-    """The windows of all files, and as many synthetic ones as the word is there, which come first."""
+    """The windows of all files; before them a synthetic one for each time that the word `synthetic` is given."""
     files = [name for name in names if name != SYNTHETIC]
     recorded = [read_loads(files)] if files else []
     if wanted := names.count(SYNTHETIC):
@@ -49,7 +49,14 @@ def load_windows(names: list[str]) -> Loads:
 
 
 def layer_numbers(text: str) -> tuple[int, ...]:
-    """`0-2,7` as (0, 1, 2, 7). Raises ConfigError for anything else."""
+    """The numbers in a text.
+
+    >>> layer_numbers("0-2,7")
+    (0, 1, 2, 7)
+
+    Raises:
+        ConfigError: the text is something else.
+    """
     numbers: list[int] = []
     for part in filter(None, text.split(",")):
         found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
@@ -63,24 +70,24 @@ def layer_numbers(text: str) -> tuple[int, ...]:
 
 
 def unplanned(loads: Loads, ranks: int) -> Placement:
-    """What there is before planning: experts in order, and replicas only where ranks would be empty."""
+    """The placement without planning: experts in order, and replicas only where ranks would be empty."""
     return Placement.even(loads.layers, loads.experts, ranks, max(loads.experts, ranks))
 
 
 def slots_in_words(placement: Placement) -> str:
-    """How many slots it has."""
+    """The number of slots, for people."""
     if placement.slots is None:
         return f"{sum(layer.slots for layer in placement.layers):,} slots over all layers"
     return f"{placement.slots} slots a layer"
 
 
 def algorithm_in_words(placement: Placement) -> str:
-    """What made it."""
+    """The algorithm that made the placement, for people."""
     algorithm = placement.provenance.algorithm
     return "experts in order" if algorithm == "even" else algorithm
 
 
 def described(placement: Placement) -> str:
-    """Its size."""
+    """The size of a placement, for people."""
     size = f"{len(placement.layers)} layers, {placement.experts} experts in {slots_in_words(placement)}"
     return f"{size} on {placement.ranks} ranks"

@@ -1,4 +1,7 @@
-"""Pictures of placements: one message each, legible on a slide, safe for colour-blind eyes."""
+"""Pictures of loads and placements: one message each, legible on a slide, safe for colour-blind eyes.
+
+E experts, R ranks, P slots of all ranks, Y layers.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,70 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+    from epbackend.engines.lmdeploy import LoadReport
     from epbackend.placement.compare import ScoreTable
 
 LABEL, TITLE = 13, 17
+"""Sizes of the letters, in points."""
+MOST_NUMBERS = 64
+"""Numbers that a heat map has room for."""
+LEAST_CELL = 4
+"""Points of the smallest cell of a heat map that has room for a line around it."""
 MARKS = {"even": ("#0072B2", "o"), "nearest": ("#E69F00", "s"), "level": ("#009E73", "D")}
 """Of the splits: colours of Okabe and Ito, which colour-blind eyes tell apart."""
 LEAST_PERCENT = 1e-3
-"""The logarithmic axis ends somewhere."""
+"""Where the logarithmic axis ends: it has no zero."""
+
+
+def save_load(load: LoadReport, path: Path, *, title: str) -> Path:
+    """What a run did: tokens of each expert and of each rank in each layer, over the layer's means."""
+    from matplotlib.figure import Figure
+
+    experts_YE, ranks_YR = load.tokens_RLE.sum(axis=0), load.tokens_RLE.sum(axis=2).T
+    layers, experts = experts_YE.shape
+    width = max(6.0, 0.3 * experts)
+    figure = Figure(figsize=(width + 3, max(2.6, 0.5 * layers + 1.4)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=(width, 3))
+    shown = {"expert": _over_mean(experts_YE), "rank": _over_mean(ranks_YR)}
+    highest = max(ratio_YX.max(initial=1.0) for ratio_YX in shown.values())
+    for axes, (what, ratio_YX) in zip(panels, shown.items(), strict=True):
+        image = axes.imshow(ratio_YX, aspect="auto", cmap="magma", vmin=0, vmax=highest)
+        axes.set_xlabel(what)
+    panels[0].set_yticks(range(layers), [str(layer) for layer in load.layers])
+    panels[0].set_ylabel("layer")
+    panels[1].set_xticks(range(ranks_YR.shape[1]))
+    if ranks_YR.size <= MOST_NUMBERS:
+        for (layer, rank), ratio in np.ndenumerate(shown["rank"]):
+            colour = "black" if ratio > 0.6 * highest else "white"
+            panels[1].text(rank, layer, f"{ratio:.2f}", color=colour, ha="center", va="center")
+    figure.suptitle(f"{title}: load of each expert and rank")
+    figure.colorbar(image, ax=panels.tolist(), label="tokens / mean of the layer")
+    return _save(figure, path, dpi=120)
+
+
+def save_imbalance(loads: dict[str, LoadReport], path: Path, *, title: str) -> Path:
+    """How far the busiest rank is above the mean in a step, layer by layer, in several runs of the same model."""
+    from matplotlib.figure import Figure
+
+    layers = next(iter(loads.values())).layers
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(loads)
+    for index, (name, load) in enumerate(loads.items()):
+        places = np.arange(len(layers)) + (index - (len(loads) - 1) / 2) * width
+        label = f"{name}: {load.step_imbalance_L.mean():.2f} times the mean"
+        bars = axes.bar(places, 100 * (load.step_imbalance_L - 1), width, label=label, color=f"C{1 - index}")
+        axes.bar_label(bars, fmt="%.0f%%", padding=2)
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set(xlabel="layer", ylabel="busiest rank of a step, above the mean (%)", title=title)
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _save(figure, path, dpi=120)
 
 
 def rank_loads_YR(placement: Placement, tokens_YE: np.ndarray) -> np.ndarray:
-    """The tokens of each rank in each layer, replicas sharing evenly; over the mean of the layer, float64 [L, R]."""
+    """Tokens of each rank in each layer over the mean of the layer (float64), where replicas share evenly."""
     loads_YR = np.array(
         [
             np.bincount(
@@ -39,12 +95,18 @@ def rank_loads_YR(placement: Placement, tokens_YE: np.ndarray) -> np.ndarray:
             for layer, tokens_E in zip(placement.layers, tokens_YE, strict=True)
         ]
     )
-    return loads_YR / np.maximum(loads_YR.mean(axis=1, keepdims=True), np.finfo(float).tiny)
+    return _over_mean(loads_YR)
+
+
+def _over_mean(tokens_YX: np.ndarray) -> np.ndarray:
+    """Every row over its mean; zeros stay zeros."""
+    return tokens_YX / np.maximum(tokens_YX.mean(axis=1, keepdims=True), np.finfo(float).tiny)
 
 
 def save_before_after(before: Placement, after: Placement, loads: Loads, path: Path) -> Path:
     """The load of each rank in each layer with experts, under two placements, on one scale of colours.
 
+    Yellow is the mean, so a balanced placement is a yellow field; lines between the cells show that it is drawn.
     Several windows are shown as their mixture.
     """
     from matplotlib.colors import LogNorm
@@ -54,14 +116,15 @@ def save_before_after(before: Placement, after: Placement, loads: Loads, path: P
     tokens_YE = loads.mixture_YE()
     loads_YR = [rank_loads_YR(each, tokens_YE)[layers] for each in (before, after)]
     busiest = [each_YR.max(axis=1) for each_YR in loads_YR]
-    # Symmetric about the mean: white is balanced, and what balancing did is seen at a glance.
+    # Symmetric about the mean, so that red is above it, blue below.
     furthest = max(1.05, float(np.quantile(busiest[0], 0.9)))
     norm = LogNorm(1 / furthest, furthest)
 
     figure = Figure(figsize=(13.3, 6.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, placement, each_YR, worst_Y in zip(panels, (before, after), loads_YR, busiest, strict=True):
-        image = axes.imshow(each_YR, aspect="auto", interpolation="nearest", cmap="RdBu_r", norm=norm)
+        image = axes.imshow(each_YR, aspect="auto", interpolation="nearest", cmap="RdYlBu_r", norm=norm)
+        _cell_lines(axes, figure, *each_YR.shape)
         found = f"busiest rank {_times(worst_Y.mean())} the mean, {_times(worst_Y.max())} in the worst layer"
         axes.set_title(f"{_name(placement)}\n{found}", fontsize=LABEL)
         axes.set_xlabel("rank", fontsize=LABEL)
@@ -116,8 +179,17 @@ def save_score_table(table: ScoreTable, path: Path) -> Path:
     return _save(figure, path)
 
 
+def _cell_lines(axes: Axes, figure: Figure, layers: int, ranks: int) -> None:
+    """White lines between the cells of half the figure, where cells are large enough for them."""
+    width, height = figure.get_size_inches() * 72  # points
+    if min(0.4 * width / ranks, 0.75 * height / layers) < LEAST_CELL:
+        return
+    axes.hlines(np.arange(layers - 1) + 0.5, -0.5, ranks - 0.5, color="white", linewidth=0.6)
+    axes.vlines(np.arange(ranks - 1) + 0.5, -0.5, layers - 0.5, color="white", linewidth=0.6)
+
+
 def _dress(axes: Axes, rows: int) -> None:
-    """A logarithmic axis in percent, and bands that keep the rows apart."""
+    """A logarithmic axis in percent, and bands behind the rows."""
     for row in range(0, rows, 2):
         axes.axhspan(row - 0.5, row + 0.5, color="0.965", zorder=0)
     axes.set_ylim(rows - 0.5, -0.5)
@@ -168,10 +240,15 @@ def _percent(value: float) -> str:
     return f"{value:.{digits}f}%"
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path, dpi: int = 150) -> Path:
+    """Writes the picture, in the format of the file's name.
+
+    Raises:
+        ConfigError: the file cannot be written, or no such format is known.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=dpi)
     except (OSError, ValueError) as error:
         raise ConfigError(f"plot: {path} cannot be written: {error}; name a .png, .svg or .pdf") from None
     return path

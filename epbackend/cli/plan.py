@@ -20,6 +20,7 @@ from epbackend.cli.inputs import (
 )
 from epbackend.cli.output import JsonOption, console, say, watching
 from epbackend.errors import ConfigError
+from epbackend.names import PLANNERS
 from epbackend.placement import planners
 from epbackend.placement.formats import ReadOptions, read_placement, write
 from epbackend.placement.loads import Loads
@@ -28,6 +29,7 @@ from epbackend.placement.score import Score, score
 from epbackend.placement.warmup import warm_up
 
 COMPILED = ("refined", "incremental")
+"""Planners that numba compiles."""
 
 
 def plan(
@@ -35,7 +37,7 @@ def plan(
     ranks: RanksOption,
     slots: SlotsOption = None,
     algorithm: Annotated[
-        str, typer.Option(help="refined, incremental, eplb, omni, lplb, or one that a package adds.")
+        str, typer.Option(help=f"{', '.join(PLANNERS.built_in)}, or one that a package adds.")
     ] = "refined",
     objective: Annotated[
         str,
@@ -54,7 +56,9 @@ def plan(
     seed: Annotated[int, typer.Option(help="Of searches.")] = 0,
     extra: Annotated[
         list[str] | None,
-        typer.Option("--option", metavar="NAME=VALUE", help="What only this algorithm knows: topology=ring."),
+        typer.Option(
+            "--option", metavar="NAME=VALUE", help="An option of this algorithm alone: topology=ring."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the placement goes.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where a heat map goes: load by layer and rank.")] = None,
@@ -96,11 +100,11 @@ def plan(
     if as_json:
         print(json.dumps(result))
     else:
-        _tell(result, placement, reference, score(reference, recorded, objective=objective))
+        _print(result, placement, reference, score(reference, recorded, objective=objective))
 
 
 def _options(extra: list[str] | None, asked: dict[str, Any]) -> dict[str, Any]:
-    """NAME=VALUE pairs; values are JSON where they can be, else text."""
+    """NAME=VALUE pairs as a mapping; a value that is not JSON is text."""
     options: dict[str, Any] = {}
     for text in extra or []:
         name, equals, value = text.partition("=")
@@ -124,8 +128,8 @@ def _more(placement: Placement, loads: Loads) -> dict[str, Any]:
     }
 
 
-def _tell(result: dict[str, Any], placement: Placement, before: Placement, was: Score) -> None:
-    """The same for people, beside the score of what was there before."""
+def _print(result: dict[str, Any], placement: Placement, before: Placement, was: Score) -> None:
+    """The result for people, beside the score of the placement before."""
     say(console, f"{result['algorithm']}: {described(placement)}", "bold")
     table = Table("busiest rank, over the mean", box=SIMPLE)
     for column in (algorithm_in_words(before), "planned", "lower bound"):

@@ -36,7 +36,8 @@ def record(
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file.
 
-    Raises ConfigError for a file that is missing, has none, or whose JSON is no list of texts.
+    Raises:
+        ConfigError: the file is missing, has no prompt, or its JSON is no list of texts.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

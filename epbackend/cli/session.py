@@ -1,4 +1,4 @@
-"""One pipeline as the commands use it: start it, stream an answer, say what its experts did."""
+"""One pipeline as the commands use it: read the config, start the pipeline, stream an answer."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ import epbackend
 from epbackend.cli.output import error_console, read_config, say
 from epbackend.config import EPConfig
 from epbackend.errors import EPError
+from epbackend.models import TINY_MODELS
 
 ConfigOption = Annotated[
     Path | None,
@@ -21,7 +22,7 @@ ConfigOption = Annotated[
     ),
 ]
 ModelArgument = Annotated[
-    str, typer.Argument(help="Path of a checkpoint, or tiny-qwen3-moe, tiny-deepseek-v3 (packaged).")
+    str, typer.Argument(help=f"Path of a checkpoint, or {', '.join(TINY_MODELS)} (packaged).")
 ]
 
 

@@ -28,7 +28,7 @@ FORM_OF: dict[str, Form] = {BLOCKED_FP8: "fp8", W8A8: "int8"}
 
 def tune(
     model: Annotated[
-        str | None, typer.Argument(help="Directory of a checkpoint; of it, config.json is read alone.")
+        str | None, typer.Argument(help="Directory of a checkpoint; only its config.json is read.")
     ] = None,
     shape: Annotated[
         list[str] | None,
@@ -45,7 +45,7 @@ def tune(
         typer.Option(help="JSON to write. [default: $EPBACKEND_TILES, or ~/.cache/epbackend/tiles.json]"),
     ] = None,
 ) -> None:
-    """Time every tile that is worth it for the experts of a model, and write down the best for later runs.
+    """Time every tile that may be the best for the experts of a model, and store the best for later runs.
 
     It takes about ten minutes a model. Results are written as they come, so it may be stopped at any time.
     """
@@ -53,9 +53,9 @@ def tune(
     device = get_device("cuda")
     if device.emulated:
         raise UnavailableError(
-            "tune: Triton interprets kernels here (TRITON_INTERPRET), which tells no times"
+            "tune: Triton interprets kernels here (TRITON_INTERPRET), so that no times can be measured"
         )
-    # Imported late, for these import Triton.
+    # Imported late: these import Triton.
     from epbackend.kernels.triton.tiles import chip_of, own_table
     from epbackend.kernels.triton.tuning import jobs
     from epbackend.kernels.triton.tuning import tune as search
@@ -70,7 +70,11 @@ def tune(
 def wanted(
     model: str | None, shapes: list[str], ep_size: int, form: Form | None
 ) -> list[tuple["ExpertShape", str]]:
-    """The experts to tune for, each with its form. Raises ConfigError where nothing, or nothing usable, is named."""
+    """The experts to tune for, each with its form.
+
+    Raises:
+        ConfigError: no experts, or none that can be tuned for, are named.
+    """
     if (model is None) == (not shapes):
         raise ConfigError("tune: name a model, or shapes by --shape, for example --shape 16x7168x2048")
     if model is None:

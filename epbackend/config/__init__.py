@@ -6,14 +6,13 @@
     config = EPConfig.load("configs/cpu-demo.yaml")     # or .json, a MindIE config.json, or a dict
     config.dispatch_settings("prefill")                 # what the data path of one phase needs
 
-One idea a file: `settings`, `placement` and `engine` hold the fields, `parallel` says which dp/tp/ep fit together,
-`rules` finds contradictions and settings without effect, `problems` words the errors, `files` reads YAML and JSON,
-`mindie` and `mindie_sizes` translate MindIE's file.  Nothing here imports torch or LMDeploy.
+Fields (`schema`) <- rules between them (`checks`) <- `EPConfig` (`ep_config`), which loads and validates. Beside them
+`issues` words the errors, `files` reads YAML and JSON, `mindie` translates MindIE's file, `lmdeploy_fields` knows
+LMDeploy's own config, and `docs` describes every setting. Nothing here imports torch or LMDeploy.
 """
 
-from epbackend.config.base import ConfigWarning
-from epbackend.config.engine import EngineSettings
-from epbackend.config.placement import PhaseSplits, PlacementSettings
-from epbackend.config.settings import EPConfig, PhaseLevels
+from epbackend.config.ep_config import EPConfig
+from epbackend.config.issues import ConfigWarning
+from epbackend.config.schema import EngineSettings, PhaseLevels, PhaseSplits, PlacementSettings
 
 __all__ = ["ConfigWarning", "EPConfig", "EngineSettings", "PhaseLevels", "PhaseSplits", "PlacementSettings"]

@@ -1,4 +1,4 @@
-"""Translates MindIE's server `config.json`: maps what has a counterpart, and names all that it ignores.
+"""Translates MindIE's server `config.json`: maps what has a counterpart here, and names every key that it ignores.
 
 Source of the keys and their meaning: MindIE LLM's developer guide, "Configuration Parameters
 (Service-Specific)", "Configuration Parameters (Model Side)" and "Expert Parallel".
@@ -7,12 +7,14 @@ Source of the keys and their meaning: MindIE LLM's developer guide, "Configurati
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from epbackend.config.mindie_sizes import SIZE_KEYS, MindIEKeyError, parallel_sizes
-from epbackend.config.problems import config_error
+from epbackend.config.issues import NO_VALUE, ConfigIssue, config_error
 from epbackend.errors import did_you_mean
 
+SIZE_KEYS = ("worldSize", "dp", "tp", "cp", "pp", "moe_ep", "moe_tp")
+"""MindIE divides the cards twice: `cp * dp * tp = worldSize` for attention, `moe_ep * moe_tp = worldSize` for experts;
+-1 or a missing key means what is left. Over several nodes worldSize counts the cards of one node."""
 # MindIE's section and key -> the setting of ours that takes the value as it is.
 COUNTERPARTS = {
     ("ModelDeployConfig", "maxSeqLen"): "engine.session_len",
@@ -35,6 +37,14 @@ MARKS = ("BackendConfig", "ModelDeployConfig", "ModelConfig", "worldSize", "mode
 EP_SETTINGS = [key for section, key in COUNTERPARTS if section == "models"]
 
 Sections = dict[str, Mapping[str, Any]]
+
+
+class MindIEKeyError(Exception):
+    """A key of a MindIE file that is malformed, contradicts another, or asks for what LMDeploy cannot do."""
+
+    def __init__(self, key: str, message: str, value: Any) -> None:
+        super().__init__(key)
+        self.issue = ConfigIssue(key, message, value)
 
 
 @dataclass
@@ -69,7 +79,7 @@ def translate(content: Mapping[str, Any], source: str | None = None) -> Translat
     """MindIE's file as settings of ours.
 
     Raises:
-        ConfigError: the nesting is not MindIE's, its sizes contradict, or LMDeploy has no such form.
+        ConfigError: the nesting is not MindIE's, its sizes contradict each other, or LMDeploy cannot run them.
     """
     translation = Translation(settings={"device": "ascend", "engine": {}})
     try:
@@ -81,7 +91,7 @@ def translate(content: Mapping[str, Any], source: str | None = None) -> Translat
         _take_model_settings(sections["ModelConfig"], translation)
         _adapt_ep_settings(translation)
     except MindIEKeyError as error:
-        raise config_error([error.problem], source) from None
+        raise config_error([error.issue], source) from None
     _note_ignored(sections, translation)
     return translation
 
@@ -204,3 +214,72 @@ def _note_ignored(sections: Sections, translation: Translation) -> None:
         ignored = [key + did_you_mean(key, known) for key in content if key not in read]
         if ignored:
             translation.note(f"ignored, no counterpart ({section}): {', '.join(ignored)}")
+
+
+class Sizes(NamedTuple):
+    """ep: expert-parallel ranks; dp: attention groups; tp: as `engine.tp` wants it."""
+
+    ep: int
+    dp: int
+    tp: int
+
+
+def parallel_sizes(model: Mapping[str, Any], several_nodes: bool) -> Sizes:
+    """The sizes that a ModelConfig entry asks for, in LMDeploy's terms.
+
+    Raises:
+        MindIEKeyError: the products contradict each other, or LMDeploy cannot run them (cp, pp, moe_ep with moe_tp).
+    """
+    for key, meaning in (("cp", "context"), ("pp", "pipeline")):
+        if (_size(model, key) or 1) > 1:
+            raise MindIEKeyError(
+                key, f"{meaning} parallelism has no counterpart: write 1 and raise tp or dp", model[key]
+            )
+    dp = _size(model, "dp") or 1
+    tp, moe_ep, moe_tp = (_size(model, key) for key in ("tp", "moe_ep", "moe_tp"))
+    world = None if several_nodes else _size(model, "worldSize")
+    if world is None:
+        world = _world_without_world_size(dp, tp, moe_ep, moe_tp, several_nodes)
+    _check_product(world, {"dp": dp, "tp": tp or world // dp})
+    if moe_ep is None:
+        moe_ep = world // moe_tp if moe_tp else 1
+    moe_tp = moe_tp or world // moe_ep
+    _check_product(world, {"moe_ep": moe_ep, "moe_tp": moe_tp})
+    if moe_ep > 1 and moe_tp > 1:
+        raise MindIEKeyError(
+            "moe_tp",
+            f"LMDeploy cannot split experts that moe_ep spreads: set moe_ep {world} and moe_tp 1",
+            moe_tp,
+        )
+    return Sizes(ep=moe_ep, dp=dp, tp=1 if dp > 1 else world)
+
+
+def _size(model: Mapping[str, Any], key: str) -> int | None:
+    value = model.get(key, -1)
+    if type(value) is not int or (value < 1 and value != -1):
+        raise MindIEKeyError(
+            key, "must be a whole number of ranks, at least 1, or -1 for MindIE's default", value
+        )
+    return None if value == -1 else value
+
+
+def _world_without_world_size(
+    dp: int, tp: int | None, moe_ep: int | None, moe_tp: int | None, several_nodes: bool
+) -> int:
+    if tp:
+        return dp * tp
+    if moe_ep:
+        return moe_ep * (moe_tp or 1)
+    if several_nodes:
+        raise MindIEKeyError(
+            "worldSize", "counts one node only with multiNodesInferEnabled: write tp or moe_ep", NO_VALUE
+        )
+    return dp
+
+
+def _check_product(world: int, factors: Mapping[str, int]) -> None:
+    (first, a), (second, b) = factors.items()
+    if a * b != world:
+        raise MindIEKeyError(
+            first, f"{first} * {second} must be {world}, the number of ranks, and {second} is {b}", a
+        )

@@ -1,39 +1,39 @@
-"""Devices that can run experts, found by the entry point group `epbackend.devices`."""
+"""Devices that can run experts: those of `names.DEVICES`, and what other packages add to that table."""
 
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
 
-from epbackend.device.ascend import AscendDevice
 from epbackend.device.base import Device, Memory
-from epbackend.device.cpu import CpuDevice
-from epbackend.device.cuda import CudaDevice
 from epbackend.errors import ConfigError, UnavailableError
+from epbackend.names import AUTO, DEVICES
 
 __all__ = ["Device", "Memory", "devices", "get_device"]
 
-GROUP = "epbackend.devices"
-BUILT_IN: tuple[type[Device], ...] = (CudaDevice, AscendDevice, CpuDevice)
+LAST = "cpu"
+"""The device that "auto" takes where there is no other."""
 
 
 @cache
 def devices() -> dict[str, Device]:
-    """Every known device by name, usable or not, in the order in which "auto" tries them; the CPU comes last."""
-    built_in = {cls.name: cls() for cls in BUILT_IN}
-    points = entry_points(group=GROUP)
-    plugins = {point.name: point.load()() for point in points if point.name not in built_in}
-    cpu = built_in.pop(CpuDevice.name)
-    return {**built_in, **plugins, CpuDevice.name: cpu}
+    """Every known device by name, usable or not, in the order in which "auto" tries them; the CPU comes last.
+
+    Raises:
+        UnavailableError: a package that adds a device does not load.
+    """
+    names = [name for name in DEVICES.names() if name != LAST]
+    return {name: DEVICES.load(name)() for name in [*names, LAST]}
 
 
-def get_device(name: str = "auto") -> Device:
+def get_device(name: str = AUTO) -> Device:
     """The device of that name, or with "auto" the first that is real and can be used.
 
-    Raises ConfigError for an unknown name, UnavailableError (with the reason) for a device that cannot be used here.
+    Raises:
+        ConfigError: there is no such device.
+        UnavailableError: the device cannot be used here; the error has the reason.
     """
     known = devices()
-    if name == "auto":
+    if name == AUTO:
         return next(each for each in known.values() if not each.emulated and each.unavailable() is None)
     if name not in known:
         raise ConfigError(f"device {name!r} is unknown; known are auto, {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""What a device is: whether it can be used and why not, its memory, its collectives, its kernels."""
+"""The contract of a device: whether it can be used and why not, its memory, its collectives, its kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from epbackend.kernels.reference import ReferenceKernels
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device's memory; `free` is what a new allocation may hope for."""
+    """Bytes of a device's memory; `free` is about what a new allocation can get."""
 
     total: int
     free: int
@@ -32,11 +32,11 @@ class Device(ABC):
 
     @abstractmethod
     def unavailable(self) -> str | None:
-        """Why this device cannot be used here and what would help; None if it can."""
+        """Why this device cannot be used here, and what to do about it; None if it can."""
 
     @property
     def emulated(self) -> bool:
-        """Whether another device only stands in for it, for tests: "auto" passes it over."""
+        """Whether another device stands in for it, for tests; "auto" does not take it then."""
         return False
 
     def no_collectives(self) -> str | None:
@@ -51,12 +51,18 @@ class Device(ABC):
     @property
     @abstractmethod
     def kernels(self) -> Kernels:
-        """Its math; raises UnavailableError where `unavailable` gives a reason."""
+        """Its math.
+
+        Raises:
+            UnavailableError: the device cannot be used here.
+        """
 
     def kernel_set(self, name: str = "auto") -> Kernels:
-        """One of the implementations; `reference` is plain torch, right everywhere and slow.
+        """One implementation of its math; `reference` is plain torch, right everywhere and slow.
 
-        Raises ConfigError for a name that this device does not have, and UnavailableError as `kernels` does.
+        Raises:
+            ConfigError: this device has no kernels of that name.
+            UnavailableError: the device cannot be used here.
         """
         if name == "auto":
             return self.kernels

@@ -1,7 +1,7 @@
 """CUDA GPUs: Triton kernels, NCCL between ranks.
 
 With TRITON_INTERPRET=1 in the environment Triton interprets the kernels on the CPU, slowly, and the device takes CPU
-tensors: so its code can be tried, and is tested, where there is no GPU.
+tensors. Its code is tested that way where there is no GPU.
 """
 
 from __future__ import annotations

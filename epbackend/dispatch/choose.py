@@ -6,22 +6,14 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 
-from epbackend.dispatch.allgather import AllGather
-from epbackend.dispatch.alltoall import AllToAll
 from epbackend.dispatch.base import Dispatcher, LayerSpec
-from epbackend.dispatch.deepep import DeepEp
 from epbackend.dispatch.local_experts import row_bound
-from epbackend.dispatch.mc2 import Mc2
-from epbackend.dispatch.replicated import Replicated
 from epbackend.dispatch.row_format import TRANSPORTS
-from epbackend.dispatch.symmetric import Symmetric
 from epbackend.dispatch.token_groups import Sliced
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, UnavailableError
+from epbackend.names import DISPATCHERS
 
 logger = logging.getLogger("epbackend")
-
-DISPATCHERS: tuple[type[Dispatcher], ...] = (Replicated, AllGather, Mc2, Symmetric, AllToAll, DeepEp)
-"""The one that is preferred where several can serve comes first."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +31,30 @@ class DispatcherInfo:
     """A dispatcher as `epbackend doctor` shows it."""
 
     name: str
-    level: int
+    level: int | None
+    """None where its package does not load."""
     summary: str
     unavailable: str | None
     """Why it cannot be used on this machine; None if it can."""
 
 
+@cache
+def _classes() -> tuple[dict[str, type[Dispatcher]], dict[str, str]]:
+    """The dispatchers' classes by name, the preferred one first; and why those of other packages do not load."""
+    classes, broken = {}, {}
+    for name in DISPATCHERS.names():
+        try:
+            classes[name] = DISPATCHERS.load(name)
+        except UnavailableError as error:
+            broken[name] = str(error)
+    return classes, broken
+
+
 def dispatchers() -> tuple[DispatcherInfo, ...]:
     """Every dispatcher, usable on this machine or not."""
-    return tuple(DispatcherInfo(cls.name, cls.level, cls.summary, cls.missing()) for cls in DISPATCHERS)
+    classes, broken = _classes()
+    usable = [DispatcherInfo(name, cls.level, cls.summary, cls.missing()) for name, cls in classes.items()]
+    return (*usable, *(DispatcherInfo(name, None, "", reason) for name, reason in broken.items()))
 
 
 def choose(spec: LayerSpec) -> tuple[Dispatcher, Decision]:
@@ -57,8 +64,9 @@ def choose(spec: LayerSpec) -> tuple[Dispatcher, Decision]:
     """
     choice = decide(spec)
     _log(choice, spec.settings.level)
-    dispatcher = next(cls for cls in DISPATCHERS if cls.name == choice.name)(spec)
-    shared_tokens = spec.ranks.token_size > 1 and choice.name != Replicated.name
+    cls = _classes()[0][choice.name]
+    dispatcher = cls(spec)
+    shared_tokens = spec.ranks.token_size > 1 and not cls.needs_all_tokens
     return Sliced(dispatcher) if shared_tokens else dispatcher, choice
 
 
@@ -71,31 +79,23 @@ def decide(spec: LayerSpec) -> Decision:
     if spec.settings.transport not in TRANSPORTS:
         known = ", ".join(TRANSPORTS)
         raise ConfigError(f"transport {spec.settings.transport!r} is unknown; it is one of {known}")
-    reasons = {cls.name: cls.unsupported(spec) for cls in DISPATCHERS}
-    named = _named(spec.settings.dispatcher, reasons)
-    name = _first_usable(spec, named or list(reasons), reasons)
-    why = next(cls for cls in DISPATCHERS if cls.name == name).reason(spec)
+    classes, broken = _classes()
+    reasons = {name: cls.unsupported(spec) for name, cls in classes.items()} | broken
+    named = spec.settings.dispatcher
+    if unknown := [name for name in named if name not in reasons]:
+        raise ConfigError(f"dispatcher {unknown[0]!r} is unknown; known are auto, {', '.join(reasons)}")
+    name = _first_usable(spec, named or tuple(reasons), reasons)
+    why = classes[name].reason(spec)
     other = f"usable, but {name} is {'pinned' if named else 'preferred'}"
     passed_over = tuple((rival, reason or other) for rival, reason in reasons.items() if rival != name)
     return Decision(name, f"pinned; {why}" if named else why, passed_over)
 
 
-def _named(setting: str, reasons: dict[str, str | None]) -> list[str]:
-    """The names in the setting; none with auto."""
-    if setting == "auto":
-        return []
-    names = [name.strip() for name in setting.split(",")]
-    for name in names:
-        if name not in reasons:
-            raise ConfigError(f"dispatcher {name!r} is unknown; known are auto, {', '.join(reasons)}")
-    return names
-
-
-def _first_usable(spec: LayerSpec, candidates: list[str], reasons: dict[str, str | None]) -> str:
+def _first_usable(spec: LayerSpec, candidates: tuple[str, ...], reasons: dict[str, str | None]) -> str:
     usable = [name for name in candidates if reasons[name] is None]
     if usable:
         return usable[0]
-    if spec.settings.dispatcher == "auto":
+    if not spec.settings.dispatcher:
         raise ConfigError(f"no dispatcher serves ep_level {spec.settings.level}: {_listed(reasons)}")
     if len(candidates) == 1:
         pinned = candidates[0]

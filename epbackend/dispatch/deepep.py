@@ -19,6 +19,7 @@ from torch import Tensor
 
 from epbackend.dispatch.base import Batch, Dispatcher, Exchange, LayerSpec
 from epbackend.dispatch.local_experts import LocalRows
+from epbackend.dispatch.settings import UNBOUNDED
 from epbackend.errors import ConfigError
 
 
@@ -103,7 +104,7 @@ class DeepEp(Dispatcher):
         settings = spec.settings
         if reason := super().unsupported(spec):
             return reason
-        if settings.dispatcher == "auto":
+        if not settings.dispatcher:
             return "it is taken only where it is named"
         if reason := cls.missing():
             return reason
@@ -112,7 +113,7 @@ class DeepEp(Dispatcher):
         if settings.transport != "full":
             return f"its rows travel in full, and transport is {settings.transport}"
         if settings.static and settings.max_tokens is None:
-            return "nothing bounds this phase's tokens (decode is bounded by engine.max_batch_size)"
+            return UNBOUNDED
         return None
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:

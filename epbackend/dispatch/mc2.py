@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 
 from epbackend.device import devices
 from epbackend.dispatch.base import Batch, Dispatcher, Exchange, LayerSpec
+from epbackend.dispatch.settings import UNBOUNDED
 from epbackend.errors import ConfigError
 from epbackend.kernels.int8 import Int8Rows
 from epbackend.kernels.npu import ops
@@ -91,7 +92,7 @@ def broken(chip: str, ranks: int, slots: int, top_k: int, tokens: int | None) ->
     if top_k > limits.top_k:
         return f"on {chip} a token may choose {limits.top_k} experts, and this model's chooses {top_k}"
     if tokens is None:
-        return "nothing bounds this phase's tokens (decode is bounded by engine.max_batch_size)"
+        return UNBOUNDED
     if tokens > limits.tokens:
         return f"on {chip} a rank may send {limits.tokens} tokens, and engine.max_batch_size allows {tokens}"
     return None
@@ -152,6 +153,7 @@ FEWEST_ON_A2 = 16
 class Mc2(Dispatcher):
     name = "mc2"
     level = 2
+    phases = ("decode",)
     summary = "CANN's fused dispatch and combine, without a size through the host"
 
     @classmethod
@@ -169,7 +171,7 @@ class Mc2(Dispatcher):
         if spec.settings.transport == "fp8":
             return "it sends rows in full or in int8, and transport is fp8"
         ranks, slots = spec.ranks.size, spec.slots
-        if chip == "A2" and ranks < FEWEST_ON_A2 and spec.settings.dispatcher == "auto":
+        if chip == "A2" and ranks < FEWEST_ON_A2 and not spec.settings.dispatcher:
             return (
                 f"on A2 it is for {FEWEST_ON_A2} ranks and more, and there are {ranks}: older CANN takes no fewer, "
                 "so name it (dispatcher: mc2) where yours does"

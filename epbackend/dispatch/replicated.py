@@ -15,16 +15,12 @@ from epbackend.dispatch.local_experts import LocalRows, PassesExchange, row_boun
 class Replicated(Dispatcher):
     name = "replicated"
     level = 1
+    needs_all_tokens = True
     summary = "every rank holds all tokens: local experts, then all-reduce"
 
     @classmethod
     def unsupported(cls, spec: LayerSpec) -> str | None:
-        ranks = spec.ranks
-        if ranks.size == 1:
-            return None
-        if ranks.token_size != ranks.size:
-            return f"the ranks hold different tokens (each is on {ranks.token_size} of {ranks.size} ranks)"
-        return super().unsupported(spec)
+        return None if spec.ranks.size == 1 else super().unsupported(spec)
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         tokens, top_k = slot_ids_TK.shape

@@ -13,7 +13,7 @@ import numpy as np
 from epbackend.config import EPConfig, PlacementSettings
 from epbackend.device import get_device
 from epbackend.errors import ConfigError, UnavailableError
-from epbackend.moe import PHASES
+from epbackend.names import PHASES
 from epbackend.placement.formats import ReadOptions, read_loads, read_placement
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Layout, Placement

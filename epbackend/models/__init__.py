@@ -1,7 +1,7 @@
 """The packaged tiny models, found by name.
 
-Both are real MoE models of a few million parameters (README.md beside this file); wherever a command or a function
-takes a model, the names of `TINY_MODELS` mean them.
+Both are trained MoE models of a few million parameters (README.md beside this file). Every command or function that
+takes a model takes the names of `TINY_MODELS` too.
 """
 
 from __future__ import annotations

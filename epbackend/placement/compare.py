@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from epbackend.errors import ConfigError
+from epbackend.names import SPLITS
 from epbackend.placement.loads import Loads
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Placement, Provenance
 from epbackend.placement.planners import plan, planner_names
 from epbackend.placement.planners.base import Progress, silent
-from epbackend.placement.replica_split import SPLITS, expected_shares
+from epbackend.placement.replica_split import expected_shares
 from epbackend.placement.score import Score, imbalances, score
 from epbackend.placement.synthetic import CONCENTRATION, draw_batches
 

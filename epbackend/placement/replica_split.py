@@ -30,6 +30,7 @@ from functools import lru_cache
 import numpy as np
 
 from epbackend.errors import ConfigError, did_you_mean
+from epbackend.names import SPLITS
 from epbackend.placement.placement import Layout
 
 __all__ = [
@@ -41,8 +42,6 @@ __all__ = [
     "nearest_quota",
     "own_quota",
 ]
-
-SPLITS = ("even", "nearest", "level")
 
 MOST_TOKENS = 2**40
 """Limit of the choices in a batch, over all experts: more than any has, and too few for a sum to overflow 64 bits."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.patience import PATIENCE_S
+from tests.helpers.pictures import drawn_share
 
 pytestmark = pytest.mark.engine
 
@@ -56,7 +57,7 @@ def config_file(tmp_path):
     return write
 
 
-def test_demo_equals_transformers_and_leaves_a_picture(tmp_path):
+def test_demo_gives_the_tokens_of_transformers_and_draws_pictures(tmp_path):
     before = left_memory()
     result = run("demo", "--json", "--max-new-tokens", 12, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -69,8 +70,8 @@ def test_demo_equals_transformers_and_leaves_a_picture(tmp_path):
     assert placed["tokens_identical"] is True
     assert placed["before"] == {name: said[name] for name in placed["before"]}
     assert placed["after"]["step_imbalance_mean"] < placed["before"]["step_imbalance_mean"]
-    for picture in (said["heat_map"], placed["picture"]):
-        assert Path(tmp_path, picture).read_bytes().startswith(b"\x89PNG")
+    assert drawn_share(tmp_path / said["heat_map"], left=0.1, right=0.6, top=0.3, bottom=0.7) > 0.9
+    assert drawn_share(tmp_path / placed["picture"], left=0.1, right=0.9, top=0.3, bottom=0.8) > 0.05
     assert len(json.loads(Path(tmp_path, placed["loads"]).read_text())["logical_count"]) == 4
     assert left_memory() <= before
 
@@ -135,7 +136,7 @@ def test_chat_answers_until_the_input_ends(config_file):
         ({"engine": {"cache_gb": 1e6}}, "tiny-qwen3-moe", "cache_gb"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_starts(config_file, settings, model, message):
+def test_settings_that_cannot_work_are_refused_before_anything_starts(config_file, settings, model, message):
     if settings.get("device") == "cuda":
         torch = pytest.importorskip("torch")
         if torch.cuda.is_available():
@@ -177,7 +178,7 @@ def test_record_writes_the_loads_of_every_layer(config_file, tmp_path, prompts):
         ("[", "neither text nor JSON"),
     ],
 )
-def test_record_wants_prompts(tmp_path, prompts, message):
+def test_record_refuses_a_file_without_prompts(tmp_path, prompts, message):
     if prompts is not None:
         (tmp_path / "prompts").write_text(prompts)
     result = run("record", "tiny-qwen3-moe", "--prompts", "prompts", "--out", "loads.json", cwd=tmp_path)
@@ -186,7 +187,7 @@ def test_record_wants_prompts(tmp_path, prompts, message):
     assert message in result.stderr
 
 
-def test_doctor_tells_every_device_and_dispatcher():
+def test_doctor_lists_every_device_and_dispatcher():
     result = run("doctor", "--json")
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
@@ -199,7 +200,15 @@ def test_doctor_tells_every_device_and_dispatcher():
     assert said["packages"]["torch"]
 
 
-def test_doctor_says_what_a_deployment_would_get(config_file):
+def test_module_runs_like_the_command():
+    arguments = ("config", "show", "--json")
+    as_module = subprocess.run(
+        [sys.executable, "-m", "epbackend", *arguments], capture_output=True, text=True
+    )
+    assert as_module.stdout == run(*arguments).stdout != ""
+
+
+def test_doctor_shows_the_dispatchers_of_a_deployment(config_file):
     said = json.loads(run("doctor", "--json", "--ep-size", 8, "--level", 2, "--dp", 8).stdout)
     for phase in ("prefill", "decode"):
         choice = said["choices"][phase]
@@ -232,7 +241,7 @@ def wait_until_served(url: str, server: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("stop", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
-def test_serve_answers_and_ends_clean(config_file, stop):
+def test_serve_answers_and_leaves_nothing_behind(config_file, stop):
     before = left_memory()
     port = free_port()
     url = f"http://127.0.0.1:{port}"

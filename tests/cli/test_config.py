@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from epbackend.cli import app
 from epbackend.config import EPConfig
-from epbackend.config.reference import settings
+from epbackend.config.docs import settings
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def write(tmp_path):
     return write
 
 
-def test_check_says_ok(run, write):
+def test_check_accepts_a_valid_file(run, write):
     result = run("check", write("ep_size: 2\nep_level: 2\n"))
     assert result.exit_code == 0
     assert "OK" in result.stdout
@@ -46,7 +46,7 @@ def test_check_lists_every_error_and_exits_with_2(run, write):
     assert "Traceback" not in result.output
 
 
-def test_check_missing_file(run, tmp_path):
+def test_check_refuses_a_missing_file(run, tmp_path):
     result = run("check", tmp_path / "no.yaml")
     assert result.exit_code == 2
     assert "no such file" in result.stderr
@@ -75,7 +75,7 @@ def test_show_without_a_file_shows_the_defaults(run):
     assert all(entry["is_default"] for entry in shown.values())
 
 
-def test_schema_is_json(run):
+def test_schema_prints_a_json_schema(run):
     schema = json.loads(run("schema").stdout)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert {"ep_size", "moe_ep", "engine"} <= schema["properties"].keys()

@@ -35,13 +35,13 @@ def unpack(folder: Path, site: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_what_is_there_is_not_gathered(gather_gpu):
+def test_packages_that_the_machine_has_are_not_gathered(gather_gpu):
     found = gather_gpu.wanted("3.12", gather_gpu.THERE, [])
     assert {"pydantic-core", "xgrammar", "apache-tvm-ffi", "pytest", "pytest-xdist", "execnet"} <= set(found)
     assert not {"torch", "triton", "transformers", "numpy", "tokenizers", "sympy", "lmdeploy"} & set(found)
 
 
-def test_more_brings_what_it_needs(gather_gpu):
+def test_extra_packages_bring_their_dependencies(gather_gpu):
     found = gather_gpu.wanted("3.12", ["torch", "triton"], ["transformers"])
     assert {"transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy"} <= set(found)
     assert not {"torch", "triton", "sympy"} & set(found)
@@ -76,31 +76,31 @@ def test_a_checkout_comes_before_the_gathered_one(offline, tmp_path):
     assert path_in(tmp_path) == [str(tmp_path / "gpu/epbackend"), site, "/before"]
 
 
-def test_a_folder_for_another_python_says_so(offline, tmp_path):
+def test_unpacking_refuses_a_folder_for_another_python(offline, tmp_path):
     offline.gather(tmp_path / "gpu", "3.99", [], [])
     assert f"for Python 3.99, and this is {HERE}" in unpack(tmp_path / "gpu", tmp_path / "site").stderr
     assert not (tmp_path / "site").exists()
 
 
-def test_what_the_machine_lacks_is_named(offline, tmp_path):
+def test_unpacking_names_the_packages_that_the_machine_lacks(offline, tmp_path):
     offline.gather(tmp_path / "gpu", HERE, ["torch", "no-such-package"], [])
     refused = unpack(tmp_path / "gpu", tmp_path / "site").stderr
     assert "not installed here: no-such-package; gather with --with no-such-package" in refused
 
 
-def test_too_large_a_folder(offline, tmp_path, monkeypatch):
+def test_folder_over_the_limit_is_refused(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path / "gpu"), "--limit-mb", "0.5"])
     assert "--limit-mb is 0.5. The largest: lmdeploy-0.18.0-py3-none-any.whl" in offline.main()
 
 
-def test_a_folder_of_others_is_left_alone(offline, tmp_path, monkeypatch):
+def test_folder_that_holds_other_files_is_left_alone(offline, tmp_path, monkeypatch):
     (tmp_path / "mine").write_text("")
     monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path)])
     assert "was not made by this script" in offline.main()
     assert (tmp_path / "mine").exists()
 
 
-def test_the_facts_travel_along(offline, tmp_path):
+def test_folder_lists_what_was_gathered(offline, tmp_path):
     offline.gather(tmp_path / "gpu", "3.12", list(offline.THERE), ["numpy"])
     facts = json.loads((tmp_path / "gpu" / "gathered.json").read_text())
     assert facts["there"] == ["torch", "transformers", "triton"]

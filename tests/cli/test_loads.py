@@ -1,4 +1,4 @@
-"""The table, the facts and the picture of the experts' load."""
+"""What is printed of the experts' load: facts for programs, a table for people."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ TWO_RANKS = report([[[1, 2], [0, 0]], [[0, 0], [3, 9]]], (1, 2), prefill="alltoa
 DENSE = report(np.zeros((1, 0, 0), dtype=np.int64), ())
 
 
-def test_the_table_names_shares_and_the_busiest_expert_of_a_layer():
+def test_table_shows_shares_and_the_busiest_expert_of_each_rank():
     with console.capture() as captured:
         loads.print_load(TWO_RANKS)
     text = captured.get()
@@ -43,34 +43,21 @@ def test_the_table_names_shares_and_the_busiest_expert_of_a_layer():
     ],
     ids=["one a phase", "the same", "dense"],
 )
-def test_facts(load, dispatcher, tokens):
+def test_facts_name_dispatchers_and_tokens_of_each_rank(load, dispatcher, tokens):
     facts = loads.facts(EPConfig(device="cpu"), load)
     assert facts["dispatcher"] == dispatcher
     assert facts["expert_tokens_per_rank"] == tokens
     assert facts["device"] == "cpu"
 
 
-def test_a_dense_model_has_an_empty_table():
+def test_table_of_a_dense_model_has_no_experts():
     with console.capture() as captured:
         loads.print_load(DENSE)
     assert "none" in captured.get()
 
 
 @pytest.mark.parametrize(("load", "run", "step"), [(TWO_RANKS, 2.0, 2.5), (DENSE, 1.0, 1.0)])
-def test_imbalance(load, run, step):
+def test_imbalance_of_run_and_step_is_one_without_experts(load, run, step):
     found = loads.imbalance(load)
     assert (found["imbalance_mean"], found["imbalance_worst"]) == (run, run)
     assert (found["step_imbalance_mean"], found["step_imbalance_worst"]) == (step, step)
-
-
-def test_two_runs_beside_each_other(tmp_path):
-    level = report([[[1, 0], [6, 0]], [[0, 2], [0, 6]]], (1, 2))
-    path = loads.save_comparison(
-        {"before": TWO_RANKS, "after": level}, tmp_path / "both.png", title="two runs"
-    )
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_heat_map_is_a_picture(tmp_path):
-    path = loads.save_heat_map(TWO_RANKS, tmp_path / "new" / "load.png", title="two ranks")
-    assert path.read_bytes().startswith(b"\x89PNG")

@@ -30,7 +30,7 @@ def model(folder, settings) -> str:
     return str(folder)
 
 
-def test_experts_of_a_model(tmp_path):
+def test_experts_are_read_from_a_models_config(tmp_path):
     path, name = model(tmp_path, DEEPSEEK), tmp_path.name
     assert wanted(path, [], 8, None) == [(ExpertShape(name, 32, 7168, 2048), "fp8")]
     assert wanted(path, [], 1, "half") == [(ExpertShape(name, 256, 7168, 2048), "half")]
@@ -39,7 +39,7 @@ def test_experts_of_a_model(tmp_path):
     assert wanted("tiny-qwen3-moe", [], 2, None)[0][0].slots == 16
 
 
-def test_shapes_by_hand():
+def test_shape_option_names_experts():
     assert wanted(None, ["16x7168x2048"], 1, None) == [(ExpertShape("16x7168x2048", 16, 7168, 2048), "half")]
 
 
@@ -51,12 +51,12 @@ def test_shapes_by_hand():
         ((None, ["16x7168"], 1, None), "--shape 16x7168 is not SLOTSxHIDDENxINNER"),
     ],
 )
-def test_nothing_to_tune(arguments, message):
+def test_missing_or_malformed_experts_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         wanted(*arguments)
 
 
-def test_forms_of_checkpoints(tmp_path):
+def test_weight_form_follows_the_checkpoints_quantization(tmp_path):
     for quantized, form in (({"quant_method": "smooth_quant"}, "int8"), (None, "half")):
         path = model(tmp_path, {**DEEPSEEK, "quantization_config": quantized})
         assert wanted(path, [], 1, None)[0][1] == form
@@ -66,7 +66,7 @@ def test_forms_of_checkpoints(tmp_path):
     assert wanted(path, [], 1, "half")[0][1] == "half"
 
 
-def test_models_that_will_not_do(tmp_path):
+def test_model_without_experts_or_files_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"has no experts, .* use --shape"):
         wanted(model(tmp_path, {"hidden_size": 64}), [], 1, None)
     with pytest.raises(UnavailableError, match="there is no model at"):
@@ -76,7 +76,7 @@ def test_models_that_will_not_do(tmp_path):
 @pytest.mark.parametrize(
     ("interpreted", "reason"), [("0", "device cuda cannot be used"), ("1", "interprets")]
 )
-def test_without_a_gpu(monkeypatch, interpreted, reason):
+def test_tune_without_a_gpu_exits_with_the_reason(monkeypatch, interpreted, reason):
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     cuda = devices()["cuda"]
     if cuda.unavailable() is None and not cuda.emulated:

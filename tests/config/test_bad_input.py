@@ -53,8 +53,11 @@ BAD = [
     ({PAIRS: [[8192]]}, [f"{PAIRS}[0][1]:", "missing"]),
     ({PAIRS: [8192, 2.0]}, [f"{PAIRS}:", "list of [length, scale] pairs"]),
     # pinned dispatchers
-    ({"dispatcher": "alltoall"}, ["dispatcher:", "serves ep_level 2", "prefill is 1", "'alltoall'"]),
-    ({"dispatcher": "allgather", "ep_level": {"prefill": 1, "decode": 2}}, ["dispatcher:", "decode is 2"]),
+    ({"dispatcher": "alltoall"}, ["dispatcher:", "cannot serve prefill: it serves ep_level 2", "'alltoall'"]),
+    (
+        {"dispatcher": "allgather", "ep_level": {"prefill": 1, "decode": 2}},
+        ["dispatcher:", "allgather cannot serve decode"],
+    ),
     ({"dispatcher": "replicated", "ep_size": 2, "engine": {"dp": 2}}, ["dispatcher:", "engine.dp is 2"]),
     ({"dispatcher": "alltoal"}, ["dispatcher:", "did you mean 'alltoall'?"]),
     ({"dispatcher": 3}, ["dispatcher:", "names in order of preference"]),
@@ -63,16 +66,20 @@ BAD = [
     ({"dispatcher": ["allgather", "allgather"]}, ["dispatcher:", "each dispatcher once"]),
     (
         {"dispatcher": "allgather, alltoall"},
-        ["dispatcher:", "serves ep_level 2, but ep_level of prefill is 1"],
+        ["dispatcher:", "alltoall cannot serve prefill: it serves ep_level 2, and ep_level is 1"],
     ),
     ({"dispatcher": {"prefill": "alltoall", "decode": "auto"}}, ["dispatcher.prefill:", "'alltoall'"]),
     ({"dispatcher": {"decode": "allgather"}}, ["dispatcher.prefill:", "missing"]),
     (
         {"dispatcher": {"prefill": "mc2", "decode": "mc2"}, "ep_level": 2, "engine": {"max_batch_size": 8}},
-        ["dispatcher.prefill:", "serves decode only"],
+        ["dispatcher.prefill:", "mc2 cannot serve prefill", "decode is bounded"],
     ),
-    ({"transport": "int4"}, ["transport:", "'full', 'int8' or 'fp8'", "(got 'int4')"]),
-    ({"device": "ascend", "transport": "fp8"}, ["transport:", "do not have: write int8 or full"]),
+    ({"dispatch_dtype": "int4"}, ["dispatch_dtype:", "'full', 'int8' or 'fp8'", "(got 'int4')"]),
+    ({"device": "ascend", "dispatch_dtype": "fp8"}, ["dispatch_dtype:", "do not have: write int8 or full"]),
+    (
+        {"dispatch_dtype": "int8", "transport": "fp8"},
+        ["transport: is another name of dispatch_dtype, which says int8: keep one", "(got 'fp8')"],
+    ),
     # the placement
     ({"placement": {"split": "levl"}}, ["placement.split:", "even, nearest or level", "(got 'levl')"]),
     ({"placement": {"split": {"prefill": "level"}}}, ["placement.split.decode:", "missing"]),

@@ -1,4 +1,4 @@
-"""Reading files: what is wrong is said with its place."""
+"""Reading files: errors name the place of what is wrong."""
 
 import pytest
 from hypothesis import given
@@ -44,12 +44,12 @@ def write(tmp_path):
         ("a.yaml", "engine:\n  extra: &loop {revision: *loop}\n", r"engine\.extra.*[Rr]ecursion"),
     ],
 )
-def test_malformed_files(write, name, text, message):
+def test_malformed_file_is_refused_with_its_place(write, name, text, message):
     with pytest.raises(ConfigError, match=message):
         EPConfig.load(write(name, text))
 
 
-def test_missing_file_and_directory(tmp_path):
+def test_missing_file_and_directory_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
         EPConfig.load(tmp_path / "nowhere.yaml")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):

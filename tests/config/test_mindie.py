@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epbackend.config import ConfigWarning, EPConfig, PhaseLevels
-from epbackend.config.mindie_sizes import SIZE_KEYS, MindIEKeyError, parallel_sizes
+from epbackend.config.mindie import SIZE_KEYS, MindIEKeyError, parallel_sizes
 from epbackend.errors import ConfigError
 
 FACTORS = [[1048576, 1.32], [524288, 1.4], [262144, 1.53], [131072, 1.8], [32768, 3.0], [8192, 5.2], [0, 8.0]]
@@ -42,14 +42,14 @@ def load(content):
     return config, [str(warning.message) for warning in caught]
 
 
-def test_example_a_alltoall():
+def test_documented_alltoall_example_loads():
     config, _ = load(whole(family=ALLTOALL))
     assert (config.device, config.ep_size, config.ep_level) == ("ascend", 8, 2)
     assert config.alltoall_ep_buffer_scale_factors == tuple((length, scale) for length, scale in FACTORS)
     assert (config.world_size, config.attn_tp, config.engine.session_len) == (8, 8, 2560)
 
 
-def test_example_b_allgather_with_cutoff():
+def test_documented_allgather_example_with_cutoff_loads():
     config, _ = load(whole(family=ALLGATHER))
     assert (config.ep_level, config.enable_init_routing_cutoff, config.topk_scaling_factor) == (1, True, 0.25)
     assert config.dispatch_settings("prefill").cutoff_min_tokens == 65536
@@ -110,7 +110,7 @@ def test_mixed_level_3_is_a_level_for_each_phase():
     assert any("ep_level 3" in note for note in notes)
 
 
-def test_a_factor_switched_off_is_no_contradiction():
+def test_factor_that_is_switched_off_is_dropped_with_a_note():
     config, notes = load(whole(family={"enable_init_routing_cutoff": False, "topk_scaling_factor": 1.0}))
     assert config.topk_scaling_factor is None
     assert any("topk_scaling_factor 1.0 has no effect" in note for note in notes)

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 
 from epbackend.config import ConfigWarning, EPConfig, PhaseLevels
-from epbackend.config.reference import values
+from epbackend.config.docs import values
 from epbackend.dispatch.base import DispatchSettings
 from tests.helpers.config_strategies import settings
 
@@ -60,7 +60,7 @@ def test_defaults_are_those_of_the_data_path():
     assert (config.ep_size, config.world_size, config.attn_tp) == (1, 1, 1)
 
 
-def test_each_phase_has_its_level():
+def test_ep_level_can_differ_between_phases():
     config = EPConfig.load({"ep_size": 2, "ep_level": {"prefill": 2, "decode": 1}})
     assert config.ep_level == PhaseLevels(prefill=2, decode=1)
     assert (config.level("prefill"), config.level("decode")) == (2, 1)
@@ -79,13 +79,13 @@ def test_dispatch_settings_carry_every_value():
             "alltoall_ep_buffer_scale_factors": [[8192, 2], [0, 8.0]],
             "overlap_chunks": 3,
             "overlap_min_tokens": 5,
-            "transport": "int8",
+            "dispatch_dtype": "int8",
             "timeout_s": 9,
         }
     )
     assert config.dispatch_settings("decode") == DispatchSettings(
         level=2,
-        dispatcher="alltoall",
+        dispatcher=("alltoall",),
         topk_scaling_factor=0.25,
         cutoff_min_tokens=7,
         buffer_scale_factors=((8192, 2.0), (0, 8.0)),
@@ -94,25 +94,6 @@ def test_dispatch_settings_carry_every_value():
         transport="int8",
         timeout_s=9.0,
     )
-
-
-@pytest.mark.parametrize(
-    ("dispatcher", "level", "prefill", "decode"),
-    [
-        ("auto", 2, "auto", "auto"),
-        ("allgather", 1, "allgather", "allgather"),
-        (["alltoall", "allgather"], {"prefill": 2, "decode": 1}, "alltoall", "allgather"),
-        ("replicated,allgather", 1, "replicated, allgather", "replicated, allgather"),
-        ({"prefill": "alltoall", "decode": "auto"}, 2, "alltoall", "auto"),
-        ({"prefill": "auto", "decode": ["mc2", "alltoall"]}, 2, "auto", "mc2, alltoall"),
-        ("mc2, alltoall", 2, "alltoall", "mc2, alltoall"),
-    ],
-)
-def test_each_phase_has_its_dispatchers(dispatcher, level, prefill, decode):
-    config = EPConfig(ep_size=4, ep_level=level, dispatcher=dispatcher, engine={"max_batch_size": 8})
-    assert (config.dispatcher_of("prefill"), config.dispatcher_of("decode")) == (prefill, decode)
-    assert config.dispatch_settings("decode").dispatcher == decode
-    assert EPConfig.from_json(config.to_json()) == config
 
 
 @pytest.mark.parametrize(
@@ -130,7 +111,7 @@ def test_decode_is_static_where_graphs_are_captured(settings, static):
     assert config.dispatch_settings("prefill").static is False
 
 
-def test_each_phase_has_its_split():
+def test_split_can_differ_between_phases():
     both = EPConfig.load({"ep_size": 2, "placement": {"file": "x", "split": "level"}}).placement
     assert (both.split_of("prefill"), both.split_of("decode"), both.given) == ("level", "level", True)
     split = {"prefill": "level", "decode": "nearest"}
@@ -139,11 +120,13 @@ def test_each_phase_has_its_split():
     assert not EPConfig().placement.given
 
 
-def test_splits_are_those_of_the_data_path():
-    from epbackend.config.placement import SPLIT_NAMES
-    from epbackend.placement.replica_split import SPLITS
-
-    assert SPLIT_NAMES == SPLITS
+@pytest.mark.parametrize("build", [EPConfig.load, EPConfig.model_validate])
+def test_old_name_of_a_setting_works_on_with_a_warning(build):
+    with pytest.warns(ConfigWarning, match="^transport is now called dispatch_dtype: rename it") as caught:
+        config = build({"ep_size": 2, "ep_level": 2, "transport": "int8"})
+    assert len(caught) == 1
+    assert config == EPConfig(ep_size=2, ep_level=2, dispatch_dtype="int8")
+    assert "transport" not in config.to_json()
 
 
 CUTOFF = {"enable_init_routing_cutoff": True, "topk_scaling_factor": 0.5}
@@ -156,7 +139,7 @@ CUTOFF = {"enable_init_routing_cutoff": True, "topk_scaling_factor": 0.5}
         ({"init_routing_cutoff_min_tokens": 8}, "init_routing_cutoff_min_tokens"),
         ({"alltoall_ep_buffer_scale_factors": [[0, 8.0]]}, "alltoall_ep_buffer_scale_factors"),
         ({"overlap_chunks": 4}, "overlap_chunks"),
-        ({"ep_size": 2, "transport": "int8"}, "transport"),
+        ({"ep_size": 2, "dispatch_dtype": "int8"}, "dispatch_dtype"),
         ({"device": "cpu", "engine": {"cache_max_entry_count": 0.5}}, "engine.cache_max_entry_count"),
         ({"placement": {"split": "level"}}, "placement.split"),
     ],
@@ -174,9 +157,9 @@ def test_settings_without_effect_warn_by_name(mapping, name):
         {"ep_level": 1, **CUTOFF},
         {"ep_level": {"prefill": 1, "decode": 2}, **CUTOFF, "alltoall_ep_buffer_scale_factors": [[0, 8.0]]},
         {"ep_level": 2, "overlap_chunks": 4},
-        {"ep_size": 2, "ep_level": 2, "transport": "fp8"},
-        {"ep_size": 2, "engine": {"dp": 2}, "transport": "int8"},
-        {"ep_size": 2, "dispatcher": "allgather", "transport": "int8"},
+        {"ep_size": 2, "ep_level": 2, "dispatch_dtype": "fp8"},
+        {"ep_size": 2, "engine": {"dp": 2}, "dispatch_dtype": "int8"},
+        {"ep_size": 2, "dispatcher": "allgather", "dispatch_dtype": "int8"},
         {"ep_size": 2, "placement": {"loads": ["a.json"], "split": "level"}},
         {"device": "cuda", "engine": {"cache_max_entry_count": 0.5}},
     ],
@@ -187,15 +170,8 @@ def test_settings_with_effect_do_not_warn(mapping):
         EPConfig.load(mapping)
 
 
-def test_pinned_dispatchers_are_those_of_the_data_path():
-    from epbackend.config.rules import LEVEL_OF_DISPATCHER
-    from epbackend.dispatch.choose import DISPATCHERS
-
-    assert {dispatcher.name: dispatcher.level for dispatcher in DISPATCHERS} == LEVEL_OF_DISPATCHER
-
-
-def test_kernels_are_those_of_the_devices():
-    from epbackend.config.rules import CUDA_KERNELS
+def test_kernel_names_are_those_of_the_devices():
+    from epbackend.config.checks import CUDA_KERNELS
     from epbackend.device import devices
 
     names = {name: set(device.kernel_sets) for name, device in devices().items()}

@@ -69,7 +69,7 @@ def settings(draw):
                 "init_routing_cutoff_min_tokens": POSITIVE,
                 "overlap_chunks": POSITIVE,
                 "overlap_min_tokens": st.integers(0, 1 << 20),
-                "transport": st.sampled_from(["full", "int8"]),
+                "dispatch_dtype": st.sampled_from(["full", "int8"]),
                 "timeout_s": st.floats(0.001, 1e6) | POSITIVE,
             },
         )

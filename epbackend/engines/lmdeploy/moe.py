@@ -22,7 +22,8 @@ from epbackend.engines.lmdeploy.load import check_room
 from epbackend.engines.lmdeploy.plug import active
 from epbackend.errors import ConfigError, EPError
 from epbackend.kernels.weight_formats import Experts
-from epbackend.moe import PHASES, ExpertParallelMoE
+from epbackend.moe import ExpertParallelMoE
+from epbackend.names import PHASES
 from epbackend.placement.placement import Placement
 from epbackend.replica_split import SlotMap
 
@@ -45,7 +46,7 @@ class LayerExperts:
             "prefill": config.dispatch_settings("prefill"),
             "decode": _bounded(config.dispatch_settings("decode")),
         }
-        self.split = {phase: config.placement.split_of(phase) for phase in PHASES}
+        self.split: dict[str, str] = {phase: config.placement.split_of(phase) for phase in PHASES}
         self.gate_up_bias: Tensor | None = None
         self.down_bias: Tensor | None = None
         self.activation: Callable[[Tensor], Tensor] | None = None

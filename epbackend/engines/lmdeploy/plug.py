@@ -19,12 +19,13 @@ from epbackend.engines.lmdeploy.load_writer import LoadWriter
 from epbackend.engines.lmdeploy.patching import Patches, check_version
 from epbackend.engines.placement import finished_placement, from_env, to_env, warm_splits
 from epbackend.errors import ConfigError, EPError, UnavailableError
+from epbackend.names import DEVICES
 from epbackend.placement.placement import Placement
 
 CONFIG_VARIABLE = "EPBACKEND_CONFIG"
 PLACEMENT_VARIABLE = "EPBACKEND_PLACEMENT"
 """Holds the finished placement, packed: every rank has the identical one, on whatever machine it runs."""
-PLUGGED = ("cpu", "cuda", "ascend")
+PLUGGED = tuple(DEVICES.built_in)
 """Devices that LMDeploy can use through us."""
 
 

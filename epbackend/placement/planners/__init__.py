@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any
@@ -11,16 +9,14 @@ from typing import Any
 import numpy as np
 
 from epbackend import __version__
-from epbackend.errors import ConfigError, UnavailableError, did_you_mean
+from epbackend.errors import ConfigError
+from epbackend.names import PLANNERS
 from epbackend.placement.loads import Loads, real_number, whole_number
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Placement, Provenance
 from epbackend.placement.planners.base import Planner, Progress, Task, check_answer, check_task, silent
 
 __all__ = ["find_planner", "plan", "planner_names"]
-
-GROUP = "epbackend.planners"
-BUILT_IN = ("refined", "incremental", "eplb", "omni", "lplb")
 
 
 def plan(
@@ -84,32 +80,18 @@ def plan(
 
 
 def planner_names() -> tuple[str, ...]:
-    """Every algorithm that `plan` knows: the default first, third-party ones last."""
-    return tuple(dict.fromkeys([*BUILT_IN, *sorted(entry_points(group=GROUP).names)]))
+    """Every algorithm that `plan` knows: the default first, those of third parties last."""
+    return PLANNERS.names()
 
 
 def find_planner(algorithm: str) -> Planner:
-    """The planner of that name. Built-in ones need no entry point, and their names cannot be taken.
+    """The planner of that name.
 
     Raises:
-        ConfigError: the name is unknown.
-        UnavailableError: the package of the planner does not load.
+        ConfigError: there is no such planner.
+        UnavailableError: the package that adds it does not load.
     """
-    if algorithm in BUILT_IN:
-        return import_module(f"{__name__}.{algorithm}").plan_layers
-    points = entry_points(group=GROUP, name=algorithm)
-    if not points:
-        known = planner_names()
-        raise ConfigError(
-            f"algorithm: {algorithm!r} is unknown{did_you_mean(str(algorithm), known)}; known are {', '.join(known)}"
-        )
-    (point, *_) = points
-    try:
-        return point.load()
-    except (ImportError, AttributeError) as error:
-        raise UnavailableError(
-            f"algorithm: {algorithm!r} of {point.value} does not load: {error}; repair or remove that package"
-        ) from error
+    return PLANNERS.load(algorithm)
 
 
 def _usual_slots(loads: Loads, budget: int | None, current: Placement | None) -> int:

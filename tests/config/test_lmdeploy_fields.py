@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from epbackend.config import EngineSettings, EPConfig
-from epbackend.config import lmdeploy as ours
+from epbackend.config import lmdeploy_fields as ours
 from epbackend.errors import ConfigError
 
 pytestmark = pytest.mark.engine

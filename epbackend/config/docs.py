@@ -1,14 +1,12 @@
-"""Every setting, drawn from the models: for `config show`, `config schema` and docs/configuration.md."""
+"""Every setting described, from the fields themselves: for `config show`, `config schema`, docs/configuration.md."""
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from epbackend.config.base import Section
-from epbackend.config.engine import EngineSettings
-from epbackend.config.placement import PlacementSettings
-from epbackend.config.settings import EPConfig
+from epbackend.config.ep_config import OLD_NAMES, EPConfig
+from epbackend.config.schema import EngineSettings, PlacementSettings, Section
 
 SECTIONS: dict[str, type[Section]] = {"placement": PlacementSettings, "engine": EngineSettings}
 
@@ -47,11 +45,18 @@ def json_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a configuration file, for editors."""
     schema = EPConfig.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["properties"]["moe_ep"] = {
-        **schema["properties"]["ep_size"],
+    properties = schema["properties"]
+    properties["moe_ep"] = {
+        **properties["ep_size"],
         "title": "MoE EP",
         "description": "MindIE's name for ep_size.",
     }
+    for old, name in OLD_NAMES.items():
+        properties[old] = {
+            **properties[name],
+            "deprecated": True,
+            "description": f"The old name of {name}.",
+        }
     return schema
 
 

@@ -1,4 +1,4 @@
-"""The written reference: docs, examples and JSON schema follow the models."""
+"""docs/configuration.md, the examples and the JSON schema agree with the fields."""
 
 import json
 import re
@@ -11,8 +11,8 @@ from hypothesis import given
 
 from epbackend.config import ConfigWarning, EPConfig
 from epbackend.config import mindie as mindie_file
+from epbackend.config.docs import json_schema, markdown, settings
 from epbackend.config.files import read_mapping
-from epbackend.config.reference import json_schema, markdown, settings
 from tests.helpers.config_strategies import settings as valid_settings
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -24,7 +24,7 @@ SCHEMA = jsonschema.Draft202012Validator(json_schema())
 
 def test_the_documented_table_is_up_to_date():
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert markdown() in text, "paste the output of epbackend.config.reference.markdown()"
+    assert markdown() in text, "paste the output of epbackend.config.docs.markdown()"
 
 
 def test_every_mapped_mindie_key_is_documented():
@@ -40,7 +40,7 @@ def test_every_setting_is_described_in_one_short_paragraph():
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_examples_load(path):
+def test_every_example_loads_without_warnings(path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConfigWarning)
         config = EPConfig.load(path)
@@ -63,6 +63,7 @@ def test_the_schema_is_valid_and_refuses_what_we_refuse():
         {"topk_scaling_factor": 2},
         {"engine": {"tp": 0}},
         {"ep_size": "2"},
+        {"dispatcher": 3},
     ):
         assert not SCHEMA.is_valid(bad), bad
 
@@ -75,3 +76,8 @@ def test_the_schema_accepts_every_valid_file(mapping):
 
 def test_the_schema_accepts_what_we_write():
     SCHEMA.validate(json.loads(EPConfig(ep_size=2, ep_level={"prefill": 2, "decode": 1}).to_json()))
+
+
+def test_the_schema_accepts_other_names_and_every_form_of_dispatcher():
+    for found in ({"moe_ep": 2}, {"transport": "int8"}, {"dispatcher": "a, b"}, {"dispatcher": ["a", "b"]}):
+        SCHEMA.validate(found)

@@ -1,0 +1,32 @@
+"""What is in a picture, read back from its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+NEARLY_WHITE = 0.95
+
+
+def size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels."""
+    height, width = _pixels(path).shape[:2]
+    return width, height
+
+
+def drawn_share(
+    path: Path, left: float = 0.0, right: float = 1.0, top: float = 0.0, bottom: float = 1.0
+) -> float:
+    """The share of pixels that are not (nearly) white in a part of the picture, whose edges are shares of the whole."""
+    pixels_YXC = _pixels(path)
+    height, width = pixels_YXC.shape[:2]
+    part = pixels_YXC[int(top * height) : int(bottom * height), int(left * width) : int(right * width)]
+    return float((part.min(axis=2) < NEARLY_WHITE).mean())
+
+
+def _pixels(path: Path) -> np.ndarray:
+    from matplotlib.image import imread
+
+    assert path.suffix == ".png"
+    return imread(path)[:, :, :3]
