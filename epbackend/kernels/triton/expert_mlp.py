@@ -34,7 +34,9 @@ def swiglu(rows_S2F: Tensor) -> Tensor:
     rows, width = len(rows_S2F), rows_S2F.shape[1] // 2
     rows_SF = rows_S2F.new_empty(rows, width)
     if rows:
-        _swiglu[(rows, triton.cdiv(width, BLOCK))](rows_S2F, rows_SF, rows_S2F.stride(0), width, BLOCK)
+        _swiglu[(rows, triton.cdiv(width, BLOCK))](
+            rows_S2F=rows_S2F, rows_SF=rows_SF, row_stride=rows_S2F.stride(0), F=width, BLOCK=BLOCK
+        )
     return rows_SF
 
 

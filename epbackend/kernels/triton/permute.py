@@ -94,22 +94,22 @@ def permute_few(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: P
     """Fill `out` with the rows from `first` on."""
     slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
     _permute_few[(triton.cdiv(len(ids_S), FEW_BLOCK),)](
-        hidden_TD,
-        ids_S,
-        out.rows_SD,
-        out.counts_L,
-        out.choice_of_row_S,
-        len(ids_S),
-        slots,
-        first,
-        first + rows,
-        hidden_TD.stride(0),
-        width,
-        top_k,
-        triton.next_power_of_2(slots + 1),
-        triton.next_power_of_2(max(FEW_BLOCK, len(ids_S))),
-        FEW_BLOCK,
-        min(COLUMNS, triton.next_power_of_2(width)),
+        hidden_TD=hidden_TD,
+        ids_S=ids_S,
+        rows_SD=out.rows_SD,
+        counts_L=out.counts_L,
+        choice_of_row_S=out.choice_of_row_S,
+        S=len(ids_S),
+        slots=slots,
+        first=first,
+        last=first + rows,
+        token_stride=hidden_TD.stride(0),
+        D=width,
+        K=top_k,
+        LANES=triton.next_power_of_2(slots + 1),
+        ALL=triton.next_power_of_2(max(FEW_BLOCK, len(ids_S))),
+        BLOCK=FEW_BLOCK,
+        COLUMNS=min(COLUMNS, triton.next_power_of_2(width)),
     )
 
 
@@ -169,7 +169,7 @@ def count(slot_ids_TK: Tensor, slots: int) -> Tensor:
         return count_in_blocks(ids_S, slots)[0]
     counts_1L = torch.empty(1, slots, dtype=torch.int64, device=ids_S.device)
     lanes, block = triton.next_power_of_2(slots + 1), triton.next_power_of_2(max(BLOCK, len(ids_S)))
-    _count_blocks[(1,)](ids_S, counts_1L, len(ids_S), slots, lanes, block)
+    _count_blocks[(1,)](ids_S=ids_S, counts_BL=counts_1L, S=len(ids_S), slots=slots, LANES=lanes, BLOCK=block)
     return counts_1L[0]
 
 
@@ -200,30 +200,30 @@ def _permute_many(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out:
     slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
     totals_L, before_BL = count_in_blocks(ids_S, slots)
     _place[(len(before_BL),)](
-        ids_S,
-        totals_L,
-        before_BL,
-        out.counts_L,
-        out.choice_of_row_S,
-        len(ids_S),
-        slots,
-        first,
-        first + rows,
-        triton.next_power_of_2(slots + 1),
-        BLOCK,
+        ids_S=ids_S,
+        totals_L=totals_L,
+        before_BL=before_BL,
+        counts_L=out.counts_L,
+        choice_of_row_S=out.choice_of_row_S,
+        S=len(ids_S),
+        slots=slots,
+        first=first,
+        last=first + rows,
+        LANES=triton.next_power_of_2(slots + 1),
+        BLOCK=BLOCK,
     )
     if rows:
         grid = (triton.cdiv(rows, COPIED_ROWS), triton.cdiv(width, COPIED_COLUMNS))
         _copy_rows[grid](
-            hidden_TD,
-            out.choice_of_row_S,
-            out.rows_SD,
-            rows,
-            hidden_TD.stride(0),
-            width,
-            top_k,
-            COPIED_ROWS,
-            COPIED_COLUMNS,
+            hidden_TD=hidden_TD,
+            choice_of_row_S=out.choice_of_row_S,
+            rows_SD=out.rows_SD,
+            S=rows,
+            token_stride=hidden_TD.stride(0),
+            D=width,
+            K=top_k,
+            ROWS=COPIED_ROWS,
+            COLUMNS=COPIED_COLUMNS,
         )
 
 
@@ -234,8 +234,10 @@ def count_in_blocks(ids_S: Tensor, slots: int, block: int = BLOCK) -> tuple[Tens
     totals_L = torch.empty(slots, dtype=torch.int64, device=ids_S.device)
     if blocks:
         lanes = triton.next_power_of_2(slots + 1)
-        _count_blocks[(blocks,)](ids_S, before_BL, len(ids_S), slots, lanes, block)
-    _add_up_blocks[(slots,)](before_BL, totals_L, blocks, slots)
+        _count_blocks[(blocks,)](
+            ids_S=ids_S, counts_BL=before_BL, S=len(ids_S), slots=slots, LANES=lanes, BLOCK=block
+        )
+    _add_up_blocks[(slots,)](counts_BL=before_BL, totals_L=totals_L, blocks=blocks, slots=slots)
     return totals_L, before_BL
 
 
@@ -325,19 +327,19 @@ def unpermute(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_
     few = rows <= MOST_ROWS
     columns = min(SUM_BLOCK, triton.next_power_of_2(width))
     _weighted_sum[(tokens, triton.cdiv(width, columns))](
-        rows_SD,
-        choice_of_row_S if few else _row_of_choice(choice_of_row_S, tokens * top_k),
-        weights_TK,
-        out_TD,
-        rows,
-        rows_SD.stride(0),
-        weights_TK.stride(0),
-        weights_TK.stride(1),
-        out_TD.stride(0),
-        width,
-        top_k,
-        columns,
-        triton.next_power_of_2(max(FEWEST, rows)) if few else 0,
+        rows_SD=rows_SD,
+        lookup=choice_of_row_S if few else _row_of_choice(choice_of_row_S, tokens * top_k),
+        weights_TK=weights_TK,
+        out_TD=out_TD,
+        S=rows,
+        row_stride=rows_SD.stride(0),
+        weight_token_stride=weights_TK.stride(0),
+        weight_choice_stride=weights_TK.stride(1),
+        out_stride=out_TD.stride(0),
+        D=width,
+        K=top_k,
+        COLUMNS=columns,
+        ALL=triton.next_power_of_2(max(FEWEST, rows)) if few else 0,
     )
 
 
@@ -345,7 +347,7 @@ def _row_of_choice(choice_of_row_S: Tensor, choices: int) -> Tensor:
     """The inverse of choice_of_row_S, -1 for choices that no row serves."""
     row_of = torch.full((choices,), -1, dtype=torch.int64, device=choice_of_row_S.device)
     _invert[(triton.cdiv(len(choice_of_row_S), SUM_BLOCK),)](
-        choice_of_row_S, row_of, len(choice_of_row_S), SUM_BLOCK
+        choice_of_row_S=choice_of_row_S, row_of=row_of, S=len(choice_of_row_S), BLOCK=SUM_BLOCK
     )
     return row_of
 

@@ -58,16 +58,16 @@ def quantize_fp8(rows_SK: Tensor, schedule: Schedule) -> Fp8Tokens:
     out = empty_fp8(rows, width, rows_SK.device)
     if rows:
         _quantize_fp8[(triton.cdiv(rows, FP8_ROWS), width // BLOCK)](
-            rows_SK,
-            out.values_SK,
-            out.scale_BS,
-            schedule.tiles_M3,
-            schedule.total_1,
-            rows,
-            rows_SK.stride(0),
-            width,
-            FP8_ROWS,
-            BLOCK,
+            rows_SK=rows_SK,
+            values_SK=out.values_SK,
+            scale_BS=out.scale_BS,
+            tiles_M3=schedule.tiles_M3,
+            total_1=schedule.total_1,
+            S=rows,
+            row_stride=rows_SK.stride(0),
+            K=width,
+            ROWS=FP8_ROWS,
+            BLOCK=BLOCK,
         )
     return out
 
@@ -79,14 +79,14 @@ def quantize_int8(rows_SK: Tensor, schedule: Schedule) -> Int8Tokens:
     scale_S = torch.empty(rows, dtype=torch.float32, device=rows_SK.device)
     if rows:
         _quantize_int8[(rows,)](
-            rows_SK,
-            values_SK,
-            scale_S,
-            schedule.tiles_M3,
-            schedule.total_1,
-            rows_SK.stride(0),
-            width,
-            triton.next_power_of_2(width),
+            rows_SK=rows_SK,
+            values_SK=values_SK,
+            scale_S=scale_S,
+            tiles_M3=schedule.tiles_M3,
+            total_1=schedule.total_1,
+            row_stride=rows_SK.stride(0),
+            K=width,
+            WIDTH=triton.next_power_of_2(width),
             num_warps=8,
         )
     return Int8Tokens(values_SK, scale_S)
@@ -156,17 +156,17 @@ def narrow(rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
     groups, group = (GROUPS, BLOCK) if float8 else (1, triton.next_power_of_2(width))
     if tokens:
         _narrow[(tokens, triton.cdiv(scales, groups))](
-            rows_TD,
-            values_TD,
-            scale_TG,
-            rows_TD.stride(0),
-            values_TD.stride(0),
-            scale_TG.stride(0),
-            width,
-            scales,
-            groups,
-            group,
-            float8,
+            rows_TD=rows_TD,
+            values_TD=values_TD,
+            scale_TG=scale_TG,
+            row_stride=rows_TD.stride(0),
+            value_stride=values_TD.stride(0),
+            scale_stride=scale_TG.stride(0),
+            D=width,
+            SCALES=scales,
+            GROUPS=groups,
+            GROUP=group,
+            FLOAT8=float8,
             num_warps=4 if float8 else 8,
         )
 
@@ -219,19 +219,19 @@ def widen(values_SD: Tensor, scale_SG: Tensor, out_SD: Tensor, counts_L: Tensor 
         return
     slots = 1 if counts_L is None else len(counts_L)
     _widen[(chip_of(out_SD.device).sms * PROGRAMS_PER_SM,)](
-        values_SD,
-        scale_SG,
-        counts_L,
-        out_SD,
-        values_SD.stride(0),
-        scale_SG.stride(0),
-        rows,
-        slots,
-        width,
-        BLOCK if values_SD.dtype == FP8 else width,
-        triton.next_power_of_2(slots),
-        ROWS,
-        min(COLUMNS, triton.next_power_of_2(width)),
+        values_SD=values_SD,
+        scale_SG=scale_SG,
+        counts_L=counts_L,
+        out_SD=out_SD,
+        value_stride=values_SD.stride(0),
+        scale_stride=scale_SG.stride(0),
+        rows=rows,
+        slots=slots,
+        D=width,
+        GROUP=BLOCK if values_SD.dtype == FP8 else width,
+        LANES=triton.next_power_of_2(slots),
+        ROWS=ROWS,
+        COLUMNS=min(COLUMNS, triton.next_power_of_2(width)),
     )
 
 

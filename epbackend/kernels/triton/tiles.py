@@ -247,7 +247,15 @@ def row_tiles(counts_L: Tensor, rows: int, block_rows: int) -> Schedule:
     tiles_M3 = torch.empty(most, 3, dtype=torch.int32, device=counts_L.device)
     total_1 = torch.empty(1, dtype=torch.int32, device=counts_L.device)
     slots_pow2 = triton.next_power_of_2(slots)
-    _row_tiles[(slots,)](counts_L, tiles_M3, total_1, slots, slots_pow2, block_rows, num_warps=1)
+    _row_tiles[(slots,)](
+        counts_L=counts_L,
+        tiles_M3=tiles_M3,
+        total_1=total_1,
+        slots=slots,
+        SLOTS=slots_pow2,
+        BLOCK_ROWS=block_rows,
+        num_warps=1,
+    )
     return Schedule(tiles_M3, total_1, block_rows)
 
 
