@@ -38,7 +38,7 @@ def refused(groups: dict[int, RankGroup], mistake: str) -> bool:
 
 
 @pytest.mark.parametrize("mistake", ["sizes", "types", "collectives", "splits"])
-def test_ranks_that_disagree(ranks, npu, mistake):
+def test_ranks_that_disagree_are_refused(ranks, npu, mistake):
     if npu == REAL:
         pytest.skip("real ranks that disagree hang")
     assert ranks.run(2, refused, mistake) == [True, True]

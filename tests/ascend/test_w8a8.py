@@ -20,7 +20,7 @@ D, SLOTS, COUNTS = 64, 3, (4, 0, 2)
 def experts(form, hidden: int, width: int) -> tuple[ExpertWeights, list[torch.Tensor]]:
     """Packed in a form, and as float matrices."""
     matrices = [torch.randn(SLOTS, 2 * width, hidden) / 8, torch.randn(SLOTS, hidden, width) / 8]
-    packed = [NpuKernels().pack(form(each, torch.device("npu"))) for each in matrices]
+    packed = [NpuKernels().prepack(form(each, torch.device("npu"))) for each in matrices]
     return ExpertWeights(*packed), matrices
 
 
@@ -31,7 +31,7 @@ def experts(form, hidden: int, width: int) -> tuple[ExpertWeights, list[torch.Te
     ids=["tiles", "plain", "plain and odd"],
 )
 @pytest.mark.parametrize("activation", [None, relu_product], ids=["swiglu", "own"])
-def test_rows_that_come_quantized(npu, form, hidden, width, layout, activation):
+def test_quantized_rows_are_multiplied_as_they_are(npu, form, hidden, width, layout, activation):
     weights, matrices = experts(form, hidden, width)
     assert isinstance(weights.gate_up, layout)
     weights = ExpertWeights(weights.gate_up, weights.down, activation=activation)
@@ -46,7 +46,7 @@ def test_rows_that_come_quantized(npu, form, hidden, width, layout, activation):
     close(out_SD[:6].cpu(), dense)
 
 
-def test_float_experts_dequantize_them(npu):
+def test_float_experts_dequantize_quantized_rows(npu):
     rows = int8.Int8Rows(*(each.npu() for each in int8.quantize_rows(torch.randn(7, D))), torch.bfloat16)
     weights, _ = experts(lambda each, place: each.bfloat16().to(place), D, 64)
     counts_L = torch.tensor(COUNTS).npu()
@@ -54,8 +54,8 @@ def test_float_experts_dequantize_them(npu):
     assert torch.equal(NpuKernels().expert_mlp(rows, counts_L, weights)[:6], as_they_were[:6])
 
 
-def test_a_call_asks_nothing_twice(npu):
-    """Tiled: one operator from int8 rows to int8 rows, one back; the setting of the process is as it was."""
+def test_a_call_quantizes_no_row_twice(npu):
+    """With tiled weights: one operator from int8 rows to int8 rows, and one back to the rows' dtype."""
     from tests.helpers.ascend import REAL
     from tests.helpers.cann import registry
 
@@ -73,7 +73,7 @@ def test_a_call_asks_nothing_twice(npu):
     ("outer", "inner", "message"),
     [(80, 64, "64 x 80 is not a whole number of tiles"), (64, 40, "40 x 64"), (10272, 16, "more than 10240")],
 )
-def test_why_matrices_stay_plain(npu, outer, inner, message):
+def test_matrices_that_cannot_be_tiled_stay_plain(npu, outer, inner, message):
     plain = int8.Int8Weights.of(torch.randn(1, outer, inner))
     assert message in ops.not_tiled(plain)
     assert kernels.tiled(plain) is plain

@@ -141,7 +141,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_refused(name):
+def test_the_emulation_refuses_what_the_operator_does(name):
     call, message = WRONG[name]
     with pytest.raises(RuntimeError, match=message):
         call()
@@ -158,21 +158,21 @@ def test_refused(name):
         ),
     ],
 )
-def test_matrices(matrices, message):
+def test_matrices_that_ascend_does_not_take_raise(matrices, message):
     with pytest.raises(ConfigError, match=message):
-        NpuKernels().pack(matrices)
+        NpuKernels().prepack(matrices)
 
 
-def test_rows_of_int8_experts():
-    packed = NpuKernels().pack([int8.Int8Matrix.of(torch.randn(8, 16))])
+def test_float32_rows_of_int8_experts_raise():
+    packed = NpuKernels().prepack([int8.Int8Matrix.of(torch.randn(8, 16))])
     with pytest.raises(ConfigError, match=r"not torch\.float32; set engine.dtype: bfloat16"):
         NpuKernels().grouped_matmul(npu_tensor(4, 16, dtype=FLOAT32), packed, npu_tensor(1, dtype=INT64))
 
 
-def test_biases_of_int8_experts():
+def test_biases_of_int8_experts_raise():
     kernels = NpuKernels()
     weights = [int8.Int8Matrix.of(torch.randn(8, 16)) for _ in range(2)]
-    packed = kernels.pack([int8.Int8Matrix(each.values_NK.npu(), each.scale_N.npu()) for each in weights])
+    packed = kernels.prepack([int8.Int8Matrix(each.values_NK.npu(), each.scale_N.npu()) for each in weights])
     with pytest.raises(ConfigError, match="W8A8 experts with biases are not supported; use bfloat16 weights"):
         kernels.grouped_matmul(npu_tensor(4, 16), packed, npu_tensor(2, dtype=INT64), npu_tensor(2, 8))
 

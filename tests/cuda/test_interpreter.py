@@ -22,7 +22,7 @@ SUITES = {
     "cuda": ["tests/cuda", "--ignore", "tests/cuda/test_gpu.py"],
     "engine": ["tests/engines/test_cuda_plug.py", "tests/engines/test_cuda_graphs.py"],
     "contract": ["tests/contract/test_kernels.py", "tests/contract/test_permute.py", "-k", "own", *FEWER],
-    "narrow": ["tests/contract/test_narrow.py", "-k", "own"],
+    "quantize": ["tests/contract/test_quantize.py", "-k", "own"],
     "split": ["tests/contract/test_split.py", "-k", "own", *FEWER],
     "int8": ["tests/contract/test_int8.py", "-k", "test_experts and own"],
     "fp8": ["tests/contract/test_fp8.py", "-k", "own or test_layer"],
