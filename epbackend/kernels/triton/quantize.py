@@ -112,13 +112,18 @@ def to_fp8(values_MN):
 
 
 @triton.jit
-def _to_int8(values_MN):
-    """(int8 values, scale of each row) of a block; the scale brings the row's largest value to 127."""
-    largest_M = tl.max(tl.abs(values_MN), 1)
-    scale_M = tl.where(largest_M > 0, largest_M / 127.0, 1.0)
-    scaled_MN = values_MN / scale_M[:, None]
-    # Half away from zero; rounding to even is a call to libdevice, which the interpreter does not have.
-    return tl.where(scaled_MN < 0, scaled_MN - 0.5, scaled_MN + 0.5).to(tl.int8), scale_M
+def int8_scale(largest):
+    """The scale that brings a row's largest value to 127."""
+    return tl.where(largest > 0, largest / 127.0, 1.0)
+
+
+@triton.jit
+def round_to_int8(scaled):
+    """The nearest integers, half away from zero.
+
+    Rounding half to even would be a call to libdevice, which the interpreter does not have.
+    """
+    return tl.where(scaled < 0, scaled - 0.5, scaled + 0.5).to(tl.int8)
 
 
 @named_launch
@@ -154,11 +159,11 @@ def _quantize_int8(
     """One row; WIDTH is a power of two that holds it."""
     row = tl.program_id(0).to(tl.int64)
     if row < covered_rows(tiles_M3, total_1):
-        column = tl.arange(0, WIDTH)[None, :]
+        column = tl.arange(0, WIDTH)
         values = tl.load(rows_SK + row * row_stride + column, mask=column < K, other=0).to(tl.float32)
-        quantized, scale = _to_int8(values)
-        tl.store(values_SK + row * K + column, quantized, mask=column < K)
-        tl.store(scale_S + row + tl.arange(0, 1), scale)
+        scale = int8_scale(tl.max(tl.abs(values)))
+        tl.store(values_SK + row * K + column, round_to_int8(values / scale), mask=column < K)
+        tl.store(scale_S + row, scale)
 
 
 GROUPS = 8
@@ -210,7 +215,8 @@ def _quantize(
     if FLOAT8:
         quantized, scale = to_fp8(values)
     else:
-        quantized, scale = _to_int8(values)
+        scale = int8_scale(tl.max(tl.abs(values), 1))
+        quantized = round_to_int8(values / scale[:, None])
     tl.store(values_TD + token * value_stride + column, quantized, mask=column < D)
     tl.store(scale_TB + token * scale_stride + group, scale, mask=group < SCALES)
 
