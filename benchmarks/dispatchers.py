@@ -100,7 +100,7 @@ def overlap_gain(ranks: RankGroup) -> dict[tuple[int, int], float]:
     """Milliseconds of a whole alltoall layer by (tokens of each rank, chunks)."""
     kernels, slots = CpuKernels(), E // ranks.size
     weights = ExpertWeights(
-        kernels.pack(torch.randn(slots, 2 * F, D)), kernels.pack(torch.randn(slots, D, F))
+        kernels.prepack(torch.randn(slots, 2 * F, D)), kernels.prepack(torch.randn(slots, D, F))
     )
     return {
         (tokens, chunks): layer_ms(
@@ -116,7 +116,7 @@ def peak_memory(ranks: RankGroup, factor: float | None) -> tuple[float, int]:
     kernels = CpuKernels()
     settings = DispatchSettings(level=1, topk_scaling_factor=factor, cutoff_min_tokens=1)
     dispatcher, _ = choose(LayerSpec(ranks, kernels, settings, E, K))
-    weights = ExpertWeights(kernels.pack(torch.randn(E, 2 * F, D)), kernels.pack(torch.randn(E, D, F)))
+    weights = ExpertWeights(kernels.prepack(torch.randn(E, 2 * F, D)), kernels.prepack(torch.randn(E, D, F)))
     slot_ids_TK = torch.rand(CUTOFF_TOKENS, E).argsort(1)[:, :K]
     hidden_TD, weights_TK = torch.randn(CUTOFF_TOKENS, D), torch.rand(CUTOFF_TOKENS, K)
     before = peak_mib()

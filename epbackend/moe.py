@@ -156,8 +156,8 @@ class ExpertParallelMoE:
         self.dispatchers: dict[str, Decision] = {phase: choice for phase, (_, choice) in chosen.items()}
         """How rows travel in each phase, and why."""
         self._weights = ExpertWeights(
-            gate_up=self._kernels.pack(_exactly(slots, gate_up_L2FD, "gate_up_L2FD")),
-            down=self._kernels.pack(_exactly(slots, down_LDF, "down_LDF")),
+            gate_up=self._kernels.prepack(_exactly(slots, gate_up_L2FD, "gate_up_L2FD")),
+            down=self._kernels.prepack(_exactly(slots, down_LDF, "down_LDF")),
             gate_up_bias_L2F=gate_up_bias_L2F,
             down_bias_LD=down_bias_LD,
             activation=activation,

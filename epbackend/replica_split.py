@@ -101,10 +101,10 @@ class TokenSplit:
         return self._split(topk_ids_TK)
 
     def _on(self, device: torch.device) -> Split:
-        guard = ExpertIdCheck(self._experts, device, self._layer) if self._check_ids else None
+        id_check = ExpertIdCheck(self._experts, device, self._layer) if self._check_ids else None
         if isinstance(self._replicas, LevelReplicas):
-            return self._kernels.level_split(self._replicas, device, guard)
-        return self._kernels.even_split(self._replicas, device, guard)
+            return self._kernels.level_split(self._replicas, device, id_check)
+        return self._kernels.even_split(self._replicas, device, id_check)
 
 
 def _replicas(name: str, slot_map: SlotMap, spec: LayerSpec) -> EvenReplicas | LevelReplicas:

@@ -15,7 +15,7 @@ import triton
 
 from benchmarks.cuda.cases import DEEPSEEK, QWEN3
 from epbackend.kernels.triton.tiles import PACKAGED, chip_of
-from epbackend.kernels.triton.tuning import jobs, tune
+from epbackend.kernels.triton.tuning import tune, tuning_cases
 
 MODELS = ((QWEN3, "half"), (DEEPSEEK, "half"), (DEEPSEEK, "fp8"), (QWEN3, "int8"))
 
@@ -29,7 +29,9 @@ def main() -> None:
     asked = parser.parse_args()
     chip = chip_of(torch.device("cuda", 0))
     print(f"{chip}, torch {torch.__version__}, triton {triton.__version__}")
-    wanted = [job for shape, form in MODELS for job in jobs(shape, form, chip) if asked.only in str(job)]
+    wanted = [
+        case for shape, form in MODELS for case in tuning_cases(shape, form, chip) if asked.only in str(case)
+    ]
     table = PACKAGED if asked.write else asked.table
     for finding in tune(wanted, chip, table, specialize=not asked.no_specialize):
         print(finding)

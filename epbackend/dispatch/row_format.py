@@ -81,7 +81,7 @@ class RowFormat:
         if self.transport == "full":
             values[:count] = hidden_TD
         else:
-            kernels.narrow(hidden_TD, values[:count], scales[:count])
+            kernels.quantize(hidden_TD, values[:count], scales[:count])
         return bytes_TB
 
     def unpack(self, kernels: Kernels, bytes_TB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +90,7 @@ class RowFormat:
         hidden_TD = values
         if self.transport != "full":
             hidden_TD = bytes_TB.new_empty(len(bytes_TB), self.hidden_size, dtype=self.dtype)
-            kernels.widen(values, scales, hidden_TD)
+            kernels.dequantize(values, scales, hidden_TD)
         return hidden_TD, ids.long(), weights
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from epbackend.dispatch.base import Batch, Exchange, LayerSpec
 from epbackend.dispatch.row_format import TRANSPORTS
 from epbackend.dispatch.symmetric_memory import Geometry, Peers, Room
-from epbackend.kernels.triton.quantize import narrow, widen
+from epbackend.kernels.triton.quantize import dequantize, quantize
 from epbackend.kernels.triton.symmetric import Layout, give_back, lay_out, place, publish_counts, send, settle
 
 ALIGNMENT = 16
@@ -44,7 +44,7 @@ class Wire:
         if not self._scales:
             return hidden_TD
         rows_TW = torch.empty(len(hidden_TD), self.row[0], dtype=WORD, device=hidden_TD.device)
-        narrow(hidden_TD, *self._fields(rows_TW))
+        quantize(hidden_TD, *self._fields(rows_TW))
         return rows_TW
 
     def unpack(self, rows_CW: Tensor, counts_L: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Wire:
         if not self._scales:
             return rows_CW
         rows_CD = torch.empty(len(rows_CW), self.width, dtype=self.dtype, device=rows_CW.device)
-        widen(*self._fields(rows_CW), rows_CD, counts_L)
+        dequantize(*self._fields(rows_CW), rows_CD, counts_L)
         return rows_CD
 
     @property

@@ -20,7 +20,7 @@ D, SLOTS, COUNTS = 64, 3, (4, 0, 2)
 def experts(form, hidden: int, width: int) -> tuple[ExpertWeights, list[torch.Tensor]]:
     """Packed in a form, and as float matrices."""
     matrices = [torch.randn(SLOTS, 2 * width, hidden) / 8, torch.randn(SLOTS, hidden, width) / 8]
-    packed = [NpuKernels().pack(form(each, torch.device("npu"))) for each in matrices]
+    packed = [NpuKernels().prepack(form(each, torch.device("npu"))) for each in matrices]
     return ExpertWeights(*packed), matrices
 
 

@@ -160,11 +160,11 @@ def test_a_wrong_call_is_refused_by_the_emulation(name):
 )
 def test_matrices_that_npus_cannot_multiply_are_refused(matrices, message):
     with pytest.raises(ConfigError, match=message):
-        NpuKernels().pack(matrices)
+        NpuKernels().prepack(matrices)
 
 
 def test_float32_rows_of_int8_experts_are_refused():
-    packed = NpuKernels().pack([int8.Int8Matrix.of(torch.randn(8, 16))])
+    packed = NpuKernels().prepack([int8.Int8Matrix.of(torch.randn(8, 16))])
     with pytest.raises(ConfigError, match=r"not torch\.float32; set engine.dtype: bfloat16"):
         NpuKernels().grouped_matmul(npu_tensor(4, 16, dtype=FLOAT32), packed, npu_tensor(1, dtype=INT64))
 
@@ -172,7 +172,7 @@ def test_float32_rows_of_int8_experts_are_refused():
 def test_biases_of_int8_experts_are_refused():
     kernels = NpuKernels()
     weights = [int8.Int8Matrix.of(torch.randn(8, 16)) for _ in range(2)]
-    packed = kernels.pack([int8.Int8Matrix(each.values_NK.npu(), each.scale_N.npu()) for each in weights])
+    packed = kernels.prepack([int8.Int8Matrix(each.values_NK.npu(), each.scale_N.npu()) for each in weights])
     with pytest.raises(ConfigError, match="W8A8 experts with biases are not supported; use bfloat16 weights"):
         kernels.grouped_matmul(npu_tensor(4, 16), packed, npu_tensor(2, dtype=INT64), npu_tensor(2, 8))
 

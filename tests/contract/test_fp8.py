@@ -28,7 +28,7 @@ def fp8_device(device):
 def test_experts(kernels, fp8_device, dtype):
     place = fp8_device.torch_device(0)
     gate_up_L2FD, down_LDF = torch.randn(3, 2 * F, D) / D**0.5, torch.randn(3, D, F) / F**0.5
-    packed = [kernels.pack(fp8_blocks(weights, place)) for weights in (gate_up_L2FD, down_LDF)]
+    packed = [kernels.prepack(fp8_blocks(weights, place)) for weights in (gate_up_L2FD, down_LDF)]
     counts_L = torch.tensor([4, 0, 2])
     rows_SD = torch.randn(7, D).to(dtype)
     out_SD = kernels.expert_mlp(rows_SD.to(place), counts_L.to(place), ExpertWeights(*packed)).cpu()
@@ -49,7 +49,7 @@ def test_values_that_float8_holds_are_exact(kernels, fp8_device):
     rows *= torch.tensor([1.0, 0.5, 4.0]).repeat_interleave(BLOCK)
     rows[:, ::BLOCK] = 448 * torch.tensor([1.0, 0.5, 4.0])  # the largest of its block
     found = kernels.grouped_matmul(
-        rows.to(place), kernels.pack(experts), torch.tensor([3, 17], device=place)
+        rows.to(place), kernels.prepack(experts), torch.tensor([3, 17], device=place)
     ).cpu()
     slot_S = torch.tensor([0] * 3 + [1] * 17)
     full_LNK = Fp8Blocks(values, scales).dequantized().double()
@@ -69,4 +69,4 @@ def test_ascend_says_that_it_takes_none(device):
     with pytest.raises(
         ConfigError, match="float8 experts are not supported; serve this model in bfloat16 or"
     ):
-        device.kernels.pack(fp8_blocks(torch.randn(1, BLOCK, BLOCK), device.torch_device(0)))
+        device.kernels.prepack(fp8_blocks(torch.randn(1, BLOCK, BLOCK), device.torch_device(0)))

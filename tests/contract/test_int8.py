@@ -37,7 +37,7 @@ def test_quantized_rows_are_within_half_a_step():
 def test_experts(kernels, device, dtype, width, slots):
     place = device.torch_device(0)
     gate_up_L2FD, down_LDF = torch.randn(slots, 2 * width, D) / 8, torch.randn(slots, D, width) / 8
-    packed = [kernels.pack(int8_matrices(weights, place)) for weights in (gate_up_L2FD, down_LDF)]
+    packed = [kernels.prepack(int8_matrices(weights, place)) for weights in (gate_up_L2FD, down_LDF)]
     counts_L = torch.tensor([4, 0, 2][:slots])
     rows_SD = torch.randn(7, D).to(dtype)
     out_SD = kernels.expert_mlp(rows_SD.to(place), counts_L.to(place), ExpertWeights(*packed)).cpu()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.mark.parametrize("form", ["half", "fp8", "int8"])
-def test_contestants_agree(place, form):
+def test_contestants_compute_the_reference(place, form):
     if form == "fp8" and not chip_of(place).fp8:
         pytest.skip("this chip has no float8 matrix units")
     case = Case(Experts("tiny", slots=3, D=256, F=128, top_k=2), form, tokens=9)

@@ -50,13 +50,13 @@ def run(cuda, ranks):
 @pytest.mark.parametrize(
     ("way", "transport"), [("allgather", "full"), ("alltoall", "int8"), ("chunks", "full"), ("chunks", "fp8")]
 )
-def test_two_ranks(run, way, static, transport):
+def test_two_ranks_equal_the_dense_formula(run, way, static, transport):
     settings = replace(WAYS[way], static=static, transport=transport)
     case = Case(2, (9, 9) if static else (9, 2), settings, dtype=torch.bfloat16, hidden=128)
     assert run(case) == settings.dispatcher
 
 
-def test_ranks_that_hold_the_same_tokens(run):
+def test_ranks_with_the_same_tokens_take_replicated(run):
     static = DispatchSettings(level=1, static=True, topk_scaling_factor=0.5, cutoff_min_tokens=1)
     assert run(Case(2, (9,), static, token_size=2, dtype=torch.bfloat16, hidden=128)) == "replicated"
 

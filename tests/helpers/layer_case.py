@@ -126,7 +126,7 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
     out = layer(hidden.to(place), ids.to(place), weights.to(place)).cpu()
     if layer.dispatchers["prefill"].name != "replicated":
         form, reference = RowFormat.of(hidden, ids, case.settings.transport), ReferenceKernels()
-        hidden, *_ = form.unpack(reference, form.pack(reference, hidden, ids, weights))
+        hidden, *_ = form.unpack(reference, form.prepack(reference, hidden, ids, weights))
     expected = dense_moe(hidden, ids, weights, gate_up, down, *biases, activation=case.activation or swiglu)
     assert out.dtype == case.dtype
     torch.testing.assert_close(out.double(), expected, **tolerance(case.dtype))
