@@ -204,7 +204,7 @@ class EPConfig(Section):
             overlap_min_tokens=self.overlap_min_tokens,
             max_tokens=self.engine.max_batch_size if phase == "decode" else None,
             static=phase == "decode" and self.captures_graphs,
-            transport=self.transport,
+            dispatch_dtype=self.transport,
             timeout_s=self.timeout_s,
         )
 

@@ -121,12 +121,12 @@ def relu_product(rows_S2F: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("way", ["level1", "level2", "chunks"])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("transport", ["int8", "fp8"])
-def test_quantized_rows(run, device, way, static, dtype, transport):
+@pytest.mark.parametrize("dispatch_dtype", ["int8", "fp8"])
+def test_quantized_rows(run, device, way, static, dtype, dispatch_dtype):
     """Beside the dense formula for the rows as they arrive; test_rowbytes.py has how near these are to the tokens."""
-    if (device.name, transport) == ("ascend", "fp8"):
+    if (device.name, dispatch_dtype) == ("ascend", "fp8"):
         pytest.skip("Ascend A2 and A3 have no float8")
-    settings = replace(WAYS[way], static=static, transport=transport)
+    settings = replace(WAYS[way], static=static, dispatch_dtype=dispatch_dtype)
     run(Case(2, (9, 9), settings, dtype=dtype, hidden=200, bias=True))
     run(Case(4, (6, 6), settings, token_size=2, dtype=dtype, hidden=200))
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
 
-from epbackend.device import devices
+from epbackend.device import devices, get_device
 from epbackend.dispatch import symmetric
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import choose, decide, dispatchers
 from epbackend.errors import ConfigError
-from epbackend.kernels.reference import ReferenceKernels
 
 
 def spec(size: int, token_size: int = 1, top_k: int = 8, **settings) -> LayerSpec:
     ranks = RankGroup(None, 0, size, None, 0, token_size)
-    return LayerSpec(ranks, ReferenceKernels(), DispatchSettings(**settings), slots=4, top_k=top_k)
+    cpu = get_device("cpu")
+    return LayerSpec(ranks, cpu, cpu.kernels, DispatchSettings(**settings), slots=4, top_k=top_k)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,7 @@ def test_before_any_rank_runs_this_machine_is_judged(monkeypatch):
     """What `epbackend doctor` asks on a machine with two GPUs, for eight ranks."""
     monkeypatch.setattr(symmetric, "not_built", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    asked = replace(spec(8, level=2), kernels=mock.Mock(ReferenceKernels, on_cuda=True))
+    asked = replace(spec(8, level=2), device=devices()["cuda"])
     choice = decide(asked)
     assert choice.name == "alltoall"
     assert "taken only where it is named" in dict(choice.passed_over)["symmetric"]
@@ -99,7 +98,7 @@ def test_the_choice_is_logged_once(caplog):
             "none of .* named can be used: replicated: .* different tokens.*; alltoall: .*; name another",
         ),
         ({"level": 3}, "no dispatcher serves ep_level 3"),
-        ({"transport": "int4"}, "transport 'int4' is unknown; it is one of full, int8, fp8"),
+        ({"dispatch_dtype": "int4"}, "dispatch_dtype 'int4' is unknown; it is one of full, int8, fp8"),
         ({"topk_scaling_factor": 0.1}, "smallest factor that works is 0.125"),
     ],
 )

@@ -58,9 +58,9 @@ def test_deepseeks_router_reaches_a_little_more(ranks, measured):
 
 
 @pytest.mark.parametrize("shape", [DEEPSEEK_V3, QWEN3_30B])
-@pytest.mark.parametrize(("bytes_each", "transport"), [(2, "full"), (1, "fp8")])
-def test_packed_rows_are_those_of_the_dispatchers(shape, bytes_each, transport):
-    assert shape.packed_row(bytes_each) == RowFormat(shape.D, shape.K, torch.bfloat16, transport).bytes
+@pytest.mark.parametrize(("bytes_each", "dispatch_dtype"), [(2, "full"), (1, "fp8")])
+def test_packed_rows_are_those_of_the_dispatchers(shape, bytes_each, dispatch_dtype):
+    assert shape.packed_row(bytes_each) == RowFormat(shape.D, torch.bfloat16, dispatch_dtype, shape.K).bytes
 
 
 def test_assumptions_are_those_of_the_kernels_model():

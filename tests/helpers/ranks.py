@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import socket
 import sys
 import tempfile
 import traceback
@@ -80,6 +81,13 @@ class RankPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+
+
+def free_port() -> int:
+    """A port of this machine for a process group of a test's own processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _answer(connection: Connection) -> tuple[str | None, Any]:

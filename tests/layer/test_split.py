@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.errors import ConfigError
 from epbackend.kernels.cpu import CpuKernels
@@ -24,7 +25,7 @@ E, K = 5, 3
 
 def spec(rank: int, size: int, token_size: int = 1) -> LayerSpec:
     ranks = RankGroup(None, rank, size, token_size=token_size)
-    return LayerSpec(ranks, CpuKernels(), DispatchSettings(), slots=0, top_k=K)
+    return LayerSpec(ranks, get_device("cpu"), CpuKernels(), DispatchSettings(), slots=0, top_k=K)
 
 
 @st.composite
@@ -96,7 +97,9 @@ def level_of_all(groups, layout: Layout, token_size: int, tokens: tuple[int, ...
     node = node_size // token_size
     quota = on_arrays.own_quota(counts, shares, Layout(tuple(grouped), E), ranks.source, node)
     ids = chosen_by_source[ranks.source]
-    found = TokenSplit("level", slot_map, LayerSpec(ranks, CpuKernels(), DispatchSettings(), 0, K))(ids)
+    found = TokenSplit(
+        "level", slot_map, LayerSpec(ranks, get_device("cpu"), CpuKernels(), DispatchSettings(), 0, K)
+    )(ids)
     return torch.equal(found, expected_slots(ids, quota, slot_map))
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton import knobs
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.dispatch.context import GroupContext
 from epbackend.dispatch.symmetric_memory import SymmetricMemoryPeers
 from epbackend.errors import CollectiveError, UnavailableError
 from tests.helpers import shared_memory
@@ -32,8 +33,8 @@ STATIC = DispatchSettings(level=2, dispatcher="symmetric", static=True, max_toke
 
 def layers(groups: dict[int, RankGroup], cases: list[Case]) -> list[Seen]:
     """Several layers, one after the other, on the same peers."""
-    with shared_memory.over_shared_memory():
-        return [layer_equals_dense(groups, case) for case in cases]
+    with shared_memory.over_shared_memory(), GroupContext() as context:
+        return [layer_equals_dense(groups, case, context) for case in cases]
 
 
 @pytest.mark.parametrize(("size", "token_size"), [(2, 1), (4, 1), (4, 2)])
@@ -46,16 +47,16 @@ def test_layers_that_share_their_buffers(ranks, size, token_size):
 
 
 def lost(groups: dict[int, RankGroup]) -> tuple[str, float]:
-    """The last rank leaves between two meetings."""
+    """The last rank leaves between two barriers."""
     ranks = groups[1]
     with shared_memory.over_shared_memory():
         patient, hasty = (SymmetricMemoryPeers(ranks.group, CPU, timeout_s) for timeout_s in (60, 0.5))
-    patient.meet(layer=3)  # reads the kernel, which takes one rank longer than another
+    patient.barrier(layer=3)  # reads the kernel, which takes one rank longer than another
     if ranks.rank == ranks.size - 1:
         return "", 0.0
     began = time.monotonic()
     with pytest.raises(CollectiveError) as failure:
-        hasty.meet(layer=4)
+        hasty.barrier(layer=4)
     return str(failure.value), time.monotonic() - began
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from epbackend.dispatch import symmetric
 from epbackend.dispatch.base import RankGroup
+from epbackend.dispatch.context import GroupContext
 from epbackend.errors import ConfigError
 from tests.helpers.layer_case import Case, layer_equals_dense
 from tests.helpers.symmetric_cases import BOUNDED, OPEN, REPLICAS, STATIC, run, tight
@@ -42,8 +43,9 @@ def test_one_layer_after_the_other_in_the_same_buffers(place_of, order, settings
     ]
 
     def layers(ranks: RankGroup) -> None:
-        for case in cases:
-            layer_equals_dense({1: ranks}, case)
+        with GroupContext() as context:
+            for case in cases:
+                layer_equals_dense({1: ranks}, case, context)
 
     run_virtual(3, layers, place_of, order)
 
@@ -70,11 +72,17 @@ def test_dtypes(place_of, dtype):
     run(Case(2, (9, 4), BOUNDED, dtype=dtype, bias=True, hidden=16), place_of)
 
 
-@pytest.mark.parametrize("transport", ["int8", "fp8"])
-def test_rows_that_travel_quantized(place_of, transport):
-    """Restored on arrival to what `transport.py` says, over more than one block of scales, in several rounds."""
+@pytest.mark.parametrize("dispatch_dtype", ["int8", "fp8"])
+def test_rows_that_travel_quantized(place_of, dispatch_dtype):
+    """Restored on arrival to what `row_format.py` says, over more than one block of scales, in several rounds."""
     run(
-        Case(3, (9, 0, 4), tight(replace(BOUNDED, transport=transport), 0.5), slots=REPLICAS, hidden=150),
+        Case(
+            3,
+            (9, 0, 4),
+            tight(replace(BOUNDED, dispatch_dtype=dispatch_dtype), 0.5),
+            slots=REPLICAS,
+            hidden=150,
+        ),
         place_of,
     )
 

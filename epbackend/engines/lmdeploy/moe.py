@@ -80,6 +80,7 @@ class LayerExperts:
             activation=self.activation,
             check_ids=config.check_expert_ids,
             layer=self.layer_number,
+            context=active().context,
         )
         active().load_writer.watch(get_dist_manager().current_context().rank, self.layer_number, self.layer)
 

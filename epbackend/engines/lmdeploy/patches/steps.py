@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lmdeploy.pytorch.distributed import get_dist_manager
 
-from epbackend.dispatch.watchdog import watch
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.plug import active
 
@@ -37,4 +36,5 @@ def _watch_step() -> None:
     config = active().config
     # Not in the interpreter, where nothing runs behind the host's back.
     if active().device == "cuda" and config.ep_size > 1 and torch.cuda.is_available():
-        watch("a step of the engine", get_dist_manager().current_context().ep_gpu_group, config.timeout_s)
+        group = get_dist_manager().current_context().ep_gpu_group
+        active().context.watch("a step of the engine", group, config.timeout_s)

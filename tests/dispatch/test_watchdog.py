@@ -1,6 +1,6 @@
 """What a GPU never ends is reported with layer and rank, and ends the process.
 
-There is no GPU here: the marks are those of a gloo collective that nobody waits for, as NCCL's is not waited for.
+There is no GPU here: the marks are those of a gloo collective that is not waited for, as NCCL's is not.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from epbackend.dispatch import watchdog
-from epbackend.dispatch.watchdog import Sentry, blame
-from tests.dispatch.test_failures import free_port
+from epbackend.dispatch.watchdog import Watchdog, unresponsive_ranks
 from tests.helpers.patience import PATIENCE_S
+from tests.helpers.ranks import free_port
 
 SIZE, VICTIM, TIMEOUT_S = 3, 1, 2.0
 
@@ -32,10 +32,10 @@ def wait_for(condition, seconds: float = 10.0) -> None:
 def test_the_oldest_overdue_mark_is_reported(caplog, monkeypatch):
     monkeypatch.setattr(watchdog, "POLL_S", 0.01)
     ended = []
-    guard = Sentry(lambda: "rank 3 does not answer", lambda: ended.append(True))
-    guard.add("layer 1", lambda: True, 0.05)
-    guard.add("layer 2", lambda: False, 0.05)
-    guard.add("layer 3", lambda: False, 0.05)
+    dog = Watchdog(lambda: "rank 3 does not answer", lambda: ended.append(True))
+    dog.add("layer 1", lambda: True, 0.05)
+    dog.add("layer 2", lambda: False, 0.05)
+    dog.add("layer 3", lambda: False, 0.05)
     wait_for(lambda: ended)
     (line,) = caplog.messages
     assert line.startswith("layer 2 did not end within timeout_s 0.05: rank 3 does not answer")
@@ -46,14 +46,14 @@ def test_marks_that_were_passed_are_asked_once_and_forgotten(monkeypatch):
     monkeypatch.setattr(watchdog, "POLL_S", 0.01)
     monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
     ended, asked, passing = [], [], []
-    guard = Sentry(lambda: "", lambda: ended.append(True))
+    dog = Watchdog(lambda: "", lambda: ended.append(True))
     for layer in range(5):
         if layer == 4:  # the GPU was slow, and then passes all of them
             asked.clear()
             passing.append(True)
-        guard.add(f"layer {layer}", lambda layer=layer: bool(asked.append(layer) or passing), 0.1)
+        dog.add(f"layer {layer}", lambda layer=layer: bool(asked.append(layer) or passing), 0.1)
     now = 1.0  # the last one is overdue
-    wait_for(lambda: not guard._marks)
+    wait_for(lambda: not dog._marks)
     time.sleep(0.1)
     assert (asked, ended) == ([0, 1, 2, 3, 4], [])
 
@@ -65,9 +65,9 @@ def test_a_gpu_that_failed_is_not_waited_for(monkeypatch):
     def failed() -> bool:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
-    guard = Sentry(lambda: "", lambda: ended.append(True))
-    guard.add("layer 1", failed, 0.05)
-    wait_for(lambda: not guard._marks)
+    dog = Watchdog(lambda: "", lambda: ended.append(True))
+    dog.add("layer 1", failed, 0.05)
+    wait_for(lambda: not dog._marks)
     assert not ended
 
 
@@ -81,13 +81,13 @@ def serve(rank: int, port: int, lines) -> None:
     work = dist.all_to_all_single(answer, rows, async_op=True)
 
     def who() -> str:
-        found = blame(dist.group.WORLD, 1.0)
+        found = unresponsive_ranks(dist.group.WORLD, 1.0)
         lines.put((rank, found))
         return found
 
-    guard = Sentry(who, lambda: os.kill(os.getpid(), signal.SIGABRT))
-    guard.add("decode of MoE layer 7", work.is_completed, TIMEOUT_S)
-    time.sleep(PATIENCE_S)  # in the place of a host that waits for its GPU
+    dog = Watchdog(who, lambda: os.kill(os.getpid(), signal.SIGABRT))
+    dog.add("decode of MoE layer 7", work.is_completed, TIMEOUT_S)
+    time.sleep(PATIENCE_S)  # as a host does that waits for its GPU
 
 
 def test_a_stopped_rank_is_named_and_the_others_end():

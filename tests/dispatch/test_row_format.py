@@ -1,4 +1,4 @@
-"""Tokens packed as bytes come out as they went in, or as near as their transport promises."""
+"""Tokens packed as bytes come out as they went in, or as near as their dispatch_dtype promises."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KERNELS = ReferenceKernels()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("transport", ["full", "int8", "fp8"])
+@pytest.mark.parametrize("dispatch_dtype", ["full", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(
     tokens=st.integers(0, 5),
@@ -25,49 +25,49 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
     padding=st.integers(0, 3),
     spread=st.floats(0, 6),
 )
-def test_round_trip(dtype, transport, tokens, hidden, top_k, padding, spread):
+def test_round_trip(dtype, dispatch_dtype, tokens, hidden, top_k, padding, spread):
     """Rows of one size, and rows whose values differ by many orders."""
     rows = (torch.randn(tokens, hidden) * torch.exp(-spread * torch.rand(tokens, hidden))).to(dtype)
     ids, weights = torch.randint(0, 1 << 30, (tokens, top_k)), torch.rand(tokens, top_k)
-    form = RowFormat.of(rows, ids, transport)
-    packed = form.pack(KERNELS, rows, ids, weights, tokens + padding)
+    form = RowFormat.of(rows, ids, dispatch_dtype)
+    packed = form.encode(KERNELS, rows, ids, weights, tokens + padding)
     assert packed.shape == (tokens + padding, form.bytes)
-    hidden_out, ids_out, weights_out = form.unpack(KERNELS, packed)
+    hidden_out, ids_out, weights_out = form.decode(KERNELS, packed)
     assert (hidden_out.dtype, hidden_out.shape) == (dtype, (tokens + padding, hidden))
     off = (hidden_out[:tokens].double() - rows.double()).abs()
-    assert (off <= within(transport, rows).double()).all()
+    assert (off <= within(dispatch_dtype, rows).double()).all()
     assert torch.equal(ids_out[:tokens], ids)
     assert torch.equal(weights_out[:tokens], weights)
     assert (ids_out[tokens:] == -1).all()
 
 
-@pytest.mark.parametrize("transport", ["int8", "fp8"])
-def test_rows_of_zeros_stay_zeros(transport):
+@pytest.mark.parametrize("dispatch_dtype", ["int8", "fp8"])
+def test_rows_of_zeros_stay_zeros(dispatch_dtype):
     rows, ids = torch.zeros(3, 200), torch.zeros(3, 1, dtype=torch.int64)
-    form = RowFormat.of(rows, ids, transport)
-    assert torch.equal(form.unpack(KERNELS, form.pack(KERNELS, rows, ids, torch.ones(3, 1)))[0], rows)
+    form = RowFormat.of(rows, ids, dispatch_dtype)
+    assert torch.equal(form.decode(KERNELS, form.encode(KERNELS, rows, ids, torch.ones(3, 1)))[0], rows)
 
 
 def test_int8_experts_find_the_values_that_travelled():
     rows, ids = torch.randn(50, 96), torch.zeros(50, 1, dtype=torch.int64)
     form = RowFormat.of(rows, ids, "int8")
-    arrived, *_ = form.unpack(KERNELS, form.pack(KERNELS, rows, ids, torch.ones(50, 1)))
+    arrived, *_ = form.decode(KERNELS, form.encode(KERNELS, rows, ids, torch.ones(50, 1)))
     assert torch.equal(int8.quantize_rows(arrived)[0], int8.quantize_rows(rows)[0])
 
 
 def test_bytes_of_a_row():
     """DeepSeek-V3's: 7168 values, 8 choices."""
-    sizes = {name: RowFormat(7168, 8, torch.bfloat16, name).bytes for name in ("full", "int8", "fp8")}
+    sizes = {name: RowFormat(7168, torch.bfloat16, name, top_k=8).bytes for name in ("full", "int8", "fp8")}
     assert sizes == {"full": 64 + 14336, "int8": 64 + 8 + 7168, "fp8": 64 + 4 * 56 + 7168}
 
 
-@pytest.mark.parametrize("transport", ["full", "int8", "fp8"])
-def test_rows_stay_aligned(transport):
-    assert RowFormat(7, 3, torch.bfloat16, transport).bytes % 8 == 0
+@pytest.mark.parametrize("dispatch_dtype", ["full", "int8", "fp8"])
+def test_rows_stay_aligned(dispatch_dtype):
+    assert RowFormat(7, torch.bfloat16, dispatch_dtype, top_k=3).bytes % 8 == 0
 
 
 def test_full_rows_are_not_copied():
     rows, ids = torch.ones(2, 7).bfloat16(), torch.ones(2, 3)
     form = RowFormat.of(rows, ids, "full")
-    hidden, _, weights = form.unpack(KERNELS, form.pack(KERNELS, rows, ids, torch.ones(2, 3)))
+    hidden, _, weights = form.decode(KERNELS, form.encode(KERNELS, rows, ids, torch.ones(2, 3)))
     assert hidden.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr()
