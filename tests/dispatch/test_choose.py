@@ -32,7 +32,7 @@ def spec(size: int, token_size: int = 1, top_k: int = 8, **settings) -> LayerSpe
         (4, 4, 2, "alltoall"),
     ],
 )
-def test_automatic_choice(size, token_size, level, name):
+def test_auto_takes_the_best_that_serves_and_gives_reasons(size, token_size, level, name):
     dispatcher, choice = choose(spec(size, token_size, level=level))
     assert (dispatcher.name, choice.name) == (name, name)
     assert choice.reason
@@ -102,12 +102,12 @@ def test_the_choice_is_logged_once(caplog):
         ({"topk_scaling_factor": 0.1}, "smallest factor that works is 0.125"),
     ],
 )
-def test_what_cannot_be(settings, message):
+def test_settings_that_no_dispatcher_can_serve_raise(settings, message):
     with pytest.raises(ConfigError, match=message):
         choose(spec(4, **settings))
 
 
-def test_one_rank_has_nothing_to_send():
+def test_one_rank_cannot_pin_a_dispatcher_that_sends():
     with pytest.raises(ConfigError, match="one rank"):
         choose(spec(1, dispatcher="alltoall", level=2))
 

@@ -21,7 +21,7 @@ DOCS = (Path(__file__).parents[2] / "docs" / "dispatch.md").read_text()
 
 
 @pytest.mark.parametrize("table", [tables.times, tables.same_tokens, tables.published])
-def test_the_documented_tables(table):
+def test_the_tables_in_the_docs_are_what_the_model_prints(table):
     assert table() in DOCS, "paste the output of python -m benchmarks.cost"
 
 
@@ -68,7 +68,7 @@ def test_assumptions_are_those_of_the_kernels_model():
     assert model.H100_CEILINGS.bandwidth == fabric.MEMORY
 
 
-def test_published_figures():
+def test_predictions_are_near_the_published_figures():
     """Within 15%, but for a kernel faster than any of its kind and the first pplx-kernels."""
     off = {each.what for each in checks() if abs(each.deviation) > 0.15}
     assert off == {

@@ -67,7 +67,7 @@ def serve(rank: int, port: int, settings: DispatchSettings, victim: int, blow: i
         "static and killed",
     ],
 )
-def test_the_others_name_the_rank(settings, blow, victim):
+def test_the_others_name_a_lost_rank(settings, blow, victim):
     spawn = multiprocessing.get_context("spawn")
     errors = spawn.Queue()
     port = free_port()

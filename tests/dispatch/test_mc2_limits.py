@@ -49,7 +49,7 @@ def spec(
         ({"dispatch_dtype": "fp8"}, "in full or in int8, and dispatch_dtype is fp8"),
     ],
 )
-def test_what_the_choice_refuses(changes, message):
+def test_a_spec_outside_the_limits_is_refused(changes, message):
     given = spec(**changes, dispatcher="mc2")
     with pytest.raises(ConfigError, match=f"dispatcher mc2 is pinned but cannot be used: .*{message}"):
         choose(given)
@@ -64,7 +64,7 @@ def test_what_the_choice_refuses(changes, message):
         ("A3", torch.empty(4, 1024), "not float32; set engine.dtype: bfloat16, or dispatcher: alltoall"),
     ],
 )
-def test_what_a_call_refuses(chip, hidden_TD, message):
+def test_a_call_outside_the_limits_raises(chip, hidden_TD, message):
     ids, weights = torch.zeros(len(hidden_TD), 8), torch.zeros(len(hidden_TD), 8)
     with pytest.raises(ConfigError, match=message):
         Mc2(spec(chip)).begin(hidden_TD, ids, weights)
@@ -104,7 +104,7 @@ def test_the_limits_themselves_are_allowed(chip):
     assert broken(chip, ranks, slots, top_k, tokens) is None
 
 
-def test_buffers():
+def test_buffers_have_the_documented_size():
     assert buffer_mb("A3", ranks=2, slots=4, top_k=2, tokens=1, hidden=1024) == 200  # HCCL's own is enough
     assert buffer_mb("A2", ranks=16, slots=16, top_k=8, tokens=128, hidden=7168) == 452
     assert buffer_mb("A3", ranks=32, slots=8, top_k=8, tokens=64, hidden=7168) == 480

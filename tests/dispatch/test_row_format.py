@@ -1,4 +1,4 @@
-"""Tokens packed as bytes come out as they went in, or as near as their dispatch_dtype promises."""
+"""Rows encoded as bytes come out as they went in, or as near as their dispatch dtype promises."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
     padding=st.integers(0, 3),
     spread=st.floats(0, 6),
 )
-def test_round_trip(dtype, dispatch_dtype, tokens, hidden, top_k, padding, spread):
+def test_rows_decode_to_what_was_encoded(dtype, dispatch_dtype, tokens, hidden, top_k, padding, spread):
     """Rows of one size, and rows whose values differ by many orders."""
     rows = (torch.randn(tokens, hidden) * torch.exp(-spread * torch.rand(tokens, hidden))).to(dtype)
     ids, weights = torch.randint(0, 1 << 30, (tokens, top_k)), torch.rand(tokens, top_k)
@@ -55,7 +55,7 @@ def test_int8_experts_find_the_values_that_travelled():
     assert torch.equal(int8.quantize_rows(arrived)[0], int8.quantize_rows(rows)[0])
 
 
-def test_bytes_of_a_row():
+def test_a_row_has_the_documented_bytes():
     """DeepSeek-V3's: 7168 values, 8 choices."""
     sizes = {name: RowFormat(7168, torch.bfloat16, name, top_k=8).bytes for name in ("full", "int8", "fp8")}
     assert sizes == {"full": 64 + 14336, "int8": 64 + 8 + 7168, "fp8": 64 + 4 * 56 + 7168}
@@ -64,6 +64,21 @@ def test_bytes_of_a_row():
 @pytest.mark.parametrize("dispatch_dtype", ["full", "int8", "fp8"])
 def test_rows_stay_aligned(dispatch_dtype):
     assert RowFormat(7, torch.bfloat16, dispatch_dtype, top_k=3).bytes % 8 == 0
+
+
+@pytest.mark.parametrize("dispatch_dtype", ["full", "int8", "fp8"])
+@pytest.mark.parametrize(("top_k", "alignment"), [(0, 16), (3, 8), (3, 16)])
+def test_fields_begin_at_multiples_of_the_alignment_and_do_not_overlap(dispatch_dtype, top_k, alignment):
+    row_format = RowFormat(200, torch.bfloat16, dispatch_dtype, top_k, alignment)
+    bytes_TB = torch.zeros(2, row_format.bytes, dtype=torch.uint8)
+    fields = row_format.fields(bytes_TB)
+    assert row_format.bytes % alignment == 0
+    for number, field in enumerate(fields, start=1):
+        field.view(torch.uint8).fill_(number)
+    for field in (fields.scales_TX, fields.values_TD):
+        assert field.numel() == 0 or field.storage_offset() * field.element_size() % alignment == 0
+    for number, field in enumerate(fields, start=1):
+        assert (field.view(torch.uint8) == number).all()
 
 
 def test_full_rows_are_not_copied():

@@ -67,7 +67,7 @@ def one_call(groups, token_size: int, settings: DispatchSettings, tokens: int, o
     return Seen(out_TD, reads, called, rows, exchange.passes, exchange.rounds)
 
 
-def test_reads_are_found():
+def test_the_helper_finds_every_read():
     values = torch.arange(4)
     with HostReads() as reads:
         values.sum().item()
@@ -142,7 +142,7 @@ def test_an_exact_call_reads_once_at_most(ranks, token_size, settings, collectiv
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_few_tokens(ranks, name):
+def test_few_tokens_give_the_same_as_an_exact_call(ranks, name):
     """None, and fewer than ranks that share them or than steps."""
     token_size, settings, _ = CALLS[name]
     for tokens in (0, 1, 3):

@@ -67,7 +67,7 @@ def test_even_takes_turns_from_call_to_call(layout, tokens, seed, rank):
 
 @settings(max_examples=40)
 @given(layout=layouts(), tokens=st.integers(0, 40), rank=st.integers(0, 3), node=st.sampled_from([0, 1, 2]))
-def test_nearest(layout, tokens, rank, node):
+def test_nearest_takes_the_nearest_replicas(layout, tokens, rank, node):
     rank, slot_map = rank % layout.ranks, SlotMap(layout, node)
     ids = chosen(tokens, seed=0)
     quota = on_arrays.nearest_quota(np.bincount(ids.flatten(), minlength=E), layout, rank, node)
@@ -119,14 +119,14 @@ def test_without_replicas_there_is_nothing_to_split(name):
     assert TokenSplit(name, slot_map, spec(0, 2))(ids).tolist() == [[3, 0, 5]]
 
 
-def test_what_there_is_not():
+def test_an_unknown_split_raises():
     replicas = SlotMap.of((0, 1, 0, 1), 2)
     with pytest.raises(ConfigError, match="split 'random' is unknown; it is one of even, nearest, level"):
         TokenSplit("random", replicas, spec(0, 2))
 
 
 @pytest.mark.parametrize("name", on_arrays.SPLITS)
-def test_an_expert_that_does_not_exist(name):
+def test_an_id_of_no_expert_raises_where_ids_are_checked(name):
     """Unless nobody looks; a choice of it then goes where an expert is."""
     slot_map, ids = SlotMap.of((0, 1, 0, 1), 2), torch.tensor([[0, 5]])
     with pytest.raises(ConfigError, match="layer 0: a token chose expert 5, and the experts are 0 to 1;"):
@@ -134,7 +134,7 @@ def test_an_expert_that_does_not_exist(name):
     assert int(TokenSplit(name, slot_map, spec(0, 2, 2), check_ids=False)(ids).max()) < 4
 
 
-def test_nothing_is_compiled_or_loaded_for_it_unless_level_is_used():
+def test_numba_is_imported_for_level_only():
     """numba takes half a second to import, in every rank."""
     script = (
         "import sys, torch\n"

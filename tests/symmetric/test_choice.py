@@ -34,7 +34,7 @@ def spec(size: int = 8, token_size: int = 1, device: str = "cuda", **settings) -
         (spec(static=True), "nothing bounds this phase's tokens"),
     ],
 )
-def test_reasons_against(case, reason):
+def test_specs_that_symmetric_cannot_serve(case, reason):
     assert reason in Symmetric.unsupported(case)
 
 
@@ -48,7 +48,7 @@ def test_deepep_is_taken_by_name_only_and_says_what_is_missing():
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
-def test_a_torch_without_cuda():
+def test_a_torch_without_cuda_says_so():
     assert "is built without symmetric memory for CUDA" in Symmetric.unsupported(spec())
     assert "device cuda" in Symmetric.missing()
     with pytest.raises(
@@ -61,7 +61,7 @@ def test_a_torch_without_cuda():
 
 
 @pytest.mark.parametrize(
-    ("places", "overlap", "reason"),
+    ("locations", "overlap", "reason"),
     [
         ([(1, 1), (1, 2), (1, 3)], False, None),
         ([(1, 1), (1, 2), (2, 3)], False, "ranks 4 and 6 are on different hosts"),
@@ -69,13 +69,13 @@ def test_a_torch_without_cuda():
         ([(1, 1), (1, 2), (1, 2)], True, None),
     ],
 )
-def test_where_the_ranks_are(places, overlap, reason):
-    locations = [RankLocation(*place) for place in places]
-    found = location_conflict(locations, numbers=[4, 5, 6], may_overlap=overlap)
+def test_ranks_on_different_hosts_or_one_gpu_are_refused(locations, overlap, reason):
+    places = [RankLocation(*location) for location in locations]
+    found = location_conflict(places, numbers=[4, 5, 6], may_overlap=overlap)
     assert found is None if reason is None else reason in found
 
 
-def test_room_for_the_worst_case_where_tokens_are_bounded():
+def test_the_worst_case_fits_where_tokens_are_bounded():
     capacity = ExchangeCapacity.of(spec(max_tokens=128))
     assert capacity == ExchangeCapacity(tokens=128, rows=8 * 128 * 8, bounded=True)
     assert capacity.rounds_of(8 * 128 * 8) == 1
@@ -85,12 +85,12 @@ def test_ranks_that_share_tokens_send_a_part_each():
     assert ExchangeCapacity.of(spec(token_size=4, max_tokens=130)).tokens == 33
 
 
-def test_room_of_a_call_that_nothing_bounds():
+def test_unbounded_calls_have_buffers_of_the_usual_size():
     capacity = ExchangeCapacity.of(spec())
     assert (capacity.tokens, capacity.rows, capacity.bounded) == (OPEN_TOKENS, OPEN_TOKENS * 8 * 2, False)
 
 
-def test_the_buffer_setting_makes_room():
+def test_the_buffer_setting_sizes_the_receive_buffer():
     capacity = ExchangeCapacity.of(spec(max_tokens=128, buffer_scale_factors=((256, 0.1), (64, 1.5), (0, 3))))
     assert capacity.rows == 128 * 8 * 1.5
     assert capacity.rounds_of(8 * 128 * 8) == 6

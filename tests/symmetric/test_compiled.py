@@ -14,7 +14,7 @@ from triton import knobs
 
 from epbackend.kernels.triton import padded
 from epbackend.kernels.triton import symmetric as symmetric_kernels
-from epbackend.kernels.triton.compile_info import compiling_for, rechoice_of_row
+from epbackend.kernels.triton.compile_info import compiling_for, resources
 from epbackend.kernels.triton.symmetric import (
     SymmetricTensor,
     barrier,
@@ -47,13 +47,13 @@ def test_padded_rows_compile(monkeypatch, chip):
         padded.compact(padded_LCD, counts_L, rows_SD)
         padded.spread(rows_SD, counts_L, padded_LCD)
     for kernel in compiled:
-        assert rechoice_of_row(kernel).spilled == 0
+        assert resources(kernel).spilled == 0
         assert "st.global.v4.b32" in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chip", [A100, L40S, H100, B200], ids=lambda chip: chip.name)
-def test_the_phases_compile(monkeypatch, chip, shape):
+def test_the_phases_compile_without_spills(monkeypatch, chip, shape):
     (ranks, slots, top_k, width), tokens, rank = SHAPES[shape], 128, 1
     monkeypatch.setattr(symmetric_kernels, "chip_of", lambda device: chip)
 
@@ -87,7 +87,7 @@ def test_the_phases_compile(monkeypatch, chip, shape):
             symmetric_tensor(ranks), meta(1, dtype=torch.int64), meta(2, dtype=torch.int64), rank, 0, 120.0
         )
     text_of = {kernel.metadata.name: kernel.asm["ptx"] for kernel in compiled}
-    assert all(rechoice_of_row(kernel).spilled == 0 for kernel in compiled)
+    assert all(resources(kernel).spilled == 0 for kernel in compiled)
     for name in ("_dispatch", "_combine_send", "_combine_reduce"):
         assert "ld.global.v4.b32" in text_of[name]
         assert "st.global.v4.b32" in text_of[name]

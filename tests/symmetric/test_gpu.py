@@ -127,7 +127,7 @@ def nothing_waits(groups: dict[int, RankGroup]) -> None:
 
 
 @pytest.mark.parametrize("run", [eager, captured, nothing_waits], ids=lambda run: run.__name__)
-def test_two_ranks(ranks, run):
+def test_two_ranks_on_gpus(ranks, run):
     ranks.run(2, run)
 
 
@@ -193,7 +193,7 @@ def alone(groups: dict[int, RankGroup]) -> str:
     return str(failure.value)
 
 
-def test_a_rank_that_does_not_come(ranks):
+def test_a_rank_that_does_not_come_to_a_barrier_is_named(ranks):
     try:
         heard, _ = ranks.run(2, alone)
     finally:

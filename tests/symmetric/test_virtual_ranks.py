@@ -29,7 +29,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tokens", [(0, 4, 9), (0, 0)])
-def test_uneven_and_empty_ranks(place_of, tokens, way):
+def test_uneven_and_empty_ranks_equal_the_dense_formula(place_of, tokens, way):
     run(Case(len(tokens), tokens, WAYS[way], slots=REPLICAS), place_of)
 
 
@@ -68,7 +68,7 @@ def test_static_rounds_depend_on_shapes_alone(place_of, scale, rounds):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_dtypes(place_of, dtype):
+def test_16_bit_dtypes_with_bias(place_of, dtype):
     run(Case(2, (9, 4), BOUNDED, dtype=dtype, bias=True, hidden=16), place_of)
 
 
@@ -95,7 +95,7 @@ def test_ranks_with_unequal_slots_and_repeated_choices(place_of):
     )
 
 
-def test_more_tokens_than_the_phase_may_have(place_of):
+def test_more_tokens_than_the_phase_may_have_raise(place_of):
     with pytest.raises(
         ConfigError, match=r"12 tokens in a call that may have 11; raise engine.max_batch_size"
     ):
