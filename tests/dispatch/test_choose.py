@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -110,6 +112,14 @@ def test_settings_that_no_dispatcher_can_serve_raise(settings, message):
 def test_one_rank_cannot_pin_a_dispatcher_that_sends():
     with pytest.raises(ConfigError, match="one rank"):
         choose(spec(1, dispatcher="alltoall", level=2))
+
+
+def test_dispatch_is_imported_without_triton_and_torch_npu():
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(['triton', 'torch_npu', 'numba', 'pydantic']))\n"
+        "import epbackend.moe, epbackend.dispatch.choose, epbackend.dispatch.symmetric"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_every_dispatcher_is_listed():

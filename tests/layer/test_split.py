@@ -78,7 +78,7 @@ def test_nearest_takes_the_nearest_replicas(layout, tokens, rank, node):
 @settings(max_examples=40)
 @given(layout=layouts(), tokens=st.integers(0, 40), rank=st.integers(0, 3))
 def test_level_where_all_ranks_hold_the_same_tokens(layout, tokens, rank):
-    """Nobody is asked: there is no process group here."""
+    """No other rank is asked: there is no process group here."""
     slot_map, ids = SlotMap(layout), chosen(tokens, seed=1)
     quota = on_arrays.level_shares(np.bincount(ids.flatten(), minlength=E), layout)
     split = TokenSplit("level", slot_map, spec(rank % layout.ranks, layout.ranks, layout.ranks))
@@ -127,7 +127,7 @@ def test_an_unknown_split_raises():
 
 @pytest.mark.parametrize("name", on_arrays.SPLITS)
 def test_an_id_of_no_expert_raises_where_ids_are_checked(name):
-    """Unless nobody looks; a choice of it then goes where an expert is."""
+    """Where ids are not checked, a choice of it goes where an expert is."""
     slot_map, ids = SlotMap.of((0, 1, 0, 1), 2), torch.tensor([[0, 5]])
     with pytest.raises(ConfigError, match="layer 0: a token chose expert 5, and the experts are 0 to 1;"):
         TokenSplit(name, slot_map, spec(0, 2, 2))(ids)

@@ -64,7 +64,9 @@ def test_rows_arrive_sorted_and_results_come_back(place_of, case):
 
     before = [exchange_counts(ids[rank], tokens_R[rank], tables[rank], rank) for rank in range(ranks)]
     offsets = [recv_offsets(table.local, rank, slots, (0, capacity)) for rank, table in enumerate(tables)]
-    row_of_choices_R = [rows_of_choices(ids[rank], before[rank], offsets[rank].bases_P) for rank in range(ranks)]
+    row_of_choices_R = [
+        rows_of_choices(ids[rank], before[rank], offsets[rank].bases_P) for rank in range(ranks)
+    ]
 
     # One rank that holds all tokens, padded to as many on each, sorts them like this.
     padded_ids = torch.cat(
@@ -81,7 +83,14 @@ def test_rows_arrive_sorted_and_results_come_back(place_of, case):
         for rank in range(ranks):
             own = rank * most * top_k
             dispatch(
-                hidden[rank], ids[rank], row_of_choices_R[rank], first, rows[rank], choice_of_row[rank], own, slots
+                hidden[rank],
+                ids[rank],
+                row_of_choices_R[rank],
+                first,
+                rows[rank],
+                choice_of_row[rank],
+                own,
+                slots,
             )
         for rank, expected in enumerate(sorted_R):
             window = first, first + capacity

@@ -1,4 +1,4 @@
-"""Ranks that are processes: they map each other's memory, meet in the kernel, and tell of a rank that does not come.
+"""Ranks that are processes: they map each other's memory, meet in the kernel, and name a rank that does not come.
 
 On a CPU over shared memory (`shared_memory.py`), in Triton's interpreter.
 """
