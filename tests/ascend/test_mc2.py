@@ -79,10 +79,10 @@ def bfloat16(weights_EXX: torch.Tensor, place: torch.device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("transport", ["full", "int8"])
+@pytest.mark.parametrize("dispatch_dtype", ["full", "int8"])
 @pytest.mark.parametrize("form", [INT8, replace(INT8, quantize=bfloat16)], ids=["W8A8", "bfloat16"])
-def test_int8_experts_and_int8_rows(ranks, npu, size, transport, form):
-    settings = replace(MC2, transport=transport)
+def test_int8_experts_and_int8_rows(ranks, npu, size, dispatch_dtype, form):
+    settings = replace(MC2, dispatch_dtype=dispatch_dtype)
     ranks.run(size, layer_is_near, settings, REPLICAS, "ascend", replace(form, hidden=HIDDEN))
 
 

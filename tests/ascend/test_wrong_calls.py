@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from epbackend.device.ascend import AscendDevice
 from epbackend.dispatch.mc2 import LIMITS
 from epbackend.errors import ConfigError
 from epbackend.kernels import int8
@@ -34,7 +35,7 @@ def group(**changes) -> ops.FusedGroup:
 
 def dispatch(hidden: int, **changes) -> ops.FusedRows:
     ids_TK = torch.arange(2, dtype=INT32).repeat(4, 1).npu()
-    chip = LIMITS[NpuKernels().chip]
+    chip = LIMITS[AscendDevice().chip]
     return ops.moe_dispatch(
         npu_tensor(4, hidden),
         ids_TK,

@@ -105,7 +105,7 @@ def test_near_replicas_keep_tokens_at_home(run):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("token_size", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtypes_bias_and_activation(run, way, token_size, dtype):
+def test_every_dtype_with_bias_and_own_activation(run, way, token_size, dtype):
     case = Case(2, (9,) * (2 // token_size), WAYS[way], token_size, dtype=dtype, bias=True)
     run(case)
     run(replace(case, activation=relu_product))
@@ -114,18 +114,18 @@ def test_dtypes_bias_and_activation(run, way, token_size, dtype):
 @pytest.mark.parametrize("way", ["level1", "level2", "chunks"])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("transport", ["int8", "fp8"])
-def test_quantized_rows(run, device, way, static, dtype, transport):
-    """Beside the dense formula for the rows as they arrive; test_rowbytes.py has how near these are to the tokens."""
-    if (device.name, transport) == ("ascend", "fp8"):
+@pytest.mark.parametrize("dispatch_dtype", ["int8", "fp8"])
+def test_quantized_rows(run, device, way, static, dtype, dispatch_dtype):
+    """Beside the dense formula for the rows as they arrive; test_row_format.py has how near these are to the tokens."""
+    if (device.name, dispatch_dtype) == ("ascend", "fp8"):
         pytest.skip("Ascend A2 and A3 have no float8")
-    settings = replace(WAYS[way], static=static, transport=transport)
+    settings = replace(WAYS[way], static=static, dispatch_dtype=dispatch_dtype)
     run(Case(2, (9, 9), settings, dtype=dtype, hidden=200, bias=True))
     run(Case(4, (6, 6), settings, token_size=2, dtype=dtype, hidden=200))
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_token_anywhere(run, way):
+def test_no_token_anywhere_is_served(run, way):
     run(Case(4, (0, 0, 0, 0), WAYS[way]))
     run(Case(4, (0,), WAYS[way], token_size=4))
 
@@ -222,5 +222,5 @@ def cases(draw) -> Case:
 
 @given(case=cases())
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_layer(run, case):
+def test_any_layer_equals_the_dense_formula(run, case):
     run(case)

@@ -48,10 +48,11 @@ def run(cuda, ranks):
 
 @pytest.mark.parametrize("static", [False, True], ids=["exact", "static"])
 @pytest.mark.parametrize(
-    ("way", "transport"), [("allgather", "full"), ("alltoall", "int8"), ("chunks", "full"), ("chunks", "fp8")]
+    ("way", "dispatch_dtype"),
+    [("allgather", "full"), ("alltoall", "int8"), ("chunks", "full"), ("chunks", "fp8")],
 )
-def test_two_ranks_equal_the_dense_formula(run, way, static, transport):
-    settings = replace(WAYS[way], static=static, transport=transport)
+def test_two_ranks_equal_the_dense_formula(run, way, static, dispatch_dtype):
+    settings = replace(WAYS[way], static=static, dispatch_dtype=dispatch_dtype)
     case = Case(2, (9, 9) if static else (9, 2), settings, dtype=torch.bfloat16, hidden=128)
     assert run(case) == settings.dispatcher
 

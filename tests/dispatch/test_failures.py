@@ -54,8 +54,8 @@ def serve(rank: int, port: int, settings: DispatchSettings, victim: int, blow: i
         (LEVEL_2, signal.SIGSTOP, 2),
         (LEVEL_1, signal.SIGSTOP, 0),
         (LEVEL_2, signal.SIGKILL, 0),
-        (replace(LEVEL_1, static=True, transport="fp8"), signal.SIGSTOP, 1),
-        (replace(LEVEL_2, static=True, transport="int8"), signal.SIGKILL, 1),
+        (replace(LEVEL_1, static=True, dispatch_dtype="fp8"), signal.SIGSTOP, 1),
+        (replace(LEVEL_2, static=True, dispatch_dtype="int8"), signal.SIGKILL, 1),
     ],
     ids=[
         "killed",
@@ -66,7 +66,7 @@ def serve(rank: int, port: int, settings: DispatchSettings, victim: int, blow: i
         "static and killed",
     ],
 )
-def test_the_others_name_the_rank(settings, blow, victim):
+def test_the_others_name_a_lost_rank(settings, blow, victim):
     context = forking()
     errors = context.Queue()
     port = free_port()

@@ -81,6 +81,7 @@ class LayerExperts:
             activation=self.activation,
             check_ids=config.check_expert_ids,
             layer=self.layer_number,
+            context=active().context,
         )
         values = gate_up_L2FD if isinstance(gate_up_L2FD, Tensor) else gate_up_L2FD.values_LNK
         rank = get_dist_manager().current_context().rank

@@ -14,6 +14,7 @@ import torch
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
+from epbackend.dispatch.context import GroupContext
 from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard, LoadReport
 from epbackend.engines.lmdeploy.load_writer import LoadWriter
 from epbackend.engines.lmdeploy.patching import Patches, check_version
@@ -42,6 +43,8 @@ class _Plug:
     """The variables we set, as they were before."""
     board: LoadBoard | None = None
     load_writer: LoadWriter = field(default_factory=LoadWriter)
+    context: GroupContext = field(default_factory=GroupContext)
+    """What all MoE layers share on their process groups."""
 
     def set_environment(self, name: str, value: str) -> None:
         self.environment.setdefault(name, os.environ.get(name))
@@ -66,6 +69,7 @@ class _Plug:
     def switch_off(self) -> None:
         self.patches.restore()
         self.load_writer.close()
+        self.context.close()
         if self.board is not None:
             self.board.remove()
         for name, value in self.environment.items():

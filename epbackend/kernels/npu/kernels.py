@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -111,13 +110,6 @@ NpuWeights = Tensor | Int8Weights | Tiled
 
 class NpuKernels(TorchSplits, TorchQuantization):
     """See `epbackend.kernels.Kernels` for what each method promises."""
-
-    @cached_property
-    def chip(self) -> str:
-        """The generation: "A2", "A3", or CANN's own name of another one."""
-        name = ops.chip_name()
-        generations = {"Ascend910B": "A2", "Ascend910_93": "A3"}
-        return next((chip for prefix, chip in generations.items() if name.startswith(prefix)), name)
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
         """By comparison: torch.bincount would wait for the device to learn the largest id."""

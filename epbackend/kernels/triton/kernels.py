@@ -27,9 +27,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class TritonKernels(TorchQuantization):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
-    on_cuda = True
-    """Dispatchers with Triton kernels of their own may run on the same tensors."""
-
     def __init__(self, chip: Chip | None = None) -> None:
         """`chip` None: the one that a call's tensors are on."""
         self._chip = chip

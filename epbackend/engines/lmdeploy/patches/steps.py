@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from lmdeploy.pytorch.distributed import get_dist_manager
 
-from epbackend.dispatch.watchdog import one_mark, watch
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.plug import active
 
@@ -31,7 +30,7 @@ def steps_are_counted(original: Callable) -> Callable:
         # A lost rank would be waited for without end, in graphs too. Not in the interpreter, whose device is cuda as
         # well, and where nothing runs behind the host's back.
         watched = plug.device == "cuda" and plug.config.ep_size > 1 and torch.cuda.is_initialized()
-        with one_mark() if watched else nullcontext():
+        with plug.context.one_mark() if watched else nullcontext():
             output = original(*args, stream=stream, **kwargs)
         # LMDeploy is in the step's stream already; going there once more would cost more than what is done there.
         there = stream is None or stream == torch.cuda.current_stream()
@@ -39,7 +38,7 @@ def steps_are_counted(original: Callable) -> Callable:
             plug.load_writer.step()
             if watched:
                 group = get_dist_manager().current_context().ep_gpu_group
-                watch("a step of the engine", group, plug.config.timeout_s)
+                plug.context.watch("a step of the engine", group, plug.config.timeout_s)
         return output
 
     return model_forward
