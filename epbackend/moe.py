@@ -150,7 +150,7 @@ class ExpertParallelMoE:
         if slot_map.ranks != ranks.size:
             raise ConfigError(f"slot_map is for {slot_map.ranks} ranks, but {ranks.size} share the experts")
         self.slot_map, self.ranks, self.layer = slot_map, ranks, layer
-        self.context, self._owns_context = context or GroupContext(), context is None
+        self.context, self._owns_context, self._closed = context or GroupContext(), context is None, False
         """What it shares on its process groups; `context.watch` watches replays of its CUDA graphs."""
         found = get_device(device)
         self._kernels = found.kernel_set(kernels)
@@ -199,9 +199,9 @@ class ExpertParallelMoE:
             CollectiveError: a rank does not take part in time.
             ConfigError: an id is of no expert. On a CPU at once, on other devices in a later call that is not replayed
                 from a graph, since none waits for the device.
-            EPError: the layer, or its context, is closed.
+            EPError: the layer is closed, or its context is and the call needs something of it.
         """
-        if self.context.closed:
+        if self._closed:
             raise EPError(f"MoE layer {self.layer} is closed: make another one")
         if phase not in PHASES:
             raise ConfigError(f"phase {phase!r} is unknown; it is one of {', '.join(PHASES)}")
@@ -222,10 +222,11 @@ class ExpertParallelMoE:
         return out_TD
 
     def close(self) -> None:
-        """End what the layer holds on its process groups, unless its `context` is shared; no call may follow.
+        """End what the layer holds on its process groups, unless its `context` is shared; calls raise from now on.
 
         Call it before the groups are destroyed, and replay no graph of the layer afterwards. It makes no collective.
         """
+        self._closed = True
         if self._owns_context:
             self.context.close()
 
