@@ -182,7 +182,7 @@ def collectives_of_a_choice(groups: dict[int, RankGroup]) -> tuple[list[str], li
     table = {Asking.name: Asking, **classes}, broken
     with (
         mock.patch.object(Collectives, "_start", spy),
-        mock.patch.object(choosing, "_classes", lambda: table),
+        mock.patch.object(choosing, "_classes", return_value=table),
     ):
         for cls in table[0].values():
             cls.unsupported(spec)
