@@ -11,12 +11,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := requirements/cpu.txt requirements/lmdeploy.txt pyproject.toml
 READY := $(VENV)/.ready
 NPU_WHEEL := .torch-npu
+# Two workers, each with a file at a time: tests start engines of up to four processes themselves.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+CUDA_TESTS := tests/cuda tests/symmetric tests/contract
+# Triton decides when a kernel is defined whether it will be interpreted, so this is a run of its own.
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) $(CUDA_TESTS) tests/engines --hypothesis-profile interpreter
 # Where the Ascend tests run: an emulated A3 or A2, or npu for real ones.
 DEVICE ?= A3
 RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-cuda e2e-cuda test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
+.PHONY: help setup demo test test-cpu test-cuda e2e-cuda gpu test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,13 +57,13 @@ demo: setup ## the main job: a LMDeploy pipeline whose experts live in two proce
 
 test: setup lint test-cpu test-ascend ## everything that this machine can check
 
-test-cpu: setup ## the suite on the CPU; tests of a device that is missing skip with the reason
-	$(BIN)/python -m pytest -m "not slow"
+test-cpu: setup ## the suite on the CPU, the CUDA kernels in Triton's interpreter; tests of a device that is missing skip with the reason
+	$(PYTEST) -m "not slow"
+	$(INTERPRETED) -m "cuda and not layer and not slow"
 
 # A machine with a GPU brings its own Python with torch, triton and pytest; nothing is installed there.
 test-cuda: ## the contract suite and the kernels' own tests on a CUDA GPU
-	$(CUDA_PYTHON) -m pytest tests/cuda tests/symmetric $(addprefix tests/contract/test_,kernels.py permute.py split.py narrow.py) -m cuda
-	$(CUDA_PYTHON) -m pytest $(addprefix tests/contract/test_,layer.py int8.py fp8.py) -m cuda -k "1-1 or test_experts or test_values"  # one rank: NCCL wants a GPU for each
+	$(CUDA_PYTHON) -m pytest $(CUDA_TESTS) -m "cuda and not several_ranks"
 	@if command -v compute-sanitizer >/dev/null; then \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 	    $(CUDA_PYTHON) -m pytest -q tests/cuda/test_sanitized.py -m cuda; \
@@ -67,6 +72,9 @@ test-cuda: ## the contract suite and the kernels' own tests on a CUDA GPU
 e2e-cuda: ## LMDeploy pipelines and whole layers on a GPU, two ranks on it; make gather-gpu brings what it needs
 	$(CUDA_PYTHON) -m pytest tests/e2e -m cuda
 
+gpu: ## tests and benchmarks for a GPU that is there for ten minutes, the most important first; GPU="--parts e2e engine --seconds 300"
+	$(CUDA_PYTHON) -m benchmarks.cuda.session $(GPU)
+
 test-ascend: setup $(NPU_WHEEL)/.ready ## the suite of the ascend device on an emulated A3; DEVICE=A2 for that chip, DEVICE=npu for four real NPUs
 	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend $(DEVICE)
 
@@ -74,7 +82,8 @@ bench-ascend: ## milliseconds of a MoE layer on RANKS real NPUs, for each dispat
 	$(PYTHON) -m torch.distributed.run --nproc-per-node $(RANKS) -m benchmarks.ascend_layer
 
 test-full: setup lint ## with the rarer combinations too
-	$(BIN)/python -m pytest
+	$(PYTEST)
+	$(INTERPRETED) -m "cuda and not layer"
 	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend A3
 	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend A2
 

@@ -35,7 +35,9 @@ def ways(tokens: int) -> dict[str, DispatchSettings]:
         "allgather": DispatchSettings(level=1, dispatcher="allgather"),
         "alltoall": DispatchSettings(level=2, dispatcher="alltoall"),
         "mc2": DispatchSettings(level=2, dispatcher="mc2", max_tokens=tokens),
-        "mc2, int8 rows": DispatchSettings(level=2, dispatcher="mc2", max_tokens=tokens, transport="int8"),
+        "mc2, int8 rows": DispatchSettings(
+            level=2, dispatcher="mc2", max_tokens=tokens, dispatch_dtype="int8"
+        ),
     }
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.local_ranks import run_on_ranks
 from benchmarks.report import print_table, save
+from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import choose
 from epbackend.kernels import ExpertWeights
@@ -32,12 +33,12 @@ WAYS = {
     "alltoall": DispatchSettings(level=2, overlap_chunks=1),
 }
 FORMS = {
-    f"{name}{' static' if static else ''}{'' if transport == 'full' else f' {transport}'}": replace(
-        WAYS[name], static=static, transport=transport
+    f"{name}{' static' if static else ''}{'' if dispatch_dtype == 'full' else f' {dispatch_dtype}'}": replace(
+        WAYS[name], static=static, dispatch_dtype=dispatch_dtype
     )
     for name in ("allgather", "alltoall")
     for static in (False, True)
-    for transport in ("full", "int8", "fp8")
+    for dispatch_dtype in ("full", "int8", "fp8")
 }
 """Exact and static calls, and what rows travel as."""
 OVERLAP_TOKENS = (256, 1024, 4096)
@@ -54,7 +55,7 @@ def layer_ms(
 ) -> float:
     """Median milliseconds of a layer call with `tokens` tokens on each rank; without weights, only their travel."""
     kernels = CpuKernels()
-    dispatcher, _ = choose(LayerSpec(ranks, kernels, settings, E // ranks.size, K))
+    dispatcher, _ = choose(LayerSpec(ranks, get_device("cpu"), kernels, settings, E // ranks.size, K))
     torch.manual_seed(ranks.rank // ranks.token_size)
     hidden_TD, weights_TK = torch.randn(tokens, D), torch.rand(tokens, K)
     turns = []
@@ -66,7 +67,7 @@ def layer_ms(
         exchange = dispatcher.begin(hidden_TD, slot_ids_TK, weights_TK)
         for batch in exchange.dispatch():
             rows_SD = kernels.expert_mlp(batch.rows_SD, batch.counts_L, weights) if weights else batch.rows_SD
-            exchange.combine(rows_SD, batch)
+            exchange.combine(rows_SD)
         exchange.finish()
         turns.append(1e3 * (time.perf_counter() - start))
     return median(turns)
@@ -100,7 +101,7 @@ def overlap_gain(ranks: RankGroup) -> dict[tuple[int, int], float]:
     """Milliseconds of a whole alltoall layer by (tokens of each rank, chunks)."""
     kernels, slots = CpuKernels(), E // ranks.size
     weights = ExpertWeights(
-        kernels.pack(torch.randn(slots, 2 * F, D)), kernels.pack(torch.randn(slots, D, F))
+        kernels.prepack(torch.randn(slots, 2 * F, D)), kernels.prepack(torch.randn(slots, D, F))
     )
     return {
         (tokens, chunks): layer_ms(
@@ -115,14 +116,14 @@ def peak_memory(ranks: RankGroup, factor: float | None) -> tuple[float, int]:
     """(MiB that one layer call adds to the process's peak, passes)."""
     kernels = CpuKernels()
     settings = DispatchSettings(level=1, topk_scaling_factor=factor, cutoff_min_tokens=1)
-    dispatcher, _ = choose(LayerSpec(ranks, kernels, settings, E, K))
-    weights = ExpertWeights(kernels.pack(torch.randn(E, 2 * F, D)), kernels.pack(torch.randn(E, D, F)))
+    dispatcher, _ = choose(LayerSpec(ranks, get_device("cpu"), kernels, settings, E, K))
+    weights = ExpertWeights(kernels.prepack(torch.randn(E, 2 * F, D)), kernels.prepack(torch.randn(E, D, F)))
     slot_ids_TK = torch.rand(CUTOFF_TOKENS, E).argsort(1)[:, :K]
     hidden_TD, weights_TK = torch.randn(CUTOFF_TOKENS, D), torch.rand(CUTOFF_TOKENS, K)
     before = peak_mib()
     exchange = dispatcher.begin(hidden_TD, slot_ids_TK, weights_TK)
     for batch in exchange.dispatch():
-        exchange.combine(kernels.expert_mlp(batch.rows_SD, batch.counts_L, weights), batch)
+        exchange.combine(kernels.expert_mlp(batch.rows_SD, batch.counts_L, weights))
         del batch
     exchange.finish()
     return peak_mib() - before, exchange.passes

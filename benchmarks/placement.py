@@ -39,13 +39,13 @@ Rows = list[dict[str, Any]]
 
 
 def timed(work: Callable[[], Any], repetitions: int = REPETITIONS) -> tuple[Any, float]:
-    """The answer, and the milliseconds of this thread in the fastest turn."""
-    turns = []
+    """The answer, and the milliseconds of this thread in the fastest repetition."""
+    milliseconds = []
     for _ in range(repetitions):
         start = time.thread_time()
         answer = work()
-        turns.append(1e3 * (time.thread_time() - start))
-    return answer, min(turns)
+        milliseconds.append(1e3 * (time.thread_time() - start))
+    return answer, min(milliseconds)
 
 
 def windows(loads: Loads) -> Iterator[Loads]:
@@ -55,7 +55,7 @@ def windows(loads: Loads) -> Iterator[Loads]:
 
 
 def published_eplb_ms(window: Loads, ranks: int, slots: int) -> float:
-    """Milliseconds of the published EPLB, whose copy comes with LMDeploy: the same slots as our `eplb`, in torch."""
+    """Milliseconds of the published EPLB, of which LMDeploy has a copy: the same slots as our `eplb`, in torch."""
     from lmdeploy.pytorch.nn.eplb import rebalance_experts_hierarchical
 
     weight_YE = torch.from_numpy(window.tokens_WYE[0, list(window.loaded_layers)].astype(np.float32))
@@ -88,19 +88,19 @@ def placements(loads: Loads) -> Rows:
                         "EPLB worst": f"{reference.imbalance_worst:.4f}",
                         "duplicates, EPLB's": f"{found.duplicates_on_rank}, {reference.duplicates_on_rank}",
                         "ms a layer": figure(ms / layers, None if search_ms else 0.3),
-                        "EPLB ms: anew, published": f"{eplb_ms / layers:.2f}, {published_ms / layers:.1f}",
+                        "EPLB ms: ours, published": f"{eplb_ms / layers:.2f}, {published_ms / layers:.1f}",
                     }
                 )
     return rows
 
 
 def budgets(loads: Loads) -> Rows:
-    """EP144/288: redundant slots in every layer, under each split, or shared out over the layers."""
+    """EP144/288: redundant slots in every layer, under each split, or given to the layers that need them."""
     rows = []
     for window in windows(loads):
         budget = (288 - window.experts) * len(window.loaded_layers)
         each, shared = plan(window, ranks=144, slots=288), plan(window, ranks=144, budget=budget)
-        levelled = plan(window, ranks=144, slots=288, split="level")
+        for_level = plan(window, ranks=144, slots=288, split="level")
         eplb = plan(window, ranks=144, slots=288, algorithm="eplb")
         by_name = {"decode_in1000out1000": (1.14, 1.12), "prefill_in4096": (1.25, 1.235)}
         weighted, by_need = by_name.get(window.names[0], (None, None))
@@ -110,7 +110,7 @@ def budgets(loads: Loads) -> Rows:
                 "EPLB": f"{score(eplb, window).imbalance_mean:.4f}",
                 "ours": f"{score(each, window).imbalance_mean:.4f}",
                 "refined+level, level": figure(
-                    score(levelled, window, split="level").imbalance_mean, weighted
+                    score(for_level, window, split="level").imbalance_mean, weighted
                 ),
                 "by need": figure(score(shared, window).imbalance_mean, by_need),
             }
@@ -119,14 +119,16 @@ def budgets(loads: Loads) -> Rows:
 
 
 def moves(loads: Loads) -> Rows:
-    """From each window to the next: what must travel, and how balanced it ends."""
+    """From each window to the next: which experts must move, and how balanced the result is."""
     rows = []
     for before, after in pairwise(windows(loads)):
         for (ranks, slots), target in {(32, 288): 15, (64, 320): 25}.items():
             current = plan(before, ranks=ranks, slots=slots)
             ours = plan(after, ranks=ranks, slots=slots, algorithm="incremental", current=current)
             eplb = plan(after, ranks=ranks, slots=slots, algorithm="eplb")
-            share, anew = (100 * count_moves(current, new, after.loaded_layers).share for new in (ours, eplb))
+            share, replanned = (
+                100 * count_moves(current, new, after.loaded_layers).share for new in (ours, eplb)
+            )
             rows.append(
                 {
                     "from, to": f"{before.names[0]}, {after.names[0]}",
@@ -134,7 +136,7 @@ def moves(loads: Loads) -> Rows:
                     "before": f"{score(current, after).imbalance_mean:.3f}",
                     "after": figure(score(ours, after).imbalance_mean, 1.02),
                     "% moved": figure(share, target, 1),
-                    "EPLB anew %": f"{anew:.0f}",
+                    "EPLB replanned %": f"{replanned:.0f}",
                 }
             )
     return rows
@@ -196,7 +198,7 @@ def against_the_program(
 
 
 def drift(loads: Loads) -> Rows:
-    """EP32/320 placed on one window, or on the mixture of two, and judged on a window under each split."""
+    """EP32/320 planned on one window, or on the mixture of two, and scored on a window under each split."""
     rows = []
     for first, later in pairwise(windows(loads)):
         both = Loads(np.concatenate([first.tokens_WYE, later.tokens_WYE]), first.names + later.names)
@@ -210,7 +212,7 @@ def drift(loads: Loads) -> Rows:
         near = apart <= 0.12  # total variation up to which there are targets
         rows.append(
             {
-                "placed on, judged on": f"{first.names[0]}, {later.names[0]}",
+                "planned on, scored on": f"{first.names[0]}, {later.names[0]}",
                 "distance": f"{apart:.2f}",
                 "EPLB, even": f"{score(eplb, later).imbalance_mean:.4f}",
                 "ours, even": f"{score(early, later).imbalance_mean:.4f}",
@@ -227,13 +229,13 @@ def drift(loads: Loads) -> Rows:
 
 
 def figure(value: float, target: float | None, digits: int = 4) -> str:
-    """The value, and whether it keeps its target where there is one."""
-    told = f"{value:.{digits}f}"
-    return told if target is None else f"{told} ({'ok' if value <= target else 'MISSED'}: {target:g})"
+    """The value, and whether it meets its target if there is one."""
+    text = f"{value:.{digits}f}"
+    return text if target is None else f"{text} ({'ok' if value <= target else 'MISSED'}: {target:g})"
 
 
 def picture(placed: Rows, split: Rows) -> Figure:
-    """What is lost to imbalance, in percent of the mean: by placement, and batch by batch."""
+    """The loss to imbalance, in percent of the mean: by placement, and batch by batch."""
     canvas = Figure(figsize=(13, 4.5), layout="constrained")
     left, right = canvas.subplots(1, 2)
     sizes = list(dict.fromkeys(row["EP/slots"] for row in placed))

@@ -1,4 +1,4 @@
-"""The data path of one MoE layer: assign -> dispatch -> experts -> combine.
+"""The data path of one MoE layer: split -> dispatch -> experts -> combine.
 
 Usable on its own, without any serving engine. In a script started by `torchrun --nproc-per-node 2 script.py`:
 
@@ -6,14 +6,15 @@ Usable on its own, without any serving engine. In a script started by `torchrun 
     ranks = RankGroup.of(dist.group.WORLD)
     slot_map = SlotMap.uniform(experts=16, ranks=ranks.size)
     mine = slot_map.local_experts(ranks.rank)
-    layer = ExpertParallelMoE(
+    with ExpertParallelMoE(
         (gate_up_E2FD[expert] for expert in mine),
         (down_EDF[expert] for expert in mine),
         slot_map=slot_map, ranks=ranks, settings=DispatchSettings(level=2), top_k=4,
-    )
-    out_TD = layer(hidden_TD, topk_ids_TK, topk_weights_TK)
+    ) as layer:
+        out_TD = layer(hidden_TD, topk_ids_TK, topk_weights_TK)
 
-`examples/layer_torchrun.py` is the whole script, and docs/layer.md explains it.
+`examples/layer_torchrun.py` is the whole script, and docs/layer.md explains it. The letters of shapes are those of
+`epbackend.dispatch`, and F, the width of an expert.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from torch import Tensor
 from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import Decision, choose
-from epbackend.dispatch.watchdog import watch
-from epbackend.errors import ConfigError
+from epbackend.dispatch.context import GroupContext
+from epbackend.errors import ConfigError, EPError
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.weight_formats import Matrices, outputs
 from epbackend.names import PHASES
@@ -54,17 +55,29 @@ class Load:
     """What one layer has done on this rank so far."""
 
     def __init__(self, local_experts: tuple[int, ...], experts: int) -> None:
+        self.local_experts = local_experts
+        """The expert in each of the rank's slots."""
         self.calls = 0
         """Calls from Python: a replayed CUDA graph makes none."""
         self.passes = Counter()
         self.rounds = Counter()
         self.rows_L = torch.zeros(len(local_experts), dtype=torch.int64)
         """Rows of each slot, on the experts' device from the first call on; replays of a CUDA graph count here."""
+        self._placed = False  # until the first call
         self._experts_L, self._experts = torch.tensor(local_experts), experts
+
+    def count_in(self, rows_L: Tensor) -> None:
+        """Go on counting there, on the experts' device, so that one allocation can hold the rows of all layers.
+
+        To be called before a CUDA graph is captured, which would go on counting in the old place.
+        """
+        rows_L.copy_(self.rows_L)
+        self.rows_L, self._placed = rows_L, True
 
     def add_rows(self, counts_L: Tensor) -> None:
         """Count the rows of one batch, on the experts' device."""
-        self.rows_L = self.rows_L.to(counts_L.device)
+        if not self._placed:
+            self.rows_L, self._placed = self.rows_L.to(counts_L.device), True
         self.rows_L += counts_L  # in place, for the graphs
 
     def add_call(self, passes: int, rounds: int) -> None:
@@ -102,50 +115,71 @@ class ExpertParallelMoE:
         activation: Callable[[Tensor], Tensor] | None = None,
         check_ids: bool = True,
         layer: int = 0,
+        context: GroupContext | None = None,
     ) -> None:
-        """Pack this rank's experts and choose how rows travel.
+        """Pack this rank's experts and choose how rows travel. All ranks make their layers in the same order.
 
-        `gate_up_L2FD` and `down_LDF` hold the experts of `slot_map.local_experts(ranks.rank)`, [out, in] each: one
-        tensor, `Int8Weights` or `Fp8Blocks` of all, or any iterable of matrices (`epbackend.kernels.weight_formats`).
-        The CPU repacks matrices one by one and keeps no reference to them, so that from a generator that reads the
-        checkpoint they never exist twice; cuda and ascend use whole forms where they are. `settings` is one for both
-        phases, or one for each ("prefill", "decode"); so is `split`, which chooses among the replicas of an expert:
-        even, nearest or level (`epbackend.replica_split`). `kernels` is one of the device's `kernel_sets`, or auto.
-        `activation` maps gate_up's rows [S, 2F] to [S, F]; None is SwiGLU. `check_ids` tells of ids that no expert
-        has; `layer` only
-        serves messages.
+        Args:
+            gate_up_L2FD: the first matrix of each expert of `slot_map.local_experts(ranks.rank)`, [2F, D] each, the
+                gate above: one tensor, `Int8Weights` or `Fp8Blocks` of all, or any iterable of matrices
+                (`epbackend.kernels.weight_formats`). The CPU repacks matrices one by one and keeps no reference to
+                them, so that from a generator that reads the checkpoint they never exist twice; cuda and ascend use
+                whole forms where they are.
+            down_LDF: the second matrix of each, [D, F], in the same form.
+            slot_map: which expert each slot of every rank holds.
+            ranks: this rank's place among those that share the experts.
+            settings: how rows travel: one for both phases, or one for each ("prefill", "decode").
+            top_k: K, the experts of a token.
+            split: which replica of its expert a token takes: "even", "nearest" or "level" (`epbackend.replica_split`);
+                one for both phases, or one for each.
+            device: "cpu", "cuda", "ascend", another package's device, or "auto".
+            kernels: one of the device's `kernel_sets`, or "auto".
+            gate_up_bias_L2F: added to the first product.
+            down_bias_LD: added to the second product.
+            activation: maps the rows of the first product, [S, 2F], to [S, F]; None is SwiGLU.
+            check_ids: whether ids that no expert has are found and raised.
+            layer: the layer's number, for messages.
+            context: shared by the layers of one engine, and closed by whoever made it. None: the layer makes one of its
+                own, with a communicator and buffers of its own where the dispatcher has them, and `close` closes it.
 
-        Raises ConfigError for weights, map, ranks and settings that do not fit each other and for a form of weights
-        that the device does not take, and UnavailableError for a device that cannot be used here.
+        Raises:
+            ConfigError: weights, map, ranks and settings do not fit each other, or the device does not take this form
+                of weights.
+            UnavailableError: the device cannot be used here.
         """
         if slot_map.ranks != ranks.size:
             raise ConfigError(f"slot_map is for {slot_map.ranks} ranks, but {ranks.size} share the experts")
         self.slot_map, self.ranks, self.layer = slot_map, ranks, layer
-        self._kernels = get_device(device).kernel_set(kernels)
+        self.context, self._owns_context, self._closed = context or GroupContext(), context is None, False
+        """What it shares on its process groups; `context.watch` watches replays of its CUDA graphs."""
+        found = get_device(device)
+        self._kernels = found.kernel_set(kernels)
         settings_of, split_of = _by_phase("settings", settings), _by_phase("split", split)
-        problems = {
+        specs = {
             phase: LayerSpec(
                 ranks,
+                found,
                 self._kernels,
                 settings_of[phase],
                 slot_map.slots_per_rank,
                 top_k,
                 hidden_size=outputs(down_LDF),
                 layer=layer,
+                context=self.context,
             )
             for phase in PHASES
         }
-        chosen = {phase: choose(spec) for phase, spec in problems.items()}
+        chosen = {phase: choose(spec) for phase, spec in specs.items()}
         self._splits = {
-            phase: TokenSplit(split_of[phase], slot_map, spec, check_ids) for phase, spec in problems.items()
+            phase: TokenSplit(split_of[phase], slot_map, spec, check_ids) for phase, spec in specs.items()
         }
         self._slots = slots = len(slot_map.local_experts(ranks.rank))
         self._dispatchers = {phase: dispatcher for phase, (dispatcher, _) in chosen.items()}
         self.dispatchers: dict[str, Decision] = {phase: choice for phase, (_, choice) in chosen.items()}
         """How rows travel in each phase, and why."""
         self._weights = ExpertWeights(
-            gate_up=self._kernels.pack(_exactly(slots, gate_up_L2FD, "gate_up_L2FD")),
-            down=self._kernels.pack(_exactly(slots, down_LDF, "down_LDF")),
+            gate_up=self._kernels.prepack(_exactly(slots, gate_up_L2FD, "gate_up_L2FD")),
+            down=self._kernels.prepack(_exactly(slots, down_LDF, "down_LDF")),
             gate_up_bias_L2F=gate_up_bias_L2F,
             down_bias_LD=down_bias_LD,
             activation=activation,
@@ -159,10 +193,16 @@ class ExpertParallelMoE:
     ) -> Tensor:
         """out_TD, in the dtype of `hidden_TD`, for this rank's T tokens (T = 0 too).
 
-        `topk_ids_TK` are logical experts. All ranks make the call together and name the same phase. Raises
-        CollectiveError when a rank does not take part in time, and ConfigError for ids that no expert has: on a CPU at
-        once, on other devices in a later call that is not replayed from a graph, since none waits for the device.
+        `topk_ids_TK` are logical experts. All ranks make the call together and name the same phase.
+
+        Raises:
+            CollectiveError: a rank does not take part in time.
+            ConfigError: an id is of no expert. On a CPU at once, on other devices in a later call that is not replayed
+                from a graph, since none waits for the device.
+            EPError: the layer is closed, or its context is and the call needs something of it.
         """
+        if self._closed:
+            raise EPError(f"MoE layer {self.layer} is closed: make another one")
         if phase not in PHASES:
             raise ConfigError(f"phase {phase!r} is unknown; it is one of {', '.join(PHASES)}")
         exchange = self._dispatchers[phase].begin(
@@ -173,13 +213,28 @@ class ExpertParallelMoE:
             counts_L = batch.counts_L[: self._slots]
             self.load.add_rows(counts_L)
             rows_SD = self._kernels.expert_mlp(batch.rows_SD, counts_L, self._weights, batch.expected)
-            exchange.combine(rows_SD, batch)
+            exchange.combine(rows_SD)
         out_TD = exchange.finish()
         if out_TD.is_cuda:
             timeout_s = self._dispatchers[phase].spec.settings.timeout_s
-            watch(f"{phase} of MoE layer {self.layer}", self.ranks.group, timeout_s)
+            self.context.watch(f"{phase} of MoE layer {self.layer}", self.ranks.group, timeout_s)
         self.load.add_call(exchange.passes, exchange.rounds)
         return out_TD
+
+    def close(self) -> None:
+        """End what the layer holds on its process groups, unless its `context` is shared; calls raise from now on.
+
+        Call it before the groups are destroyed, and replay no graph of the layer afterwards. It makes no collective.
+        """
+        self._closed = True
+        if self._owns_context:
+            self.context.close()
+
+    def __enter__(self) -> ExpertParallelMoE:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _by_phase(name: str, value: Value | Mapping[str, Value]) -> Mapping[str, Value]:
@@ -191,7 +246,11 @@ def _by_phase(name: str, value: Value | Mapping[str, Value]) -> Mapping[str, Val
 
 
 def _exactly(slots: int, matrices: Matrices, name: str) -> Matrices:
-    """The matrices as they came; raises ConfigError, for an iterator at its end, unless they are as many as slots."""
+    """The matrices as they came.
+
+    Raises:
+        ConfigError: there are not as many as slots; for an iterator at its end.
+    """
     if isinstance(matrices, Sized):
         _check_count(slots, len(matrices), name)
         return matrices

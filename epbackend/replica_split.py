@@ -1,13 +1,17 @@
-"""Where experts live, as the data path numbers it: every rank has its slots, and every slot an id.
+"""From the logical experts that a router chose to the slots where their tokens go.
 
-With L slots on the rank that has most, rank r's slots are r * L, r * L + 1, ...: so `id // L` is a slot's rank and
-`id % L` its place there, also where ranks have unequal numbers. Ids past a rank's last slot are never given to a token.
+`SlotMap` is where the experts of one layer live, as the data path numbers it: every rank has its slots, and every slot
+an id. With L slots on the rank that has most, rank r's slots are r * L, r * L + 1, ...: so `id // L` is a slot's rank
+and `id % L` its place there, also where ranks have unequal numbers. Ids past a rank's last slot are
+never given to a token.
 
-Which replica of its expert a token takes, batch by batch: `epbackend.placement.replica_split` on tensors, between
-ranks.
+`TokenSplit` says which replica of its expert a token takes, batch by batch: `epbackend.placement.replica_split` on
+tensors, between ranks. A *source* is a group of ranks that hold the same tokens (one rank, without attention tensor
+parallelism). All of them get the same answer, and only `level` has to ask the other sources anything: what their tokens
+chose.
 
-A *source* is a group of ranks that hold the same tokens (one rank, without attention tensor parallelism). All of them
-get the same answer, and only `level` has to ask the other sources anything: what their tokens chose.
+Letters of shapes: T tokens of this rank, K choices of a token, E logical experts, C replicas of an expert, P slots over
+all ranks, R ranks, L slots of one rank, G sources.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ class SlotMap:
     def of(cls, slot_to_expert_P: Sequence[int], ranks: int) -> SlotMap:
         """The logical expert of each slot, rank by rank, equally many on each.
 
-        Raises ConfigError for a map that leaves an expert out or cannot be cut into equal parts.
+        Raises:
+            ConfigError: the map leaves an expert out, or cannot be cut into equal parts.
         """
         return cls(Layout.of(slot_to_expert_P, ranks, max(slot_to_expert_P, default=-1) + 1))
 
@@ -83,7 +88,11 @@ class TokenSplit:
     """Finds a slot for every choice of one layer's tokens."""
 
     def __init__(self, name: str, slot_map: SlotMap, spec: LayerSpec, check_ids: bool = True) -> None:
-        """Raises ConfigError for an unknown split."""
+        """With `check_ids` the ids that no expert has are found.
+
+        Raises:
+            ConfigError: there is no split of that name.
+        """
         if name not in SPLITS:
             raise ConfigError(f"split {name!r} is unknown; it is one of {', '.join(SPLITS)}")
         self._kernels, self._layer, self._check_ids = spec.kernels, spec.layer, check_ids
@@ -94,17 +103,18 @@ class TokenSplit:
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
         """slot_ids_TK (int64) for logical ids in [0, E). With `level` all ranks make the call together.
 
-        Raises ConfigError for an id that no expert has: at once on a CPU, on other devices in a later call.
+        Raises:
+            ConfigError: an id is of no expert: at once on a CPU, on other devices in a later call.
         """
         if self._split is None:
             self._split = self._on(topk_ids_TK.device)
         return self._split(topk_ids_TK)
 
     def _on(self, device: torch.device) -> Split:
-        guard = ExpertIdCheck(self._experts, device, self._layer) if self._check_ids else None
+        id_check = ExpertIdCheck(self._experts, device, self._layer) if self._check_ids else None
         if isinstance(self._replicas, LevelReplicas):
-            return self._kernels.level_split(self._replicas, device, guard)
-        return self._kernels.even_split(self._replicas, device, guard)
+            return self._kernels.level_split(self._replicas, device, id_check)
+        return self._kernels.even_split(self._replicas, device, id_check)
 
 
 def _replicas(name: str, slot_map: SlotMap, spec: LayerSpec) -> EvenReplicas | LevelReplicas:
@@ -129,7 +139,7 @@ def _gather(spec: LayerSpec) -> Callable[[Tensor], Tensor]:
 
 
 def _nearest(layout: Layout, source: int, node: int) -> np.ndarray:
-    """takes_EC (bool): the replicas of each expert that are nearest to the source, as `placement.split.even` has it."""
+    """takes_EC (bool): the replicas of each expert that are nearest to the source; see `placement.replica_split`."""
     source_EC = layout.rank_of_slot_P[layout.slots_EC]
     node = node or layout.ranks
     distance_EC = (source_EC != source).astype(np.int64) + (source_EC // node != source // node)

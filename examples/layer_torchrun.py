@@ -53,6 +53,7 @@ def main() -> None:
     print(
         f"rank {ranks.rank}: {len(hidden_TD)} tokens right, {choice.name} ({choice.reason}), {computed} rows computed"
     )
+    layer.close()
     dist.destroy_process_group()
 
 

@@ -5,7 +5,8 @@
 
 The folder holds LMDeploy's Python part, the wheels of what its PyTorch engine imports beside the packages that are
 taken to be installed there (--there), and this checkout with its tiny models. scripts/gpu_folder/README.md tells how to
-use it. Versions are those pinned under requirements/; LMDeploy's files come from this environment (`make setup`).
+use it. Versions are those pinned under requirements/; LMDeploy's files come from this environment (`make setup`). The
+checkout is left out by --no-checkout, where another one will be on the machine.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ THERE = ("torch", "triton", "transformers", "numpy")
 ENGINE = (
     *("mmengine-lite", "pybase64", "pyzmq", "shortuuid", "prometheus_client", "pillow", "requests", "tqdm"),
     *("xgrammar", "apache-tvm-ffi", "psutil", "pydantic", "pyyaml", "rich"),
-    *("pytest", "pytest-timeout", "hypothesis"),
+    *("pytest", "pytest-timeout", "pytest-xdist", "execnet", "hypothesis"),
 )
 """What is imported while an engine runs and is tested. Plans for placements want numba, the commands typer and
 matplotlib, dp > 1 ray: --with."""
+PINS = ("cpu.txt", "lmdeploy.txt", "gpu.txt")
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)] + ["manylinux2014_x86_64"]
 
 
@@ -42,7 +44,8 @@ def wanted(python: str, there: Iterable[str], extra: Iterable[str]) -> dict[str,
 
     What is installed on the machine counts with all that it needs, which its own installation has brought.
     """
-    pinned = {canonicalize_name(name): version for name, version in pins("cpu.txt", "lmdeploy.txt").items()}
+    pinned = {canonicalize_name(name): version for name, version in pins(*PINS).items()}
+    not_here = {canonicalize_name(name) for name in pins("gpu.txt")}
     environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     found = {canonicalize_name(name) for name in there}
     waiting, fetched = [canonicalize_name(name) for name in (*ENGINE, *extra)], {}
@@ -51,7 +54,9 @@ def wanted(python: str, there: Iterable[str], extra: Iterable[str]) -> dict[str,
         if name not in found:
             found.add(name)
             fetched[name] = pinned[name]
-            needs = [Requirement(line) for line in distribution(name).requires or []]
+            needs = (
+                [] if name in not_here else [Requirement(line) for line in distribution(name).requires or []]
+            )
             waiting += [
                 canonicalize_name(r.name) for r in needs if not r.marker or r.marker.evaluate(environment)
             ]
@@ -100,7 +105,7 @@ def megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
 
 
-def gather(out: Path, python: str, there: list[str], extra: list[str]) -> None:
+def gather(out: Path, python: str, there: list[str], extra: list[str], checkout: bool = True) -> None:
     """Make the folder anew."""
     shutil.rmtree(out, ignore_errors=True)
     wheels = out / "wheels"
@@ -109,7 +114,8 @@ def gather(out: Path, python: str, there: list[str], extra: list[str]) -> None:
     packages = wanted(python, there, extra)
     download(packages, python, wheels)
     pack_lmdeploy(wheels)
-    copy_checkout(out / "epbackend")
+    if checkout:
+        copy_checkout(out / "epbackend")
     shutil.copytree(FIXED, out, dirs_exist_ok=True)
     facts = {"python": python, "there": there, "wheels": packages}
     (out / "gathered.json").write_text(json.dumps(facts, indent=1))
@@ -126,12 +132,15 @@ def main() -> str | None:
         "--with", nargs="*", default=[], dest="extra", metavar="NAME", help="gather these as well"
     )
     parser.add_argument(
-        "--limit-mb", type=float, default=64.0, help="the most that the folder may take (MiB)"
+        "--no-checkout", dest="checkout", action="store_false", help="leave this checkout out"
+    )
+    parser.add_argument(
+        "--limit-mb", type=float, default=45.0, help="the most that the folder may take (MiB)"
     )
     given = parser.parse_args()
     if given.out.exists() and not (given.out / "gathered.json").exists():
         return f"{given.out} exists and was not made by this script: name another folder with --out"
-    gather(given.out, given.python, given.there, given.extra)
+    gather(given.out, given.python, given.there, given.extra, given.checkout)
     size = megabytes(given.out)
     if size > given.limit_mb:
         largest = sorted((given.out / "wheels").iterdir(), key=lambda file: -file.stat().st_size)[:5]

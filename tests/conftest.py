@@ -41,6 +41,11 @@ def pytest_configure(config):
     ascend.start(platform)
 
 
+def pytest_collection_modifyitems(items):
+    """Long files first, so that none of several workers ends up with one alone."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Why tests were skipped, a line each: a device that is missing skips hundreds for one reason."""
     skipped = terminalreporter.stats.get("skipped", [])

@@ -24,7 +24,7 @@ from benchmarks.cost.fabric import (
 from benchmarks.cost.shapes import Model
 
 SYMMETRIC_PART = 2048
-"""Tokens of a rank that `symmetric` sends at a time (epbackend/dispatch/symmetric.py: OPEN_TOKENS)."""
+"""Tokens of a rank that `symmetric` sends at a time (epbackend/dispatch/symmetric_memory.py: OPEN_TOKENS)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Wire:
+class Traffic:
     """Bytes that one GPU sends."""
 
     nvlink: float
@@ -68,8 +68,8 @@ class Wire:
 class Cost:
     """Of one layer call beside the experts' products, which are the same for all."""
 
-    out: Wire
-    back: Wire
+    out: Traffic
+    back: Traffic
     memory: float
     """Bytes read and written in the GPU's own memory."""
     launches: int
@@ -83,18 +83,18 @@ class Cost:
         return moved + self.latency_us + self.launches * LAUNCH_US
 
 
-def ring(case: Case, block: float) -> Wire:
+def ring(case: Case, block: float) -> Traffic:
     """All-gather or reduce-scatter of a block from each rank: R - 1 blocks pass each GPU.
 
     Of NCCL's rings one hop in eight leaves the node, each ring by another GPU.
     """
     passed = (case.ranks - 1) * block
-    return Wire(passed) if case.nodes == 1 else Wire(passed * (NODE - 1) / NODE, passed / NODE)
+    return Traffic(passed) if case.nodes == 1 else Traffic(passed * (NODE - 1) / NODE, passed / NODE)
 
 
-def direct(case: Case, total: float) -> Wire:
+def direct(case: Case, total: float) -> Traffic:
     """Bytes spread evenly over all ranks, each sent straight to its rank: what stays on the GPU is not sent."""
-    return Wire(
+    return Traffic(
         total * (min(case.ranks, NODE) - 1) / case.ranks,
         total * (case.ranks - min(case.ranks, NODE)) / case.ranks,
     )
@@ -114,8 +114,8 @@ def replicated(case: Case) -> Cost:
     """Every rank holds all R * T tokens. Back: all-reduce of their float32 sums."""
     all_sums = case.ranks * case.tokens * 4 * case.model.D
     half = ring(case, case.tokens * 4 * case.model.D)
-    both = Wire(2 * half.nvlink, 2 * half.network)
-    return Cost(Wire(0), both, 3 * all_sums + _expanded(case), 6, "1 all-reduce", 2 * ring_us(case.ranks))
+    both = Traffic(2 * half.nvlink, 2 * half.network)
+    return Cost(Traffic(0), both, 3 * all_sums + _expanded(case), 6, "1 all-reduce", 2 * ring_us(case.ranks))
 
 
 def allgather(case: Case) -> Cost:
@@ -141,8 +141,8 @@ def alltoall(case: Case) -> Cost:
     memory = 3 * out + 3 * back + rows * 4 * case.model.D * 2 + restored + _expanded(case)
     hop = ALL_TO_ALL_US[case.reach]
     if case.static:
-        wire, latency = ring(case, case.tokens * case.packed), ring_us(case.ranks) + hop
-        return Cost(wire, direct(case, back), memory, 12 + launches, "2 collectives", latency)
+        traffic, latency = ring(case, case.tokens * case.packed), ring_us(case.ranks) + hop
+        return Cost(traffic, direct(case, back), memory, 12 + launches, "2 collectives", latency)
     latency = ring_us(case.ranks) + HOST_READ_US + 2 * hop
     return Cost(
         direct(case, out), direct(case, back), memory, 16 + launches, "3 collectives, 1 read", latency
@@ -157,7 +157,7 @@ def symmetric(case: Case) -> Cost:
     choices, parts = case.tokens * case.model.K, 1 if case.static else -(-case.tokens // SYMMETRIC_PART)
     out, back = choices * (case.model.row(case.bytes_each) + 8), choices * 2 * case.model.D
     more, restored = _restored(case, choices)
-    launches = parts * (8 + 2 * more)  # to narrow them is one more too, which the others do as they pack
+    launches = parts * (8 + 2 * more)  # to quantize them is one more too, which the others do as they pack
     latency = parts * (3 * BARRIER_US + (0.0 if case.static else HOST_READ_US))
     waits = "3 barriers" if case.static else f"{3 * parts} barriers, {parts} reads"
     return Cost(direct(case, out), direct(case, back), out + 2 * back + restored, launches, waits, latency)
@@ -183,10 +183,10 @@ def deepep(case: Case) -> Cost:
     )
 
 
-def _forwarded(case: Case, row: int) -> Wire:
+def _forwarded(case: Case, row: int) -> Traffic:
     """A row for each node of a token by the network, and for each rank of a token by NVLink."""
     across = case.model.reached(case.nodes) * (case.nodes - 1) / case.nodes
-    return Wire(case.tokens * case.model.reached(case.ranks) * row, case.tokens * across * row)
+    return Traffic(case.tokens * case.model.reached(case.ranks) * row, case.tokens * across * row)
 
 
 DISPATCHERS: dict[str, Callable[[Case], Cost]] = {

@@ -1,29 +1,28 @@
 """Every case beside its peers in one run; `make bench-cuda`.
 
-    python -m benchmarks.cuda [--lmdeploy FOLDER] [--only WORDS]
+    python -m benchmarks.cuda [--lmdeploy FOLDER] [--only WORDS] [--out FILE]
 
-FOLDER holds an unpacked LMDeploy wheel (`unzip lmdeploy-*.whl 'lmdeploy/pytorch/kernels/*'`), whose layers are timed
-too. A contestant whose answer differs from the reference is not timed.
+LMDeploy's layers are timed too where it is installed, or where FOLDER holds its unpacked wheel
+(`unzip lmdeploy-*.whl 'lmdeploy/pytorch/kernels/*'`). A contestant whose answer differs from the reference is not
+timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from benchmarks.cuda.cases import CASES, Case
-from benchmarks.cuda.ceilings import measured_ceilings
+from benchmarks.cuda.ceilings import memory_rates, product_rate
 from benchmarks.cuda.contestants import ROUTINGS, Contestant, contestants
 from benchmarks.cuda.lmdeploy import LMDeploy
 from benchmarks.cuda.model import H100_CEILINGS, Ceilings, floors_us, predicted_us
 from benchmarks.cuda.picture import draw
+from benchmarks.cuda.report import Report, machine_facts
 from epbackend.kernels.triton.tiles import chip_of
 from epbackend.kernels.triton.tuning import LARGEST_ERROR, time_us
 
@@ -42,12 +41,11 @@ def measure(case: Case, who: Contestant) -> dict[str, Any]:
     return {"error": error, "us": us, "tflops": case.flops / us / 1e6, "tb_per_s": case.bytes / us / 1e6}
 
 
-def rows_of(case: Case, lmdeploy: LMDeploy | None, ceilings: Ceilings) -> list[dict[str, Any]]:
+def run(case: Case, lmdeploy: LMDeploy | None, ceilings: Ceilings, report: Report) -> None:
     """One row a contestant, the floors and what was predicted beside it."""
     device = torch.device("cuda", 0)
     memory_us, compute_us = floors_us(case, ceilings)
     expected = predicted_us(case, chip_of(device))
-    rows = []
     for who in contestants(case, device, lmdeploy):
         row = {
             "case": case.name,
@@ -60,8 +58,7 @@ def rows_of(case: Case, lmdeploy: LMDeploy | None, ceilings: Ceilings) -> list[d
             **measure(case, who),
         }
         print(line_of(row), flush=True)
-        rows.append(row)
-    return rows
+        report.add(row)
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -77,29 +74,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda")
     parser.add_argument("--lmdeploy", type=Path, help="folder of an unpacked LMDeploy wheel")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "cuda.json", help="the JSON file; a picture beside it"
+    )
     asked = parser.parse_args()
     torch.manual_seed(0)
-    bandwidth, flops = measured_ceilings()
-    machine = {
-        "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "copy_tb_per_s": bandwidth / 1e12,
+    memory, flops = memory_rates(), product_rate()
+    torch.cuda.empty_cache()
+    bandwidth = max(memory.values())
+    machine = machine_facts() | {
+        "memory_tb_per_s": bandwidth / 1e12,
+        "memory_by": {way: rate / 1e12 for way, rate in memory.items()},
         "bfloat16_tflops": flops / 1e12,
     }
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     ceilings = Ceilings(bandwidth, {**H100_CEILINGS.flops, "half": flops})
-    lmdeploy = LMDeploy(asked.lmdeploy) if asked.lmdeploy else None
-    rows = []
+    lmdeploy = LMDeploy.found(asked.lmdeploy)
+    report = Report(asked.out, machine)
     for case in CASES:
         if asked.only in case.name:
             with torch.inference_mode():
-                rows += rows_of(case, lmdeploy, ceilings)
+                run(case, lmdeploy, ceilings, report)
             torch.cuda.empty_cache()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cuda.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    draw(rows, machine, RESULTS / "cuda.png")
+    draw(report.rows, machine, asked.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -24,10 +25,25 @@ class LMDeploy:
         self._fp8 = import_module(f"{MOE}.blocked_fp8").fused_moe_blocked_fp8
         self._quantize = import_module("lmdeploy.pytorch.kernels.cuda.blocked_gemm_fp8").quant_fp8
 
-    def half(self, hidden_TD: Tensor, weights: ExpertWeights, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    @classmethod
+    def found(cls, folder: Path | None = None) -> LMDeploy | None:
+        """In the folder, or in the LMDeploy that is installed here, or none."""
+        spec = None if folder else find_spec("lmdeploy")
+        if spec and spec.origin:
+            folder = Path(spec.origin).parents[1]
+        return cls(folder) if folder else None
+
+    def half(
+        self,
+        hidden_TD: Tensor,
+        weights: ExpertWeights,
+        weights_TK: Tensor,
+        ids_TK: Tensor,
+        renormalize: bool = False,
+    ) -> Tensor:
         """out_TD: sorts, multiplies, sums."""
-        top_k = ids_TK.shape[1]
-        return self._half(hidden_TD, weights.gate_up, weights.down, weights_TK, ids_TK, top_k)
+        matrices, top_k = (weights.gate_up, weights.down), ids_TK.shape[1]
+        return self._half(hidden_TD, *matrices, weights_TK, ids_TK, top_k, renormalize=renormalize)
 
     def fp8(self, hidden_TD: Tensor, weights: ExpertWeights, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         """The same with 128 x 128-block float8; quantizes the tokens first."""

@@ -24,7 +24,7 @@ def draw(rows: list[dict[str, Any]], machine: dict[str, Any], file: Path) -> Non
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
-    bandwidth, peak = machine["copy_tb_per_s"], machine["bfloat16_tflops"]
+    bandwidth, peak = machine["memory_tb_per_s"], machine["bfloat16_tflops"]
     intensities = [2.0**n for n in range(-1, 13)]
     axes.loglog(intensities, [min(peak, bandwidth * each) for each in intensities], color="black", lw=1)
     for by, mark in MARKS.items():
@@ -34,7 +34,9 @@ def draw(rows: list[dict[str, Any]], machine: dict[str, Any], file: Path) -> Non
             axes.loglog(intensity, [row["tflops"] for row in mine], mark, label=by, alpha=0.7)
     axes.set_xlabel("FLOP per byte")
     axes.set_ylabel("TFLOP/s")
-    axes.set_title(f"{machine['gpu']}, {machine['date']}; ceilings: copy, and bfloat16 product of 8192 cubed")
+    axes.set_title(
+        f"{machine['gpu']}, {machine['date']}; ceilings: memory, and bfloat16 product of 8192 cubed"
+    )
     axes.legend()
     figure.savefig(file, dpi=130)
     print(f"written: {file}")

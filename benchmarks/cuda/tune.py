@@ -1,20 +1,21 @@
 """Tune the products that are benchmarked, on the GPU at hand: what maintainers run, without typer or pydantic.
 
-    python -m benchmarks.cuda.tune [--only WORDS] [--write] [--no-specialize]
+    python -m benchmarks.cuda.tune [--only WORDS] [--write | --table FILE] [--no-specialize]
 
-`--write` puts the best tiles into the packaged tiles.json. Users have `epbackend tune`.
+`--write` puts the best tiles into the packaged tiles.json, `--table` into another. Users have `epbackend tune`.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 import triton
 
 from benchmarks.cuda.cases import DEEPSEEK, QWEN3
 from epbackend.kernels.triton.tiles import PACKAGED, chip_of
-from epbackend.kernels.triton.tuning import jobs, tune
+from epbackend.kernels.triton.tuning import tune, tuning_cases
 
 MODELS = ((QWEN3, "half"), (DEEPSEEK, "half"), (DEEPSEEK, "fp8"), (QWEN3, "int8"))
 
@@ -23,12 +24,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda.tune")
     parser.add_argument("--only", default="", help="products whose name contains this")
     parser.add_argument("--write", action="store_true", help="put the best tiles into tiles.json")
+    parser.add_argument("--table", type=Path, help="put the best tiles into this file")
     parser.add_argument("--no-specialize", action="store_true", help="leave warp specialisation out")
     asked = parser.parse_args()
     chip = chip_of(torch.device("cuda", 0))
     print(f"{chip}, torch {torch.__version__}, triton {triton.__version__}")
-    wanted = [job for shape, form in MODELS for job in jobs(shape, form, chip) if asked.only in str(job)]
-    table = PACKAGED if asked.write else None
+    wanted = [
+        case for shape, form in MODELS for case in tuning_cases(shape, form, chip) if asked.only in str(case)
+    ]
+    table = PACKAGED if asked.write else asked.table
     for finding in tune(wanted, chip, table, specialize=not asked.no_specialize):
         print(finding)
         for tile in sorted(finding.us, key=finding.us.__getitem__)[:5]:

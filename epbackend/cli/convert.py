@@ -7,7 +7,7 @@ import typer
 
 from epbackend.cli.inputs import DenseOption, described, layer_numbers
 from epbackend.cli.output import console, error_console, say
-from epbackend.placement.formats import LOADS, PLACEMENTS, Hints, read, usage, write
+from epbackend.placement.formats import LOADS, PLACEMENTS, ReadOptions, read, usage, write
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Layout, Placement
 
@@ -39,7 +39,7 @@ def convert(
 ) -> None:
     """Convert loads or a placement. What the other format cannot express is an error that says so."""
     dense = layer_numbers(dense_layers)
-    found = read(source, source_format, Hints(ranks, slots, dense))
+    found = read(source, source_format, ReadOptions(ranks, slots, dense))
     if isinstance(found, Placement) and to in WITHOUT_DENSE and not dense:
         _warn_of_dense(found)
     write(found, target, to, dense)

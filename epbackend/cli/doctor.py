@@ -80,9 +80,10 @@ def _decisions(config: "EPConfig", experts: int, top_k: int) -> dict[str, dict[s
 def _decision(config: "EPConfig", phase: Phase, experts: int, top_k: int) -> dict[str, Any]:
     ranks = RankGroup(None, 0, config.ep_size, None, 0, config.attn_tp if config.ep_size > 1 else 1)
     try:
-        kernels = get_device(config.device).kernel_set(config.kernels)
+        device = get_device(config.device)
+        kernels = device.kernel_set(config.kernels)
         slots = -(-experts // config.ep_size)
-        decision = decide(LayerSpec(ranks, kernels, config.dispatch_settings(phase), slots, top_k))
+        decision = decide(LayerSpec(ranks, device, kernels, config.dispatch_settings(phase), slots, top_k))
     except EPError as error:
         return {"problem": str(error)}
     return asdict(decision)

@@ -22,7 +22,7 @@ from epbackend.cli.output import JsonOption, console, say, watching
 from epbackend.errors import ConfigError
 from epbackend.names import PLANNERS
 from epbackend.placement import planners
-from epbackend.placement.formats import Hints, read_placement, write
+from epbackend.placement.formats import ReadOptions, read_placement, write
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
 from epbackend.placement.score import Score, score
@@ -76,7 +76,7 @@ def plan(
         "seed": seed,
     }
     recorded = load_windows(loads)
-    before = read_placement(current, Hints(ranks=ranks)) if current else None
+    before = read_placement(current, ReadOptions(ranks=ranks)) if current else None
     if algorithm in COMPILED:
         warm_up()  # so that the seconds below are of planning, not of loading machine code
     with watching("planning") as progress:

@@ -11,7 +11,7 @@ from epbackend.cli.inputs import LoadsOption, described, load_windows, unplanned
 from epbackend.cli.output import console, say
 from epbackend.cli.pictures import rank_loads_YR, save_before_after
 from epbackend.errors import ConfigError
-from epbackend.placement.formats import Hints, read_placement
+from epbackend.placement.formats import ReadOptions, read_placement
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
 
@@ -33,7 +33,7 @@ def show(
     ranks: Annotated[int | None, typer.Option(help="Ranks, where the file does not say (sglang).")] = None,
 ) -> None:
     """Show a placement; with LOADS, the load of each rank without it and with it."""
-    found = read_placement(placement, Hints(ranks=ranks))
+    found = read_placement(placement, ReadOptions(ranks=ranks))
     say(console, f"{placement}: {described(found)}", "bold")
     say(console, _origin(found), "")
     say(console, _replicas(found), "")

@@ -57,11 +57,11 @@ def tune(
         )
     # Imported late: these import Triton.
     from epbackend.kernels.triton.tiles import chip_of, own_table
-    from epbackend.kernels.triton.tuning import jobs
     from epbackend.kernels.triton.tuning import tune as search
+    from epbackend.kernels.triton.tuning import tuning_cases
 
     chip, path = chip_of(device.torch_device(0)), table or own_table()
-    to_do = [job for each, its_form in experts for job in jobs(each, its_form, chip)]
+    to_do = [case for each, its_form in experts for case in tuning_cases(each, its_form, chip)]
     console.print(f"{chip.name}: {len(to_do)} products; table: {path}", highlight=False)
     for done, finding in enumerate(search(to_do, chip, path), start=1):
         console.print(f"{done}/{len(to_do)} {finding}", highlight=False)

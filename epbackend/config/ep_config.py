@@ -79,7 +79,7 @@ class EPConfig(Settings):
             overlap_min_tokens=self.overlap_min_tokens,
             max_tokens=self.max_tokens(phase),
             static=phase == "decode" and self.captures_graphs,
-            transport=self.dispatch_dtype,
+            dispatch_dtype=self.dispatch_dtype,
             timeout_s=self.timeout_s,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -11,6 +11,7 @@ import torch
 from epbackend.device.base import Device, Memory
 from epbackend.errors import UnavailableError
 from epbackend.kernels import Kernels
+from epbackend.kernels.npu import ops
 from epbackend.kernels.npu.kernels import NpuKernels
 
 
@@ -26,6 +27,13 @@ class AscendDevice(Device):
         if reason := self.unavailable():
             raise UnavailableError(f"device ascend cannot be used: {reason}")
         return NpuKernels()
+
+    @cached_property
+    def chip(self) -> str:
+        """The generation: "A2", "A3", or CANN's own name of another one."""
+        name = ops.chip_name()
+        generations = {"Ascend910B": "A2", "Ascend910_93": "A3"}
+        return next((chip for prefix, chip in generations.items() if name.startswith(prefix)), name)
 
     def torch_device(self, local_rank: int) -> torch.device:
         return torch.device("npu", local_rank)

@@ -35,6 +35,11 @@ class Device(ABC):
         """Why this device cannot be used here, and what to do about it; None if it can."""
 
     @property
+    def chip(self) -> str | None:
+        """The generation of its chips, where operators are limited by it ("A2", "A3" of Ascend); None elsewhere."""
+        return None
+
+    @property
     def emulated(self) -> bool:
         """Whether another device stands in for it, for tests; "auto" does not take it then."""
         return False

@@ -1,8 +1,8 @@
 """`ep_level` 1: every rank gets every token, computes its own experts, and the sums are reduce-scattered.
 
 Two collectives carry the rows, whatever the routing, so the cost does not depend on balance. Ranks may hold different
-numbers of tokens, none included: they agree on the largest, and pad to it with tokens that choose no slot. In a static
-call they hold equally many, and there is nothing to agree on.
+numbers of tokens, or none: they agree on the largest, and pad to it with tokens that choose no slot. In a static call
+they hold equally many, and there is nothing to agree on.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class AllGather(Dispatcher):
         tokens_R = self._tokens(hidden_TD, collectives)
         longest, gathered = max(tokens_R), sum(tokens_R)
         settings, kernels = self.spec.settings, self.spec.kernels
-        form = RowFormat.of(hidden_TD, slot_ids_TK, settings.transport)
-        bytes_NB = form.pack(kernels, hidden_TD, slot_ids_TK, weights_TK, longest)
+        row_format = RowFormat.of(hidden_TD, slot_ids_TK, settings.dispatch_dtype)
+        bytes_NB = row_format.encode(kernels, hidden_TD, slot_ids_TK, weights_TK, longest)
         if longest:
             bytes_NB = collectives.all_gather(bytes_NB)
-        bound = row_bound(gathered, form.top_k, settings)
-        local = LocalRows(self.spec, *form.unpack(kernels, bytes_NB), bound)
+        bound = row_bound(gathered, row_format.top_k, settings)
+        local = LocalRows(self.spec, *row_format.decode(kernels, bytes_NB), bound)
         return _AllGatherExchange(local, collectives, hidden_TD)
 
     def _tokens(self, hidden_TD: Tensor, collectives: Collectives) -> list[int]:

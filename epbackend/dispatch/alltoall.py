@@ -1,26 +1,21 @@
-"""How many steps the rows of an all-to-all take, and which rows travel in each: agreed before the first row travels.
+"""`ep_level` 2: each token travels once to each rank that holds an expert of its, and the partial sums come back.
 
-A step moves an equal part of every rank's rows to every peer: as many steps as the receive buffers ask for (rounds), or
-as the overlap asks for (chunks) if that is more.
+Before the first row travels, one small all-gather of counts tells every rank all splits, so that all agree on the
+number of steps. A step moves an equal part of every rank's rows to every peer: as many steps as the receive buffers ask
+for (rounds), or as the overlap asks for (chunks) if that is more. The counts also tell how many rows a rank's experts
+will compute: devices whose shapes do not follow the routing hold no more than these. While one step is multiplied the
+next one travels, and results of the one before travel back.
 
-`ep_level` 2: each token travels once to each rank that holds an expert of its, and the partial sums come back.
-
-One small all-gather of the counts tells every rank all splits and the number of steps, so that all agree. It also tells
-how many rows a rank's experts will compute: devices whose shapes do not follow the routing hold no more than these.
-While one step is multiplied the next one travels, and results of the one before travel back. A static call, which can
-tell no rank anything, is in `alltoall_static.py`.
-
-`alltoall` in a static call: no rank can be told how many rows come, so that each peer's share holds every token.
-
-Then all peers get the same rows, and one all-gather of a step's tokens brings them; rows that chose nothing here are
-left out on arrival. Partial sums come back by an all-to-all of equal parts and are added in the order of the ranks.
-Beside `allgather` that keeps sums in the tokens' own dtype on the way back (half the bytes in bfloat16), and overlaps.
+In a static call no rank can be told how many rows come, so each peer's share holds every token. Then all peers get the
+same rows, and one all-gather of a step's tokens brings them; rows that chose nothing here are left out on arrival.
+Partial sums come back by an all-to-all of equal parts and are added in the order of the ranks. Compared with
+`allgather` that keeps sums in the tokens' own dtype on the way back (half the bytes in bfloat16), and overlaps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +30,9 @@ def peer_share(tokens: int, top_k: int, ranks: int, settings: DispatchSettings) 
     """Rows that a rank with `tokens` tokens may send to one peer in one round; None: no limit.
 
     MindIE's buffer of int(tokens * top_k * scale) rows, split equally among the peers.
+
+    >>> peer_share(100, 8, 4, DispatchSettings(level=2, buffer_scale_factors=((64, 0.5), (0, 2.0))))
+    100
     """
     if not settings.buffer_scale_factors:
         return None
@@ -44,7 +42,7 @@ def peer_share(tokens: int, top_k: int, ranks: int, settings: DispatchSettings) 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all ranks know before the first row travels."""
+    """Which rows travel in which step: known to all ranks before the first row travels."""
 
     counts_RR: list[list[int]]
     """Rows from each rank (first index) to each rank."""
@@ -65,18 +63,18 @@ class Plan:
 
     @classmethod
     def worst(cls, tokens: int, ranks: int, top_k: int, settings: DispatchSettings) -> Plan:
-        """Where each of the ranks sends each of its `tokens` tokens to each of them."""
+        """Every rank sends each of its `tokens` tokens to every rank."""
         return cls.of([[tokens] * ranks] * ranks, [tokens] * ranks, top_k, settings)
 
-    def rows(self, source: int, target: int, step: int) -> range:
-        """Which of the rows from `source` to `target` travel in `step`: as many in each, give or take one."""
-        count = self.counts_RR[source][target]
+    def rows(self, sender: int, receiver: int, step: int) -> range:
+        """Which of the rows from `sender` to `receiver` travel in `step`: as many in each, give or take one."""
+        count = self.counts_RR[sender][receiver]
         return range(count * step // self.steps, count * (step + 1) // self.steps)
 
-    def sent(self, source: int, step: int) -> slice:
-        """Where the rows of `step` are among all that `source` sends, sorted by step."""
+    def sent(self, sender: int, step: int) -> slice:
+        """Where the rows of `step` are among all that `sender` sends, sorted by step."""
         first, last = (
-            sum(count * end // self.steps for count in self.counts_RR[source]) for end in (step, step + 1)
+            sum(count * end // self.steps for count in self.counts_RR[sender]) for end in (step, step + 1)
         )
         return slice(first, last)
 
@@ -96,17 +94,17 @@ class AllToAll(Dispatcher):
         )
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
-        form = StaticExchange if self.spec.settings.static else _ExactExchange
-        return form(self.spec, hidden_TD, slot_ids_TK, weights_TK)
+        exchange = _StaticExchange if self.spec.settings.static else _ExactExchange
+        return exchange(self.spec, hidden_TD, slot_ids_TK, weights_TK)
 
 
 class _ExactExchange(Exchange):
     """M rows to send, sorted by step, then by peer, then by token, so that a step is a slice of them."""
 
     def __init__(self, spec: LayerSpec, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
-        self._problem, self._collectives = spec, Collectives.of(spec)
-        self._form = RowFormat.of(hidden_TD, slot_ids_TK, spec.settings.transport)
-        self._bytes_TB = self._form.pack(spec.kernels, hidden_TD, slot_ids_TK, weights_TK)
+        self._spec, self._collectives = spec, Collectives.of(spec)
+        self._row_format = RowFormat.of(hidden_TD, slot_ids_TK, spec.settings.dispatch_dtype)
+        self._bytes_TB = self._row_format.encode(spec.kernels, hidden_TD, slot_ids_TK, weights_TK)
         self._sums_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=hidden_TD.device)
         wanted_RT = _wanted(slot_ids_TK, spec.slots, spec.ranks.size)
         counts_R, me, size = wanted_RT.sum(1), spec.ranks.rank, spec.ranks.size
@@ -114,35 +112,36 @@ class _ExactExchange(Exchange):
         mine = torch.cat([counts_R.new_full((1,), len(hidden_TD)), counts_R, choices_R])
         table = self._collectives.all_gather_ints(mine)
         tokens_R, counts_RR = [row[0] for row in table], [row[1 : 1 + size] for row in table]
+        # Rows that this rank's experts compute, in all steps.
         self._rows = sum(row[1 + size + me] for row in table)
-        """That this rank's experts compute, in all steps."""
-        self._plan = Plan.of(counts_RR, tokens_R, self._form.top_k, spec.settings)
+        self._plan = Plan.of(counts_RR, tokens_R, self._row_format.top_k, spec.settings)
         self.rounds = self._plan.rounds
         order_M = _by_step(wanted_RT, counts_R, self._plan.steps)[: sum(counts_RR[me])]
         tokens = max(1, len(hidden_TD))
         self._token_M = order_M % tokens
+        # token * R + peer: a peer's partial sum is to its token what an expert's row is to a choice.
         self._choice_M = self._token_M * size + order_M // tokens
-        """token * R + peer: a peer's partial sum is to its token what an expert's row is to a choice."""
         self._returning: tuple[slice, Pending] | None = None
 
     def dispatch(self) -> Iterator[Batch]:
         sent_in_turn = (self._send(step) for step in range(self._plan.steps))
         for step, arriving in enumerate(one_ahead(sent_in_turn)):
-            rows = self._form.unpack(self._problem.kernels, arriving.wait())
-            self._local = LocalRows(self._problem, *rows, bound=self._rows, chosen=True)
-            yield replace(self._local.batch(0), step=step)
+            rows = self._row_format.decode(self._spec.kernels, arriving.wait())
+            self._local = LocalRows(self._spec, *rows, bound=self._rows, chosen=True)
+            self._step = step
+            yield self._local.batch(0)
 
-    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
-        self._local.add(rows_SD, batch)
-        send_R, receive_R = self._splits(batch.step)
-        sums_ND = self._local.sums_ND.to(self._form.dtype)
+    def combine(self, rows_SD: Tensor) -> None:
+        self._local.add(rows_SD)
+        send_R, receive_R = self._splits(self._step)
+        sums_ND = self._local.sums_ND.to(self._row_format.dtype)
         pending = self._collectives.start_all_to_all(sums_ND, receive_R, send_R)
         self._collect()  # those of the step before, while these travel
-        self._returning = self._sent(batch.step), pending
+        self._returning = self._sent(self._step), pending
 
     def finish(self) -> Tensor:
         self._collect()
-        return self._sums_TD.to(self._form.dtype)
+        return self._sums_TD.to(self._row_format.dtype)
 
     def _send(self, step: int) -> Pending:
         rows_MB = self._bytes_TB.index_select(0, self._token_M[self._sent(step)])
@@ -153,17 +152,17 @@ class _ExactExchange(Exchange):
         if self._returning is None:
             return
         (sent, pending), self._returning = self._returning, None
-        ones_TR = self._sums_TD.new_ones(len(self._sums_TD), self._problem.ranks.size)
-        self._problem.kernels.unpermute(pending.wait(), self._choice_M[sent], ones_TR, self._sums_TD)
+        ones_TR = self._sums_TD.new_ones(len(self._sums_TD), self._spec.ranks.size)
+        self._spec.kernels.unpermute(pending.wait(), self._choice_M[sent], ones_TR, self._sums_TD)
 
     def _splits(self, step: int) -> tuple[list[int], list[int]]:
         """Rows to send to each rank, and to receive from each, in `step`."""
-        me, peers = self._problem.ranks.rank, range(self._problem.ranks.size)
+        me, peers = self._spec.ranks.rank, range(self._spec.ranks.size)
         send_R = [len(self._plan.rows(me, peer, step)) for peer in peers]
         return send_R, [len(self._plan.rows(peer, me, step)) for peer in peers]
 
     def _sent(self, step: int) -> slice:
-        return self._plan.sent(self._problem.ranks.rank, step)
+        return self._plan.sent(self._spec.ranks.rank, step)
 
 
 def _wanted(slot_ids_TK: Tensor, slots: int, ranks: int) -> Tensor:
@@ -175,22 +174,22 @@ def _wanted(slot_ids_TK: Tensor, slots: int, ranks: int) -> Tensor:
 def _by_step(wanted_RT: Tensor, counts_R: Tensor, steps: int) -> Tensor:
     """order: indices into the flat [R, T], the wanted ones first, sorted by the step in which they travel.
 
-    Of a peer's n rows the i-th travels in step ((i + 1) * steps - 1) // n, which is what `Plan.rows` says.
+    Of a peer's n rows the i-th travels in step ((i + 1) * steps - 1) // n, as `Plan.rows` has it.
     """
-    turn_RT = wanted_RT.cumsum(1)
-    step_RT = (turn_RT * steps - 1) // counts_R.clamp(min=1)[:, None]
+    nth_RT = wanted_RT.cumsum(1)
+    step_RT = (nth_RT * steps - 1) // counts_R.clamp(min=1)[:, None]
     return torch.where(wanted_RT, step_RT, steps).flatten().argsort(stable=True)
 
 
-class StaticExchange(Exchange):
+class _StaticExchange(Exchange):
     """Every rank sends the same tokens of each step to every rank."""
 
     def __init__(self, spec: LayerSpec, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> None:
-        self._problem, self._collectives = spec, Collectives.of(spec)
-        self._form = RowFormat.of(hidden_TD, slot_ids_TK, spec.settings.transport)
-        self._bytes_TB = self._form.pack(spec.kernels, hidden_TD, slot_ids_TK, weights_TK)
+        self._spec, self._collectives = spec, Collectives.of(spec)
+        self._row_format = RowFormat.of(hidden_TD, slot_ids_TK, spec.settings.dispatch_dtype)
+        self._bytes_TB = self._row_format.encode(spec.kernels, hidden_TD, slot_ids_TK, weights_TK)
         self._out_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format)
-        plan = Plan.worst(len(hidden_TD), spec.ranks.size, self._form.top_k, spec.settings)
+        plan = Plan.worst(len(hidden_TD), spec.ranks.size, self._row_format.top_k, spec.settings)
         self.rounds = plan.rounds
         steps = [plan.rows(0, 0, step) for step in range(plan.steps)]
         self._tokens = [slice(rows.start, rows.stop) for rows in steps if rows]
@@ -199,14 +198,15 @@ class StaticExchange(Exchange):
     def dispatch(self) -> Iterator[Batch]:
         sent_in_turn = (self._collectives.start_all_gather(self._bytes_TB[part]) for part in self._tokens)
         for step, arriving in enumerate(one_ahead(sent_in_turn)):
-            self._local = LocalRows(self._problem, *self._form.unpack(self._problem.kernels, arriving.wait()))
-            yield replace(self._local.batch(0), step=step)
+            self._local = LocalRows(self._spec, *self._row_format.decode(self._spec.kernels, arriving.wait()))
+            self._step = step
+            yield self._local.batch(0)
 
-    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
-        self._local.add(rows_SD, batch)
-        pending = self._collectives.start_all_to_all(self._local.sums_ND.to(self._form.dtype))
+    def combine(self, rows_SD: Tensor) -> None:
+        self._local.add(rows_SD)
+        pending = self._collectives.start_all_to_all(self._local.sums_ND.to(self._row_format.dtype))
         self._collect()  # those of the step before, while these travel
-        self._returning = self._tokens[batch.step], pending
+        self._returning = self._tokens[self._step], pending
 
     def finish(self) -> Tensor:
         self._collect()
@@ -217,5 +217,5 @@ class StaticExchange(Exchange):
         if self._returning is None:
             return
         (part, pending), self._returning = self._returning, None
-        sums_RTD = pending.wait().unflatten(0, (self._problem.ranks.size, part.stop - part.start))
+        sums_RTD = pending.wait().unflatten(0, (self._spec.ranks.size, part.stop - part.start))
         self._out_TD[part] = sums_RTD.sum(0, dtype=torch.float32)

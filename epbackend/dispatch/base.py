@@ -1,24 +1,26 @@
-"""The contract of a dispatcher: how rows reach the ranks of their experts, and come back.
+"""The contract of a dispatcher: how rows reach the ranks of their experts, and how results come back.
 
     exchange = dispatcher.begin(hidden_TD, slot_ids_TK, weights_TK)
     for batch in exchange.dispatch():
-        exchange.combine(expert_mlp(batch.rows_SD, batch.counts_L), batch)
+        exchange.combine(expert_mlp(batch.rows_SD, batch.counts_L))
     out_TD = exchange.finish()
 
-A dispatcher is stateless: what belongs to one layer call lives in its Exchange. Every rank makes the same calls, also
-with no token of its own, because they hold collectives. N is the number of tokens that a rank works on, its own or
-received.
+A dispatcher is stateless: what belongs to one layer call lives in its `Exchange`, and what all layers of a process
+group share in the `GroupContext`. Every rank makes the same calls, also with no token of its own, because they hold
+collectives.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor
 
+from epbackend.device.base import Device
+from epbackend.dispatch.context import GroupContext
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.kernels import Kernels, Rows
 from epbackend.names import PHASES, DispatcherFacts, Phase
@@ -38,13 +40,14 @@ class RankGroup:
     group: dist.ProcessGroup | None
     rank: int
     size: int
+    """R."""
     token_group: dist.ProcessGroup | None = None
     token_rank: int = 0
     token_size: int = 1
 
     @property
     def sources(self) -> int:
-        """Sources of tokens."""
+        """G: sources of tokens."""
         return self.size // self.token_size
 
     @property
@@ -73,15 +76,20 @@ class LayerSpec:
     """What is known of a layer before its first token: enough to choose a dispatcher, and all that it needs."""
 
     ranks: RankGroup
+    device: Device
     kernels: Kernels
+    """Of the device; one of its `kernel_sets`."""
     settings: DispatchSettings
     slots: int
     """L: slots of each rank."""
     top_k: int
+    """K."""
     hidden_size: int | None = None
     """D, where it is known before the first token."""
     layer: int = 0
     """Only for messages."""
+    context: GroupContext = field(default_factory=GroupContext)
+    """What the layer shares with others on the same process groups."""
 
     @property
     def most_tokens(self) -> int | None:
@@ -96,16 +104,13 @@ class Batch:
 
     rows_SD: Rows
     counts_L: Tensor
-    choice_of_row_S: Tensor
-    """Which choice each row serves, as in `kernels.Permuted`; a fused dispatcher's own notes instead (`mc2`)."""
-    step: int
-    """The number of the pass (level 1) or of the exchange (level 2) that the rows belong to."""
+    """How many rows each slot has."""
     expected: int | None = None
-    """About how many of the rows are valid, told without asking the device; None: all."""
+    """About how many of the rows are valid, from shapes alone and without asking the device; None: all."""
 
 
 class Exchange(ABC):
-    """One layer call under way."""
+    """One layer call under way. What it needs to bring results back is its own, and not in the batches."""
 
     passes: int = 1
     """Parts that this rank's rows were cut into to keep within the cutoff's bound; known when dispatch ends.
@@ -118,8 +123,8 @@ class Exchange(ABC):
         """The rows for this rank's experts, batch by batch; each is combined before the next is asked for."""
 
     @abstractmethod
-    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
-        """Take the experts' results for `batch`, in the order of its rows."""
+    def combine(self, rows_SD: Tensor) -> None:
+        """Take the experts' results for the batch that `dispatch` gave last, in the order of its rows."""
 
     @abstractmethod
     def finish(self) -> Tensor:
@@ -149,11 +154,25 @@ class Dispatcher(ABC):
 
     @classmethod
     def unsupported(cls, spec: LayerSpec) -> str | None:
-        """Why this dispatcher cannot serve the spec; None if it can."""
+        """Why this dispatcher cannot serve the spec; None if it can.
+
+        It makes no collective: the spec, the settings and this machine tell. With the same spec it gives the same
+        answer on every rank, or the ranks would choose differently. `spec.ranks` may be without a process group, for
+        people who ask before any rank runs.
+        """
         if reason := spec.settings.rules_out(DispatcherFacts.of(cls), spec.ranks.sources):
             return reason
         if spec.ranks.size == 1:
             return "there is one rank, so no row travels"
+        return None
+
+    @classmethod
+    def agree(cls, spec: LayerSpec) -> str | None:
+        """Why the ranks find together that it cannot serve them; None if it can. It may hold collectives.
+
+        `choose` calls it on all ranks of a process group together, for every dispatcher that `unsupported` has nothing
+        against, in the order of the table. All ranks get the same answer.
+        """
         return None
 
     @classmethod
@@ -165,6 +184,6 @@ class Dispatcher(ABC):
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         """Start one layer call for this rank's tokens; `slot_ids_TK` name slots of all ranks, or -1: none.
 
-        With `settings.static` all ranks bring equally many tokens, and nothing that happens until `finish` has returned
-        reads anything back from the device.
+        With `settings.static` all ranks bring equally many tokens, and until `finish` has returned nothing is read back
+        from the device.
         """

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 
 from epbackend.dispatch.base import Dispatcher, LayerSpec
 from epbackend.dispatch.local_experts import row_bound
-from epbackend.dispatch.row_format import TRANSPORTS
+from epbackend.dispatch.row_format import DISPATCH_DTYPES
 from epbackend.dispatch.token_groups import Sliced
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.names import DISPATCHERS
@@ -58,11 +60,12 @@ def dispatchers() -> tuple[DispatcherInfo, ...]:
 
 
 def choose(spec: LayerSpec) -> tuple[Dispatcher, Decision]:
-    """The dispatcher for a layer, ready to begin, and the reasons.
+    """The dispatcher for a layer, ready to begin, and the reasons. All ranks of the spec's group call it together.
 
-    Raises ConfigError if the pinned dispatcher cannot serve, or if a setting cannot work for this layer.
+    Raises:
+        ConfigError: the pinned dispatcher cannot serve, or a setting cannot work for this layer.
     """
-    choice = decide(spec)
+    choice = decide(spec, _agreed(spec))
     _log(choice, spec.settings.level)
     cls = _classes()[0][choice.name]
     dispatcher = cls(spec)
@@ -70,17 +73,18 @@ def choose(spec: LayerSpec) -> tuple[Dispatcher, Decision]:
     return Sliced(dispatcher) if shared_tokens else dispatcher, choice
 
 
-def decide(spec: LayerSpec) -> Decision:
-    """What `choose` takes, without making it; raises as it does.
+def decide(spec: LayerSpec, agreed: Mapping[str, str | None] = MappingProxyType({})) -> Decision:
+    """What `choose` takes, without making it and without a collective; raises as it does.
 
-    `spec.ranks` may be without a group: what only ranks that run can find out is then taken to be well.
+    `agreed` has what running ranks found out together (`Dispatcher.agree`), by the dispatcher's name. `spec.ranks` may
+    be without a group: then only this machine is judged.
     """
     row_bound(0, spec.top_k, spec.settings)  # a factor too small for top_k is an error now, not later
-    if spec.settings.transport not in TRANSPORTS:
-        known = ", ".join(TRANSPORTS)
-        raise ConfigError(f"transport {spec.settings.transport!r} is unknown; it is one of {known}")
+    if spec.settings.dispatch_dtype not in DISPATCH_DTYPES:
+        known = ", ".join(DISPATCH_DTYPES)
+        raise ConfigError(f"dispatch_dtype {spec.settings.dispatch_dtype!r} is unknown; it is one of {known}")
     classes, broken = _classes()
-    reasons = {name: cls.unsupported(spec) for name, cls in classes.items()} | broken
+    reasons = {name: cls.unsupported(spec) or agreed.get(name) for name, cls in classes.items()} | broken
     named = spec.settings.dispatcher
     if unknown := [name for name in named if name not in reasons]:
         raise ConfigError(f"dispatcher {unknown[0]!r} is unknown; known are auto, {', '.join(reasons)}")
@@ -89,6 +93,13 @@ def decide(spec: LayerSpec) -> Decision:
     other = f"usable, but {name} is {'pinned' if named else 'preferred'}"
     passed_over = tuple((rival, reason or other) for rival, reason in reasons.items() if rival != name)
     return Decision(name, f"pinned; {why}" if named else why, passed_over)
+
+
+def _agreed(spec: LayerSpec) -> dict[str, str | None]:
+    """What the ranks find out together about each dispatcher that could serve, by its name: the reason against it."""
+    if spec.ranks.group is None:
+        return {}
+    return {name: cls.agree(spec) for name, cls in _classes()[0].items() if cls.unsupported(spec) is None}
 
 
 def _first_usable(spec: LayerSpec, candidates: tuple[str, ...], reasons: dict[str, str | None]) -> str:
@@ -110,7 +121,7 @@ def _first_usable(spec: LayerSpec, candidates: tuple[str, ...], reasons: dict[st
 
 @cache
 def _log(choice: Decision, level: int) -> None:
-    """Tell of a choice once, not for each layer."""
+    """Log a choice once, not for each layer."""
     others = "; ".join(f"not {name}: {reason}" for name, reason in choice.passed_over)
     logger.info("ep_level %d: dispatcher %s (%s); %s", level, choice.name, choice.reason, others)
 

@@ -17,26 +17,31 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from epbackend.dispatch.base import LayerSpec
-from epbackend.dispatch.watchdog import blame
+from epbackend.dispatch.context import GroupContext
+from epbackend.dispatch.watchdog import unresponsive_ranks
 from epbackend.errors import CollectiveError
 
 
 @dataclass(frozen=True)
 class Pending:
-    """Rows under way. Holds the sent rows as well, which the backend reads until the collective ends."""
+    """Rows under way. Holds the sent rows as well, since the backend reads them until the collective ends."""
 
     _received: Tensor
     _sent: Tensor
     _wait: Callable[[], None]
 
     def wait(self) -> Tensor:
-        """The received rows; raises CollectiveError when they do not come."""
+        """The received rows.
+
+        Raises:
+            CollectiveError: they do not come in time.
+        """
         self._wait()
         return self._received
 
 
 def one_ahead(pendings: Iterator[Pending]) -> Iterator[Pending]:
-    """Each of them in turn, the following one being under way already."""
+    """Each of them in turn, when the following one is under way already."""
     following = next(pendings, None)
     while following is not None:
         current, following = following, next(pendings, None)
@@ -45,33 +50,43 @@ def one_ahead(pendings: Iterator[Pending]) -> Iterator[Pending]:
 
 @dataclass(frozen=True)
 class Collectives:
-    """The collectives of one process group on behalf of one layer; all raise CollectiveError when they fail."""
+    """The collectives of one process group on behalf of one layer.
+
+    Raises:
+        CollectiveError: from each of them that fails.
+    """
 
     group: Any
-    """A dist.ProcessGroup; None for a single rank, which has nobody to talk to."""
+    """A dist.ProcessGroup; None for a single rank, which makes no collective."""
     timeout_s: float
     layer: int
+    context: GroupContext | None = None
+    """Watches the host where it waits for the device."""
 
     @classmethod
     def of(cls, spec: LayerSpec) -> Collectives:
         """Among the ranks that share the experts."""
-        return cls(spec.ranks.group, spec.settings.timeout_s, spec.layer)
+        return cls(spec.ranks.group, spec.settings.timeout_s, spec.layer, spec.context)
 
     @classmethod
     def among_same_tokens(cls, spec: LayerSpec) -> Collectives:
         """Among the ranks that hold the same tokens."""
-        return cls(spec.ranks.token_group, spec.settings.timeout_s, spec.layer)
+        return cls(spec.ranks.token_group, spec.settings.timeout_s, spec.layer, spec.context)
 
     @property
     def size(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def all_gather_ints(self, values_V: Tensor) -> list[list[int]]:
-        """The values of each rank; as many on all. The only place where the host waits for what the device found."""
-        return self.all_gather(values_V[None]).tolist()
+        """The values of each rank; as many on all. Only here does the host wait for values of the device."""
+        whole = self.all_gather(values_V[None])
+        if self.context is None or self.group is None or not whole.is_cuda:
+            return whole.tolist()
+        with self.context.waiting(f"sizes of MoE layer {self.layer}", self.group, self.timeout_s):
+            return whole.tolist()
 
     def all_gather(self, part: Tensor) -> Tensor:
-        """The parts of all ranks, one after the other along the first dimension; equal shapes."""
+        """The parts of all ranks, of equal shapes, concatenated along the first dimension."""
         return self._all_gather(part, overlap=False).wait()
 
     def start_all_gather(self, part: Tensor) -> Pending:
@@ -121,10 +136,10 @@ class Collectives:
     def _start(
         self, name: str, options: Any, call: Callable[[Any], Any], *, overlap: bool = False
     ) -> Callable[[], None]:
-        """Start a collective; calling what comes back waits for it.
+        """Start a collective; the returned function waits for it.
 
-        With `overlap` NCCL runs it on a stream of its own, beside the kernels that follow; else in their order, which
-        needs no events between streams.
+        With `overlap` NCCL runs it on a stream of its own, beside the kernels that follow; else on the current stream,
+        which needs no events between streams.
         """
         options.timeout = timedelta(seconds=self.timeout_s)
         options.asyncOp = overlap
@@ -143,9 +158,9 @@ class Collectives:
         return wait
 
     def _failure(self, name: str, started: float, error: RuntimeError) -> CollectiveError:
-        patience_s = started + self.timeout_s - time.monotonic()
         seconds = time.monotonic() - started
+        left_s = max(0.0, self.timeout_s - seconds)
         return CollectiveError(
             f"{name} of MoE layer {self.layer} failed after {seconds:.1f} s (timeout_s {self.timeout_s:g}): "
-            f"{blame(self.group, max(0.0, patience_s))}. The backend said: {error}"
+            f"{unresponsive_ranks(self.group, left_s)}. The backend said: {error}"
         )

@@ -1,6 +1,6 @@
-"""DeepEP's buffer: one a process group, for both of its modes, since a process cannot have two.
+"""`ep_level` 2 by DeepEP where it is installed: its normal kernels, and its low-latency ones where tokens are bounded.
 
-`ep_level` 2 by DeepEP where it is installed: its normal kernels, and its low-latency ones where tokens are bounded.
+Both modes use one buffer of the process group, since a process cannot have two.
 
 Written against the documented interface of `deep_ep.Buffer` (https://github.com/deepseek-ai/DeepEP, docs/legacy.md of
 2.x, README of 1.x). Slots are DeepEP's experts: slot r * L + l is expert l of rank r, also where ranks have fewer.
@@ -9,7 +9,6 @@ Written against the documented interface of `deep_ep.Buffer` (https://github.com
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,8 +22,8 @@ from epbackend.dispatch.settings import UNBOUNDED
 from epbackend.errors import ConfigError
 
 
-class Link:
-    """What all layers of a process group want of DeepEP, and its buffer once the first of them runs."""
+class BufferLink:
+    """What all layers of a process group need of DeepEP, and its buffer once the first of them runs."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
@@ -33,12 +32,16 @@ class Link:
         self._hidden = 0
 
     def reserve(self, tokens: int, slots: int) -> None:
-        """The low-latency mode will be used with up to `tokens` tokens of a rank and `slots` slots in all."""
+        """Size the buffer for the low-latency mode with `tokens` tokens of a rank and `slots` slots in all."""
         before = self._reserved or (0, 0)
         self._reserved = max(tokens, before[0]), max(slots, before[1])
 
     def open(self, hidden: int) -> Any:
-        """The `deep_ep.Buffer`, made when all ranks first ask for it together; ConfigError for a second hidden size."""
+        """The `deep_ep.Buffer`, made when all ranks first ask for it together.
+
+        Raises:
+            ConfigError: it is there already, for rows of another hidden size.
+        """
         if self._buffer is None:
             self._buffer, self._hidden = self._make(hidden), hidden
         if hidden != self._hidden:
@@ -56,6 +59,9 @@ class Link:
         if self._reserved is not None:
             tokens, slots = self._reserved
             self._buffer.clean_low_latency_buffer(tokens, self._hidden, slots)
+
+    def close(self) -> None:
+        self._buffer = None
 
     def _make(self, hidden: int) -> Any:
         from deep_ep import Buffer
@@ -75,12 +81,6 @@ class Link:
         )
 
 
-@cache
-def link_of(group: dist.ProcessGroup | None) -> Link:
-    """The one of a process group."""
-    return Link(group)
-
-
 class DeepEp(Dispatcher):
     name = "deepep"
     level = 2
@@ -88,7 +88,7 @@ class DeepEp(Dispatcher):
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(spec)
-        self._link = link_of(spec.ranks.group)
+        self._link = spec.context.get(BufferLink, spec.ranks.group)
         self._tokens = spec.most_tokens
         if self._tokens is not None:
             self._link.reserve(self._tokens, spec.ranks.size * spec.slots)
@@ -108,16 +108,20 @@ class DeepEp(Dispatcher):
             return "it is taken only where it is named"
         if reason := cls.missing():
             return reason
-        if not getattr(spec.kernels, "on_cuda", False):
-            return "it needs device cuda with its Triton kernels"
-        if settings.transport != "full":
-            return f"its rows travel in full, and transport is {settings.transport}"
+        if spec.device.name != "cuda":
+            return f"it needs device cuda, and the device is {spec.device.name}"
+        if settings.dispatch_dtype != "full":
+            return f"its rows travel in full, and dispatch_dtype is {settings.dispatch_dtype}"
         if settings.static and settings.max_tokens is None:
             return UNBOUNDED
         return None
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
-        """Raises ConfigError for rows that DeepEP does not take."""
+        """See `Dispatcher.begin`.
+
+        Raises:
+            ConfigError: DeepEP does not take these rows, or so many tokens.
+        """
         if hidden_TD.dtype != torch.bfloat16:
             raise ConfigError(
                 f"MoE layer {self.spec.layer}: deepep carries torch.bfloat16 and the model's dtype is "
@@ -138,15 +142,15 @@ class _NormalExchange(Exchange):
     """A token goes once to each rank that it needs, and one partial sum comes back; the host waits for the counts."""
 
     def __init__(
-        self, spec: LayerSpec, link: Link, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor
+        self, spec: LayerSpec, link: BufferLink, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor
     ) -> None:
-        self._problem, self._link = spec, link
+        self._spec, self._link = spec, link
         self._buffer = link.open(hidden_TD.shape[1])
         self._tokens = hidden_TD, slot_ids_TK, weights_TK
 
     def dispatch(self) -> Iterator[Batch]:
         hidden_TD, slot_ids_TK, weights_TK = self._tokens
-        ranks, slots = self._problem.ranks, self._problem.slots
+        ranks, slots = self._spec.ranks, self._spec.slots
         to_rank_R, to_node_R, to_slot_P, wanted_TR, _ = self._buffer.get_dispatch_layout(
             slot_ids_TK, ranks.size * slots
         )
@@ -161,11 +165,11 @@ class _NormalExchange(Exchange):
         )
         # The choices of other ranks' slots are -1 there.
         slot_ids_NK = torch.where(local_ids_NK >= 0, local_ids_NK + ranks.rank * slots, -1)
-        self._local = LocalRows(self._problem, hidden_ND, slot_ids_NK, weights_NK)
+        self._local = LocalRows(self._spec, hidden_ND, slot_ids_NK, weights_NK)
         yield self._local.batch(0)
 
-    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
-        self._local.add(rows_SD, batch)
+    def combine(self, rows_SD: Tensor) -> None:
+        self._local.add(rows_SD)
 
     def finish(self) -> Tensor:
         out_TD, _, _ = self._buffer.combine(self._local.sums_ND.to(torch.bfloat16), self._handle)
@@ -174,40 +178,40 @@ class _NormalExchange(Exchange):
 
 
 class _LowLatencyExchange(Exchange):
-    """A token goes to each of its experts into room of fixed size; nothing waits for the host."""
+    """A token goes to each of its experts, into blocks of fixed size; nothing waits for the host."""
 
     def __init__(
         self,
         spec: LayerSpec,
-        link: Link,
+        link: BufferLink,
         tokens: int,
         hidden_TD: Tensor,
         slot_ids_TK: Tensor,
         weights_TK: Tensor,
     ) -> None:
-        self._problem, self._most = spec, tokens
+        self._spec, self._most_tokens = spec, tokens
         self._buffer = link.open(hidden_TD.shape[1])
         self._hidden_TD, self._slot_ids_TK, self._weights_TK = hidden_TD, slot_ids_TK, weights_TK
 
     def dispatch(self) -> Iterator[Batch]:
-        from epbackend.kernels.triton.padded import pack  # imports Triton
+        from epbackend.kernels.triton.padded import compact  # imports Triton
 
-        ranks = self._problem.ranks.size
-        padded_LCD, counts_L, self._handle, _, _ = self._buffer.low_latency_dispatch(
-            self._hidden_TD, self._slot_ids_TK, self._most, ranks * self._problem.slots, use_fp8=False
+        ranks = self._spec.ranks.size
+        padded_LCD, self._counts_L, self._handle, _, _ = self._buffer.low_latency_dispatch(
+            self._hidden_TD, self._slot_ids_TK, self._most_tokens, ranks * self._spec.slots, use_fp8=False
         )
-        # A token chooses a slot once at most, so that this holds every row.
-        rows = ranks * self._most * min(self._slot_ids_TK.shape[1], self._problem.slots)
+        # A token chooses a slot at most once, so that this holds every row.
+        rows = ranks * self._most_tokens * min(self._slot_ids_TK.shape[1], self._spec.slots)
         rows_SD = self._hidden_TD.new_empty(rows, self._hidden_TD.shape[1])
-        pack(padded_LCD, counts_L, rows_SD)
+        compact(padded_LCD, self._counts_L, rows_SD)
         # About as many choices come from all ranks together as this one has itself.
-        yield Batch(rows_SD, counts_L.long(), counts_L, step=0, expected=self._slot_ids_TK.numel())
+        yield Batch(rows_SD, self._counts_L.long(), expected=self._slot_ids_TK.numel())
 
-    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
+    def combine(self, rows_SD: Tensor) -> None:
         from epbackend.kernels.triton.padded import spread
 
         padded_LCD = self._buffer.get_next_low_latency_combine_buffer(self._handle)
-        spread(rows_SD, batch.counts_L, padded_LCD)
+        spread(rows_SD, self._counts_L, padded_LCD)
         self._out_TD, _, _ = self._buffer.low_latency_combine(
             padded_LCD, self._slot_ids_TK, self._weights_TK, self._handle, zero_copy=True
         )

@@ -1,4 +1,4 @@
-"""From tokens to the weighted sums of this rank's experts: the local half that all dispatchers share.
+"""From tokens to the weighted sums of this rank's experts: the local half that most dispatchers share.
 
 The cutoff (MindIE's `topk_scaling_factor`) bounds the expanded rows that exist at one time. MindIE loses the rows past
 the bound; here they go through a further pass, so the result is exact.
@@ -18,7 +18,11 @@ from epbackend.errors import ConfigError
 
 
 def kept_choices(top_k: int, factor: float) -> int:
-    """MindIE's `int(top_k * factor)`: the choices of each token that the bound leaves room for, at least 1."""
+    """MindIE's `int(top_k * factor)`: the choices of each token that fit within the bound, at least 1.
+
+    Raises:
+        ConfigError: with so small a factor none fits.
+    """
     kept = int(top_k * factor)
     if kept < 1:
         smallest = ceil(Fraction(1000, top_k)) / 1000
@@ -39,9 +43,13 @@ def row_bound(tokens: int, top_k: int, settings: DispatchSettings) -> int:
 
 
 def expected_rows(tokens: int, top_k: int, ranks: int, *, chosen: bool) -> int:
-    """How many of the tokens' choices fall on one of `ranks` ranks if all are equally likely.
+    """How many of the tokens' choices fall on one of `ranks` ranks if all ranks are equally likely.
 
-    `chosen`: only tokens are counted that chose the rank at least once, as it is with a chance of 1 - (1 - 1/R)^K.
+    With `chosen` these are tokens that chose the rank at least once, which a token does with probability
+    1 - (1 - 1/R)^K.
+
+    >>> expected_rows(128, 8, 4, chosen=False), expected_rows(128, 8, 4, chosen=True)
+    (256, 285)
     """
     rows = tokens * top_k / ranks
     return ceil(rows / (1 - (1 - 1 / ranks) ** top_k)) if chosen else ceil(rows)
@@ -60,9 +68,15 @@ class LocalRows:
         *,
         chosen: bool = False,
     ) -> None:
-        """`slot_ids_NK` name slots of all ranks; `bound` is the most rows of a pass, None for all rows in one.
+        """Takes N tokens in.
 
-        `chosen` says that every token is here because it chose this rank.
+        Args:
+            spec: the layer.
+            hidden_ND: their hidden states.
+            slot_ids_NK: the slots of their choices, of all ranks; -1: none.
+            weights_NK: the weights of their choices.
+            bound: the most rows of a pass; None for all rows in one.
+            chosen: whether every token is here because it chose this rank.
         """
         self._kernels, self._slots = spec.kernels, spec.slots
         self._hidden_ND, self._weights_NK = hidden_ND, weights_NK
@@ -85,19 +99,20 @@ class LocalRows:
         return max(1, -(-rows // self._bound))
 
     def batch(self, number: int) -> Batch:
-        """The rows of one pass."""
+        """The rows of one pass; `add` takes their results before the next is asked for."""
         window = None if self._bound is None else (number * self._bound, (number + 1) * self._bound)
         permuted = self._kernels.permute(self._hidden_ND, self._slot_ids_NK, self._slots, window)
+        self._choice_of_row_S = permuted.choice_of_row_S
         expected = min(self._expected, len(permuted.rows_SD))
-        return Batch(permuted.rows_SD, permuted.counts_L, permuted.choice_of_row_S, number, expected)
+        return Batch(permuted.rows_SD, permuted.counts_L, expected)
 
-    def add(self, rows_SD: Tensor, batch: Batch) -> None:
-        """Add the experts' results for `batch`, weighted, to their tokens' sums."""
-        self._kernels.unpermute(rows_SD, batch.choice_of_row_S, self._weights_NK, self.sums_ND)
+    def add(self, rows_SD: Tensor) -> None:
+        """Add the experts' results for the last batch, weighted, to their tokens' sums."""
+        self._kernels.unpermute(rows_SD, self._choice_of_row_S, self._weights_NK, self.sums_ND)
 
 
 class PassesExchange(Exchange):
-    """An exchange whose rows are all here once it has begun: passes over them. What is left to say is `finish`."""
+    """An exchange whose rows are all here once it has begun: passes over them. A subclass adds `finish`."""
 
     def __init__(self, local: LocalRows) -> None:
         self._local = local
@@ -107,5 +122,5 @@ class PassesExchange(Exchange):
         for number in range(self.passes):
             yield self._local.batch(number)
 
-    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
-        self._local.add(rows_SD, batch)
+    def combine(self, rows_SD: Tensor) -> None:
+        self._local.add(rows_SD)

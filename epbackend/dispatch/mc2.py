@@ -1,23 +1,19 @@
-"""What CANN's fused dispatch and combine take, by chip, and the communication buffer they need.
-
-From the documentation of npu_moe_distribute_dispatch_v2 (https://gitcode.com/Ascend/op-plugin, docs/context). On A2 for
-the algorithm "fullmesh", which serves any number of servers; "hierarchy" would need a newer driver.
-
-Communicators for operators that communicate by themselves: no other traffic may use theirs.
-
-`ep_level` 2 on Ascend by CANN's fused operators: rows go straight to their experts, and weighted sums back.
+"""`ep_level` 2 on Ascend by CANN's fused operators: rows go straight to their experts, and weighted sums back.
 
 No size travels through the host, so a step never waits for the device. For that, every rank sends the same number of
 tokens: the most that a call of this phase may have, padded with masked ones. Communicator and buffer are sized for
-them when the first call shows the hidden size.
+them when the first call shows the hidden size; the operators communicate by themselves, on a communicator that no other
+traffic may use.
+
+The limits of each chip, and the buffer that is needed, are from the documentation of npu_moe_distribute_dispatch_v2
+(https://gitcode.com/Ascend/op-plugin, docs/context). On A2 they are those of the algorithm "fullmesh", which serves any
+number of servers; "hierarchy" would need a newer driver.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +30,8 @@ from epbackend.kernels.npu import ops
 
 MOST_EXPERTS = 1024
 MEGABYTE = 1 << 20
-DEFAULT_BUFFER_MB = 200  # HCCL's own, and the least that we ask for
+DEFAULT_BUFFER_MB = 200
+"""HCCL's own, and the least that we ask for."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +106,14 @@ def broken_width(chip: str, hidden_size: int) -> str | None:
 def buffer_mb(chip: str, ranks: int, slots: int, top_k: int, tokens: int, hidden: int) -> int:
     """The communicator's buffer (HCCL_BUFFSIZE) for 16-bit rows, in MB.
 
+    Args:
+        chip: A2 or A3.
+        ranks: that share the experts.
+        slots: of each rank.
+        top_k: choices of a token.
+        tokens: the most that a rank sends.
+        hidden: values of a row.
+
     >>> buffer_mb("A3", ranks=32, slots=8, top_k=8, tokens=64, hidden=7168)
     480
     """
@@ -125,25 +130,23 @@ def _align(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-@cache
-def own_communicator(group: dist.ProcessGroup, buffer_mb: int) -> str:
-    """The name of a new HCCL communicator among the ranks of `group`, with a buffer of `buffer_mb`.
+class FusedCommunicator:
+    """A new HCCL communicator among the ranks of `group`, which make it together, with a buffer of `buffer_mb`."""
 
-    All its ranks call this together. Every later call returns the same one.
-    """
-    return _backend(group, buffer_mb).get_hccl_comm_name(dist.get_rank(group))
+    def __init__(self, group: dist.ProcessGroup, buffer_mb: int) -> None:
+        # The backend alone, without a process group around it. dist.new_group would want every rank of the world; its
+        # use_local_synchronization does not, but names the group by how many groups each rank is in, and ranks need not
+        # agree about that.
+        rank, store = dist.get_rank(group), c10d._get_process_group_store(group)
+        name = f"epbackend_fused_{group.group_name}_{buffer_mb}"
+        # Another context may have made one before: ranks count them in the same order, each for itself.
+        name += f"_{store.add(f'{name}/{rank}', 1)}"
+        ranks = dist.get_process_group_ranks(group)
+        self._backend = ops.hccl_backend(dist.PrefixStore(name, store), name, ranks, rank, buffer_mb)
+        self.name: str = self._backend.get_hccl_comm_name(rank)
 
-
-@cache
-def _backend(group: dist.ProcessGroup, buffer_mb: int) -> Any:
-    """The backend alone, without a process group around it.
-
-    dist.new_group would want every rank of the world; its use_local_synchronization does not, but names the group by
-    how many groups each rank is in, and ranks need not agree about that.
-    """
-    name = f"epbackend_fused_{group.group_name}_{buffer_mb}"
-    store = dist.PrefixStore(name, c10d._get_process_group_store(group))
-    return ops.hccl_backend(store, name, dist.get_process_group_ranks(group), dist.get_rank(group), buffer_mb)
+    def close(self) -> None:
+        self._backend = None
 
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -163,13 +166,13 @@ class Mc2(Dispatcher):
 
     @classmethod
     def unsupported(cls, spec: LayerSpec) -> str | None:
-        chip = _chip(spec)
+        chip = spec.device.chip
         if chip is None:
             return "it needs an Ascend NPU (device ascend)"
         if reason := super().unsupported(spec):
             return reason
-        if spec.settings.transport == "fp8":
-            return "it sends rows in full or in int8, and transport is fp8"
+        if spec.settings.dispatch_dtype == "fp8":
+            return "it sends rows in full or in int8, and dispatch_dtype is fp8"
         ranks, slots = spec.ranks.size, spec.slots
         if chip == "A2" and ranks < FEWEST_ON_A2 and not spec.settings.dispatcher:
             return (
@@ -182,20 +185,23 @@ class Mc2(Dispatcher):
 
     @classmethod
     def reason(cls, spec: LayerSpec) -> str:
-        chip, form = str(_chip(spec)), ", in int8" if spec.settings.transport == "int8" else ""
+        chip, form = str(spec.device.chip), ", in int8" if spec.settings.dispatch_dtype == "int8" else ""
         most, tokens = LIMITS[chip].tokens, spec.most_tokens
         return f"{cls.summary}: {chip} takes {most} tokens a rank, and {tokens} are sent{form}"
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
-        """Raises ConfigError for a model, or a number of tokens, outside of the operators' limits.
+        """See `Dispatcher.begin`. A token must choose each slot at most once, which the router's top-k sees to.
 
-        A token must choose each slot once at most, which the router's top-k sees to.
+        Raises:
+            ConfigError: the model, or the number of tokens, is outside of the operators' limits.
         """
         tokens = self.spec.most_tokens
         assert tokens is not None  # else `unsupported` gave a reason
-        _check(hidden_TD, tokens, _chip(self.spec))
+        _check(hidden_TD, tokens, self.spec.device.chip)
         group = _group(self.spec, hidden_TD.shape[1], tokens)
-        return _Mc2Exchange(group, hidden_TD, slot_ids_TK, weights_TK, self.spec.settings.transport == "int8")
+        return _Mc2Exchange(
+            group, hidden_TD, slot_ids_TK, weights_TK, self.spec.settings.dispatch_dtype == "int8"
+        )
 
 
 class _Mc2Exchange(Exchange):
@@ -216,9 +222,9 @@ class _Mc2Exchange(Exchange):
         sent = ops.moe_dispatch(self._hidden_TD, self._ids_TK, self._active_T, self._group, self._int8)
         rows_SD = sent.rows_SD if sent.scale_S is None else Int8Rows(sent.rows_SD, sent.scale_S, self._dtype)
         self._sent = sent
-        yield Batch(rows_SD, sent.counts_L, sent.assist_info, step=0)
+        yield Batch(rows_SD, sent.counts_L)
 
-    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
+    def combine(self, rows_SD: Tensor) -> None:
         self._out_TD = ops.moe_combine(
             rows_SD, self._ids_TK, self._weights_TK, self._active_T, self._sent, self._group
         )
@@ -227,23 +233,22 @@ class _Mc2Exchange(Exchange):
         return self._out_TD[: self._tokens]
 
 
-def _chip(spec: LayerSpec) -> str | None:
-    """The NPU's generation; None where the kernels are another device's."""
-    return getattr(spec.kernels, "chip", None)
-
-
 def _group(spec: LayerSpec, hidden: int, tokens: int) -> ops.FusedGroup:
-    ranks, chip = spec.ranks, _chip(spec)
+    ranks, chip = spec.ranks, spec.device.chip
     assert chip is not None  # else `unsupported` gave a reason
     assert ranks.group is not None
     buffer = buffer_mb(chip, ranks.size, spec.slots, spec.top_k, tokens, hidden)
-    communicator = own_communicator(ranks.group, buffer)
+    communicator = spec.context.get(FusedCommunicator, ranks.group, buffer).name
     algorithm = LIMITS[chip].algorithm
     return ops.FusedGroup(communicator, ranks.rank, ranks.size, spec.slots, tokens, algorithm)
 
 
 def _check(hidden_TD: Tensor, tokens: int, chip: str | None) -> None:
-    """Raise ConfigError for what only a call can show to be outside of the limits."""
+    """Check what only a call can show to be outside of the limits.
+
+    Raises:
+        ConfigError: something is.
+    """
     if len(hidden_TD) > tokens:
         raise ConfigError(
             f"dispatcher mc2: this rank has {len(hidden_TD)} tokens, and engine.max_batch_size allows {tokens}; "

@@ -38,7 +38,7 @@ class DispatchSettings:
     static: bool = False
     """Every rank brings equally many tokens in a call of this phase, at most `max_tokens`, and the call may be captured
     in a CUDA graph: nothing is read back to the host, and loops and shapes depend on shapes and settings alone."""
-    transport: str = "full"
+    dispatch_dtype: str = "full"
     """How rows travel to the experts: "full" as they are, "int8" or "fp8" quantized (see `dispatch/row_format.py`)."""
     timeout_s: float = 120.0
     """Seconds until a collective that does not finish becomes an error naming the ranks that do not answer."""

@@ -1,9 +1,11 @@
-"""Can all ranks of a group reach each other's GPU memory? They tell each other where they are, once a group.
+"""`ep_level` 2 inside one NVLink domain: rows are stored straight into the memory of their experts' ranks.
 
-`ep_level` 2 inside one NVLink domain: rows are stored straight into the memory of their experts' ranks.
+No collective library and no size through the host: the kernels of `kernels/triton/symmetric.py` count, store and
+answer, and the ranks meet at barriers on their GPUs. A static call (`DispatchSettings.static`) can be captured in a
+CUDA graph.
 
-No collective library and no size through the host: the kernels of `kernels/triton/peer` count, store and answer, and
-the ranks meet on their GPUs. A static call (`DispatchSettings.static`) can be captured in a CUDA graph.
+Whether all GPUs of a group can access each other's memory the ranks find out together, once a group, before the
+dispatcher is chosen.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,6 @@ from torch._C._autograd import DeviceType
 from epbackend.device import devices
 from epbackend.dispatch.base import Dispatcher, Exchange, LayerSpec, RankGroup
 from epbackend.dispatch.collectives import Collectives
-from epbackend.dispatch.settings import UNBOUNDED
 from epbackend.errors import ConfigError, UnavailableError
 
 OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
@@ -34,13 +34,60 @@ BACKEND = "CUDA"
 """The allocator of torch's symmetric memory that maps peers' memory into this process; the others need libraries."""
 
 
-@dataclass(frozen=True)
-class Whereabouts:
-    """Of one rank, as numbers that can be gathered."""
+class Symmetric(Dispatcher):
+    name = "symmetric"
+    level = 2
+    summary = "store rows straight into the peers' memory, sorted by expert"
 
-    host: int
-    gpu: int
-    """The same for two ranks on one GPU."""
+    @classmethod
+    def missing(cls) -> str | None:
+        reason = devices()["cuda"].unavailable()
+        return super().missing() or (reason and f"it needs device cuda: {reason}") or not_built()
+
+    @classmethod
+    def unsupported(cls, spec: LayerSpec) -> str | None:
+        if reason := super().unsupported(spec):
+            return reason
+        if spec.device.name != "cuda":
+            return f"it needs device cuda, and the device is {spec.device.name}"
+        if spec.settings.static and spec.settings.max_tokens is None:
+            return "nothing bounds this phase's tokens (decode is bounded by engine.max_batch_size)"
+        if spec.settings.dispatch_dtype == "fp8" and not _float8():
+            return "dispatch_dtype is fp8, which GPUs older than Ada (8.9) do not have: write int8 or full"
+        if reason := not_built():
+            return reason
+        if cls.name not in spec.settings.dispatcher:
+            return "it has not run on a GPU yet, so it is taken only where it is named"
+        return no_p2p_access_here(spec.ranks.size) if spec.ranks.group is None else None
+
+    @classmethod
+    def agree(cls, spec: LayerSpec) -> str | None:
+        """Whether the ranks' GPUs can access each other's memory: asked once for all layers of the context."""
+        return spec.context.get(no_p2p_access, spec.ranks, spec.settings.timeout_s)
+
+    def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
+        """See `Dispatcher.begin`. The first call of a shape makes the buffers.
+
+        Raises:
+            ConfigError: there are more tokens than the phase may have.
+            UnavailableError: a rank cannot make its buffers; it is raised on all ranks.
+        """
+        from epbackend.dispatch import symmetric_memory  # imports Triton
+        from epbackend.dispatch.symmetric_exchange import SymmetricExchange
+
+        spec = self.spec
+        capacity = symmetric_memory.ExchangeCapacity.of(spec)
+        if capacity.bounded and len(hidden_TD) > capacity.tokens:
+            raise ConfigError(
+                f"MoE layer {spec.layer}: {len(hidden_TD)} tokens in a call that may have {capacity.tokens}; "
+                "raise engine.max_batch_size"
+            )
+        peer_memory = symmetric_memory.SymmetricMemoryPeers
+        try:
+            peers = spec.context.get(peer_memory, spec.ranks.group, hidden_TD.device, spec.settings.timeout_s)
+            return SymmetricExchange(spec, peers, capacity, hidden_TD, slot_ids_TK, weights_TK)
+        except UnavailableError as error:
+            raise UnavailableError(f"MoE layer {spec.layer}: {error}") from error
 
 
 def not_built() -> str | None:
@@ -57,23 +104,31 @@ def not_built() -> str | None:
     return f"torch's symmetric memory is set to {found}; unset TORCH_SYMMMEM"
 
 
-@cache
-def unreachable(ranks: RankGroup, timeout_s: float) -> str | None:
-    """Why the ranks cannot store into each other's memory; None if they can. All ranks ask together.
+def _float8() -> bool:
+    """Whether the GPU converts float8; Triton's interpreter does."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
 
-    Without a process group (`epbackend doctor`) there is nobody to ask: then this machine's GPUs are judged.
-    """
-    if ranks.group is None:
-        return _unreachable_here(ranks.size)
+
+@dataclass(frozen=True)
+class RankLocation:
+    """Where a rank runs, as numbers that can be gathered."""
+
+    host: int
+    gpu: int
+    """The same for two ranks on one GPU."""
+
+
+def no_p2p_access(ranks: RankGroup, timeout_s: float) -> str | None:
+    """Why the ranks cannot store into each other's memory; None if they can. A collective: all ranks ask together."""
     collectives = Collectives(ranks.group, timeout_s, layer=0)
     device = torch.device("cuda", torch.cuda.current_device())
-    mine = Whereabouts(_number(socket.gethostname()), _number(str(_uuid(device.index))))
-    places = [Whereabouts(*row) for row in _all_gather(collectives, astuple(mine), device)]
+    mine = RankLocation(_number(socket.gethostname()), _number(str(_uuid(device.index))))
+    locations = [RankLocation(*row) for row in _all_gather(collectives, astuple(mine), device)]
     numbers = dist.get_process_group_ranks(ranks.group)
-    if reason := apart(places, numbers, OVERLAP in os.environ):
+    if reason := location_conflict(locations, numbers, OVERLAP in os.environ):
         return reason
-    barred = _all_gather(collectives, (_first_barred(places, device.index),), device)
-    for rank, (peer,) in enumerate(barred):
+    unlinked = _all_gather(collectives, (_first_unlinked(locations, device.index),), device)
+    for rank, (peer,) in enumerate(unlinked):
         if peer >= 0:
             return (
                 f"the GPU of rank {numbers[rank]} has no NVLink to that of rank {numbers[peer]} "
@@ -82,31 +137,33 @@ def unreachable(ranks: RankGroup, timeout_s: float) -> str | None:
     return None
 
 
-def apart(places: Sequence[Whereabouts], numbers: Sequence[int], may_overlap: bool) -> str | None:
-    """Why ranks in these places cannot share memory, whatever links them; `numbers` are their names in messages."""
-    for rank, place in enumerate(places):
-        if place.host != places[0].host:
+def no_p2p_access_here(ranks: int) -> str | None:
+    """The same for as many of the GPUs of this machine, before any rank runs (`epbackend doctor`)."""
+    seen = torch.cuda.device_count()
+    if seen < ranks:
+        return f"{ranks} ranks that store to each other need as many GPUs in one machine, and this one shows {seen}"
+    locations = [RankLocation(0, _number(str(_uuid(index)))) for index in range(ranks)]
+    for index in range(ranks):
+        if (peer := _first_unlinked(locations, index)) >= 0:
+            return f"GPU {index} has no NVLink to GPU {peer} (nvidia-smi topo -m shows the links)"
+    return None
+
+
+def location_conflict(
+    locations: Sequence[RankLocation], numbers: Sequence[int], may_overlap: bool
+) -> str | None:
+    """Why ranks at these locations cannot share memory, whatever links them; `numbers` are their names in messages."""
+    for rank, location in enumerate(locations):
+        if location.host != locations[0].host:
             return f"ranks {numbers[0]} and {numbers[rank]} are on different hosts"
-        twin = places.index(place)
+        twin = locations.index(location)
         if twin < rank and not may_overlap:
             return f"ranks {numbers[twin]} and {numbers[rank]} share one GPU (for tests: {OVERLAP}=1)"
     return None
 
 
-def _unreachable_here(ranks: int) -> str | None:
-    """The same for as many of the GPUs of this machine."""
-    seen = torch.cuda.device_count()
-    if seen < ranks:
-        return f"{ranks} ranks that store to each other need as many GPUs in one machine, and this one shows {seen}"
-    places = [Whereabouts(0, _number(str(_uuid(index)))) for index in range(ranks)]
-    for index in range(ranks):
-        if (peer := _first_barred(places, index)) >= 0:
-            return f"GPU {index} has no NVLink to GPU {peer} (nvidia-smi topo -m shows the links)"
-    return None
-
-
-def _first_barred(places: Sequence[Whereabouts], mine: int) -> int:
-    """The first rank whose GPU this process sees, and whose memory this rank's GPU `mine` cannot reach; -1 if none.
+def _first_unlinked(locations: Sequence[RankLocation], mine: int) -> int:
+    """The first rank whose GPU this process sees, but this rank's GPU `mine` has no NVLink to; -1 if none.
 
     A process that sees its own GPU alone (CUDA_VISIBLE_DEVICES) cannot tell; then mapping the memory will.
     """
@@ -115,8 +172,8 @@ def _first_barred(places: Sequence[Whereabouts], mine: int) -> int:
         links = c10d._detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix  # type: ignore[attr-defined]
     except RuntimeError:  # no NVML here
         return -1
-    for rank, place in enumerate(places):
-        theirs = index_of.get(place.gpu, mine)
+    for rank, location in enumerate(locations):
+        theirs = index_of.get(location.gpu, mine)
         if theirs != mine and not links[mine][theirs]:
             return rank
     return -1
@@ -134,56 +191,3 @@ def _uuid(index: int) -> object:
 def _number(name: str) -> int:
     """A name as a number that fits int64; equal names give equal numbers."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-
-
-class Symmetric(Dispatcher):
-    name = "symmetric"
-    level = 2
-    summary = "store rows straight into the peers' memory, sorted by expert"
-
-    @classmethod
-    def missing(cls) -> str | None:
-        reason = devices()["cuda"].unavailable()
-        return super().missing() or (reason and f"it needs device cuda: {reason}") or not_built()
-
-    @classmethod
-    def unsupported(cls, spec: LayerSpec) -> str | None:
-        """All ranks come to the same answer; the first time they ask each other where they are."""
-        if reason := super().unsupported(spec):
-            return reason
-        if not getattr(spec.kernels, "on_cuda", False):
-            return "it needs device cuda with its Triton kernels"
-        if spec.settings.static and spec.settings.max_tokens is None:
-            return UNBOUNDED
-        if spec.settings.transport == "fp8" and not _float8():
-            return "transport is fp8, which GPUs older than Ada (8.9) do not have: write int8 or full"
-        if reason := not_built():
-            return reason
-        if cls.name not in spec.settings.dispatcher:
-            return "it has not run on a GPU yet, so it is taken only where it is named"
-        return unreachable(spec.ranks, spec.settings.timeout_s)
-
-    def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
-        """Raises ConfigError for more tokens than the phase may have.
-
-        The first call of a shape makes the buffers, and raises UnavailableError on all ranks if one of them cannot.
-        """
-        from epbackend.dispatch.symmetric_exchange import SymmetricExchange  # imports Triton
-        from epbackend.dispatch.symmetric_memory import Room, connect
-
-        room = Room.of(self.spec)
-        if room.bounded and len(hidden_TD) > room.tokens:
-            raise ConfigError(
-                f"MoE layer {self.spec.layer}: {len(hidden_TD)} tokens in a call that may have {room.tokens}; "
-                "raise engine.max_batch_size"
-            )
-        try:
-            peers = connect(self.spec.ranks.group, hidden_TD.device, self.spec.settings.timeout_s)
-            return SymmetricExchange(self.spec, peers, room, hidden_TD, slot_ids_TK, weights_TK)
-        except UnavailableError as error:
-            raise UnavailableError(f"MoE layer {self.spec.layer}: {error}") from error
-
-
-def _float8() -> bool:
-    """Whether the GPU converts float8; Triton's interpreter does."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)

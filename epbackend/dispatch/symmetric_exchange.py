@@ -1,7 +1,4 @@
-"""What a row is while it travels between peers: itself, or its quantized values and behind them their scales.
-
-One layer call over the peers' memory: counts, rows, results; see `kernels.triton.peer` for the phases.
-"""
+"""One layer call over the peers' memory: counts, rows, results; see `kernels.triton.symmetric` for the phases."""
 
 from __future__ import annotations
 
@@ -12,10 +9,18 @@ import torch
 from torch import Tensor
 
 from epbackend.dispatch.base import Batch, Exchange, LayerSpec
-from epbackend.dispatch.row_format import TRANSPORTS
-from epbackend.dispatch.symmetric_memory import Geometry, Peers, Room
-from epbackend.kernels.triton.quantize import narrow, widen
-from epbackend.kernels.triton.symmetric import Layout, give_back, lay_out, place, publish_counts, send, settle
+from epbackend.dispatch.row_format import RowFormat
+from epbackend.dispatch.symmetric_memory import ExchangeCapacity, Geometry, Peers
+from epbackend.kernels.triton.quantize import dequantize, quantize
+from epbackend.kernels.triton.symmetric import (
+    RecvOffsets,
+    combine_reduce,
+    combine_send,
+    dispatch,
+    exchange_counts,
+    recv_offsets,
+    rows_of_choices,
+)
 
 ALIGNMENT = 16
 """Bytes: values and scales each begin at a multiple, so that rows move in the widest loads and stores."""
@@ -25,68 +30,17 @@ WORD = torch.int32
 
 
 @dataclass(frozen=True)
-class Wire:
-    """For rows of `width` values of `dtype`."""
-
-    transport: str
-    width: int
-    dtype: torch.dtype
-
-    @property
-    def row(self) -> tuple[int, torch.dtype]:
-        """Elements and dtype of a travelling row."""
-        if not self._scales:
-            return self.width, self.dtype
-        return (self._values_bytes + _aligned(4 * self._scales)) // WORD.itemsize, WORD
-
-    def pack(self, hidden_TD: Tensor) -> Tensor:
-        """The tokens' rows, ready to travel."""
-        if not self._scales:
-            return hidden_TD
-        rows_TW = torch.empty(len(hidden_TD), self.row[0], dtype=WORD, device=hidden_TD.device)
-        narrow(hidden_TD, *self._fields(rows_TW))
-        return rows_TW
-
-    def unpack(self, rows_CW: Tensor, counts_L: Tensor) -> Tensor:
-        """rows_CD of those that have arrived, as many as the counts tell of."""
-        if not self._scales:
-            return rows_CW
-        rows_CD = torch.empty(len(rows_CW), self.width, dtype=self.dtype, device=rows_CW.device)
-        widen(*self._fields(rows_CW), rows_CD, counts_L)
-        return rows_CD
-
-    @property
-    def _scales(self) -> int:
-        return TRANSPORTS[self.transport].scales(self.width)
-
-    @property
-    def _values_bytes(self) -> int:
-        return _aligned(self.width * TRANSPORTS[self.transport].dtype(self.dtype).itemsize)
-
-    def _fields(self, rows_TW: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the values and of the scales."""
-        bytes_TB = rows_TW.view(torch.uint8)
-        scales = bytes_TB[:, self._values_bytes : self._values_bytes + 4 * self._scales]
-        values = bytes_TB[:, : self.width].view(TRANSPORTS[self.transport].dtype(self.dtype))
-        return values, scales.view(torch.float32)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass(frozen=True)
 class Part:
-    """The tokens that every rank sends at a time, at most `Room.tokens` each."""
+    """The tokens that every rank sends at a time, at most `ExchangeCapacity.tokens` each."""
 
     start: int
     """Of them on this rank, in the call's tokens."""
-    layout: Layout
+    offsets: RecvOffsets
     """Of the first round."""
     row_S: Tensor
     """Where each choice's row lies on its slot's rank."""
     rounds: int
-    rows_TW: Tensor
+    rows_TX: Tensor
     """The tokens' rows as they travel."""
 
 
@@ -95,102 +49,123 @@ class SymmetricExchange(Exchange):
         self,
         spec: LayerSpec,
         peers: Peers,
-        room: Room,
+        capacity: ExchangeCapacity,
         hidden_TD: Tensor,
         slot_ids_TK: Tensor,
         weights_TK: Tensor,
     ) -> None:
-        self._problem, self._peers, self._room = spec, peers, room
+        self._spec, self._peers, self._capacity = spec, peers, capacity
         self._hidden_TD, self._weights_TK = hidden_TD, weights_TK
         self._slot_ids_TK = slot_ids_TK.contiguous()
-        self._wire = Wire(spec.settings.transport, hidden_TD.shape[1], hidden_TD.dtype)
+        width, dtype = hidden_TD.shape[1], hidden_TD.dtype
+        self._format = RowFormat(width, dtype, spec.settings.dispatch_dtype, alignment=ALIGNMENT)
+        row = (self._format.bytes // WORD.itemsize, WORD) if self._format.quantized else (width, dtype)
         self._buffers = peers.buffers(
             Geometry(
                 ranks=peers.size,
                 slots=spec.slots,
-                choices=room.tokens * slot_ids_TK.shape[1],
-                rows=room.rows,
-                row=self._wire.row,
-                result=(hidden_TD.shape[1], hidden_TD.dtype),
+                choices=capacity.tokens * slot_ids_TK.shape[1],
+                rows=capacity.rows,
+                row=row,
+                result=(width, dtype),
             )
         )
         self._out_TD = torch.empty_like(hidden_TD)
 
     def dispatch(self) -> Iterator[Batch]:
-        self.rounds = step = 0
+        self.rounds = 0
         for part in self._parts():
             self.rounds += part.rounds
             for number in range(part.rounds):
-                yield self._receive(part, number, step)
-                step += 1
-            self._settle(part)
+                yield self._receive(part, number)
+            self._combine_reduce(part)
 
-    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
-        give_back(rows_SD, batch.counts_L, batch.choice_of_row_S, self._buffers.results)
-        self._peers.meet(self._problem.layer)
+    def combine(self, rows_SD: Tensor) -> None:
+        combine_send(rows_SD, self._counts_L, self._buffers.choice_of_row.local, self._buffers.results)
+        self._peers.barrier(self._spec.layer)
 
     def finish(self) -> Tensor:
         return self._out_TD
 
     def _parts(self) -> Iterator[Part]:
-        """As many on every rank, as the one with most tokens needs."""
+        """On every rank as many as the rank with most tokens needs."""
         start, longest = 0, 1
         while start < longest:
             slot_ids_TK = self._slice(self._slot_ids_TK, start)
-            before_BP = publish_counts(
+            before_BP = exchange_counts(
                 slot_ids_TK, max(0, len(self._hidden_TD) - start), self._buffers.table, self._peers.rank
             )
-            self._peers.meet(self._problem.layer)
-            layout = self._lay_out(number=0)
-            rounds, longest = self._needs(layout, start)
-            row_S = place(slot_ids_TK, before_BP, layout.bases_P)
-            yield Part(start, layout, row_S, rounds, self._wire.pack(self._slice(self._hidden_TD, start)))
-            start += self._room.tokens
+            self._peers.barrier(self._spec.layer)
+            offsets = self._offsets(number=0)
+            rounds, longest = self._needs(offsets, start)
+            row_S = rows_of_choices(slot_ids_TK, before_BP, offsets.bases_P)
+            yield Part(start, offsets, row_S, rounds, self._encoded(self._slice(self._hidden_TD, start)))
+            start += self._capacity.tokens
 
-    def _needs(self, layout: Layout, start: int) -> tuple[int, int]:
-        """(rounds, most tokens of a rank): from shapes and settings where they tell, else the GPU is asked."""
-        static = self._problem.settings.static
-        tokens = len(self._hidden_TD) if static else self._room.tokens
-        worst = self._room.rounds_of(self._peers.size * tokens * self._slot_ids_TK.shape[1])
-        if static or (self._room.bounded and worst == 1):
-            return worst, self._room.tokens
-        rows_R, tokens_R = zip(*self._peers.read(layout.needs_R2), strict=True)
-        return self._room.rounds_of(max(rows_R)), start + max(tokens_R)
+    def _needs(self, offsets: RecvOffsets, start: int) -> tuple[int, int]:
+        """(rounds, most tokens of a rank): from shapes and settings where they suffice, else the GPU is asked."""
+        static = self._spec.settings.static
+        tokens = len(self._hidden_TD) if static else self._capacity.tokens
+        worst = self._capacity.rounds_of(self._peers.size * tokens * self._slot_ids_TK.shape[1])
+        if static or (self._capacity.bounded and worst == 1):
+            return worst, self._capacity.tokens
+        rows_R, tokens_R = zip(*self._peers.read(offsets.needs_R2), strict=True)
+        return self._capacity.rounds_of(max(rows_R)), start + max(tokens_R)
 
-    def _receive(self, part: Part, number: int, step: int) -> Batch:
-        """Send this rank's rows of one round, and have those that the others sent."""
-        buffers, first = self._buffers, number * self._room.rows
+    def _receive(self, part: Part, number: int) -> Batch:
+        """Send this rank's rows of one round, and receive those that the others sent."""
+        buffers, first_row = self._buffers, number * self._capacity.rows
         slot_ids_TK = self._slice(self._slot_ids_TK, part.start)
-        send(
-            part.rows_TW,
-            slot_ids_TK,
-            part.row_S,
-            first,
-            buffers.rows,
-            buffers.sources,
-            self._peers.rank * len(buffers.results.mine),
-            self._problem.slots,
+        dispatch(
+            hidden_TD=part.rows_TX,
+            slot_ids_TK=slot_ids_TK,
+            row_S=part.row_S,
+            first_row=first_row,
+            rows=buffers.rows,
+            choice_of_row=buffers.choice_of_row,
+            first_choice=self._peers.rank * len(buffers.results.local),
+            slots=self._spec.slots,
         )
-        layout = part.layout if number == 0 else self._lay_out(number)
-        self._peers.meet(self._problem.layer)
-        rows_CD = self._wire.unpack(buffers.rows.mine, layout.counts_L)
+        self._counts_L = (part.offsets if number == 0 else self._offsets(number)).counts_L
+        self._peers.barrier(self._spec.layer)
+        rows_CD = self._decoded(buffers.rows.local)
         # About as many choices come from all ranks together as this one has itself.
-        expected = min(max(0, slot_ids_TK.numel() - first), len(rows_CD))
-        return Batch(rows_CD, layout.counts_L, buffers.sources.mine, step, expected)
+        expected = min(max(0, slot_ids_TK.numel() - first_row), len(rows_CD))
+        return Batch(rows_CD, self._counts_L, expected)
 
-    def _settle(self, part: Part) -> None:
-        settle(
-            self._buffers.results.mine,
+    def _combine_reduce(self, part: Part) -> None:
+        combine_reduce(
+            self._buffers.results.local,
             self._slice(self._slot_ids_TK, part.start),
             self._slice(self._weights_TK, part.start),
-            self._peers.size * self._problem.slots,
+            self._peers.size * self._spec.slots,
             self._slice(self._out_TD, part.start),
         )
 
-    def _lay_out(self, number: int) -> Layout:
-        """As one round sees it."""
-        window = number * self._room.rows, (number + 1) * self._room.rows
-        return lay_out(self._buffers.table.mine, self._peers.rank, self._problem.slots, window)
+    def _offsets(self, number: int) -> RecvOffsets:
+        """As one round sees them."""
+        window = number * self._capacity.rows, (number + 1) * self._capacity.rows
+        return recv_offsets(self._buffers.table.local, self._peers.rank, self._spec.slots, window)
+
+    def _encoded(self, hidden_TD: Tensor) -> Tensor:
+        """The tokens' rows, ready to travel: themselves, or their quantized values and scales."""
+        if not self._format.quantized:
+            return hidden_TD
+        bytes_TB = hidden_TD.new_empty(len(hidden_TD), self._format.bytes, dtype=torch.uint8)
+        fields = self._format.fields(bytes_TB)
+        quantize(hidden_TD, fields.values_TD, fields.scales_TX)
+        return bytes_TB.view(WORD)
+
+    def _decoded(self, rows_CX: Tensor) -> Tensor:
+        """rows_CD of those that have arrived, as many as the counts say."""
+        if not self._format.quantized:
+            return rows_CX
+        fields = self._format.fields(rows_CX.view(torch.uint8))
+        rows_CD = torch.empty(
+            len(rows_CX), self._format.hidden_size, dtype=self._format.dtype, device=rows_CX.device
+        )
+        dequantize(fields.values_TD, fields.scales_TX, rows_CD, self._counts_L)
+        return rows_CD
 
     def _slice(self, tensor_TX: Tensor, start: int) -> Tensor:
-        return tensor_TX[start : start + self._room.tokens]
+        return tensor_TX[start : start + self._capacity.tokens]

@@ -1,6 +1,6 @@
-"""What each rank keeps for the others to write into: one allocation, shared by all layers of the same shape.
+"""The memory that ranks store into: how big it is, how it is cut into buffers, and how the ranks map it and meet.
 
-Ranks that reach each other's memory: how they get it, and how they meet. Torch's symmetric memory maps it.
+Each rank makes one allocation for all layers of the same shape, and torch's symmetric memory maps it into its peers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -23,17 +22,17 @@ from torch.distributed import distributed_c10d as c10d
 from epbackend.dispatch.base import LayerSpec
 from epbackend.dispatch.collectives import Collectives
 from epbackend.errors import CollectiveError, ConfigError, UnavailableError
-from epbackend.kernels.triton.symmetric import ALIGNMENT, Mirror, meet
+from epbackend.kernels.triton.symmetric import ALIGNMENT, SymmetricTensor, barrier
 
 OPEN_TOKENS = 2048
 """Tokens that a rank sends at a time where nothing bounds a call; longer calls go in several parts."""
 
 OPEN_SCALE = 2.0
-"""Receive buffer for those, in shares of what an even spread would fill: what does not fit goes in further rounds."""
+"""Receive buffer for those, in multiples of what an even spread fills; what does not fit goes in further rounds."""
 
 
 @dataclass(frozen=True)
-class Room:
+class ExchangeCapacity:
     """What one exchange can hold; the same on all ranks."""
 
     tokens: int
@@ -44,13 +43,16 @@ class Room:
     """Whether no call has more tokens."""
 
     @classmethod
-    def of(cls, spec: LayerSpec) -> Room:
+    def of(cls, spec: LayerSpec) -> ExchangeCapacity:
         """`buffer_scale_factors` size the receive buffer as MindIE does: int(tokens * top_k * scale) rows.
 
-        Without them there is room for the worst case where a call's tokens are bounded.
+        Without them the worst case fits where a call's tokens are bounded.
 
-        >>> Room.of(LayerSpec(RankGroup(None, 0, 8), None, DispatchSettings(2, max_tokens=128), slots=32, top_k=8))
-        Room(tokens=128, rows=8192, bounded=True)
+        >>> from epbackend.device import get_device
+        >>> from epbackend.dispatch.base import DispatchSettings, RankGroup
+        >>> ranks, cpu, settings = RankGroup(None, 0, 8), get_device("cpu"), DispatchSettings(2, max_tokens=128)
+        >>> ExchangeCapacity.of(LayerSpec(ranks, cpu, cpu.kernels, settings, slots=32, top_k=8))
+        ExchangeCapacity(tokens=128, rows=8192, bounded=True)
         """
         settings, ranks = spec.settings, spec.ranks
         bounded = spec.most_tokens is not None
@@ -62,15 +64,15 @@ class Room:
     def rounds_of(self, rows: int) -> int:
         """How many rounds `rows` rows for one rank need.
 
-        One even without a row: its meetings keep a rank that is ahead from writing the next call's counts over those
-        that another has yet to read.
+        One even without a row: its barriers keep a rank that is ahead from overwriting counts that another rank has yet
+        to read with those of the next call.
         """
         return max(1, -(-rows // self.rows))
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shapes; the same on all ranks."""
+    """The shapes of the buffers; the same on all ranks."""
 
     ranks: int
     slots: int
@@ -106,26 +108,26 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Of one rank, with the addresses of all."""
+    """What each rank keeps for the others to write into."""
 
-    table: Mirror
+    table: SymmetricTensor
     """int32 [R, P + 1]: of each rank its choices of each slot, and the tokens that it has left."""
-    rows: Mirror
+    rows: SymmetricTensor
     """[C, width of a row]: what arrives for this rank's experts."""
-    sources: Mirror
-    """int64 [C]: the choice, among all ranks' choices, that a row serves."""
-    results: Mirror
+    choice_of_row: SymmetricTensor
+    """int64 [C]: the choice that a row serves, counted over all ranks."""
+    results: SymmetricTensor
     """[T * K, D]: the experts' answers to this rank's choices."""
 
     @classmethod
-    def carve(cls, memory: Mirror, geometry: Geometry) -> Buffers:
+    def carve(cls, memory: SymmetricTensor, geometry: Geometry) -> Buffers:
         """Lay them out in `memory`, uint8 of `geometry.bytes` on each rank."""
-        mirrors, offset = [], 0
+        tensors, offset = [], 0
         for shape, dtype in geometry.fields():
-            mine = _view(memory.mine[offset:], shape, dtype)
-            mirrors.append(Mirror(mine, memory.addresses_R + offset))
+            local = _view(memory.local[offset:], shape, dtype)
+            tensors.append(SymmetricTensor(local, memory.peer_ptrs_R + offset))
             offset += _padded_bytes(shape, dtype)
-        return cls(*mirrors)
+        return cls(*tensors)
 
 
 def _view(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -137,7 +139,7 @@ def _padded_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 REPORT_BYTES = 512
-"""Of what a rank tells the others when it cannot map their memory."""
+"""Of the reason that a rank sends to the others when it cannot map their memory."""
 
 
 class Peers(ABC):
@@ -150,90 +152,114 @@ class Peers(ABC):
     def buffers(self, geometry: Geometry) -> Buffers:
         """Those of this geometry, made when first asked for; all ranks ask together.
 
-        One exchange uses them at a time: the next may begin as soon as this one's last meeting is over.
+        One exchange uses them at a time: the next may begin as soon as this one's last barrier is over.
         """
         if geometry not in self._buffers:
-            self._buffers[geometry] = Buffers.carve(self.share(geometry.bytes), geometry)
+            self._buffers[geometry] = Buffers.carve(self.rendezvous(geometry.bytes), geometry)
         return self._buffers[geometry]
 
+    def close(self) -> None:
+        """Free the buffers, and unmap those of the peers."""
+        self._buffers.clear()
+
     @abstractmethod
-    def share(self, size: int) -> Mirror:
+    def rendezvous(self, size: int) -> SymmetricTensor:
         """`size` bytes (uint8) on every rank, zeros at first; all ranks ask together."""
 
     @abstractmethod
-    def meet(self, layer: int) -> None:
+    def barrier(self, layer: int) -> None:
         """Later kernels of this rank see what every rank stored before; `layer` is for messages.
 
-        Does not wait on the host. Raises CollectiveError if it is known by now that a rank did not come.
+        Does not wait on the host.
+
+        Raises:
+            CollectiveError: it is known by now that a rank did not come to this barrier or an earlier one.
         """
 
     @abstractmethod
     def read(self, tensor: Tensor) -> list:
-        """The tensor's values, once the GPU has them; raises CollectiveError if a rank did not come."""
+        """The tensor's values, once the GPU has them.
 
-
-@cache
-def connect(group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> Peers:
-    """The peers of a process group, all of whose ranks call this together; every later call returns the same."""
-    return SymmetricMemoryPeers(group, device, timeout_s)
+        Raises:
+            CollectiveError: a rank did not come to a barrier before.
+        """
 
 
 class SymmetricMemoryPeers(Peers):
-    """GPUs of one NVLink domain, a process each."""
+    """GPUs of one NVLink domain, a process each; all ranks of the group make this together."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
         self._group, self._device, self._timeout_s = group, device, timeout_s
         self._on_gpu = device.type == "cuda"  # else in Triton's interpreter
         self._handles: list[Any] = []  # they keep the peers' memory mapped
-        self._signals = _viewed(self.share(8 * self.size), torch.int64)
-        self._meeting_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._signal_pad: SymmetricTensor | None = _viewed(self.rendezvous(8 * self.size), torch.int64)
+        self._barriers_1 = torch.zeros(1, dtype=torch.int64, device=device)
         # In the host's memory, so that it can be read when the GPU answers nothing any more.
-        self._finding_2 = torch.zeros(2, dtype=torch.int64, pin_memory=self._on_gpu)
+        self._timeout_report_2 = torch.zeros(2, dtype=torch.int64, pin_memory=self._on_gpu)
 
-    def share(self, size: int) -> Mirror:
+    def rendezvous(self, size: int) -> SymmetricTensor:
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             raise ConfigError(
                 "the first call of a MoE layer allocates memory, which a CUDA graph cannot: make one call of the same "
                 "phase before the capture"
             )
-        report, mirror = "", None
+        report, tensor = "", None
         with _store_timeout(self._group, self._timeout_s):
             try:
-                mirror = self._map(size)
+                tensor = self._map(size)
             except RuntimeError as error:
                 report = str(error)
         self._agree(report, size)
-        assert mirror is not None
-        return mirror
+        assert tensor is not None
+        return tensor
 
-    def _map(self, size: int) -> Mirror:
+    def close(self) -> None:
+        super().close()
+        self._signal_pad = None
+        self._handles.clear()
+
+    def _map(self, size: int) -> SymmetricTensor:
         # `symmetric_memory.empty` may cut several tensors from one block, whose addresses would not be theirs.
         allocate = symmetric_memory._SymmetricMemory.empty_strided_p2p
-        mine = allocate((size,), (1,), torch.uint8, self._device).zero_()
-        handle = symmetric_memory.rendezvous(mine, self._group)
+        local = allocate((size,), (1,), torch.uint8, self._device).zero_()
+        handle = symmetric_memory.rendezvous(local, self._group)
         self._handles.append(handle)
         if self._on_gpu:
             torch.cuda.synchronize(self._device)  # the zeros are there before any peer writes
-        return Mirror(mine, torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=self._device))
+        return SymmetricTensor(
+            local, torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=self._device)
+        )
 
-    def meet(self, layer: int) -> None:
+    def barrier(self, layer: int) -> None:
+        assert self._signal_pad is not None, "closed"
         with self._explained():
-            meet(self._signals, self._meeting_1, self._finding_2, self.rank, layer, self._timeout_s)
+            barrier(
+                self._signal_pad,
+                self._barriers_1,
+                self._timeout_report_2,
+                self.rank,
+                layer,
+                self._timeout_s,
+            )
 
     def read(self, tensor: Tensor) -> list:
         with self._explained():
             return tensor.tolist()
 
     def _agree(self, report: str, size: int) -> None:
-        """Raise UnavailableError on every rank if any has something to report."""
+        """Let every rank know what each has to report.
+
+        Raises:
+            UnavailableError: on every rank, if one could not map the others' memory.
+        """
         collectives = Collectives(self._group, self._timeout_s, layer=0)
         text = report.encode()[:REPORT_BYTES].ljust(REPORT_BYTES, b"\0")
         reports = collectives.all_gather(torch.tensor([list(text)], dtype=torch.uint8, device=self._device))
         for rank, line in enumerate(reports.cpu()):
-            if told := bytes(line.tolist()).rstrip(b"\0").decode(errors="replace"):
+            if reason := bytes(line.tolist()).rstrip(b"\0").decode(errors="replace"):
                 raise UnavailableError(
-                    f"rank {self._global(rank)} cannot share {size >> 20} MiB of GPU memory with its peers: {told}. "
+                    f"rank {self._global(rank)} cannot share {size >> 20} MiB of GPU memory with its peers: {reason}. "
                     "Less may do (alltoall_ep_buffer_scale_factors, engine.max_batch_size), or set dispatcher: alltoall"
                 )
 
@@ -243,12 +269,12 @@ class SymmetricMemoryPeers(Peers):
         try:
             yield
         except RuntimeError as error:
-            self._raise_finding(error)
+            self._raise_timeout(error)
             raise
-        self._raise_finding(None)
+        self._raise_timeout(None)
 
-    def _raise_finding(self, cause: RuntimeError | None) -> None:
-        late, layer = self._finding_2.tolist()
+    def _raise_timeout(self, cause: RuntimeError | None) -> None:
+        late, layer = self._timeout_report_2.tolist()
         if late:
             raise CollectiveError(
                 f"rank {self._global(late - 1)} did not come to an exchange of MoE layer {layer} within "
@@ -261,7 +287,7 @@ class SymmetricMemoryPeers(Peers):
 
 @contextmanager
 def _store_timeout(group: dist.ProcessGroup, seconds: float) -> Iterator[None]:
-    """A rank that waits in vain for another's handle waits for the store: let that end in time."""
+    """A rank that waits for another's handle waits for the store: inside, no longer than `seconds`."""
     store: Any = c10d._get_process_group_store(group)
     before = store.timeout
     store.set_timeout(timedelta(seconds=seconds))
@@ -271,5 +297,5 @@ def _store_timeout(group: dist.ProcessGroup, seconds: float) -> Iterator[None]:
         store.set_timeout(before)
 
 
-def _viewed(memory: Mirror, dtype: torch.dtype) -> Mirror:
-    return Mirror(memory.mine.view(dtype), memory.addresses_R)
+def _viewed(memory: SymmetricTensor, dtype: torch.dtype) -> SymmetricTensor:
+    return SymmetricTensor(memory.local.view(dtype), memory.peer_ptrs_R)

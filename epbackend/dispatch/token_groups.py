@@ -7,21 +7,17 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from epbackend.dispatch.base import Batch, Dispatcher, Exchange, LayerSpec
+from epbackend.dispatch.base import Batch, Dispatcher, Exchange
 from epbackend.dispatch.collectives import Collectives
 
 
 class Sliced(Dispatcher):
-    """Another dispatcher, on this rank's slice of its token group's tokens."""
+    """Another dispatcher, under its name, on this rank's slice of its token group's tokens."""
 
     def __init__(self, inner: Dispatcher) -> None:
         super().__init__(inner.spec)
         self.name, self.level, self.summary = inner.name, inner.level, inner.summary
         self._inner = inner
-
-    @classmethod
-    def unsupported(cls, spec: LayerSpec) -> str | None:
-        return None if spec.ranks.token_size > 1 else "no other rank holds this rank's tokens"
 
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         ranks, tokens = self.spec.ranks, len(hidden_TD)
@@ -44,8 +40,8 @@ class _SlicedExchange(Exchange):
         yield from self._inner.dispatch()
         self.passes, self.rounds = self._inner.passes, self._inner.rounds
 
-    def combine(self, rows_SD: Tensor, batch: Batch) -> None:
-        self._inner.combine(rows_SD, batch)
+    def combine(self, rows_SD: Tensor) -> None:
+        self._inner.combine(rows_SD)
 
     def finish(self) -> Tensor:
         part_TD = self._inner.finish()
@@ -55,6 +51,6 @@ class _SlicedExchange(Exchange):
 
 
 def _padded(tensor_TX: Tensor, rows: int, value: int) -> Tensor:
-    """The tensor with so many rows, those that it lacks full of `value`."""
+    """The tensor filled up to so many rows with `value`."""
     lacking = rows - len(tensor_TX)
     return pad(tensor_TX, (0, 0, 0, lacking), value=value) if lacking > 0 else tensor_TX

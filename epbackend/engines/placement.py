@@ -1,4 +1,4 @@
-"""The finished placement of a deployment: read or planned once, before any rank starts."""
+"""The placement of a deployment: read or planned once, before any rank starts, and handed to the ranks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from epbackend.config import EPConfig, PlacementSettings
 from epbackend.device import get_device
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.names import PHASES
-from epbackend.placement.formats import Hints, read_loads, read_placement
+from epbackend.placement.formats import ReadOptions, read_loads, read_placement
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.planners import plan
 from epbackend.placement.replica_split import level_shares, own_quota
 
-MAX_PACKED = 130_000
-"""Linux gives one variable 128 KiB; the 61 layers of 320 slots of DeepSeek-V3 on 64 ranks take about 40,000."""
+MAX_TEXT = 130_000
+"""Characters. Linux gives one variable 128 KiB; DeepSeek-V3 on 64 ranks (61 layers of 320 slots) takes about 40,000."""
 
 logger = logging.getLogger("epbackend")
 
@@ -44,9 +44,9 @@ def finished_placement(config: EPConfig) -> Placement | None:
 
 
 def warm_splits(config: EPConfig) -> None:
-    """Loads what the CPU's `level` split has compiled, and compiles it where no earlier run did.
+    """Loads the compiled `level` split of the CPU, and compiles it if no earlier run did.
 
-    The parent does so before its workers start, so that they find it there; a worker, before others wait for it.
+    The parent does this before its workers start, so that they find it on disk; a worker, before others wait for it.
     """
     splits = map(config.placement.split_of, PHASES)
     if config.placement.given and "level" in splits and get_device(config.device).name == "cpu":
@@ -54,28 +54,30 @@ def warm_splits(config: EPConfig) -> None:
         own_quota(counts_RE, level_shares(counts_RE.sum(axis=0), layout), layout, source_rank=0)
 
 
-def pack(placement: Placement) -> str:
-    """The placement as a text short enough for an environment variable."""
+def to_env(placement: Placement) -> str:
+    """The placement as text for an environment variable. Raises ConfigError if it is too long for one."""
     text = b64encode(zlib.compress(placement.to_json().encode(), level=9)).decode()
-    if len(text) > MAX_PACKED:
+    if len(text) > MAX_TEXT:
         raise ConfigError(
-            f"placement: it takes {len(text):,} characters, more than the {MAX_PACKED:,} that workers can be handed; "
+            f"placement: it takes {len(text):,} characters, more than the {MAX_TEXT:,} that workers can be handed; "
             "use fewer redundant experts"
         )
     return text
 
 
-def unpack(text: str) -> Placement:
-    """The inverse of `pack`."""
+def from_env(text: str) -> Placement:
+    """The placement that `to_env` made the text of."""
     return Placement.from_json(zlib.decompress(b64decode(text)).decode())
 
 
 def _read(file: str, node_size: int, ranks: int) -> Placement:
-    placement = read_placement(file, Hints(ranks=ranks))
+    """From a file; a node size of the config overrides the one in it."""
+    placement = read_placement(file, ReadOptions(ranks=ranks))
     return replace(placement, node_size=node_size) if node_size else placement
 
 
 def _plan(settings: PlacementSettings, loads: Loads, ranks: int) -> Placement:
+    """As the config asks. Raises ConfigError where it cannot be."""
     asked: dict[str, Any] = {"budget": settings.budget}
     if settings.budget is None:
         redundant = settings.redundant_experts or 0
@@ -86,7 +88,7 @@ def _plan(settings: PlacementSettings, loads: Loads, ranks: int) -> Placement:
             )
         asked = {"slots": loads.experts + redundant}
     algorithm = settings.algorithm or "refined"
-    # What is best where every batch is levelled is not what is best under the other splits.
+    # The best placement for a split that balances every batch is not the best one for other splits.
     splits = set(map(settings.split_of, PHASES))
     if algorithm == "refined" and splits == {"level"} and settings.objective == "tokens":
         asked["split"] = "level"

@@ -1,7 +1,15 @@
-"""Math on one device, no ranks: the contract that every device's kernels keep.
+"""The math on one device: the contract that every device's kernels keep.
 
-`reference.py` is the contract in plain torch and the oracle of the tests. Shapes: T tokens, D hidden size, K top-k,
-F expert width, L local slots, S expanded rows (one for each choice of a token that fell on a slot of this rank).
+`reference.py` is the contract in plain torch and the oracle of the tests; `cpu.py`, `triton/`, `torch_grouped_mm.py`
+and `npu/` are faster. A tensor's name ends in its shape:
+
+    T  tokens                      D  hidden size               S  expanded rows: one for each choice of a token
+    K  experts chosen per token    F  width of one expert          that fell on a slot of this rank
+    E  logical experts             L  slots of this rank        B  blocks of values that share a scale
+    C  replicas of an expert       P  slots of all ranks        G  sources
+    N, K  outputs and inputs of a matrix [N, K]                 M  rows of one slot, or of one block
+
+A *choice* is one (token, k) pair, a *source* a group of ranks that hold the same tokens.
 """
 
 from __future__ import annotations
@@ -17,30 +25,38 @@ from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
 from epbackend.kernels.weight_formats import Matrices
 
-Rows = (
-    Any  # rows_SD; or int8.Int8Rows, from a dispatcher that sends them quantized, for kernels that take them
-)
-Packed = Any  # the matrices of L slots in a device's own layout: only the kernels that packed them read them
+Rows = Any
+"""rows_SD; or `int8.Int8Rows`, from a dispatcher that sends them quantized, for kernels that take them."""
+
+Prepacked = Any
+"""The matrices of L slots as `prepack` stores them; only the kernels that made them read them.
+
+reference    one tensor [L, N, K], `Fp8Blocks` or `Int8Weights`
+cpu          a list of oneDNN's blocked tensors, one a slot; quantized experts as in the reference
+triton       as in the reference
+grouped_mm   one tensor [L, N, K]
+ascend       one tensor [L, N, K], `Int8Weights`, or `npu.kernels.Tiled` (int8 in CANN's FRACTAL_NZ)
+"""
 
 
 @dataclass(frozen=True)
 class Permuted:
-    """Rows sorted by local slot. A device may return more rows than `counts_L.sum()`: garbage, with source -1."""
+    """Rows sorted by local slot. A device may return more rows than `counts_L.sum()`: the rest are garbage."""
 
     rows_SD: Tensor
     counts_L: Tensor
     """int64: rows of each slot."""
     choice_of_row_S: Tensor
-    """int64: flat index t * K + k of the choice that a row serves."""
+    """int64: flat index t * K + k of the choice that a row serves; -1 for garbage."""
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The experts of one rank: packed matrices, optional biases, and the activation between the two products."""
+    """The experts of one rank: prepacked matrices, optional biases, and the activation between the two products."""
 
-    gate_up: Packed
+    gate_up: Prepacked
     """Of gate_up_L2FD."""
-    down: Packed
+    down: Prepacked
     """Of down_LDF."""
     gate_up_bias_L2F: Tensor | None = None
     down_bias_LD: Tensor | None = None
@@ -65,26 +81,29 @@ class Kernels(Protocol):
     def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Add weight * row to each row's token in `out_TD` (float32), in a fixed order."""
 
-    def pack(self, weights_LNK: Matrices) -> Packed:
+    def prepack(self, weights_LNK: Matrices) -> Prepacked:
         """Bring [out, in] matrices, one a slot, into the layout that `grouped_matmul` reads fastest.
 
-        What is whole and has that layout already is used where it is. Raises ConfigError, with the forms that would do,
-        for one that the device does not take (float8, int8, a dtype).
+        Matrices that come as one tensor in that layout are used in place, without a copy.
+
+        Raises:
+            ConfigError: The device does not take the weight format or dtype; the message names those that it takes.
         """
 
     def grouped_matmul(
-        self, rows_SK: Tensor, packed: Packed, counts_L: Tensor, bias_LN: Tensor | None = None
+        self, rows_SK: Tensor, packed: Prepacked, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
         """rows_SN: each row times the transposed matrix of its slot, plus its slot's bias."""
 
-    def narrow(self, rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
-        """Fill `values_TD` and `scale_TG` (float32), which may be views of wider rows, with the nearest to `rows_TD`.
+    def quantize(self, rows_TD: Tensor, values_TD: Tensor, scale_TB: Tensor) -> None:
+        """Quantize rows for their way between ranks: `rows_TD` ~ `values_TD` * `scale_TB` (float32).
 
-        int8 values: G = 1, a row's largest becomes 127. float8_e4m3fn: G = ceil(D / 128), that of each 128 becomes 448.
+        Both outputs are filled in place and may be views of wider rows. int8 values: B = 1, a row's largest value
+        becomes 127. float8_e4m3fn: B = ceil(D / 128), the largest of each 128 values becomes 448.
         """
 
-    def widen(self, values_TD: Tensor, scale_TG: Tensor, out_TD: Tensor) -> None:
-        """Fill `out_TD` with values * scale, of what `narrow` made, in the dtype of `out_TD`."""
+    def dequantize(self, values_TD: Tensor, scale_TB: Tensor, out_TD: Tensor) -> None:
+        """Fill `out_TD` with values * scale, the inverse of `quantize`, in the dtype of `out_TD`."""
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         """rows_SF: silu(gate) * up, gate being the first half of a row and up the second."""
@@ -94,21 +113,31 @@ class Kernels(Protocol):
     ) -> Tensor:
         """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot.
 
-        Rows that come quantized are not quantized again for W8A8 experts, and dequantized for others. `expected` is
-        about how many rows the counts cover, None for all; it may choose how they are computed.
+        Quantized rows go into W8A8 experts as they are, and are dequantized for others. `expected` is about how many
+        rows the counts cover, None for all; it may choose how they are computed.
         """
 
-    def even_split(self, replicas: EvenReplicas, device: torch.device, guard: ExpertIdCheck | None) -> Split:
-        """What finds a slot for each choice of tokens on `device`, its expert's replicas sharing equally.
+    def even_split(
+        self, replicas: EvenReplicas, device: torch.device, id_check: ExpertIdCheck | None
+    ) -> Split:
+        """The split of one layer by which an expert's replicas share its tokens equally.
 
-        To the last token `placement.split.assign` of `even_shares` or `nearest_quota`, the turn moving on by one with
-        each call. An id that no expert has is served as one that exists, and told to the guard.
+        Gives the same integers as `placement.replica_split.assign` with `even_shares` or `nearest_quota`, whose
+        round-robin offset is that of `replicas` plus the number of earlier calls. An id that no expert has is served as
+        if it were one that exists, and reported to `id_check`.
+
+        It is an object with state, because the number of earlier calls must lie on the device to advance in replays of
+        a CUDA graph.
         """
 
     def level_split(
-        self, replicas: LevelReplicas, device: torch.device, guard: ExpertIdCheck | None
+        self, replicas: LevelReplicas, device: torch.device, id_check: ExpertIdCheck | None
     ) -> Split:
-        """The same with shares that level the ranks' loads.
+        """The same with shares that level the ranks' loads; all ranks must call it together.
 
-        To the last token `assign` of `own_quota` of `level_shares`, for all ranks must agree.
+        Gives the same integers as `placement.replica_split.assign` with `own_quota` of `level_shares`.
+
+        The sources' counts come through the callback `replicas.gather`, not as an argument, because counting is part of
+        the split's own launches: with a contract call before the collective and one after it, a large batch would be
+        counted twice.
         """

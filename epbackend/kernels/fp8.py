@@ -1,7 +1,9 @@
-"""Experts of float8, DeepSeek-V3's own format: `weight` and `weight_scale_inv` of its checkpoints.
+"""Experts in float8, in DeepSeek-V3's own format: `weight` and `weight_scale_inv` of its checkpoints.
 
-Rows are quantized as they come, with one scale for each 128 values. L slots, N outputs, K inputs, B = 128-wide blocks.
-Where kernels take matrices, `Fp8Blocks` may stand for all of them.
+Rows are quantized when they arrive, with one scale for each 128 values. Where kernels take matrices, `Fp8Blocks` may
+stand for those of all slots.
+
+Shapes: L slots, N outputs, K inputs, S rows, B blocks of 128.
 """
 
 from __future__ import annotations
@@ -60,10 +62,10 @@ class Fp8Blocks:
 def quantize_rows(rows_SK: Tensor) -> tuple[Tensor, Tensor]:
     """(values_SK float8, scale_SB float32): the largest of each 128 values of a row becomes 448."""
     depth = rows_SK.shape[1]
-    blocks_SBX = pad(rows_SK.float(), (0, -depth % BLOCK)).unflatten(1, (-1, BLOCK))
-    largest_SB = blocks_SBX.abs().amax(2)
+    blocks = pad(rows_SK.float(), (0, -depth % BLOCK)).unflatten(1, (-1, BLOCK))  # [S, B, 128]
+    largest_SB = blocks.abs().amax(2)
     scale_SB = torch.where(largest_SB > 0, largest_SB / FP8_MAX, 1.0)
-    return (blocks_SBX / scale_SB.unsqueeze(2)).flatten(1)[:, :depth].to(FP8), scale_SB
+    return (blocks / scale_SB.unsqueeze(2)).flatten(1)[:, :depth].to(FP8), scale_SB
 
 
 def grouped_matmul(

@@ -1,9 +1,11 @@
-"""W8A8: int8 weights with a scale for each output channel, int8 rows with a scale each, found as they come.
+"""W8A8: int8 weights with a scale for each output channel, int8 rows with a scale each, found when they arrive.
 
     row ~ q_row * scale_S,  weight ~ q_weight * scale_N,  so  row @ weight.T ~ (q_row @ q_weight.T) * scale_S * scale_N
 
-Where kernels take matrices, `Int8Weights` may stand for all of them, or an `Int8Matrix` for each: packing, products and
-experts then run in int8, under the same signatures.
+Where kernels take matrices, `Int8Weights` may stand for those of all slots, or an `Int8Matrix` for each: the products
+then run in int8, under the same signatures.
+
+Shapes: L slots, N outputs, K inputs, H = L * N, S rows, M rows of one slot.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class Int8Matrix:
 
     @classmethod
     def of(cls, weight_NK: Tensor) -> Int8Matrix:
-        """The nearest one to a float matrix."""
+        """A float matrix, quantized."""
         values_NK, scale_N = quantize_rows(weight_NK)
         return cls(values_NK, scale_N)
 
@@ -53,7 +55,7 @@ class Int8Weights:
 
     @classmethod
     def of(cls, weight_LNK: Tensor) -> Int8Weights:
-        """The nearest ones to float matrices."""
+        """Float matrices, quantized."""
         values_HK, scale_H = quantize_rows(weight_LNK.flatten(0, 1))
         return cls(values_HK.view(weight_LNK.shape), scale_H.view(weight_LNK.shape[:2]))
 
@@ -64,13 +66,13 @@ class Int8Weights:
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """Rows that come quantized: values_SK * scale_S, as `quantize_rows` makes them."""
+    """Rows that arrive quantized: values_SK * scale_S, as `quantize_rows` makes them."""
 
     values_SK: Tensor
     scale_S: Tensor
     """float32."""
     dtype: torch.dtype
-    """What the rows were, and what is made of them is to be."""
+    """Of the rows before they were quantized, and of what is computed from them."""
 
     def __len__(self) -> int:
         return len(self.values_SK)

@@ -1,10 +1,10 @@
-"""The kernels in plain torch: the oracle for every other implementation, right on any device.
+"""The kernels in plain torch: the oracle of every other implementation, right on any device.
 
 Example of `permute`, two local slots, three tokens with two choices each (9 is a slot of another rank):
 
-    slot_ids_TK = [[1, 9], [0, 1], [9, 0]]
-    choice_of_row_S    = [2, 5, 0, 3]    # slot 0 serves token 1 choice 0 and token 2 choice 1; slot 1 tokens 0 and 1
-    counts_L    = [2, 2]
+    slot_ids_TK     = [[1, 9], [0, 1], [9, 0]]
+    choice_of_row_S = [2, 5, 0, 3]     # slot 0 serves token 1 choice 0 and token 2 choice 1; slot 1 tokens 0 and 1
+    counts_L        = [2, 2]
 """
 
 from __future__ import annotations
@@ -13,13 +13,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from epbackend.kernels import ExpertWeights, Packed, Permuted, fp8, int8
-from epbackend.kernels.narrow import TorchNarrowing
+from epbackend.kernels import ExpertWeights, Permuted, Prepacked, fp8, int8
 from epbackend.kernels.replica_split import TorchSplits
 from epbackend.kernels.weight_formats import Matrices, stacked
 
 
-class ReferenceKernels(TorchSplits, TorchNarrowing):
+class TorchQuantization:
+    """`quantize` and `dequantize` of `epbackend.kernels.Kernels`, for devices without kernels of their own for them."""
+
+    def quantize(self, rows_TD: Tensor, values_TD: Tensor, scale_TB: Tensor) -> None:
+        if values_TD.dtype == fp8.FP8:
+            quantized_TD, found_TB = fp8.quantize_rows(rows_TD)
+        else:
+            quantized_TD, scale_T = int8.quantize_rows(rows_TD)
+            found_TB = scale_T.unsqueeze(1)
+        values_TD.copy_(quantized_TD)
+        scale_TB.copy_(found_TB)
+
+    def dequantize(self, values_TD: Tensor, scale_TB: Tensor, out_TD: Tensor) -> None:
+        if values_TD.dtype == fp8.FP8:
+            scale_TB = scale_TB.repeat_interleave(fp8.BLOCK, 1)[:, : values_TD.shape[1]]
+        out_TD.copy_(values_TD.float() * scale_TB)
+
+
+class ReferenceKernels(TorchSplits, TorchQuantization):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
@@ -47,11 +64,11 @@ class ReferenceKernels(TorchSplits, TorchNarrowing):
         weight_S1 = weights_TK.take(choice_of_row_S).float().unsqueeze(1)
         out_TD.index_add_(0, choice_of_row_S // weights_TK.shape[1], rows_SD.float() * weight_S1)
 
-    def pack(self, weights_LNK: Matrices) -> Packed:
+    def prepack(self, weights_LNK: Matrices) -> Prepacked:
         return stacked(weights_LNK)
 
     def grouped_matmul(
-        self, rows_SK: Tensor, packed: Packed, counts_L: Tensor, bias_LN: Tensor | None = None
+        self, rows_SK: Tensor, packed: Prepacked, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
         if isinstance(packed, int8.Int8Weights):
             return int8.grouped_matmul(rows_SK, packed, counts_L, bias_LN)

@@ -1,12 +1,14 @@
-"""What a token split knows of a layer's replicas, as one source of tokens sees them.
+"""The token splits on one device: what they know of a layer's replicas, and how they are computed by torch's operators.
 
-A source is a group of ranks that hold the same tokens. E experts, C replicas of the one that has most, G sources.
+A split finds a slot for each choice of a batch, in three steps:
 
-Token splits by torch's operators, for devices without kernels of their own for them.
+    counts_E     how many choices of this source's tokens fell on each expert
+    quota_EC     how many of them each replica takes; here `even` and `level` differ
+    slot_ids_TK  which ones: round-robin along the batch, so that every part of it is shared
 
-counts_E     choices of this source's tokens for each expert
-quota_EC     how many of them each replica takes    even and level differ here
-slot_ids_TK  which ones                          replicas in turn along the batch, so that every part is shared
+Shapes: E experts, C replicas of the expert that has most, P slots of all ranks, G sources. A source is a group of ranks
+that hold the same tokens. The numbers are those of `epbackend.placement.replica_split`, to the last token. Devices
+without kernels of their own for it use `TorchSplits`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epbackend.kernels.id_check import ExpertIdCheck, admit
+from epbackend.kernels.id_check import ExpertIdCheck, clamp_ids
 from epbackend.placement.placement import Layout
 from epbackend.placement.replica_split import STRIDE, level_shares, own_quota
 
@@ -28,15 +30,16 @@ Split = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class EvenReplicas:
-    """Replicas that share their expert's tokens equally, or in numbers that differ by one: `placement.split.even`."""
+    """Replicas that share their expert's tokens equally, or in numbers that differ by one."""
 
     slot_ids_EC: np.ndarray
     """int64: the slots of each expert, -1 past the last one."""
     takes_EC: np.ndarray
     """bool: the replicas that take tokens of this source, one for each expert at least."""
-    turn: int = 0
-    """Who gets one more in the first call. It moves on with every call: a step of decoding has few choices of an
-    expert, often one, which would always go to the same replica."""
+    offset: int = 0
+    """Round-robin offset of the first call: which replica gets one more where the tokens do not divide. It advances by
+    one with each call: a decode step has few choices of an expert, often one, which would always go to the same
+    replica."""
 
     @property
     def takers_E(self) -> np.ndarray:
@@ -46,14 +49,14 @@ class EvenReplicas:
     @property
     def place_EC(self) -> np.ndarray:
         """int64: the place of each replica in the queue for one more; -1 where it takes none."""
-        start_E = self.turn + np.cumsum(self.takers_E > 1)
+        start_E = self.offset + np.cumsum(self.takers_E > 1)
         place_EC = (self.takes_EC.cumsum(axis=1) - 1 - start_E[:, None]) % self.takers_E[:, None]
         return np.where(self.takes_EC, place_EC, -1)
 
 
 @dataclass(frozen=True, eq=False)
 class LevelReplicas:
-    """Replicas that take what levels the ranks' loads: `placement.split.level`."""
+    """Replicas that take what levels the ranks' loads."""
 
     slot_ids_EC: np.ndarray
     """int64: the slots of each expert, -1 past the last one."""
@@ -73,39 +76,43 @@ Count = Callable[[Tensor, int], Tensor]
 
 
 class TorchSplits:
-    """The splits of `epbackend.kernels.Kernels`."""
+    """`even_split` and `level_split` of `epbackend.kernels.Kernels`."""
 
     count: Count
 
-    def even_split(self, replicas: EvenReplicas, device: torch.device, guard: ExpertIdCheck | None) -> Split:
-        return EvenSplit(self.count, replicas, device, guard)
+    def even_split(
+        self, replicas: EvenReplicas, device: torch.device, id_check: ExpertIdCheck | None
+    ) -> Split:
+        return EvenSplit(self.count, replicas, device, id_check)
 
     def level_split(
-        self, replicas: LevelReplicas, device: torch.device, guard: ExpertIdCheck | None
+        self, replicas: LevelReplicas, device: torch.device, id_check: ExpertIdCheck | None
     ) -> Split:
-        return LevelSplit(self.count, replicas, device, guard)
+        return LevelSplit(self.count, replicas, device, id_check)
 
 
 class EvenSplit:
+    """All on the device: nothing waits for it, and a CUDA graph can hold the call."""
+
     def __init__(
-        self, count: Count, replicas: EvenReplicas, device: torch.device, guard: ExpertIdCheck | None
+        self, count: Count, replicas: EvenReplicas, device: torch.device, id_check: ExpertIdCheck | None
     ) -> None:
-        self._count, self._guard = count, guard
+        self._count, self._id_check = count, id_check
         self._slot_ids_EC, self._place_EC, self._takers_E1 = (
             torch.tensor(table, device=device)
             for table in (replicas.slot_ids_EC, replicas.place_EC, replicas.takers_E[:, None])
         )
-        self._turn = torch.zeros((), dtype=torch.int64, device=device)
+        self._calls = torch.zeros((), dtype=torch.int64, device=device)
 
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
         experts, most = self._slot_ids_EC.shape
-        ids_TK = _admitted(topk_ids_TK, experts, self._guard)
+        ids_TK = _clamped(topk_ids_TK, experts, self._id_check)
         if most == 1:
             return self._slot_ids_EC.take(ids_TK)
         counts_E = self._count(ids_TK, experts)
         each_E1, more_E1 = counts_E[:, None] // self._takers_E1, counts_E[:, None] % self._takers_E1
-        gets_more_EC = (self._place_EC - self._turn) % self._takers_E1 < more_E1
-        self._turn += 1  # in place, so that it also moves in replays of a CUDA graph
+        gets_more_EC = (self._place_EC - self._calls) % self._takers_E1 < more_E1
+        self._calls += 1  # in place, so that it also advances in replays of a CUDA graph
         quota_EC = (each_E1 + gets_more_EC) * (self._place_EC >= 0)
         return self._slot_ids_EC.take(assign(ids_TK, counts_E, quota_EC))
 
@@ -114,15 +121,15 @@ class LevelSplit:
     """Quotas from the host's compiled form: the counts go there, which waits for their device; no graph can hold it."""
 
     def __init__(
-        self, count: Count, replicas: LevelReplicas, device: torch.device, guard: ExpertIdCheck | None
+        self, count: Count, replicas: LevelReplicas, device: torch.device, id_check: ExpertIdCheck | None
     ) -> None:
-        self._count, self._guard, self._replicas = count, guard, replicas
+        self._count, self._id_check, self._replicas = count, id_check, replicas
         self._slot_ids_EC = torch.tensor(replicas.slot_ids_EC, device=device)
         self._slots_EC = torch.tensor(replicas.layout.slots_EC, device=device)
 
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
         replicas, experts = self._replicas, len(self._slot_ids_EC)
-        ids_TK = _admitted(topk_ids_TK, experts, self._guard)
+        ids_TK = _clamped(topk_ids_TK, experts, self._id_check)
         counts_E = self._count(ids_TK, experts)
         counts_GE = replicas.gather(counts_E) if replicas.gather else counts_E[None]
         quota_P = level_quota(
@@ -144,18 +151,18 @@ def level_quota(
 def assign(ids_TK: Tensor, counts_E: Tensor, quota_EC: Tensor) -> Tensor:
     """replica_TK: for each choice an index into the flat [E, C], as `epbackend.placement.replica_split` has it.
 
-    The replicas of an expert have a seat for each choice, one replica's seats after the other's. Its i-th of n
-    choices takes seat i * STRIDE % n, a permutation that spreads every replica's tokens over the batch.
+    An expert's n choices have positions 0 to n - 1, one replica's quota after the other's. The i-th choice of the batch
+    gets position i * STRIDE % n, a permutation that spreads every replica's tokens over the batch.
     """
     ids_S = ids_TK.reshape(-1)
     by_expert_S = ids_S.argsort(stable=True)
     sorted_S = ids_S[by_expert_S]
     first_S = (counts_E.cumsum(0) - counts_E)[sorted_S]
-    turn_S = torch.arange(len(ids_S), device=ids_S.device) - first_S
-    seat_S = first_S + turn_S * STRIDE % counts_E[sorted_S]
-    replica_S = torch.searchsorted(quota_EC.reshape(-1).cumsum(0), seat_S, right=True)
+    nth_S = torch.arange(len(ids_S), device=ids_S.device) - first_S
+    position_S = first_S + nth_S * STRIDE % counts_E[sorted_S]
+    replica_S = torch.searchsorted(quota_EC.reshape(-1).cumsum(0), position_S, right=True)
     return torch.empty_like(ids_S).scatter_(0, by_expert_S, replica_S).view(ids_TK.shape)
 
 
-def _admitted(topk_ids_TK: Tensor, experts: int, guard: ExpertIdCheck | None) -> Tensor:
-    return guard.admit(topk_ids_TK) if guard else admit(topk_ids_TK, experts)
+def _clamped(topk_ids_TK: Tensor, experts: int, id_check: ExpertIdCheck | None) -> Tensor:
+    return id_check.clamp(topk_ids_TK) if id_check else clamp_ids(topk_ids_TK, experts)

@@ -1,7 +1,7 @@
-"""The kernels with torch's own grouped product: no Triton, nothing read back from the device.
+"""The kernels with torch's own grouped product: no Triton, and nothing read back from the device.
 
-`torch._grouped_mm` is fast for bfloat16 on Hopper and later. It wants rows whose bytes are a multiple of 16, and leaves
-rows past the counts uninitialised.
+`torch._grouped_mm` is fast for bfloat16 on Hopper and later. It needs rows of a multiple of 16 bytes, and leaves rows
+past the counts uninitialised.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from epbackend.kernels.weight_formats import Matrices, stacked
 
 
 class GroupedMmKernels(ReferenceKernels):
-    """The reference without its loops over slots. As many rows come out of `permute` as there may be choices."""
+    """The reference without its loops over slots. `permute` returns as many rows as there may be choices."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
         return _count(buckets(slot_ids_TK, slots), slots)
@@ -35,19 +35,19 @@ class GroupedMmKernels(ReferenceKernels):
         return Permuted(hidden_TD.index_select(0, order_S // slot_ids_TK.shape[1]), counts_L, choice_of_row_S)
 
     def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
-        """Each token looks its rows up: `index_add_` would add them in another order each time."""
+        """Each token looks its rows up: `index_add_` would add them in a different order each time."""
         if len(rows_SD) == 0:
             return
         row_S = torch.arange(len(choice_of_row_S), device=choice_of_row_S.device)
         row_of = choice_of_row_S.new_full((weights_TK.numel() + 1,), -1)
         row_of[choice_of_row_S] = (
-            row_S  # garbage, whose source is -1, falls into the last place, which is cut off
+            row_S  # garbage, with choice -1, falls into the last place, which is cut off
         )
         for row_T, weight_T in zip(row_of[:-1].view(weights_TK.shape).T, weights_TK.T, strict=True):
             part_TD = rows_SD[row_T.clamp(min=0)].float() * weight_T.float()[:, None]
             out_TD += torch.where((row_T >= 0)[:, None], part_TD, 0.0)
 
-    def pack(self, weights_LNK: Matrices) -> Tensor:
+    def prepack(self, weights_LNK: Matrices) -> Tensor:
         stacked_LNK = stacked(weights_LNK)
         if not isinstance(stacked_LNK, Tensor):
             raise ConfigError("torch._grouped_mm takes no quantized experts; use the kernels triton")

@@ -1,4 +1,4 @@
-"""The forms in which experts come: plain or quantized, whole or matrix by matrix."""
+"""Weight formats: what experts may be given as, plain or quantized, all slots at once or matrix by matrix."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Matrix, Int8Weights
 
 Experts = Tensor | Fp8Blocks | Int8Weights
-"""The matrices [N, K] of L slots, whole: one tensor [L, N, K], or quantized."""
+"""The matrices [N, K] of L slots at once: one tensor [L, N, K], or quantized."""
 
 Matrices = Experts | Iterable[Tensor | Int8Matrix]
-"""The same, or one matrix after the other, of one kind."""
+"""The same, or one matrix after the other, all of one format."""
 
 
 def outputs(matrices: Matrices) -> int | None:
-    """N of the matrices, where they are whole; an iterable does not say before it is used up."""
+    """N of the matrices; None for an iterable, which does not say before it is used up."""
     if isinstance(matrices, Tensor):
         return matrices.shape[1]
     return matrices.values_LNK.shape[1] if isinstance(matrices, Fp8Blocks | Int8Weights) else None
 
 
 def stacked(matrices: Matrices) -> Experts:
-    """Whole forms where they are, if contiguous; single matrices side by side, in new memory."""
+    """All slots at once: in place if contiguous; single matrices side by side, in new memory."""
     if isinstance(matrices, Tensor):
         return matrices.detach().contiguous()
     if isinstance(matrices, Fp8Blocks):

@@ -6,13 +6,28 @@
     placement = plan(loads, ranks=32, slots=288)
     print(placement.to_json())
 
-Needs NumPy, and numba for what is compiled; no torch and no device.
+Needs NumPy, and numba for what is compiled; no torch and no device. Where to look:
+
+- `placement` (a layout for each layer) and `loads` (what it is planned on), `formats` (the files of both), `synthetic`;
+- `planners` (`plan`), with `budget` and the compiled `search`; `objectives`: what they balance;
+- `replica_split`: which replica a token takes, batch by batch; `score` and `compare`: how good a placement is.
+
+Letters in names of arrays, as in the whole project:
+
+- Y layers of the model, W windows of recorded loads, E logical experts, C replicas of an expert;
+- P slots of a layer over all ranks, counted densely (the data path pads its slot ids to R * L), R ranks, L slots of one
+  rank, M nodes;
+- T tokens of one source, K experts per token, S choices, flat: one for each (token, k);
+- B batches, or problems solved at once; Q features of a rank's cost;
+- X points of a curve or table (numbers of tokens, numbers of slots), A numbers of active experts in a time table.
+
+Letters of a single module are explained there.
 """
 
 from importlib import import_module
 from typing import Any
 
-# Loaded on first use: reading a placement needs no planner, and an EPLB plan no compiled code.
+# Loaded on first use: reading a placement needs no planner, and a plan by EPLB no compiled code.
 _HOME = {
     "Layout": "placement",
     "Loads": "loads",

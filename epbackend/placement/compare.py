@@ -1,4 +1,4 @@
-"""One table of algorithms and splits side by side: what `epbackend compare` shows and the benchmark prints."""
+"""Algorithms and splits side by side in one table: what `epbackend compare` shows."""
 
 from __future__ import annotations
 
@@ -22,37 +22,39 @@ from epbackend.placement.score import Score, imbalances, score
 from epbackend.placement.synthetic import CONCENTRATION, draw_batches
 
 UNPLANNED = "unplanned"
-"""The row of the even layout, which needs no planner."""
+"""The row of the layout in order, which needs no planner."""
 FOR_LEVEL = "refined+level"
-"""The row of what the default planner makes for the `level` split."""
+"""The row of the default planner, planning for the `level` split."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A placement under a split. Noise and drift are imbalances, means over the layers."""
+    """A placement under a split. Noise and drift are imbalances (see `Score`), means over the layers."""
 
     score: Score
     seconds: float
     """To plan all layers."""
     noise_multinomial: float
-    """On batches in which every choice is on its own."""
+    """On batches in which every choice is independent."""
     noise_over_dispersed: float
-    """On batches that differ as those of real requests do."""
+    """On batches that differ as those of real requests do (see `synthetic.draw_batches`)."""
     drift: float | None
-    """Placed on the first window and judged on the later ones; None with a single window."""
+    """Planned on the first window and scored on the later ones; None with a single window."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values of one level, for JSON."""
+        """Plain values, not nested, for JSON."""
         own = {name: value for name, value in vars(self).items() if name != "score"}
         return {**self.score.to_dict(), **own}
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Rows by algorithm, then split; and the algorithms that cannot do what was asked, each with the reason."""
+    """A row for each algorithm and split."""
 
     rows: tuple[Row, ...]
+    """By algorithm, then split."""
     left_out: tuple[tuple[str, str], ...]
+    """Algorithms that cannot do what is asked, each with the reason."""
 
 
 def score_table(
@@ -68,13 +70,22 @@ def score_table(
     progress: Progress = silent,
     **asked: Any,
 ) -> ScoreTable:
-    """Plans with every algorithm, and judges each placement under every split.
+    """Plans with every algorithm, and scores each placement under every split.
 
-    algorithms: all that are known, FOR_LEVEL and the even layout, unless given. One that was named and cannot do what
-    is asked raises its ConfigError; one that was not is left out with the reason.
-    baseline: the placement in use, from which moves are counted.  batches: noisy ones to draw for each layer.
-    progress: called with (layers done, layers in all), summed over the algorithms.
-    asked: `slots`, `budget`, `node_size` and `search_ms`, as `plan` takes them.
+    Args:
+        loads: recorded windows; drift needs two or more.
+        ranks: R.
+        algorithms: names for the rows, in order; unless given, all known ones, FOR_LEVEL and UNPLANNED.
+        splits: of `replica_split.SPLITS`.
+        objective: what is balanced, see `objectives.parse_objective`.
+        baseline: the placement in use, from which moves are counted.
+        batches: noisy batches to draw for each layer.
+        seed: of the planners and of the noisy batches.
+        progress: called with (layers done, layers in all), summed over the algorithms.
+        asked: `slots`, `budget`, `node_size` and `search_ms`, as `plan` takes them.
+
+    Raises:
+        ConfigError: an algorithm that was named cannot do what is asked. Without names, such ones are left out.
     """
     goal = parse_objective(objective)
     # Imported late: this brings numba. Else the first algorithm's seconds would be those of the compiler.
@@ -109,7 +120,7 @@ def mean_imbalance(
     split: str,
     objective: Objective = TOKENS,
 ) -> float:
-    """Of batches for each of the layers, as `draw_batches` draws them, under a split."""
+    """The mean over layers and batches, under a split, of counts as `draw_batches` draws them for these layers."""
     layouts = [placement.layers[layer] for layer in layers]
     shares_YBP = (
         expected_shares(split, counts_BE, layout, placement.node_size)
@@ -126,7 +137,7 @@ def _rows(
     noises: list[np.ndarray],
     asked: dict[str, Any],
 ) -> list[Row]:
-    """One for each split."""
+    """A row for each split."""
     started = time.perf_counter()
     placement = _place(algorithm, loads, asked)
     seconds = time.perf_counter() - started
@@ -142,7 +153,7 @@ def _rows(
 def _drift(
     algorithm: str, loads: Loads, splits: Sequence[str], objective: Objective, asked: dict[str, Any]
 ) -> dict[str, float]:
-    """By split; nothing with a single window."""
+    """The drift by split; empty with a single window."""
     if loads.windows == 1:
         return {}
     first = Loads(loads.tokens_WYE[:1], loads.names[:1])
@@ -154,6 +165,7 @@ def _drift(
 
 
 def _place(algorithm: str, loads: Loads, asked: dict[str, Any]) -> Placement:
+    """The placement of a row: by `plan`, or in order."""
     if algorithm == FOR_LEVEL:
         return plan(loads, algorithm="refined", split="level", **asked)
     if algorithm != UNPLANNED:

@@ -1,27 +1,34 @@
-"""`Loads`: how many tokens each expert of each layer got, in one or several recordings."""
+"""`Loads`: how many choices each expert of each layer got, in one or several recorded windows.
+
+Loads are counted in choices, a choice being one (token, k) pair: a token that goes to K experts counts K times. The
+names say tokens, as an expert sees them: each choice is a token that it computes.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from epbackend.errors import ConfigError
 
 MOST_TOKENS = 2**48
-"""Of an expert in a window; the tokens of a whole model then fit int64."""
+"""Of one expert in a window; the sum over a whole model then fits int64."""
 
 
 @dataclass(frozen=True, eq=False)
 class Loads:
-    """Recorded windows of the same model, e.g. one a workload. Read-only.
+    """Recorded windows of one model, e.g. a window for each workload. Read-only.
 
-    Raises ConfigError for a wrong shape, for values that are no counts, and for names that do not match.
+    Raises:
+        ConfigError: a wrong shape, values that are no counts, or another number of names than of windows.
     """
 
     tokens_WYE: np.ndarray
-    """Tokens of each expert, float64 [windows, layers, experts]; a dense layer is all zero."""
+    """Choices of each expert, float64 [windows, layers, experts], 0 or more; a dense layer is all zero."""
     names: tuple[str, ...]
     """Where each window comes from, for messages and provenance."""
 
@@ -49,7 +56,7 @@ class Loads:
 
     @classmethod
     def of(cls, windows: Sequence[np.ndarray] | np.ndarray, names: Sequence[str] = ()) -> Loads:
-        """From one [Y, E] array, or several of the same shape; unnamed windows are called by their number."""
+        """From one [Y, E] array of choices, or several of one shape; unnamed windows are called by their number."""
         windows = [windows] if isinstance(windows, np.ndarray) and windows.ndim == 2 else list(windows)
         names = tuple(names) or tuple(f"window {index}" for index in range(len(windows)))
         windows = [_numbers(window) for window in windows]
@@ -69,7 +76,7 @@ class Loads:
 
     @property
     def layers(self) -> int:
-        """Layers of the model, dense ones too."""
+        """Y: layers of the model, dense ones too."""
         return self.tokens_WYE.shape[1]
 
     @property
@@ -79,13 +86,13 @@ class Loads:
 
     @property
     def loaded_layers(self) -> tuple[int, ...]:
-        """The layers in which any window has a token: those that can be planned and judged."""
+        """The layers in which any window has a choice: those that can be planned and scored."""
         return tuple(np.flatnonzero(self.tokens_WYE.any(axis=(0, 2))).tolist())
 
     def mixture_YE(self) -> np.ndarray:
-        """One window for all: in each layer every window counts equally, whatever its number of tokens.
+        """One window in place of all, float64 [Y, E]: in each layer every window has the same weight, large or small.
 
-        A single window comes back as it is. The mixture has the mean number of tokens of the windows.
+        A single window is returned as it is. A layer of the mixture has the mean number of choices of its windows.
         """
         if self.windows == 1:
             return self.tokens_WYE[0]
@@ -96,10 +103,28 @@ class Loads:
 
 
 def _numbers(values: object) -> np.ndarray:
-    """As float64. Raises ConfigError for ragged rows, and for what is no number."""
+    """As float64. Raises ConfigError for rows of unequal length, and for what is no number."""
     try:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         raise ConfigError(
             "loads: these are not numbers in rows of equal length; give counts of tokens"
         ) from None
+
+
+# Single numbers from outside, checked once and plain Python numbers afterwards
+
+
+def whole_number(name: str, value: Any, least: int = 0) -> int:
+    """`value` as an int. Raises ConfigError, with the name, for what is no whole number, or is below `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ConfigError(f"{name}: must be a whole number of {least} or more, not {value!r}")
+    return int(value)
+
+
+def real_number(name: str, value: Any, below: float = math.inf) -> float:
+    """`value` as a float. Raises ConfigError, with the name, for what is no number of 0 or more and below `below`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value < below:
+        above = f"from 0 to below {below:g}" if below < math.inf else "of 0 or more, and finite"
+        raise ConfigError(f"{name}: must be a number {above}, not {value!r}")
+    return float(value)

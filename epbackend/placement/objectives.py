@@ -1,13 +1,13 @@
-"""What a placement is to level: the cost of the rank that waits longest.
+"""What a placement is to balance: the cost of the rank that all others wait for.
 
-Every objective is a table over two things that add up over the slots of a rank, its tokens and its activated experts:
+Every objective is a table over two sums over the slots of a rank, its tokens (choices) and its activated experts:
 
 * `tokens`: the cost is the tokens themselves, as recorded (compute-bound: prefill);
 * `activated[:BATCH]`: the experts that a batch is expected to touch, whose weights must be read (memory-bound: decode);
 * a path to a JSON file: measured microseconds over both, `{"tokens": [..], "experts": [..], "microseconds": [[..]]}`,
-  one row a number of tokens; bilinear inside the table, and as its outermost cells outside. `"batch"` may be given.
+  a row for each number of tokens; bilinear inside the table, as its outermost cells outside. `"batch"` may be given.
 
-A batch is counted as loads are: a token that goes to K experts counts K times.
+A batch is counted in choices, as loads are: a token that goes to K experts counts K times.
 """
 
 from __future__ import annotations
@@ -25,23 +25,28 @@ from numpy.typing import ArrayLike
 from epbackend.errors import ConfigError
 
 DEFAULT_BATCH = 1024
-"""Tokens of a batch unless said otherwise: 128 requests that decode one token each, for 8 experts."""
+"""Choices of a batch unless given: 128 requests that decode one token each, for 8 experts."""
 
 Grid = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The cost of a rank by its tokens (X) and its activated experts (Y). The default is the tokens alone.
+    """The cost of a rank by its tokens (X) and its activated experts (A). The default is the tokens alone.
 
-    Raises ConfigError for a table that cannot be one.
+    The unit of a cost is that of the table: choices, activated experts, or microseconds.
+
+    Raises:
+        ConfigError: the table has axes that do not rise, rows that do not match them, or costs below 0.
     """
 
     name: str = "tokens"
     batch: int = 0
-    """Tokens of a batch over all ranks, to which loads are scaled; 0: costs are of the loads as recorded."""
+    """Choices of a batch over all ranks, to which loads are scaled; 0: costs are of the loads as recorded."""
     tokens_X: tuple[float, ...] = (0.0, 1.0)
+    """Choices on a rank, rising."""
     experts_A: tuple[float, ...] = (0.0, 1.0)
+    """Activated experts on a rank, rising."""
     cost_XA: Grid = ((0.0, 0.0), (1.0, 1.0))
 
     def __post_init__(self) -> None:
@@ -65,18 +70,21 @@ class Objective:
 
     @cached_property
     def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The axes X and Y, and the costs [X, A], as float64 arrays."""
+        """tokens_X, experts_A and cost_XA as float64 arrays."""
         return np.array(self.tokens_X), np.array(self.experts_A), np.array(self.cost_XA)
 
     def features(self, tokens_P: np.ndarray, total: float) -> tuple[np.ndarray, np.ndarray]:
-        """Of slots with these loads, out of `total` over all: their tokens, and how likely a batch activates each."""
+        """Of slots with these loads, out of `total` over all: tokens in a batch, and the chance that it activates each.
+
+        Both float64 in the shape given. Where `batch` is 0, the loads themselves and zeros.
+        """
         shares_P = tokens_P / total if total > 0 else np.zeros_like(tokens_P, dtype=np.float64)
         if not self.batch:
             return np.asarray(tokens_P, dtype=np.float64), np.zeros(shares_P.shape)
         return shares_P * self.batch, 1.0 - (1.0 - np.minimum(shares_P, 1.0)) ** self.batch
 
     def cost(self, tokens: ArrayLike, experts: ArrayLike) -> np.ndarray:
-        """The table at these tokens and activated experts, elementwise."""
+        """The cost of ranks with these tokens and activated experts, elementwise, in the unit of the table."""
         tokens_X, experts_A, table_XA = self.table
         x, fx = _cell(tokens_X, tokens)
         y, fy = _cell(experts_A, experts)
@@ -86,7 +94,7 @@ class Objective:
 
     @cached_property
     def plane(self) -> tuple[float, float] | None:
-        """Cost of a token and of an activated expert, where a rank costs the sum of both: then slots add up."""
+        """The cost of a token and of an activated expert, if a rank costs the sum of both; None for any other table."""
         tokens_X, experts_A, cost_XA = self.table
         token = (cost_XA[1, 0] - cost_XA[0, 0]) / (tokens_X[1] - tokens_X[0])
         expert = (cost_XA[0, 1] - cost_XA[0, 0]) / (experts_A[1] - experts_A[0])
@@ -95,7 +103,7 @@ class Objective:
         return float(token), float(expert)
 
     def rank_costs(self, tokens_P: np.ndarray, rank_of_slot_P: np.ndarray, ranks: int) -> np.ndarray:
-        """Cost of every rank, float64 [R], for the tokens that each slot gets (any split, any unit of load)."""
+        """The cost of every rank, float64 [R], for the tokens that each slot gets, by any split and in any unit."""
         tokens_P, experts_P = self.features(tokens_P, float(np.sum(tokens_P)))
         tokens_R = np.bincount(rank_of_slot_P, weights=tokens_P, minlength=ranks)
         experts_R = np.bincount(rank_of_slot_P, weights=experts_P, minlength=ranks)
@@ -106,7 +114,7 @@ TOKENS = Objective()
 
 
 def activated(batch: int = DEFAULT_BATCH) -> Objective:
-    """Level the experts that a batch of so many tokens is expected to activate."""
+    """Balances the experts that a batch of so many choices is expected to activate."""
     return Objective(f"activated:{batch}", batch, cost_XA=((0.0, 1.0), (0.0, 1.0)))
 
 
@@ -173,6 +181,9 @@ def _numbers(values: Any, field: str, path: Path) -> tuple[float, ...]:
 
 
 def _cell(axis: np.ndarray, value: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The cell of the axis that holds each value, and where in it: 0 at its start, 1 at its end, beyond outside."""
+    """The cell of the axis that holds each value, and where in it: 0 at its start, 1 at its end, beyond them outside.
+
+    `search.layer_search` has the form for one number, which is compiled.
+    """
     index = np.clip(np.searchsorted(axis, value, side="right") - 1, 0, len(axis) - 2)
     return index, (np.asarray(value) - axis[index]) / (axis[index + 1] - axis[index])

@@ -1,7 +1,4 @@
-"""The slots of one layer: which logical expert each rank holds in each of them.
-
-`Placement`: where every expert of a model lives, and where that decision came from.
-"""
+"""`Layout`, the slots of one layer and the expert in each; and `Placement`, the layouts of a model and their origin."""
 
 from __future__ import annotations
 
@@ -19,14 +16,17 @@ from epbackend.errors import ConfigError
 
 @dataclass(frozen=True)
 class Layout:
-    """One layer of a placement. Slots are numbered over all ranks, rank by rank; ranks may have unequal numbers.
+    """One layer of a placement: which logical expert is in which slot. The derived arrays are read-only, computed once.
 
-    Every expert in [0, experts) has one slot at least, and every rank one slot at least. Raises ConfigError otherwise.
-    The derived arrays are computed once and cannot be written to.
+    Slots are numbered from 0 to P - 1 over all ranks, rank by rank, and ranks may have unequal numbers of them. (The
+    slot ids of the data path have room for the largest L on every rank, rank = slot // L: they run to R * L, padded.)
+
+    Raises:
+        ConfigError: an expert from 0 to experts - 1 has no slot, or a rank has none.
     """
 
     experts_of_rank: tuple[tuple[int, ...], ...]
-    """For each of the R ranks the logical experts in its slots, in order; lists become tuples."""
+    """For each of the R ranks the logical experts in its L slots, in order; lists become tuples."""
     experts: int
     """E: logical experts of the layer."""
 
@@ -55,21 +55,28 @@ class Layout:
 
     @classmethod
     def of(cls, slot_to_expert_P: Sequence[int] | np.ndarray, ranks: int, experts: int) -> Layout:
-        """Slots in order, cut evenly: rank r holds slots [r * P / R, (r + 1) * P / R).
+        """Slots in order, cut evenly: rank r holds slots r * P / R to (r + 1) * P / R - 1.
 
-        Raises ConfigError where the ranks do not divide the slots.
+        Raises:
+            ConfigError: the ranks do not divide the slots.
         """
         slots = len(slot_to_expert_P)
         if ranks < 1 or slots % ranks:
             raise ConfigError(
                 f"slots: {slots} cannot be spread evenly over {ranks} ranks; make them a multiple of the ranks"
             )
-        held_RY = np.asarray(slot_to_expert_P, dtype=np.int64).reshape(ranks, slots // ranks)
-        return cls(tuple(map(tuple, held_RY.tolist())), experts)
+        held_RL = np.asarray(slot_to_expert_P, dtype=np.int64).reshape(ranks, slots // ranks)
+        return cls(tuple(map(tuple, held_RL.tolist())), experts)
+
+    @classmethod
+    def cut(cls, slot_to_expert_P: np.ndarray, first_R: np.ndarray, experts: int) -> Layout:
+        """Slots in order, cut unevenly: rank r holds slots first_R[r] to first_R[r + 1] - 1, of R + 1 entries."""
+        held, first = slot_to_expert_P.tolist(), first_R.tolist()
+        return cls(tuple(tuple(held[a:b]) for a, b in pairwise(first)), experts)
 
     @classmethod
     def even(cls, experts: int, ranks: int, slots: int | None = None) -> Layout:
-        """What there is without planning: experts in order, and again from the first one while slots are left.
+        """The layout without planning: experts in order, and again from the first one while slots are left.
 
         `slots` (P) is E unless given. Ranks get equal numbers of slots, or numbers that differ by one.
         """
@@ -78,9 +85,7 @@ class Layout:
             raise ConfigError(f"slots: {slots} are fewer than the {experts} experts; every expert needs one")
         if slots < ranks:
             raise ConfigError(f"slots: {slots} are fewer than the {ranks} ranks; every rank needs one")
-        bounds = [rank * slots // ranks for rank in range(ranks + 1)]
-        held = (tuple(slot % experts for slot in range(*pair)) for pair in pairwise(bounds))
-        return cls(tuple(held), experts)
+        return cls.cut(np.arange(slots) % experts, np.arange(ranks + 1) * slots // ranks, experts)
 
     @property
     def ranks(self) -> int:
@@ -94,7 +99,7 @@ class Layout:
 
     @property
     def duplicates_on_rank(self) -> int:
-        """Slots whose expert has another slot on the same rank: replicas that cannot share out any load."""
+        """Slots whose expert has another slot on the same rank: replicas that cannot take load off their rank."""
         return sum(len(held) - len(set(held)) for held in self.experts_of_rank)
 
     @cached_property
@@ -148,14 +153,15 @@ class Provenance:
     version: str = ""
     """The epbackend that planned it."""
     options: tuple[tuple[str, Any], ...] = ()
-    """Whatever else was asked of the planner, as (name, plain value), sorted by name."""
+    """Other arguments of the planner, as (name, plain value), sorted by name."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Immutable. Row i of `layers` is layer i of the model; a layer without experts (dense) has an even layout.
+    """Immutable. `layers[i]` is layer i of the model; a layer without experts (dense) has an even layout.
 
-    Raises ConfigError for layers that disagree on ranks or experts, and for nodes that do not divide the ranks.
+    Raises:
+        ConfigError: layers differ in ranks or experts, or the nodes do not divide the ranks.
     """
 
     layers: tuple[Layout, ...]
@@ -204,7 +210,7 @@ class Placement:
         return sum(layer.duplicates_on_rank for layer in self.layers)
 
     def to_json(self) -> str:
-        """Text that `from_json` reads; the same placement always gives the same bytes. One line a layer."""
+        """Text that `from_json` reads, with a line for each layer; the same placement always gives the same bytes."""
         head = {
             "format": FORMAT,
             "version": FORMAT_VERSION,

@@ -1,36 +1,26 @@
 """Which replica of its expert a token takes: batch by batch, and the same answer on every rank.
 
-The pieces, from the counts of a batch to a slot for every choice. R sources (ranks) hold tokens, E experts are chosen,
-P slots hold replicas:
+The steps, from the counts of a batch to a slot for every choice. R sources (ranks) hold tokens, E experts are chosen, P
+slots hold replicas:
 
     counts_RE    how often each source chose each expert (all-gathered; `even` and `nearest` need the own row only)
     tokens_E     their sum over the sources
-    shares_P     how many of its expert's tokens each slot takes, over all sources
+    shares_P     how many of its expert's choices each slot takes, from all sources
     quota_P      how many of them come from one source
     slot_ids_TK  the slot of every (token, k) at that source
 
 | split     | quota_P of source r                                                          | communication        |
 |-----------|------------------------------------------------------------------------------|----------------------|
-| `even`    | `even_shares(counts_E, layout, turn=r)`: replicas get equal shares             | none                 |
+| `even`    | `even_shares(counts_E, layout, offset=r)`: replicas get equal shares         | none                 |
 | `nearest` | `nearest_quota(counts_E, layout, r, node_size)`: own rank, own node, rest    | none                 |
 | `level`   | `own_quota(counts_RE, level_shares(tokens_E, layout), layout, r, node_size)` | all-gather of counts |
 
 then `slot_ids_TK = assign(topk_ids_TK, quota_P, layout)`. For every source the quotas of an expert's slots sum to the
 source's count of it; with `level` the sources' quotas of a slot sum to its share. All of it is integer arithmetic: no
-result depends on the order of a sum, the machine or the number of threads. `reference` is the plain form of what is
-compiled.
+result depends on the order of a sum, the machine or the number of threads.
 
-What every split refuses.
-
-Splits that each source makes from its own counts, without a word to the others: `even` and `nearest`.
-
-The `level` split: an expert's tokens go where its replicas find room, so that the fullest rank is as empty as can be.
-
-The compiled forms; `reference.py` says what they compute.
-
-From how many tokens a slot takes to which ones.
-
-What the slots get when many batches, from all sources together, are split: for judging placements.
+Slots are counted densely here, P of them; `epbackend.replica_split` turns them into the padded slot ids of the data
+path. What `level` computes is written plainly in `replica_split_reference`, and compiled in `search.level_split`.
 """
 
 from __future__ import annotations
@@ -53,93 +43,77 @@ __all__ = [
     "own_quota",
 ]
 
-
 MOST_TOKENS = 2**40
-"""Tokens of a batch, over all experts: more than any has, and few enough that no sum overflows 64 bits."""
+"""Limit of the choices in a batch, over all experts: more than any has, and too few for a sum to overflow 64 bits."""
 
 
-def checked_counts(counts_E: np.ndarray, layout: Layout) -> np.ndarray:
-    """Counts as int64 [E] (or [R, E]), read-only and contiguous: one type of array, for which kernels compile once.
-
-    Raises ConfigError for another length, and for counts that are negative, fractional or too many.
-    """
-    counts_E = np.asarray(counts_E)
-    if counts_E.shape[-1:] != (layout.experts,):
-        raise ConfigError(
-            f"counts: the shape is {counts_E.shape}, but the layout has {layout.experts} experts; give a count for each"
-        )
-    if counts_E.dtype.kind not in "iu":
-        raise ConfigError(f"counts: must be whole numbers, not {counts_E.dtype}; round them first")
-    # The largest first: only then the sum is sure not to overflow.
-    if counts_E.min(initial=0) < 0 or counts_E.max(initial=0) > MOST_TOKENS or counts_E.sum() > MOST_TOKENS:
-        raise ConfigError(f"counts: must be 0 or more, and {MOST_TOKENS} in all at most")
-    return read_only(counts_E)
+# `even` and `nearest`: each source decides from its own counts
 
 
-def read_only(counts: np.ndarray) -> np.ndarray:
-    """A read-only, contiguous int64 view, or a copy where there is none."""
-    view = np.ascontiguousarray(counts, dtype=np.int64).view()
-    view.flags.writeable = False
-    return view
-
-
-def even_shares(tokens_E: np.ndarray, layout: Layout, turn: int = 0) -> np.ndarray:
+def even_shares(tokens_E: np.ndarray, layout: Layout, offset: int = 0) -> np.ndarray:
     """shares_P (int64): an expert's replicas get equal shares, or shares that differ by one.
 
-    The replicas that get one more follow each other from a starting replica, which moves on by one from each replicated
-    expert to the next and with `turn`: give each source its rank as `turn`, and neither the experts nor the sources
-    pile their remainders up on the same ranks. Sums over an expert's slots are its tokens exactly.
+    Round robin decides which replicas get one more: they follow each other from a first one, which moves on by one from
+    each replicated expert to the next, and with `offset`. If each source gives its rank as the offset, neither the
+    experts nor the sources put all their remainders on the same ranks. Sums over an expert's slots are its tokens
+    exactly.
     """
-    return _shares(checked_counts(tokens_E, layout), layout, *_all_in_turn(layout, turn))
+    return _shares(checked_counts(tokens_E, layout), layout, *_all_round_robin(layout, offset))
 
 
 def nearest_quota(counts_E: np.ndarray, layout: Layout, source_rank: int, node_size: int = 0) -> np.ndarray:
-    """quota_P (int64) of `source_rank`: all to the nearest replicas, evenly where several are equally near.
+    """quota_P (int64) of `source_rank`: everything to the nearest replicas, evenly if several are equally near.
 
-    Near is the source's own rank, then its node (`node_size` ranks; 0: all ranks are one node), then anywhere.
+    The nearest is on the source's own rank, then on its node (`node_size` ranks; 0: all are one node), then anywhere.
     """
     return _shares(
-        checked_counts(counts_E, layout), layout, *_nearest_in_turn(layout, source_rank, node_size)
+        checked_counts(counts_E, layout), layout, *_nearest_round_robin(layout, source_rank, node_size)
     )
 
 
-def _shares(tokens_E: np.ndarray, layout: Layout, takers_E: np.ndarray, turn_P: np.ndarray) -> np.ndarray:
-    """Even shares among the slots that have a turn; those with the first turns get the remainder."""
-    each_E, remainder_E = np.divmod(tokens_E, takers_E)
-    expert_P = layout.slot_to_expert_P
-    return np.where(turn_P >= 0, each_E[expert_P] + (turn_P < remainder_E[expert_P]), 0)
+@lru_cache(maxsize=1024)
+def _all_round_robin(layout: Layout, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    return _round_robin(layout, layout.slots_EC >= 0, offset)
 
 
 @lru_cache(maxsize=1024)
-def _all_in_turn(layout: Layout, turn: int) -> tuple[np.ndarray, np.ndarray]:
-    return _in_turn(layout, layout.slots_EC >= 0, turn)
-
-
-@lru_cache(maxsize=1024)
-def _nearest_in_turn(layout: Layout, source_rank: int, node_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _nearest_round_robin(layout: Layout, source_rank: int, node_size: int) -> tuple[np.ndarray, np.ndarray]:
     rank_EC = layout.rank_of_slot_P[layout.slots_EC]
     node_ranks = node_size or layout.ranks
     elsewhere_EC = (rank_EC != source_rank).astype(np.int64)
     distance_EC = elsewhere_EC + (rank_EC // node_ranks != source_rank // node_ranks)
     distance_EC[layout.slots_EC < 0] = 3
-    return _in_turn(layout, distance_EC == distance_EC.min(axis=1, keepdims=True), source_rank)
+    return _round_robin(layout, distance_EC == distance_EC.min(axis=1, keepdims=True), source_rank)
 
 
-def _in_turn(layout: Layout, takes_EC: np.ndarray, turn: int) -> tuple[np.ndarray, np.ndarray]:
-    """takers_E: how many replicas take a share of each expert. turn_P: the turn of each slot among them, or -1."""
+def _round_robin(layout: Layout, takes_EC: np.ndarray, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """takers_E: how many replicas take a share of each expert. position_P: of each slot among them, or -1.
+
+    `epbackend.kernels.replica_split` has the same formula for tensors: there the counts stay on the device.
+    """
     takers_E = takes_EC.sum(axis=1)
-    start_E = turn + np.cumsum(takers_E > 1)
-    turn_EC = (np.cumsum(takes_EC, axis=1) - 1 - start_E[:, None]) % takers_E[:, None]
-    turn_P = np.full(layout.slots, -1)
-    turn_P[layout.slots_EC[takes_EC]] = turn_EC[takes_EC]
-    return takers_E, turn_P
+    start_E = offset + np.cumsum(takers_E > 1)
+    position_EC = (np.cumsum(takes_EC, axis=1) - 1 - start_E[:, None]) % takers_E[:, None]
+    position_P = np.full(layout.slots, -1)
+    position_P[layout.slots_EC[takes_EC]] = position_EC[takes_EC]
+    return takers_E, position_P
+
+
+def _shares(tokens_E: np.ndarray, layout: Layout, takers_E: np.ndarray, position_P: np.ndarray) -> np.ndarray:
+    """Even shares among the slots that have a position; the first positions get the remainder."""
+    each_E, remainder_E = np.divmod(tokens_E, takers_E)
+    expert_P = layout.slot_to_expert_P
+    return np.where(position_P >= 0, each_E[expert_P] + (position_P < remainder_E[expert_P]), 0)
+
+
+# `level`: the fullest rank of the batch gets as little as possible
 
 
 def level_shares(tokens_E: np.ndarray, layout: Layout) -> np.ndarray:
     """shares_P (int64) that minimise the largest rank load; sums over an expert's slots are its tokens exactly.
 
-    At most one part in 1024 above the optimum of the linear program that LPLB solves, rounded up to a whole token. Of
-    two slots of an expert on the same rank the first takes all.
+    The largest load is above the optimum of the linear program that LPLB solves, rounded up to a whole token, by one
+    part in 1024 at most. Of two slots of an expert on one rank the first takes everything.
     """
     from epbackend.placement.search.level_split import level_shares as compiled
 
@@ -152,9 +126,15 @@ def own_quota(
 ) -> np.ndarray:
     """quota_P (int64): how many of `source_rank`'s tokens go to each slot, near ones first.
 
-    `counts_RE` are the choices of every source and `shares_P` their split over the slots, both summing to the same
-    number for each expert. A source first fills what its own rank takes, then sources and slots of a node meet, then
-    those left of all ranks. Over all sources a slot's quotas sum to its share, and a source's sum to its counts.
+    Sources and slots of the same rank are matched first, then what is left within each node, then what is left over all
+    ranks. Over all sources a slot's quotas sum to its share, and a source's quotas sum to its counts.
+
+    Args:
+        counts_RE: choices of every source.
+        shares_P: how they are split over the slots; the same sum for each expert.
+        layout: of the layer.
+        source_rank: whose quota is returned.
+        node_size: ranks per node; 0: all ranks are one node.
     """
     from epbackend.placement.search.level_split import own_quota as compiled
 
@@ -165,19 +145,48 @@ def own_quota(
     )
 
 
+def checked_counts(counts_E: np.ndarray, layout: Layout) -> np.ndarray:
+    """Counts as int64 [E] (or [R, E]), read-only and contiguous: one array type, for which numba compiles once.
+
+    Raises:
+        ConfigError: another length than the experts, or counts that are negative, fractional or too many.
+    """
+    counts_E = np.asarray(counts_E)
+    if counts_E.shape[-1:] != (layout.experts,):
+        raise ConfigError(
+            f"counts: the shape is {counts_E.shape}, but the layout has {layout.experts} experts; give a count for each"
+        )
+    if counts_E.dtype.kind not in "iu":
+        raise ConfigError(f"counts: must be whole numbers, not {counts_E.dtype}; round them first")
+    # The largest is checked first: only then the sum cannot overflow.
+    if counts_E.min(initial=0) < 0 or counts_E.max(initial=0) > MOST_TOKENS or counts_E.sum() > MOST_TOKENS:
+        raise ConfigError(f"counts: must be 0 or more, and {MOST_TOKENS} in all at most")
+    return read_only(counts_E)
+
+
+def read_only(counts: np.ndarray) -> np.ndarray:
+    """A read-only, contiguous int64 view, or a copy where there is none."""
+    view = np.ascontiguousarray(counts, dtype=np.int64).view()
+    view.flags.writeable = False
+    return view
+
+
+# From how many choices a slot takes to which ones
+
 STRIDE = 3762083063
-"""A prime, hence i * STRIDE % n takes each of the n values once; of 1200 primes between 2^31 and 2^32 the one that
-spreads i = 0, 1, 2, ... most evenly for n up to 512."""
+"""A prime, hence i * STRIDE % n takes each of the n values once. Of 1200 primes between 2^31 and 2^32 it spreads
+i = 0, 1, 2, ... most evenly for n up to 512."""
 
 
 def assign(topk_ids_TK: np.ndarray, quota_P: np.ndarray, layout: Layout) -> np.ndarray:
-    """slot_ids_TK (int64) for logical ids in [0, E), of which `quota_P[slot]` go to each slot.
+    """slot_ids_TK (int64) for logical ids from 0 to E - 1, of which `quota_P[slot]` go to each slot.
 
-    The n choices of an expert sit down on n seats, its replicas' quotas side by side. The i-th one takes seat
-    i * STRIDE % n: replicas alternate along the batch, and every chunk of it is about as balanced as the whole. With 7
-    choices the seats are taken in the order 0 4 1 5 2 6 3.
+    An expert with n choices has n positions, the quotas of its slots side by side. Its choice i, in the order of the
+    batch, takes position i * STRIDE % n: replicas alternate along the batch, and every chunk of it is about as balanced
+    as the whole. With 7 choices the positions are 0 4 1 5 2 6 3.
 
-    Raises ConfigError where the quotas are not those of the ids.
+    Raises:
+        ConfigError: the quotas are not those of the ids.
     """
     ids_S = np.asarray(topk_ids_TK).reshape(-1)
     counts_E = np.bincount(ids_S, minlength=layout.experts)
@@ -188,26 +197,30 @@ def assign(topk_ids_TK: np.ndarray, quota_P: np.ndarray, layout: Layout) -> np.n
             f"{counts_E[wrong[0]]} choices name; compute the quotas from the counts of these ids"
         )
     slots_by_expert_P = np.argsort(layout.slot_to_expert_P, kind="stable")
-    seats_S = np.repeat(slots_by_expert_P, np.asarray(quota_P)[slots_by_expert_P])
+    slot_of_position_S = np.repeat(slots_by_expert_P, np.asarray(quota_P)[slots_by_expert_P])
     order_S = np.argsort(ids_S, kind="stable")
     n_S = np.repeat(counts_E, counts_E)
     first_S = np.repeat(np.cumsum(counts_E) - counts_E, counts_E)
     occurrence_S = np.arange(len(ids_S)) - first_S
     slot_ids_S = np.empty(len(ids_S), dtype=np.int64)
-    slot_ids_S[order_S] = seats_S[first_S + occurrence_S * STRIDE % n_S]
+    slot_ids_S[order_S] = slot_of_position_S[first_S + occurrence_S * STRIDE % n_S]
     return slot_ids_S.reshape(np.shape(topk_ids_TK))
 
 
+# Many batches at once, from all sources together: for scoring placements
+
 WHOLE = 2**32
-"""Whole tokens that stand for the load of a layer, so that splitting them is as good as splitting a real number."""
+"""Whole tokens that the load of a layer is scaled to: as good as splitting a real number."""
 
 
 def expected_shares(split: str, tokens_BE: np.ndarray, layout: Layout, node_size: int = 0) -> np.ndarray:
-    """shares_BP (float64): tokens of every slot in each of B batches.
+    """shares_BP (float64): tokens of every slot in each of B batches, in the unit of `tokens_BE`.
 
-    With `even` and `nearest` it is the expectation for sources that have equal parts of every expert's tokens. `level`
-    splits batches of whole numbers as it does when serving, in whole tokens, and real numbers without rounding.
-    Raises ConfigError for an unknown split.
+    With `even` and `nearest` it is the expectation if all sources have equal parts of every expert's tokens. `level`
+    splits integer batches as it does when serving, in whole tokens, and real numbers without rounding.
+
+    Raises:
+        ConfigError: the split is unknown.
     """
     if split == "level":
         return np.stack([_level(tokens_E, layout) for tokens_E in tokens_BE])
@@ -219,6 +232,7 @@ def expected_shares(split: str, tokens_BE: np.ndarray, layout: Layout, node_size
 
 
 def _level(tokens_E: np.ndarray, layout: Layout) -> np.ndarray:
+    """`level_shares` of one batch, as float64."""
     total = tokens_E.sum()
     if tokens_E.dtype.kind in "iu" or not total:
         return level_shares(tokens_E.astype(np.int64), layout).astype(np.float64)
@@ -232,21 +246,23 @@ def _even_part(layout: Layout) -> np.ndarray:
 
 
 def _nearest_part(layout: Layout, node_ranks: int) -> np.ndarray:
-    """The same, averaged over the sources: those on the slot's rank, those on its node without a replica of their
-    own, and
-    those on nodes without a replica."""
+    """The same, averaged over the sources.
+
+    Its terms: the source on the slot's rank, sources on its node without a replica of their own, and sources on nodes
+    without a replica.
+    """
     expert_P, rank_P = layout.slot_to_expert_P, layout.rank_of_slot_P
     nodes = -(-layout.ranks // node_ranks)
     node_P = rank_P // node_ranks
-    ranks_N = np.bincount(np.arange(layout.ranks) // node_ranks)
+    ranks_M = np.bincount(np.arange(layout.ranks) // node_ranks)
     on_rank_ER = np.zeros((layout.experts, layout.ranks), dtype=np.int64)
     np.add.at(on_rank_ER, (expert_P, rank_P), 1)
-    on_node_EN = np.add.reduceat(on_rank_ER, np.arange(nodes) * node_ranks, axis=1)
-    held_EN = np.add.reduceat(on_rank_ER > 0, np.arange(nodes) * node_ranks, axis=1, dtype=np.int64)
-    without_E = ((on_node_EN == 0) * ranks_N).sum(axis=1)
+    on_node_EM = np.add.reduceat(on_rank_ER, np.arange(nodes) * node_ranks, axis=1)
+    held_EM = np.add.reduceat(on_rank_ER > 0, np.arange(nodes) * node_ranks, axis=1, dtype=np.int64)
+    without_E = ((on_node_EM == 0) * ranks_M).sum(axis=1)
     sources_P = (
         1 / on_rank_ER[expert_P, rank_P]
-        + (ranks_N[node_P] - held_EN[expert_P, node_P]) / on_node_EN[expert_P, node_P]
+        + (ranks_M[node_P] - held_EM[expert_P, node_P]) / on_node_EM[expert_P, node_P]
         + without_E[expert_P] / layout.replicas_E[expert_P]
     )
     return sources_P / layout.ranks

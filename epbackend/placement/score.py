@@ -1,11 +1,5 @@
-"""How many replicas of each expert.
-
-What no placement can beat.
-
-What it takes to get from one placement to another: the experts that each rank does not hold yet.
-
-How good a placement is on given loads, under a given split.
-"""
+"""How good a placement is on given loads under a given split, beside what no placement can beat; and what it takes to
+get there from another placement: the experts that each rank does not hold yet."""
 
 from __future__ import annotations
 
@@ -23,11 +17,148 @@ from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.replica_split import expected_shares
 
 
+@dataclass(frozen=True)
+class Score:
+    """Imbalance is the largest rank cost over the mean one, of one layer in one window of loads; 1 is perfect."""
+
+    algorithm: str
+    """The algorithm that made the placement."""
+    split: str
+    objective: str
+    ranks: int
+    slots: int | None
+    """P of each layer; None where layers differ."""
+    layers: int
+    """The number of layers scored: those that have loads."""
+    imbalance_mean: float
+    """Over layers and windows."""
+    imbalance_worst: float
+    worst_layer: int
+    lower_bound_mean: float
+    """No placement with these slots gets below it under any split; 1 for objectives other than tokens."""
+    largest_replica: float
+    """Tokens of the busiest slot over the mean rank load of its layer; above 1 it alone overloads its rank."""
+    duplicates_on_rank: int
+    """Slots whose expert has another slot on the same rank."""
+    moves: int | None = None
+    """Experts that ranks must receive, starting from the baseline; None without one."""
+    moves_share: float | None = None
+    """`moves` over the slots."""
+    bytes_most: int | None = None
+    """Bytes that the busiest rank receives; None unless the bytes of an expert are given."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def score(
+    placement: Placement,
+    loads: Loads | np.ndarray,
+    *,
+    split: str = "even",
+    objective: str | Path | Objective = "tokens",
+    baseline: Placement | None = None,
+    expert_bytes: int | None = None,
+) -> Score:
+    """Scores every layer that has loads, in every window.
+
+    Args:
+        placement: what is scored.
+        loads: recorded windows, or one [Y, E] array of choices.
+        split: how replicas share the tokens of their expert, one of `replica_split.SPLITS`.
+        objective: what is balanced, see `objectives.parse_objective`.
+        baseline: the placement in use, from which moves are counted.
+        expert_bytes: bytes of the weights of one expert in one layer.
+
+    Raises:
+        ConfigError: loads or a baseline of another model, loads without a token, or an unknown split.
+    """
+    loads = loads if isinstance(loads, Loads) else Loads.of(loads)
+    check_same_model(placement, loads)
+    goal = parse_objective(objective)
+    scored: list[tuple[float, float, float, int]] = []  # (imbalance, bound, largest replica, layer)
+    for layer in loads.loaded_layers:
+        layout = placement.layers[layer]
+        tokens_WE = loads.tokens_WYE[:, layer]
+        tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
+        shares_WP = expected_shares(split, tokens_WE, layout, placement.node_size)
+        for tokens_E, shares_P, worst in zip(
+            tokens_WE, shares_WP, imbalances(shares_WP, layout, goal), strict=True
+        ):
+            mean = tokens_E.sum() / layout.ranks
+            least = lower_bound(tokens_E, layout.slots, layout.ranks) / mean if goal == TOKENS else 1.0
+            scored.append((worst, least, shares_P.max() / mean, layer))
+    imbalance, bound, largest, of_layer = (np.array(values) for values in zip(*scored, strict=True))
+    moves = count_moves(baseline, placement, loads.loaded_layers) if baseline else None
+    return Score(
+        algorithm=placement.provenance.algorithm,
+        split=split,
+        objective=goal.name,
+        ranks=placement.ranks,
+        slots=placement.slots,
+        layers=len(loads.loaded_layers),
+        imbalance_mean=float(imbalance.mean()),
+        imbalance_worst=float(imbalance.max()),
+        worst_layer=int(of_layer[imbalance.argmax()]),
+        lower_bound_mean=float(bound.mean()),
+        largest_replica=float(largest.max()),
+        duplicates_on_rank=placement.duplicates_on_rank,
+        moves=moves.total if moves else None,
+        moves_share=moves.share if moves else None,
+        bytes_most=int(moves.bytes_R(expert_bytes).max()) if moves and expert_bytes is not None else None,
+    )
+
+
+def imbalances(shares_BP: np.ndarray, layout: Layout, objective: Objective = TOKENS) -> np.ndarray:
+    """Largest rank cost over the mean, float64 [B], for the tokens that each slot gets in each of B batches."""
+    costs_BR = rank_costs(shares_BP, layout, objective)
+    return costs_BR.max(axis=1) / costs_BR.mean(axis=1)
+
+
+def rank_costs(shares_BP: np.ndarray, layout: Layout, objective: Objective = TOKENS) -> np.ndarray:
+    """The cost of each rank, float64 [B, R]: its tokens in the unit of the shares, or the objective's cost of them."""
+    if objective == TOKENS:
+        first_slot_R = np.cumsum(layout.slots_R) - layout.slots_R
+        return np.add.reduceat(shares_BP, first_slot_R, axis=1)
+    return np.stack([objective.rank_costs(s_P, layout.rank_of_slot_P, layout.ranks) for s_P in shares_BP])
+
+
+def check_same_model(placement: Placement, loads: Loads) -> None:
+    """Raises ConfigError if placement and loads are not of the same model, or no layer has loads."""
+    for name, of_loads, of_placement in (
+        ("layers", loads.layers, len(placement.layers)),
+        ("experts", loads.experts, placement.experts),
+    ):
+        if of_loads != of_placement:
+            raise ConfigError(
+                f"loads: have {of_loads} {name}, but the placement has {of_placement}; use loads of the same model"
+            )
+    if not loads.loaded_layers:
+        raise ConfigError("loads: no layer has a token; record some before judging a placement by them")
+
+
+# What no placement can beat
+
+
+def lower_bound(weight_E: np.ndarray, slots: int, ranks: int) -> float:
+    """Least possible load of the busiest rank, in the unit of the weights, if replicas share their expert evenly.
+
+    The larger of the mean rank load, and the least weight that the heaviest replica can have with so many slots.
+    """
+    weight_E = np.asarray(weight_E, dtype=np.float64)
+    replicas_E = optimal_replicas(weight_E, slots)
+    return float(max(weight_E.sum() / ranks, (weight_E / replicas_E).max()))
+
+
 def optimal_replicas(weight_E: np.ndarray, slots: int, max_replicas: int | None = None) -> np.ndarray:
     """Replicas of each expert, int64 [E], adding up to `slots`, that minimise the largest weight of a replica.
 
-    One at a time to the expert whose replicas weigh most, which is optimal; of equal ones, to the first. No expert gets
-    more than `max_replicas`: the ranks, where no rank is to hold two. Raises ConfigError where the slots do not fit.
+    One at a time to the expert whose replicas weigh most, which is optimal; of equal ones, to the heaviest expert, then
+    the first. No expert gets more than `max_replicas`: the ranks, where no rank is to hold two.
+
+    Raises:
+        ConfigError: the slots do not fit.
     """
     from epbackend.placement.search.layer_search import optimal_replicas as compiled
 
@@ -41,22 +172,15 @@ def optimal_replicas(weight_E: np.ndarray, slots: int, max_replicas: int | None 
     return compiled(weight_E, np.argsort(-weight_E, kind="stable"), slots, most)
 
 
-def lower_bound(weight_E: np.ndarray, slots: int, ranks: int) -> float:
-    """Least possible load of the busiest rank, in the unit of the weights, where replicas share their expert evenly.
-
-    The larger of the mean rank load and T, the lightest that the heaviest replica can be with so many slots.
-    """
-    weight_E = np.asarray(weight_E, dtype=np.float64)
-    replicas_E = optimal_replicas(weight_E, slots)
-    return float(max(weight_E.sum() / ranks, (weight_E / replicas_E).max()))
+# Moves from one placement to another
 
 
 @dataclass(frozen=True, eq=False)
 class Moves:
-    """Experts that ranks must receive. What a rank already holds, in whichever slot, costs nothing."""
+    """Experts that ranks must receive. What a rank already holds, in any slot, costs nothing."""
 
     received_YR: np.ndarray
-    """Experts that each rank receives in each of the layers that were compared, int64."""
+    """Experts that each rank receives in each of the compared layers, int64."""
     slots: int
     """Slots of those layers in the new placement."""
 
@@ -78,7 +202,8 @@ class Moves:
 def count_moves(before: Placement, after: Placement, layers: Sequence[int] | None = None) -> Moves:
     """Compares the given layers, e.g. `loads.loaded_layers`; all of them unless given.
 
-    Raises ConfigError for placements of different models or ranks.
+    Raises:
+        ConfigError: the placements are of different models or numbers of ranks.
     """
     for name, old, new in (
         ("layers", len(before.layers), len(after.layers)),
@@ -102,115 +227,3 @@ def _held_RE(layout: Layout) -> np.ndarray:
     held_RE = np.zeros((layout.ranks, layout.experts), dtype=bool)
     held_RE[layout.rank_of_slot_P, layout.slot_to_expert_P] = True
     return held_RE
-
-
-@dataclass(frozen=True)
-class Score:
-    """Imbalance is the largest rank cost over the mean one, of one layer in one window of loads: 1 is level."""
-
-    algorithm: str
-    """What made the placement."""
-    split: str
-    objective: str
-    ranks: int
-    slots: int | None
-    """Of each layer; None where layers differ."""
-    layers: int
-    """Layers judged: those that have loads."""
-    imbalance_mean: float
-    """Over layers and windows."""
-    imbalance_worst: float
-    worst_layer: int
-    lower_bound_mean: float
-    """What no placement with these slots, and no split, gets below; 1 for objectives other than tokens."""
-    largest_replica: float
-    """Tokens of the busiest slot over the mean rank load of its layer; above 1 it alone makes its rank too full."""
-    duplicates_on_rank: int
-    """Slots whose expert has another slot on the same rank."""
-    moves: int | None = None
-    """Experts that ranks must receive, coming from the baseline; None without one."""
-    moves_share: float | None = None
-    """The same over the slots."""
-    bytes_most: int | None = None
-    """Bytes that the busiest rank receives; None unless the bytes of an expert are known."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-
-def score(
-    placement: Placement,
-    loads: Loads | np.ndarray,
-    *,
-    split: str = "even",
-    objective: str | Path | Objective = "tokens",
-    baseline: Placement | None = None,
-    expert_bytes: int | None = None,
-) -> Score:
-    """Judges every layer with loads in every window. `expert_bytes`: weights of one expert of one layer.
-
-    Raises ConfigError for loads or a baseline of another model, loads without a token, and an unknown split.
-    """
-    loads = loads if isinstance(loads, Loads) else Loads.of(loads)
-    check_same_model(placement, loads)
-    goal = parse_objective(objective)
-    cells: list[tuple[float, float, float, int]] = []
-    for layer in loads.loaded_layers:
-        layout = placement.layers[layer]
-        tokens_WE = loads.tokens_WYE[:, layer]
-        tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
-        shares_WP = expected_shares(split, tokens_WE, layout, placement.node_size)
-        for tokens_E, shares_P, imbalance in zip(
-            tokens_WE, shares_WP, imbalances(shares_WP, layout, goal), strict=True
-        ):
-            mean = tokens_E.sum() / layout.ranks
-            bound = lower_bound(tokens_E, layout.slots, layout.ranks) / mean if goal == TOKENS else 1.0
-            cells.append((imbalance, bound, shares_P.max() / mean, layer))
-    imbalance_C, bound_C, replica_C, layer_C = (np.array(values) for values in zip(*cells, strict=True))
-    moves = count_moves(baseline, placement, loads.loaded_layers) if baseline else None
-    return Score(
-        algorithm=placement.provenance.algorithm,
-        split=split,
-        objective=goal.name,
-        ranks=placement.ranks,
-        slots=placement.slots,
-        layers=len(loads.loaded_layers),
-        imbalance_mean=float(imbalance_C.mean()),
-        imbalance_worst=float(imbalance_C.max()),
-        worst_layer=int(layer_C[imbalance_C.argmax()]),
-        lower_bound_mean=float(bound_C.mean()),
-        largest_replica=float(replica_C.max()),
-        duplicates_on_rank=placement.duplicates_on_rank,
-        moves=moves.total if moves else None,
-        moves_share=moves.share if moves else None,
-        bytes_most=int(moves.bytes_R(expert_bytes).max()) if moves and expert_bytes is not None else None,
-    )
-
-
-def imbalances(shares_BP: np.ndarray, layout: Layout, objective: Objective = TOKENS) -> np.ndarray:
-    """Largest rank cost over the mean, float64 [B], for the tokens that each slot gets in each batch."""
-    costs_BR = rank_costs(shares_BP, layout, objective)
-    return costs_BR.max(axis=1) / costs_BR.mean(axis=1)
-
-
-def rank_costs(shares_BP: np.ndarray, layout: Layout, objective: Objective = TOKENS) -> np.ndarray:
-    """What each rank waits for, float64 [B, R]: its tokens, or what the objective makes of them."""
-    if objective == TOKENS:
-        first_slot_R = np.cumsum(layout.slots_R) - layout.slots_R
-        return np.add.reduceat(shares_BP, first_slot_R, axis=1)
-    return np.stack([objective.rank_costs(s_P, layout.rank_of_slot_P, layout.ranks) for s_P in shares_BP])
-
-
-def check_same_model(placement: Placement, loads: Loads) -> None:
-    """Raises ConfigError where placement and loads cannot belong together, or nothing is loaded."""
-    for name, of_loads, of_placement in (
-        ("layers", loads.layers, len(placement.layers)),
-        ("experts", loads.experts, placement.experts),
-    ):
-        if of_loads != of_placement:
-            raise ConfigError(
-                f"loads: have {of_loads} {name}, but the placement has {of_placement}; use loads of the same model"
-            )
-    if not loads.loaded_layers:
-        raise ConfigError("loads: no layer has a token; record some before judging a placement by them")

@@ -1,29 +1,5 @@
-"""Loads that look like recorded ones, so that tests, examples and benchmarks need no recording.
-
-The model was fitted by hand to six recordings of DeepSeek-V3 (58 MoE layers of 256 experts, decode and prefill):
-
-* The logarithm of an expert's load is a normal variable plus an exponential one (TAIL), so that a few experts stand
-  out and none vanish. No expert gets much more than LIMIT times the mean, as a token chooses each expert only once.
-* `skew` is the standard deviation of the logarithm, before the limit makes it 7% smaller. Recorded are 0.59 (decode)
-  to 0.86 (prefill of 4096 tokens), median 0.69. Layers differ in it by a log-normal factor (SPREAD).
-* `drift` is the total variation distance between two windows: recorded are 0.01 to 0.11 between windows of the same
-  phase (median 0.055), and 0.18 to 0.20 between decode and prefill.
-
-How close it comes, as the maximum over the mean of a layer at the quantiles 0.1, 0.5 and 0.9 of the layers, and as the
-imbalance that EPLB leaves (its mean over layers) with 272, 288, 320 and 288 slots on 16, 32, 64 and 144 ranks:
-
-    recorded   3.6 to 4.9   5.2 to 8.2   8.0 to 11.4     1.002 to 1.003   1.006 to 1.007   1.016 to 1.021   1.16 to 1.26
-    defaults   4.4          6.8          11.3            1.002            1.007            1.018            1.17
-
-Batches as they come: drawn from recorded loads, of which every single batch differs.
-
-A batch is counted in choices: tokens times experts a token. Two models of how it differs from the mean:
-
-* multinomial: every choice on its own. What is left when nothing else varies: the least noise there can be.
-* over-dispersed: each batch has chances of its own, drawn from a Dirichlet distribution around the recorded ones
-  (together: Dirichlet-multinomial), as requests about one subject choose the same experts. The smaller the
-  concentration, the more batches differ.
-"""
+"""Made-up loads that look like recorded ones, and batches drawn from loads: tests, examples and benchmarks need no
+recording."""
 
 from __future__ import annotations
 
@@ -33,8 +9,24 @@ from statistics import NormalDist
 import numpy as np
 
 from epbackend.errors import ConfigError
-from epbackend.placement.loads import Loads
-from epbackend.placement.values import real_number, whole_number
+from epbackend.placement.loads import Loads, real_number, whole_number
+
+# Loads
+#
+# The model was fitted by hand to six recordings of DeepSeek-V3 (58 MoE layers of 256 experts, decode and prefill):
+#
+# * The logarithm of an expert's load is a normal variable plus an exponential one (TAIL), so that a few experts stand
+#   out and none vanish. No expert gets much more than LIMIT times the mean, as a token chooses each expert only once.
+# * `skew` is the standard deviation of the logarithm, before the limit makes it 7% smaller. Recorded are 0.59 (decode)
+#   to 0.86 (prefill of 4096 tokens), median 0.69. Layers differ in it by a log-normal factor (SPREAD).
+# * `drift` is the total variation distance between two windows: recorded are 0.01 to 0.11 between windows of the same
+#   phase (median 0.055), and 0.18 to 0.20 between decode and prefill.
+#
+# How close it comes, as the maximum over the mean of a layer at the quantiles 0.1, 0.5 and 0.9 of the layers, and as
+# the imbalance that EPLB leaves (its mean over layers) with 272, 288, 320 and 288 slots on 16, 32, 64 and 144 ranks:
+#
+#   recorded  3.6 to 4.9  5.2 to 8.2  8.0 to 11.4    1.002 to 1.003  1.006 to 1.007  1.016 to 1.021  1.16 to 1.26
+#   defaults  4.4         6.8         11.3           1.002           1.007           1.018           1.17
 
 TAIL = 0.6
 """Weight of the exponential variable in the logarithm of a load; its variance is the square of that."""
@@ -59,13 +51,19 @@ def synthetic_loads(
 ) -> Loads:
     """The same arguments give the same loads. The defaults look like a recording of DeepSeek-V3's MoE layers.
 
-    layers: of the model, of which the first `dense_layers` have no experts and stay all zero.
-    tokens: choices in each layer and window, which is tokens times experts a token.
-    skew: how unequal the experts of a layer are, see above; 0 makes all equally likely.
-    drift: total variation distance of any two windows, from 0 to below 1; no more than the skew allows.
-    noise: 0 when tokens choose independently; above, they come in clumps and the variance is 1 + noise times as large.
+    Args:
+        layers: Y, of which the first `dense_layers` have no experts and stay all zero.
+        experts: E.
+        tokens: choices in each layer and window, which is tokens times experts per token.
+        skew: how unequal the experts of a layer are, see above; 0 makes all equally likely.
+        drift: total variation distance of any two windows, 0 or more and below 1; no more than the skew allows.
+        noise: 0 if tokens choose independently; above, they are clustered and the variance is 1 + noise times as large.
+        windows: W.
+        dense_layers: layers without experts, in front.
+        seed: of all random numbers.
 
-    Raises ConfigError for values outside of these ranges.
+    Raises:
+        ConfigError: a value is out of its range.
     """
     windows, layers = whole_number("windows", windows, 1), whole_number("layers", layers, 1)
     experts, tokens = whole_number("experts", experts, 1), whole_number("tokens", tokens)
@@ -89,7 +87,7 @@ def synthetic_loads(
 def _chances(
     random: np.random.Generator, shape_WYE: tuple[int, int, int], skew: float, drift: float
 ) -> np.ndarray:
-    """How likely a choice is for each expert, float64 [W, Y, E]; the windows share part of their variance."""
+    """The chance that a choice is of each expert, float64 [W, Y, E]; the windows share part of their variance."""
     _, layers, experts = shape_WYE
     skew_Y1 = skew * np.exp(SPREAD * random.standard_normal((layers, 1)))
     shared_Y1 = _shared_part(skew_Y1, drift)
@@ -100,7 +98,7 @@ def _chances(
 
 
 def _tailed(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Draws of mean 0 and variance 1 whose upper tail is the longer one."""
+    """Draws of mean 0 and variance 1 whose upper tail is longer than the lower one."""
     return np.sqrt(1 - TAIL**2) * random.standard_normal(shape) + TAIL * (
         random.standard_exponential(shape) - 1
     )
@@ -116,13 +114,23 @@ def _shared_part(skew_Y1: np.ndarray, drift: float) -> np.ndarray:
 
 
 def _shares(values_WYE: np.ndarray) -> np.ndarray:
+    """Of the sum over the experts of each window and layer."""
     return values_WYE / values_WYE.sum(axis=2, keepdims=True)
 
+
+# Batches
+#
+# A batch is counted in choices, which is tokens times experts per token. Two models of how it differs from the mean:
+#
+# * multinomial: every choice is independent. The least noise there can be, if nothing else varies.
+# * over-dispersed: each batch has chances of its own, drawn from a Dirichlet distribution around the recorded ones
+#   (together: Dirichlet-multinomial), as requests about one subject choose the same experts. The smaller the
+#   concentration, the more batches differ.
 
 BATCH_CHOICES = 4096 * 8
 """4096 tokens that choose 8 experts each."""
 CONCENTRATION = 2000.0
-"""Of the over-dispersed batches."""
+"""Of the Dirichlet distribution of over-dispersed batches."""
 
 
 def draw_batches(
@@ -134,9 +142,15 @@ def draw_batches(
     concentration: float | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """counts_YBE (int64): batches for each of the layers, each of which needs a token; the windows take turns.
+    """counts_YBE (int64), in choices: batches for each of the given layers. The same arguments give the same batches.
 
-    Multinomial, or over-dispersed with a concentration. The same arguments give the same batches.
+    Args:
+        loads: around which they are drawn; a layer's windows with a token alternate.
+        layers: each needs a token in some window.
+        choices: of a batch.
+        batches: B of each layer.
+        concentration: of over-dispersed batches; None: multinomial ones.
+        seed: of all random numbers.
     """
     random = np.random.default_rng(seed)
     counts_YBE = np.empty((len(layers), batches, loads.experts), dtype=np.int64)

@@ -1,4 +1,7 @@
-"""Compiles the planners and splits beforehand: `python -m epbackend.placement.warmup`, which `make setup` calls."""
+"""Compiles the planners and splits beforehand: `python -m epbackend.placement.warmup`, which `make setup` calls.
+
+A module of its own because it stands above the planners: it calls them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from epbackend.placement.replica_split import level_shares, own_quota
 
 
 def warm_up(say: Callable[[str], None] = lambda text: None) -> None:
-    """Compiles everything that the planners and splits usually need, and keeps it, so that no first call waits."""
+    """Compiles what the planners and splits usually need, and keeps it on disk, so that no first call has to wait."""
     say("compiling the planner and the splits")
     loads = Loads.of(np.array([[5.0, 2.0, 1.0, 1.0]]))
     refined(Task(loads, ranks=2, slots=4, objective=TOKENS, budget=2, options={"split": "level"}))

@@ -14,12 +14,12 @@ DOCS = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text()
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("table", [ascend_traffic.markdown(), ascend_traffic.overlap_markdown()])
-def test_the_computed_tables(table):
+def test_documented_tables_are_what_the_traffic_model_computes(table):
     assert table in DOCS, "paste the output of python -m benchmarks.ascend_traffic"
 
 
 @pytest.mark.ascend
-def test_the_call_log(ranks, npu):
+def test_documented_calls_are_those_of_a_layer(ranks, npu):
     if npu != "A3":
         pytest.skip("the docs show the calls on A3")
     assert markdown(ranks.run) in DOCS, "paste the output of python -m tests.helpers.ascend_call_log"

@@ -38,7 +38,7 @@ def refused(groups: dict[int, RankGroup], mistake: str) -> bool:
 
 
 @pytest.mark.parametrize("mistake", ["sizes", "types", "collectives", "splits"])
-def test_ranks_that_disagree(ranks, npu, mistake):
+def test_collectives_that_ranks_call_differently_fail_on_all(ranks, npu, mistake):
     if npu == REAL:
         pytest.skip("real ranks that disagree hang")
     assert ranks.run(2, refused, mistake) == [True, True]

@@ -14,7 +14,7 @@ FACTOR = 2.5
 @pytest.mark.parametrize("tokens", [1, 17])
 @pytest.mark.parametrize(("groups", "top_groups"), [(8, 4), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_it_is_lmdeploys(npu, tokens, groups, top_groups, dtype):
+def test_fused_router_chooses_as_lmdeploys(npu, tokens, groups, top_groups, dtype):
     pytest.importorskip("lmdeploy", reason="LMDeploy is not installed")
     from lmdeploy.pytorch.backends.default.moe_router import DefaultRouterNoauxTCImpl
     from lmdeploy.pytorch.backends.moe_router import RouterNoauxTCBuildSpec
@@ -44,7 +44,7 @@ def test_it_is_lmdeploys(npu, tokens, groups, top_groups, dtype):
         ({"n_routed_experts": 4096}, False),
     ],
 )
-def test_other_routers_stay_lmdeploys(changes, fits):
+def test_only_deepseek_v3s_router_is_replaced(changes, fits):
     pytest.importorskip("lmdeploy", reason="LMDeploy is not installed")
     from lmdeploy.pytorch.backends.moe_router import RouterNoauxTCBuildSpec
 
@@ -73,18 +73,18 @@ def test_other_routers_stay_lmdeploys(changes, fits):
         ((2049, 8, 1, 1), False),
     ],
 )
-def test_sizes(sizes, fits):
+def test_sizes_that_the_fused_router_takes(sizes, fits):
     assert ops.router_fits(*sizes) == fits
 
 
 @pytest.mark.ascend
-def test_no_token(npu):
+def test_fused_router_of_no_token(npu):
     weights_TK, ids_TK = ops.sigmoid_top_k(torch.empty(0, 256).npu(), torch.rand(256).npu(), 8, 8, 4, FACTOR)
     assert (weights_TK.shape, ids_TK.shape) == ((0, 8), (0, 8))
 
 
 @pytest.mark.ascend
-def test_the_largest_size_runs(npu):
+def test_fused_router_of_the_largest_size_runs(npu):
     experts, top_k, groups, top_groups = 2048, 33, 64, 2
     assert ops.router_fits(experts, top_k, groups, top_groups)
     logits_TE, bias_E = torch.randn(2, experts).npu(), torch.rand(experts).npu()

@@ -11,9 +11,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from epbackend.dispatch.base import DispatchSettings
-from tests.contract.test_int8 import layer_is_close, quantized
-from tests.contract.test_layer import REPLICAS, SHUFFLED, SPLITS, UNEVEN, UNEVEN_CUTS, relu_product, uneven
-from tests.helpers.layer_case import Case, layer_equals_dense
+from tests.helpers.layer_case import (
+    REPLICAS,
+    SHUFFLED,
+    SPLITS,
+    UNEVEN,
+    UNEVEN_CUTS,
+    Case,
+    assert_each_choice_computed_once,
+    layer_equals_dense,
+    relu_product,
+    uneven,
+)
+from tests.helpers.quantized_layer import INT8, layer_is_near
 
 MC2 = DispatchSettings(level=2, dispatcher="mc2", max_tokens=16)
 HIDDEN = 1024  # the least that A3 takes
@@ -28,9 +38,7 @@ def run(ranks, npu):
     def run(case: Case) -> None:
         seen = ranks.run(case.size, layer_equals_dense, replace(case, device="ascend", hidden=HIDDEN))
         assert {rank.dispatcher for rank in seen} == {"mc2"}
-        computed = torch.tensor([rank.tokens_E for rank in seen]).sum(0)
-        chosen = torch.tensor([rank.chosen_E for rank in seen[:: case.token_size]]).sum(0)
-        assert torch.equal(computed, chosen)
+        assert_each_choice_computed_once(seen, case.token_size)
 
     return run
 
@@ -39,7 +47,7 @@ def run(ranks, npu):
 @pytest.mark.parametrize(
     "slots", [tuple(range(8)), REPLICAS, SHUFFLED], ids=["uniform", "replicas", "shuffled"]
 )
-def test_uneven_and_empty_ranks(run, size, token_size, slots):
+def test_replicas_on_uneven_and_empty_ranks(run, size, token_size, slots):
     run(Case(size, uneven(size // token_size), MC2, token_size, slots, dtype=torch.bfloat16))
 
 
@@ -71,11 +79,11 @@ def bfloat16(weights_EXX: torch.Tensor, place: torch.device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("transport", ["full", "int8"])
-@pytest.mark.parametrize("form", [quantized, bfloat16], ids=["W8A8", "bfloat16"])
-def test_int8_experts_and_int8_rows(ranks, npu, size, transport, form):
-    settings = replace(MC2, transport=transport)
-    ranks.run(size, layer_is_close, settings, REPLICAS, "ascend", HIDDEN, form)
+@pytest.mark.parametrize("dispatch_dtype", ["full", "int8"])
+@pytest.mark.parametrize("form", [INT8, replace(INT8, quantize=bfloat16)], ids=["W8A8", "bfloat16"])
+def test_int8_experts_and_int8_rows(ranks, npu, size, dispatch_dtype, form):
+    settings = replace(MC2, dispatch_dtype=dispatch_dtype)
+    ranks.run(size, layer_is_near, settings, REPLICAS, "ascend", replace(form, hidden=HIDDEN))
 
 
 @st.composite

@@ -46,7 +46,7 @@ def equals_reference(groups, settings):
     ],
     ids=["one rank", "shared tokens", "own tokens", "replicas", "fused"],
 )
-def test_modules(ranks, npu, form, settings, dispatcher):
+def test_lmdeploys_modules_give_what_the_reference_gives(ranks, npu, form, settings, dispatcher):
     if (npu, dispatcher) == ("A2", "mc2"):
         pytest.skip("few ranks of an A2 take mc2 by name alone")
     settings = {"form": form, "dtype": COMPUTED[form]} | settings
@@ -81,7 +81,7 @@ def host_waits(groups, settings):
     [{"size": 2}, {"size": 2, "level": 2, "dp": 2, "hidden": 1024}],
     ids=["replicated", "mc2"],
 )
-def test_a_step_waits_for_nothing(ranks, npu, settings):
+def test_a_decode_step_never_waits_for_the_device(ranks, npu, settings):
     """Neither for a layer's rows nor for the counters of its load."""
     if npu == "npu":
         pytest.skip("the emulated CANN counts waits")

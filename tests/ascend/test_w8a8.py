@@ -8,9 +8,9 @@ import torch
 from epbackend.kernels import ExpertWeights, int8
 from epbackend.kernels.npu import kernels, ops
 from epbackend.kernels.npu.kernels import NpuKernels
-from tests.contract.test_int8 import close, quantized, whole
-from tests.contract.test_layer import relu_product
 from tests.helpers.dense import dense_moe, swiglu
+from tests.helpers.layer_case import relu_product
+from tests.helpers.quantized_layer import INT8, assert_near, int8_matrices, int8_weights
 
 pytestmark = pytest.mark.ascend
 
@@ -20,18 +20,18 @@ D, SLOTS, COUNTS = 64, 3, (4, 0, 2)
 def experts(form, hidden: int, width: int) -> tuple[ExpertWeights, list[torch.Tensor]]:
     """Packed in a form, and as float matrices."""
     matrices = [torch.randn(SLOTS, 2 * width, hidden) / 8, torch.randn(SLOTS, hidden, width) / 8]
-    packed = [NpuKernels().pack(form(each, torch.device("npu"))) for each in matrices]
+    packed = [NpuKernels().prepack(form(each, torch.device("npu"))) for each in matrices]
     return ExpertWeights(*packed), matrices
 
 
-@pytest.mark.parametrize("form", [quantized, whole], ids=["one by one", "whole"])
+@pytest.mark.parametrize("form", [int8_matrices, int8_weights], ids=["one by one", "whole"])
 @pytest.mark.parametrize(
     ("hidden", "width", "layout"),
     [(64, 64, kernels.Tiled), (40, 64, int8.Int8Weights), (40, 40, int8.Int8Weights)],
     ids=["tiles", "plain", "plain and odd"],
 )
 @pytest.mark.parametrize("activation", [None, relu_product], ids=["swiglu", "own"])
-def test_rows_that_come_quantized(npu, form, hidden, width, layout, activation):
+def test_int8_rows_give_what_their_float_rows_give(npu, form, hidden, width, layout, activation):
     weights, matrices = experts(form, hidden, width)
     assert isinstance(weights.gate_up, layout)
     weights = ExpertWeights(weights.gate_up, weights.down, activation=activation)
@@ -43,10 +43,10 @@ def test_rows_that_come_quantized(npu, form, hidden, width, layout, activation):
     slot_S1 = torch.repeat_interleave(torch.arange(SLOTS), counts_L.cpu()).unsqueeze(1)
     ones_S1 = torch.ones(6, 1)
     dense = dense_moe(rows_SD[:6], slot_S1, ones_S1, *matrices, activation=activation or swiglu)
-    close(out_SD[:6].cpu(), dense)
+    assert_near(out_SD[:6].cpu(), dense, INT8)
 
 
-def test_float_experts_dequantize_them(npu):
+def test_float_experts_dequantize_int8_rows(npu):
     rows = int8.Int8Rows(*(each.npu() for each in int8.quantize_rows(torch.randn(7, D))), torch.bfloat16)
     weights, _ = experts(lambda each, place: each.bfloat16().to(place), D, 64)
     counts_L = torch.tensor(COUNTS).npu()
@@ -54,14 +54,14 @@ def test_float_experts_dequantize_them(npu):
     assert torch.equal(NpuKernels().expert_mlp(rows, counts_L, weights)[:6], as_they_were[:6])
 
 
-def test_a_call_asks_nothing_twice(npu):
+def test_a_tiled_layer_takes_two_operators(npu):
     """Tiled: one operator from int8 rows to int8 rows, one back; the setting of the process is as it was."""
     from tests.helpers.ascend import REAL
     from tests.helpers.cann import registry
 
     if npu == REAL:
         pytest.skip("only the emulation notes its calls")
-    weights, _ = experts(quantized, D, 64)
+    weights, _ = experts(int8_matrices, D, 64)
     rows = int8.Int8Rows(*(each.npu() for each in int8.quantize_rows(torch.randn(7, D))), torch.bfloat16)
     registry.calls.clear()
     NpuKernels().expert_mlp(rows, torch.tensor(COUNTS).npu(), weights)
@@ -73,7 +73,7 @@ def test_a_call_asks_nothing_twice(npu):
     ("outer", "inner", "message"),
     [(80, 64, "64 x 80 is not a whole number of tiles"), (64, 40, "40 x 64"), (10272, 16, "more than 10240")],
 )
-def test_why_matrices_stay_plain(npu, outer, inner, message):
+def test_matrices_of_other_sizes_stay_plain_with_the_reason(npu, outer, inner, message):
     plain = int8.Int8Weights.of(torch.randn(1, outer, inner))
     assert message in ops.not_tiled(plain)
     assert kernels.tiled(plain) is plain

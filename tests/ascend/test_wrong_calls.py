@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from epbackend.device.ascend import AscendDevice
 from epbackend.dispatch.mc2 import LIMITS
 from epbackend.errors import ConfigError
 from epbackend.kernels import int8
@@ -34,7 +35,7 @@ def group(**changes) -> ops.FusedGroup:
 
 def dispatch(hidden: int, **changes) -> ops.FusedRows:
     ids_TK = torch.arange(2, dtype=INT32).repeat(4, 1).npu()
-    chip = LIMITS[NpuKernels().chip]
+    chip = LIMITS[AscendDevice().chip]
     return ops.moe_dispatch(
         npu_tensor(4, hidden),
         ids_TK,
@@ -141,7 +142,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_refused(name):
+def test_a_wrong_call_is_refused_by_the_emulation(name):
     call, message = WRONG[name]
     with pytest.raises(RuntimeError, match=message):
         call()
@@ -158,21 +159,21 @@ def test_refused(name):
         ),
     ],
 )
-def test_matrices(matrices, message):
+def test_matrices_that_npus_cannot_multiply_are_refused(matrices, message):
     with pytest.raises(ConfigError, match=message):
-        NpuKernels().pack(matrices)
+        NpuKernels().prepack(matrices)
 
 
-def test_rows_of_int8_experts():
-    packed = NpuKernels().pack([int8.Int8Matrix.of(torch.randn(8, 16))])
+def test_float32_rows_of_int8_experts_are_refused():
+    packed = NpuKernels().prepack([int8.Int8Matrix.of(torch.randn(8, 16))])
     with pytest.raises(ConfigError, match=r"not torch\.float32; set engine.dtype: bfloat16"):
         NpuKernels().grouped_matmul(npu_tensor(4, 16, dtype=FLOAT32), packed, npu_tensor(1, dtype=INT64))
 
 
-def test_biases_of_int8_experts():
+def test_biases_of_int8_experts_are_refused():
     kernels = NpuKernels()
     weights = [int8.Int8Matrix.of(torch.randn(8, 16)) for _ in range(2)]
-    packed = kernels.pack([int8.Int8Matrix(each.values_NK.npu(), each.scale_N.npu()) for each in weights])
+    packed = kernels.prepack([int8.Int8Matrix(each.values_NK.npu(), each.scale_N.npu()) for each in weights])
     with pytest.raises(ConfigError, match="W8A8 experts with biases are not supported; use bfloat16 weights"):
         kernels.grouped_matmul(npu_tensor(4, 16), packed, npu_tensor(2, dtype=INT64), npu_tensor(2, 8))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def unpack(folder: Path, site: Path) -> subprocess.CompletedProcess:
 
 def test_packages_that_the_machine_has_are_not_gathered(gather_gpu):
     found = gather_gpu.wanted("3.12", gather_gpu.THERE, [])
-    assert {"pydantic-core", "xgrammar", "apache-tvm-ffi", "pytest"} <= set(found)
+    assert {"pydantic-core", "xgrammar", "apache-tvm-ffi", "pytest", "pytest-xdist", "execnet"} <= set(found)
     assert not {"torch", "triton", "transformers", "numpy", "tokenizers", "sympy", "lmdeploy"} & set(found)
 
 
@@ -55,6 +56,24 @@ def test_lmdeploy_is_packed_without_compiled_files(offline, tmp_path):
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert shown.stdout.split() == [str(tmp_path / "site/lmdeploy/__init__.py"), "0.18.0"], shown.stderr
+
+
+def test_a_checkout_comes_before_the_gathered_one(offline, tmp_path):
+    offline.gather(tmp_path / "gpu", HERE, [], [])
+    mine = tmp_path / "checkout"
+    (mine / "epbackend/engines").mkdir(parents=True)
+
+    def path_in(folder: Path) -> list[str]:
+        command = f". {tmp_path}/gpu/activate.sh && echo $PYTHONPATH"
+        environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "PYTHONPATH": "/before"}
+        shown = subprocess.run(
+            ["bash", "-c", command], cwd=folder, capture_output=True, text=True, env=environment
+        )
+        return shown.stdout.strip().split(":")
+
+    site = str(tmp_path / "gpu/site")
+    assert path_in(mine) == [str(mine), site, "/before"]
+    assert path_in(tmp_path) == [str(tmp_path / "gpu/epbackend"), site, "/before"]
 
 
 def test_unpacking_refuses_a_folder_for_another_python(offline, tmp_path):

@@ -91,7 +91,7 @@ def test_dispatch_settings_carry_every_value():
         buffer_scale_factors=((8192, 2.0), (0, 8.0)),
         overlap_chunks=3,
         overlap_min_tokens=5,
-        transport="int8",
+        dispatch_dtype="int8",
         timeout_s=9.0,
     )
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from epbackend.device import devices
 from epbackend.kernels.reference import ReferenceKernels
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks whole layers, and among them those on several ranks: for runs that leave these out."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and "ranks" in item.fixturenames:
+            item.add_marker(pytest.mark.layer)
+            if item.callspec.params.get("size") != 1:
+                item.add_marker(pytest.mark.several_ranks)
 
 
 @pytest.fixture(
@@ -29,4 +41,8 @@ def place(device):
 @pytest.fixture(scope="session", params=["reference", "own"])
 def kernels(request, device):
     """The device's own kernels, and the reference that they are held to."""
-    return device.kernels if request.param == "own" else ReferenceKernels()
+    if request.param == "own":
+        return device.kernels
+    if device.emulated:
+        pytest.skip("the interpreter's tensors are the CPU's: the reference is tested there")
+    return ReferenceKernels()

@@ -24,7 +24,7 @@ def test_unpermute_inverts_permute(kernels, place):
     torch.testing.assert_close(out_TD.cpu(), 1 + hidden_TD * weights_TK.sum(1, keepdim=True))
 
 
-def test_unpermute_leaves_garbage_rows_alone(kernels, place):
+def test_unpermute_ignores_garbage_rows(kernels, place):
     rows_SD = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan]]).to(place)
     out_TD = torch.zeros(2, 2).to(place)
     choice_of_row_S, weights_TK = torch.tensor([3, -1]).to(place), torch.full((2, 2), 2.0).to(place)
@@ -34,13 +34,13 @@ def test_unpermute_leaves_garbage_rows_alone(kernels, place):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_grouped_matmul(kernels, place, dtype, bias):
+def test_grouped_matmul_equals_a_product_for_each_row(kernels, place, dtype, bias):
     weight_LNK = torch.randn(5, 24, 16).to(dtype) / 4
     bias_LN = torch.randn(5, 24).to(dtype) if bias else None
     counts_L = torch.tensor([3, 0, 1, 7, 0])
     rows_SK = torch.randn(13, 16).to(dtype)
     rows_SK[11:] = torch.nan  # past the counts: garbage that must not reach a valid row
-    packed = kernels.pack(weight_LNK.to(place))
+    packed = kernels.prepack(weight_LNK.to(place))
     on_place = None if bias_LN is None else bias_LN.to(place)
     rows_SN = kernels.grouped_matmul(rows_SK.to(place), packed, counts_L.to(place), on_place).cpu()
     slot_S = torch.repeat_interleave(torch.arange(5), counts_L)
@@ -52,7 +52,7 @@ def test_grouped_matmul(kernels, place, dtype, bias):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_swiglu(kernels, place, dtype):
+def test_swiglu_equals_its_formula_and_keeps_its_input(kernels, place, dtype):
     rows_S2F = torch.randn(6, 8).to(dtype)
     given_S2F = rows_S2F.to(place)
     rows_SF = kernels.swiglu(given_S2F).cpu()
@@ -63,9 +63,9 @@ def test_swiglu(kernels, place, dtype):
 @pytest.mark.parametrize(
     "activation", [None, lambda rows: rows[:, ::2].tanh() * rows[:, 1::2]], ids=["swiglu", "own"]
 )
-def test_expert_mlp(kernels, place, activation):
+def test_expert_mlp_equals_its_formula_for_each_row(kernels, place, activation):
     gate_up_L2FD, down_LDF = torch.randn(2, 12, 8) / 3, torch.randn(2, 8, 6) / 3
-    packed = kernels.pack(gate_up_L2FD.to(place)), kernels.pack(down_LDF.to(place))
+    packed = kernels.prepack(gate_up_L2FD.to(place)), kernels.prepack(down_LDF.to(place))
     rows_SD = torch.randn(5, 8)
     counts_L = torch.tensor([2, 3]).to(place)
     out_SD = kernels.expert_mlp(rows_SD.to(place), counts_L, ExpertWeights(*packed, activation=activation))
@@ -74,9 +74,9 @@ def test_expert_mlp(kernels, place, activation):
         torch.testing.assert_close(out_SD[row].cpu(), expected, **tolerance(torch.float32))
 
 
-def test_no_rows_at_all(kernels, place):
+def test_expert_mlp_of_no_rows_returns_none(kernels, place):
     weights = ExpertWeights(
-        kernels.pack(torch.randn(2, 12, 8).to(place)), kernels.pack(torch.randn(2, 8, 6).to(place))
+        kernels.prepack(torch.randn(2, 12, 8).to(place)), kernels.prepack(torch.randn(2, 8, 6).to(place))
     )
     rows_SD, counts_L = torch.empty(0, 8).to(place), torch.zeros(2, dtype=torch.int64).to(place)
     assert kernels.expert_mlp(rows_SD, counts_L, weights).shape == (0, 8)

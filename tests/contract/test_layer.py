@@ -14,7 +14,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from epbackend.dispatch.base import DispatchSettings
-from tests.helpers.layer_case import Case, Seen, layer_equals_dense
+from tests.helpers.layer_case import (
+    REPLICAS,
+    SHUFFLED,
+    SPLITS,
+    UNEVEN,
+    UNEVEN_CUTS,
+    Case,
+    Seen,
+    assert_each_choice_computed_once,
+    layer_equals_dense,
+    relu_product,
+    uneven,
+)
 
 LEVEL_1 = DispatchSettings(level=1)
 LEVEL_2 = DispatchSettings(level=2)
@@ -22,14 +34,6 @@ PASSES = DispatchSettings(level=1, topk_scaling_factor=0.34, cutoff_min_tokens=1
 ROUNDS = DispatchSettings(level=2, buffer_scale_factors=((20, 0.2), (0, 0.3)))
 CHUNKS = DispatchSettings(level=2, overlap_chunks=3, overlap_min_tokens=1)
 WAYS = {"level1": LEVEL_1, "level2": LEVEL_2, "passes": PASSES, "rounds": ROUNDS, "chunks": CHUNKS}
-REPLICAS = (0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 0, 5)  # expert 0 three times, experts 3 and 5 twice
-SHUFFLED = (5, 5, 2, 0, 7, 1, 5, 4, 6, 3, 5, 2)
-
-
-SPLITS = ("even", "nearest", "level")
-# 13 slots: expert 0 four times, twice of them on the first rank
-UNEVEN = (0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 5, 0)
-UNEVEN_CUTS = {1: (13,), 2: (9, 4), 4: (5, 1, 4, 3)}
 
 
 @pytest.fixture
@@ -38,16 +42,10 @@ def run(ranks, device):
 
     def run(case: Case) -> list[Seen]:
         seen = ranks.run(case.size, layer_equals_dense, replace(case, device=device.name))
-        computed = torch.tensor([rank.tokens_E for rank in seen]).sum(0)
-        chosen = torch.tensor([rank.chosen_E for rank in seen[:: case.token_size]]).sum(0)
-        assert torch.equal(computed, chosen)
+        assert_each_choice_computed_once(seen, case.token_size)
         return seen
 
     return run
-
-
-def uneven(groups: int) -> tuple[int, ...]:
-    return (7, 0, 11, 3)[:groups]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -107,32 +105,27 @@ def test_near_replicas_keep_tokens_at_home(run):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("token_size", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtypes_bias_and_activation(run, way, token_size, dtype):
+def test_every_dtype_with_bias_and_own_activation(run, way, token_size, dtype):
     case = Case(2, (9,) * (2 // token_size), WAYS[way], token_size, dtype=dtype, bias=True)
     run(case)
     run(replace(case, activation=relu_product))
 
 
-def relu_product(rows_S2F: torch.Tensor) -> torch.Tensor:
-    """A gate that is not SwiGLU, with its halves interleaved."""
-    return rows_S2F[..., ::2].relu() * rows_S2F[..., 1::2]
-
-
 @pytest.mark.parametrize("way", ["level1", "level2", "chunks"])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("transport", ["int8", "fp8"])
-def test_quantized_rows(run, device, way, static, dtype, transport):
-    """Beside the dense formula for the rows as they arrive; test_rowbytes.py has how near these are to the tokens."""
-    if (device.name, transport) == ("ascend", "fp8"):
+@pytest.mark.parametrize("dispatch_dtype", ["int8", "fp8"])
+def test_quantized_rows(run, device, way, static, dtype, dispatch_dtype):
+    """Beside the dense formula for the rows as they arrive; test_row_format.py has how near these are to the tokens."""
+    if (device.name, dispatch_dtype) == ("ascend", "fp8"):
         pytest.skip("Ascend A2 and A3 have no float8")
-    settings = replace(WAYS[way], static=static, transport=transport)
+    settings = replace(WAYS[way], static=static, dispatch_dtype=dispatch_dtype)
     run(Case(2, (9, 9), settings, dtype=dtype, hidden=200, bias=True))
     run(Case(4, (6, 6), settings, token_size=2, dtype=dtype, hidden=200))
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_token_anywhere(run, way):
+def test_no_token_anywhere_is_served(run, way):
     run(Case(4, (0, 0, 0, 0), WAYS[way]))
     run(Case(4, (0,), WAYS[way], token_size=4))
 
@@ -229,5 +222,5 @@ def cases(draw) -> Case:
 
 @given(case=cases())
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_layer(run, case):
+def test_any_layer_equals_the_dense_formula(run, case):
     run(case)

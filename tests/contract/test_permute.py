@@ -26,7 +26,7 @@ def valid(permuted: Permuted) -> Permuted:
 
 
 @given(shape=shapes)
-def test_permute_is_a_sorted_selection(kernels, place, shape):
+def test_permute_selects_local_choices_sorted_by_slot(kernels, place, shape):
     tokens, top_k, slots, seed = shape
     hidden_TD = torch.arange(tokens * 3.0).view(tokens, 3)
     slot_ids_TK = routing(tokens, top_k, -2, slots + 2, seed)
@@ -40,7 +40,7 @@ def test_permute_is_a_sorted_selection(kernels, place, shape):
 
 
 @given(shape=shapes, width=st.integers(1, 7))
-def test_windows_are_the_whole_in_parts(kernels, place, shape, width):
+def test_windows_together_are_the_whole_permutation(kernels, place, shape, width):
     tokens, top_k, slots, seed = shape
     hidden_TD = torch.arange(tokens * 2.0, device=place).view(tokens, 2)
     slot_ids_TK = routing(tokens, top_k, -1, slots + 1, seed).to(place)
@@ -57,7 +57,7 @@ def test_windows_are_the_whole_in_parts(kernels, place, shape, width):
     assert torch.equal(torch.stack([part.counts_L for part in parts]).sum(0), whole.counts_L)
 
 
-def test_choices_that_are_a_column_of_a_wider_tensor(kernels, place):
+def test_strided_slot_ids_give_the_same_rows(kernels, place):
     slot_ids_TK = torch.tensor([[0, 2], [1, 2], [1, 2], [0, 2]], device=place)[:, :1]
     permuted = valid(kernels.permute(torch.eye(4, device=place), slot_ids_TK, 2))
     assert permuted.choice_of_row_S.tolist() == [0, 3, 1, 2]

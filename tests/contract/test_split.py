@@ -36,17 +36,17 @@ def level_quota(counts_GE: np.ndarray, by_source: Layout, source: int, node_sour
     return reference.own_quota(counts_GE, shares_P, by_source, source, node_sources)
 
 
-@given(calls=st.lists(batches, max_size=3), turn=st.integers(0, 3))
-def test_even_takes_turns_from_call_to_call(kernels, place, calls, turn):
-    split = kernels.even_split(EvenReplicas(LAYOUT.slots_EC, LAYOUT.slots_EC >= 0, turn), place, None)
+@given(calls=st.lists(batches, max_size=3), offset=st.integers(0, 3))
+def test_even_is_round_robin_and_advances_with_each_call(kernels, place, calls, offset):
+    split = kernels.even_split(EvenReplicas(LAYOUT.slots_EC, LAYOUT.slots_EC >= 0, offset), place, None)
     for call, ids in enumerate(calls):
-        quota_P = splits.even_shares(counts(ids), LAYOUT, turn + call)
+        quota_P = splits.even_shares(counts(ids), LAYOUT, offset + call)
         expected = splits.assign(np.array(ids), quota_P, LAYOUT)
         assert split(torch.tensor(ids, device=place)).tolist() == expected.tolist()
 
 
 @given(ids=batches, rank=st.integers(0, 3))
-def test_nearest_is_even_among_some(kernels, place, ids, rank):
+def test_nearest_is_even_among_the_nearest_replicas(kernels, place, ids, rank):
     near_EC = LAYOUT.rank_of_slot_P[LAYOUT.slots_EC] == rank
     near_EC &= LAYOUT.slots_EC >= 0
     takes_EC = np.where(near_EC.any(axis=1, keepdims=True), near_EC, LAYOUT.slots_EC >= 0)
@@ -58,7 +58,7 @@ def test_nearest_is_even_among_some(kernels, place, ids, rank):
 
 @given(ids=batches, others=st.lists(st.integers(0, 50), min_size=E, max_size=E), source=st.integers(0, 1))
 @pytest.mark.parametrize("node_sources", [0, 1])
-def test_level_with_two_sources(kernels, place, ids, others, source, node_sources):
+def test_level_with_two_sources_equals_the_reference(kernels, place, ids, others, source, node_sources):
     gathered = np.array([counts(ids), others])[:: 1 - 2 * source]
 
     def gather(counts_E: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_level_with_two_sources(kernels, place, ids, others, source, node_source
 
 
 @given(ids=batches)
-def test_level_where_all_ranks_hold_the_same_tokens(kernels, place, ids):
+def test_level_with_one_source_equals_the_reference(kernels, place, ids):
     alone = Layout((sum(LAYOUT.experts_of_rank, ()),), E)
     replicas = LevelReplicas(LAYOUT.slots_EC, LAYOUT, alone, 0, 0, None)
     found = kernels.level_split(replicas, place, None)(torch.tensor(ids, device=place))
@@ -80,8 +80,7 @@ def test_level_where_all_ranks_hold_the_same_tokens(kernels, place, ids):
     assert found.tolist() == splits.assign(np.array(ids), quota_P, LAYOUT).tolist()
 
 
-def test_no_tokens(kernels, place):
-    """This source has none, but takes part in the gathering."""
+def test_a_source_without_tokens_takes_part_in_the_gathering(kernels, place):
     asked = []
 
     def gather(counts_E: torch.Tensor) -> torch.Tensor:
@@ -89,29 +88,29 @@ def test_no_tokens(kernels, place):
         return counts_E.expand(2, -1)
 
     replicas = LevelReplicas(LAYOUT.slots_EC, LAYOUT, BY_SOURCE, 0, 0, gather)
-    nobody_TK = torch.empty(0, K, dtype=torch.int64, device=place)
-    assert kernels.level_split(replicas, place, None)(nobody_TK).shape == (0, K)
+    none_TK = torch.empty(0, K, dtype=torch.int64, device=place)
+    assert kernels.level_split(replicas, place, None)(none_TK).shape == (0, K)
     assert asked == [[0] * E]
 
 
 @pytest.mark.parametrize("replicas", ["one", "even", "level"])
-@pytest.mark.parametrize("wild", [-1, E, 1 << 40])
-def test_ids_that_no_expert_has(kernels, place, replicas, wild):
-    """They get slots that exist, and the guard tells of them: at once, or when the device has."""
+@pytest.mark.parametrize("outside", [-1, E, 1 << 40])
+def test_ids_out_of_range_get_existing_slots_and_are_raised(kernels, place, replicas, outside):
+    """At once on a CPU, on other devices in a later call."""
     slot_ids_EC = LAYOUT.slots_EC[:, :1] if replicas == "one" else LAYOUT.slots_EC
-    guard = ExpertIdCheck(E, place, layer=7)
+    id_check = ExpertIdCheck(E, place, layer=7)
     if replicas == "level":
         alone = Layout((sum(LAYOUT.experts_of_rank, ()),), E)
         tables = LevelReplicas(slot_ids_EC, LAYOUT, alone, 0, 0, None)
         make = kernels.level_split
     else:
         tables, make = EvenReplicas(slot_ids_EC, slot_ids_EC >= 0), kernels.even_split
-    ids_TK = torch.tensor([[0, wild], [2, 3]], device=place)
-    unwatched = make(tables, place, None)(ids_TK)
-    assert 0 <= int(unwatched.min()) <= int(unwatched.max()) < LAYOUT.slots
-    split = make(tables, place, guard)
+    ids_TK = torch.tensor([[0, outside], [2, 3]], device=place)
+    unchecked = make(tables, place, None)(ids_TK)
+    assert 0 <= int(unchecked.min()) <= int(unchecked.max()) < LAYOUT.slots
+    split = make(tables, place, id_check)
     with pytest.raises(
-        ConfigError, match=f"layer 7: a token chose expert {wild}, and the experts are 0 to 3;"
+        ConfigError, match=f"layer 7: a token chose expert {outside}, and the experts are 0 to 3;"
     ):
         call_twice(split, ids_TK)
 
@@ -122,7 +121,7 @@ def call_twice(split: Split, ids_TK: torch.Tensor) -> None:
     split(ids_TK)
 
 
-def test_choices_that_are_a_column_of_a_wider_tensor(kernels, place):
+def test_strided_expert_ids_get_the_same_slots(kernels, place):
     wide = torch.tensor([[0, 3], [2, 1], [0, 0], [3, 3]], device=place)
     even = EvenReplicas(LAYOUT.slots_EC, LAYOUT.slots_EC >= 0, 0)
     alone = Layout((sum(LAYOUT.experts_of_rank, ()),), E)

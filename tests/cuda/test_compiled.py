@@ -17,10 +17,10 @@ from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
 from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas
-from epbackend.kernels.triton import quantize as widen_module
+from epbackend.kernels.triton import quantize as quantize_module
 from epbackend.kernels.triton.compile_info import compiling_for, resources
 from epbackend.kernels.triton.kernels import TritonKernels
-from epbackend.kernels.triton.quantize import narrow, widen
+from epbackend.kernels.triton.quantize import dequantize, quantize
 from epbackend.kernels.triton.tiles import (
     A100,
     B200,
@@ -33,7 +33,7 @@ from epbackend.kernels.triton.tiles import (
     choose_tile,
     table,
 )
-from epbackend.kernels.triton.tuning import ExpertShape, Job, compile_job
+from epbackend.kernels.triton.tuning import ExpertShape, TuningCase, compile_candidate
 from epbackend.placement.placement import Layout
 
 pytestmark = [
@@ -81,7 +81,7 @@ def cases() -> list[tuple[str, str, float]]:
     ]
 
 
-def test_both_products_of_a_form_change_tiles_at_the_same_rows():
+def test_both_products_change_tiles_at_the_same_rows():
     for forms in table()["families"].values():
         for kinds in forms.values():
             assert [e["up_to"] for e in kinds["gated"]] == [e["up_to"] for e in kinds["plain"]]
@@ -113,18 +113,18 @@ def test_tiles_fit_their_chip(family, form, rows_per_slot):
 
 @pytest.mark.parametrize("entry", [each for each in table()["tuned"] if each["triton"] == VERSION], ids=str)
 def test_tuned_tiles_fit_their_chip(entry):
-    """Those of this version of Triton; the others serve nobody here."""
+    """Those of this version of Triton, which are the ones that would be used here."""
     width, inner = entry["depth"], entry["height"] // 2
     if not entry["gated"]:
         width, inner = entry["height"], entry["depth"]
     experts = ExpertShape("tuned", 8, width, inner)
-    job = Job(experts, entry["form"], entry["gated"], entry["up_to"])
-    assert compile_job(job, TUNED_CHIPS[entry["chip"]], Tile(**entry["tile"]))
+    case = TuningCase(experts, entry["form"], entry["gated"], entry["up_to"])
+    assert compile_candidate(case, TUNED_CHIPS[entry["chip"]], Tile(**entry["tile"]))
 
 
 @pytest.mark.parametrize("tokens", [16, 4096])
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-def test_the_other_kernels_compile(chip, tokens):
+def test_permutation_and_swiglu_compile_without_spills(chip, tokens):
     kernels = TritonKernels(chip)
     with compiling_for(chip) as compiled:
         ids_TK = meta(tokens, 8, dtype=torch.int64)
@@ -166,7 +166,7 @@ def test_the_level_split_compiles_for_layouts_of_all_kinds(layout):
 
 
 @pytest.mark.parametrize(("tokens", "launches"), [(64, 1), (4096, 3)], ids=["decode", "prefill"])
-def test_launches_of_the_even_split(tokens, launches):
+def test_the_even_split_takes_one_launch_or_three(tokens, launches):
     layout, nowhere = Layout.even(256, 32, 288), torch.device("meta")
     replicas = EvenReplicas(layout.slots_EC, layout.slots_EC >= 0)
     with compiling_for(H100) as compiled:
@@ -179,15 +179,15 @@ def test_launches_of_the_even_split(tokens, launches):
 
 @pytest.mark.parametrize(("form", "group"), [(torch.int8, 7168), (torch.float8_e4m3fn, 128)], ids=str)
 @pytest.mark.parametrize("chip", [A100, L40S, H100, B200], ids=lambda chip: chip.name)
-def test_rows_in_8_bits_compile(monkeypatch, chip, form, group):
+def test_rows_in_8_bits_move_16_bytes_at_a_time(monkeypatch, chip, form, group):
     if form == torch.float8_e4m3fn and not chip.fp8:
         pytest.skip(f"{chip.name} has no float8")
-    monkeypatch.setattr(widen_module, "chip_of", lambda device: chip)
+    monkeypatch.setattr(quantize_module, "chip_of", lambda device: chip)
     values_SD, scale_SG = meta(8192, 7168, dtype=form), meta(8192, 7168 // group, dtype=torch.float32)
     with compiling_for(chip) as compiled:
-        narrow(meta(128, 7168), values_SD[:128], scale_SG[:128])
-        widen(values_SD, scale_SG, meta(8192, 7168))
-        widen(values_SD, scale_SG, meta(8192, 7168), meta(32, dtype=torch.int64))
+        quantize(meta(128, 7168), values_SD[:128], scale_SG[:128])
+        dequantize(values_SD, scale_SG, meta(8192, 7168))
+        dequantize(values_SD, scale_SG, meta(8192, 7168), meta(32, dtype=torch.int64))
     assert all(resources(kernel).spilled == 0 for kernel in compiled)
     assert "ld.global.v4.b32" in compiled[0].asm["ptx"]
     assert all("st.global.v4.b32" in kernel.asm["ptx"] for kernel in compiled[1:])

@@ -1,13 +1,15 @@
-"""The benchmark's contestants compute the same thing, so that their times can be compared."""
+"""The benchmarks' contestants compute the same thing, so that their times can be compared."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.cuda.cases import Case, Experts
 from benchmarks.cuda.contestants import contestants
+from benchmarks.cuda.layer import DECODED, Layers
 from epbackend.kernels.triton.tiles import chip_of
 from epbackend.kernels.triton.tuning import LARGEST_ERROR
 
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.mark.parametrize("form", ["half", "fp8", "int8"])
-def test_contestants_agree(place, form):
+def test_contestants_compute_the_reference(place, form):
     if form == "fp8" and not chip_of(place).fp8:
         pytest.skip("this chip has no float8 matrix units")
     case = Case(Experts("tiny", slots=3, D=256, F=128, top_k=2), form, tokens=9)
@@ -23,3 +25,14 @@ def test_contestants_agree(place, form):
     assert len(found) == (4 if form == "half" else 2)
     for who in found:
         assert who.error() < LARGEST_ERROR[form], who.name
+
+
+def test_layers_follow_each_other(place):
+    """In both phases, by whoever is there; LMDeploy's kernels want a GPU."""
+    layers = Layers(None, Experts("tiny", slots=4, D=64, F=32, top_k=2), place)
+    for tokens in (3, DECODED + 1):
+        (call,) = layers.calls(tokens).values()
+        with torch.inference_mode():
+            out_TD = call()
+        assert out_TD.shape == (tokens, 64)
+        assert out_TD.isfinite().all()

@@ -1,4 +1,4 @@
-"""What the kernels do not take, and what they say about it."""
+"""What the kernels do not take raises a ConfigError that says what to do."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def same(weights: torch.Tensor) -> torch.Tensor:
         ),
     ],
 )
-def test_experts_that_do_not_fit(place, chip, rows, weights, message):
+def test_experts_that_do_not_fit_chip_or_rows_raise(place, chip, rows, weights, message):
     counts_L = torch.tensor([2, 1], device=place)
     with pytest.raises(ConfigError, match=message):
         TritonKernels(chip).expert_mlp(rows.to(place), counts_L, weights)
 
 
-def test_dtypes_that_no_kernel_takes():
+def test_prepacking_an_unknown_dtype_raises():
     with pytest.raises(
         ConfigError, match=r"experts are torch.float64, but device cuda multiplies torch.bfloat16"
     ):
-        TritonKernels(H100).pack(torch.randn(2, 4, 4).double())
+        TritonKernels(H100).prepack(torch.randn(2, 4, 4).double())
 
 
-def test_scales_of_the_wrong_shape():
+def test_scales_of_the_wrong_shape_raise():
     blocks, rows = Fp8Blocks.of(torch.randn(2, 130, 256)), Int8Weights.of(torch.randn(2, 3, 4))
     assert blocks.scale_LBB.shape == (2, 2, 2)
     with pytest.raises(ConfigError, match=r"scales of shape \[2, 2, 2\], one for each 128 x 128 block"):

@@ -31,7 +31,7 @@ class Layer:
         self.kernels = kernels
         self.gate_up = (torch.randn(L, 2 * F, D, device="cuda") / D**0.5).to(dtype)
         self.down = (torch.randn(L, D, F, device="cuda") / F**0.5).to(dtype)
-        self.weights = ExpertWeights(kernels.pack(self.gate_up), kernels.pack(self.down))
+        self.weights = ExpertWeights(kernels.prepack(self.gate_up), kernels.prepack(self.down))
         self.hidden_TD = torch.empty(T, D, device="cuda", dtype=dtype)
         self.ids_TK = torch.empty(T, K, device="cuda", dtype=torch.int64)
         self.weights_TK = torch.rand(T, K, device="cuda")
@@ -54,7 +54,7 @@ class Layer:
 
 
 @pytest.mark.parametrize("name", ["triton", "grouped_mm"])
-def test_captured_and_replayed_with_other_routings(cuda, name):
+def test_captured_kernels_are_replayed_with_other_routings(cuda, name):
     layer = Layer(cuda.kernel_set(name))
     layer.run()
     graph = torch.cuda.CUDAGraph()
@@ -67,7 +67,7 @@ def test_captured_and_replayed_with_other_routings(cuda, name):
         torch.testing.assert_close(out_TD.double(), layer.expected(), **tolerance(torch.bfloat16))
 
 
-def test_the_layer_itself_is_captured():
+def test_a_captured_layer_is_replayed_with_another_routing():
     """`ExpertParallelMoE` on one rank: what a decode step of an engine replays."""
     kernels = get_device("cuda").kernels
     inside = Layer(kernels)
@@ -90,7 +90,7 @@ def test_the_layer_itself_is_captured():
 
 
 @pytest.mark.parametrize("name", ["triton", "grouped_mm"])
-def test_nothing_waits_for_the_device(cuda, name):
+def test_kernels_never_wait_for_the_device(cuda, name):
     layer = Layer(cuda.kernel_set(name))
     layer.run()
     torch.cuda.set_sync_debug_mode("error")
@@ -100,19 +100,19 @@ def test_nothing_waits_for_the_device(cuda, name):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_same_bits_each_time(kernels):
+def test_kernels_give_the_same_bits_each_time(kernels):
     layer = Layer(kernels)
     first = layer.run()
     assert all(torch.equal(layer.run(), first) for _ in range(5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtypes(kernels, dtype):
+def test_every_dtype_equals_the_dense_formula(kernels, dtype):
     layer = Layer(kernels, dtype)
     torch.testing.assert_close(layer.run().double(), layer.expected(), **tolerance(dtype))
 
 
-def test_rows_past_two_to_the_31_elements(kernels):
+def test_rows_past_2_to_the_31_elements(kernels):
     tokens, top_k, width = 140_000, 8, 2048
     hidden_TD = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     ids_TK = torch.arange(top_k, device="cuda").expand(tokens, top_k).contiguous()
@@ -120,7 +120,7 @@ def test_rows_past_two_to_the_31_elements(kernels):
     assert permuted.rows_SD.numel() > 1 << 31
     assert torch.equal(permuted.rows_SD[-tokens:], hidden_TD)
     weight_LNK = torch.randn(top_k, 64, width, device="cuda", dtype=torch.bfloat16) / width**0.5
-    rows_SN = kernels.grouped_matmul(permuted.rows_SD, kernels.pack(weight_LNK), permuted.counts_L)
+    rows_SN = kernels.grouped_matmul(permuted.rows_SD, kernels.prepack(weight_LNK), permuted.counts_L)
     expected = hidden_TD[-9:].float() @ weight_LNK[-1].float().T
     torch.testing.assert_close(rows_SN[-9:].float(), expected, **tolerance(torch.bfloat16))
     out_TD = torch.zeros(tokens, width, device="cuda")
@@ -130,13 +130,13 @@ def test_rows_past_two_to_the_31_elements(kernels):
     torch.testing.assert_close(out_TD[-9:], top_k * hidden_TD[-9:].float())
 
 
-def test_weights_past_two_to_the_31_elements(kernels):
+def test_weights_past_2_to_the_31_elements(kernels):
     slots, columns, depth = 40, 8192, 8192
     weight_LNK = torch.empty(slots, columns, depth, device="cuda", dtype=torch.bfloat16)
     weight_LNK[-1] = torch.randn(columns, depth, device="cuda") / depth**0.5
     rows_SK = torch.randn(20, depth, device="cuda", dtype=torch.bfloat16)
     counts_L = torch.zeros(slots, dtype=torch.int64, device="cuda")
     counts_L[-1] = 20
-    rows_SN = kernels.grouped_matmul(rows_SK, kernels.pack(weight_LNK), counts_L)
+    rows_SN = kernels.grouped_matmul(rows_SK, kernels.prepack(weight_LNK), counts_L)
     expected = rows_SK.float() @ weight_LNK[-1].float().T
     torch.testing.assert_close(rows_SN.float(), expected, **tolerance(torch.bfloat16))

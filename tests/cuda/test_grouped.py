@@ -56,7 +56,7 @@ def expected_product(rows, weights, counts_L):
 @pytest.mark.parametrize(("width", "columns"), [(32, 16), (40, 24), (7, 10), (96, 34)])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("tma", [False, True], ids=["pointer", "tma"])
-def test_shapes_and_groups(place, counts, width, columns, gated, tma):
+def test_products_of_odd_shapes_and_groups_equal_einsum(place, counts, width, columns, gated, tma):
     rows, weights, counts_L = draw(place, counts, width, columns, torch.float16)
     tile = Tile(**{**vars(SMALL), "tma": tma})
     schedule = row_tiles(counts_L, len(rows), tile.rows)
@@ -67,7 +67,7 @@ def test_shapes_and_groups(place, counts, width, columns, gated, tma):
     torch.testing.assert_close(out[: sum(counts)].double(), expected, **tolerance(torch.float16))
 
 
-def test_rows_of_other_slots_are_left_alone(place):
+def test_tiles_do_not_write_rows_of_the_next_slot(place):
     """The last tile of a slot reaches over the next slot's rows, and must not write them."""
     rows, weights, counts_L = draw(place, [5, 5], 32, 16, torch.float32, spare=20)
     alone = grouped_matmul(
@@ -85,7 +85,7 @@ def test_rows_of_other_slots_are_left_alone(place):
     assert not both[:10].isnan().any()
 
 
-def test_the_schedule_covers_each_row_once(place):
+def test_schedule_covers_each_row_once(place):
     counts = [3, 0, 40, 16, 0, 1]
     schedule = row_tiles(torch.tensor(counts, device=place), 90, 16)
     tiles = schedule.tiles_M3[: int(schedule.total_1)].tolist()
@@ -94,26 +94,26 @@ def test_the_schedule_covers_each_row_once(place):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", [Fp8Blocks, Int8Weights])
+@pytest.mark.parametrize("weight_format", [Fp8Blocks, Int8Weights])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_quantized_experts(kernels, place, form, dtype, bias):
+def test_quantized_experts_are_near_full_precision(kernels, place, weight_format, dtype, bias):
     """Near the same experts in full precision; the bound is what 3 or 7 bits of mantissa leave of random rows."""
-    if form is Fp8Blocks and not chip_of(place).fp8:
+    if weight_format is Fp8Blocks and not chip_of(place).fp8:
         pytest.skip("this chip has no float8 matrix units")
     rows, gate_up, counts_L = draw(place, [5, 0, 18], 2 * BLOCK, 2 * BLOCK, torch.float32, spare=3)
     down = draw(place, [5, 0, 18], BLOCK, 2 * BLOCK, torch.float32)[1]
-    packed = [form.of(gate_up), form.of(down)]
+    packed = [weight_format.of(gate_up), weight_format.of(down)]
     rows = rows.to(dtype)
     biases = [torch.randn(3, 2 * BLOCK, device=place).to(dtype) if bias else None for _ in packed]
-    out = kernels.expert_mlp(rows, counts_L, ExpertWeights(*map(kernels.pack, packed), *biases))[:23]
+    out = kernels.expert_mlp(rows, counts_L, ExpertWeights(*map(kernels.prepack, packed), *biases))[:23]
     full = [weights.dequantized().double() for weights in packed]
     wide = [None if each is None else each.double() for each in biases]
     expected = ReferenceKernels().expert_mlp(rows[:23].double(), counts_L, ExpertWeights(*full, *wide))
     assert out.dtype == dtype
-    assert (out.double() - expected).norm() / expected.norm() < (0.05 if form is Fp8Blocks else 0.03)
+    assert (out.double() - expected).norm() / expected.norm() < (0.05 if weight_format is Fp8Blocks else 0.03)
 
 
-def test_quantizers_keep_to_their_rows(place):
+def test_quantizers_read_only_counted_rows(place):
     rows, _, counts_L = draw(place, [2, 3], BLOCK, 16, torch.bfloat16)
     rows[1] = 0
     schedule = row_tiles(counts_L, len(rows), 16)
@@ -126,7 +126,7 @@ def test_quantizers_keep_to_their_rows(place):
     assert restored[1].count_nonzero() == 0
 
 
-def test_tiles_are_chosen_by_the_rows_that_are_expected(kernels, place, monkeypatch):
+def test_tiles_are_chosen_by_expected_rows(kernels, place, monkeypatch):
     """A rank's share of a gathered decode step is small, and so are its tiles; the answer is the same."""
     rows, gate_up, counts_L = draw(place, [3, 0, 2], 32, 64, torch.float16, spare=300)
     weights = ExpertWeights(gate_up, draw(place, [3, 0, 2], 32, 32, torch.float16)[1])

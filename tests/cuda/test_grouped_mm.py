@@ -20,7 +20,7 @@ def grouped(cuda):
 
 
 @pytest.mark.parametrize("window", [None, (3, 11)], ids=["all", "window"])
-def test_permute_and_back(grouped, place, window):
+def test_permute_and_unpermute_equal_the_reference(grouped, place, window):
     hidden_TD = torch.randn(9, 16, device=place)
     slot_ids_TK, weights_TK = routing(9, 3, -1, 6, seed=2).to(place), torch.rand(9, 3, device=place)
     expected = ReferenceKernels().permute(hidden_TD, slot_ids_TK, 4, window)
@@ -38,22 +38,22 @@ def test_permute_and_back(grouped, place, window):
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_experts(grouped, place, bias):
+def test_experts_equal_the_reference(grouped, place, bias):
     matrices = [torch.randn(3, *shape, device=place).bfloat16() / 4 for shape in ((32, 16), (16, 16))]
     biases = [torch.randn(3, n, device=place).bfloat16() if bias else None for n in (32, 16)]
     rows_SD, counts_L = torch.randn(12, 16, device=place).bfloat16(), torch.tensor([4, 0, 5], device=place)
-    weights = ExpertWeights(*(grouped.pack(each) for each in matrices), *biases)
+    weights = ExpertWeights(*(grouped.prepack(each) for each in matrices), *biases)
     expected = ReferenceKernels().expert_mlp(rows_SD[:9], counts_L, ExpertWeights(*matrices, *biases))
     out = grouped.expert_mlp(rows_SD, counts_L, weights)[:9]
     torch.testing.assert_close(out, expected, **tolerance(torch.bfloat16))
 
 
-def test_widths_that_it_does_not_take(grouped, place):
+def test_widths_off_16_bytes_raise(grouped, place):
     with pytest.raises(ConfigError, match=r"multiple of 16 bytes.*use the kernels triton"):
-        grouped.pack(torch.randn(2, 16, 5, device=place))
+        grouped.prepack(torch.randn(2, 16, 5, device=place))
 
 
-def test_unknown_kernels(cuda):
+def test_unknown_kernels_raise(cuda):
     with pytest.raises(ConfigError, match=r"'cutlass' are unknown.*triton, grouped_mm, reference"):
         cuda.kernel_set("cutlass")
     assert type(cuda.kernel_set("reference")) is ReferenceKernels

@@ -17,11 +17,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton import knobs
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
-from epbackend.dispatch.watchdog import watch
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
-from tests.dispatch.test_failures import free_port
 from tests.helpers.dense import dense_moe, tolerance
+from tests.helpers.ranks import free_port
 
 pytestmark = [
     pytest.mark.cuda,
@@ -37,7 +36,7 @@ WAYS = {
     "allgather": ALLGATHER,
     "alltoall": ALLTOALL,
     "chunks": replace(ALLTOALL, overlap_chunks=3, overlap_min_tokens=1),
-    "fp8": replace(ALLTOALL, transport="fp8"),
+    "fp8": replace(ALLTOALL, dispatch_dtype="fp8"),
 }
 
 
@@ -73,9 +72,9 @@ class Rank:
         self.tokens[0].copy_(torch.randn(T, D, generator=draw))
         self.tokens[1].copy_(torch.rand(T, E, generator=draw).argsort(1)[:, :K])
 
-    def check(self, out_TD: torch.Tensor, transport: str) -> None:
+    def check(self, out_TD: torch.Tensor, dispatch_dtype: str) -> None:
         expected = dense_moe(*(tensor.cpu() for tensor in self.tokens), self.gate_up, self.down)
-        near = tolerance(torch.bfloat16) if transport == "full" else {"rtol": 0.1, "atol": 0.1}
+        near = tolerance(torch.bfloat16) if dispatch_dtype == "full" else {"rtol": 0.1, "atol": 0.1}
         torch.testing.assert_close(out_TD.cpu().double(), expected, **near)
 
 
@@ -88,7 +87,7 @@ def start(rank: int, port: int) -> None:
 def captured(rank: int, port: int, way: str) -> None:
     start(rank, port)
     mine = Rank(rank, replace(WAYS[way], static=True))
-    mine.check(mine.layer(*mine.tokens, phase="decode"), WAYS[way].transport)
+    mine.check(mine.layer(*mine.tokens, phase="decode"), WAYS[way].dispatch_dtype)
     torch.cuda.set_sync_debug_mode("error")
     mine.layer(*mine.tokens, phase="decode")
     torch.cuda.set_sync_debug_mode("default")
@@ -98,10 +97,10 @@ def captured(rank: int, port: int, way: str) -> None:
     for seed in range(3):
         mine.load(10 * seed + rank)
         graph.replay()
-        watch("replay", mine.layer.ranks.group, TIMEOUT_S)
-        mine.check(out_TD, WAYS[way].transport)
+        mine.layer.context.watch("replay", mine.layer.ranks.group, TIMEOUT_S)
+        mine.check(out_TD, WAYS[way].dispatch_dtype)
     exact = Rank(rank, WAYS[way])
-    exact.check(exact.layer(*exact.tokens), WAYS[way].transport)
+    exact.check(exact.layer(*exact.tokens), WAYS[way].dispatch_dtype)
 
 
 def lost(rank: int, port: int, replayed: bool) -> None:
@@ -116,10 +115,10 @@ def lost(rank: int, port: int, replayed: bool) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     if replayed:
         graph.replay()
-        watch("decode step", mine.layer.ranks.group, TIMEOUT_S)
+        mine.layer.context.watch("decode step", mine.layer.ranks.group, TIMEOUT_S)
     else:
         mine.layer(*mine.tokens)
-    torch.cuda.synchronize()  # never ends: the sentry ends the process
+    torch.cuda.synchronize()  # never ends: the watchdog ends the process
 
 
 def run(target, *args, patience_s: float = 120.0) -> list[int | None]:

@@ -1,4 +1,4 @@
-"""Both ways to sort, the one for few choices and the one for many, on more blocks than one."""
+"""Both sorts, for few choices and for many, on several blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("window", [None, (0, 0), (5, 9), (130, 290), (300, 999)])
 @pytest.mark.parametrize(("tokens", "top_k", "slots"), [(100, 3, 5), (37, 8, 31), (130, 1, 1)])
-def test_sorted_like_the_reference(way, place, tokens, top_k, slots, window):
+def test_permute_and_unpermute_equal_the_reference(way, place, tokens, top_k, slots, window):
     # A slice, as unpacked rows are: not all strides are those of a contiguous tensor.
     hidden_TD = torch.randn(tokens, 12, device=place)[:, 2:9]
     ids_TK = routing(tokens, 2 * top_k, -1, slots + 2, seed=tokens).to(place)[:, :top_k]

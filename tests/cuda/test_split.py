@@ -10,8 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 split = pytest.importorskip("epbackend.placement.replica_split", reason="needs numba", exc_type=ImportError)
 
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas
-from epbackend.kernels.triton import permute
-from epbackend.kernels.triton import replica_split as seats
+from epbackend.kernels.triton import even_split, permute
 from epbackend.placement.placement import Layout
 
 pytestmark = pytest.mark.cuda
@@ -36,9 +35,9 @@ def draw(layout: Layout, seed: int, tokens: int = 60) -> list[np.ndarray]:
 
 @pytest.fixture(params=["few", "many"])
 def way(request, monkeypatch):
-    """Choices are counted by the way, or beforehand."""
+    """Choices are counted in the split's own launch, or before it."""
     if request.param == "many":
-        for module in (seats, permute):
+        for module in (even_split, permute):
             monkeypatch.setattr(module, "MOST_CHOICES", 0)
 
 
@@ -56,12 +55,12 @@ def check(kernels, place, layout: Layout, ids_of: list[np.ndarray], node_size: i
 
 
 @pytest.mark.parametrize(("name", "node_size"), [(name, n % 2 * 2) for n, name in enumerate(LAYOUTS)])
-def test_integer_for_integer(way, kernels, place, name, node_size):
+def test_level_equals_the_cpu_integer_for_integer(way, kernels, place, name, node_size):
     check(kernels, place, LAYOUTS[name], draw(LAYOUTS[name], seed=len(name)), node_size)
 
 
 @pytest.mark.parametrize("tokens", [500, 501])
-def test_loads_are_carried_along_a_chain(kernels, place, tokens):
+def test_level_moves_loads_along_a_chain_of_ranks(kernels, place, tokens):
     """All tokens lie at one end of a chain of ranks: sweeps alone would take long to spread them."""
     held = [(0,), *[(rank - 1, rank) for rank in range(1, 7)], (6,)]
     counts_E = np.random.default_rng(0).integers(0, 9, 7)
@@ -70,12 +69,11 @@ def test_loads_are_carried_along_a_chain(kernels, place, tokens):
     check(kernels, place, Layout(tuple(held), 7), np.array_split(ids[:, None], 8), node_size=4, step=5)
 
 
-def test_even_with_several_programs(way, kernels, place):
-    """All of them see the same turn, and one moves it on."""
+def test_even_with_several_programs_advances_once_a_call(way, kernels, place):
     layout = LAYOUTS["many replicas"]
     even = kernels.even_split(EvenReplicas(layout.slots_EC, layout.slots_EC >= 0), place, None)
-    for turn in range(3):
-        ids_TK = np.random.default_rng(turn).integers(0, layout.experts, (50, 2))
-        quota_P = split.even_shares(np.bincount(ids_TK.flatten(), minlength=layout.experts), layout, turn)
+    for call in range(3):
+        ids_TK = np.random.default_rng(call).integers(0, layout.experts, (50, 2))
+        quota_P = split.even_shares(np.bincount(ids_TK.flatten(), minlength=layout.experts), layout, call)
         found = even(torch.from_numpy(ids_TK).to(place)).cpu().numpy()
         assert np.array_equal(found, split.assign(ids_TK, quota_P, layout))

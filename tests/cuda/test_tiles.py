@@ -1,4 +1,4 @@
-"""The tile table: what a tuned entry replaces, and what it leaves alone."""
+"""The tile table: what a tuned entry replaces, and what it does not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def forget() -> None:
         cached.cache_clear()
 
 
-def test_a_tuned_tile_serves_its_own_product_alone(own):
+def test_a_tuned_tile_serves_only_its_own_product(own):
     family = choose_tile(H100, PRODUCT)
     found = replace(family, stages=9)
     for stages in (8, 9):  # the second time in the place of the first
@@ -60,7 +60,7 @@ def test_the_users_table_comes_before_the_packaged_one(own):
         assert choose_tile(H100, PRODUCT).stages == 9
 
 
-def test_writing_changes_one_line(own):
+def test_recording_a_tile_changes_one_line(own):
     before = tiles.PACKAGED.read_text().splitlines()
     copy = own.with_name("copy.json")
     copy.parent.mkdir()
@@ -72,7 +72,7 @@ def test_writing_changes_one_line(own):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"tuned": [{"tile": {"rows": 16, "hue": 3}}]}'])
-def test_a_table_that_is_none(own, text):
+def test_a_malformed_table_raises(own, text):
     own.parent.mkdir()
     own.write_text(text)
     with pytest.raises(
@@ -81,7 +81,7 @@ def test_a_table_that_is_none(own, text):
         choose_tile(H100, PRODUCT)
 
 
-def test_without_a_name_it_lies_in_the_cache(monkeypatch, tmp_path):
+def test_the_default_table_is_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("EPBACKEND_TILES", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert own_table() == tmp_path / "epbackend" / "tiles.json"

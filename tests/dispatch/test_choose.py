@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
 
-from epbackend.device import devices
+from epbackend.device import devices, get_device
 from epbackend.dispatch import symmetric
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import choose, decide, dispatchers
 from epbackend.errors import ConfigError
-from epbackend.kernels.reference import ReferenceKernels
 
 
 def spec(size: int, token_size: int = 1, top_k: int = 8, **settings) -> LayerSpec:
     ranks = RankGroup(None, 0, size, None, 0, token_size)
-    return LayerSpec(ranks, ReferenceKernels(), DispatchSettings(**settings), slots=4, top_k=top_k)
+    cpu = get_device("cpu")
+    return LayerSpec(ranks, cpu, cpu.kernels, DispatchSettings(**settings), slots=4, top_k=top_k)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def spec(size: int, token_size: int = 1, top_k: int = 8, **settings) -> LayerSpe
         (4, 4, 2, "alltoall"),
     ],
 )
-def test_automatic_choice(size, token_size, level, name):
+def test_auto_takes_the_best_that_serves_and_gives_reasons(size, token_size, level, name):
     dispatcher, choice = choose(spec(size, token_size, level=level))
     assert (dispatcher.name, choice.name) == (name, name)
     assert choice.reason
@@ -65,7 +66,7 @@ def test_before_any_rank_runs_this_machine_is_judged(monkeypatch):
     """What `epbackend doctor` asks on a machine with two GPUs, for eight ranks."""
     monkeypatch.setattr(symmetric, "not_built", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    asked = replace(spec(8, level=2), kernels=mock.Mock(ReferenceKernels, on_cuda=True))
+    asked = replace(spec(8, level=2), device=devices()["cuda"])
     choice = decide(asked)
     assert choice.name == "alltoall"
     assert "taken only where it is named" in dict(choice.passed_over)["symmetric"]
@@ -99,18 +100,26 @@ def test_the_choice_is_logged_once(caplog):
             "none of .* named can be used: replicated: .* different tokens.*; alltoall: .*; name another",
         ),
         ({"level": 3}, "no dispatcher serves ep_level 3"),
-        ({"transport": "int4"}, "transport 'int4' is unknown; it is one of full, int8, fp8"),
+        ({"dispatch_dtype": "int4"}, "dispatch_dtype 'int4' is unknown; it is one of full, int8, fp8"),
         ({"topk_scaling_factor": 0.1}, "smallest factor that works is 0.125"),
     ],
 )
-def test_what_cannot_be(settings, message):
+def test_settings_that_no_dispatcher_can_serve_raise(settings, message):
     with pytest.raises(ConfigError, match=message):
         choose(spec(4, **settings))
 
 
-def test_one_rank_has_nothing_to_send():
+def test_one_rank_cannot_pin_a_dispatcher_that_sends():
     with pytest.raises(ConfigError, match="one rank"):
         choose(spec(1, dispatcher="alltoall", level=2))
+
+
+def test_dispatch_is_imported_without_triton_and_torch_npu():
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(['triton', 'torch_npu', 'numba', 'pydantic']))\n"
+        "import epbackend.moe, epbackend.dispatch.choose, epbackend.dispatch.symmetric"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_every_dispatcher_is_listed():

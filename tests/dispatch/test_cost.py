@@ -21,7 +21,7 @@ DOCS = (Path(__file__).parents[2] / "docs" / "dispatch.md").read_text()
 
 
 @pytest.mark.parametrize("table", [tables.times, tables.same_tokens, tables.published])
-def test_the_documented_tables(table):
+def test_the_tables_in_the_docs_are_what_the_model_prints(table):
     assert table() in DOCS, "paste the output of python -m benchmarks.cost"
 
 
@@ -58,9 +58,9 @@ def test_deepseeks_router_reaches_a_little_more(ranks, measured):
 
 
 @pytest.mark.parametrize("shape", [DEEPSEEK_V3, QWEN3_30B])
-@pytest.mark.parametrize(("bytes_each", "transport"), [(2, "full"), (1, "fp8")])
-def test_packed_rows_are_those_of_the_dispatchers(shape, bytes_each, transport):
-    assert shape.packed_row(bytes_each) == RowFormat(shape.D, shape.K, torch.bfloat16, transport).bytes
+@pytest.mark.parametrize(("bytes_each", "dispatch_dtype"), [(2, "full"), (1, "fp8")])
+def test_packed_rows_are_those_of_the_dispatchers(shape, bytes_each, dispatch_dtype):
+    assert shape.packed_row(bytes_each) == RowFormat(shape.D, torch.bfloat16, dispatch_dtype, shape.K).bytes
 
 
 def test_assumptions_are_those_of_the_kernels_model():
@@ -68,7 +68,7 @@ def test_assumptions_are_those_of_the_kernels_model():
     assert model.H100_CEILINGS.bandwidth == fabric.MEMORY
 
 
-def test_published_figures():
+def test_predictions_are_near_the_published_figures():
     """Within 15%, but for a kernel faster than any of its kind and the first pplx-kernels."""
     off = {each.what for each in checks() if abs(each.deviation) > 0.15}
     assert off == {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
-import socket
 from dataclasses import replace
 
 import pytest
@@ -18,6 +16,7 @@ from epbackend.errors import CollectiveError
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
 from tests.helpers.patience import PATIENCE_S
+from tests.helpers.ranks import forking, free_port
 
 SIZE, TIMEOUT_S = 3, 3.0
 LEVEL_1 = DispatchSettings(level=1, timeout_s=TIMEOUT_S)
@@ -48,12 +47,6 @@ def serve(rank: int, port: int, settings: DispatchSettings, victim: int, blow: i
         errors.put((rank, str(error)))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.parametrize(
     ("settings", "blow", "victim"),
     [
@@ -61,8 +54,8 @@ def free_port() -> int:
         (LEVEL_2, signal.SIGSTOP, 2),
         (LEVEL_1, signal.SIGSTOP, 0),
         (LEVEL_2, signal.SIGKILL, 0),
-        (replace(LEVEL_1, static=True, transport="fp8"), signal.SIGSTOP, 1),
-        (replace(LEVEL_2, static=True, transport="int8"), signal.SIGKILL, 1),
+        (replace(LEVEL_1, static=True, dispatch_dtype="fp8"), signal.SIGSTOP, 1),
+        (replace(LEVEL_2, static=True, dispatch_dtype="int8"), signal.SIGKILL, 1),
     ],
     ids=[
         "killed",
@@ -73,12 +66,12 @@ def free_port() -> int:
         "static and killed",
     ],
 )
-def test_the_others_name_the_rank(settings, blow, victim):
-    spawn = multiprocessing.get_context("spawn")
-    errors = spawn.Queue()
+def test_the_others_name_a_lost_rank(settings, blow, victim):
+    context = forking()
+    errors = context.Queue()
     port = free_port()
     processes = [
-        spawn.Process(target=serve, args=(rank, port, settings, victim, blow, errors), daemon=True)
+        context.Process(target=serve, args=(rank, port, settings, victim, blow, errors), daemon=True)
         for rank in range(SIZE)
     ]
     for process in processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -22,10 +23,10 @@ def spec(
     hidden: int | None = None,
     **settings,
 ) -> LayerSpec:
-    kernels = mock.Mock(chip=chip) if chip else mock.Mock(spec=[])
+    device = mock.Mock(chip=chip)
     group = RankGroup(mock.Mock(), 0, size, None, 0, 1)
     settings = DispatchSettings(**{"level": 2, "max_tokens": tokens, **settings})
-    return LayerSpec(group, kernels, settings, slots, top_k, hidden)
+    return LayerSpec(group, device, mock.Mock(), settings, slots, top_k, hidden)
 
 
 @pytest.mark.parametrize(
@@ -45,10 +46,10 @@ def spec(
         ({"chip": "A2", "tokens": 257}, "may send 256 tokens, and engine.max_batch_size allows 257"),
         ({"hidden": 512}, "hidden size must be 1024 to 8192, and this model's is 512"),
         ({"level": 1}, "serves ep_level 2, and ep_level is 1"),
-        ({"transport": "fp8"}, "in full or in int8, and transport is fp8"),
+        ({"dispatch_dtype": "fp8"}, "in full or in int8, and dispatch_dtype is fp8"),
     ],
 )
-def test_what_the_choice_refuses(changes, message):
+def test_a_spec_outside_the_limits_is_refused(changes, message):
     given = spec(**changes, dispatcher="mc2")
     with pytest.raises(ConfigError, match=f"dispatcher mc2 is pinned but cannot be used: .*{message}"):
         choose(given)
@@ -63,7 +64,7 @@ def test_what_the_choice_refuses(changes, message):
         ("A3", torch.empty(4, 1024), "not float32; set engine.dtype: bfloat16, or dispatcher: alltoall"),
     ],
 )
-def test_what_a_call_refuses(chip, hidden_TD, message):
+def test_a_call_outside_the_limits_raises(chip, hidden_TD, message):
     ids, weights = torch.zeros(len(hidden_TD), 8), torch.zeros(len(hidden_TD), 8)
     with pytest.raises(ConfigError, match=message):
         Mc2(spec(chip)).begin(hidden_TD, ids, weights)
@@ -84,9 +85,9 @@ def test_few_ranks_of_a2_take_it_by_name_alone():
     assert choose(spec("A2", size=16))[1].name == "mc2"
 
 
-@pytest.mark.parametrize(("transport", "form"), [("full", ""), ("int8", ", in int8")])
-def test_the_reason_names_chip_and_sizes(transport, form):
-    reason = Mc2.reason(spec(transport=transport))
+@pytest.mark.parametrize(("dispatch_dtype", "form"), [("full", ""), ("int8", ", in int8")])
+def test_the_reason_names_chip_and_sizes(dispatch_dtype, form):
+    reason = Mc2.reason(spec(dispatch_dtype=dispatch_dtype))
     assert reason.endswith(f"A3 takes 512 tokens a rank, and 64 are sent{form}")
 
 
@@ -94,7 +95,7 @@ def test_ranks_with_the_same_tokens_send_a_slice_each():
     shared = spec(tokens=1024)
     assert "512 tokens" in str(Mc2.unsupported(shared))
     ranks = RankGroup(mock.Mock(), 0, 16, mock.Mock(), 0, 2)
-    assert Mc2.unsupported(LayerSpec(ranks, shared.kernels, shared.settings, 16, 8)) is None
+    assert Mc2.unsupported(replace(shared, ranks=ranks)) is None
 
 
 @pytest.mark.parametrize("chip", ["A2", "A3"])
@@ -103,7 +104,7 @@ def test_the_limits_themselves_are_allowed(chip):
     assert broken(chip, ranks, slots, top_k, tokens) is None
 
 
-def test_buffers():
+def test_buffers_have_the_documented_size():
     assert buffer_mb("A3", ranks=2, slots=4, top_k=2, tokens=1, hidden=1024) == 200  # HCCL's own is enough
     assert buffer_mb("A2", ranks=16, slots=16, top_k=8, tokens=128, hidden=7168) == 452
     assert buffer_mb("A3", ranks=32, slots=8, top_k=8, tokens=64, hidden=7168) == 480

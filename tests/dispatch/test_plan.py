@@ -76,10 +76,10 @@ def test_steps_move_every_row_once_within_its_share(counts_RR, scale, chunks):
     )
     plan = Plan.of(counts_RR, tokens_R, 4, settings)
     assert plan.rounds <= max(plan.steps, 1)
-    for source, counts_R in enumerate(counts_RR):
-        share = peer_share(tokens_R[source], 4, len(tokens_R), settings)
-        for target, count in enumerate(counts_R):
-            parts = [plan.rows(source, target, step) for step in range(plan.steps)]
+    for sender, counts_R in enumerate(counts_RR):
+        share = peer_share(tokens_R[sender], 4, len(tokens_R), settings)
+        for receiver, count in enumerate(counts_R):
+            parts = [plan.rows(sender, receiver, step) for step in range(plan.steps)]
             assert [row for part in parts for row in part] == list(range(count))
             assert all(len(part) <= share for part in parts)
 

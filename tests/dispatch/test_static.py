@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, LayerSpec
 from epbackend.dispatch.choose import choose
 from epbackend.dispatch.collectives import Collectives
@@ -43,7 +44,7 @@ def one_call(groups, token_size: int, settings: DispatchSettings, tokens: int, o
     """A layer whose experts double their rows. `only_slot` is what all choose; None: each something else."""
     ranks = groups[token_size]
     kernels = Unwatched(ReferenceKernels())
-    dispatcher, _ = choose(LayerSpec(ranks, kernels, settings, L, K))
+    dispatcher, _ = choose(LayerSpec(ranks, get_device("cpu"), kernels, settings, L, K))
     draw = torch.Generator().manual_seed(ranks.source)
     hidden_TD = torch.randn(tokens, D, generator=draw)
     ids_TK = torch.rand(tokens, L * ranks.size, generator=draw).argsort(1)[:, :K]
@@ -61,12 +62,12 @@ def one_call(groups, token_size: int, settings: DispatchSettings, tokens: int, o
         exchange = dispatcher.begin(hidden_TD, ids_TK, weights_TK)
         for batch in exchange.dispatch():
             rows.append(len(getattr(exchange, "_inner", exchange)._local.sums_ND))
-            exchange.combine(batch.rows_SD * 2, batch)
+            exchange.combine(batch.rows_SD * 2)
         out_TD = exchange.finish()
     return Seen(out_TD, reads, called, rows, exchange.passes, exchange.rounds)
 
 
-def test_reads_are_found():
+def test_the_helper_finds_every_read():
     values = torch.arange(4)
     with HostReads() as reads:
         values.sum().item()
@@ -90,8 +91,8 @@ CALLS = {
     "alltoall": (1, ALLTOALL, ["all_gather", "all_to_all"]),
     "allgather of slices": (2, ALLGATHER, ["all_gather", "reduce_scatter", "all_gather"]),
     "alltoall of slices": (2, ALLTOALL, ["all_gather", "all_to_all", "all_gather"]),
-    "int8": (1, replace(ALLGATHER, transport="int8"), ["all_gather", "reduce_scatter"]),
-    "fp8": (1, replace(ALLTOALL, transport="fp8"), ["all_gather", "all_to_all"]),
+    "int8": (1, replace(ALLGATHER, dispatch_dtype="int8"), ["all_gather", "reduce_scatter"]),
+    "fp8": (1, replace(ALLTOALL, dispatch_dtype="fp8"), ["all_gather", "all_to_all"]),
     "passes": (1, PASSES, ["all_gather", "reduce_scatter"]),
     "chunks": (1, CHUNKS, ["all_gather"] * 2 + ["all_to_all", "all_gather"] + ["all_to_all"] * 2),
     "rounds": (1, ROUNDS, ["all_gather"] * 2 + ["all_to_all", "all_gather"] * 2 + ["all_to_all"] * 2),
@@ -141,7 +142,7 @@ def test_an_exact_call_reads_once_at_most(ranks, token_size, settings, collectiv
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_few_tokens(ranks, name):
+def test_few_tokens_give_the_same_as_an_exact_call(ranks, name):
     """None, and fewer than ranks that share them or than steps."""
     token_size, settings, _ = CALLS[name]
     for tokens in (0, 1, 3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from epbackend.device.cuda import CudaDevice
 from tests.helpers import peer_group
@@ -48,6 +49,22 @@ def test_collectives_are_those_of_gloo(peers):
     for of_peers, of_gloo in zip(ours, theirs, strict=True):
         for result, expected in zip(of_peers, of_gloo, strict=True):
             torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def what_a_store_holds(groups):
+    """Rank 1 leaves a word in its group's store, where symmetric memory would look for it, and rank 0 reads it."""
+    group = dist.new_group([0, 1], backend=peer_group.NAME)  # all four ranks take part
+    if groups[1].rank > 1:
+        return None
+    plain = c10d._resolve_process_group(group.group_name)
+    store = plain.get_group_store()
+    if plain.rank() == 1:
+        store.set("word", "found")
+    return plain.size(), store.get("word")
+
+
+def test_symmetric_memory_finds_a_store(peers):
+    assert peers.run(4, what_a_store_holds) == [(2, b"found")] * 2 + [None] * 2
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["exact", "static"])

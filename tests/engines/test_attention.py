@@ -76,7 +76,7 @@ def plain_attention(query_THD, keys_SGD, values_SGE, form: Form):
     decoding=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_equals_plain_attention(form, lengths, decoding, seed):
+def test_attention_over_a_paged_cache_equals_plain_attention(form, lengths, decoding, seed):
     """Each sequence: `old` tokens in the cache already (an earlier chunk, a cached prefix), `new` ones now."""
     draw = torch.Generator().manual_seed(seed)
     if decoding:
@@ -153,6 +153,6 @@ def test_groups_hold_every_sequence_once_and_little_padding(lengths):
         ({"block_sparse_size": 4}, "block-sparse"),
     ],
 )
-def test_other_forms_are_refused_by_name(changes, named):
+def test_forms_of_attention_that_the_cpu_lacks_are_refused_by_name(changes, named):
     with pytest.raises(UnavailableError, match=f"cpu.*{named}"):
         PagedAttention(FORMS[0].spec(**changes))

@@ -26,7 +26,7 @@ def outputs(ranks):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spread", SPREADS)
-def test_spread_experts_change_nothing(family, spread, outputs):
+def test_outputs_of_each_block_are_the_same_on_several_ranks(family, spread, outputs):
     tp, dp, replicas = SPREADS[spread]
     spread_out = [of_rank[family] for of_rank in outputs(RANKS, tp, dp, replicas)]
     (whole,) = outputs(1, 1, 1, False)
@@ -68,7 +68,7 @@ HAVE_EXPERTS = {
 """The modules of LMDeploy's models that build experts."""
 
 
-def test_every_block_is_tried():
+def test_every_module_of_lmdeploy_with_experts_is_tested():
     assert {family.target.partition(":")[0] for family in FAMILIES.values()} == HAVE_EXPERTS - {"deepseek_v4"}
 
 

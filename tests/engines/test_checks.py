@@ -37,38 +37,38 @@ def refused(model: str, config: EPConfig, error: type[EPError], match: str) -> N
     assert engine_workers() == []
 
 
-def test_no_such_model(tmp_path):
+def test_a_model_that_is_not_there_is_refused(tmp_path):
     refused(str(tmp_path / "nowhere"), two_ranks(), UnavailableError, "there is no model at .*nowhere")
 
 
-def test_directory_without_a_model(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     refused(str(tmp_path), two_ranks(), UnavailableError, r"no config\.json")
 
 
-def test_broken_config(tmp_path):
+def test_a_model_whose_config_is_not_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     refused(str(tmp_path), two_ranks(), UnavailableError, "not JSON")
 
 
-def test_dense_model(checkpoint):
+def test_a_dense_model_on_two_ranks_is_refused(checkpoint):
     refused(
         str(checkpoint("dense")), two_ranks(), ConfigError, "ep_size: 2.*without experts.*Qwen3ForCausalLM"
     )
 
 
 @pytest.mark.parametrize("architecture", sorted(checks.OWN_EXPERTS))
-def test_model_whose_experts_are_its_own(write_model, architecture):
+def test_a_model_with_experts_of_its_own_is_refused_on_two_ranks(write_model, architecture):
     model = write_model(n_routed_experts=8, architectures=[architecture])
     refused(model, two_ranks(), ConfigError, f"ep_size: 2.*{architecture}.*use ep_size: 1")
     checks.check_model(model, EPConfig.load({"device": "cpu"}))
 
 
-def test_ep_size_that_does_not_divide_the_experts(write_model):
+def test_an_ep_size_that_does_not_divide_the_experts_is_refused(write_model):
     model = write_model(num_experts=9, architectures=["Qwen3MoeForCausalLM"])
     refused(model, two_ranks(), ConfigError, "ep_size: 2 does not divide the 9 experts.*1, 3, 9")
 
 
-def test_quantized_checkpoint(write_model):
+def test_a_quantized_checkpoint_is_refused_on_the_cpu(write_model):
     model = write_model(n_routed_experts=8, quantization_config={"quant_method": "fp8"})
     refused(model, two_ranks(), ConfigError, "cpu.*unquantized.*blocked FP8")
 
@@ -83,7 +83,7 @@ def test_quantized_checkpoint(write_model):
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
     ],
 )
-def test_quantized_forms_on_each_device(write_model, monkeypatch, quantized, form):
+def test_each_device_spreads_its_forms_of_experts_alone(write_model, monkeypatch, quantized, form):
     """What LMDeploy alone computes is left to it, on ranks that all hold every expert."""
     assert checks.form_of_experts(quantized) == form
     model = write_model(n_routed_experts=8, quantization_config=quantized)
@@ -98,7 +98,7 @@ def test_quantized_forms_on_each_device(write_model, monkeypatch, quantized, for
             checks.check_model(model, EPConfig.load({"device": "cpu"}))
 
 
-def test_cache_that_memory_cannot_hold(checkpoint):
+def test_a_cache_larger_than_memory_is_refused(checkpoint):
     refused(
         str(checkpoint("qwen3-moe")),
         EPConfig.load({"device": "cpu", "engine": {"cache_gb": 1e6}}),
@@ -117,14 +117,14 @@ def test_lmdeploys_own_expert_parallelism_is_refused(checkpoint, field):
     )
 
 
-def test_float32_is_the_cpus(monkeypatch):
+def test_float32_on_cuda_is_refused(monkeypatch):
     monkeypatch.setattr(engine, "get_device", lambda _: SimpleNamespace(name="cuda"))
     config = EPConfig.load({"device": "cuda", "engine": {"dtype": "float32"}})
     with pytest.raises(ConfigError, match=r"engine\.dtype.*no float32 on device cuda; write bfloat16"):
         engine.engine_config(config)
 
 
-def test_dense_model_on_one_rank_is_fine(checkpoint):
+def test_a_dense_model_runs_on_one_rank(checkpoint):
     config = EPConfig.load({"device": "cpu", "engine": {"session_len": 64}})
     with epbackend.pipeline(str(checkpoint("dense")), config) as pipe:
         assert pipe("hello").token_ids
@@ -132,7 +132,7 @@ def test_dense_model_on_one_rank_is_fine(checkpoint):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_device_that_is_not_there(checkpoint):
+def test_a_device_that_is_not_there_is_refused(checkpoint):
     config = EPConfig.load({"device": "cuda", "ep_size": 2})
     refused(str(checkpoint("qwen3-moe")), config, UnavailableError, "cuda")
 
@@ -156,11 +156,11 @@ def test_missing_packages_are_named(checkpoint, monkeypatch):
         ({"hidden_size": 64}, None),
     ],
 )
-def test_expert_count(settings, count):
+def test_expert_count_is_read_from_every_kind_of_config(settings, count):
     assert expert_count(settings) == count
 
 
-def test_cache_budget():
+def test_cache_blocks_fit_the_budget_and_the_memory():
     assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=None, blocks=None) == 100
     assert cache_blocks(GIB // 100, GIB // 2, gigabytes=None, blocks=None) == 45
     assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=2.0, blocks=None) == 200
@@ -170,7 +170,7 @@ def test_cache_budget():
 @pytest.mark.parametrize(
     ("settings", "blocks"), [({"cache_gb": 2.0}, 200), ({}, 25), ({"cache_blocks": 77}, 77)]
 )
-def test_cache_of_an_accelerator(monkeypatch, settings, blocks):
+def test_cache_of_an_accelerator_takes_the_budget_or_a_share_of_free_memory(monkeypatch, settings, blocks):
     """A budget where one is set, else LMDeploy's share of the free memory."""
     monkeypatch.setattr(plug, "get_device", lambda _: SimpleNamespace(name="cuda"))
     plug.enable(EPConfig.load({"device": "cuda", "engine": settings | {"cache_max_entry_count": 0.5}}))
@@ -192,6 +192,6 @@ def test_cache_of_an_accelerator(monkeypatch, settings, blocks):
         ({"gigabytes": None, "blocks": 3}, r"engine\.cache_blocks: 3.*at least 16"),
     ],
 )
-def test_cache_settings_that_cannot_work(arguments, match):
+def test_cache_settings_that_cannot_work_are_refused(arguments, match):
     with pytest.raises(ConfigError, match=match):
         cache_blocks(GIB // 100, 4 * GIB, **arguments)

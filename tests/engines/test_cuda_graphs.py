@@ -73,7 +73,7 @@ def on_device(settings: Case) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_captured_whole_and_replayed(gpu, form):
+def test_a_captured_layer_replays_and_counts_its_load(gpu, form):
     """What decoding does; the load counts what replays do."""
     settings = cuda_case(form, graphs=True)
     with built_for(settings, RankGroup.single()):
@@ -94,7 +94,7 @@ def test_captured_whole_and_replayed(gpu, form):
     assert load.tokens_RLE.sum() == (1 + 3) * inputs[2].numel()
 
 
-def test_captured_in_pieces_and_replayed(gpu):
+def test_a_layer_captured_in_pieces_replays(gpu):
     """What LMDeploy does with prefill where `piecewise_cudagraph_max_tokens` is set."""
     settings = cuda_case("float")
     with built_for(settings, RankGroup.single()):
@@ -111,7 +111,7 @@ def test_captured_in_pieces_and_replayed(gpu):
     torch.testing.assert_close(found, expected)
 
 
-def test_lmdeploy_knows_of_the_boundaries(cuda):
+def test_experts_between_captured_pieces_are_registered(cuda):
     """Experts it does not know of would be captured with what surrounds them."""
     with built_for(cuda_case("w8a8"), RankGroup.single()):
         context = SimpleNamespace()
@@ -124,7 +124,7 @@ def test_lmdeploy_knows_of_the_boundaries(cuda):
     assert [type(each) for each in boundaries] == [ExpertsBetweenGraphs]
 
 
-def test_a_model_that_cannot_be_captured_beside_others(cuda):
+def test_dp_decoding_of_a_model_without_graphs_is_refused(cuda):
     """Its ranks' batches are not filled up alike, on which captured decoding relies."""
     with (
         built_for(cuda_case("float", size=2, dp=2, graphs=True), RankGroup.single()),
@@ -133,7 +133,7 @@ def test_a_model_that_cannot_be_captured_beside_others(cuda):
         get_backend().build_graph_runner(torch.nn.Linear(1, 1), None, None, None, None)
 
 
-def test_a_compiled_decoder_leaves_our_layer_alone(cuda):
+def test_torch_compile_does_not_trace_our_layer(cuda):
     from lmdeploy.pytorch.backends.cuda.graph_runner import full_graph
     from torch._dynamo import trace_rules
 

@@ -1,7 +1,4 @@
-"""The CUDA plug: LMDeploy's own modules with our operators, in Triton's interpreter or on GPUs.
-
-`tests/cuda/test_interpreter.py` runs these tests where there is no GPU.
-"""
+"""The CUDA plug: LMDeploy's own modules with our operators, in Triton's interpreter (TRITON_INTERPRET=1) or on GPUs."""
 
 from __future__ import annotations
 
@@ -64,7 +61,7 @@ def run(cuda, ranks):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_rank(cuda, form):
+def test_modules_on_one_rank_give_what_the_reference_gives(cuda, form):
     seen = module_equals_reference(ONE, cuda_case(form))
     assert seen.expert_list is None
     assert set(seen.kept) == {1}, "weights are held once, by our layer"
@@ -81,7 +78,7 @@ def test_one_rank(cuda, form):
     ],
     ids=["shared tokens", "own tokens", "replicas"],
 )
-def test_two_ranks(run, form, settings, dispatcher):
+def test_modules_on_two_ranks_give_what_the_reference_gives(run, form, settings, dispatcher):
     seen = run(cuda_case(form, size=2, **settings))
     assert [rank.dispatcher for rank in seen] == [dispatcher] * 2
     if settings.get("replicas"):
@@ -91,14 +88,14 @@ def test_two_ranks(run, form, settings, dispatcher):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_two_ranks_with_a_part_of_each_expert(run, form):
+def test_parts_of_each_expert_on_two_ranks_give_what_the_reference_gives(run, form):
     """Tensor parallelism. The width is one block of FP8, of which the second rank gets nothing."""
     seen = run(cuda_case(form, size=2, spread=False))
     assert [rank.dispatcher for rank in seen] == ["replicated", None if form == "fp8" else "replicated"]
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_two_ranks_as_decoding_is_captured(run, level):
+def test_static_calls_on_two_ranks_give_what_the_reference_gives(run, level):
     """Ranks bring equally many tokens, and nothing is read back to size anything."""
     run(cuda_case("float", size=2, dp=2, level=level, replicas=True, tokens=(4, 4), graphs=True))
 
@@ -110,7 +107,7 @@ def test_two_ranks_as_decoding_is_captured(run, level):
         ({"block_size": 64}, "blocks of 64"),
     ],
 )
-def test_fp8_that_is_not_computed(cuda, changed, match):
+def test_other_float8_forms_are_refused(cuda, changed, match):
     with built_for(cuda_case("fp8"), RankGroup.single()):
         module, _ = load_module(cuda_case("fp8"), PLACE)
         spec: FusedMoEBlockedF8BuildSpec = replace(module.impl.spec, **changed)
@@ -118,7 +115,7 @@ def test_fp8_that_is_not_computed(cuda, changed, match):
             get_backend().build_op(spec)
 
 
-def test_w8a8_of_floats_is_refused(cuda):
+def test_w8a8_with_float8_values_is_refused(cuda):
     with (
         built_for(cuda_case("w8a8"), RankGroup.single()),
         pytest.raises(ConfigError, match=r"W8A8 experts are torch\.float8_e4m3fn.*use a checkpoint"),
@@ -136,7 +133,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("spec", OTHERS, ids=lambda spec: type(spec).__name__)
-def test_forms_that_are_not_spread(cuda, spec):
+def test_other_quantized_forms_are_refused_on_two_ranks(cuda, spec):
     plug.enable(EPConfig.load({"device": "cuda", "ep_size": 2}))
     with pytest.raises(ConfigError, match=r"ep_size: 2, but this model's experts are .*use ep_size: 1"):
         expert_operator(spec, "cuda")
@@ -145,7 +142,7 @@ def test_forms_that_are_not_spread(cuda, spec):
     assert expert_operator(spec, "cuda") is None, "LMDeploy's own operator serves one rank"
 
 
-def test_w8a8_experts_of_a_layer_that_nobody_tells(cuda):
+def test_w8a8_experts_without_a_layer_number_are_refused(cuda):
     """As layer 0 they would all get one layer's places."""
     plug.enable(EPConfig.load({"device": "cuda"}))
     with pytest.raises(UnavailableError, match="do not tell which layer"):
@@ -156,7 +153,7 @@ def check(dp: int = 1, ep: int = 2, executor: str = "mp", device: str = "cuda") 
     DistChecker(1, dp, ep, executor, device).check()
 
 
-def test_deep_ep_is_not_demanded(cuda):
+def test_lmdeploys_check_of_ranks_does_not_demand_deep_ep(cuda):
     with pytest.raises(SystemExit):
         check()
     plug.enable(EPConfig.load({"device": "cuda", "ep_size": 2}))
@@ -169,7 +166,7 @@ def test_deep_ep_is_not_demanded(cuda):
         check(executor="threads")
 
 
-def test_greedy_tokens_of_a_pipeline(cuda, checkpoint, monkeypatch):
+def test_greedy_tokens_of_a_pipeline_with_cuda_experts(cuda, checkpoint, monkeypatch):
     """Two ranks, both levels. Attention and the rest are the CPU's, the experts are the CUDA kernels'."""
     if not cuda.emulated:
         pytest.skip("experts on a GPU want the whole engine there: make e2e-cuda")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from lmdeploy import GenerationConfig
 
 import epbackend
-from epbackend import EPConfig
 from tests.helpers.engine_models import EXPERTS, NEW_TOKENS, TOP_K, prompts
-
-GREEDY = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True)
+from tests.helpers.engines import GREEDY, config
 
 # Small enough that the twelve prompts wait in line, the long ones are cut in chunks, and shared beginnings are found.
 CROWDED = {
@@ -22,11 +18,6 @@ CROWDED = {
     "enable_prefix_caching": True,
     "session_len": 400,
 }
-
-
-def config(engine: dict[str, Any] | None = None, **settings: Any) -> EPConfig:
-    common = {"log_level": "ERROR", "session_len": 400}
-    return EPConfig.load({"device": "cpu", "engine": common | (engine or {})} | settings)
 
 
 ONE_RANK = [("qwen3-moe", config()), ("deepseek-v2", config(CROWDED)), ("deepseek-v3", config(CROWDED))]
@@ -109,7 +100,7 @@ def test_forced_passes_and_rounds_lose_nothing(level, forced, counted, checkpoin
     assert getattr(load, counted) > 1
 
 
-def test_streaming_and_seeds(checkpoint, reference):
+def test_streamed_parts_and_seeded_samples_are_reproducible(checkpoint, reference):
     """One rank, in this process: parts come one by one, and a seed draws the same tokens again in any company."""
     texts = prompts()[:4]
     with epbackend.pipeline(str(checkpoint("qwen3-moe")), config()) as pipe:

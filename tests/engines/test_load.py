@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from epbackend.engines.lmdeploy import load
+from epbackend.engines.lmdeploy import load, load_writer
+from epbackend.engines.lmdeploy.counters import STEPS, Counters
 from epbackend.engines.lmdeploy.load import (
     BOARD_VARIABLE,
     MAX_EXPERTS,
     MAX_LAYERS,
     LoadBoard,
     LoadReport,
+    rank_row,
 )
 from epbackend.engines.lmdeploy.load_writer import LoadWriter
 from epbackend.errors import EPError
 from epbackend.moe import Load
-from epbackend.replica_split import SlotMap
+from tests.helpers.patience import PATIENCE_S
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -33,28 +42,38 @@ class Decision:
 
 
 class Layer:
-    """What the writer reads of an ExpertParallelMoE with one slot an expert."""
+    """What the writer reads of an ExpertParallelMoE, with one slot an expert unless told otherwise."""
 
-    def __init__(self, tokens_E, passes=1, rounds=1) -> None:
-        self.load = Load(tuple(range(len(tokens_E))), len(tokens_E))
-        self.slot_map = SlotMap.uniform(len(tokens_E), 1)
+    def __init__(self, tokens_L, passes=1, rounds=1, experts=None) -> None:
+        local = experts if experts is not None else tuple(range(len(tokens_L)))
+        self.load = Load(local, len(tokens_L))
+        self.slot_map = SimpleNamespace(experts=len(tokens_L))
         self.dispatchers = {"decode": Decision("alltoall", "it suits")}
-        self.call(tokens_E, passes, rounds)
+        self.call(tokens_L, passes, rounds)
 
-    def call(self, tokens_E, passes=1, rounds=1) -> None:
-        self.load.add_rows(torch.tensor(tokens_E))
+    def call(self, tokens_L, passes=1, rounds=1) -> None:
+        self.load.add_rows(torch.tensor(tokens_L, dtype=torch.int64))
         self.load.add_call(passes, rounds)
 
 
-def watching(rank: int, layers: dict[int, Layer]) -> LoadWriter:
-    writer = LoadWriter()
-    for number, layer in layers.items():
-        writer.watch(rank, number, layer)
-    return writer
+@pytest.fixture
+def watching():
+    """Makes the writer of a rank with such layers."""
+    writers = []
+
+    def watching(rank: int, layers: dict[int, Layer]) -> LoadWriter:
+        writers.append(writer := LoadWriter())
+        for number, layer in layers.items():
+            writer.watch(rank, number, layer, CPU)
+        return writer
+
+    yield watching
+    for writer in writers:
+        writer.close()
 
 
 @pytest.fixture
-def board(monkeypatch):
+def board(monkeypatch, watching):
     board = LoadBoard(2)
     monkeypatch.setenv(BOARD_VARIABLE, board.variable)
     yield board
@@ -62,7 +81,7 @@ def board(monkeypatch):
         board.remove()
 
 
-def test_counters_of_two_ranks_and_two_layers(board):
+def test_report_has_the_counters_of_each_rank_and_layer(board, watching):
     for rank in (0, 1):
         layers = {index: Layer([rank, index, 5], rank + 1, index) for index in (1, 3)}
         writer = watching(rank, layers)
@@ -76,7 +95,7 @@ def test_counters_of_two_ranks_and_two_layers(board):
     assert report.dispatchers == {"decode": {"name": "alltoall", "reason": "it suits"}}
 
 
-def test_since_subtracts_and_a_report_does_not_change(board):
+def test_since_subtracts_and_a_report_does_not_change(board, watching):
     layer = Layer([1, 2])
     writer = watching(0, {0: layer})
     nothing = board.report()
@@ -92,18 +111,18 @@ def test_since_subtracts_and_a_report_does_not_change(board):
     assert np.array_equal(first.since(nothing).tokens_RLE, first.tokens_RLE)
 
 
-def test_a_model_that_replaces_another_is_counted_anew(board):
+def test_a_model_that_replaces_another_starts_at_zero(board, watching):
     first = Layer([6, 6])
     writer = watching(0, {0: first})
     writer.step()
     second = Layer([1, 2])
-    writer.watch(0, 0, second)
+    writer.watch(0, 0, second, CPU)
     writer.step()
     report = board.report()
     assert (report.tokens_RLE[0].tolist(), report.calls) == ([[1, 2]], 1)
 
 
-def test_a_layer_is_not_kept_alive(board):
+def test_a_layer_is_not_kept_alive(board, watching):
     layer = Layer([1])
     writer, gone = watching(0, {0: layer}), weakref.ref(layer)
     writer.step()
@@ -111,6 +130,159 @@ def test_a_layer_is_not_kept_alive(board):
     writer.step()
     assert gone() is None
     assert board.report().calls == 1
+
+
+def test_layers_with_other_numbers_of_experts(board, watching):
+    """More slots than the first layer has, fewer, none; of slots with the same expert, the tokens are added up."""
+    layers = {0: Layer([1, 2]), 2: Layer([1, 2, 3, 4, 5]), 3: Layer([7]), 5: Layer([]), 6: Layer([1, 1])}
+    layers[4] = Layer([1, 2, 4], experts=(2, 0, 2))
+    writer = watching(1, layers)
+    for _ in range(2):
+        layers[2].call([0, 0, 0, 0, 9])
+        writer.step()
+    report = board.report()
+    assert report.layers == (0, 2, 3, 4, 5, 6)
+    assert report.tokens_RLE[1].tolist() == [
+        [1, 2, 0, 0, 0],
+        [1, 2, 3, 4, 23],
+        [7, 0, 0, 0, 0],
+        [2, 0, 5, 0, 0],
+        [0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+    ]
+
+
+def test_a_layer_that_comes_late_joins_the_others(board, watching):
+    """A draft model may be loaded after the first step; one that has a number of the model's takes its place."""
+    layers = {0: Layer([1, 2]), 1: Layer([3, 4])}
+    writer = watching(0, layers)
+    instead, late = Layer([5, 5]), Layer([7, 0])
+    writer.watch(0, 1, instead, CPU)
+    writer.step()
+    writer.watch(0, 2, late, CPU)
+    layers[0].call([1, 0])
+    writer.step()
+    report = board.report()
+    assert (report.layers, report.calls) == ((0, 1, 2), 2)
+    assert report.tokens_RLE[0].tolist() == [[2, 2], [5, 5], [7, 0]]
+
+
+def test_more_layers_than_there_are_lines(board, watching):
+    """Models that are built one after the other, and never run, take no more room than one."""
+    writer = watching(0, {})
+    layers = [Layer([1]) for _ in range(2 * MAX_LAYERS)]
+    for layer in layers:
+        writer.watch(0, 3, layer, CPU)
+    writer.step()
+    assert board.report().tokens_RLE.sum() == 1
+
+
+def test_a_report_has_every_step_that_has_ended(board, watching):
+    """However soon after it one asks."""
+    layer = Layer([0])
+    writer = watching(0, {0: layer})
+    for step in range(1, 6):
+        layer.call([step])
+        writer.step()
+        report = board.report()
+        assert (report.calls, report.tokens_RLE.sum()) == (step, step * (step + 1) // 2)
+
+
+def test_what_nobody_asks_for_is_written_down_too(board, watching, monkeypatch):
+    """A worker may be killed, and its load is wanted nevertheless."""
+    monkeypatch.setattr(load_writer, "EVERY_S", 0.01)
+    layer = Layer([3])
+    writer = watching(0, {0: layer})
+    writer.step()
+    deadline = time.monotonic() + PATIENCE_S
+    while not board._ranks["tokens"].any() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert board._ranks["tokens"].sum() == 3
+
+
+def test_a_worker_that_is_gone_is_not_waited_for(board, caplog):
+    process = multiprocessing.get_context("spawn").Process(target=step_and_die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert board._ranks["writer"][0] == process.pid
+    assert board.report().tokens_RLE[0].tolist() == [[4, 2]]
+    assert not caplog.messages
+
+
+def step_and_die() -> None:
+    layer, writer = Layer([4, 2]), LoadWriter()
+    writer.watch(0, 0, layer, CPU)
+    writer.step()
+    while not rank_row(0)["tokens"].any():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_does_not_answer_is_told_of(board, monkeypatch, caplog):
+    monkeypatch.setattr(load, "PATIENCE_S", 0.05)
+    board._ranks["writer"][1] = os.getpid()
+    assert board.report().calls == 0
+    (line,) = caplog.messages
+    assert line.startswith("rank 1 is busy: its part of the load report is older")
+
+
+def test_a_closed_writer_has_written_all_and_counts_no_more(board, watching):
+    layer = Layer([1])
+    writer = watching(0, {0: layer})
+    writer.step()
+    writer.close()
+    assert board.report().tokens_RLE.sum() == 1
+    layer.call([1])
+    writer.step()
+    assert board.report().tokens_RLE.sum() == 1
+
+
+def test_a_step_is_three_operations_whatever_the_layers(board, watching):
+    """What it costs the serving thread, which no test can time."""
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for count in (1, 58):
+        layers = {number: Layer([1] * 256) for number in range(count)}
+        writer = watching(0, layers)
+        writer.step()
+        seen: list[str] = []
+        with Log(), mock.patch.object(Load, "tokens_of", side_effect=AssertionError("Python for a layer")):
+            writer.step()
+        assert seen == ["sum", "copy_", "copy_"]
+
+
+def test_copies_that_are_half_there_are_not_taken():
+    """A device copies while the host looks on: what it shows is a whole step, or nothing."""
+    counters = Counters(CPU, 2)
+    seats = [counters.seat(2)[1] for _ in range(2)]
+    for step in range(1, 4):
+        for rows_L in seats:
+            rows_L += step
+        counters.step()
+    assert counters.arrived().step == 3
+    counters.steps += 1  # asked for, and nothing of it has come
+    assert counters.arrived().step == 3
+    counters._host_sums_SN[4, :2] = 20  # its sums
+    assert counters.arrived().step == 3
+    counters._host_rows_NW[0] = 10  # one line of two
+    assert counters.arrived() is None
+    counters._host_rows_NW[1] = 10
+    assert counters.arrived().step == 4
+
+
+def test_steps_without_tokens():
+    counters = Counters(CPU, 1)
+    counters.seat(1)
+    assert counters.arrived().step == 0
+    for _ in range(2 * STEPS):
+        counters.step()
+    shown = counters.arrived()
+    assert (shown.step, shown.oldest) == (2 * STEPS, STEPS + 1)
 
 
 def report(tokens_RLE, layers):
@@ -123,11 +295,11 @@ def test_imbalance_is_the_busiest_rank_over_the_mean():
     assert report(np.zeros((2, 0, 0), dtype=np.int64), ()).imbalance_L.size == 0
 
 
-def test_steps_are_looked_at_one_by_one(board):
+def test_step_imbalance_is_taken_step_by_step(board, watching):
     """Two ranks that are busy in turn are level over the run, and twice as busy as need be in each step."""
     layers = [Layer([0]), Layer([0])]
     writers = [watching(rank, {0: layer}) for rank, layer in enumerate(layers)]
-    for step in range(2 * load.STEPS):
+    for step in range(2 * STEPS):
         for rank, (layer, writer) in enumerate(zip(layers, writers, strict=True)):
             layer.call([3 * ((step + rank) % 2)])
             writer.step()
@@ -136,7 +308,7 @@ def test_steps_are_looked_at_one_by_one(board):
     assert report.step_imbalance_L == pytest.approx([2.0])
 
 
-def test_steps_of_a_rank_that_is_behind_are_left_out(board):
+def test_steps_of_a_rank_that_is_behind_are_left_out(board, watching):
     layers = [Layer([2]), Layer([1])]
     first, second = (watching(rank, {0: layer}) for rank, layer in enumerate(layers))
     first.step()
@@ -147,14 +319,14 @@ def test_steps_of_a_rank_that_is_behind_are_left_out(board):
     assert board.report().step_imbalance_L == pytest.approx([2 / 1.5])
 
 
-def test_loads_are_those_of_the_model():
+def test_loads_add_up_replicas_and_count_shards_once():
     """Replicas of an expert add up, layers without experts are there, and shards of an expert count once."""
     both = report([[[3, 0], [1, 1]], [[4, 1], [0, 2]]], (1, 3))
     assert both.loads_LE(4, ep_size=2).tolist() == [[0, 0], [7, 1], [0, 0], [1, 3]]
     assert both.loads_LE(4, ep_size=1).tolist() == [[0, 0], [3, 0], [0, 0], [1, 1]]
 
 
-def test_last_words_cross_processes(board):
+def test_the_error_of_a_worker_is_read_by_its_parent(board):
     process = multiprocessing.get_context("spawn").Process(
         target=load.record_error, args=(1, "no such weight: ö")
     )
@@ -166,14 +338,14 @@ def test_last_words_cross_processes(board):
     assert (Path("/dev/shm") / board._memory.name).exists()
 
 
-def test_removed_board_is_gone(board):
+def test_a_removed_board_leaves_no_shared_memory(board):
     path = Path("/dev/shm") / board._memory.name
     assert path.exists()
     board.remove()
     assert not path.exists()
 
 
-def test_without_a_board_nothing_is_written(monkeypatch):
+def test_without_a_board_nothing_is_written(monkeypatch, watching):
     monkeypatch.delenv(BOARD_VARIABLE, raising=False)
     layer = Layer([1])
     watching(0, {0: layer}).step()
@@ -182,6 +354,6 @@ def test_without_a_board_nothing_is_written(monkeypatch):
 
 
 @pytest.mark.parametrize(("index", "experts"), [(MAX_LAYERS, 8), (0, MAX_EXPERTS + 1)])
-def test_what_the_board_cannot_hold_is_refused(index, experts):
+def test_layers_and_experts_beyond_the_board_are_refused(index, experts):
     with pytest.raises(EPError, match=f"{MAX_LAYERS} layers of {MAX_EXPERTS} experts"):
         load.check_room(index, experts)

@@ -31,6 +31,6 @@ def test_a_hub_model_comes_from_the_cache(hub):
     assert locate("someone/moe") == str(snapshot)
 
 
-def test_a_hub_model_that_cannot_be_had(hub):
+def test_a_hub_model_that_is_not_there_is_refused(hub):
     with pytest.raises(UnavailableError, match="the hub did not give a model of that name"):
         locate("someone/moe")

@@ -11,13 +11,13 @@ import pytest
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.engines.placement import finished_placement, pack, unpack
+from epbackend.engines.placement import finished_placement, from_env, to_env
 from epbackend.errors import ConfigError
 from epbackend.models import resolve
 from epbackend.placement import Layout, Loads, Placement, plan
 from epbackend.placement.formats import write
-from tests.engines.test_greedy import GREEDY, config
 from tests.helpers.engine_models import greedy_tokens, prompts
+from tests.helpers.engines import GREEDY, config
 from tests.helpers.processes import engine_workers
 
 EXPERTS, LAYERS = 32, 4
@@ -70,15 +70,13 @@ PLACEMENTS = {
 }
 QWEN, DEEPSEEK = DENSE
 CASES = [
-    (QWEN, 2, 1, "refined", "level"),
-    (QWEN, 2, 2, "eplb", {"prefill": "level", "decode": "nearest"}),
-    (QWEN, 4, 2, "omni-uneven", "level"),
-    (DEEPSEEK, 2, 2, "duplicates", "level"),
-    (DEEPSEEK, 2, 1, "lplb", "even"),
-    (DEEPSEEK, 2, 1, "incremental", "nearest"),
+    (QWEN, 2, 1, ["refined", "eplb", "lplb", "duplicates"], {"prefill": "level", "decode": "nearest"}),
+    (QWEN, 4, 2, ["omni-uneven", "omni-uneven", "duplicates", "eplb"], "level"),
+    (DEEPSEEK, 2, 2, ["eplb", "duplicates", "lplb", "incremental"], {"prefill": "even", "decode": "level"}),
 ]
+"""The placement of each layer: they have nothing to do with one another, so that one engine shows several."""
 RARER = [
-    (model, ranks, level, placement, split)
+    (model, ranks, level, [placement] * LAYERS, split)
     for model in DENSE
     for ranks in (2, 4)
     for placement, level, split in [
@@ -103,11 +101,12 @@ def answer(model: str, settings: EPConfig) -> tuple[list[list[int]], Any]:
 
 
 @pytest.mark.parametrize(
-    ("model", "ranks", "level", "placement", "split"),
+    ("model", "ranks", "level", "placements", "split"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in RARER)],
 )
-def test_tokens_of_every_placement_and_split(model, ranks, level, placement, split, tmp_path):
-    placed = PLACEMENTS[placement](model, ranks)
+def test_tokens_do_not_depend_on_placement_and_split(model, ranks, level, placements, split, tmp_path):
+    whole = {name: PLACEMENTS[name](model, ranks) for name in set(placements)}
+    placed = Placement(tuple(whole[name].layers[layer] for layer, name in enumerate(placements)))
     (tmp_path / "placement.json").write_text(placed.to_json())
     section = {"file": str(tmp_path / "placement.json"), "split": split}
     tokens, load = answer(model, config(FLOAT32, ep_size=ranks, ep_level=level, placement=section))
@@ -119,7 +118,7 @@ def test_tokens_of_every_placement_and_split(model, ranks, level, placement, spl
 
 
 @pytest.mark.parametrize("form", ["mixtral", pytest.param("qwen2-moe", marks=pytest.mark.slow)])
-def test_layers_that_lmdeploy_does_not_number(form, checkpoint, reference, tmp_path):
+def test_layers_that_lmdeploy_does_not_number_get_their_own_experts(form, checkpoint, reference, tmp_path):
     """Each layer has a placement of its own, so one that took another's would load the wrong experts."""
     loads = np.random.default_rng(2).lognormal(3, 1, (3, 16))
     placed = plan(loads, ranks=2, slots=20, algorithm="eplb")
@@ -136,7 +135,7 @@ def test_layers_that_lmdeploy_does_not_number(form, checkpoint, reference, tmp_p
 
 
 @pytest.mark.parametrize("dp", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_planned_from_recorded_loads(dp, tmp_path):
+def test_a_placement_planned_from_recorded_loads_balances_the_next_run(dp, tmp_path):
     """Recorded by one run, planned on by the next, which is better balanced and answers the same."""
     engine = FLOAT32 | {"dp": dp}
     without, load = answer(QWEN, config(engine, ep_size=2, ep_level=2))
@@ -148,11 +147,11 @@ def test_planned_from_recorded_loads(dp, tmp_path):
     assert placed.step_imbalance_L.mean() < load.step_imbalance_L.mean()
 
 
-def test_planning_happens_once_and_every_rank_gets_it_whole():
+def test_a_packed_placement_unpacks_to_the_same():
     placement = duplicates(QWEN, 2)
-    assert unpack(pack(placement)) == placement
+    assert from_env(to_env(placement)) == placement
     large = plan(np.random.default_rng(0).random((61, 256)), ranks=64, slots=320, algorithm="eplb")
-    assert unpack(pack(large)) == large
+    assert from_env(to_env(large)) == large
 
 
 def test_without_a_section_there_is_no_placement():
@@ -187,14 +186,14 @@ def test_a_placement_of_something_else_is_refused_before_anything_starts(placeme
         ({"loads": "loads.json", "algorithm": "incremental"}, "placement: .*current"),
     ],
 )
-def test_what_cannot_be_planned_names_the_setting(section, message, tmp_path, monkeypatch):
+def test_a_section_that_cannot_be_planned_names_the_setting(section, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(Loads.of(skewed_loads(QWEN)), tmp_path / "loads.json", "sglang")
     with pytest.raises(ConfigError, match=message):
         finished_placement(config(ep_size=2, placement=section))
 
 
-def test_ranks_that_do_not_divide_the_experts(tmp_path):
+def test_ranks_that_do_not_divide_the_experts_need_a_placement(tmp_path):
     """Refused without a placement; with one, ranks may have unequal parts."""
     with pytest.raises(ConfigError, match=r"ep_size: 3 does not divide the 32 experts .* or a placement"):
         epbackend.pipeline(QWEN, config(ep_size=3))

@@ -24,7 +24,7 @@ TWO_RANKS = EPConfig.load({"device": "cpu", "ep_size": 2, "ep_level": 2, "engine
     [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
     ids=lambda ending: ending.name,
 )
-def test_nothing_is_left_when_the_parent_is_told_to_end(ending, checkpoint, start_process):
+def test_no_process_or_memory_is_left_when_the_parent_is_signalled(ending, checkpoint, start_process):
     running = start_process(GENERATE, str(checkpoint("qwen3-moe")), TWO_RANKS.to_json())
     assert len(running.workers()) == 2
     assert running.segments
@@ -70,7 +70,7 @@ def test_a_worker_killed_at_start_fails_the_start(checkpoint):
     assert engine_workers() == []
 
 
-def test_a_worker_that_fails_is_quoted(checkpoint):
+def test_the_error_of_a_failed_worker_is_quoted(checkpoint):
     """The weights do not have the shape that the settings claim: found by the workers, told by the parent."""
     broken = EPConfig.load(
         {"device": "cpu", "ep_size": 2, "engine": {"extra": {"hf_overrides": {"hidden_size": 96}}}}

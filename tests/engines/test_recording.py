@@ -15,9 +15,8 @@ from epbackend.engines.lmdeploy.recording import Recording
 from epbackend.errors import ConfigError, EPError
 from epbackend.models import resolve
 from epbackend.placement.formats import read_loads
-from tests.engines.test_greedy import config
-from tests.engines.test_server import _await_model, _complete
 from tests.helpers.engine_models import EXPERTS, NEW_TOKENS, TOP_K, prompts
+from tests.helpers.engines import await_model, complete, config
 from tests.helpers.patience import PATIENCE_S
 
 SERVE = """
@@ -47,14 +46,14 @@ def test_the_file_is_what_planners_read(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["loads.json"]
 
 
-def test_nothing_to_record(tmp_path):
+def test_recording_without_a_token_fails_and_writes_nothing(tmp_path):
     file = Recording.of(tmp_path / "loads.json", resolve("tiny-deepseek-v3"), ep_size=2)
     with pytest.raises(EPError, match="no expert has had a token"):
         file.write(report(np.zeros((2, 3, 32), dtype=np.int64)))
     assert not file.path.exists()
 
 
-def test_a_file_that_cannot_be_is_refused_before_anything_runs(tmp_path):
+def test_a_path_that_cannot_be_written_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match=r"record: .*nowhere.* cannot be written"):
         Recording.of(tmp_path / "nowhere" / "loads.json", resolve("tiny-deepseek-v3"), ep_size=2)
 
@@ -64,11 +63,11 @@ def test_a_server_counts_its_requests_and_not_its_warm_up(checkpoint, start_proc
     settings = config({"log_level": "INFO"}, ep_size=2, ep_level=2)
     ready = "expert loads are counted from now on"
     running = start_process(SERVE, str(model), settings.to_json(), str(port), str(path), ready=ready)
-    _await_model(port)
+    await_model(port)
     running.look()
     texts = prompts()[:4]
     for text in texts:
-        _complete(port, text)
+        complete(port, text)
     running.process.send_signal(signal.SIGTERM)
     running.process.wait(timeout=PATIENCE_S)
     counts_LE = np.array(json.loads(path.read_text())["logical_count"])

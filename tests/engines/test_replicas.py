@@ -6,13 +6,13 @@ import pytest
 
 import epbackend
 from epbackend.errors import WorkerError
-from tests.engines.test_greedy import GREEDY, config
 from tests.helpers.engine_models import NEW_TOKENS, prompts
+from tests.helpers.engines import GREEDY, config
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import GENERATE
 
 
-def test_tokens_with_uneven_and_empty_ranks(checkpoint, reference):
+def test_two_engines_give_the_tokens_of_one_with_uneven_and_empty_ranks(checkpoint, reference):
     """Twelve prompts of 1 to 150 words go round; then one alone, while the other engine has nothing to do."""
     texts, expected = prompts(), reference("qwen3-moe")
     with epbackend.pipeline(str(checkpoint("qwen3-moe")), config({"dp": 2}, ep_size=2, ep_level=2)) as pipe:
@@ -42,7 +42,7 @@ def test_tokens_with_uneven_and_empty_ranks(checkpoint, reference):
         ("deepseek-v3", config({"dp": 2}, ep_size=2, ep_level=1)),
     ],
 )
-def test_rarer_forms(form, settings, checkpoint, reference):
+def test_two_engines_with_attention_ranks_give_the_tokens_of_one(form, settings, checkpoint, reference):
     """Among them the mixed form: two engines with two attention ranks each."""
     with epbackend.pipeline(str(checkpoint(form)), settings) as pipe:
         answers = pipe(prompts(), gen_config=GREEDY, do_preprocess=False)
@@ -50,7 +50,7 @@ def test_rarer_forms(form, settings, checkpoint, reference):
 
 
 @pytest.mark.slow
-def test_a_killed_engine_fails_the_call(checkpoint):
+def test_a_killed_engine_fails_the_call_by_name(checkpoint):
     with epbackend.pipeline(str(checkpoint("qwen3-moe")), config({"dp": 2}, ep_size=2)) as pipe:
         pipe._processes[1].kill()
         with pytest.raises(WorkerError, match="dp rank 1"):

@@ -29,7 +29,7 @@ def test_draws_follow_the_probabilities_and_never_take_an_impossible_token():
     torch.testing.assert_close(frequency, probabilities, atol=0.02, rtol=0)
 
 
-def test_columns_are_translated_to_token_ids():
+def test_sampled_columns_become_token_ids():
     ids = torch.tensor([[40, 41, 42], [50, 51, 52]])
     certain = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     drawn = SeededMultinomial().forward(certain, torch.tensor([1, 2]), torch.tensor([3, 4]), ids)

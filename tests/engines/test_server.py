@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 
 import pytest
-import requests
 from transformers import AutoTokenizer
 
 from epbackend.engines.lmdeploy import serve
 from epbackend.engines.lmdeploy.deployment import LOOPBACK, free_port
 from epbackend.errors import ConfigError
-from tests.engines.test_greedy import config
-from tests.helpers.engine_models import NEW_TOKENS, prompts
+from tests.helpers.engine_models import prompts
+from tests.helpers.engines import await_model, complete, config
 from tests.helpers.patience import PATIENCE_S
 
 SERVE = """
@@ -38,15 +36,17 @@ if __name__ == "__main__":
     ],
     ids=["dp1-sigterm", "dp2-sigint", "dp1-sigkill"],
 )
-def test_serves_and_leaves_nothing(engine, ending, ready, checkpoint, reference, start_process):
+def test_a_server_answers_and_leaves_no_process_behind(
+    engine, ending, ready, checkpoint, reference, start_process
+):
     model, port = checkpoint("qwen3-moe"), free_port()
     settings = config(engine, ep_size=2, ep_level=2)
     running = start_process(SERVE, str(model), settings.to_json(), str(port), ready=ready)
-    _await_model(port)
+    await_model(port)
     running.look()
 
     texts = prompts()[:4]
-    answers = [_complete(port, text) for text in texts]
+    answers = [complete(port, text) for text in texts]
     tokenizer = AutoTokenizer.from_pretrained(model)
     expected = [tokenizer.decode(tokens) for tokens in reference("qwen3-moe")[:4]]
     # The server holds back bytes that are no whole character yet; random models end in the middle of one.
@@ -74,30 +74,6 @@ def test_an_engine_that_cannot_start_says_why(checkpoint, start_process):
     running = start_process(SERVE, str(checkpoint("qwen3-moe")), settings, str(free_port()), ready=said)
     assert running.process.wait(timeout=PATIENCE_S) == 1
     running.assert_nothing_left()
-
-
-def _await_model(port: int) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        try:
-            if len(requests.get(f"http://{LOOPBACK}:{port}/v1/models", timeout=5).json()["data"]) >= 1:
-                return
-        except (requests.ConnectionError, requests.Timeout):
-            pass
-        time.sleep(0.3)
-    raise AssertionError("the server does not know its model")
-
-
-def _complete(port: int, text: str) -> str:
-    request = {
-        "model": "tiny",
-        "prompt": text,
-        "max_tokens": NEW_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-    }
-    response = requests.post(f"http://{LOOPBACK}:{port}/v1/completions", json=request, timeout=PATIENCE_S)
-    return response.json()["choices"][0]["text"]
 
 
 def _listening(process) -> set[tuple[str, int]]:

@@ -23,7 +23,7 @@ LAYERS = {
     "alltoall": (DispatchSettings(level=2, dispatcher="alltoall"), 1),
     "mc2": (DispatchSettings(level=2, dispatcher="mc2", max_tokens=TOKENS), 1),
     "mc2, int8 rows": (
-        DispatchSettings(level=2, dispatcher="mc2", max_tokens=TOKENS, transport="int8"),
+        DispatchSettings(level=2, dispatcher="mc2", max_tokens=TOKENS, dispatch_dtype="int8"),
         1,
     ),
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 from epbackend import moe
 from epbackend.device import Device, get_device
 from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.dispatch.context import GroupContext
 from epbackend.dispatch.row_format import RowFormat
 from epbackend.kernels import Permuted
 from epbackend.kernels.reference import ReferenceKernels
@@ -21,6 +22,23 @@ from epbackend.replica_split import SlotMap
 from tests.helpers.dense import dense_moe, swiglu, tolerance
 
 D, F = 12, 10
+SPLITS = ("even", "nearest", "level")
+# The expert in each slot: in order, with replicas of experts 0, 3 and 5; in no order; 13 slots, for unequal ranks.
+REPLICAS = (0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 0, 5)
+SHUFFLED = (5, 5, 2, 0, 7, 1, 5, 4, 6, 3, 5, 2)
+UNEVEN = (0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 5, 0)
+UNEVEN_CUTS = {1: (13,), 2: (9, 4), 4: (5, 1, 4, 3)}
+"""Slots of each rank that has a part of UNEVEN, by the number of ranks."""
+
+
+def uneven(groups: int) -> tuple[int, ...]:
+    """Tokens of each group of ranks, one of them without any."""
+    return (7, 0, 11, 3)[:groups]
+
+
+def relu_product(rows_S2F: Tensor) -> Tensor:
+    """A gate that is not SwiGLU, with its halves interleaved."""
+    return rows_S2F[..., ::2].relu() * rows_S2F[..., 1::2]
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,7 @@ class Seen:
     """How often this rank's own tokens chose each expert."""
 
 
-def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
+def layer_equals_dense(groups: dict[int, RankGroup], case: Case, context: GroupContext | None = None) -> Seen:
     """Run the layer, fail unless this rank's tokens get what the dense formula gives them."""
     ranks = groups[case.token_size]
     device = get_device(case.device)
@@ -93,7 +111,7 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
 
     mine = list(slot_map.local_experts(ranks.rank))
     spy = _Spy(device.kernels)
-    with mock.patch.object(moe, "get_device", return_value=mock.Mock(kernel_set=lambda _: spy)):
+    with mock.patch.object(moe, "get_device", return_value=_Watched(device, spy)):
         layer = moe.ExpertParallelMoE(
             gate_up[mine].to(place),
             down[mine].to(place),
@@ -105,15 +123,17 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
             gate_up_bias_L2F=None if biases[0] is None else biases[0][mine].to(place),
             down_bias_LD=None if biases[1] is None else biases[1][mine].to(place),
             activation=case.activation,
+            context=context,
         )
     out = layer(hidden.to(place), ids.to(place), weights.to(place)).cpu()
     if layer.dispatchers["prefill"].name != "replicated":
-        form, reference = RowFormat.of(hidden, ids, case.settings.transport), ReferenceKernels()
-        hidden, *_ = form.unpack(reference, form.pack(reference, hidden, ids, weights))
+        form, reference = RowFormat.of(hidden, ids, case.settings.dispatch_dtype), ReferenceKernels()
+        hidden, *_ = form.decode(reference, form.encode(reference, hidden, ids, weights))
     expected = dense_moe(hidden, ids, weights, gate_up, down, *biases, activation=case.activation or swiglu)
     assert out.dtype == case.dtype
     torch.testing.assert_close(out.double(), expected, **tolerance(case.dtype))
     load = layer.load
+    layer.close()
     chosen = torch.bincount(ids.flatten(), minlength=experts).tolist()
     return Seen(
         layer.dispatchers["prefill"].name,
@@ -126,6 +146,13 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case) -> Seen:
     )
 
 
+def assert_each_choice_computed_once(seen: list[Seen], token_size: int = 1) -> None:
+    """`seen` is what the ranks of a layer saw, of which `token_size` in a row hold the same tokens."""
+    computed_E = torch.tensor([rank.tokens_E for rank in seen]).sum(0)
+    chosen_E = torch.tensor([rank.chosen_E for rank in seen[::token_size]]).sum(0)
+    assert torch.equal(computed_E, chosen_E)
+
+
 def place_of(device: Device, rank: int) -> torch.device:
     """Ranks share the GPUs that there are: gloo joins them, which NCCL would not do on one."""
     gpus = torch.cuda.device_count() if device.name == "cuda" else 0
@@ -136,6 +163,19 @@ def _choices(tokens: int, experts: int, case: Case, draw: torch.Generator) -> Te
     if case.repeats:
         return torch.randint(0, experts, (tokens, case.top_k), generator=draw)
     return torch.rand(tokens, experts, generator=draw).argsort(1)[:, : case.top_k]
+
+
+class _Watched:
+    """A device whose kernels are watched."""
+
+    def __init__(self, device: Device, spy: _Spy) -> None:
+        self._device, self._spy = device, spy
+
+    def __getattr__(self, name: str):
+        return getattr(self._device, name)
+
+    def kernel_set(self, name: str) -> _Spy:
+        return self._spy
 
 
 class _Spy:

@@ -56,8 +56,6 @@ class GpuMailbox(Mailbox):
     def __init__(self, group: PeerGroup, device: torch.device) -> None:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
-        # Torch finds the store of a group by itself only where the group is its own.
-        symmetric_memory.enable_symm_mem_for_group(group.group_name)
         allocate = symmetric_memory._SymmetricMemory.empty_strided_p2p
         self._memory = allocate((CAPACITY,), (1,), torch.uint8, device)
         self._handle = symmetric_memory.rendezvous(self._memory, group)
@@ -105,14 +103,25 @@ class PeerGroup(dist.ProcessGroup):
         self._rank, self._size, self._store = rank, size, store
         self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
         self._mailboxes: dict[torch.device, Mailbox] = {}
+        self._plain: tuple[str, dist.ProcessGroup] | None = None
 
     def getBackendName(self) -> str:
         return NAME
 
     @property
     def group_name(self) -> str:
-        """As torch.distributed has it in its books; it tells groups written in Python nothing."""
-        return c10d._world.pg_names[self]
+        """Of a plain group that has our store and ranks.
+
+        By this name torch's symmetric memory looks for a store in C++, where a group written in Python has none.
+        """
+        if self._plain is None:
+            # Torch's own name for the group is the same on all ranks, and so is this one.
+            self._plain = (
+                f"{c10d._world.pg_names[self]}, plain",
+                dist.ProcessGroup(self._store, self._rank, self._size),
+            )
+            c10d._register_process_group(*self._plain)
+        return self._plain[0]
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
         (tensor,) = tensors

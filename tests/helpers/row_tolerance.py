@@ -8,12 +8,12 @@ UNIT = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Half a unit in the last place of a restored value."""
 
 
-def within(transport: str, rows_TD: torch.Tensor) -> torch.Tensor:
+def within(dispatch_dtype: str, rows_TD: torch.Tensor) -> torch.Tensor:
     """How far each value may be off when it arrives."""
     size = rows_TD.abs()
-    if transport == "full":
+    if dispatch_dtype == "full":
         return torch.zeros_like(size)
-    if transport == "int8":
+    if dispatch_dtype == "int8":
         error = (size.amax(1, keepdim=True) / 254).expand_as(size)
     else:
         blocks = [block.amax(1, keepdim=True).expand_as(block) for block in size.split(128, dim=1)]

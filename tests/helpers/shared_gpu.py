@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from epbackend.dispatch.symmetric import OVERLAP
 from epbackend.engines.lmdeploy import workers
 from tests.helpers import peer_group
-
-OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 
 def on_shared_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines that are started from now on by the mp executor share what devices there are."""
-    monkeypatch.setenv(OVERLAP, "1")
     monkeypatch.setattr(workers, "GuardedProc", SharingProc)
 
 
@@ -35,6 +34,7 @@ class SharingProc(workers.GuardedProc):
 
 def share_devices() -> None:
     """From now on in this process, a number past the last GPU's names the first ones again."""
+    os.environ[OVERLAP] = "1"
     if torch.cuda.is_available():
         set_device = torch.cuda.set_device
         torch.cuda.set_device = lambda device: set_device(_shared(device))

@@ -51,7 +51,7 @@ def over_shared_memory() -> Iterator[None]:
     """Inside, the dispatcher `symmetric` serves ranks of one CPU."""
     with (
         mock.patch.object(symmetric, "not_built", return_value=None),
-        mock.patch.object(symmetric, "unreachable", return_value=None),
+        mock.patch.object(symmetric, "no_p2p_access", return_value=None),
         mock.patch.object(symmetric_memory, "rendezvous", rendezvous),
         mock.patch.object(symmetric_memory._SymmetricMemory, "empty_strided_p2p", empty_strided_p2p),
     ):

@@ -8,13 +8,12 @@ from dataclasses import replace
 import torch
 
 from epbackend.dispatch.base import DispatchSettings
-from tests.helpers.layer_case import Case, Seen, layer_equals_dense
+from tests.helpers.layer_case import Case, Seen, assert_each_choice_computed_once, layer_equals_dense
 from tests.helpers.virtual_ranks import run_virtual
 
 OPEN = DispatchSettings(level=2, dispatcher="symmetric")
 BOUNDED = DispatchSettings(level=2, dispatcher="symmetric", max_tokens=11)
 STATIC = DispatchSettings(level=2, dispatcher="symmetric", static=True, max_tokens=11)
-REPLICAS = (0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 0, 5)
 
 
 def tight(settings: DispatchSettings, scale: float) -> DispatchSettings:
@@ -26,8 +25,7 @@ def run(case: Case, place: torch.device, order: Sequence[int] | None = None) -> 
     """Run a case, and check that every choice was computed once."""
     case = replace(case, device="cuda")
     seen = run_virtual(case.size, lambda ranks: layer_equals_dense({1: ranks}, case), place, order)
-    computed = torch.tensor([rank.tokens_E for rank in seen]).sum(0)
-    assert torch.equal(computed, torch.tensor([rank.chosen_E for rank in seen]).sum(0))
+    assert_each_choice_computed_once(seen)
     assert {rank.dispatcher for rank in seen} == {"symmetric"}
     assert len({(rank.rounds, rank.batches) for rank in seen}) == 1
     return seen

@@ -23,7 +23,7 @@ from torch import Tensor
 from epbackend.dispatch import symmetric, symmetric_memory
 from epbackend.dispatch.base import RankGroup
 from epbackend.dispatch.symmetric_memory import Peers
-from epbackend.kernels.triton.symmetric import Mirror
+from epbackend.kernels.triton.symmetric import SymmetricTensor
 
 PATIENCE_S = 60.0
 Result = TypeVar("Result")
@@ -72,12 +72,12 @@ class VirtualPeers(Peers):
         super().__init__(rank, hub.size)
         self.hub, self._device = hub, device
 
-    def share(self, size: int) -> Mirror:
-        mine = torch.full((size,), 0xFF, dtype=torch.uint8, device=self._device)  # NaN in every float
-        addresses = [memory.data_ptr() for memory in self.hub.gather(self.rank, mine)]
-        return Mirror(mine, torch.tensor(addresses, dtype=torch.int64, device=self._device))
+    def rendezvous(self, size: int) -> SymmetricTensor:
+        local = torch.full((size,), 0xFF, dtype=torch.uint8, device=self._device)  # NaN in every float
+        addresses = [memory.data_ptr() for memory in self.hub.gather(self.rank, local)]
+        return SymmetricTensor(local, torch.tensor(addresses, dtype=torch.int64, device=self._device))
 
-    def meet(self, layer: int) -> None:
+    def barrier(self, layer: int) -> None:
         self.hub.meet(self.rank)
 
     def read(self, tensor: Tensor) -> list:
@@ -105,9 +105,9 @@ def run_virtual(
         return result
 
     with (
-        mock.patch.object(symmetric_memory, "connect", lambda group, device, timeout_s: group),
+        mock.patch.object(symmetric_memory, "SymmetricMemoryPeers", lambda group, device, timeout_s: group),
         mock.patch.object(symmetric, "not_built", return_value=None),
-        mock.patch.object(symmetric, "unreachable", return_value=None),
+        mock.patch.object(symmetric, "no_p2p_access", return_value=None),
         ThreadPoolExecutor(size) as threads,
     ):
         return [future.result() for future in [threads.submit(work, rank) for rank in range(size)]]

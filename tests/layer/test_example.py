@@ -12,7 +12,7 @@ from tests.helpers.patience import PATIENCE_S
 SCRIPT = Path(__file__).parents[2] / "examples" / "layer_torchrun.py"
 
 
-def test_the_torchrun_example():
+def test_the_torchrun_example_checks_its_own_answer():
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)],
         capture_output=True,

@@ -43,7 +43,7 @@ def build(**changes) -> ExpertParallelMoE:
         ({"settings": DispatchSettings(topk_scaling_factor=0.3)}, "smallest factor that works is 0.5"),
     ],
 )
-def test_what_does_not_fit(changes, message):
+def test_arguments_that_do_not_fit_raise(changes, message):
     with pytest.raises(ConfigError, match=message):
         build(**changes)
 
@@ -60,7 +60,7 @@ def test_the_reference_computes_the_same():
     torch.testing.assert_close(build(**weights)(*call), build(kernels="reference", **weights)(*call))
 
 
-def test_unknown_phase():
+def test_an_unknown_phase_raises():
     with pytest.raises(ConfigError, match="phase 'encode' is unknown"):
         build()(torch.randn(1, 8), torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 2), phase="encode")
 

@@ -42,6 +42,6 @@ def test_ids_leave_room_for_the_rank_that_has_most():
         ((0,), 0, "over 0 ranks"),
     ],
 )
-def test_maps_that_cannot_be(slots, ranks, message):
+def test_maps_that_leave_out_experts_or_ranks_raise(slots, ranks, message):
     with pytest.raises(ConfigError, match=message):
         SlotMap.of(slots, ranks)

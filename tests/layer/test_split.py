@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.errors import ConfigError
 from epbackend.kernels.cpu import CpuKernels
@@ -24,7 +25,7 @@ E, K = 5, 3
 
 def spec(rank: int, size: int, token_size: int = 1) -> LayerSpec:
     ranks = RankGroup(None, rank, size, token_size=token_size)
-    return LayerSpec(ranks, CpuKernels(), DispatchSettings(), slots=0, top_k=K)
+    return LayerSpec(ranks, get_device("cpu"), CpuKernels(), DispatchSettings(), slots=0, top_k=K)
 
 
 @st.composite
@@ -60,13 +61,13 @@ def test_even_takes_turns_from_call_to_call(layout, tokens, seed, rank):
     for call in range(3):
         ids = chosen(tokens, seed + call)
         counts = np.bincount(ids.flatten(), minlength=E)
-        quota = on_arrays.even_shares(counts, layout, turn=rank + call)
+        quota = on_arrays.even_shares(counts, layout, offset=rank + call)
         assert torch.equal(split(ids), expected_slots(ids, quota, slot_map))
 
 
 @settings(max_examples=40)
 @given(layout=layouts(), tokens=st.integers(0, 40), rank=st.integers(0, 3), node=st.sampled_from([0, 1, 2]))
-def test_nearest(layout, tokens, rank, node):
+def test_nearest_takes_the_nearest_replicas(layout, tokens, rank, node):
     rank, slot_map = rank % layout.ranks, SlotMap(layout, node)
     ids = chosen(tokens, seed=0)
     quota = on_arrays.nearest_quota(np.bincount(ids.flatten(), minlength=E), layout, rank, node)
@@ -77,7 +78,7 @@ def test_nearest(layout, tokens, rank, node):
 @settings(max_examples=40)
 @given(layout=layouts(), tokens=st.integers(0, 40), rank=st.integers(0, 3))
 def test_level_where_all_ranks_hold_the_same_tokens(layout, tokens, rank):
-    """Nobody is asked: there is no process group here."""
+    """No other rank is asked: there is no process group here."""
     slot_map, ids = SlotMap(layout), chosen(tokens, seed=1)
     quota = on_arrays.level_shares(np.bincount(ids.flatten(), minlength=E), layout)
     split = TokenSplit("level", slot_map, spec(rank % layout.ranks, layout.ranks, layout.ranks))
@@ -96,7 +97,9 @@ def level_of_all(groups, layout: Layout, token_size: int, tokens: tuple[int, ...
     node = node_size // token_size
     quota = on_arrays.own_quota(counts, shares, Layout(tuple(grouped), E), ranks.source, node)
     ids = chosen_by_source[ranks.source]
-    found = TokenSplit("level", slot_map, LayerSpec(ranks, CpuKernels(), DispatchSettings(), 0, K))(ids)
+    found = TokenSplit(
+        "level", slot_map, LayerSpec(ranks, get_device("cpu"), CpuKernels(), DispatchSettings(), 0, K)
+    )(ids)
     return torch.equal(found, expected_slots(ids, quota, slot_map))
 
 
@@ -116,22 +119,22 @@ def test_without_replicas_there_is_nothing_to_split(name):
     assert TokenSplit(name, slot_map, spec(0, 2))(ids).tolist() == [[3, 0, 5]]
 
 
-def test_what_there_is_not():
+def test_an_unknown_split_raises():
     replicas = SlotMap.of((0, 1, 0, 1), 2)
     with pytest.raises(ConfigError, match="split 'random' is unknown; it is one of even, nearest, level"):
         TokenSplit("random", replicas, spec(0, 2))
 
 
 @pytest.mark.parametrize("name", on_arrays.SPLITS)
-def test_an_expert_that_does_not_exist(name):
-    """Unless nobody looks; a choice of it then goes where an expert is."""
+def test_an_id_of_no_expert_raises_where_ids_are_checked(name):
+    """Where ids are not checked, a choice of it goes where an expert is."""
     slot_map, ids = SlotMap.of((0, 1, 0, 1), 2), torch.tensor([[0, 5]])
     with pytest.raises(ConfigError, match="layer 0: a token chose expert 5, and the experts are 0 to 1;"):
         TokenSplit(name, slot_map, spec(0, 2, 2))(ids)
     assert int(TokenSplit(name, slot_map, spec(0, 2, 2), check_ids=False)(ids).max()) < 4
 
 
-def test_nothing_is_compiled_or_loaded_for_it_unless_level_is_used():
+def test_numba_is_imported_for_level_only():
     """numba takes half a second to import, in every rank."""
     script = (
         "import sys, torch\n"

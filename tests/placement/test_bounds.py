@@ -9,7 +9,7 @@ from epbackend.errors import ConfigError
 from epbackend.placement import plan
 from epbackend.placement.budget import first_slots, share_out
 from epbackend.placement.score import lower_bound, optimal_replicas
-from epbackend.placement.search.layer_search import falls
+from epbackend.placement.search.layer_search import envelope_falls
 
 weights = st.lists(st.integers(0, 100), min_size=1, max_size=8).map(np.array)
 
@@ -27,19 +27,19 @@ def test_replicas_minimise_the_heaviest(weight_E, spare, most):
     assert needed_E.sum() > slots or needed_E.max() > most
 
 
-def test_ties_go_to_the_first():
+def test_of_equal_experts_the_first_gets_the_replica():
     assert optimal_replicas(np.ones(4), 6).tolist() == [2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("slots", [3, 9])
-def test_replicas_that_cannot_be(slots):
+def test_slots_that_do_not_fit_are_refused(slots):
     with pytest.raises(
         ConfigError, match=f"slots: {slots} do not fit 4 experts of 1 to 2 replicas; use 4 to 8"
     ):
         optimal_replicas(np.ones(4), slots, 2)
 
 
-def test_bound_is_the_mean_or_the_heaviest_copy():
+def test_bound_is_the_mean_or_the_heaviest_replica():
     assert lower_bound(np.array([1, 1, 1, 1]), 4, 2) == 2
     assert lower_bound(np.array([9, 1, 1, 1]), 5, 3) == 4.5
 
@@ -48,7 +48,7 @@ def test_bound_is_the_mean_or_the_heaviest_copy():
 @settings(deadline=None)
 def test_envelope_is_convex_and_below(values):
     curve_X = -np.sort(-np.array(values))
-    fall_X = falls(curve_X)
+    fall_X = envelope_falls(curve_X)
     envelope_X = curve_X[0] - np.concatenate(([0], np.cumsum(fall_X)))
     assert (np.diff(fall_X) <= 1e-9).all()
     assert (envelope_X <= curve_X + 1e-9).all()
@@ -70,13 +70,13 @@ def test_budget_is_given_out_and_ranks_share_it(layers, ranks, experts, budget, 
     assert np.ptp(slots_YR.sum(axis=0)) <= 1
 
 
-def test_layers_in_need_get_the_budget():
+def test_layers_with_a_heavy_replica_get_the_budget():
     even, skewed, empty = np.ones(8), np.array([40.0, 30, 1, 1, 1, 1, 1, 1]), np.zeros(8)
     slots_Y = share_out(np.array([even, skewed, empty]), 8, 8, 4)
     assert slots_Y.tolist() == [8, 12, 8]
 
 
-def test_needless_slots_are_spread_evenly():
+def test_slots_that_help_no_layer_are_spread_evenly():
     one_expert_needs_more = np.array([[8.0, 1, 1, 1]] * 3)
     assert share_out(one_expert_needs_more, 2, 4, 9).tolist() == [7, 7, 7]
 

@@ -1,4 +1,4 @@
-"""EPLB: slot for slot what DeepSeek published, as LMDeploy's replica of it (hierarchical part) computes it."""
+"""EPLB: slot for slot what DeepSeek published, as LMDeploy's copy of it (the hierarchical part) computes it."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ README_SLOTS = [
 
 
 def published(weight_YE: np.ndarray, slots: int, ranks: int, groups: int = 1, nodes: int = 1) -> np.ndarray:
-    replica = pytest.importorskip("lmdeploy.pytorch.nn.eplb")
+    published_eplb = pytest.importorskip("lmdeploy.pytorch.nn.eplb")
     if groups % nodes:
         groups = nodes = 1
     weight = torch.tensor(weight_YE, dtype=torch.float32)
-    return replica.rebalance_experts_hierarchical(weight, slots, groups, nodes, ranks)[0].numpy()
+    return published_eplb.rebalance_experts_hierarchical(weight, slots, groups, nodes, ranks)[0].numpy()
 
 
 def slots_of(placement) -> list[list[int]]:
     return [layer.slot_to_expert_P.tolist() for layer in placement.layers]
 
 
-def test_the_example_of_its_readme():
+def test_the_example_of_its_readme_slot_for_slot():
     placement = plan(README_LOADS, ranks=8, slots=16, algorithm="eplb", node_size=4, groups=4)
     assert slots_of(placement) == README_SLOTS
 
@@ -57,7 +57,7 @@ def test_the_example_of_its_readme():
     ],
 )
 @pytest.mark.parametrize("most", [5, 200, 10**6])
-def test_slot_for_slot_at_full_size(ranks, slots, groups, nodes, most):
+def test_equals_the_published_code_at_full_size(ranks, slots, groups, nodes, most):
     # Few distinct loads: the order of ties decides nearly every slot.
     weight_YE = np.random.default_rng(most).integers(0, most, (4, 256)).astype(float)
     assert np.array_equal(
@@ -67,7 +67,7 @@ def test_slot_for_slot_at_full_size(ranks, slots, groups, nodes, most):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_slot_for_slot(data):
+def test_equals_the_published_code(data):
     nodes, ranks_a_node, experts_a_group = (data.draw(st.integers(1, 4)) for _ in range(3))
     groups = nodes * data.draw(st.integers(1, 4))
     experts, ranks = groups * experts_a_group, nodes * ranks_a_node
@@ -115,11 +115,11 @@ def test_groups_stay_whole_on_a_node():
 
 
 def test_layers_without_load_are_even_and_change_nothing_else():
-    loads_LE = skewed(3, 16)
-    loads_LE[1] = 0
-    layers = plan(loads_LE, ranks=4, slots=20, algorithm="eplb").layers
+    loads_YE = skewed(3, 16)
+    loads_YE[1] = 0
+    layers = plan(loads_YE, ranks=4, slots=20, algorithm="eplb").layers
     assert layers[1] == Layout.even(16, 4, 20)
-    alone = plan(loads_LE[[0, 2]], ranks=4, slots=20, algorithm="eplb").layers
+    alone = plan(loads_YE[[0, 2]], ranks=4, slots=20, algorithm="eplb").layers
     assert (layers[0], layers[2]) == alone
 
 
@@ -133,6 +133,6 @@ def test_layers_without_load_are_even_and_change_nothing_else():
         ({"budget": 8}, "budget: eplb cannot share slots out"),
     ],
 )
-def test_what_it_cannot_do(options, message):
+def test_options_that_it_cannot_serve_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         plan(skewed(1, 16), ranks=4, algorithm="eplb", **options)

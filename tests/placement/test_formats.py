@@ -11,7 +11,7 @@ from epbackend.errors import ConfigError
 from epbackend.placement.formats import (
     LOADS,
     PLACEMENTS,
-    Hints,
+    ReadOptions,
     read,
     read_loads,
     read_placement,
@@ -21,9 +21,9 @@ from epbackend.placement.formats import (
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Layout, Placement, Provenance
 
-COUNTS_LE = np.array([[0, 0, 0, 0], [5, 0, 2, 1], [1, 1, 1, 9]])
-ONE = Loads.of(COUNTS_LE)
-TWO = Loads.of([COUNTS_LE, COUNTS_LE * 2 + 0.5], ["prefill", "decode"])
+COUNTS_YE = np.array([[0, 0, 0, 0], [5, 0, 2, 1], [1, 1, 1, 9]])
+ONE = Loads.of(COUNTS_YE)
+TWO = Loads.of([COUNTS_YE, COUNTS_YE * 2 + 0.5], ["prefill", "decode"])
 
 PLAN = Placement(
     (
@@ -84,9 +84,9 @@ def test_several_files_are_several_windows(tmp_path):
 
 
 def test_steps_of_sglang_are_added_up(tmp_path):
-    steps = np.stack([COUNTS_LE, np.zeros_like(COUNTS_LE), COUNTS_LE])
+    steps = np.stack([COUNTS_YE, np.zeros_like(COUNTS_YE), COUNTS_YE])
     (tmp_path / "a.json").write_text(json.dumps({"logical_count": steps.tolist(), "rank": 0}))
-    np.testing.assert_array_equal(read_loads(tmp_path / "a.json").tokens_WYE, [2 * COUNTS_LE])
+    np.testing.assert_array_equal(read_loads(tmp_path / "a.json").tokens_WYE, [2 * COUNTS_YE])
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
@@ -113,7 +113,7 @@ def test_placements_come_back(tmp_path, name):
     """Formats of MoE layers alone leave the dense layer 0 out and get it back."""
     plan = PLAN if name != "lmdeploy" else lmdeploy_plan()
     write(plan, tmp_path / "plan", name, dense_layers=(0,))
-    again = read(tmp_path / "plan", name, Hints(ranks=plan.ranks, slots=plan.slots, dense_layers=(0,)))
+    again = read(tmp_path / "plan", name, ReadOptions(ranks=plan.ranks, slots=plan.slots, dense_layers=(0,)))
     assert on_ranks(again)[1:] == on_ranks(plan)[1:]
     if name not in ("lmdeploy", "omni"):  # which have no order of slots within a rank
         assert again.layers == plan.layers
@@ -133,7 +133,7 @@ def test_the_same_placement_gives_the_same_bytes(tmp_path, name):
 def test_placements_are_known_by_their_content(tmp_path):
     for name in ("epbackend", "sglang", "vllm-ascend", "omni"):
         write(PLAN, tmp_path / "plan.bin", name, dense_layers=(0,))
-        assert on_ranks(read(tmp_path / "plan.bin", hints=Hints(ranks=2)))[-1] == on_ranks(PLAN)[-1]
+        assert on_ranks(read(tmp_path / "plan.bin", options=ReadOptions(ranks=2)))[-1] == on_ranks(PLAN)[-1]
 
 
 def test_what_vllm_ascend_reads(tmp_path):
@@ -184,7 +184,7 @@ def test_what_omniplacement_reads(tmp_path):
         (ONE, "sglang-pt", "'sglang-pt' is no format of loads to write"),
     ],
 )
-def test_what_a_format_cannot_say(tmp_path, plan, name, message):
+def test_what_a_format_cannot_express_is_refused(tmp_path, plan, name, message):
     with pytest.raises(ConfigError, match=message):
         write(plan, tmp_path / "out", name)
     assert not (tmp_path / "out").exists()
@@ -197,7 +197,7 @@ def test_dense_layers_must_be_layers(tmp_path):
         write(PLAN, tmp_path / "out", "omni", dense_layers=(0, 1, 2))
 
 
-def test_loads_and_placements_are_told_apart(tmp_path):
+def test_loads_and_placements_are_distinguished(tmp_path):
     write(ONE, tmp_path / "loads.json", "sglang")
     write(PLAN, tmp_path / "plan.json", "epbackend")
     with pytest.raises(ConfigError, match=r"plan.json: holds a placement, not loads"):
@@ -213,10 +213,10 @@ def test_a_file_of_sglang_needs_ranks(tmp_path):
     with pytest.raises(ConfigError, match=r"ranks: a placement of SGLang does not say .* \(--ranks\)"):
         read_placement(tmp_path / "plan.json")
     with pytest.raises(ConfigError, match="ranks: 4 do not divide the 6 slots"):
-        read_placement(tmp_path / "plan.json", Hints(ranks=4))
+        read_placement(tmp_path / "plan.json", ReadOptions(ranks=4))
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written"):
         write(PLAN, tmp_path, "epbackend")
 
@@ -255,7 +255,7 @@ def test_lmdeploy_counts_make_the_placement_or_say_why_not(tmp_path_factory, see
     except ConfigError:
         assert not path.exists()
     else:
-        assert on_ranks(read_placement(path, Hints(ranks=ranks, slots=plan.slots))) == on_ranks(plan)
+        assert on_ranks(read_placement(path, ReadOptions(ranks=ranks, slots=plan.slots))) == on_ranks(plan)
 
 
 def random_plan(*, experts, ranks, slots, layers, seed):

@@ -32,12 +32,12 @@ def drifted(drift, seed=0, layers=4, experts=64):
 def test_reaches_the_target_with_few_changes():
     before, after = drifted(0.15)
     current = plan(before, ranks=8, slots=72)
-    anew = plan(after, ranks=8, slots=72)
+    replanned = plan(after, ranks=8, slots=72)
     kept = plan(after, ranks=8, algorithm="incremental", current=current)
     for layer in range(4):
         assert imbalance(kept.layers[layer], after[layer]) <= 1.02
         assert kept.layers[layer].duplicates_on_rank == 0
-    changes = [sum(map(fetched, current.layers, new.layers)) for new in (kept, anew)]
+    changes = [sum(map(fetched, current.layers, new.layers)) for new in (kept, replanned)]
     assert changes[0] < 0.2 * changes[1]
 
 
@@ -99,7 +99,7 @@ def test_uneven_ranks_and_layers_without_load_stay():
         ({"node_penalty": 1}, "node_penalty: is no option of incremental"),
     ],
 )
-def test_bad_questions(options, message):
+def test_what_it_cannot_start_from_is_refused(options, message):
     given = {"current": Placement.even(1, 4, 2), **options}
     with pytest.raises(ConfigError, match=message):
         plan(np.ones((1, 4)), ranks=2, algorithm="incremental", **given)

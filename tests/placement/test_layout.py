@@ -74,7 +74,7 @@ def test_the_even_layout_spreads_experts_and_replicas(experts, ranks, more):
         (((0, 3),), 5, r"no slot holds expert 1 \(3 experts have none\)"),
     ],
 )
-def test_layouts_that_cannot_be(held, experts, message):
+def test_layouts_that_leave_an_expert_or_a_rank_out_are_refused(held, experts, message):
     with pytest.raises(ConfigError, match=message):
         Layout(held, experts)
 
@@ -88,6 +88,6 @@ def test_layouts_that_cannot_be(held, experts, message):
         (lambda: Layout.even(2, 3), "slots: 2 are fewer than the 3 ranks"),
     ],
 )
-def test_slots_that_do_not_fit(make, message):
+def test_slots_that_do_not_fit_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()

@@ -58,7 +58,7 @@ def test_in_a_mixture_a_window_without_the_layer_does_not_count():
         ([[[1, 2], [3]]], "not numbers in rows of equal length"),
     ],
 )
-def test_loads_that_cannot_be(windows, message):
+def test_values_that_are_no_counts_are_refused(windows, message):
     with pytest.raises(ConfigError, match=message):
         Loads.of(windows)
 

@@ -11,8 +11,8 @@ from epbackend.placement.planners.lplb import TOPOLOGIES, topology_matrix
 from tests.helpers.placement_strategies import skewed
 
 
-def lplb(loads_LE, ranks, slots, **options):
-    return plan(loads_LE, ranks=ranks, slots=slots, algorithm="lplb", **options)
+def lplb(loads_YE, ranks, slots, **options):
+    return plan(loads_YE, ranks=ranks, slots=slots, algorithm="lplb", **options)
 
 
 def test_the_published_cube():
@@ -21,15 +21,15 @@ def test_the_published_cube():
 
 @pytest.mark.parametrize("ranks", [2, 3, 32])
 def test_spread_is_one_circle_through_all_ranks_for_each_column(ranks):
-    r2o_GK = topology_matrix("spread", ranks, 0, ranks - 1)
-    for source_G in r2o_GK.T:
+    r2o_ZJ = topology_matrix("spread", ranks, 0, ranks - 1)
+    for source_Z in r2o_ZJ.T:
         seen, rank = [], 0
         for _ in range(ranks):
             seen.append(rank)
-            rank = int(source_G[rank])
+            rank = int(source_Z[rank])
         assert rank == 0
         assert sorted(seen) == list(range(ranks))
-    assert np.array_equal(r2o_GK, topology_matrix("spread", ranks, 0, ranks - 1))
+    assert np.array_equal(r2o_ZJ, topology_matrix("spread", ranks, 0, ranks - 1))
 
 
 def test_a_ring_looks_one_rank_back_and_then_two():
@@ -37,39 +37,39 @@ def test_a_ring_looks_one_rank_back_and_then_two():
 
 
 def test_a_hypercube_joins_ranks_that_differ_in_one_bit_and_each_pair_once():
-    r2o_GK = topology_matrix("hypercube", 16, 0, 2)
-    edges = {frozenset((rank, int(source))) for rank in range(16) for source in r2o_GK[rank]}
+    r2o_ZJ = topology_matrix("hypercube", 16, 0, 2)
+    edges = {frozenset((rank, int(source))) for rank in range(16) for source in r2o_ZJ[rank]}
     assert len(edges) == 32
     assert all(bin(a ^ b).count("1") == 1 for a, b in map(tuple, edges))
 
 
 def test_a_torus_joins_neighbours_in_the_node_and_on_the_next_node():
-    r2o_RK = topology_matrix("torus", 12, 4, 2)
-    assert r2o_RK[:4].tolist() == [[3, 8], [0, 9], [1, 10], [2, 11]]
-    assert r2o_RK[4:8].tolist() == [[7, 0], [4, 1], [5, 2], [6, 3]]
+    r2o_RJ = topology_matrix("torus", 12, 4, 2)
+    assert r2o_RJ[:4].tolist() == [[3, 8], [0, 9], [1, 10], [2, 11]]
+    assert r2o_RJ[4:8].tolist() == [[7, 0], [4, 1], [5, 2], [6, 3]]
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_redundant_slots_copy_what_the_matrix_says(topology):
-    loads_LE = skewed(3, 64)
+    loads_YE = skewed(3, 64)
     for layer, load_E in zip(
-        lplb(loads_LE, 16, 96, topology=topology, node_size=4).layers, loads_LE, strict=True
+        lplb(loads_YE, 16, 96, topology=topology, node_size=4).layers, loads_YE, strict=True
     ):
-        own_RS = np.array(layer.experts_of_rank)[:, :4]
-        assert sorted(own_RS.ravel()) == list(range(64))
-        assert (np.diff(load_E[own_RS], axis=1) <= 0).all()
-        r2o_RK = topology_matrix(topology, 16, 4, 2)
-        if len(r2o_RK) == 8:
-            r2o_RK = np.concatenate([r2o_RK, r2o_RK + 8])
+        own_RL = np.array(layer.experts_of_rank)[:, :4]
+        assert sorted(own_RL.ravel()) == list(range(64))
+        assert (np.diff(load_E[own_RL], axis=1) <= 0).all()
+        r2o_RJ = topology_matrix(topology, 16, 4, 2)
+        if len(r2o_RJ) == 8:
+            r2o_RJ = np.concatenate([r2o_RJ, r2o_RJ + 8])
         for rank, held in enumerate(layer.experts_of_rank):
-            assert held[4:] == (own_RS[r2o_RK[rank, 0], 0], own_RS[r2o_RK[rank, 1], 1])
+            assert held[4:] == (own_RL[r2o_RJ[rank, 0], 0], own_RL[r2o_RJ[rank, 1], 1])
         assert layer.duplicates_on_rank == 0
 
 
 def test_its_first_replicas_are_as_eplb_places_them():
-    loads_LE = skewed(2, 32)
-    own = plan(loads_LE, ranks=8, algorithm="eplb").layers
-    for layer, bare in zip(lplb(loads_LE, 8, 40).layers, own, strict=True):
+    loads_YE = skewed(2, 32)
+    own = plan(loads_YE, ranks=8, algorithm="eplb").layers
+    for layer, bare in zip(lplb(loads_YE, 8, 40).layers, own, strict=True):
         assert [set(held[:4]) for held in layer.experts_of_rank] == [
             set(held) for held in bare.experts_of_rank
         ]
@@ -87,9 +87,9 @@ def test_no_redundant_slots_and_a_single_rank():
 
 
 def test_layers_without_load_are_even():
-    loads_LE = skewed(2, 16)
-    loads_LE[0] = 0
-    assert lplb(loads_LE, 4, 20).layers[0] == Layout.even(16, 4, 20)
+    loads_YE = skewed(2, 16)
+    loads_YE[0] = 0
+    assert lplb(loads_YE, 4, 20).layers[0] == Layout.even(16, 4, 20)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_layers_without_load_are_even():
         (8, 40, {"topology": "torus"}, "a torus needs two nodes or more"),
         (8, 40, {"topology": "torus", "node_size": 8}, "a torus needs two nodes or more"),
         (8, 56, {"topology": "cube"}, "topology 'cube' has 2 redundant slots a rank, not 3"),
-        (8, 72, {}, "lplb replicas each expert once at most"),
+        (8, 72, {}, "lplb copies each expert once at most"),
         (8, 40, {"topology": "ring", "r2o": [[1], [0]]}, "r2o: cannot be given beside topology"),
         (
             8,
@@ -113,7 +113,7 @@ def test_layers_without_load_are_even():
         (8, 40, {"r2o": [[1], [2], [0]]}, "groups of 3 ranks do not divide the 8 ranks"),
         (8, 40, {"r2o": [[1], [1]]}, "column 0 is no permutation of 0 to 1"),
         (8, 40, {"r2o": [[-1], [0]]}, "column 0 is no permutation"),
-        (8, 48, {"r2o": [[1, 0], [0, 1]]}, "column 1 replicas rank 0 to itself"),
+        (8, 48, {"r2o": [[1, 0], [0, 1]]}, "column 1 copies rank 0 to itself"),
         (8, 40, {"r2o": [[1], [0, 1]]}, "r2o: rows of different length"),
         (8, 40, {"r2o": [[1.0], [0.0]]}, "must be a matrix"),
         (8, 40, {"r2o": [1, 0]}, "must be a matrix"),
@@ -122,6 +122,6 @@ def test_layers_without_load_are_even():
         (8, 40, {"r20": [[1], [0]]}, "r20: is no option of lplb, did you mean 'r2o'"),
     ],
 )
-def test_what_it_cannot_do(ranks, slots, options, message):
+def test_graphs_that_cannot_be_are_refused(ranks, slots, options, message):
     with pytest.raises(ConfigError, match=message):
         lplb(skewed(1, 32), ranks, slots, **options)

@@ -20,7 +20,7 @@ def test_experts_that_a_rank_did_not_hold():
     assert moves.bytes_R(10).tolist() == [10, 20]
 
 
-def test_some_layers_only():
+def test_only_the_given_layers_are_compared():
     before, after = Placement.even(3, 4, 2), Placement((Layout(((3, 2), (1, 0)), 4),) * 3)
     assert count_moves(before, after, layers=[1]).received_YR.tolist() == [[2, 2]]
     nothing = count_moves(before, after, layers=[])
@@ -28,7 +28,7 @@ def test_some_layers_only():
     assert nothing.bytes_R(8).tolist() == [0, 0]
 
 
-def test_a_second_copy_on_the_same_rank_is_not_received_again():
+def test_a_second_replica_on_the_same_rank_is_not_received_again():
     before, after = Layout(((0, 1), (2,)), 3), Layout(((0, 1), (2, 0, 0)), 3)
     assert count_moves(Placement((before,)), Placement((after,))).received_YR.tolist() == [[0, 1]]
 
@@ -54,6 +54,6 @@ def test_as_counted_by_hand(data):
         (Placement.even(1, 6, 2), "experts: one placement has 4, the other 6"),
     ],
 )
-def test_placements_that_do_not_compare(other, message):
+def test_placements_of_other_models_or_ranks_are_refused(other, message):
     with pytest.raises(ConfigError, match=message):
         count_moves(Placement.even(1, 4, 2), other)

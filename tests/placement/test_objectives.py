@@ -65,13 +65,13 @@ def test_planner_and_objective_agree_on_a_table(table_file):
             assert worst(swapped) >= worst(planned) * (1 - 1e-9)
 
 
-def test_parsing():
+def test_names_and_paths_are_parsed():
     assert parse_objective("tokens") == parse_objective(TOKENS) == TOKENS
     assert parse_objective("activated") == activated(1024)
     assert parse_objective("activated:32") == activated(32)
 
 
-def test_plane():
+def test_plane_is_the_cost_of_a_token_and_an_expert():
     assert TOKENS.plane == (1, 0)
     assert activated(8).plane == (0, 1)
     assert Objective("table", 8, cost_XA=((0, 2), (3, 6))).plane is None
@@ -89,7 +89,7 @@ def test_plane():
         "nowhere.json",
     ],
 )
-def test_unknown_objectives(text):
+def test_unknown_objectives_are_refused(text):
     with pytest.raises(ConfigError, match="objective: "):
         parse_objective(text)
 
@@ -108,12 +108,12 @@ def test_unknown_objectives(text):
         ({"batch": 0}, "batch in .* must be a whole number"),
     ],
 )
-def test_bad_tables(table_file, changes, message):
+def test_tables_that_cannot_be_are_refused(table_file, changes, message):
     with pytest.raises(ConfigError, match=message):
         parse_objective(table_file(**changes))
 
 
-def test_files_that_are_no_table(tmp_path):
+def test_files_that_are_no_table_are_refused(tmp_path):
     for name, text in (("list.json", "[1]"), ("broken.json", "{")):
         (tmp_path / name).write_text(text)
         with pytest.raises(ConfigError, match=name):

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from epbackend.errors import ConfigError
 from epbackend.placement import Layout, plan
 from epbackend.placement.planners.eplb import replicate
-from epbackend.placement.planners.omni import capped_replicas, pack_apart
+from epbackend.placement.planners.omni import bin_pack_apart, capped_replicas
 from tests.helpers.placement_strategies import skewed
 
 
-def omni(loads_LE, ranks, slots=None, **options):
-    return plan(loads_LE, ranks=ranks, slots=slots, algorithm="omni", **options)
+def omni(loads_YE, ranks, slots=None, **options):
+    return plan(loads_YE, ranks=ranks, slots=slots, algorithm="omni", **options)
 
 
 def test_replicas_are_those_of_eplb_until_the_cap():
@@ -29,6 +29,31 @@ def test_replicas_are_those_of_eplb_until_the_cap():
 def test_the_cap_holds_in_every_layer(most):
     for layer in omni(skewed(4, 16), 8, 32, max_replicas=most).layers:
         assert layer.replicas_E.max() <= most
+
+
+def test_the_old_name_of_the_cap_works_with_a_note(caplog):
+    loads_YE = skewed(4, 16)
+    old = omni(loads_YE, 8, 32, max_copies=2)
+    assert old.layers == omni(loads_YE, 8, 32, max_replicas=2).layers
+    assert old.provenance.options == (("max_copies", 2),)
+    (note,) = caplog.messages
+    assert "max_copies of omni is now called max_replicas" in note
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"max_copies": 2, "max_replicas": 2},
+            "max_replicas: cannot be given beside max_copies, its old name",
+        ),
+        ({"max_copies": 0}, "max_copies: must be a whole number of 1 or more"),
+        ({"max_copy": 2}, "max_copy: is no option of omni"),
+    ],
+)
+def test_caps_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        omni(skewed(1, 16), 8, 32, **options)
 
 
 @st.composite
@@ -47,25 +72,25 @@ def packings(draw):
 @given(packings())
 def test_replicas_fill_the_room_and_stay_apart(packing):
     load_E, replicas_E, room = packing
-    layout = pack_apart(load_E, replicas_E, room)
+    layout = bin_pack_apart(load_E, replicas_E, room)
     assert layout.slots_R.tolist() == list(room)
     assert layout.replicas_E.tolist() == replicas_E.tolist()
     assert layout.duplicates_on_rank == 0
 
 
-def test_a_copy_that_finds_no_rank_with_room_is_squeezed_in():
+def test_a_replica_that_finds_no_rank_with_room_is_squeezed_in():
     # Rank 1 is full of experts 0, 4 and 1 when expert 3 comes, whose two replicas rank 0 alone must not take.
-    layout = pack_apart(np.array([2.0, 1, 6, 1, 2]), np.array([1, 1, 1, 2, 1]), [3, 3])
+    layout = bin_pack_apart(np.array([2.0, 1, 6, 1, 2]), np.array([1, 1, 1, 2, 1]), [3, 3])
     assert layout.experts_of_rank == ((2, 3, 1), (0, 4, 3))
 
 
-def test_the_heaviest_copy_goes_first_and_to_the_lightest_rank():
-    layout = pack_apart(np.array([5.0, 9, 3, 4]), np.array([1, 1, 1, 1]), [2, 2])
+def test_the_heaviest_replica_goes_first_and_to_the_lightest_rank():
+    layout = bin_pack_apart(np.array([5.0, 9, 3, 4]), np.array([1, 1, 1, 1]), [2, 2])
     assert layout.experts_of_rank == ((1, 2), (0, 3))
 
 
 def test_a_rank_with_fewer_slots_takes_heavier_replicas():
-    layout = pack_apart(np.array([4.0, 3, 1, 1, 1]), np.ones(5, dtype=int), [3, 2])
+    layout = bin_pack_apart(np.array([4.0, 3, 1, 1, 1]), np.ones(5, dtype=int), [3, 2])
     assert layout.experts_of_rank == ((1, 2, 4), (0, 3))
 
 
@@ -85,10 +110,10 @@ def test_the_cap_must_leave_enough_replicas():
 
 
 def test_a_budget_goes_to_the_layers_that_need_it():
-    loads_LE = skewed(6, 16)
-    loads_LE[2] = 100  # level already
-    loads_LE[4] = 0
-    placement = omni(loads_LE, 4, budget=14)
+    loads_YE = skewed(6, 16)
+    loads_YE[2] = 100  # level already
+    loads_YE[4] = 0
+    placement = omni(loads_YE, 4, budget=14)
     redundant = [layer.slots - 16 for layer in placement.layers]
     assert sum(redundant) == 14
     assert redundant[2] == redundant[4] == 0
@@ -114,6 +139,6 @@ def test_a_budget_keeps_to_the_cap():
         ({"cap": 3}, "cap: is no option of omni; it knows max_replicas"),
     ],
 )
-def test_what_it_cannot_do(options, message):
+def test_options_that_it_cannot_serve_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         omni(skewed(1, 16), 4, **options)

@@ -77,7 +77,7 @@ def test_slots_are_none_where_layers_differ():
         ((Layout.even(4, 4),), -1, "node_size: -1"),
     ],
 )
-def test_placements_that_cannot_be(layers, node_size, message):
+def test_layers_that_disagree_are_refused(layers, node_size, message):
     with pytest.raises(ConfigError, match=message):
         Placement(layers, node_size)
 
@@ -104,7 +104,7 @@ def test_placements_that_cannot_be(layers, node_size, message):
         ({"provenance": {"algorithm": "", "version": "", "options": {}, "loads": [1]}}, "provenance.loads"),
     ],
 )
-def test_files_that_are_no_placement(changes, message):
+def test_json_with_a_wrong_field_is_refused(changes, message):
     data = json.loads(Placement.even(1, 4, 2).to_json())
     with pytest.raises(ConfigError, match=message):
         Placement.from_json(json.dumps({**data, **changes}))
@@ -113,7 +113,7 @@ def test_files_that_are_no_placement(changes, message):
 @pytest.mark.parametrize(
     "text", ["", "{", "[1, 2", "[" * 100_000, "null", '"epbackend-placement"', "9" * 10_000]
 )
-def test_texts_that_are_no_json_of_ours(text):
+def test_text_that_is_no_placement_is_refused(text):
     with pytest.raises(ConfigError, match="placement: is not"):
         Placement.from_json(text)
 

@@ -31,32 +31,32 @@ def questions(draw):
     experts = ranks * each
     more = draw(st.integers(0, min(each, ranks - 1)))
     tokens = st.lists(st.integers(0, 1000), min_size=experts, max_size=experts)
-    loads_LE = np.array(draw(st.lists(tokens, min_size=1, max_size=3)), dtype=float)
-    return loads_LE, ranks, experts + more * ranks
+    loads_YE = np.array(draw(st.lists(tokens, min_size=1, max_size=3)), dtype=float)
+    return loads_YE, ranks, experts + more * ranks
 
 
 @pytest.mark.parametrize("algorithm", PLANNERS)
 @settings(max_examples=40, deadline=None)
 @given(questions())
 def test_every_expert_is_placed_on_even_ranks(algorithm, question):
-    loads_LE, ranks, slots = question
-    placement = plan(loads_LE, ranks=ranks, slots=slots, algorithm=algorithm)
-    assert len(placement.layers) == len(loads_LE)
+    loads_YE, ranks, slots = question
+    placement = plan(loads_YE, ranks=ranks, slots=slots, algorithm=algorithm)
+    assert len(placement.layers) == len(loads_YE)
     for layer in placement.layers:
         assert layer.slots_R.tolist() == [slots // ranks] * ranks
         assert layer.replicas_E.min() >= 1
-    assert placement == plan(loads_LE, ranks=ranks, slots=slots, algorithm=algorithm)
+    assert placement == plan(loads_YE, ranks=ranks, slots=slots, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("algorithm", ["refined", "omni"])
 @settings(max_examples=60, deadline=None)
 @given(questions())
 def test_never_worse_than_the_even_layout_and_never_twice_on_a_rank(algorithm, question):
-    loads_LE, ranks, slots = question
-    placement = plan(loads_LE, ranks=ranks, slots=slots, algorithm=algorithm)
-    even = Layout.even(loads_LE.shape[1], ranks, slots)
+    loads_YE, ranks, slots = question
+    placement = plan(loads_YE, ranks=ranks, slots=slots, algorithm=algorithm)
+    even = Layout.even(loads_YE.shape[1], ranks, slots)
     assert placement.duplicates_on_rank == 0
-    for layer, tokens_E in zip(placement.layers, loads_LE, strict=True):
+    for layer, tokens_E in zip(placement.layers, loads_YE, strict=True):
         assert rank_loads(layer, tokens_E).max() <= rank_loads(even, tokens_E).max() * (1 + 1e-12)
 
 
@@ -73,7 +73,7 @@ def test_numbers_of_numpy_are_numbers(algorithm):
     assert Placement.from_json(placement.to_json()) == placement
 
 
-def test_where_a_placement_came_from():
+def test_provenance_holds_what_was_asked():
     loads = Loads.of([skewed(2, 12), skewed(2, 12, seed=1)], names=("decode", "prefill"))
     r2o = np.array([[1], [0]])
     provenance = plan(loads, ranks=4, slots=16, algorithm="lplb", r2o=r2o, seed=7, search_ms=0.5).provenance
@@ -83,11 +83,11 @@ def test_where_a_placement_came_from():
     assert plan(loads, ranks=4, algorithm="eplb").provenance.options == ()
 
 
-def test_slots_unless_given():
-    loads_LE = skewed(2, 12)
-    assert plan(loads_LE, ranks=4, algorithm="eplb").slots == 12
+def test_slots_are_those_in_use_or_one_per_expert_unless_given():
+    loads_YE = skewed(2, 12)
+    assert plan(loads_YE, ranks=4, algorithm="eplb").slots == 12
     in_use = Placement.even(2, 12, 4, 20)
-    assert plan(loads_LE, ranks=4, algorithm="eplb", current=in_use).slots == 20
+    assert plan(loads_YE, ranks=4, algorithm="eplb", current=in_use).slots == 20
 
 
 @pytest.mark.parametrize(
@@ -126,13 +126,13 @@ def test_slots_unless_given():
         ({"colour": "red"}, "colour: is no option of eplb"),
     ],
 )
-def test_questions_that_make_no_sense(asked, message):
+def test_arguments_that_cannot_work_are_refused(asked, message):
     with pytest.raises(ConfigError, match=message):
         plan(skewed(2, 12), **{"ranks": 4, "algorithm": "eplb", **asked})
 
 
 @pytest.mark.parametrize("loads", [np.ones(4), [[1, 2], [3]], np.array([[np.nan]]), np.array([["x"]])])
-def test_loads_that_make_no_sense(loads):
+def test_loads_that_are_no_counts_are_refused(loads):
     with pytest.raises(ConfigError, match="loads: "):
         plan(loads, ranks=1)
 
@@ -179,7 +179,7 @@ class TestThirdParties:
         assert placement.layers == (Layout(((3, 2), (1, 0)), 4),) * 2
         assert placement.provenance.algorithm == "backwards"
 
-    def test_nobody_takes_the_name_of_a_planner_that_comes_along(self):
+    def test_the_names_of_built_in_planners_cannot_be_taken(self):
         assert planner_names().count("eplb") == 1
         assert plan(skewed(1, 4), ranks=2, algorithm="eplb").slots == 4
 
@@ -195,19 +195,19 @@ class TestThirdParties:
             ("nothing", "'nothing' answered with None"),
         ],
     )
-    def test_an_answer_to_another_question(self, algorithm, message):
+    def test_an_answer_that_does_not_fit_the_task_is_refused(self, algorithm, message):
         with pytest.raises(ConfigError, match=f"algorithm: {message}.*; report it to its authors"):
             plan(skewed(2, 4), ranks=2, algorithm=algorithm)
 
     @pytest.mark.parametrize("algorithm", ["missing", "gone"])
-    def test_a_package_that_does_not_load(self, algorithm):
+    def test_a_package_that_does_not_load_is_unavailable(self, algorithm):
         with pytest.raises(UnavailableError, match=f"algorithm: '{algorithm}' of .* does not load"):
             plan(skewed(2, 4), ranks=2, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("algorithm", PLANNERS)
 def test_progress_ends_with_all_layers(algorithm):
-    told = []
-    plan(skewed(3, 12), ranks=4, algorithm=algorithm, progress=lambda *layers: told.append(layers))
-    assert told[-1] == (3, 3)
-    assert told == sorted(told)
+    calls = []
+    plan(skewed(3, 12), ranks=4, algorithm=algorithm, progress=lambda *layers: calls.append(layers))
+    assert calls[-1] == (3, 3)
+    assert calls == sorted(calls)

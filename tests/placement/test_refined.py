@@ -93,7 +93,7 @@ def test_skewed_layers_are_near_their_bound(kind, experts, ranks, slots):
     assert busiest(layer, tokens_E) <= slack * lower_bound(tokens_E, slots, ranks)
 
 
-def test_same_question_same_answer():
+def test_the_same_task_gives_the_same_answer():
     loads = np.random.default_rng(0).lognormal(0, 1, (3, 40))
     first, again, other = (plan(loads, ranks=8, slots=48, kicks=50, seed=seed) for seed in (1, 1, 2))
     assert first == again
@@ -118,7 +118,7 @@ def test_progress_counts_loaded_layers():
     assert seen[:3] == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_worst_window_is_levelled():
+def test_the_worst_window_is_balanced():
     rng = np.random.default_rng(2)
     windows = rng.lognormal(0, 1, (3, 1, 64))
     windows[1] *= 100  # a window's number of tokens must not matter
@@ -153,7 +153,7 @@ def test_node_penalty_spreads_replicas_over_nodes():
 
 
 @pytest.mark.parametrize("objective", [activated(64), activated(4096)])
-def test_activated_experts_are_levelled(objective):
+def test_activated_experts_are_balanced(objective):
     tokens_E = np.random.default_rng(4).lognormal(0, 1.5, 64)
     by_tokens, by_experts = (
         plan(tokens_E[None], ranks=8, slots=80, objective=wanted).layers[0] for wanted in (TOKENS, objective)
@@ -172,6 +172,6 @@ def test_activated_experts_are_levelled(objective):
         ({"kick": 1}, "kick: is no option of refined"),
     ],
 )
-def test_bad_options(options, message):
+def test_options_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         plan(np.ones((1, 4)), ranks=2, **options)

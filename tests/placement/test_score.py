@@ -57,7 +57,7 @@ def test_nearest_needs_the_nodes_of_the_placement():
     assert two.imbalance_mean == pytest.approx(6 / 3)
 
 
-def test_other_objectives():
+def test_other_objectives_are_scored_without_a_bound():
     found = score(SMALL, np.array([[6.0, 4, 2]] * 2), objective=activated(1000))
     assert found.objective == "activated:1000"
     assert found.imbalance_mean == pytest.approx(1.0)
@@ -77,7 +77,7 @@ def test_rank_costs_of_uneven_ranks():
         (np.zeros((2, 3)), "no layer has a token"),
     ],
 )
-def test_loads_that_cannot_be_judged(loads, problem):
+def test_loads_of_another_model_are_refused(loads, problem):
     with pytest.raises(ConfigError, match=problem):
         score(SMALL, loads)
 
@@ -94,7 +94,7 @@ def test_batches_follow_the_loads():
     assert dispersed[0, :, 0].var() / plain[0, :, 0].var() == pytest.approx(4050 / 51, rel=0.5)
 
 
-def test_windows_take_turns_and_seeds_repeat():
+def test_windows_alternate_and_seeds_repeat():
     loads = Loads.of([np.array([[5.0, 0]]), np.array([[0.0, 5]])])
     batches = draw_batches(loads, [0], choices=10, batches=4)
     assert batches.tolist() == [[[10, 0], [0, 10]] * 2]

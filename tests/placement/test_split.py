@@ -42,19 +42,19 @@ def problems(draw):
 @given(problems())
 def test_even_shares_differ_by_one_at_most_and_lose_nothing(problem):
     layout, counts_RE, _ = problem
-    for turn, counts_E in enumerate(counts_RE):
-        shares_P = even_shares(counts_E, layout, turn)
+    for offset, counts_E in enumerate(counts_RE):
+        shares_P = even_shares(counts_E, layout, offset)
         assert expert_sums(shares_P, layout) == counts_E.tolist()
         for expert in range(layout.experts):
             own = shares_P[layout.slot_to_expert_P == expert]
             assert own.max() - own.min() <= 1
 
 
-def test_remainders_go_round():
+def test_remainders_go_round_robin_over_experts_and_sources():
     layout = Layout(((0, 1, 2, 3), (0, 1, 2, 3)), 4)
     one_each = np.ones(4, np.int64)
     assert even_shares(one_each, layout).reshape(2, 4).sum(axis=1).tolist() == [2, 2]  # over the experts
-    by_source = [even_shares(one_each, layout, turn) for turn in range(2)]
+    by_source = [even_shares(one_each, layout, offset) for offset in range(2)]
     assert sum(by_source).tolist() == [1] * 8  # over the sources
 
 
@@ -159,6 +159,6 @@ def test_level_splits_counts_in_whole_tokens_and_loads_without_rounding():
     )
 
 
-def test_unknown_split():
+def test_an_unknown_split_is_refused():
     with pytest.raises(ConfigError, match="did you mean 'level'"):
         expected_shares("levl", np.ones((1, 2)), Layout.even(2, 2))

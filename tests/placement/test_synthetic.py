@@ -39,20 +39,20 @@ def test_the_defaults_look_like_a_recording():
     # Recorded, six files of 58 layers: the quantiles 0.1, 0.5, 0.9 over layers are 3.6 to 4.9, 5.2 to 8.2 and 8.0 to
     # 11.4 for the maximum over the mean, and 0.04 to 0.10, 0.07 to 0.18 and 0.17 to 0.26 for the minimum; the median
     # standard deviation of the logarithms is 0.59 to 0.86 and their median skewness 0.20 to 0.46.
-    relative_LE = shares(synthetic_loads(layers=1000))[0] * 256
-    low, middle, high = np.quantile(relative_LE.max(axis=1), [0.1, 0.5, 0.9])
+    relative_YE = shares(synthetic_loads(layers=1000))[0] * 256
+    low, middle, high = np.quantile(relative_YE.max(axis=1), [0.1, 0.5, 0.9])
     assert 3.6 <= low <= 4.9
     assert 5.2 <= middle <= 8.2
     assert 8.0 <= high <= 11.5
-    low, middle, high = np.quantile(relative_LE.min(axis=1), [0.1, 0.5, 0.9])
+    low, middle, high = np.quantile(relative_YE.min(axis=1), [0.1, 0.5, 0.9])
     assert 0.04 <= low <= 0.10
     assert 0.07 <= middle <= 0.18
     assert 0.17 <= high <= 0.26
-    log_LE = np.log(relative_LE)
-    centred_LE = log_LE - log_LE.mean(axis=1, keepdims=True)
-    deviation_L = log_LE.std(axis=1)
-    assert 0.59 <= np.median(deviation_L) <= 0.86
-    assert 0.18 <= np.median((centred_LE**3).mean(axis=1) / deviation_L**3) <= 0.46
+    log_YE = np.log(relative_YE)
+    centred_YE = log_YE - log_YE.mean(axis=1, keepdims=True)
+    deviation_Y = log_YE.std(axis=1)
+    assert 0.59 <= np.median(deviation_Y) <= 0.86
+    assert 0.18 <= np.median((centred_YE**3).mean(axis=1) / deviation_Y**3) <= 0.46
 
 
 @pytest.mark.parametrize("drift", [0.01, 0.055, 0.19, 0.4])
@@ -101,6 +101,6 @@ def test_a_single_expert_and_no_tokens():
         ({"layers": 2, "dense_layers": 3}, "dense_layers: 3 are more than the 2 layers"),
     ],
 )
-def test_what_it_cannot_make(asked, message):
+def test_arguments_out_of_range_are_refused(asked, message):
     with pytest.raises(ConfigError, match=message):
         synthetic_loads(**asked)

@@ -38,5 +38,5 @@ def cases(draw) -> Case:
 
 
 @given(case=cases())
-def test_any_layer(place_of, case):
+def test_any_layer_equals_the_dense_formula(place_of, case):
     run(case, place_of, order=range(case.size)[:: 1 if case.seed % 2 else -1])

@@ -1,4 +1,4 @@
-"""When `symmetric` is taken, why not, and how much room it makes."""
+"""When `symmetric` is taken, why not, and how much capacity it makes."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from epbackend.device import devices
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import choose
 from epbackend.dispatch.deepep import DeepEp
-from epbackend.dispatch.symmetric import Symmetric, Whereabouts, apart
-from epbackend.dispatch.symmetric_memory import OPEN_TOKENS, Room
+from epbackend.dispatch.symmetric import RankLocation, Symmetric, location_conflict
+from epbackend.dispatch.symmetric_memory import OPEN_TOKENS, ExchangeCapacity
 from epbackend.errors import ConfigError
 from epbackend.kernels.reference import ReferenceKernels
 
 pytestmark = pytest.mark.cpu
 
 
-class PeerKernels(ReferenceKernels):
-    on_cuda = True
-
-
-def spec(size: int = 8, token_size: int = 1, kernels=None, **settings) -> LayerSpec:
+def spec(size: int = 8, token_size: int = 1, device: str = "cuda", **settings) -> LayerSpec:
     ranks = RankGroup(None, 0, size, None, 0, token_size)
-    return LayerSpec(ranks, kernels or PeerKernels(), DispatchSettings(2, **settings), slots=4, top_k=8)
+    return LayerSpec(
+        ranks, devices()[device], ReferenceKernels(), DispatchSettings(2, **settings), slots=4, top_k=8
+    )
 
 
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
         (spec(size=1), "there is one rank"),
-        (spec(kernels=ReferenceKernels()), "needs device cuda with its Triton kernels"),
+        (spec(device="cpu"), "needs device cuda, and the device is cpu"),
         (spec(static=True), "nothing bounds this phase's tokens"),
     ],
 )
-def test_reasons_against(case, reason):
+def test_specs_that_symmetric_cannot_serve(case, reason):
     assert reason in Symmetric.unsupported(case)
 
 
@@ -49,7 +48,7 @@ def test_deepep_is_taken_by_name_only_and_says_what_is_missing():
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
-def test_a_torch_without_cuda():
+def test_a_torch_without_cuda_says_so():
     assert "is built without symmetric memory for CUDA" in Symmetric.unsupported(spec())
     assert "device cuda" in Symmetric.missing()
     with pytest.raises(
@@ -62,7 +61,7 @@ def test_a_torch_without_cuda():
 
 
 @pytest.mark.parametrize(
-    ("places", "overlap", "reason"),
+    ("locations", "overlap", "reason"),
     [
         ([(1, 1), (1, 2), (1, 3)], False, None),
         ([(1, 1), (1, 2), (2, 3)], False, "ranks 4 and 6 are on different hosts"),
@@ -70,27 +69,28 @@ def test_a_torch_without_cuda():
         ([(1, 1), (1, 2), (1, 2)], True, None),
     ],
 )
-def test_where_the_ranks_are(places, overlap, reason):
-    found = apart([Whereabouts(*place) for place in places], numbers=[4, 5, 6], may_overlap=overlap)
+def test_ranks_on_different_hosts_or_one_gpu_are_refused(locations, overlap, reason):
+    places = [RankLocation(*location) for location in locations]
+    found = location_conflict(places, numbers=[4, 5, 6], may_overlap=overlap)
     assert found is None if reason is None else reason in found
 
 
-def test_room_for_the_worst_case_where_tokens_are_bounded():
-    room = Room.of(spec(max_tokens=128))
-    assert room == Room(tokens=128, rows=8 * 128 * 8, bounded=True)
-    assert room.rounds_of(8 * 128 * 8) == 1
+def test_the_worst_case_fits_where_tokens_are_bounded():
+    capacity = ExchangeCapacity.of(spec(max_tokens=128))
+    assert capacity == ExchangeCapacity(tokens=128, rows=8 * 128 * 8, bounded=True)
+    assert capacity.rounds_of(8 * 128 * 8) == 1
 
 
 def test_ranks_that_share_tokens_send_a_part_each():
-    assert Room.of(spec(token_size=4, max_tokens=130)).tokens == 33
+    assert ExchangeCapacity.of(spec(token_size=4, max_tokens=130)).tokens == 33
 
 
-def test_room_of_a_call_that_nothing_bounds():
-    room = Room.of(spec())
-    assert (room.tokens, room.rows, room.bounded) == (OPEN_TOKENS, OPEN_TOKENS * 8 * 2, False)
+def test_unbounded_calls_have_buffers_of_the_usual_size():
+    capacity = ExchangeCapacity.of(spec())
+    assert (capacity.tokens, capacity.rows, capacity.bounded) == (OPEN_TOKENS, OPEN_TOKENS * 8 * 2, False)
 
 
-def test_the_buffer_setting_makes_room():
-    room = Room.of(spec(max_tokens=128, buffer_scale_factors=((256, 0.1), (64, 1.5), (0, 3))))
-    assert room.rows == 128 * 8 * 1.5
-    assert room.rounds_of(8 * 128 * 8) == 6
+def test_the_buffer_setting_sizes_the_receive_buffer():
+    capacity = ExchangeCapacity.of(spec(max_tokens=128, buffer_scale_factors=((256, 0.1), (64, 1.5), (0, 3))))
+    assert capacity.rows == 128 * 8 * 1.5
+    assert capacity.rounds_of(8 * 128 * 8) == 6

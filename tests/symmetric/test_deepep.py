@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton import knobs
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
-from epbackend.kernels.triton.padded import pack, spread
+from epbackend.dispatch.context import GroupContext
+from epbackend.kernels.triton.padded import compact, spread
 from tests.helpers import deep_ep_stand_in
 from tests.helpers.layer_case import Case, Seen, layer_equals_dense
 
@@ -23,7 +24,8 @@ LOW_LATENCY = replace(NORMAL, max_tokens=9)
 
 def layers(groups: dict[int, RankGroup], cases: list[Case]) -> list[Seen]:
     deep_ep_stand_in.install()
-    return [layer_equals_dense(groups, case) for case in cases]
+    with GroupContext() as context:
+        return [layer_equals_dense(groups, case, context) for case in cases]
 
 
 @pytest.mark.skipif(not knobs.runtime.interpret, reason="the stand-in is for CPUs")
@@ -42,7 +44,7 @@ def test_padded_rows_are_packed_and_spread(place_of, counts):
     padded_LCD = torch.randn(3, 4, 1100, device=place_of)
     counts_L = torch.tensor(counts, dtype=torch.int32, device=place_of)
     rows_SD = torch.full((12, 1100), torch.nan, device=place_of)
-    pack(padded_LCD, counts_L, rows_SD)
+    compact(padded_LCD, counts_L, rows_SD)
     expected = torch.cat([slot[:count] for slot, count in zip(padded_LCD, counts, strict=True)])
     assert torch.equal(rows_SD[: sum(counts)], expected)
     assert rows_SD[sum(counts) :].isnan().all()

@@ -18,9 +18,17 @@ from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.symmetric import OVERLAP
 from epbackend.dispatch.symmetric_exchange import SymmetricExchange
-from epbackend.dispatch.symmetric_memory import Room, SymmetricMemoryPeers
+from epbackend.dispatch.symmetric_memory import ExchangeCapacity, SymmetricMemoryPeers
 from epbackend.errors import CollectiveError
-from epbackend.kernels.triton.symmetric import Mirror, give_back, lay_out, meet, place, publish_counts, send
+from epbackend.kernels.triton.symmetric import (
+    SymmetricTensor,
+    barrier,
+    combine_send,
+    dispatch,
+    exchange_counts,
+    recv_offsets,
+    rows_of_choices,
+)
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
 from tests.helpers.dense import dense_moe, tolerance
@@ -41,10 +49,10 @@ def own_gpu(ranks: RankGroup) -> torch.device:
     return device
 
 
-def mirror(*shape: int, dtype: torch.dtype) -> Mirror:
+def symmetric_tensor(*shape: int, dtype: torch.dtype) -> SymmetricTensor:
     """A tensor that a single rank has for itself."""
     tensor = torch.empty(shape, dtype=dtype, device="cuda")
-    return Mirror(tensor, torch.tensor([tensor.data_ptr()], device="cuda"))
+    return SymmetricTensor(tensor, torch.tensor([tensor.data_ptr()], device="cuda"))
 
 
 class Layer:
@@ -119,7 +127,7 @@ def nothing_waits(groups: dict[int, RankGroup]) -> None:
 
 
 @pytest.mark.parametrize("run", [eager, captured, nothing_waits], ids=lambda run: run.__name__)
-def test_two_ranks(ranks, run):
+def test_two_ranks_on_gpus(ranks, run):
     ranks.run(2, run)
 
 
@@ -128,13 +136,13 @@ class Alone(VirtualPeers):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(Hub((0,)), 0, device)
-        self._signals = mirror(1, dtype=torch.int64)
-        self._signals.mine.zero_()
-        self._meeting_1 = torch.zeros(1, dtype=torch.int64, device=device)
-        self._finding_2 = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        self._signal_pad = symmetric_tensor(1, dtype=torch.int64)
+        self._signal_pad.local.zero_()
+        self._barriers_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._timeout_report_2 = torch.zeros(2, dtype=torch.int64, pin_memory=True)
 
-    def meet(self, layer: int) -> None:
-        meet(self._signals, self._meeting_1, self._finding_2, self.rank, layer, patience_s=5.0)
+    def barrier(self, layer: int) -> None:
+        barrier(self._signal_pad, self._barriers_1, self._timeout_report_2, self.rank, layer, timeout_s=5.0)
 
 
 def test_one_rank_captured_and_replayed():
@@ -143,7 +151,8 @@ def test_one_rank_captured_and_replayed():
     ids_TK = torch.empty(T, K, device="cuda", dtype=torch.int64)
     weights_TK = torch.rand(T, K, device="cuda")
     settings = DispatchSettings(level=2, dispatcher="symmetric", static=True, max_tokens=T)
-    spec = LayerSpec(RankGroup.single(), get_device("cuda").kernels, settings, slots=E, top_k=K)
+    cuda = get_device("cuda")
+    spec = LayerSpec(RankGroup.single(), cuda, cuda.kernels, settings, slots=E, top_k=K)
     peers = Alone(hidden_TD.device)
 
     def load(seed: int) -> torch.Tensor:
@@ -152,9 +161,9 @@ def test_one_rank_captured_and_replayed():
         return (2 * hidden_TD.float() * weights_TK.sum(1, keepdim=True)).to(torch.bfloat16)
 
     def run() -> torch.Tensor:
-        exchange = SymmetricExchange(spec, peers, Room.of(spec), hidden_TD, ids_TK, weights_TK)
+        exchange = SymmetricExchange(spec, peers, ExchangeCapacity.of(spec), hidden_TD, ids_TK, weights_TK)
         for batch in exchange.dispatch():
-            exchange.combine(2 * batch.rows_SD, batch)
+            exchange.combine(2 * batch.rows_SD)
         return exchange.finish()
 
     load(0)
@@ -174,17 +183,17 @@ def alone(groups: dict[int, RankGroup]) -> str:
     ranks = groups[1]
     device = own_gpu(ranks)
     peers = SymmetricMemoryPeers(ranks.group, device, timeout_s=2.0)
-    peers.meet(layer=3)
+    peers.barrier(layer=3)
     torch.cuda.synchronize()
     if ranks.rank == 1:
         return ""
-    peers.meet(layer=4)
+    peers.barrier(layer=4)
     with pytest.raises(CollectiveError) as failure:
         peers.read(torch.zeros(1, device=device))
     return str(failure.value)
 
 
-def test_a_rank_that_does_not_come(ranks):
+def test_a_rank_that_does_not_come_to_a_barrier_is_named(ranks):
     try:
         heard, _ = ranks.run(2, alone)
     finally:
@@ -197,13 +206,14 @@ def test_rows_past_two_to_the_31_elements():
     hidden_TD = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     ids_TK = torch.arange(top_k, device="cuda").expand(tokens, top_k).contiguous()
 
-    table = mirror(1, top_k + 1, dtype=torch.int32)
-    rows, results = (mirror(tokens * top_k, width, dtype=torch.bfloat16) for _ in range(2))
-    sources = mirror(tokens * top_k, dtype=torch.int64)
-    before_BP = publish_counts(ids_TK, tokens, table, 0)
-    layout = lay_out(table.mine, 0, top_k, (0, tokens * top_k))
-    send(hidden_TD, ids_TK, place(ids_TK, before_BP, layout.bases_P), 0, rows, sources, 0, top_k)
-    assert rows.mine.numel() > 1 << 31
-    assert torch.equal(rows.mine[-tokens:], hidden_TD)
-    give_back(rows.mine, layout.counts_L, sources.mine, results)
-    assert torch.equal(results.mine.view(tokens, top_k, width)[-9:, -1], hidden_TD[-9:])
+    table = symmetric_tensor(1, top_k + 1, dtype=torch.int32)
+    rows, results = (symmetric_tensor(tokens * top_k, width, dtype=torch.bfloat16) for _ in range(2))
+    choice_of_row = symmetric_tensor(tokens * top_k, dtype=torch.int64)
+    before_BP = exchange_counts(ids_TK, tokens, table, 0)
+    offsets = recv_offsets(table.local, 0, top_k, (0, tokens * top_k))
+    row_S = rows_of_choices(ids_TK, before_BP, offsets.bases_P)
+    dispatch(hidden_TD, ids_TK, row_S, 0, rows, choice_of_row, 0, top_k)
+    assert rows.local.numel() > 1 << 31
+    assert torch.equal(rows.local[-tokens:], hidden_TD)
+    combine_send(rows.local, offsets.counts_L, choice_of_row.local, results)
+    assert torch.equal(results.local.view(tokens, top_k, width)[-9:, -1], hidden_TD[-9:])

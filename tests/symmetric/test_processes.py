@@ -1,21 +1,25 @@
-"""Ranks that are processes: they map each other's memory, meet in the kernel, and tell of a rank that does not come.
+"""Ranks that are processes: they map each other's memory, meet in the kernel, and name a rank that does not come.
 
 On a CPU over shared memory (`shared_memory.py`), in Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from triton import knobs
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.dispatch.context import GroupContext
 from epbackend.dispatch.symmetric_memory import SymmetricMemoryPeers
 from epbackend.errors import CollectiveError, UnavailableError
 from tests.helpers import shared_memory
@@ -32,8 +36,8 @@ STATIC = DispatchSettings(level=2, dispatcher="symmetric", static=True, max_toke
 
 def layers(groups: dict[int, RankGroup], cases: list[Case]) -> list[Seen]:
     """Several layers, one after the other, on the same peers."""
-    with shared_memory.over_shared_memory():
-        return [layer_equals_dense(groups, case) for case in cases]
+    with shared_memory.over_shared_memory(), GroupContext() as context:
+        return [layer_equals_dense(groups, case, context) for case in cases]
 
 
 @pytest.mark.parametrize(("size", "token_size"), [(2, 1), (4, 1), (4, 2)])
@@ -46,24 +50,46 @@ def test_layers_that_share_their_buffers(ranks, size, token_size):
 
 
 def lost(groups: dict[int, RankGroup]) -> tuple[str, float]:
-    """The last rank leaves between two meetings."""
+    """The last rank leaves between two barriers."""
     ranks = groups[1]
     with shared_memory.over_shared_memory():
         patient, hasty = (SymmetricMemoryPeers(ranks.group, CPU, timeout_s) for timeout_s in (60, 0.5))
-    patient.meet(layer=3)  # reads the kernel, which takes one rank longer than another
+    patient.barrier(layer=3)  # reads the kernel, which takes one rank longer than another
     if ranks.rank == ranks.size - 1:
         return "", 0.0
     began = time.monotonic()
     with pytest.raises(CollectiveError) as failure:
-        hasty.meet(layer=4)
+        hasty.barrier(layer=4)
     return str(failure.value), time.monotonic() - began
 
 
-def test_a_rank_that_does_not_come(ranks):
+def test_a_rank_that_does_not_come_to_a_barrier_is_named(ranks):
     *heard, _ = ranks.run(4, lost)
     for message, seconds in heard:
         assert message.startswith("rank 3 did not come to an exchange of MoE layer 4 within timeout_s 0.5")
         assert seconds < 60
+
+
+def closed_and_destroyed(groups: dict[int, RankGroup]) -> list[bool]:
+    """Whether the buffers and the mappings of a group are gone when its context is closed and it is destroyed."""
+    ranks = groups[1]
+    group = dist.new_group(list(range(ranks.size)))
+    case = Case(ranks.size, (5,) * ranks.size, BOUNDED, device="cuda")
+    with shared_memory.over_shared_memory(), GroupContext() as context:
+        layer_equals_dense({1: RankGroup.of(group)}, case, context)
+        peers = context.get(SymmetricMemoryPeers, group, CPU, BOUNDED.timeout_s)
+        (buffers,) = peers._buffers.values()
+        held = [weakref.ref(each) for each in (peers, buffers, buffers.rows.local, *peers._handles)]
+        del peers, buffers
+    dist.destroy_process_group(group)
+    gc.collect()
+    return [ref() is None for ref in held]
+
+
+def test_closing_leaves_no_buffer_and_no_mapping(ranks):
+    for gone in ranks.run(2, closed_and_destroyed):
+        assert len(gone) >= 5
+        assert all(gone)
 
 
 def unmapped(groups: dict[int, RankGroup]) -> str:
@@ -83,7 +109,7 @@ def unmapped(groups: dict[int, RankGroup]) -> str:
     return str(failure.value)
 
 
-def test_a_rank_that_cannot_map_the_others(ranks):
+def test_a_rank_that_cannot_map_the_others_fails_on_all(ranks):
     heard = set(ranks.run(2, unmapped))
     assert len(heard) == 1
     assert heard.pop().startswith(

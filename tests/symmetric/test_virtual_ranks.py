@@ -9,11 +9,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from epbackend.dispatch import symmetric
+from epbackend.dispatch import symmetric_memory
 from epbackend.dispatch.base import RankGroup
+from epbackend.dispatch.context import GroupContext
 from epbackend.errors import ConfigError
-from tests.helpers.layer_case import Case, layer_equals_dense
-from tests.helpers.symmetric_cases import BOUNDED, OPEN, REPLICAS, STATIC, run, tight
+from tests.helpers.layer_case import REPLICAS, Case, layer_equals_dense
+from tests.helpers.symmetric_cases import BOUNDED, OPEN, STATIC, run, tight
 from tests.helpers.virtual_ranks import run_virtual
 
 pytestmark = pytest.mark.cuda
@@ -28,7 +29,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tokens", [(0, 4, 9), (0, 0)])
-def test_uneven_and_empty_ranks(place_of, tokens, way):
+def test_uneven_and_empty_ranks_equal_the_dense_formula(place_of, tokens, way):
     run(Case(len(tokens), tokens, WAYS[way], slots=REPLICAS), place_of)
 
 
@@ -42,14 +43,15 @@ def test_one_layer_after_the_other_in_the_same_buffers(place_of, order, settings
     ]
 
     def layers(ranks: RankGroup) -> None:
-        for case in cases:
-            layer_equals_dense({1: ranks}, case)
+        with GroupContext() as context:
+            for case in cases:
+                layer_equals_dense({1: ranks}, case, context)
 
     run_virtual(3, layers, place_of, order)
 
 
 def test_calls_longer_than_the_window_go_in_parts(place_of, monkeypatch):
-    monkeypatch.setattr(symmetric, "OPEN_TOKENS", 4)
+    monkeypatch.setattr(symmetric_memory, "OPEN_TOKENS", 4)
     assert {rank.batches for rank in run(Case(2, (11, 3), tight(OPEN, 2.0)), place_of)} == {3}
 
 
@@ -66,15 +68,21 @@ def test_static_rounds_depend_on_shapes_alone(place_of, scale, rounds):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_dtypes(place_of, dtype):
+def test_16_bit_dtypes_with_bias(place_of, dtype):
     run(Case(2, (9, 4), BOUNDED, dtype=dtype, bias=True, hidden=16), place_of)
 
 
-@pytest.mark.parametrize("transport", ["int8", "fp8"])
-def test_rows_that_travel_quantized(place_of, transport):
-    """Restored on arrival to what `transport.py` says, over more than one block of scales, in several rounds."""
+@pytest.mark.parametrize("dispatch_dtype", ["int8", "fp8"])
+def test_rows_that_travel_quantized(place_of, dispatch_dtype):
+    """Restored on arrival to what `row_format.py` says, over more than one block of scales, in several rounds."""
     run(
-        Case(3, (9, 0, 4), tight(replace(BOUNDED, transport=transport), 0.5), slots=REPLICAS, hidden=150),
+        Case(
+            3,
+            (9, 0, 4),
+            tight(replace(BOUNDED, dispatch_dtype=dispatch_dtype), 0.5),
+            slots=REPLICAS,
+            hidden=150,
+        ),
         place_of,
     )
 
@@ -87,7 +95,7 @@ def test_ranks_with_unequal_slots_and_repeated_choices(place_of):
     )
 
 
-def test_more_tokens_than_the_phase_may_have(place_of):
+def test_more_tokens_than_the_phase_may_have_raise(place_of):
     with pytest.raises(
         ConfigError, match=r"12 tokens in a call that may have 11; raise engine.max_batch_size"
     ):

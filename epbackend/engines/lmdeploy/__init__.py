@@ -13,9 +13,9 @@ turns our settings into LMDeploy's, `locate` finds a model, `checks` refuses wha
 `operators` are LMDeploy's requests for experts answered, one for each form of weights, `moe` (with `layers`) what they
 share, `graphs` their place in captured prefill; `backends` puts them into each device. `attention` (with
 `attention_plan`) and `sampling` are the CPU's other operators, `cuda_on_cpu` and `threads` the rest of it. `workers`
-(with `notifier`), `ray_workers` and `engine_process` bring the plug into the processes LMDeploy starts, `guard` ends
-them, `load_writer` and `load` bring their counters back. `pipelines`, `replicas` and `server` (both on `deployment`)
-run a model; `recording` writes down what its experts did.
+(with `notifier`), `ray_workers`, `engine_process` and `checker` bring the plug into the processes LMDeploy starts,
+`guard` ends them, `counters`, `load_writer` and `load` bring back what their layers count. `pipelines`, `replicas` and
+`server` (both on `deployment`) run a model; `recording` writes down what its experts did.
 Importing this package does not import LMDeploy.
 """
 

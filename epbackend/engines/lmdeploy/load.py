@@ -1,9 +1,10 @@
 """What the workers' MoE layers did, seen from the process that started them.
 
-The parent makes one shared-memory segment, the `LoadBoard`; each worker writes down the counters of its layers in it
-after every step (`load_writer`), and the parent reads them at any time (`LoadReport`). The segment belongs to the
-parent: its resource tracker removes it even where the parent is killed. Workers map the file behind it, because
-attaching through `multiprocessing` would make their own tracker remove it with the first worker that ends.
+The parent makes one shared-memory segment, the `LoadBoard`; a thread of each worker writes down in it what the worker's
+layers have counted (`load_writer`), a few times a second, and at once when the parent asks, which is what the parent
+does before it reads (`LoadReport`). The segment belongs to the parent: its resource tracker removes it even where the
+parent is killed. Workers map the file behind it, because attaching through `multiprocessing` would make their own
+tracker remove it with the first worker that ends.
 """
 
 from __future__ import annotations
@@ -11,23 +12,27 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
+from epbackend.engines.lmdeploy.counters import LINES, STEPS
 from epbackend.errors import EPError
 
 BOARD_VARIABLE = "EPBACKEND_LOAD_BOARD"
 """Names the segment to worker processes, as `ranks:name`."""
 
-MAX_LAYERS, MAX_EXPERTS = 256, 1024
-STEPS = 1024
-"""Steps of the engine whose tokens are kept one by one."""
+MAX_LAYERS, MAX_EXPERTS = LINES, 1024
 AHEAD = 8
-"""More steps than a rank can be ahead of another one."""
+"""More steps than the host of a rank can be ahead of what its device has done."""
+PATIENCE_S = 2.0
+"""How long a reader waits for a worker that runs and does not answer: it may be loading or capturing."""
+LOOK_S = 0.001
 
 # The board is an array of these, one a rank. Memory is taken only where something is written.
 RANK = np.dtype(
@@ -35,11 +40,16 @@ RANK = np.dtype(
         ("error", "S4096"),
         ("dispatchers", "S16384"),
         ("experts", np.int64),
-        ("calls", np.int64, MAX_LAYERS),
-        ("passes", np.int64, MAX_LAYERS),
-        ("rounds", np.int64, MAX_LAYERS),
+        ("asked", np.int64),  # by the reader: the number of its question
+        ("answered", np.int64),  # by the writer: the number of the question that it saw before it wrote
+        ("writer", np.int64),  # the process that answers; 0: none does
+        ("writing", np.int64),  # odd while what follows is written
+        ("layers", np.bool_, MAX_LAYERS),
+        ("steps", np.int64),
+        ("passes", np.int64),
+        ("rounds", np.int64),
         ("tokens", np.int64, (MAX_LAYERS, MAX_EXPERTS)),
-        ("steps", np.int64, (MAX_LAYERS, STEPS)),
+        ("sums", np.int64, (STEPS, MAX_LAYERS)),  # tokens of each layer after step s, at s % STEPS
     ]
 )
 
@@ -106,6 +116,7 @@ class LoadBoard:
     def __init__(self, ranks: int) -> None:
         self._memory = SharedMemory(create=True, size=ranks * RANK.itemsize)
         self._ranks = np.ndarray(ranks, RANK, buffer=self._memory.buf)
+        self._asking = Lock()
 
     @property
     def variable(self) -> str:
@@ -113,32 +124,77 @@ class LoadBoard:
         return f"{len(self._ranks)}:{self._memory.name}"
 
     def report(self) -> LoadReport:
-        """What has been counted so far."""
-        layers = np.flatnonzero(self._ranks["calls"].any(axis=0))
-        experts = int(self._ranks["experts"].max())
+        """What has been counted up to now: all steps that have ended are in it."""
+        with self._asking:
+            self._ask()
+            layers = np.flatnonzero((self._ranks["layers"] & (self._ranks["steps"] > 0)[:, None]).any(axis=0))
+            experts = int(self._ranks["experts"].max())
+            ranks = [_read(row, layers, experts) for row in self._ranks]
         notes = [json.loads(note) for note in self._ranks["dispatchers"] if note]
         return LoadReport(
             layers=tuple(layers.tolist()),
-            tokens_RLE=self._ranks["tokens"][:, layers, :experts].copy(),
-            calls=int(self._ranks["calls"].max()),
+            tokens_RLE=np.stack([rank.tokens_LE for rank in ranks]),
+            calls=max(rank.steps for rank in ranks),
             passes=int(self._ranks["passes"].max()),
             rounds=int(self._ranks["rounds"].max()),
             dispatchers=notes[0] if notes else {},
-            step_imbalance_L=np.array([self._step_imbalance(layer) for layer in layers.tolist()]),
+            step_imbalance_L=_step_imbalance_L(ranks),
         )
 
-    def _step_imbalance(self, layer: int) -> float:
-        calls = int(self._ranks["calls"][:, layer].min())
-        kept = np.arange(max(0, calls - STEPS + AHEAD), calls) % STEPS
-        tokens_RS = self._ranks["steps"][:, layer][:, kept]
-        mean = tokens_RS.mean(axis=0).sum()
-        return float(tokens_RS.max(axis=0).sum() / mean) if mean else 1.0
+    def _ask(self) -> None:
+        """Have every writer bring its part up to date; a rank whose process is gone has done so as far as it could."""
+        self._ranks["asked"] += 1
+        deadline = time.monotonic() + PATIENCE_S
+        for rank, row in enumerate(self._ranks):
+            while row["answered"] != row["asked"] and _runs(int(row["writer"])):
+                if time.monotonic() > deadline:
+                    logger.warning("rank %d is busy: its part of the load report is older", rank)
+                    break
+                time.sleep(LOOK_S)
 
     def remove(self) -> None:
         """Takes the segment away. Workers that still run keep writing to memory nobody sees."""
         del self._ranks
         self._memory.close()
         self._memory.unlink()
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One rank's part of the board, all of one moment."""
+
+    steps: int
+    tokens_LE: np.ndarray
+    sums_SL: np.ndarray
+
+
+def _read(row: Any, layers: np.ndarray, experts: int) -> _Rank:
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        began = int(row["writing"])
+        found = _Rank(int(row["steps"]), row["tokens"][layers, :experts], row["sums"][:, layers])
+        # A writer that was killed half-way stays half-way.
+        if (began == row["writing"] and not began % 2) or time.monotonic() > deadline:
+            return found
+        time.sleep(LOOK_S)
+
+
+def _step_imbalance_L(ranks: list[_Rank]) -> np.ndarray:
+    """Over the steps that all ranks have ended and still know."""
+    ended, last = min(rank.steps for rank in ranks), max(rank.steps for rank in ranks)
+    kept = np.arange(max(0, last - STEPS + AHEAD), ended + 1) % STEPS
+    tokens_RSL = np.diff(np.stack([rank.sums_SL[kept] for rank in ranks]), axis=1)
+    mean_L = tokens_RSL.mean(axis=0).sum(axis=0)
+    return np.where(mean_L > 0, tokens_RSL.max(axis=0).sum(axis=0) / np.maximum(mean_L, 1e-9), 1.0)
+
+
+def _runs(process: int) -> bool:
+    """Whether that process is there and has not ended (a zombie has)."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def check_room(layer: int, experts: int) -> None:

@@ -21,7 +21,7 @@ from epbackend.engines.lmdeploy.layers import layer_being_built
 from epbackend.engines.lmdeploy.load import check_room
 from epbackend.engines.lmdeploy.plug import active
 from epbackend.errors import ConfigError, EPError
-from epbackend.kernels.weight_formats import Matrices
+from epbackend.kernels.weight_formats import Experts
 from epbackend.moe import ExpertParallelMoE
 from epbackend.names import PHASES
 from epbackend.placement.placement import Placement
@@ -63,7 +63,7 @@ class LayerExperts:
         """Takes what belongs to the weights and LMDeploy hands over with each call only."""
         self.gate_up_bias, self.down_bias, self.activation = gate_up_bias, down_bias, activation
 
-    def take(self, gate_up_L2FD: Matrices, down_LDF: Matrices) -> None:
+    def take(self, gate_up_L2FD: Experts, down_LDF: Experts) -> None:
         """Makes the layer of the rank's weights, which LMDeploy has loaded."""
         config = active().config
         self.layer = ExpertParallelMoE(
@@ -81,8 +81,11 @@ class LayerExperts:
             activation=self.activation,
             check_ids=config.check_expert_ids,
             layer=self.layer_number,
+            context=active().context,
         )
-        active().load_writer.watch(get_dist_manager().current_context().rank, self.layer_number, self.layer)
+        values = gate_up_L2FD if isinstance(gate_up_L2FD, Tensor) else gate_up_L2FD.values_LNK
+        rank = get_dist_manager().current_context().rank
+        active().load_writer.watch(rank, self.layer_number, self.layer, values.device)
 
     def forward(
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *packed: Any, **extras: Any

@@ -14,10 +14,11 @@ import torch
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
+from epbackend.dispatch.context import GroupContext
 from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard, LoadReport
 from epbackend.engines.lmdeploy.load_writer import LoadWriter
 from epbackend.engines.lmdeploy.patching import Patches, check_version
-from epbackend.engines.placement import finished_placement, pack, unpack, warm_splits
+from epbackend.engines.placement import finished_placement, from_env, to_env, warm_splits
 from epbackend.errors import ConfigError, EPError, UnavailableError
 from epbackend.names import DEVICES
 from epbackend.placement.placement import Placement
@@ -42,6 +43,8 @@ class _Plug:
     """The variables we set, as they were before."""
     board: LoadBoard | None = None
     load_writer: LoadWriter = field(default_factory=LoadWriter)
+    context: GroupContext = field(default_factory=GroupContext)
+    """What all MoE layers share on their process groups."""
 
     def set_environment(self, name: str, value: str) -> None:
         self.environment.setdefault(name, os.environ.get(name))
@@ -66,6 +69,7 @@ class _Plug:
     def switch_off(self) -> None:
         self.patches.restore()
         self.load_writer.close()
+        self.context.close()
         if self.board is not None:
             self.board.remove()
         for name, value in self.environment.items():
@@ -104,7 +108,7 @@ def enable_worker() -> None:
         packed = os.environ.get(PLACEMENT_VARIABLE)
         config = EPConfig.from_json(os.environ[CONFIG_VARIABLE])
         warm_splits(config)
-        _switch_on(config, unpack(packed) if packed else None, worker=True)
+        _switch_on(config, from_env(packed) if packed else None, worker=True)
 
 
 def disable() -> None:
@@ -159,7 +163,7 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
     plug = _Plug(config, device, placement)
     try:
         plug.set_environment(CONFIG_VARIABLE, config.to_json())
-        plug.set_environment(PLACEMENT_VARIABLE, pack(placement) if placement else "")
+        plug.set_environment(PLACEMENT_VARIABLE, to_env(placement) if placement else "")
         # Workers write to their starter's board, and so do the engines of one deployment. Any other process that
         # finds one in its environment only happens to be started from a process with an engine.
         if BOARD_VARIABLE not in os.environ or not (worker or config.engine.dp > 1):

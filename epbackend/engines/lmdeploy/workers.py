@@ -101,8 +101,7 @@ class GuardedProc(ExecutorProc):
             super()._main_loop(proc_id, *args, **kwargs)
 
     async def _main_loop_impl(self, proc_id: int, *args: Any, **kwargs: Any) -> None:
-        # There is nothing to put in order that the kernel would not; LMDeploy's handler trips over its own buffers.
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGTERM, _leave)
         with ending_on_error(proc_id):
             await super()._main_loop_impl(proc_id, *args, **kwargs)
 
@@ -117,6 +116,17 @@ class FailingWorker(MPWorkerWrapper):
     async def _await_tasks(self) -> None:
         with ending_on_error(self.rank):
             await self.wait_tasks()
+
+
+def _leave(*_: Any) -> None:
+    """Ends this worker: the load of its last steps is written down, the rest the kernel puts in order.
+
+    LMDeploy's own handler trips over its buffers.
+    """
+    try:
+        plug.active().load_writer.close()
+    finally:
+        os._exit(0)
 
 
 @contextmanager

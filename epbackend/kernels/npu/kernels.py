@@ -1,19 +1,20 @@
-"""W8A8 experts: rows stay in int8 from one product to the next.
-
-With tiled matrices (FRACTAL_NZ) the first product, SwiGLU and the quantization of its rows are one operator; with plain
-ones the product leaves int32 sums, and a second operator does the rest.
-
-Experts on an Ascend NPU, by the fused operators of torch_npu.
+"""The kernels' contract on an Ascend NPU, by the fused operators of torch_npu (`ops`).
 
 Shapes follow from the shapes of the arguments, and rows past the counts are garbage, so that no call waits for the
-device; but for the split `level`, which the host computes.
+device; except the split `level`, which the host computes.
+
+W8A8 experts keep their rows in int8 from one product to the next. With tiled matrices (FRACTAL_NZ) the first product,
+SwiGLU and the quantization of its rows are one operator; with plain ones the product leaves int32 sums, and a second
+operator does the rest.
+
+Shapes: T tokens, D hidden size, K experts chosen per token, L slots, S rows, F expert width, J choices; N outputs and K
+inputs of a matrix.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Rows, Int8Weights
-from epbackend.kernels.narrow import TorchNarrowing
 from epbackend.kernels.npu import ops
+from epbackend.kernels.reference import TorchQuantization
 from epbackend.kernels.replica_split import TorchSplits
 from epbackend.kernels.weight_formats import Matrices, stacked
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tiled:
-    """The matrices of L slots in the layout that the matrix unit reads."""
+    """The int8 matrices of L slots in the layout that the matrix unit reads."""
 
     tiles_LKN: Tensor
     """int8, [in, out] each, of format FRACTAL_NZ."""
@@ -47,7 +48,7 @@ Rows = Tensor | Int8Rows
 
 
 def tiled(plain: Int8Weights) -> Int8Experts:
-    """The matrices in tiles: a copy. As they were where the operators or this CANN do not take them so."""
+    """The matrices in tiles, a copy; unchanged where the operators or this CANN do not take them so."""
     if reason := ops.not_tiled(plain):
         log.info("W8A8 experts stay in plain layout: %s", reason)
         return plain
@@ -59,7 +60,7 @@ def tiled(plain: Int8Weights) -> Int8Experts:
 
 
 def grouped_matmul(rows_SK: Rows, packed: Int8Experts, counts_L: Tensor, bias_LN: Tensor | None) -> Tensor:
-    """rows_SN in the type of the rows."""
+    """rows_SN in the dtype of the rows."""
     ops.check_int8(rows_SK.dtype, bias_LN)
     if not len(rows_SK):
         return counts_L.new_empty(0, packed.scale_LN.shape[1], dtype=rows_SK.dtype)
@@ -79,7 +80,7 @@ def _quantized(rows_SK: Rows) -> Int8Rows:
 
 
 def _gate_up_swiglu(rows: Int8Rows, gate_up: Int8Experts, counts_L: Tensor) -> Int8Rows:
-    """rows_SF: quantized again, a scale for each."""
+    """rows_SF: quantized again, with a scale for each row."""
     ends_L = counts_L.cumsum(0)
     if isinstance(gate_up, Tiled):
         values_SF, scale_S = ops.grouped_matmul_swiglu_quant(
@@ -103,18 +104,12 @@ def _weight_LKN(packed: Int8Experts) -> Tensor:
     return packed.tiles_LKN if isinstance(packed, Tiled) else packed.values_LNK.transpose(1, 2)
 
 
-NpuWeights = Tensor | Int8Weights | Tiled  # the plain ones are read through transposed views
+NpuWeights = Tensor | Int8Weights | Tiled
+"""What `prepack` stores; the plain ones are read through transposed views."""
 
 
-class NpuKernels(TorchSplits, TorchNarrowing):
+class NpuKernels(TorchSplits, TorchQuantization):
     """See `epbackend.kernels.Kernels` for what each method promises."""
-
-    @cached_property
-    def chip(self) -> str:
-        """The generation: "A2", "A3", or CANN's own name of another one."""
-        name = ops.chip_name()
-        generations = {"Ascend910B": "A2", "Ascend910_93": "A3"}
-        return next((chip for prefix, chip in generations.items() if name.startswith(prefix)), name)
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
         """By comparison: torch.bincount would wait for the device to learn the largest id."""
@@ -145,8 +140,8 @@ class NpuKernels(TorchSplits, TorchNarrowing):
         sums_TD = ops.token_unpermute(rows_SD.float(), row_TK.reshape(-1), weights_TK)
         out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
 
-    def pack(self, weights_LNK: Matrices) -> NpuWeights:
-        """Int8 matrices are copied into tiles where the operators take them (`w8a8`); float ones stay as they are."""
+    def prepack(self, weights_LNK: Matrices) -> NpuWeights:
+        """Int8 matrices are copied into tiles where the operators take them; float ones stay as they are."""
         packed = stacked(weights_LNK)
         if isinstance(packed, Fp8Blocks):
             raise ConfigError(
@@ -168,12 +163,12 @@ class NpuKernels(TorchSplits, TorchNarrowing):
             bias_LN = bias_LN.float()  # the operator's rule
         return ops.grouped_matmul(rows_SK, packed.transpose(1, 2), counts_L.cumsum(0), bias_LN, rows_SK.dtype)
 
-    def narrow(self, rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
+    def quantize(self, rows_TD: Tensor, values_TD: Tensor, scale_TB: Tensor) -> None:
         if values_TD.dtype != torch.int8 or rows_TD.dtype == torch.float32 or not len(rows_TD):
-            return super().narrow(rows_TD, values_TD, scale_TG)  # the operator's rules
-        narrow_TD, scale_T = ops.dynamic_quant(rows_TD)
-        values_TD.copy_(narrow_TD)
-        scale_TG.copy_(scale_T.unsqueeze(1))
+            return super().quantize(rows_TD, values_TD, scale_TB)  # the operator's rules
+        quantized_TD, scale_T = ops.dynamic_quant(rows_TD)
+        values_TD.copy_(quantized_TD)
+        scale_TB.copy_(scale_T.unsqueeze(1))
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return ops.swiglu(rows_S2F)

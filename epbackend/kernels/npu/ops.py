@@ -1,16 +1,11 @@
-"""Every torch_npu operator that epbackend calls, and nothing else calls one.
+"""Every torch_npu operator that epbackend calls; no other file calls one.
 
 Written for torch-npu 2.9 to 2.14 (tests/ascend/schemas.json has what each accepts): arguments go by keyword, and none
 is passed that one of these versions does not know. Limits are those of the operators' documentation
-(https://gitcode.com/Ascend/op-plugin, docs/context). S rows, L groups of rows, N and K as in [out, in] weights.
+(https://gitcode.com/Ascend/op-plugin, docs/context). The wrappers come first, then checks of what the operators cannot
+take, whose errors name the setting that helps, and DeepSeek-V3's router.
 
-What the operators cannot take, said before they are called, by the name of the setting that helps.
-
-DeepSeek-V3's router in one operator (section 2.1.2 of its report; GLM-4.5 and Kimi-K2 have it too).
-
-scores = sigmoid(logits). Those groups of experts are kept whose two best scores, bias included, have the largest sums;
-of their experts the K best, bias included, are chosen. Their scores without it, divided by their sum and times a
-factor, are the weights.
+Shapes: S rows, L groups of rows, N and K as in [out, in] weights, T tokens, E experts of a router.
 """
 
 from __future__ import annotations
@@ -162,7 +157,7 @@ def format_cast(tensor: Tensor, layout: int) -> Tensor:
 def moe_gating_top_k(
     logits_TE: Tensor, bias_E: Tensor, top_k: int, groups: int, top_groups: int, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """(weights_TK in the logits' type, ids_TK int32) of DeepSeek-V3's router (`epbackend.kernels.npu.kernels.ops`).
+    """(weights_TK in the logits' type, ids_TK int32) of DeepSeek-V3's router (`sigmoid_top_k`).
 
     E at most 2048, and E / groups more than 2.
     """
@@ -286,8 +281,8 @@ INNER_LIMIT = 65536
 """Rows and columns of a matrix stay below it."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-QUANTISED = (torch.bfloat16, torch.float16)
-"""Types of rows that can be quantized as they come."""
+QUANTIZED = (torch.bfloat16, torch.float16)
+"""Dtypes of rows that the operators quantize."""
 
 TILE_ROWS, TILE_COLUMNS, TILED_LIMIT = 16, 32, 10240
 """A tile of FRACTAL_NZ in int8 [in, out], and the most columns that `grouped_matmul_swiglu_quant` takes."""
@@ -297,7 +292,11 @@ FUSED_INT8_STEP, FUSED_INT8_LIMIT = 64, 10496
 
 
 def check_weights(weights: Tensor | Int8Weights) -> None:
-    """Raise ConfigError for packed matrices that the grouped product does not take."""
+    """Check that the grouped product takes the matrices.
+
+    Raises:
+        ConfigError: It does not; the message names the setting that helps.
+    """
     values_LNK = weights.values_LNK if isinstance(weights, Int8Weights) else weights
     slots, *sides = values_LNK.shape
     if slots > MOST_GROUPS:
@@ -315,8 +314,12 @@ def check_weights(weights: Tensor | Int8Weights) -> None:
 
 
 def check_int8(rows: torch.dtype, bias_LN: Tensor | None) -> None:
-    """Raise ConfigError for what W8A8 does not take; `rows` is the type of the rows before they are quantized."""
-    if rows not in QUANTISED:
+    """Check what W8A8 takes; `rows` is the dtype of the rows before they are quantized.
+
+    Raises:
+        ConfigError: The dtype or the bias is not supported.
+    """
+    if rows not in QUANTIZED:
         raise ConfigError(
             f"device ascend: W8A8 quantizes bfloat16 and float16 rows, not {rows}; set engine.dtype: bfloat16"
         )
@@ -339,13 +342,21 @@ def fuses(gate_up: Int8Weights) -> bool:
 
 
 MOST_EXPERTS, GROUP_ALIGNMENT = 2048, 32
-"""Of the operator, and what a group is padded to before it counts as experts."""
+"""The operator's limit on experts, and the multiple that a group is padded to before it counts."""
 
 
 def sigmoid_top_k(
     logits_TE: Tensor, bias_E: Tensor, top_k: int, groups: int, top_groups: int, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """(weights_TK float32, ids_TK int32), largest score with bias first; the sizes must be ones that `fits`."""
+    """DeepSeek-V3's router in one operator (section 2.1.2 of its report; GLM-4.5 and Kimi-K2 have it too).
+
+    scores = sigmoid(logits). Those groups of experts are kept whose two best scores, bias included, have the largest
+    sums; of their experts the K best, bias included, are chosen. Their scores without it, divided by their sum and
+    times `factor`, are the weights.
+
+    Returns (weights_TK float32, ids_TK int32), the largest score with bias first. The sizes must be ones for which
+    `router_fits`.
+    """
     if not len(logits_TE):
         weights_TK = logits_TE.new_empty(0, top_k).float()
         return weights_TK, weights_TK.int()

@@ -1,5 +1,12 @@
-"""The kernels' contract in Triton, for CUDA GPUs from Ampere on.
+"""The kernels' contract in Triton, for CUDA GPUs from Ampere on. Nothing here is imported on a machine without Triton.
 
-One file a kernel. `kernels.py` puts them together; `tiles.py` chooses how a product is cut; `resources.py` reads off
-the compiled kernels what they take of a chip. Nothing here is imported on a machine without Triton.
+`kernels.py` puts them together. Kernels: `permute.py` (sort and sum), `grouped_matmul.py` and `expert_mlp.py` (the
+experts), `quantize.py` (rows in 8 bits), `even_split.py` and `level_split.py` (replicas), `symmetric.py` and
+`padded.py` (rows between GPUs). Around them: `tiles.py` (chips, and how a product is cut), `tuning.py` (`epbackend
+tune`), `launch.py` (launches by name), `compile_info.py` (registers and spills without a GPU).
+
+Shapes, besides those of `epbackend.kernels`: M rows, N columns and K depth of a block that is multiplied; B also
+blocks of choices; H = L * N rows of all slots' matrices; R ranks; X replicated experts, J unreplicated experts of a
+rank; C in `symmetric.py` and `padded.py` rows of a receive buffer. Sizes that are constexpr (LANES, ALL, XS, ...) are
+powers of two that hold what their comment says.
 """

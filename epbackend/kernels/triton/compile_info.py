@@ -1,10 +1,10 @@
-"""What each kernel takes of a chip, read off its compiled form: no GPU is needed for that.
+"""Compile kernels for a chip without a GPU, and read off what each takes: registers, spills, shared memory.
 
     with compiling_for(H100) as compiled:
         TritonKernels(H100).count(torch.empty(8, 4, dtype=torch.int64, device="meta"), 16)
     resources(compiled[0])      # Resources(name=..., registers=32, spilled=0, shared_bytes=512, ...)
 
-Launches on "meta" tensors compile what they would have launched: the same arguments and the same specialisation.
+Launches on "meta" tensors compile what they would have launched, with the same arguments and specialization.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from epbackend.kernels.triton.tiles import Chip
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one compiled kernel."""
+    """What one compiled kernel takes of a chip."""
 
     name: str
     registers: int
@@ -49,7 +49,7 @@ class Resources:
 
 @contextmanager
 def compiling_for(chip: Chip) -> Iterator[list[Any]]:
-    """Compile for `chip` every kernel that is launched inside, and launch none; the list collects them."""
+    """Inside, launches compile for `chip` and run nothing; the list collects the compiled kernels."""
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -66,7 +66,7 @@ def compiling_for(chip: Chip) -> Iterator[list[Any]]:
 
 
 class _NoGpu:
-    """The part of a Triton driver that compiling asks for."""
+    """The part of a Triton driver that compiling needs."""
 
     def __init__(self, chip: Chip) -> None:
         self._arch = 10 * chip.capability[0] + chip.capability[1]

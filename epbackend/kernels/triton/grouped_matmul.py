@@ -1,15 +1,15 @@
-"""How a matrix is handed to a kernel: by the copy engine's descriptor (TMA), or by a pointer.
-
-Pieces that the grouped matmuls share: which tile comes next, how blocks are loaded, multiplied and stored.
-
-The inner loops of the grouped matmul: one tile's sums along the depth, of one matrix or of gate and up together.
-
-Grouped matmul in every form: each row times the transposed matrix of its slot.
+"""Grouped matmul in every weight format: each row times the transposed matrix of its slot.
 
 One persistent launch: as many programs as fit on the chip take tiles in turn, whatever the counts say, so that empty
 and huge groups cost what their rows cost, and nothing is read back to the host. With `gated` the two halves of gate_up
-are multiplied side by side and leave as silu(gate) * up: the wide intermediate never reaches memory. Float8 experts
-get it as float8, scaled anew for each 128 columns, so that the second product reads it as it is.
+are multiplied side by side and stored as silu(gate) * up: the wide intermediate never reaches memory. Float8 experts
+get it as float8, with a new scale for each 128 columns, so that the second product reads it as it is.
+
+From the inside out: blocks (loaded by the copy engine's descriptors, TMA, or by pointers; multiplied; stored), the
+inner loops that sum one tile along the depth (`sums`, `scaled_sums`), the kernel, and the call.
+
+Shapes: S rows, L slots, N outputs and K inputs of a matrix, H = L * N the rows of all matrices one below the other,
+F = N / 2 of gate_up, B blocks of 128 values; M, N and K also for the rows, columns and depth of a block.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
+from epbackend.kernels.triton.launch import named_launch
 from epbackend.kernels.triton.quantize import Fp8Tokens, Int8Tokens, empty_fp8, to_fp8
 from epbackend.kernels.triton.tiles import INTERPRETED, Chip, Schedule, Tile
 from epbackend.kernels.weight_formats import Experts
@@ -42,7 +43,7 @@ def matrix(tensor: Tensor, block: tuple[int, ...], tma: bool) -> Tensor | Tensor
 
 @triton.jit
 def find_tile(tile, tiles_M3, row_tiles, column_tiles, BAND: tl.constexpr):
-    """(slot, first row, end of the slot's rows, column tile) of the tile-th tile.
+    """(slot, first row, end of the slot's rows, column tile) of a tile, by its number.
 
     Tiles come in bands of BAND row tiles, and within a band column after column: those that run at the same time share
     BAND row blocks and few column blocks, which stay in the L2 cache.
@@ -60,7 +61,7 @@ def load_block(
 ):
     """block [ROWS, COLUMNS] of a row-major matrix; zeros past its last row and column.
 
-    `matrix` is a tensor descriptor with TMA, otherwise a pointer; the copy engine knows the bounds by itself.
+    `matrix` is a tensor descriptor with TMA, which knows the bounds, and otherwise a pointer.
     """
     if TMA:
         block = matrix.load([row, column])
@@ -77,7 +78,7 @@ def load_block(
 def load_pair(
     matrix, slot, column, depth, N, K, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr
 ):
-    """[2 * COLUMNS, DEPTH]: the same rows of the gate's and of the up's matrix of a slot, which lie N rows apart."""
+    """[2 * COLUMNS, DEPTH]: COLUMNS rows of a slot's gate matrix, and the same rows of its up matrix, N rows below."""
     if TMA:
         block = tl.reshape(matrix.load([2 * slot, column, depth]), (2 * COLUMNS, DEPTH))
     else:
@@ -92,7 +93,7 @@ def load_pair(
 
 @triton.jit
 def multiply(block_MK, block_NK, sum_MN):
-    """sum_MN + block_MK times the transposed block_NK; float32 blocks are multiplied in full precision."""
+    """sum_MN + block_MK @ block_NK.T; float32 blocks are multiplied in full precision."""
     if INTERPRETED and block_MK.dtype == tl.bfloat16:
         # Triton 3.7's interpreter would multiply the bit patterns of bfloat16.
         product = tl.dot(block_MK.to(tl.float32), block_NK.to(tl.float32).T, sum_MN, input_precision="ieee")
@@ -102,13 +103,13 @@ def multiply(block_MK, block_NK, sum_MN):
 
 
 @triton.jit
-def swiglu(gate_MN, up_MN):
-    """silu(gate) * up, in float32."""
+def silu_and_mul(gate_MN, up_MN):
+    """SwiGLU: silu(gate) * up, in float32."""
     return gate_MN * tl.sigmoid(gate_MN) * up_MN
 
 
 @triton.jit
-def one_a_column(values_N, column_N, N):
+def load_columns(values_N, column_N, N):
     """[1, columns] in float32 of a bias or a scale; zeros past N."""
     return tl.load(values_N + column_N, mask=column_N < N, other=0).to(tl.float32)[None, :]
 
@@ -140,9 +141,10 @@ def sums(
     BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """(sum_MN, up_MN) in DTYPE of rows from `first` on and the slot's columns from `column` on.
+    """(sum_MN, up_MN) in DTYPE: the products of rows from `first` on with the slot's columns from `column` on.
 
-    Gate and up are one product twice as wide, for which the matrix units read each block of rows once.
+    Gate and up are one product twice as wide, for which the matrix units read each block of rows once. Without GATED
+    up_MN is not used.
     """
     if GATED:
         both_MN = tl.zeros((BLOCK_M, 2 * BLOCK_N), DTYPE)
@@ -182,11 +184,11 @@ def scaled_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The same in float32 of float8 blocks with a scale each.
+    """The same for float8 blocks with a scale each; sums in float32.
 
-    Each 128-deep product is scaled and added in float32, as DeepSeek's own kernels do: the matrix units keep fewer bits
-    than float32 when they add up float8 products. Gate and up stay two products, as the sums of both and a product of
-    both together would not fit the registers.
+    Each 128-deep product is scaled and added in float32, as in DeepGEMM: the matrix units keep fewer bits than float32
+    when they add up float8 products. Gate and up stay two products, because the sums of both beside one product of both
+    would not fit the registers.
     """
     DEEP: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     scale = scale_LBB + (slot * ((HEIGHT + BLOCK_K - 1) // BLOCK_K) + column // BLOCK_K) * DEEP
@@ -208,7 +210,7 @@ def scaled_sums(
 
 
 Rows = Tensor | Fp8Tokens | Int8Tokens
-"""What comes in, in the form of the experts."""
+"""The rows that come in, quantized as the experts are."""
 
 
 def grouped_matmul(
@@ -222,9 +224,19 @@ def grouped_matmul(
     dtype: torch.dtype,
     bias_LN: Tensor | None = None,
 ) -> Tensor | Fp8Tokens:
-    """rows_SN in `dtype`, or with `gated` rows_SF, F = N / 2: as `Fp8Tokens` where the experts are float8.
+    """rows_SN in `dtype`, or with `gated` rows_SF: as `Fp8Tokens` where the experts are float8.
 
     Rows past the counts are left unwritten.
+
+    Args:
+        rows: rows_SK, quantized as the experts are (`quantize_fp8`, `quantize_int8`).
+        experts: The matrices [L, N, K] of all slots; with `gated` N = 2F, gate above up.
+        schedule: Which rows each tile multiplies; its tiles have `tile.rows` rows.
+        tile: How the product is cut.
+        chip: What the product runs on.
+        gated: Whether silu(gate) * up is stored instead of the product.
+        dtype: Of the output, unless it is float8.
+        bias_LN: Added to the product, before the activation.
     """
     values_SK, row_scale = _parts(rows)
     weight_LNK, weight_scale = _parts(experts)
@@ -239,25 +251,25 @@ def grouped_matmul(
         return out
     weight = weight_LNK.view(slots * height, depth)
     block: tuple[int, ...] = (tile.columns, tile.depth)
-    if gated and not isinstance(experts, Fp8Blocks):  # gate and up of a tile come in one block
+    if gated and not isinstance(experts, Fp8Blocks):  # gate and up of a tile are loaded as one block
         weight, block = weight.view(2 * slots, columns, depth), (2, *block)
     out_SN, out_scale_BS = _parts(out)
     tma = tile.tma and chip.tma and aligned(values_SK) and aligned(weight)
     _grouped_matmul[(chip.sms * tile.programs,)](
-        matrix(values_SK, (tile.rows, tile.depth), tma),
-        matrix(weight, block, tma),
-        row_scale,
-        weight_scale,
-        bias_LN,
-        out_SN,
-        out_scale_BS,
-        schedule.tiles_M3,
-        schedule.total_1,
-        count,
-        slots * height,
-        values_SK.stride(0),
-        columns,
-        depth,
+        rows_SK=matrix(values_SK, (tile.rows, tile.depth), tma),
+        weight_HK=matrix(weight, block, tma),
+        row_scale=row_scale,
+        weight_scale=weight_scale,
+        bias_LN=bias_LN,
+        out_SN=out_SN,
+        out_scale_BS=out_scale_BS,
+        tiles_M3=schedule.tiles_M3,
+        total_1=schedule.total_1,
+        S=count,
+        H=slots * height,
+        row_stride=values_SK.stride(0),
+        N=columns,
+        K=depth,
         FP8=isinstance(experts, Fp8Blocks),
         INT8=isinstance(experts, Int8Weights),
         GATED=gated,
@@ -269,12 +281,19 @@ def grouped_matmul(
 
 def _parts(given: Rows | Experts) -> tuple[Tensor, Tensor | None]:
     """The values, and their scales if they have any."""
-    if isinstance(given, Tensor):
-        return given, None
-    values, scale = vars(given).values()
-    return values, scale
+    match given:
+        case Fp8Tokens():
+            return given.values_SK, given.scale_BS
+        case Int8Tokens():
+            return given.values_SK, given.scale_S
+        case Fp8Blocks():
+            return given.values_LNK, given.scale_LBB
+        case Int8Weights():
+            return given.values_LNK, given.scale_LN
+    return given, None
 
 
+@named_launch
 @triton.jit(do_not_specialize=["S"])
 def _grouped_matmul(
     rows_SK,
@@ -302,9 +321,9 @@ def _grouped_matmul(
     SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """Tiles [BLOCK_M, BLOCK_N] of out_SN; H counts the rows of all slots' matrices, one below the other.
+    """Tiles [BLOCK_M, BLOCK_N] of out_SN, from this program's number on in steps of the number of programs.
 
-    Float8: BLOCK_K is 128, BLOCK_N at most 128 and, with GATED, 128.
+    Float8: BLOCK_K is 128, BLOCK_N at most 128, with GATED exactly 128.
     """
     HEIGHT: tl.constexpr = 2 * N if GATED else N
     row_tiles = tl.load(total_1)
@@ -333,16 +352,16 @@ def _grouped_matmul(
         if INT8:
             row_scale_M1 = tl.load(row_scale + row_M, mask=row_M < end, other=0)[:, None]
             scale = weight_scale + slot * HEIGHT
-            sum_MN = sum_MN.to(tl.float32) * row_scale_M1 * one_a_column(scale, column_N, N)
+            sum_MN = sum_MN.to(tl.float32) * row_scale_M1 * load_columns(scale, column_N, N)
             if GATED:
-                up_MN = up_MN.to(tl.float32) * row_scale_M1 * one_a_column(scale + N, column_N, N)
+                up_MN = up_MN.to(tl.float32) * row_scale_M1 * load_columns(scale + N, column_N, N)
         if bias_LN is not None:
             bias = bias_LN + slot * HEIGHT
-            sum_MN += one_a_column(bias, column_N, N)
+            sum_MN += load_columns(bias, column_N, N)
             if GATED:
-                up_MN += one_a_column(bias + N, column_N, N)
+                up_MN += load_columns(bias + N, column_N, N)
         if GATED:
-            sum_MN = swiglu(sum_MN, up_MN)
+            sum_MN = silu_and_mul(sum_MN, up_MN)
         if out_scale_BS is not None:
             sum_MN, out_scale_M = to_fp8(sum_MN)
             tl.store(out_scale_BS + column_tile.to(tl.int64) * S + row_M, out_scale_M, mask=row_M < end)

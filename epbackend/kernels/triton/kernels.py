@@ -1,6 +1,6 @@
-"""The kernels' contract on a GPU: everything stays on the device, shapes do not depend on the routing.
+"""The kernels' contract on a GPU: nothing waits for it or is read back, and shapes do not depend on the routing.
 
-Every method can be captured in a CUDA graph: none waits for the GPU or reads anything back from it.
+So every method can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -12,24 +12,23 @@ from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.fp8 import FP8
 from epbackend.kernels.id_check import ExpertIdCheck
-from epbackend.kernels.narrow import TorchNarrowing
+from epbackend.kernels.reference import TorchQuantization
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
-from epbackend.kernels.triton import expert_mlp, permute, quantize, replica_split
-from epbackend.kernels.triton.expert_mlp import Products, check_same_form
+from epbackend.kernels.triton import expert_mlp, permute, quantize
+from epbackend.kernels.triton.even_split import EvenSplit
+from epbackend.kernels.triton.expert_mlp import Products, check_same_format
+from epbackend.kernels.triton.level_split import level_split
 from epbackend.kernels.triton.tiles import Chip, chip_of
 from epbackend.kernels.weight_formats import Experts, Matrices, stacked
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class TritonKernels(TorchNarrowing):
+class TritonKernels(TorchQuantization):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
-    on_cuda = True
-    """Dispatchers that bring Triton kernels of their own may run on the same tensors."""
-
     def __init__(self, chip: Chip | None = None) -> None:
-        """`chip` None: the one that a call's tensors live on."""
+        """`chip` None: the one that a call's tensors are on."""
         self._chip = chip
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
@@ -43,19 +42,19 @@ class TritonKernels(TorchNarrowing):
     def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         permute.unpermute(rows_SD, choice_of_row_S, weights_TK, out_TD)
 
-    def narrow(self, rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
-        by = quantize.narrow if self._converts(values_TD) else super().narrow
-        by(rows_TD, values_TD, scale_TG)
+    def quantize(self, rows_TD: Tensor, values_TD: Tensor, scale_TB: Tensor) -> None:
+        by = quantize.quantize if self._converts(values_TD) else super().quantize
+        by(rows_TD, values_TD, scale_TB)
 
-    def widen(self, values_TD: Tensor, scale_TG: Tensor, out_TD: Tensor) -> None:
-        by = quantize.widen if self._converts(values_TD) else super().widen
-        by(values_TD, scale_TG, out_TD)
+    def dequantize(self, values_TD: Tensor, scale_TB: Tensor, out_TD: Tensor) -> None:
+        by = quantize.dequantize if self._converts(values_TD) else super().dequantize
+        by(values_TD, scale_TB, out_TD)
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         return expert_mlp.swiglu(rows_S2F)
 
-    def pack(self, weights_LNK: Matrices) -> Experts:
-        """Stacked as LMDeploy lays them; a contiguous tensor and quantized matrices are used where they are."""
+    def prepack(self, weights_LNK: Matrices) -> Experts:
+        """In LMDeploy's layout; a contiguous tensor and whole quantized formats are used in place."""
         packed = stacked(weights_LNK)
         if not isinstance(packed, Tensor):
             return packed
@@ -74,7 +73,7 @@ class TritonKernels(TorchNarrowing):
     def expert_mlp(
         self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
     ) -> Tensor:
-        check_same_form(weights.gate_up, weights.down)
+        check_same_format(weights.gate_up, weights.down)
         products = self._products(rows_SD, counts_L, expected)
         if weights.activation is None:
             rows_SF = products.gated(rows_SD, weights.gate_up, weights.gate_up_bias_L2F)
@@ -82,16 +81,18 @@ class TritonKernels(TorchNarrowing):
             rows_SF = weights.activation(products.plain(rows_SD, weights.gate_up, weights.gate_up_bias_L2F))
         return products.plain(rows_SF, weights.down, weights.down_bias_LD)
 
-    def even_split(self, replicas: EvenReplicas, device: torch.device, guard: ExpertIdCheck | None) -> Split:
-        return replica_split.EvenSplit(replicas, device, guard)
+    def even_split(
+        self, replicas: EvenReplicas, device: torch.device, id_check: ExpertIdCheck | None
+    ) -> Split:
+        return EvenSplit(replicas, device, id_check)
 
     def level_split(
-        self, replicas: LevelReplicas, device: torch.device, guard: ExpertIdCheck | None
+        self, replicas: LevelReplicas, device: torch.device, id_check: ExpertIdCheck | None
     ) -> Split:
-        return replica_split.level_split(replicas, device, guard, self._chip)
+        return level_split(replicas, device, id_check, self._chip)
 
     def _converts(self, values_TD: Tensor) -> bool:
-        """Whether the chip knows the values' dtype; torch converts to and from float8 on any."""
+        """Whether the chip converts to and from the values' dtype; torch does for float8 on any chip."""
         return values_TD.dtype != FP8 or (self._chip or chip_of(values_TD.device)).fp8
 
     def _products(self, rows_SD: Tensor, counts_L: Tensor, expected: int | None = None) -> Products:

@@ -1,8 +1,8 @@
-"""Between rows sorted by slot and a block of equal room for each slot, which libraries with fixed sizes hand out.
+"""Between rows sorted by slot and a block of equal capacity C for each slot, as libraries with fixed sizes have them.
 
-    counts_L = [2, 1], room for 3:  padded_LCD = [[a, b, .], [c, ., .]]  <->  rows_SD = [a, b, c, ...]
+    counts_L = [2, 1], C = 3:  padded_LCD = [[a, b, .], [c, ., .]]  <->  rows_SD = [a, b, c, ...]
 
-Only the rows that the counts tell of are moved, whatever the room.
+Only as many rows as the counts say are moved, whatever the capacity.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COLUMNS = 1024
 PROGRAMS_PER_SM = 8
 
 
-def pack(padded_LCD: Tensor, counts_L: Tensor, rows_SD: Tensor) -> None:
+def compact(padded_LCD: Tensor, counts_L: Tensor, rows_SD: Tensor) -> None:
     """Write the rows of `padded_LCD` (contiguous) to the first `counts_L.sum()` rows of `rows_SD`."""
     _launch(padded_LCD, counts_L, rows_SD, to_rows=True)
 
@@ -28,18 +28,18 @@ def spread(rows_SD: Tensor, counts_L: Tensor, padded_LCD: Tensor) -> None:
 
 
 def _launch(padded_LCD: Tensor, counts_L: Tensor, rows_SD: Tensor, to_rows: bool) -> None:
-    slots, room, width = padded_LCD.shape
+    slots, capacity, width = padded_LCD.shape
     _move[(chip_of(rows_SD.device).sms * PROGRAMS_PER_SM,)](
-        padded_LCD,
-        counts_L,
-        rows_SD,
-        rows_SD.stride(0),
-        slots,
-        room,
-        width,
-        triton.next_power_of_2(slots),
-        min(COLUMNS, triton.next_power_of_2(width)),
-        to_rows,
+        padded_LCD=padded_LCD,
+        counts_L=counts_L,
+        rows_SD=rows_SD,
+        row_stride=rows_SD.stride(0),
+        slots=slots,
+        capacity=capacity,
+        D=width,
+        LANES=triton.next_power_of_2(slots),
+        COLUMNS=min(COLUMNS, triton.next_power_of_2(width)),
+        TO_ROWS=to_rows,
     )
 
 
@@ -50,7 +50,7 @@ def _move(
     rows_SD,
     row_stride,
     slots,
-    room,
+    capacity,
     D: tl.constexpr,
     LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -66,7 +66,7 @@ def _move(
         slot = tl.sum((ends <= row).to(tl.int64))
         nth = row - tl.max(tl.where(ends <= row, ends, 0))
         sorted_place = rows_SD + row * row_stride + column
-        padded_place = padded_LCD + (slot * room + nth) * D + column
+        padded_place = padded_LCD + (slot * capacity + nth) * D + column
         if TO_ROWS:
             tl.store(sorted_place, tl.load(padded_place, mask=column < D), mask=column < D)
         else:

@@ -1,28 +1,24 @@
-"""A stable counting sort of choices by local slot: what `permute` and its fused form for few choices share.
+"""Sort choices by local slot and copy each token once for each (`permute`); add the results up again (`unpermute`).
 
-`permute` in one launch for the few choices of a decode step, where launches cost more than the work itself.
+`permute` is a stable counting sort, deterministic because nothing depends on which program comes first:
 
-Every program counts all choices anew, so that none has to wait for another, then places and copies those of its block.
+    slot_ids_TK     = [[1, 9], [0, 1], [9, 0]], two slots, blocks of 4 choices; 9 is a slot of another rank
+    counts_BL       = [[1, 2], [1, 0]]         # choices of each block, by slot
+    before_BL       = [[0, 0], [1, 2]]         # those in earlier blocks
+    choice_of_row_S = [2, 5, 0, 3, -1, -1]     # row = rows of earlier slots + before_BL + earlier ones in the block
 
-Sort the choices of all tokens by local slot, and copy each token once for each: `count` and `permute`.
+Nothing is read back to the host, so there are as many rows as there may be choices; those past the counts have choice
+-1. A batch of up to MOST_CHOICES takes one launch, in which every program counts all choices for itself instead of
+waiting for others; a larger one takes four.
 
-A stable counting sort, deterministic because nothing depends on which program comes first:
+`unpermute` is a weighted sum for each token, in float32 and always in the order of the token's choices. Each token
+looks its own rows up, so no two programs add to the same place and no atomics are needed:
 
-    slot_ids_TK = [[1, 9], [0, 1], [9, 0]], two slots, blocks of 4 choices
-    counts_BL   = [[1, 2], [1, 0]]      # choices of each block, by slot; 9 is a slot of another rank
-    before_BL   = [[0, 0], [1, 2]]      # those in earlier blocks
-    choice_of_row_S    = [2, 5, 0, 3, -1, -1]  # place = rows of earlier slots + before_BL + earlier ones in the same
-    block
-
-Nothing comes back to the host, so there are as many rows as there may be choices; those past the counts have source -1.
-
-Weighted sum of the experts' rows for each token, in float32 and always in the order of the token's choices.
-
-Each token looks its own rows up, so no two programs add to the same place and no atomics are needed:
-
-    choice_of_row_S   = [2, 5, 0, -1]                      # K = 2; the last row is garbage
-    row_of_TK  = [[2, -1], [0, -1], [-1, 1]]        # which row serves each choice
+    choice_of_row_S = [2, 5, 0, -1]            # K = 2; the last row is garbage
+    row_of_TK       = [[2, -1], [0, -1], [-1, 1]]     # which row serves each choice
     out_TD[0] += weights_TK[0, 0] * rows_SD[2], out_TD[1] += weights_TK[1, 0] * rows_SD[0], ...
+
+Shapes: T tokens, K choices of a token, D hidden size, L slots, S choices or rows, B blocks of choices.
 """
 
 from __future__ import annotations
@@ -33,6 +29,9 @@ import triton.language as tl
 from torch import Tensor
 
 from epbackend.kernels import Permuted
+from epbackend.kernels.triton.launch import named_launch
+
+# The parts of the sort, which `symmetric.py` and `replica_split.py` use too.
 
 
 @triton.jit
@@ -43,10 +42,10 @@ def load_slots(ids_S, choice, S, slots):
 
 
 @triton.jit
-def place(slot, choice, totals, before, BLOCK: tl.constexpr):
-    """Row of each choice of one block, were all rows kept; a place past all rows for choices of other ranks.
+def rows_of_choices(slot, totals, before, BLOCK: tl.constexpr):
+    """Row of each choice of one block, were all rows kept; a row past all rows for choices of other ranks.
 
-    `slot` and `choice` are the block's, in order. For each lane, which is a slot: `totals` counts its choices in all
+    `slot` is of the block's choices, in order. Each lane of the others is a slot: `totals` counts its choices in all
     blocks, `before` those in earlier blocks.
     """
     starts = tl.cumsum(totals) - totals
@@ -72,10 +71,11 @@ def store_counts(counts_L, totals, first, last, slots, LANES: tl.constexpr):
 
 
 @triton.jit
-def store_sources(choice_of_row_S, slot, choice, row, rows, first, last, slots):
-    """Write each choice to its row; `rows` is how many rows there are in all, were all kept.
+def store_choices(choice_of_row_S, slot, choice, row, rows, first, last, slots):
+    """Write each choice to its row, if that lies in [first, last), and return which do.
 
-    The rows that no choice fills are shared out: each choice marks the one that has its own number with -1.
+    `rows` is how many rows there are in all, were all kept. The garbage rows past them are shared out: each choice
+    marks the row that has its own number with -1.
     """
     ours = (slot < slots) & (row >= first) & (row < last)
     tl.store(choice_of_row_S + row - first, choice.to(tl.int64), mask=ours)
@@ -83,36 +83,130 @@ def store_sources(choice_of_row_S, slot, choice, row, rows, first, last, slots):
     return ours
 
 
+BLOCK = 128
+"""Choices of one program. It compares each with each, so a small block is cheap and a large one is not."""
+
 MOST_CHOICES = 2048
-"""256 tokens of 8 choices: with more, counting everything in every program costs more than two further launches."""
-
-FEW_BLOCK = 16
-COLUMNS = 512
+"""256 tokens of 8 choices: with more, counting everything in every program costs more than further launches."""
 
 
-def permute_few(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
-    """Fill `out` with the rows from `first` on."""
+def count(slot_ids_TK: Tensor, slots: int) -> Tensor:
+    """counts_L (int64): how many choices fell on each of the `slots` local slots."""
+    ids_S = slot_ids_TK.contiguous().view(-1)
+    if not 0 < len(ids_S) <= MOST_CHOICES:
+        return count_in_blocks(ids_S, slots)[0]
+    counts_1L = torch.empty(1, slots, dtype=torch.int64, device=ids_S.device)
+    _count_blocks[(1,)](
+        ids_S=ids_S,
+        counts_BL=counts_1L,
+        S=len(ids_S),
+        slots=slots,
+        LANES=triton.next_power_of_2(slots + 1),
+        BLOCK=triton.next_power_of_2(max(BLOCK, len(ids_S))),
+    )
+    return counts_1L[0]
+
+
+def count_in_blocks(ids_S: Tensor, slots: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """totals_L (int64) and before_BL (int32): choices of each slot in all blocks, and in those before each block."""
+    blocks = triton.cdiv(len(ids_S), block)
+    before_BL = torch.empty(blocks, slots, dtype=torch.int32, device=ids_S.device)
+    totals_L = torch.empty(slots, dtype=torch.int64, device=ids_S.device)
+    if blocks:
+        _count_blocks[(blocks,)](
+            ids_S=ids_S,
+            counts_BL=before_BL,
+            S=len(ids_S),
+            slots=slots,
+            LANES=triton.next_power_of_2(slots + 1),
+            BLOCK=block,
+        )
+    _add_up_blocks[(slots,)](
+        counts_BL=before_BL, totals_L=totals_L, blocks=blocks, slots=slots, CHUNK=ADDED_BLOCKS
+    )
+    return totals_L, before_BL
+
+
+@named_launch
+@triton.jit(do_not_specialize=["S"])
+def _count_blocks(ids_S, counts_BL, S, slots, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """Choices of one block, by slot."""
+    block = tl.program_id(0)
+    slot = load_slots(ids_S, block * BLOCK + tl.arange(0, BLOCK), S, slots)
+    lane = tl.arange(0, LANES)
+    counts = tl.histogram(slot, LANES)
+    tl.store(counts_BL + block.to(tl.int64) * slots + lane, counts, mask=lane < slots)
+
+
+ADDED_BLOCKS = 1024
+"""Blocks whose counts are added up at a time."""
+
+
+@named_launch
+@triton.jit(do_not_specialize=["blocks"])
+def _add_up_blocks(counts_BL, totals_L, blocks, slots, CHUNK: tl.constexpr):
+    """Replace one slot's counts by their sums over earlier blocks, and store the sum over all."""
+    slot = tl.program_id(0)
+    total = tl.zeros((), tl.int32)
+    for start in range(0, blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        entry = counts_BL + block.to(tl.int64) * slots + slot
+        counts = tl.load(entry, mask=block < blocks, other=0)
+        tl.store(entry, total + tl.cumsum(counts) - counts, mask=block < blocks)
+        total += tl.sum(counts)
+    tl.store(totals_L + slot, total.to(tl.int64))
+
+
+def permute(
+    hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+) -> Permuted:
+    """See `kernels.Kernels.permute`. Rows: T * K, or with a `window` (first, last) at most last - first."""
+    (tokens, top_k), width = slot_ids_TK.shape, hidden_TD.shape[1]
+    ids_S = slot_ids_TK.contiguous().view(-1)
+    first, last = window or (0, len(ids_S))
+    rows = max(0, min(last, len(ids_S)) - first)
+    out = Permuted(
+        rows_SD=hidden_TD.new_empty(rows, width),
+        counts_L=torch.empty(slots, dtype=torch.int64, device=hidden_TD.device),
+        choice_of_row_S=torch.empty(rows, dtype=torch.int64, device=hidden_TD.device),
+    )
+    if tokens == 0:
+        out.counts_L.zero_()
+    elif len(ids_S) <= MOST_CHOICES:
+        _permute_in_one(hidden_TD, ids_S, top_k, first, out)
+    else:
+        _permute_in_four(hidden_TD, ids_S, top_k, first, out)
+    return out
+
+
+FEW_BLOCK, FEW_COLUMNS = 16, 512
+"""Choices of one program where all are sorted in one launch, and the columns that it copies at a time."""
+
+
+def _permute_in_one(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
+    """Fill `out` with the rows from `first` on; for a decode step, where launches cost more than the work itself."""
     slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
     _permute_few[(triton.cdiv(len(ids_S), FEW_BLOCK),)](
-        hidden_TD,
-        ids_S,
-        out.rows_SD,
-        out.counts_L,
-        out.choice_of_row_S,
-        len(ids_S),
-        slots,
-        first,
-        first + rows,
-        hidden_TD.stride(0),
-        width,
-        top_k,
-        triton.next_power_of_2(slots + 1),
-        triton.next_power_of_2(max(FEW_BLOCK, len(ids_S))),
-        FEW_BLOCK,
-        min(COLUMNS, triton.next_power_of_2(width)),
+        hidden_TD=hidden_TD,
+        ids_S=ids_S,
+        rows_SD=out.rows_SD,
+        counts_L=out.counts_L,
+        choice_of_row_S=out.choice_of_row_S,
+        S=len(ids_S),
+        slots=slots,
+        first=first,
+        last=first + rows,
+        token_stride=hidden_TD.stride(0),
+        D=width,
+        K=top_k,
+        LANES=triton.next_power_of_2(slots + 1),
+        ALL=triton.next_power_of_2(max(FEW_BLOCK, len(ids_S))),
+        BLOCK=FEW_BLOCK,
+        COLUMNS=min(FEW_COLUMNS, triton.next_power_of_2(width)),
     )
 
 
+@named_launch
 @triton.jit(do_not_specialize=["S", "first", "last"])
 def _permute_few(
     hidden_TD,
@@ -136,7 +230,7 @@ def _permute_few(
     start = tl.program_id(0) * BLOCK
     each = tl.arange(0, ALL)
     every_slot = load_slots(ids_S, each, S, slots)
-    # The lane after the local slots takes what belongs elsewhere, and is worth nothing.
+    # The lane after the local slots counts the choices of other ranks, and is set to zero.
     here = tl.arange(0, LANES) < slots
     totals = tl.where(here, tl.histogram(every_slot, LANES), 0)
     before = tl.where(here, tl.histogram(tl.where(each < start, every_slot, slots), LANES), 0)
@@ -144,8 +238,8 @@ def _permute_few(
         store_counts(counts_L, totals, first, last, slots, LANES)
     choice = start + tl.arange(0, BLOCK)
     slot = load_slots(ids_S, choice, S, slots)
-    row = place(slot, choice, totals, before, BLOCK)
-    ours = store_sources(choice_of_row_S, slot, choice, row, tl.sum(totals), first, last, slots)
+    row = rows_of_choices(slot, totals, before, BLOCK)
+    ours = store_choices(choice_of_row_S, slot, choice, row, tl.sum(totals), first, last, slots)
     token = (choice // K).to(tl.int64)
     for start_column in range(0, D, COLUMNS):
         column = start_column + tl.arange(0, COLUMNS)
@@ -155,114 +249,42 @@ def _permute_few(
         tl.store(target, values, mask=inside)
 
 
-BLOCK = 128
-"""Choices of one program. It compares each with each, so a small block is cheap and a large one is not."""
-
 COPIED_ROWS, COPIED_COLUMNS = 4, 1024
 """The part of the hidden states that one program copies: 16 bytes a thread and load in half precision."""
 
 
-def count(slot_ids_TK: Tensor, slots: int) -> Tensor:
-    """counts_L (int64): how many choices fell on each of the `slots` local slots."""
-    ids_S = slot_ids_TK.contiguous().view(-1)
-    if not 0 < len(ids_S) <= MOST_CHOICES:
-        return count_in_blocks(ids_S, slots)[0]
-    counts_1L = torch.empty(1, slots, dtype=torch.int64, device=ids_S.device)
-    lanes, block = triton.next_power_of_2(slots + 1), triton.next_power_of_2(max(BLOCK, len(ids_S)))
-    _count_blocks[(1,)](ids_S, counts_1L, len(ids_S), slots, lanes, block)
-    return counts_1L[0]
-
-
-def permute(
-    hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
-) -> Permuted:
-    """See `kernels.Kernels.permute`. Rows: T * K, or with a `window` (first, last) at most last - first."""
-    (tokens, top_k), width = slot_ids_TK.shape, hidden_TD.shape[1]
-    ids_S = slot_ids_TK.contiguous().view(-1)
-    first, last = window or (0, len(ids_S))
-    rows = max(0, min(last, len(ids_S)) - first)
-    out = Permuted(
-        rows_SD=hidden_TD.new_empty(rows, width),
-        counts_L=torch.empty(slots, dtype=torch.int64, device=hidden_TD.device),
-        choice_of_row_S=torch.empty(rows, dtype=torch.int64, device=hidden_TD.device),
-    )
-    if tokens == 0:
-        out.counts_L.zero_()
-    elif len(ids_S) <= MOST_CHOICES:
-        permute_few(hidden_TD, ids_S, top_k, first, out)
-    else:
-        _permute_many(hidden_TD, ids_S, top_k, first, out)
-    return out
-
-
-def _permute_many(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
-    """Count, place, copy: a launch for each, and one to add up the blocks' counts."""
+def _permute_in_four(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
+    """Fill `out` with the rows from `first` on: count blocks, add the counts up, place the choices, copy the rows."""
     slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
     totals_L, before_BL = count_in_blocks(ids_S, slots)
     _place[(len(before_BL),)](
-        ids_S,
-        totals_L,
-        before_BL,
-        out.counts_L,
-        out.choice_of_row_S,
-        len(ids_S),
-        slots,
-        first,
-        first + rows,
-        triton.next_power_of_2(slots + 1),
-        BLOCK,
+        ids_S=ids_S,
+        totals_L=totals_L,
+        before_BL=before_BL,
+        counts_L=out.counts_L,
+        choice_of_row_S=out.choice_of_row_S,
+        S=len(ids_S),
+        slots=slots,
+        first=first,
+        last=first + rows,
+        LANES=triton.next_power_of_2(slots + 1),
+        BLOCK=BLOCK,
     )
     if rows:
-        grid = (triton.cdiv(rows, COPIED_ROWS), triton.cdiv(width, COPIED_COLUMNS))
-        _copy_rows[grid](
-            hidden_TD,
-            out.choice_of_row_S,
-            out.rows_SD,
-            rows,
-            hidden_TD.stride(0),
-            width,
-            top_k,
-            COPIED_ROWS,
-            COPIED_COLUMNS,
+        _copy_rows[(triton.cdiv(rows, COPIED_ROWS), triton.cdiv(width, COPIED_COLUMNS))](
+            hidden_TD=hidden_TD,
+            choice_of_row_S=out.choice_of_row_S,
+            rows_SD=out.rows_SD,
+            S=rows,
+            token_stride=hidden_TD.stride(0),
+            D=width,
+            K=top_k,
+            ROWS=COPIED_ROWS,
+            COLUMNS=COPIED_COLUMNS,
         )
 
 
-def count_in_blocks(ids_S: Tensor, slots: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """totals_L (int64) and before_BL (int32): choices of each slot in all blocks, and in those before each block."""
-    blocks = triton.cdiv(len(ids_S), block)
-    before_BL = torch.empty(blocks, slots, dtype=torch.int32, device=ids_S.device)
-    totals_L = torch.empty(slots, dtype=torch.int64, device=ids_S.device)
-    if blocks:
-        lanes = triton.next_power_of_2(slots + 1)
-        _count_blocks[(blocks,)](ids_S, before_BL, len(ids_S), slots, lanes, block)
-    _add_up_blocks[(slots,)](before_BL, totals_L, blocks, slots)
-    return totals_L, before_BL
-
-
-@triton.jit(do_not_specialize=["S"])
-def _count_blocks(ids_S, counts_BL, S, slots, LANES: tl.constexpr, BLOCK: tl.constexpr):
-    """Choices of one block, by slot."""
-    block = tl.program_id(0)
-    slot = load_slots(ids_S, block * BLOCK + tl.arange(0, BLOCK), S, slots)
-    lane = tl.arange(0, LANES)
-    counts = tl.histogram(slot, LANES)
-    tl.store(counts_BL + block.to(tl.int64) * slots + lane, counts, mask=lane < slots)
-
-
-@triton.jit(do_not_specialize=["blocks"])
-def _add_up_blocks(counts_BL, totals_L, blocks, slots, CHUNK: tl.constexpr = 1024):
-    """Replace one slot's counts by their sums over earlier blocks, and store the sum over all."""
-    slot = tl.program_id(0)
-    total = tl.zeros((), tl.int32)
-    for start in range(0, blocks, CHUNK):
-        block = start + tl.arange(0, CHUNK)
-        entry = counts_BL + block.to(tl.int64) * slots + slot
-        counts = tl.load(entry, mask=block < blocks, other=0)
-        tl.store(entry, total + tl.cumsum(counts) - counts, mask=block < blocks)
-        total += tl.sum(counts)
-    tl.store(totals_L + slot, total.to(tl.int64))
-
-
+@named_launch
 @triton.jit(do_not_specialize=["S", "first", "last"])
 def _place(
     ids_S,
@@ -277,7 +299,7 @@ def _place(
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the choices of one block to their places among rows [first, last)."""
+    """Write the choices of one block to their rows, as far as these lie in [first, last)."""
     block = tl.program_id(0)
     lane = tl.arange(0, LANES)
     totals = tl.load(totals_L + lane, mask=lane < slots, other=0).to(tl.int32)
@@ -286,10 +308,11 @@ def _place(
         store_counts(counts_L, totals, first, last, slots, LANES)
     choice = block * BLOCK + tl.arange(0, BLOCK)
     slot = load_slots(ids_S, choice, S, slots)
-    row = place(slot, choice, totals, before, BLOCK)
-    store_sources(choice_of_row_S, slot, choice, row, tl.sum(totals), first, last, slots)
+    row = rows_of_choices(slot, totals, before, BLOCK)
+    store_choices(choice_of_row_S, slot, choice, row, tl.sum(totals), first, last, slots)
 
 
+@named_launch
 @triton.jit(do_not_specialize=["S"])
 def _copy_rows(
     hidden_TD,
@@ -305,59 +328,63 @@ def _copy_rows(
     """rows_SD[s] = hidden_TD[choice_of_row_S[s] // K]; unused rows stay as they are."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    source = tl.load(choice_of_row_S + row, mask=row < S, other=-1)
-    inside = (source >= 0)[:, None] & (column < D)[None, :]
-    values = tl.load(hidden_TD + (source // K)[:, None] * token_stride + column[None, :], mask=inside)
+    choice = tl.load(choice_of_row_S + row, mask=row < S, other=-1)
+    inside = (choice >= 0)[:, None] & (column < D)[None, :]
+    values = tl.load(hidden_TD + (choice // K)[:, None] * token_stride + column[None, :], mask=inside)
     tl.store(rows_SD + row.to(tl.int64)[:, None] * D + column[None, :], values, mask=inside)
 
 
 SUM_BLOCK = 1024
+"""Columns of one program, and rows of one in `_invert`."""
 
-FEWEST, MOST_ROWS = 16, 4096
-"""Up to here each token searches all rows for its own, which spares the launches that build a table."""
+FEWEST_ROWS, MOST_ROWS = 16, 4096
+"""With up to MOST_ROWS each token searches all rows for its own, which spares the launches that build a table."""
 
 
 def unpermute(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
-    """Add weight * row to each row's token in `out_TD` (float32). Rows with source -1 are not read."""
+    """Add weight * row to each row's token in `out_TD` (float32). Rows with choice -1 are not read."""
     (rows, width), (tokens, top_k) = rows_SD.shape, weights_TK.shape
     if rows == 0 or tokens == 0:
         return
     few = rows <= MOST_ROWS
     columns = min(SUM_BLOCK, triton.next_power_of_2(width))
     _weighted_sum[(tokens, triton.cdiv(width, columns))](
-        rows_SD,
-        choice_of_row_S if few else _row_of_choice(choice_of_row_S, tokens * top_k),
-        weights_TK,
-        out_TD,
-        rows,
-        rows_SD.stride(0),
-        weights_TK.stride(0),
-        weights_TK.stride(1),
-        out_TD.stride(0),
-        width,
-        top_k,
-        columns,
-        triton.next_power_of_2(max(FEWEST, rows)) if few else 0,
+        rows_SD=rows_SD,
+        lookup=choice_of_row_S if few else _row_of_choice(choice_of_row_S, tokens * top_k),
+        weights_TK=weights_TK,
+        out_TD=out_TD,
+        S=rows,
+        row_stride=rows_SD.stride(0),
+        weight_token_stride=weights_TK.stride(0),
+        weight_choice_stride=weights_TK.stride(1),
+        out_stride=out_TD.stride(0),
+        D=width,
+        K=top_k,
+        COLUMNS=columns,
+        ALL=triton.next_power_of_2(max(FEWEST_ROWS, rows)) if few else 0,
     )
 
 
 def _row_of_choice(choice_of_row_S: Tensor, choices: int) -> Tensor:
     """The inverse of choice_of_row_S, -1 for choices that no row serves."""
     row_of = torch.full((choices,), -1, dtype=torch.int64, device=choice_of_row_S.device)
-    _invert[(triton.cdiv(len(choice_of_row_S), SUM_BLOCK),)](
-        choice_of_row_S, row_of, len(choice_of_row_S), SUM_BLOCK
+    rows = len(choice_of_row_S)
+    _invert[(triton.cdiv(rows, SUM_BLOCK),)](
+        choice_of_row_S=choice_of_row_S, row_of=row_of, S=rows, BLOCK=SUM_BLOCK
     )
     return row_of
 
 
+@named_launch
 @triton.jit(do_not_specialize=["S"])
 def _invert(choice_of_row_S, row_of, S, BLOCK: tl.constexpr):
     """A choice is served by one row at most, so no two programs write to the same place."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    source = tl.load(choice_of_row_S + row, mask=row < S, other=-1)
-    tl.store(row_of + source, row.to(tl.int64), mask=source >= 0)
+    choice = tl.load(choice_of_row_S + row, mask=row < S, other=-1)
+    tl.store(row_of + choice, row.to(tl.int64), mask=choice >= 0)
 
 
+@named_launch
 @triton.jit(do_not_specialize=["S"])
 def _weighted_sum(
     rows_SD,
@@ -374,9 +401,9 @@ def _weighted_sum(
     COLUMNS: tl.constexpr,
     ALL: tl.constexpr,
 ):
-    """One token's columns: its rows one after the other, as k grows.
+    """One token's columns: its rows one after the other, in the order of k.
 
-    `lookup` is the row of each choice, or, where ALL is a power of two that holds all rows, the source of each row.
+    `lookup` is the row of each choice, or, where ALL is a power of two that holds all rows, the choice of each row.
     """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -384,10 +411,10 @@ def _weighted_sum(
     total = tl.load(target, mask=column < D)
     if ALL:
         each = tl.arange(0, ALL)
-        source = tl.load(lookup + each, mask=each < S, other=-1)
+        choice = tl.load(lookup + each, mask=each < S, other=-1)
     for k in tl.static_range(K):
         if ALL:
-            row = tl.max(tl.where(source == token * K + k, each, -1)).to(tl.int64)
+            row = tl.max(tl.where(choice == token * K + k, each, -1)).to(tl.int64)
         else:
             row = tl.load(lookup + token * K + k)
         weight = tl.load(weights_TK + token * weight_token_stride + k * weight_choice_stride).to(tl.float32)

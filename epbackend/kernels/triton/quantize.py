@@ -1,10 +1,10 @@
-"""Quantize rows on their way into a product: float8 with a scale for each 128 values, int8 with one for each row.
+"""Rows in 8 bits: float8 with a scale for each 128 values, int8 with one for each row.
 
-Only the rows that the counts cover are read; the rest of a padded buffer costs nothing.
+`quantize_fp8` and `quantize_int8` serve the products of quantized experts: they read only the rows that the counts
+cover, so that the rest of a padded buffer costs nothing. `quantize` and `dequantize` are those of
+`epbackend.kernels.Kernels`, for rows that travel between ranks, and may read and write views of wider rows.
 
-Rows in 8 bits for their way between ranks, in one launch; see `epbackend.kernels.Kernels.narrow`.
-
-Rows that have arrived in 8 bits, in their own dtype again, in one launch; see `epbackend.kernels.Kernels.widen`.
+Shapes: S rows, K their width; T tokens, D their width; B scales of a row; M rows of a block of them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from epbackend.errors import ConfigError
 from epbackend.kernels.fp8 import BLOCK, FP8
+from epbackend.kernels.triton.launch import named_launch
 from epbackend.kernels.triton.tiles import INTERPRETED, Schedule, chip_of, covered_rows
 
 FP8_ROWS = 32
@@ -42,7 +43,11 @@ class Int8Tokens:
 
 
 def empty_fp8(rows: int, width: int, device: torch.device) -> Fp8Tokens:
-    """Room for `rows` rows; raises ConfigError for a width that 128-wide blocks do not cover."""
+    """Uninitialised memory for `rows` rows.
+
+    Raises:
+        ConfigError: The width is no multiple of 128.
+    """
     if width % BLOCK:
         raise ConfigError(
             f"fp8 experts need widths that are multiples of {BLOCK}, and this one is {width}; "
@@ -58,16 +63,16 @@ def quantize_fp8(rows_SK: Tensor, schedule: Schedule) -> Fp8Tokens:
     out = empty_fp8(rows, width, rows_SK.device)
     if rows:
         _quantize_fp8[(triton.cdiv(rows, FP8_ROWS), width // BLOCK)](
-            rows_SK,
-            out.values_SK,
-            out.scale_BS,
-            schedule.tiles_M3,
-            schedule.total_1,
-            rows,
-            rows_SK.stride(0),
-            width,
-            FP8_ROWS,
-            BLOCK,
+            rows_SK=rows_SK,
+            values_SK=out.values_SK,
+            scale_BS=out.scale_BS,
+            tiles_M3=schedule.tiles_M3,
+            total_1=schedule.total_1,
+            S=rows,
+            row_stride=rows_SK.stride(0),
+            K=width,
+            ROWS=FP8_ROWS,
+            BLOCK=BLOCK,
         )
     return out
 
@@ -79,14 +84,14 @@ def quantize_int8(rows_SK: Tensor, schedule: Schedule) -> Int8Tokens:
     scale_S = torch.empty(rows, dtype=torch.float32, device=rows_SK.device)
     if rows:
         _quantize_int8[(rows,)](
-            rows_SK,
-            values_SK,
-            scale_S,
-            schedule.tiles_M3,
-            schedule.total_1,
-            rows_SK.stride(0),
-            width,
-            triton.next_power_of_2(width),
+            rows_SK=rows_SK,
+            values_SK=values_SK,
+            scale_S=scale_S,
+            tiles_M3=schedule.tiles_M3,
+            total_1=schedule.total_1,
+            row_stride=rows_SK.stride(0),
+            K=width,
+            WIDTH=triton.next_power_of_2(width),
             num_warps=8,
         )
     return Int8Tokens(values_SK, scale_S)
@@ -106,6 +111,22 @@ def to_fp8(values_MN):
     return scaled_MN.to(tl.float8e4nv), scale_M
 
 
+@triton.jit
+def int8_scale(largest):
+    """The scale that brings a row's largest value to 127."""
+    return tl.where(largest > 0, largest / 127.0, 1.0)
+
+
+@triton.jit
+def round_to_int8(scaled):
+    """The nearest integers, half away from zero.
+
+    Rounding half to even would be a call to libdevice, which the interpreter does not have.
+    """
+    return tl.where(scaled < 0, scaled - 0.5, scaled + 0.5).to(tl.int8)
+
+
+@named_launch
 @triton.jit(do_not_specialize=["S"])
 def _quantize_fp8(
     rows_SK,
@@ -119,6 +140,7 @@ def _quantize_fp8(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """ROWS rows, BLOCK columns of each."""
     row_M = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1)
     column_N = block * BLOCK + tl.arange(0, BLOCK)
@@ -129,20 +151,18 @@ def _quantize_fp8(
     tl.store(scale_BS + block.to(tl.int64) * S + row_M, scale_M, mask=ours_M)
 
 
+@named_launch
 @triton.jit
 def _quantize_int8(
     rows_SK, values_SK, scale_S, tiles_M3, total_1, row_stride, K: tl.constexpr, WIDTH: tl.constexpr
 ):
+    """One row; WIDTH is a power of two that holds it."""
     row = tl.program_id(0).to(tl.int64)
     if row < covered_rows(tiles_M3, total_1):
         column = tl.arange(0, WIDTH)
         values = tl.load(rows_SK + row * row_stride + column, mask=column < K, other=0).to(tl.float32)
-        largest = tl.max(tl.abs(values))
-        scale = tl.where(largest > 0, largest / 127.0, 1.0)
-        scaled = values / scale
-        # Half away from zero; rounding to even is a call to libdevice, which the interpreter does not have.
-        rounded = tl.where(scaled < 0, scaled - 0.5, scaled + 0.5).to(tl.int8)
-        tl.store(values_SK + row * K + column, rounded, mask=column < K)
+        scale = int8_scale(tl.max(tl.abs(values)))
+        tl.store(values_SK + row * K + column, round_to_int8(values / scale), mask=column < K)
         tl.store(scale_S + row, scale)
 
 
@@ -150,32 +170,34 @@ GROUPS = 8
 """Groups of 128 values that one program quantizes."""
 
 
-def narrow(rows_TD: Tensor, values_TD: Tensor, scale_TG: Tensor) -> None:
-    (tokens, width), scales = rows_TD.shape, scale_TG.shape[1]
+def quantize(rows_TD: Tensor, values_TD: Tensor, scale_TB: Tensor) -> None:
+    """See `epbackend.kernels.Kernels.quantize`; one launch."""
+    (tokens, width), scales = rows_TD.shape, scale_TB.shape[1]
     float8 = values_TD.dtype == FP8
     groups, group = (GROUPS, BLOCK) if float8 else (1, triton.next_power_of_2(width))
     if tokens:
-        _narrow[(tokens, triton.cdiv(scales, groups))](
-            rows_TD,
-            values_TD,
-            scale_TG,
-            rows_TD.stride(0),
-            values_TD.stride(0),
-            scale_TG.stride(0),
-            width,
-            scales,
-            groups,
-            group,
-            float8,
+        _quantize[(tokens, triton.cdiv(scales, groups))](
+            rows_TD=rows_TD,
+            values_TD=values_TD,
+            scale_TB=scale_TB,
+            row_stride=rows_TD.stride(0),
+            value_stride=values_TD.stride(0),
+            scale_stride=scale_TB.stride(0),
+            D=width,
+            SCALES=scales,
+            GROUPS=groups,
+            GROUP=group,
+            FLOAT8=float8,
             num_warps=4 if float8 else 8,
         )
 
 
+@named_launch
 @triton.jit
-def _narrow(
+def _quantize(
     rows_TD,
     values_TD,
-    scale_TG,
+    scale_TB,
     row_stride,
     value_stride,
     scale_stride,
@@ -185,7 +207,7 @@ def _narrow(
     GROUP: tl.constexpr,
     FLOAT8: tl.constexpr,
 ):
-    """Some groups of one token."""
+    """GROUPS groups of one token, of GROUP values and one scale each."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -193,52 +215,48 @@ def _narrow(
     if FLOAT8:
         quantized, scale = to_fp8(values)
     else:
-        quantized, scale = _to_int8(values)
+        scale = int8_scale(tl.max(tl.abs(values), 1))
+        quantized = round_to_int8(values / scale[:, None])
     tl.store(values_TD + token * value_stride + column, quantized, mask=column < D)
-    tl.store(scale_TG + token * scale_stride + group, scale, mask=group < SCALES)
-
-
-@triton.jit
-def _to_int8(values_MN):
-    """(int8 values, scale of each row) of a block; the scale brings the row's largest value to 127."""
-    largest_M = tl.max(tl.abs(values_MN), 1)
-    scale_M = tl.where(largest_M > 0, largest_M / 127.0, 1.0)
-    scaled_MN = values_MN / scale_M[:, None]
-    # Half away from zero; rounding to even is a call to libdevice, which the interpreter does not have.
-    return tl.where(scaled_MN < 0, scaled_MN - 0.5, scaled_MN + 0.5).to(tl.int8), scale_M
+    tl.store(scale_TB + token * scale_stride + group, scale, mask=group < SCALES)
 
 
 ROWS, COLUMNS = 4, 1024
 PROGRAMS_PER_SM = 8
 
 
-def widen(values_SD: Tensor, scale_SG: Tensor, out_SD: Tensor, counts_L: Tensor | None = None) -> None:
-    """All rows, or with counts the first `counts_L.sum()` of them; the others are left unwritten."""
+def dequantize(values_SD: Tensor, scale_SB: Tensor, out_SD: Tensor, counts_L: Tensor | None = None) -> None:
+    """See `epbackend.kernels.Kernels.dequantize`; one launch.
+
+    With `counts_L` only the first `counts_L.sum()` rows, the others being left unwritten: how many there are is known
+    on the device alone, so as many programs as fit on the chip share the rows.
+    """
     rows, width = out_SD.shape
     if not rows:
         return
     slots = 1 if counts_L is None else len(counts_L)
-    _widen[(chip_of(out_SD.device).sms * PROGRAMS_PER_SM,)](
-        values_SD,
-        scale_SG,
-        counts_L,
-        out_SD,
-        values_SD.stride(0),
-        scale_SG.stride(0),
-        rows,
-        slots,
-        width,
-        BLOCK if values_SD.dtype == FP8 else width,
-        triton.next_power_of_2(slots),
-        ROWS,
-        min(COLUMNS, triton.next_power_of_2(width)),
+    _dequantize[(chip_of(out_SD.device).sms * PROGRAMS_PER_SM,)](
+        values_SD=values_SD,
+        scale_SB=scale_SB,
+        counts_L=counts_L,
+        out_SD=out_SD,
+        value_stride=values_SD.stride(0),
+        scale_stride=scale_SB.stride(0),
+        rows=rows,
+        slots=slots,
+        D=width,
+        GROUP=BLOCK if values_SD.dtype == FP8 else width,
+        LANES=triton.next_power_of_2(slots),
+        ROWS=ROWS,
+        COLUMNS=min(COLUMNS, triton.next_power_of_2(width)),
     )
 
 
+@named_launch
 @triton.jit(do_not_specialize=["rows"])
-def _widen(
+def _dequantize(
     values_SD,
-    scale_SG,
+    scale_SB,
     counts_L,
     out_SD,
     value_stride,
@@ -251,7 +269,7 @@ def _widen(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Every so many blocks of ROWS rows and COLUMNS columns."""
+    """Blocks of ROWS rows and COLUMNS columns, from this program's number on in steps of the number of programs."""
     if counts_L is not None:
         lane = tl.arange(0, LANES)
         rows = tl.sum(tl.load(counts_L + lane, mask=lane < slots, other=0)).to(tl.int32)
@@ -262,6 +280,6 @@ def _widen(
         column = (block % column_blocks * COLUMNS + tl.arange(0, COLUMNS))[None, :]
         inside = (row < rows) & (column < D)
         values = tl.load(values_SD + row * value_stride + column, mask=inside)
-        scale = tl.load(scale_SG + row * scale_stride + column // GROUP, mask=inside)
+        scale = tl.load(scale_SB + row * scale_stride + column // GROUP, mask=inside)
         wide = values.to(tl.float32) * scale
         tl.store(out_SD + row * D + column, wide.to(out_SD.dtype.element_ty), mask=inside)

@@ -1,41 +1,21 @@
 """Rows between GPUs that reach each other's memory: kernels that store straight into the peers' buffers.
 
-The phases of one exchange; at each arrow all ranks meet (`meet`):
+The phases of one exchange; at each arrow all ranks meet at a barrier:
 
-       counts              every rank writes its row of counts into every rank's table
-    -> layout, send        the table says where each choice's row lies on its expert's rank, and there it is stored,
-                           in 8 bits if it travels so (`narrow`)
-    -> (experts)           on the rows where they lie, or in their own dtype again (`widen`)
-       give_back           each result is stored at the token's own rank, in the place of its choice
-    -> settle              the weighted sum of a token's results, in float32 and in the order of its choices
+       exchange_counts     every rank writes its row of counts into every rank's table
+    -> recv_offsets,       the table says where each choice's row lies on its expert's rank,
+       rows_of_choices,
+       dispatch            and there it is stored, in 8 bits if it travels so
+    -> (experts)           on the rows where they lie, or in their own dtype again
+       combine_send        each result is stored at the token's own rank, in the place of its choice
+    -> combine_reduce      the weighted sum of a token's results, in float32 and in the order of its choices
 
-A meeting also proves that every rank is done reading what comes to be overwritten after it, so that one set of buffers
-serves all layers: a rank reads the table, the rows and their sources before the meeting that follows `give_back`, and
-sums the results before it comes to the next meeting after which others store results.
+A barrier also proves that every rank is done reading what is overwritten after it, so that one set of buffers serves
+all layers: a rank reads the table, the rows and their choices before the barrier that follows `combine_send`, and sums
+the results before it comes to the next barrier after which others store results.
 
-A tensor that every rank has, in memory that all of them can reach.
-
-All ranks meet: none goes on before every rank has come, and what each stored before it came is there for all.
-
-Each rank counts the meetings, writes its number into its place at every rank, and waits until all places in its own
-memory have come as far. Numbers only grow, so nothing is ever reset, and a rank that is already at the next meeting
-does no harm.
-
-Every rank learns how many choices of every rank fell on each slot.
-
-Where each choice's row lies on its expert's rank: sorted by slot, then by sending rank, then in the sender's order.
-
-    counts_RP = [[2, 1], [3, 0]], one rank of two slots: slot 0 gets 2 rows from rank 0 and 3 from rank 1
-    rows      = [0: slot 0 from rank 0, 0, 0: slot 0 from rank 1, 0, 0, 1: slot 1 from rank 0]
-    bases_P   = [0, 5] on rank 0, [2, 6] on rank 1: where the first row that this rank sends to each slot lies
-
-So the receiver needs no second sort. All ranks compute the same from the same table.
-
-Store each token's row into the receive buffers of the ranks of its experts, once for each choice.
-
-Store each expert's result at its token's own rank, in the place of the choice that it answers.
-
-The weighted sum of each token's results, which lie in the order of its choices.
+Letters: T tokens, D hidden size, K choices of a token, S = T * K choices, R ranks, L slots of one rank, P = R * L slots
+of all ranks, C rows of a receive buffer (or columns of the table: P + 1), B blocks of choices.
 """
 
 from __future__ import annotations
@@ -51,71 +31,92 @@ from epbackend.kernels.triton.permute import BLOCK, count_in_blocks, earlier_twi
 from epbackend.kernels.triton.tiles import INTERPRETED, chip_of
 
 ALIGNMENT = 128
-"""Bytes: where each such tensor begins, so that rows move in the widest loads and stores."""
-
-
-@dataclass(frozen=True)
-class Mirror:
-    """This rank's own tensor, and where each rank's lies in this rank's address space."""
-
-    mine: Tensor
-    addresses_R: Tensor
-    """int64, on the device."""
-
-
-@triton.jit
-def reach(addresses_R, rank, mine):
-    """Pointer to the first element of each rank's tensor, of the type that `mine` points to; `rank` may be a block."""
-    address = tl.load(addresses_R + rank)
-    return tl.multiple_of(address.to(tl.pointer_type(mine.dtype.element_ty)), 16)
-
+"""Bytes: where each symmetric tensor begins, so that rows move in the widest loads and stores."""
 
 POLLS_PER_S = 5_000 if INTERPRETED.value else 1_000_000
 """How often a waiting rank looks, roughly: an atomic operation on its own memory takes about a microsecond."""
 
+ROWS, COLUMNS = 4, 1024
+"""The most of a row block that one program moves at a time."""
 
-def meet(
-    signals: Mirror, meeting_1: Tensor, finding_2: Tensor, rank: int, note: int, patience_s: float
+PROGRAMS_PER_SM = 8
+
+
+@dataclass(frozen=True)
+class SymmetricTensor:
+    """A tensor that every rank has, in memory that all of them can reach."""
+
+    local: Tensor
+    """This rank's own."""
+    peer_ptrs_R: Tensor
+    """int64, on the device: where each rank's lies in this rank's address space."""
+
+
+@triton.jit
+def peer_ptr(peer_ptrs_R, rank, local):
+    """Pointer to the first element of a rank's tensor, of the type that `local` points to; `rank` may be a block."""
+    address = tl.load(peer_ptrs_R + rank)
+    return tl.multiple_of(address.to(tl.pointer_type(local.dtype.element_ty)), 16)
+
+
+def barrier(
+    signal_pad: SymmetricTensor,
+    barriers_1: Tensor,
+    timeout_report_2: Tensor,
+    rank: int,
+    layer: int,
+    timeout_s: float,
 ) -> None:
-    """`signals` (int64 [R]) are zeros at first, as is `meeting_1` (int64), this rank's count of meetings.
+    """No rank goes on before every rank has come, and what each stored before it came is there for all.
 
-    When a rank does not come within about `patience_s`, its number + 1 and `note` are written to `finding_2` (int64,
-    zeros until then, may be pinned host memory) and the GPU stops with an error: whatever follows would be wrong.
+    Each rank counts the barriers, writes its number into its place at every rank, and waits until all places in its own
+    memory have come as far. Numbers only grow, so nothing is ever reset, and a rank that is already at the next barrier
+    does no harm.
+
+    Args:
+        signal_pad: int64 [R], zeros at first.
+        barriers_1: int64, zero at first: how many barriers this rank has come to.
+        timeout_report_2: int64, zeros at first, may be pinned host memory. When a rank does not come in time, its
+            number + 1 and `layer` are written there and the GPU stops with an error: whatever follows would be wrong.
+        rank: this rank.
+        layer: only for the report.
+        timeout_s: about how many seconds to wait.
     """
-    ranks = len(signals.mine)
-    polls = max(1, int(patience_s * POLLS_PER_S))
-    _meet[(1,)](
-        signals.addresses_R,
-        signals.mine,
-        meeting_1,
-        finding_2,
-        rank,
-        note,
-        polls,
-        ranks,
-        triton.next_power_of_2(ranks),
+    ranks = len(signal_pad.local)
+    _barrier[(1,)](
+        peer_ptrs_R=signal_pad.peer_ptrs_R,
+        signals_R=signal_pad.local,
+        barriers_1=barriers_1,
+        timeout_report_2=timeout_report_2,
+        rank=rank,
+        layer=layer,
+        polls=max(1, int(timeout_s * POLLS_PER_S)),
+        ranks=ranks,
+        RANKS=triton.next_power_of_2(ranks),
         num_warps=1,
     )
 
 
-@triton.jit(do_not_specialize=["rank", "note", "polls"])
-def _meet(addresses_R, signals_R, meeting_1, finding_2, rank, note, polls, ranks, RANKS: tl.constexpr):
+@triton.jit(do_not_specialize=["rank", "layer", "polls"])
+def _barrier(
+    peer_ptrs_R, signals_R, barriers_1, timeout_report_2, rank, layer, polls, ranks, RANKS: tl.constexpr
+):
     """One program. The signals are atomics because those alone carry an order between GPUs (release and acquire)."""
     peer = tl.arange(0, RANKS)
-    there = peer < ranks
-    meeting = tl.load(meeting_1) + 1
-    tl.store(meeting_1, meeting)
-    place = reach(addresses_R, tl.where(there, peer, 0), signals_R) + rank
-    tl.atomic_xchg(place, tl.zeros((RANKS,), tl.int64) + meeting, mask=there, sem="release", scope="sys")
+    exists = peer < ranks
+    number = tl.load(barriers_1) + 1
+    tl.store(barriers_1, number)
+    place = peer_ptr(peer_ptrs_R, tl.where(exists, peer, 0), signals_R) + rank
+    tl.atomic_xchg(place, tl.zeros((RANKS,), tl.int64) + number, mask=exists, sem="release", scope="sys")
     nothing = tl.zeros((RANKS,), tl.int64)
     late = peer + 1
     while (tl.max(late) > 0) & (polls > 0):
-        seen = tl.atomic_add(signals_R + peer, nothing, mask=there, sem="acquire", scope="sys")
-        late = tl.where(there & (seen < meeting), peer + 1, 0)
+        seen = tl.atomic_add(signals_R + peer, nothing, mask=exists, sem="acquire", scope="sys")
+        late = tl.where(exists & (seen < number), peer + 1, 0)
         polls -= 1
     if tl.max(late) > 0:
-        tl.store(finding_2 + 1, note.to(tl.int64))
-        tl.store(finding_2, tl.max(late).to(tl.int64))
+        tl.store(timeout_report_2 + 1, layer.to(tl.int64))
+        tl.store(timeout_report_2, tl.max(late).to(tl.int64))
         stop()
 
 
@@ -128,36 +129,36 @@ def stop():
         )
 
 
-def publish_counts(slot_ids_TK: Tensor, tokens: int, table: Mirror, rank: int) -> Tensor:
+def exchange_counts(slot_ids_TK: Tensor, tokens: int, table: SymmetricTensor, rank: int) -> Tensor:
     """Write this rank's row of every rank's table (int32 [R, P + 1]): its counts of all slots, and `tokens`.
 
     Returns before_BP (int32): of each block of `permute.BLOCK` choices, how many earlier choices fell on each slot.
     """
-    ranks, columns = table.mine.shape
+    ranks, columns = table.local.shape
     totals_P, before_BP = count_in_blocks(slot_ids_TK.contiguous().view(-1), columns - 1)
-    _publish[(ranks,)](
-        totals_P,
-        table.addresses_R,
-        table.mine,
-        tokens,
-        rank,
-        columns - 1,
-        triton.next_power_of_2(columns),
+    _exchange_counts[(ranks,)](
+        totals_P=totals_P,
+        peer_ptrs_R=table.peer_ptrs_R,
+        table_RC=table.local,
+        tokens=tokens,
+        rank=rank,
+        P=columns - 1,
+        LANES=triton.next_power_of_2(columns),
     )
     return before_BP
 
 
 @triton.jit(do_not_specialize=["tokens", "rank"])
-def _publish(totals_P, addresses_R, table_RC, tokens, rank, P, LANES: tl.constexpr):
+def _exchange_counts(totals_P, peer_ptrs_R, table_RC, tokens, rank, P, LANES: tl.constexpr):
     """One receiving rank: the row that this rank has there."""
     lane = tl.arange(0, LANES)
     totals = tl.load(totals_P + lane, mask=lane < P, other=0).to(tl.int32)
-    row = reach(addresses_R, tl.program_id(0), table_RC) + rank * (P + 1)
+    row = peer_ptr(peer_ptrs_R, tl.program_id(0), table_RC) + rank * (P + 1)
     tl.store(row + lane, tl.where(lane < P, totals, tokens), mask=lane <= P)
 
 
 @dataclass(frozen=True)
-class Layout:
+class RecvOffsets:
     """What the table of counts says to one rank."""
 
     bases_P: Tensor
@@ -168,31 +169,41 @@ class Layout:
     """int64: the rows that each rank gets in all, and the tokens that it has left."""
 
 
-def lay_out(table_RC: Tensor, rank: int, slots: int, window: tuple[int, int]) -> Layout:
-    """`table_RC` is `counts.publish_counts`'s (C is P + 1), `window` the range of rows that `counts_L` tells of."""
+def recv_offsets(table_RC: Tensor, rank: int, slots: int, window: tuple[int, int]) -> RecvOffsets:
+    """Where each choice's row lies on its expert's rank: sorted by slot, then by sending rank, then as it was sent.
+
+    So the receiver needs no second sort. All ranks compute the same from the same table, which `exchange_counts` filled
+    (C is P + 1). `window` is the range of rows that `counts_L` counts.
+
+        counts_RP = [[2, 1], [3, 0]], one rank of two slots: slot 0 gets 2 rows from rank 0 and 3 from rank 1
+        rows      = [0: slot 0 from rank 0, 0, 0: slot 0 from rank 1, 0, 0, 1: slot 1 from rank 0]
+        bases_P   = [0, 5] on rank 0, [2, 6] on rank 1: where the first row that this rank sends to each slot lies
+    """
     ranks, columns = table_RC.shape
-    layout = Layout(
+    offsets = RecvOffsets(
         bases_P=torch.empty(columns - 1, dtype=torch.int64, device=table_RC.device),
         counts_L=torch.empty(slots, dtype=torch.int64, device=table_RC.device),
         needs_R2=torch.empty(ranks, 2, dtype=torch.int64, device=table_RC.device),
     )
-    _lay_out[(ranks,)](
-        table_RC,
-        layout.bases_P,
-        layout.counts_L,
-        layout.needs_R2,
-        rank,
-        *window,
-        ranks,
-        slots,
-        triton.next_power_of_2(ranks),
-        triton.next_power_of_2(slots),
+    first, last = window
+    _recv_offsets[(ranks,)](
+        table_RC=table_RC,
+        bases_P=offsets.bases_P,
+        counts_L=offsets.counts_L,
+        needs_R2=offsets.needs_R2,
+        rank=rank,
+        first=first,
+        last=last,
+        ranks=ranks,
+        slots=slots,
+        RANKS=triton.next_power_of_2(ranks),
+        LANES=triton.next_power_of_2(slots),
     )
-    return layout
+    return offsets
 
 
 @triton.jit(do_not_specialize=["rank", "first", "last"])
-def _lay_out(
+def _recv_offsets(
     table_RC,
     bases_P,
     counts_L,
@@ -223,17 +234,25 @@ def _lay_out(
         store_counts(counts_L, totals, first, last, slots, LANES)
 
 
-def place(slot_ids_TK: Tensor, before_BP: Tensor, bases_P: Tensor) -> Tensor:
+def rows_of_choices(slot_ids_TK: Tensor, before_BP: Tensor, bases_P: Tensor) -> Tensor:
     """row_S (int64): the row of each choice on its slot's rank; -1 for choices of no slot."""
     row_S = torch.empty(slot_ids_TK.numel(), dtype=torch.int64, device=slot_ids_TK.device)
     if len(before_BP):
         ids_S = slot_ids_TK.contiguous().view(-1)
-        _place[(len(before_BP),)](ids_S, before_BP, bases_P, row_S, len(ids_S), len(bases_P), BLOCK)
+        _rows_of_choices[(len(before_BP),)](
+            ids_S=ids_S,
+            before_BP=before_BP,
+            bases_P=bases_P,
+            row_S=row_S,
+            S=len(ids_S),
+            P=len(bases_P),
+            BLOCK=BLOCK,
+        )
     return row_S
 
 
 @triton.jit(do_not_specialize=["S"])
-def _place(ids_S, before_BP, bases_P, row_S, S, P, BLOCK: tl.constexpr):
+def _rows_of_choices(ids_S, before_BP, bases_P, row_S, S, P, BLOCK: tl.constexpr):
     """One block of choices."""
     block = tl.program_id(0)
     choice = block * BLOCK + tl.arange(0, BLOCK)
@@ -245,60 +264,64 @@ def _place(ids_S, before_BP, bases_P, row_S, S, P, BLOCK: tl.constexpr):
     tl.store(row_S + choice, tl.where(known, row, -1), mask=choice < S)
 
 
-COLUMNS = 1024
-
-
-def send(
+def dispatch(
     hidden_TD: Tensor,
     slot_ids_TK: Tensor,
     row_S: Tensor,
-    first: int,
-    rows: Mirror,
-    sources: Mirror,
-    place: int,
+    first_row: int,
+    rows: SymmetricTensor,
+    choice_of_row: SymmetricTensor,
+    first_choice: int,
     slots: int,
 ) -> None:
-    """Send the choices whose row lies in the window from `first` on, as long as the receive buffer.
+    """Store each token's row into the receive buffers of the ranks of its experts, once for each choice.
 
-    `rows` are the receive buffers [C, D], `sources` (int64 [C]) say whom each row comes from: `place` + choice, where
-    `place` is the number of this rank's first choice among all ranks' choices.
+    Args:
+        hidden_TD: the tokens' rows.
+        slot_ids_TK: the slots of their choices.
+        row_S: int64, the row of each choice on its slot's rank, from `rows_of_choices`.
+        first_row: only choices travel whose row lies in the window from here on, as long as the receive buffer.
+        rows: the receive buffers, [C, D].
+        choice_of_row: int64 [C]: the choice that each row serves, counted over all ranks.
+        first_choice: the number of this rank's first choice among all ranks' choices.
+        slots: L, of each rank.
     """
-    (tokens, top_k), (capacity, width) = slot_ids_TK.shape, rows.mine.shape
+    (tokens, top_k), (capacity, width) = slot_ids_TK.shape, rows.local.shape
     if tokens == 0:
         return
     columns = min(COLUMNS, triton.next_power_of_2(width))
-    _send[(tokens, triton.cdiv(width, columns))](
-        hidden_TD,
-        slot_ids_TK,
-        row_S,
-        rows.addresses_R,
-        rows.mine,
-        sources.addresses_R,
-        sources.mine,
-        hidden_TD.stride(0),
-        first,
-        place,
-        capacity,
-        slots,
-        width,
-        top_k,
-        triton.next_power_of_2(top_k),
-        columns,
+    _dispatch[(tokens, triton.cdiv(width, columns))](
+        hidden_TD=hidden_TD,
+        ids_TK=slot_ids_TK,
+        row_S=row_S,
+        rows_R=rows.peer_ptrs_R,
+        rows_CD=rows.local,
+        choice_of_row_R=choice_of_row.peer_ptrs_R,
+        choice_of_row_C=choice_of_row.local,
+        token_stride=hidden_TD.stride(0),
+        first_row=first_row,
+        first_choice=first_choice,
+        capacity=capacity,
+        slots=slots,
+        D=width,
+        K=top_k,
+        CHOICES=triton.next_power_of_2(top_k),
+        COLUMNS=columns,
     )
 
 
-@triton.jit(do_not_specialize=["first", "place"])
-def _send(
+@triton.jit(do_not_specialize=["first_row", "first_choice"])
+def _dispatch(
     hidden_TD,
     ids_TK,
     row_S,
     rows_R,
     rows_CD,
-    sources_R,
-    sources_C,
+    choice_of_row_R,
+    choice_of_row_C,
     token_stride,
-    first,
-    place,
+    first_row,
+    first_choice,
     capacity,
     slots,
     D: tl.constexpr,
@@ -310,49 +333,47 @@ def _send(
     token = tl.program_id(0).to(tl.int64)
     nth = tl.arange(0, CHOICES)
     choice = token * K + nth
-    row = tl.load(row_S + choice, mask=nth < K, other=-1) - first
+    row = tl.load(row_S + choice, mask=nth < K, other=-1) - first_row
     sent = (row >= 0) & (row < capacity)
     rank = tl.load(ids_TK + choice, mask=sent, other=0) // slots
     if tl.program_id(1) == 0:
-        tl.store(reach(sources_R, rank, sources_C) + row, place + choice, mask=sent)
+        tl.store(peer_ptr(choice_of_row_R, rank, choice_of_row_C) + row, first_choice + choice, mask=sent)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     values = tl.load(hidden_TD + token * token_stride + column, mask=column < D)
-    start = reach(rows_R, rank, rows_CD) + row * D
+    start = peer_ptr(rows_R, rank, rows_CD) + row * D
     inside = sent[:, None] & (column < D)[None, :]
     tl.store(
         start[:, None] + column[None, :], tl.broadcast_to(values[None, :], CHOICES, COLUMNS), mask=inside
     )
 
 
-ROWS, COLUMNS = 4, 1024
-PROGRAMS_PER_SM = 8
+def combine_send(
+    rows_SD: Tensor, counts_L: Tensor, choice_of_row_S: Tensor, results: SymmetricTensor
+) -> None:
+    """Store each of the first `counts_L.sum()` rows at its token's own rank, in the place of its choice.
 
-
-def give_back(rows_SD: Tensor, counts_L: Tensor, choice_of_row_S: Tensor, results: Mirror) -> None:
-    """Send the first `counts_L.sum()` rows; `results` is [tokens * K, D] on each rank, `choice_of_row_S` as `send`
-    wrote it.
-
-    As many programs as fit on the chip share the rows, since how many there are is known on the device alone.
+    `results` is [tokens * K, D] on each rank, `choice_of_row_S` as `dispatch` wrote it. As many programs as fit on the
+    chip share the rows, since only the device knows how many there are.
     """
-    (choices, width), columns = results.mine.shape, min(COLUMNS, triton.next_power_of_2(rows_SD.shape[1]))
-    _give_back[(chip_of(rows_SD.device).sms * PROGRAMS_PER_SM,)](
-        rows_SD,
-        counts_L,
-        choice_of_row_S,
-        results.addresses_R,
-        results.mine,
-        rows_SD.stride(0),
-        len(counts_L),
-        choices,
-        width,
-        triton.next_power_of_2(len(counts_L)),
-        ROWS,
-        columns,
+    (choices, width), columns = results.local.shape, min(COLUMNS, triton.next_power_of_2(rows_SD.shape[1]))
+    _combine_send[(chip_of(rows_SD.device).sms * PROGRAMS_PER_SM,)](
+        rows_SD=rows_SD,
+        counts_L=counts_L,
+        choice_of_row_S=choice_of_row_S,
+        results_R=results.peer_ptrs_R,
+        results_CD=results.local,
+        row_stride=rows_SD.stride(0),
+        slots=len(counts_L),
+        choices=choices,
+        D=width,
+        LANES=triton.next_power_of_2(len(counts_L)),
+        ROWS=ROWS,
+        COLUMNS=columns,
     )
 
 
 @triton.jit
-def _give_back(
+def _combine_send(
     rows_SD,
     counts_L,
     choice_of_row_S,
@@ -374,14 +395,16 @@ def _give_back(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         row = block // column_blocks * ROWS + tl.arange(0, ROWS).to(tl.int64)
         column = block % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-        source = tl.load(choice_of_row_S + row, mask=row < rows, other=0)
+        choice = tl.load(choice_of_row_S + row, mask=row < rows, other=0)
         inside = (row < rows)[:, None] & (column < D)[None, :]
         values = tl.load(rows_SD + row[:, None] * row_stride + column[None, :], mask=inside)
-        start = reach(results_R, source // choices, results_CD) + source % choices * D
+        start = peer_ptr(results_R, choice // choices, results_CD) + choice % choices * D
         tl.store(start[:, None] + column[None, :], values.to(results_CD.dtype.element_ty), mask=inside)
 
 
-def settle(results_SD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor, slots: int, out_TD: Tensor) -> None:
+def combine_reduce(
+    results_SD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor, slots: int, out_TD: Tensor
+) -> None:
     """out_TD[t] = sum over k of weights_TK[t, k] * results_SD[t * K + k], in float32, k after k.
 
     Choices of no slot (ids outside [0, slots)) count nothing and their results are not read.
@@ -390,23 +413,23 @@ def settle(results_SD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor, slots: i
     if tokens == 0:
         return
     columns = min(COLUMNS, triton.next_power_of_2(width))
-    _settle[(tokens, triton.cdiv(width, columns))](
-        results_SD,
-        slot_ids_TK,
-        weights_TK,
-        out_TD,
-        weights_TK.stride(0),
-        weights_TK.stride(1),
-        out_TD.stride(0),
-        slots,
-        width,
-        top_k,
-        columns,
+    _combine_reduce[(tokens, triton.cdiv(width, columns))](
+        results_SD=results_SD,
+        ids_TK=slot_ids_TK,
+        weights_TK=weights_TK,
+        out_TD=out_TD,
+        weight_token_stride=weights_TK.stride(0),
+        weight_choice_stride=weights_TK.stride(1),
+        out_stride=out_TD.stride(0),
+        slots=slots,
+        D=width,
+        K=top_k,
+        COLUMNS=columns,
     )
 
 
 @triton.jit
-def _settle(
+def _combine_reduce(
     results_SD,
     ids_TK,
     weights_TK,

@@ -1,17 +1,14 @@
-"""What a launch must know of the chip: how many programs it runs at once, and what it can do.
+"""How a grouped matmul is cut for a chip: the chip, the tile that a product gets, and the schedule of row tiles.
 
-A tile: how a grouped matmul is cut into pieces of work, and what each piece may use of the chip.
-
-Which tile a product gets: the tuned one for this chip and shape if there is one, else its chip family's.
-
-`tiles.json` has both. "families" are chosen by hand from the static model and checked to compile without spills;
-"tuned" holds what was measured on a chip with a version of Triton, and serves that chip and version alone. What
+`tiles.json` has two lists of tiles. "families" are chosen by hand from the static model and checked to compile without
+spills; "tuned" holds what was measured on a chip with a version of Triton, and serves that chip and version alone. What
 `epbackend tune` measures goes into a table of the user's own, which comes first.
 
-From counts to tiles: which rows each tile of a grouped matmul multiplies, worked out on the device.
-
-Example: counts_L = [3, 0, 130] with blocks of 128 rows gives tiles_M3 = [[0, 0, 3], [2, 3, 133], [2, 131, 133]] and
+The schedule says which rows each tile multiplies; it is computed on the device from the counts. Example:
+counts_L = [3, 0, 130] with blocks of 128 rows gives tiles_M3 = [[0, 0, 3], [2, 3, 133], [2, 131, 133]] and
 total_1 = [3]: slot, first row, and the row at which the slot's rows end.
+
+Shapes: L slots, N outputs and K inputs of a matrix, M row tiles.
 """
 
 from __future__ import annotations
@@ -33,15 +30,16 @@ from triton.runtime.driver import driver
 
 from epbackend.errors import ConfigError
 from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.triton.launch import named_launch
 from epbackend.kernels.weight_formats import Experts
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
-"""Whether Triton's interpreter runs the kernels, on a CPU: set by TRITON_INTERPRET=1 before the first import."""
+"""Whether Triton's interpreter runs the kernels on a CPU; set by TRITON_INTERPRET=1 before the first import."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A GPU, as the tile tables and the static model see it."""
+    """A GPU: how many programs it runs at once, and what it can do."""
 
     name: str
     capability: tuple[int, int]
@@ -72,7 +70,7 @@ INTERPRETER = Chip("Triton's interpreter", (9, 0), 3, 232_448)
 
 @cache
 def chip_of(device: torch.device) -> Chip:
-    """The chip behind a torch device; the CPU stands for Triton's interpreter."""
+    """The chip of a torch device; for the CPU `INTERPRETER`."""
     if device.type == "cpu":
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
@@ -82,7 +80,7 @@ def chip_of(device: torch.device) -> Chip:
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of one tile, and how the compiler is to lay it out."""
+    """The piece of a grouped matmul that one program multiplies at a time, and compiler options for it."""
 
     rows: int
     columns: int
@@ -90,7 +88,7 @@ class Tile:
     depth: int
     warps: int
     stages: int
-    """Blocks that are under way from memory while one is multiplied."""
+    """Blocks that are loaded while one is multiplied."""
     band: int = 8
     """Row tiles that share the L2 cache."""
     programs: int = 1
@@ -118,16 +116,16 @@ class Tile:
 
 PACKAGED = Path(__file__).with_name("tiles.json")
 OWN_TABLE = "EPBACKEND_TILES"
-"""The environment variable that names the user's own table."""
+"""The environment variable that names the user's table."""
 FAMILIES = {8: "ampere", 9: "hopper", 10: "blackwell", 11: "blackwell", 12: "ampere"}
 """By the major compute capability. Desktop Blackwell (12) has no more shared memory than desktop Ampere had."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """What is known of a grouped matmul before it runs; how the rows spread over the slots is not."""
+    """What is known of a grouped matmul before it runs; how the rows are spread over the slots is not."""
 
-    form: str
+    weight_format: str
     """half (bfloat16 and float16), float32, fp8 or int8."""
     gated: bool
     rows: int
@@ -138,16 +136,16 @@ class Product:
 
     @classmethod
     def of(cls, rows: int, experts: Experts, gated: bool) -> Product:
-        return cls(form_of(experts), gated, rows, *weight_of(experts).shape)
+        return cls(weight_format(experts), gated, rows, *weight_values(experts).shape)
 
 
-def weight_of(experts: Experts) -> Tensor:
+def weight_values(experts: Experts) -> Tensor:
     """The matrices [L, N, K], without their scales."""
     return experts if isinstance(experts, Tensor) else experts.values_LNK
 
 
-def form_of(experts: Experts) -> str:
-    """The section of the table that serves these matrices."""
+def weight_format(experts: Experts) -> str:
+    """The section of the table that serves these matrices: half, float32, fp8 or int8."""
     if isinstance(experts, Tensor):
         return "float32" if experts.dtype == torch.float32 else "half"
     return "fp8" if isinstance(experts, Fp8Blocks) else "int8"
@@ -157,24 +155,24 @@ def form_of(experts: Experts) -> str:
 def choose_tile(chip: Chip, product: Product) -> Tile:
     """The family's first tile that takes the product's mean number of rows a slot, or what tuning put in its place."""
     rows_per_slot = product.rows / product.slots
-    family = family_tiles(chip, product.form, product.gated)
+    family = family_tiles(chip, product.weight_format, product.gated)
     entry = next(each for each in family if each["up_to"] is None or rows_per_slot <= each["up_to"])
     wanted = tuned_for(chip, product, entry["up_to"])
     tuned = next((each["tile"] for each in table()["tuned"] if wanted.items() <= each.items()), entry)
     return Tile(**{name: value for name, value in tuned.items() if name != "up_to"})
 
 
-def family_tiles(chip: Chip, form: str, gated: bool) -> list[dict[str, Any]]:
-    """What serves a chip that nobody has tuned for, from few rows a slot (`up_to`) to many."""
-    return table()["families"][FAMILIES[chip.capability[0]]][form]["gated" if gated else "plain"]
+def family_tiles(chip: Chip, weight_format: str, gated: bool) -> list[dict[str, Any]]:
+    """The tiles of a chip that was not tuned for, from few rows a slot (`up_to`) to many."""
+    return table()["families"][FAMILIES[chip.capability[0]]][weight_format]["gated" if gated else "plain"]
 
 
 def tuned_for(chip: Chip, product: Product, up_to: float | None) -> dict[str, Any]:
-    """What a measured tile holds for: chip, version of Triton, product, and the family's tile that it replaces."""
+    """What a measured tile is valid for: chip, version of Triton, product, and the family's tile that it replaces."""
     return {
         "chip": chip.name,
         "triton": ".".join(triton.__version__.split(".")[:2]),
-        "form": product.form,
+        "form": product.weight_format,
         "gated": product.gated,
         "height": product.height,
         "depth": product.depth,
@@ -184,16 +182,17 @@ def tuned_for(chip: Chip, product: Product, up_to: float | None) -> dict[str, An
 
 @cache
 def table() -> dict[str, Any]:
-    """The packaged table, with the tuned tiles of the user's own before its own.
+    """The packaged table, with the tuned tiles of the user's table before its own.
 
-    Raises ConfigError for a table of the user's that cannot be read.
+    Raises:
+        ConfigError: The user's table cannot be read.
     """
     packaged = json.loads(PACKAGED.read_text())
     return {**packaged, "tuned": [*_tuned_in(own_table()), *packaged["tuned"]]}
 
 
 def own_table() -> Path:
-    """Where `epbackend tune` writes, file or no file: $EPBACKEND_TILES, or else in the user's cache."""
+    """The user's table, which may not exist yet: $EPBACKEND_TILES, or else a file in the user's cache."""
     if named := os.environ.get(OWN_TABLE):
         return Path(named)
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -217,7 +216,7 @@ def _tuned_in(path: Path) -> list[dict[str, Any]]:
 
 
 def record(path: Path, tuned: dict[str, Any], tile: Tile, date: str) -> None:
-    """Write a measured tile into a table, in the place of an earlier one for the same; other processes may read it."""
+    """Write a measured tile into a table, replacing an earlier one for the same; other processes may read meanwhile."""
     stored = json.loads(path.read_text()) if path.exists() else {"tuned": []}
     others = [each for each in stored["tuned"] if not tuned.items() <= each.items()]
     stored["tuned"] = [*others, {**tuned, "date": date, "tile": asdict(tile)}]
@@ -234,7 +233,7 @@ class Schedule:
     """The row tiles of one grouped matmul. Both products of an expert share one."""
 
     tiles_M3: Tensor
-    """int32: slot, first row, end of the slot's rows. M is the most that the counts may ask for."""
+    """int32: slot, first row, end of the slot's rows. M is the most tiles that any counts need."""
     total_1: Tensor
     """int32: how many of the M are used."""
     block_rows: int
@@ -246,11 +245,20 @@ def row_tiles(counts_L: Tensor, rows: int, block_rows: int) -> Schedule:
     most = rows // block_rows + min(slots, rows)
     tiles_M3 = torch.empty(most, 3, dtype=torch.int32, device=counts_L.device)
     total_1 = torch.empty(1, dtype=torch.int32, device=counts_L.device)
-    slots_pow2 = triton.next_power_of_2(slots)
-    _row_tiles[(slots,)](counts_L, tiles_M3, total_1, slots, slots_pow2, block_rows, num_warps=1)
+    _row_tiles[(slots,)](
+        counts_L=counts_L,
+        tiles_M3=tiles_M3,
+        total_1=total_1,
+        slots=slots,
+        SLOTS=triton.next_power_of_2(slots),
+        BLOCK_ROWS=block_rows,
+        LANES=32,
+        num_warps=1,
+    )
     return Schedule(tiles_M3, total_1, block_rows)
 
 
+@named_launch
 @triton.jit
 def _row_tiles(
     counts_L,
@@ -259,9 +267,9 @@ def _row_tiles(
     slots,
     SLOTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    LANES: tl.constexpr = 32,
+    LANES: tl.constexpr,
 ):
-    """One program a slot writes the tiles of that slot, LANES at a time."""
+    """The tiles of one slot, LANES at a time."""
     slot = tl.program_id(0)
     each = tl.arange(0, SLOTS)
     rows_L = tl.load(counts_L + each, mask=each < slots, other=0).to(tl.int32)
@@ -282,6 +290,6 @@ def _row_tiles(
 
 @triton.jit
 def covered_rows(tiles_M3, total_1):
-    """How many rows the counts add up to: where the last tile's slot ends."""
+    """The sum of the counts, read off the schedule: where the last tile's slot ends."""
     tiles = tl.load(total_1)
     return tl.load(tiles_M3 + 3 * tiles - 1, mask=tiles > 0, other=0)

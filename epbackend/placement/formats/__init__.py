@@ -1,10 +1,10 @@
-"""Recorded loads and placements in the formats of other programs: read by content, written by name.
+"""Recorded loads and placements in files of several programs: read by content, written by format name.
 
-    loads = read_loads(["prefill.json", "decode.pt"])           # one window a file
+    loads = read_loads(["prefill.json", "decode.pt"])           # each file is a window
     write(plan(loads, ranks=32, slots=288), "map.json", "vllm-ascend", dense_layers=(0, 1, 2))
 
-One file a format. Every error is a ConfigError that names the file, the field and the remedy; sizes are checked before
-memory is taken, and no pickle is ever run.
+A module for each format. Every error is a ConfigError with the file, the field and the remedy. Files are untrusted
+input: sizes are checked before parsing, and no pickle is ever run.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from epbackend.errors import ConfigError, UnavailableError, did_you_mean
 from epbackend.placement.formats import epbackend, expert_map, lmdeploy, npy, omni, sglang, sglang_pt, table
-from epbackend.placement.formats.base import Hints, LoadsFormat, PlacementFormat
+from epbackend.placement.formats.base import LoadsFormat, PlacementFormat, ReadOptions
 from epbackend.placement.formats.file import PICKLE, File
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
 
-__all__ = ["LOADS", "PLACEMENTS", "Hints", "read", "read_loads", "read_placement", "usage", "write"]
+__all__ = ["LOADS", "PLACEMENTS", "ReadOptions", "read", "read_loads", "read_placement", "usage", "write"]
 
 LOADS: dict[str, LoadsFormat] = {
     each.name: each for each in (sglang.LOADS, sglang_pt.LOADS, lmdeploy.LOADS, npy.LOADS, table.LOADS)
@@ -36,13 +36,14 @@ PLACEMENTS: dict[str, PlacementFormat] = {
     )
 }
 
-NO_HINTS = Hints()
+NO_OPTIONS = ReadOptions()
 
 
 def read_loads(paths: str | Path | Sequence[str | Path]) -> Loads:
-    """The windows of all files, in their order.
+    """The windows of all files, in order.
 
-    Raises ConfigError for a file that holds no loads, or those of another model than the first.
+    Raises:
+        ConfigError: a file holds no loads, or loads of another model than the first.
     """
     each = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not each:
@@ -52,9 +53,9 @@ def read_loads(paths: str | Path | Sequence[str | Path]) -> Loads:
     return Loads.of(windows, [name for loads in recorded for name in loads.names])
 
 
-def read_placement(path: str | Path, hints: Hints = NO_HINTS) -> Placement:
-    """The placement of a file; `hints` say what its format leaves out."""
-    found = _read(Path(path), [*PLACEMENTS.values(), *LOADS.values()], hints)
+def read_placement(path: str | Path, options: ReadOptions = NO_OPTIONS) -> Placement:
+    """The placement of a file; `options` give what its format leaves out. Raises ConfigError if it holds none."""
+    found = _read(Path(path), [*PLACEMENTS.values(), *LOADS.values()], options)
     if not isinstance(found, Placement):
         raise ConfigError(
             f"{path}: holds loads, not a placement; plan one: epbackend plan {path} --ranks R --slots P --out FILE"
@@ -62,27 +63,33 @@ def read_placement(path: str | Path, hints: Hints = NO_HINTS) -> Placement:
     return found
 
 
-def read(path: str | Path, name: str | None = None, hints: Hints = NO_HINTS) -> Loads | Placement:
-    """Loads or a placement, by content; with a `name`, only of that format.
+def read(path: str | Path, name: str | None = None, options: ReadOptions = NO_OPTIONS) -> Loads | Placement:
+    """Loads or a placement, by content; with a `name`, only of that format. Raises ConfigError for anything else.
 
-    LMDeploy's statistics are loads, unless the hints give slots: then the placement that its EPLB makes of them.
+    LMDeploy's statistics are loads, unless the options give slots: then the placement that its EPLB makes of them.
     """
     placements = [
-        form for form in PLACEMENTS.values() if hints.slots is not None or form is not lmdeploy.PLACEMENT
+        form for form in PLACEMENTS.values() if options.slots is not None or form is not lmdeploy.PLACEMENT
     ]
     every: list[LoadsFormat | PlacementFormat] = [*placements, *LOADS.values()]
     forms = [form for form in every if name in (None, form.name)]
     if not forms:
         raise _unknown(str(name), {**PLACEMENTS, **LOADS}, "format")
-    return _read(Path(path), forms, hints)
+    return _read(Path(path), forms, options)
 
 
 def write(thing: Loads | Placement, path: str | Path, name: str, dense_layers: tuple[int, ...] = ()) -> None:
-    """Loads or a placement in the format of that name. Equal things give equal bytes.
+    """Writes loads or a placement in the format of that name. Equal things give equal bytes.
 
-    dense_layers: the layers of a placement that have no experts; formats which number MoE layers alone leave them out.
+    Args:
+        thing: loads or a placement.
+        path: the file; missing folders are made.
+        name: of a format of `LOADS` or `PLACEMENTS`.
+        dense_layers: layers of a placement that have no experts; formats that number MoE layers only leave them out.
 
-    Raises ConfigError for an unknown format, one of the other kind, and what the format cannot express.
+    Raises:
+        ConfigError: the format is unknown or for the other kind of thing, it cannot express this one, or the file
+            cannot be written.
     """
     try:
         content = _content(thing, name, dense_layers)
@@ -96,7 +103,7 @@ def write(thing: Loads | Placement, path: str | Path, name: str, dense_layers: t
 
 
 def usage(placement: Placement, name: str, path: str | Path) -> str:
-    """How the program of that format takes the file at `path`."""
+    """How to give the file at `path` to the program of that format."""
     return _placement_format(name).usage(placement, str(path))
 
 
@@ -120,14 +127,16 @@ def _unknown(name: str, known: Iterable[str], what: str) -> ConfigError:
 
 
 def _read_loads(path: Path) -> Loads:
-    found = _read(path, [*LOADS.values(), *PLACEMENTS.values()], NO_HINTS)
+    found = _read(path, [*LOADS.values(), *PLACEMENTS.values()], NO_OPTIONS)
     if not isinstance(found, Loads):
         raise ConfigError(f"{path}: holds a placement, not loads; give a recording of the experts' tokens")
     return found
 
 
-def _read(path: Path, forms: Sequence[LoadsFormat | PlacementFormat], hints: Hints) -> Loads | Placement:
-    """In the first of the formats that the content matches; errors start with the path."""
+def _read(
+    path: Path, forms: Sequence[LoadsFormat | PlacementFormat], options: ReadOptions
+) -> Loads | Placement:
+    """In the first format that matches the content; errors start with the path."""
     file = File(path)
     try:
         if file.kind == PICKLE:
@@ -137,6 +146,6 @@ def _read(path: Path, forms: Sequence[LoadsFormat | PlacementFormat], hints: Hin
             raise ConfigError(
                 f"{file.kind} of none of these formats: {', '.join(form.name for form in forms)}"
             )
-        return form.read(file, hints) if isinstance(form, PlacementFormat) else form.read(file)
+        return form.read(file, options) if isinstance(form, PlacementFormat) else form.read(file)
     except (ConfigError, UnavailableError) as error:
         raise type(error)(f"{path}: {error}") from None

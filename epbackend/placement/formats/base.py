@@ -1,4 +1,4 @@
-"""What a file format is."""
+"""What a file format is: `LoadsFormat` and `PlacementFormat`; and the checks that several formats need."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from epbackend.placement.placement import Layout, Placement, Provenance
 
 
 @dataclass(frozen=True)
-class Hints:
-    """What some formats leave out, and the reader has to be told."""
+class ReadOptions:
+    """What some formats leave out, and the caller has to give."""
 
     ranks: int | None = None
+    """R."""
     slots: int | None = None
-    """P of a layer; asks for the placement that LMDeploy makes of its statistics."""
+    """P of a layer; if given, statistics of LMDeploy are read as the placement that its EPLB makes of them."""
     dense_layers: tuple[int, ...] = ()
-    """Layers of the model without experts, which files that number MoE layers alone do not have."""
+    """Layers of the model without experts, which are not in files that number MoE layers only."""
 
     def need_ranks(self, what: str) -> int:
+        """R. Raises ConfigError where it is not given; `what` is the file that does not say it."""
         if self.ranks is None or self.ranks < 1:
             raise ConfigError(f"ranks: {what} does not say how many there are; give them (--ranks)")
         return self.ranks
@@ -34,7 +36,7 @@ class LoadsFormat:
     name: str
     summary: str
     matches: Callable[[File], bool]
-    """By content, cheaply."""
+    """Whether the content is of this format; a quick look."""
     read: Callable[[File], Loads]
     write: Callable[[Loads], bytes] | None = None
     """None: it can only be read."""
@@ -47,11 +49,11 @@ class PlacementFormat:
     name: str
     summary: str
     matches: Callable[[File], bool]
-    read: Callable[[File, Hints], Placement]
+    read: Callable[[File, ReadOptions], Placement]
     write: Callable[[Placement, tuple[int, ...]], bytes]
     """From a placement and its dense layers; raises ConfigError for what the format cannot express."""
     usage: Callable[[Placement, str], str]
-    """How the program whose format it is takes the file of that name."""
+    """How to give the file of that name to the program whose format it is."""
 
 
 def imported(layers: tuple[Layout, ...], file: File, name: str) -> Placement:
@@ -70,7 +72,7 @@ def layout_of_layer(layer: int, experts_of_rank: list[list[int]], experts: int) 
 
 
 NumberedLayers = list[tuple[int, Layout]]
-"""Layers with the model's number of each, so that errors can name it."""
+"""(number in the model, layer), so that errors can name the number."""
 
 
 def moe_layers(placement: Placement, dense_layers: tuple[int, ...]) -> NumberedLayers:
@@ -80,7 +82,7 @@ def moe_layers(placement: Placement, dense_layers: tuple[int, ...]) -> NumberedL
 
 
 def with_dense(layers: list[Layout], dense_layers: tuple[int, ...]) -> tuple[Layout, ...]:
-    """MoE layers with the dense ones put back between them, as even layouts."""
+    """All layers of the model: these MoE layers, and even layouts for the dense ones."""
     every = range(len(layers) + len(set(dense_layers)))
     _check_dense(dense_layers, len(every))
     even = Layout.even(layers[0].experts, layers[0].ranks, layers[0].slots)
@@ -109,6 +111,7 @@ def check_no_duplicates(layers: NumberedLayers, program: str) -> None:
 
 
 def _check_dense(dense_layers: tuple[int, ...], layers: int) -> None:
+    """Raises ConfigError for layers that the model does not have, and if they are all of its layers."""
     if beyond := [layer for layer in dense_layers if not 0 <= layer < layers]:
         raise ConfigError(
             f"dense_layers: {beyond[0]} is no layer of a model with {layers}; they are numbered from 0"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from epbackend.placement.formats.base import Hints, PlacementFormat
+from epbackend.placement.formats.base import PlacementFormat, ReadOptions
 from epbackend.placement.formats.file import File
 from epbackend.placement.placement import FORMAT, Placement
 
@@ -11,7 +11,7 @@ def _matches(file: File) -> bool:
     return {"format", "layers"} <= file.keys and file.json["format"] == FORMAT
 
 
-def _read(file: File, hints: Hints) -> Placement:
+def _read(file: File, options: ReadOptions) -> Placement:
     return Placement.from_json(file.text)
 
 

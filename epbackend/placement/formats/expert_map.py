@@ -1,8 +1,8 @@
 """The expert map of vllm-ascend and MindIE: JSON with `moe_layer_count` and `layer_list`.
 
 Each layer lists its devices, and each device its experts in the order of its slots. Layers are MoE layers, numbered
-from 0: dense layers are not in the file. Every device needs the same number of slots, vllm-ascend finds the slot of an
-expert by its number, so no device may hold one twice. Node size and provenance are not kept.
+from 0: dense layers are not in the file. Every device needs the same number of slots. vllm-ascend finds the slot of an
+expert by its number, so no device may hold an expert twice. Node size and provenance are not kept.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from epbackend.errors import ConfigError
 from epbackend.placement.formats.base import (
-    Hints,
     PlacementFormat,
+    ReadOptions,
     check_equal_slots,
     check_no_duplicates,
     imported,
@@ -26,7 +26,7 @@ from epbackend.placement.formats.file import File
 from epbackend.placement.placement import Placement
 
 
-def _read(file: File, hints: Hints, name: str) -> Placement:
+def _read(file: File, options: ReadOptions, name: str) -> Placement:
     described = _objects(file.json["layer_list"], "layer_list")
     if file.json["moe_layer_count"] != len(described):
         raise ConfigError(
@@ -35,11 +35,11 @@ def _read(file: File, hints: Hints, name: str) -> Placement:
     held = [_experts_of_devices(layer, f"layer_list[{index}]") for index, layer in enumerate(described)]
     experts = 1 + max(expert for devices in held for device in devices for expert in device)
     layers = [layout_of_layer(index, devices, experts) for index, devices in enumerate(held)]
-    return imported(with_dense(layers, hints.dense_layers), file, name)
+    return imported(with_dense(layers, options.dense_layers), file, name)
 
 
 def _experts_of_devices(layer: dict[str, Any], field: str) -> list[list[int]]:
-    """Of one layer, checked: device by device, in order."""
+    """The experts of one layer, checked: device by device, in order."""
     devices = _objects(layer.get("device_list"), f"{field}.device_list")
     held: list[Any] = [device.get("device_expert") for device in devices]
     for index, experts in enumerate(held):
@@ -48,7 +48,7 @@ def _experts_of_devices(layer: dict[str, Any], field: str) -> list[list[int]]:
     if [device.get("device_id", index) for index, device in enumerate(devices)] != list(range(len(devices))):
         raise ConfigError(f"{field}.device_list: device_id must count from 0")
     slots = sum(map(len, held))
-    if max(map(max, held)) >= slots:  # checked here: a number alone must not take memory
+    if max(map(max, held)) >= slots:  # checked here: one large number must not take memory
         raise ConfigError(
             f"{field}: expert {max(map(max, held))} of {slots} slots; number the experts from 0"
         )

@@ -1,4 +1,4 @@
-"""A file that somebody else wrote: nothing of it is believed, and little of it read, before it has been checked."""
+"""A file as untrusted input: its size and kind are checked before it is parsed."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import numpy as np
 from epbackend.errors import ConfigError
 
 MAX_TEXT_BYTES = 32 << 20
-"""Parsed text takes ten times its size and more."""
+"""Parsed text takes more than ten times its size in memory."""
 MAX_BINARY_BYTES = 1 << 30
 MAX_VALUES = 1 << 26
-"""Numbers of one array: 1000 steps of 256 experts in 256 layers."""
+"""Numbers in one array: 1000 steps of 256 experts in 256 layers."""
 
 NPY, ZIP, PICKLE, JSON, TEXT = "npy", "zip", "pickle", "JSON", "text"
 
 
 @dataclass(frozen=True)
 class File:
-    """Read once and on demand. Raises ConfigError for what cannot be read; the caller puts the path in front."""
+    """Read on demand, and once. Raises ConfigError for what cannot be read; the caller adds the path in front."""
 
     path: Path
 
     @property
     def name(self) -> str:
-        """What windows and provenance call it."""
+        """Its name in windows and provenance."""
         return self.path.stem
 
     @cached_property
     def size(self) -> int:
-        """In bytes; a pipe or a device has none, and is refused."""
+        """In bytes. A pipe or a device has no size, and is refused."""
         try:
             status = self.path.stat()
         except FileNotFoundError:
@@ -48,7 +48,7 @@ class File:
 
     @cached_property
     def kind(self) -> str:
-        """What its first bytes say: NPY, ZIP, PICKLE, JSON or TEXT."""
+        """By its first bytes: NPY, ZIP, PICKLE, JSON or TEXT."""
         head = self._bytes(min(self.size, 512))
         if not head.strip():
             raise ConfigError("is empty")
@@ -71,7 +71,7 @@ class File:
 
     @cached_property
     def json(self) -> Any:
-        """The parsed text; None for a file that is no JSON at all by its first character."""
+        """The parsed text; None for a file that is no JSON by its first character."""
         if self.kind != JSON:
             return None
         try:

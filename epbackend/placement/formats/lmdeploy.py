@@ -1,9 +1,9 @@
 """LMDeploy's `LMDEPLOY_EPLB_EXPERTS_STATISTIC_FILE`: JSON [layers][experts], tokens of each expert, dense layers too.
 
 LMDeploy reads no placement: it runs its own EPLB on these counts. A placement is written as made-up counts from which
-that EPLB makes the placement (`lmdeploy_counts`), and read by running the EPLB. Its settings are part of the answer:
-one group and one node (see `usage`), for which it packs over all ranks. Slots of a rank may change their order; node
-size and provenance are not kept.
+that EPLB makes the placement (`lmdeploy_counts`), and read by running the EPLB. This needs certain settings, one group
+and one node (see `usage`): then it bin packs over all ranks. Slots of a rank may change their order; node size and
+provenance are not kept.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 
 from epbackend.errors import ConfigError
 from epbackend.placement.formats.base import (
-    Hints,
     LoadsFormat,
     PlacementFormat,
+    ReadOptions,
     check_equal_slots,
     imported,
     moe_layers,
@@ -35,14 +35,14 @@ def _read_loads(file: File) -> Loads:
 
 
 def _write_loads(loads: Loads) -> bytes:
-    """Several windows as their mixture: the file has room for one."""
+    """Several windows as their mixture: the file holds one."""
     return (json_rows(loads.mixture_YE()) + "\n").encode()
 
 
-def _read_placement(file: File, hints: Hints) -> Placement:
+def _read_placement(file: File, options: ReadOptions) -> Placement:
     loads = _read_loads(file)
-    ranks = hints.need_ranks("LMDeploy's statistics file")
-    slots = loads.experts if hints.slots is None else hints.slots
+    ranks = options.need_ranks("LMDeploy's statistics file")
+    slots = loads.experts if options.slots is None else options.slots
     if slots % ranks or slots < loads.experts:
         raise ConfigError(
             f"slots: {slots} must be a multiple of the {ranks} ranks, and {loads.experts} at least"
@@ -53,10 +53,10 @@ def _read_placement(file: File, hints: Hints) -> Placement:
 
 
 def _write_placement(placement: Placement, dense_layers: tuple[int, ...]) -> bytes:
-    """Raises ConfigError for a layer that EPLB cannot be brought to."""
+    """Raises ConfigError for a layer that EPLB cannot be made to answer."""
     layers = moe_layers(placement, dense_layers)
     check_equal_slots(layers, "LMDeploy")
-    count_YE = np.ones((len(placement.layers), placement.experts))  # of a dense layer nobody asks
+    count_YE = np.ones((len(placement.layers), placement.experts))  # those of dense layers are not used
     for index, layer in layers:
         try:
             count_YE[index] = counts_for(layer)

@@ -1,20 +1,20 @@
 """Made-up counts of tokens from which EPLB makes a given layout.
 
 EPLB packs replicas heaviest first, each onto the lightest rank with room. With nearly equal loads it therefore fills
-the ranks row by row, a replica on every rank, lightest rank first; who is lightest is decided by small differences, and
-those are ours. Replicas of one expert weigh the same, so they come one after another, onto ranks that must be next in
-line. So the experts with several replicas are gathered in rounds in which no rank is asked twice, one row a round; the
-ranks that a round does not ask get experts of one replica. Two rows of such experts go first and bring the ranks into
-the order that the first round needs: any order is in reach, because along the ranks the first row falls and the
-second rises, as steeply as we like. What is left after the rounds may come in any order.
+the ranks row by row, a replica on every rank, lightest rank first. Small differences between loads decide which rank
+is lightest, and we choose them. Replicas of one expert weigh the same, so they follow one another, onto ranks that must
+be next in order. So the experts with several replicas are gathered in rounds, a row each, in which every rank is used
+at most once; the other ranks of a row get experts with one replica. Two rows of such experts come first and bring the
+ranks into the order that the first round needs. Any order can be reached, because along the ranks the first row falls
+and the second rises, as steeply as needed. What is left after the rounds may come in any order.
 
-Going backwards from the last round, `_heights_before` finds how the ranks must differ before each row. The differences
-grow with every round, and float32 has room for some millions; a row of experts with one replica between two rounds
-makes them small again, so rows to spare go there.
+Going backwards from the last round, `_heights_before` finds how the loads of the ranks must differ before each row. The
+differences grow with every round, and float32 has room for some millions; a row of experts with one replica between two
+rounds makes them small again, so spare rows go there.
 
-EPLB copies the expert with the most load a replica: nearly equal loads give every expert its copies. What this
-construction does not reach (more rounds than rows, differences too fine) may be in reach of another one; the answer is
-checked by running EPLB.
+EPLB replicates the expert with the most load per replica, so nearly equal loads give every expert its replicas. What
+this construction cannot reach (more rounds than rows, differences too fine) another one may; the answer is checked by
+running EPLB.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ Round = list[tuple[int, list[int]]]
 
 
 def counts_for(layout: Layout) -> np.ndarray:
-    """Tokens of each expert, int64 [E].
+    """Made-up tokens of each expert, int64 [E].
 
-    Raises ConfigError with the reason, without the layer's number, where this construction finds none.
+    Raises:
+        ConfigError: this construction finds none; with the reason, without the number of the layer.
     """
     if layout.duplicates_on_rank:
         raise ConfigError("a rank holds two replicas of one expert")
@@ -54,11 +55,11 @@ def counts_for(layout: Layout) -> np.ndarray:
     rounds = _with_rests(rounds, spare)
     load_E = _loads(layout, rounds)
     count_E = load_E * layout.replicas_E
-    expert_RS = rebalance(count_E[None].astype(np.float64), layout.slots, layout.ranks).reshape(
+    expert_RL = rebalance(count_E[None].astype(np.float64), layout.slots, layout.ranks).reshape(
         layout.ranks, each
     )
-    wanted_RS = np.array(layout.experts_of_rank)
-    if (np.sort(expert_RS) != np.sort(wanted_RS)).any():
+    wanted_RL = np.array(layout.experts_of_rank)
+    if (np.sort(expert_RL) != np.sort(wanted_RL)).any():
         raise ConfigError(TOO_FINE if each > 1 else "with one slot a rank it keeps experts in order")
     return count_E
 
@@ -67,12 +68,12 @@ def _rounds(layout: Layout) -> list[Round]:
     """The experts with several replicas in few rounds: most replicas first, each into the first round with room."""
     rounds: list[Round] = []
     taken: list[set[int]] = []
-    copied = [
+    replicated = [
         int(expert)
         for expert in np.argsort(-layout.replicas_E, kind="stable")
         if layout.replicas_E[expert] > 1
     ]
-    for expert in copied:
+    for expert in replicated:
         ranks = layout.rank_of_slot_P[layout.slots_EC[expert, : layout.replicas_E[expert]]].tolist()
         index = next((index for index, used in enumerate(taken) if used.isdisjoint(ranks)), len(rounds))
         if index == len(rounds):
@@ -84,7 +85,7 @@ def _rounds(layout: Layout) -> list[Round]:
 
 
 def _with_rests(rounds: list[Round], spare: int) -> list[Round]:
-    """Spread between the rounds, at most one before each: empty ones, after which heights are small again."""
+    """The rounds with empty ones between them, at most one before each: after those, differences are small again."""
     rests = min(spare, len(rounds))
     before = {index * len(rounds) // rests for index in range(rests)}
     return [
@@ -93,7 +94,7 @@ def _with_rests(rounds: list[Round], spare: int) -> list[Round]:
 
 
 def _loads(layout: Layout, rounds: list[Round]) -> np.ndarray:
-    """The load of one replica of each expert, int64 [E]: rows for the rounds, then whatever is left."""
+    """The load of one replica of each expert, int64 [E]: of the rows for the rounds, then of the other experts."""
     replicas_E = layout.replicas_E
     singles = [[expert for expert in held if replicas_E[expert] == 1] for held in layout.experts_of_rank]
     load_E = np.zeros(layout.experts, dtype=np.int64)
@@ -119,7 +120,7 @@ def _loads(layout: Layout, rounds: list[Round]) -> np.ndarray:
 
 
 def _rows(ranks: int, rounds: list[Round]) -> list[np.ndarray]:
-    """The loads of the steered rows, first to last: what each rank gets, up to a constant a row, int64 [R]."""
+    """The loads of the rows of the rounds, first to last: what each rank gets, int64 [R], up to a constant per row."""
     if not rounds:
         return []
     loads: list[np.ndarray] = []
@@ -133,28 +134,28 @@ def _rows(ranks: int, rounds: list[Round]) -> list[np.ndarray]:
 
 
 def _blocks(experts: Round, after_R: np.ndarray) -> list[list[int]]:
-    """The ranks in the order they are served, those of one expert together; the highest after the row go first.
+    """The ranks in the order in which EPLB fills them, those of one expert together; the heaviest after the row first.
 
-    So heights before the row need not rise by more than 1 from block to block, and stay small.
+    So heights before the row rise by 1 at most from block to block, and stay small.
     """
     blocks = [sorted(ranks, key=after_R.__getitem__) for _, ranks in experts]
-    asked = {rank for block in blocks for rank in block}
-    blocks += [[rank] for rank in range(len(after_R)) if rank not in asked]
+    used = {rank for block in blocks for rank in block}
+    blocks += [[rank] for rank in range(len(after_R)) if rank not in used]
     return sorted(blocks, key=lambda block: -after_R[block[0]])
 
 
 def _heights_before(blocks: list[list[int]], after_R: np.ndarray) -> np.ndarray:
-    """How high the ranks stand before a row that serves the blocks in order and leaves them at `after_R`, int64 [R].
+    """The loads of the ranks before a row that fills the blocks in order and leads to `after_R`, int64 [R].
 
-    The lightest rank is served first, so heights rise in that order; and loads fall from block to block. So heights
-    rise by one more between blocks than they do after the row, and by the same within a block.
+    The lightest rank is filled first, so these heights rise in that order, and the loads of the row fall from block to
+    block. So heights rise by one more between blocks than they do after the row, and by the same within a block.
     """
     before_R = np.zeros_like(after_R)
     last = None
     for block in blocks:
-        for place, rank in enumerate(block):
+        for position, rank in enumerate(block):
             if last is not None:
                 rise = int(after_R[rank] - after_R[last])
-                before_R[rank] = before_R[last] + (rise if place else max(1, rise + 1))
+                before_R[rank] = before_R[last] + (rise if position else max(1, rise + 1))
             last = rank
     return before_R

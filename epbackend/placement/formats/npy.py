@@ -19,7 +19,7 @@ def read_array(file: File) -> np.ndarray:
     try:
         with file.path.open("rb") as opened:
             version = np.lib.format.read_magic(opened)
-            if version > (2, 0):  # 3.0 differs in the names of record fields, which are no numbers
+            if version > (2, 0):  # 3.0 differs only in the names of record fields, which are not numbers
                 raise ConfigError(f"is npy of version {version}; save a plain array of numbers")
             header = (
                 np.lib.format.read_array_header_1_0

@@ -1,7 +1,7 @@
 """OmniPlacement's pattern: npy [ranks, MoE layers, experts] of 0 and 1.
 
-Ranks and layers may differ in slots, but a rank holds an expert once at most, in ascending order: the order of slots
-within a rank is not kept, nor node size and provenance. Dense layers are not in the file.
+Ranks and layers may differ in slots, but a rank holds an expert once at most, in ascending order. The order of slots
+within a rank, node size and provenance are not kept. Dense layers are not in the file.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import numpy as np
 
 from epbackend.errors import ConfigError
 from epbackend.placement.formats.base import (
-    Hints,
     PlacementFormat,
+    ReadOptions,
     check_no_duplicates,
     imported,
     layout_of_layer,
@@ -30,7 +30,7 @@ def _matches(file: File) -> bool:
     return pattern.ndim == 3 and bool(np.isin(pattern, (0, 1)).all())
 
 
-def _read(file: File, hints: Hints) -> Placement:
+def _read(file: File, options: ReadOptions) -> Placement:
     pattern_RYE = read_array(file)
     if pattern_RYE.ndim != 3 or 0 in pattern_RYE.shape or not np.isin(pattern_RYE, (0, 1)).all():
         raise ConfigError(
@@ -41,7 +41,7 @@ def _read(file: File, hints: Hints) -> Placement:
         layout_of_layer(index, [np.flatnonzero(held_E).tolist() for held_E in pattern_RYE[:, index]], experts)
         for index in range(pattern_RYE.shape[1])
     ]
-    return imported(with_dense(layers, hints.dense_layers), file, "omni")
+    return imported(with_dense(layers, options.dense_layers), file, "omni")
 
 
 def _write(placement: Placement, dense_layers: tuple[int, ...]) -> bytes:

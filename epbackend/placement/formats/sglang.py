@@ -1,11 +1,11 @@
 """SGLang's JSON: `logical_count` for loads, `physical_to_logical_map` for placements; loads are ours too.
 
-Loads of one window are [layers][experts]. SGLang's own recordings are [steps][layers][experts], one step a forward
-pass, most of them empty: the steps are added up, as SGLang's own EPLB does. Where we write several windows, their names
-stand beside the counts (`windows`) and tell them from steps; SGLang leaves that key alone.
+Loads of one window are [layers][experts]. SGLang's own recordings are [steps][layers][experts], a step for each
+forward pass, most of them empty: the steps are added up, as SGLang's own EPLB does. If we write several windows, their
+names are beside the counts (`windows`), which distinguishes them from steps; SGLang ignores that key.
 
 A placement is [layers][slots], slots rank by rank, dense layers too. The ranks are not in the file, node size and
-provenance are lost. SGLang passes every key on to its loader, so the file has that one key alone.
+provenance are lost. SGLang passes every key on to its loader, so the file has only that key.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 
 from epbackend.errors import ConfigError
 from epbackend.placement.formats.base import (
-    Hints,
     LoadsFormat,
     PlacementFormat,
+    ReadOptions,
     check_equal_slots,
     imported,
     layout_of_layer,
@@ -50,8 +50,8 @@ def _write_loads(loads: Loads) -> bytes:
     return f'{{"{WINDOWS}": {names},\n"{COUNT}": [{",".join(windows)}]}}\n'.encode()
 
 
-def _read_placement(file: File, hints: Hints) -> Placement:
-    ranks = hints.need_ranks("a placement of SGLang")
+def _read_placement(file: File, options: ReadOptions) -> Placement:
+    ranks = options.need_ranks("a placement of SGLang")
     expert_YP = number_array(file.json[MAP], MAP, "[layers][slots]", dims=(2,))
     slots, experts = expert_YP.shape[1], int(expert_YP.max()) + 1 if np.isfinite(expert_YP).all() else 0
     if (expert_YP % 1).any() or expert_YP.min() < 0 or not 1 <= experts <= slots:
@@ -60,8 +60,8 @@ def _read_placement(file: File, hints: Hints) -> Placement:
         raise ConfigError(
             f"ranks: {ranks} do not divide the {slots} slots of {MAP}; SGLang has as many on each"
         )
-    expert_YRS = expert_YP.astype(np.int64).reshape(len(expert_YP), ranks, -1).tolist()
-    layers = tuple(layout_of_layer(index, held, experts) for index, held in enumerate(expert_YRS))
+    expert_YRL = expert_YP.astype(np.int64).reshape(len(expert_YP), ranks, -1).tolist()
+    layers = tuple(layout_of_layer(index, held, experts) for index, held in enumerate(expert_YRL))
     return imported(layers, file, "sglang")
 
 

@@ -1,7 +1,7 @@
 """What SGLang's expert distribution recorder dumps: a `torch.save` of `logical_count` [steps, layers, experts].
 
 The file is a zip archive around a pickle. Before torch sees it, the archive's sizes are checked and the pickle is
-listed, not run: it may name tensors and nothing else. Then torch reads it with `weights_only=True`.
+listed, not run: it may name tensors only. Then torch reads it with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from epbackend.placement.loads import Loads
 
 MAX_PICKLE_BYTES = 1 << 20
 NAMING = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
-"""The opcodes that name something to import; torch.save writes the first alone."""
+"""The opcodes that name something to import; torch.save writes the first one only."""
 HARMLESS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
 BROKEN = (
     zipfile.BadZipFile,
@@ -42,7 +42,7 @@ def _read(file: File) -> Loads:
     count: Any = _load(file).get("logical_count")
     if getattr(count, "ndim", None) not in (2, 3):
         raise ConfigError("logical_count: is missing; record with --expert-distribution-recorder-mode stat")
-    check_values(tuple(count.shape))  # a tensor may repeat its few bytes without end
+    check_values(tuple(count.shape))  # a tensor of few bytes may have any shape, by strides of 0
     steps = count if count.ndim == 3 else count[None]
     return Loads.of(steps.sum(dim=0).double().numpy(), [file.name])
 

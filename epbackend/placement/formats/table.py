@@ -1,6 +1,6 @@
-"""Loads as CSV: one count a line under the header `layer,expert,tokens`, or a plain matrix, one layer a line.
+"""Loads as CSV: a line for each count under the header `layer,expert,tokens`, or a plain matrix, a line for each layer.
 
-Several windows have a further column `window` in front, with their names. What a list leaves out is 0.
+Several windows have a further column `window` in front, with their names. Counts that are left out are 0.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ def _read(file: File) -> Loads:
 
 
 def _read_list(rows: Iterable[tuple[int, list[str]]], name: str, *, named: bool) -> Loads:
-    """One count a line; the first column is the window's name if they are `named`."""
+    """A line for each count; the first column is the name of the window if they are `named`."""
     window_of: dict[str, int] = {}
     indices, tokens = array("q"), array("d")
     for number, row in rows:
         if len(row) != len(HEADER) + named:
             raise ConfigError(f"line {number}: has {len(row)} fields, the header {len(HEADER) + named}")
-        place = [int(_number(int, cell, number)) for cell in row[-3:-1]]
-        if not all(0 <= index < MAX_VALUES for index in place):
+        layer_expert = [int(_number(int, cell, number)) for cell in row[-3:-1]]
+        if not all(0 <= index < MAX_VALUES for index in layer_expert):
             raise ConfigError(
-                f"line {number}: layer {place[0]}, expert {place[1]}: must be 0 or more, and sensible"
+                f"line {number}: layer {layer_expert[0]}, expert {layer_expert[1]}: must be 0 or more, and sensible"
             )
-        indices.extend([window_of.setdefault(row[0] if named else name, len(window_of)), *place])
+        indices.extend([window_of.setdefault(row[0] if named else name, len(window_of)), *layer_expert])
         tokens.append(_number(float, row[-1], number))
     if not tokens:
         raise ConfigError("has a header and no counts")
-    index_N3 = np.array(indices).reshape(-1, 3)
-    shape = tuple((index_N3.max(axis=0) + 1).tolist())
+    cells = np.array(indices).reshape(-1, 3)  # (window, layer, expert) of each count
+    shape = tuple((cells.max(axis=0) + 1).tolist())
     check_values(shape)
-    flat_N = np.ravel_multi_index(tuple(index_N3.T), shape)
-    if len(repeated := np.flatnonzero(np.bincount(flat_N) > 1)):
+    flat = np.ravel_multi_index(tuple(cells.T), shape)
+    if len(repeated := np.flatnonzero(np.bincount(flat) > 1)):
         _, layer, expert = np.unravel_index(repeated[0], shape)
         raise ConfigError(f"layer {layer}, expert {expert}: is there more than once; add its counts up")
     tokens_WYE = np.zeros(shape)
-    tokens_WYE.flat[flat_N] = tokens
+    tokens_WYE.flat[flat] = tokens
     return Loads(tokens_WYE, tuple(window_of))
 
 

@@ -1,4 +1,4 @@
-"""`plan`: one call for every planner; planners of third parties plug in by entry point `epbackend.planners`."""
+"""`plan`: one call for every planner. Third-party planners plug in by the entry point group `epbackend.planners`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import numpy as np
 from epbackend import __version__
 from epbackend.errors import ConfigError
 from epbackend.names import PLANNERS
-from epbackend.placement.loads import Loads
+from epbackend.placement.loads import Loads, real_number, whole_number
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Placement, Provenance
 from epbackend.placement.planners.base import Planner, Progress, Task, check_answer, check_task, silent
-from epbackend.placement.values import real_number, whole_number
 
 __all__ = ["find_planner", "plan", "planner_names"]
 
@@ -37,14 +36,24 @@ def plan(
 ) -> Placement:
     """Decides where the experts of every layer live. The same arguments give the same placement, unless it searches.
 
-    loads: recorded loads, or one [layers, experts] array of tokens.  ranks: R.
-    slots: P of every layer, a multiple of the ranks; unless given: those of `current`, or one an expert.
-    algorithm: one of `planner_names()`.  objective: what is balanced, see `objectives.parse_objective`.
-    node_size: ranks a node, 0 for one node.  budget: redundant slots over all layers, given to layers by need,
-    instead of `slots`.  search_ms: milliseconds of search a layer may get beyond the first answer.
-    current: the placement in use.  options: what only this planner knows (its module has the list).
+    Args:
+        loads: recorded loads, or one [layers, experts] array of choices (a token counts once for each of its experts).
+        ranks: R.
+        slots: P, the slots of every layer over all ranks, a multiple of the ranks; unless given, those of `current`, or
+            one per expert.
+        algorithm: one of `planner_names()`.
+        objective: what is balanced, see `objectives.parse_objective`.
+        node_size: ranks per node; 0: all ranks are one node.
+        budget: redundant slots over all layers, given to layers by need; instead of `slots`.
+        search_ms: milliseconds that each layer may be searched beyond the first answer.
+        seed: of all random numbers.
+        current: the placement in use, from which some planners start.
+        progress: called with (layers done, layers in all).
+        options: options of this planner alone; its module lists them.
 
-    Raises ConfigError for what cannot work, UnavailableError for a planner whose package does not load.
+    Raises:
+        ConfigError: the arguments cannot work together, or the planner cannot do what they ask.
+        UnavailableError: the package of the planner does not load.
     """
     loads = loads if isinstance(loads, Loads) else Loads.of(loads)
     if slots is not None and budget is not None:
@@ -86,13 +95,13 @@ def find_planner(algorithm: str) -> Planner:
 
 
 def _usual_slots(loads: Loads, budget: int | None, current: Placement | None) -> int:
-    """What is meant where no slots are given."""
+    """P where no slots are given."""
     in_use = current.slots if current is not None and budget is None else None
     return in_use or loads.experts
 
 
 def _asked(task: Task) -> tuple[tuple[str, Any], ...]:
-    """What was asked beyond loads, ranks and slots, as plain values, for the provenance."""
+    """The arguments beyond loads, ranks and slots that are not the usual ones, as plain values, for the provenance."""
     usual = Task(task.loads, task.ranks, task.slots, TOKENS)
     asked = {name: getattr(task, name) for name in ("budget", "search_ms", "seed")}
     changed = {name: value for name, value in asked.items() if value != getattr(usual, name)}
@@ -102,7 +111,7 @@ def _asked(task: Task) -> tuple[tuple[str, Any], ...]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON can hold, and gives back the same."""
+    """A value that JSON can hold and returns unchanged."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, (list, tuple)):

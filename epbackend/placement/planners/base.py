@@ -1,10 +1,8 @@
-"""What a planner is asked, and what it answers.
+"""What a planner is: its `Task`, its answer, and the checks of both.
 
-A planner is a function `layers = planner(task)`, found by entry point group `epbackend.planners`; `plan` (in
-`planners/__init__.py`) checks the question, calls it and wraps the answer in a `Placement`. The planners that come
-along have a module of their name here, and in it the function `plan_layers`.
-
-What every planner may rely on: the question checked before it is asked, and its answer checked afterwards.
+A planner is a function `layers = planner(task)`, found by the entry point group `epbackend.planners`. `plan` (in
+`planners/__init__.py`) checks the task, calls the planner, checks the answer and wraps it in a `Placement`. The
+built-in planners have a module of their name here, and in it the function `plan_layers`.
 """
 
 from __future__ import annotations
@@ -24,29 +22,31 @@ Progress = Callable[[int, int], None]
 
 
 def silent(done: int, total: int) -> None:
-    """The progress that nobody watches."""
+    """For callers that show no progress."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A question that `plan` has already checked as far as it concerns every planner."""
+    """What `plan` asks of a planner, already checked as far as it concerns every planner."""
 
     loads: Loads
     ranks: int
+    """R."""
     slots: int
-    """P of every layer; with a budget, the slots without redundancy (E)."""
+    """P, slots of every layer over all ranks; with a budget, the slots without redundancy (E)."""
     objective: Objective
+    """What is balanced."""
     node_size: int = 0
-    """Ranks a node; 0: all ranks are one node."""
+    """Ranks per node; 0: all ranks are one node."""
     budget: int | None = None
-    """Redundant slots of all layers together, to be given to layers by need; None: `slots` in every layer."""
+    """Redundant slots of all layers together, given to layers by need; None: `slots` in every layer."""
     search_ms: float = 0.0
-    """Time that a searching planner may spend on each layer beyond its first answer, in milliseconds."""
+    """Milliseconds that a searching planner may spend on each layer beyond its first answer."""
     seed: int = 0
     current: Placement | None = None
     """The placement in use, for planners that start from it."""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """What only this planner knows; it refuses others by ConfigError."""
+    """Options of this planner alone; it refuses unknown ones with a ConfigError."""
     progress: Progress = silent
 
 
@@ -57,7 +57,7 @@ class Planner(Protocol):
 
 
 def all_layers(task: Task, planned: Mapping[int, Layout]) -> tuple[Layout, ...]:
-    """The layers of the model: those planned; and those without load as in the placement in use, or else even."""
+    """All layers of the model: the planned ones, and those without load as in the placement in use, or else even."""
     even = Layout.even(task.loads.experts, task.ranks, task.slots)
     in_use = task.current
     idle = in_use.layers if in_use is not None and in_use.slots == task.slots else (even,) * task.loads.layers
@@ -65,7 +65,7 @@ def all_layers(task: Task, planned: Mapping[int, Layout]) -> tuple[Layout, ...]:
 
 
 def check_task(task: Task) -> None:
-    """Raises ConfigError for ranks, slots and nodes that do not go together, naming the field and the remedy."""
+    """Raises ConfigError, with the field and the remedy, for ranks, slots and nodes that do not go together."""
     experts, ranks, slots = task.loads.experts, task.ranks, task.slots
     if task.current is not None:
         _check_current(task.current, task.loads, ranks)
@@ -97,6 +97,7 @@ def check_task(task: Task) -> None:
 
 
 def _check_current(current: Placement, loads: Loads, ranks: int) -> None:
+    """Raises ConfigError for a placement of another model or number of ranks."""
     has = {"ranks": current.ranks, "layers": len(current.layers), "experts": current.experts}
     asked = {"ranks": ranks, "layers": loads.layers, "experts": loads.experts}
     for name in has:
@@ -108,7 +109,7 @@ def _check_current(current: Placement, loads: Loads, ranks: int) -> None:
 
 
 def check_answer(algorithm: str, layers: Any, task: Task) -> tuple[Layout, ...]:
-    """The planner's answer. Raises ConfigError, naming the planner, for one that is not what was asked for."""
+    """The planner's answer. Raises ConfigError, with the planner's name, for one that does not fit the task."""
     if not isinstance(layers, (tuple, list)) or not all(isinstance(layer, Layout) for layer in layers):
         raise ConfigError(
             f"algorithm: {algorithm!r} answered with {layers!r:.80}, not layouts; report it to its authors"
@@ -132,9 +133,10 @@ def check_answer(algorithm: str, layers: Any, task: Task) -> tuple[Layout, ...]:
 def refuse_unknown(
     algorithm: str, task: Task, *, options: Iterable[str] = (), knows_budget: bool = False
 ) -> None:
-    """For planners that balance tokens and nothing else.
+    """For planners that balance tokens only.
 
-    Raises ConfigError for another objective, for a budget unless the planner knows it, and for other options.
+    Raises:
+        ConfigError: another objective, a budget unless the planner knows it, or an option that it does not know.
     """
     if task.objective != TOKENS:
         raise ConfigError(

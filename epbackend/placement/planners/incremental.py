@@ -1,10 +1,10 @@
-"""From the placement in use to one that is balanced for new loads, with few changes.
+"""From the placement in use to one that is balanced for new loads, with few moves.
 
 The worst rank is relieved by the swap or the replaced replica that brings most for each expert that a rank has to
 fetch, until no rank costs more than `target` times the mean. Where such steps do not get there, the layer is refined
 as `refined` does, whatever that moves. Slots that keep their expert keep their place, layers that are balanced stay
-as they are, and no layer gets worse. Two replicas of an expert on one rank are taken apart, unless that would cost
-balance.
+as they are, and no layer gets worse. Two replicas of an expert on one rank are separated, unless the layer would then
+cost more.
 
 A slot counts as changed if its rank did not hold its expert before: what has to be fetched.
 
@@ -19,40 +19,45 @@ from collections.abc import Sequence
 import numpy as np
 
 from epbackend.errors import ConfigError
+from epbackend.placement.loads import real_number
 from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.planners.base import Task, refuse_options
-from epbackend.placement.planners.search_inputs import SearchInputs, layout_of
-from epbackend.placement.values import real_number
+from epbackend.placement.planners.search_inputs import SearchInputs
 
 OPTIONS = ("target", "windows")
 
 TARGET = 1.02
 
 LAST_KICKS = 256
-"""Kicks of the search for a layer that few changes do not balance."""
+"""Kicks of the search for a layer that few moves do not balance."""
 
 
 def plan_layers(task: Task) -> tuple[Layout, ...]:
-    """See the module. Raises ConfigError where there is no placement to start from, or it has other slots."""
+    """See the module.
+
+    Raises:
+        ConfigError: there is no placement to start from, or it has other slots; or an option cannot be.
+    """
     from epbackend.placement import search
 
     refuse_options("incremental", task, OPTIONS)
-    current = _start(task)
+    current = _checked_current(task)
     target = real_number("target", task.options.get("target", TARGET))
     if target < 1:
         raise ConfigError(
             f"target: {target} is below 1, and the worst rank cannot be below the mean; use 1 or more"
         )
-    features = SearchInputs.of(task)
+    inputs = SearchInputs.of(task)
     layers = list(current.layers)
     search.announce()
     for done, layer in enumerate(task.loads.loaded_layers, start=1):
-        layers[layer] = _replan(features, layer, layers[layer], target, task.seed % 2**32)
+        layers[layer] = _replan(inputs, layer, layers[layer], target, task.seed % 2**32)
         task.progress(done, len(task.loads.loaded_layers))
     return tuple(layers)
 
 
-def _start(task: Task) -> Placement:
+def _checked_current(task: Task) -> Placement:
+    """The placement in use. Raises ConfigError where there is none, or it cannot be kept."""
     current = task.current
     if current is None:
         raise ConfigError(
@@ -70,23 +75,24 @@ def _start(task: Task) -> Placement:
     return current
 
 
-def _replan(features: SearchInputs, layer: int, before: Layout, target: float, seed: int) -> Layout:
-    from epbackend.placement.search.layer_search import change, improve, judge
+def _replan(inputs: SearchInputs, layer: int, before: Layout, target: float, seed: int) -> Layout:
+    """One layer: as it is if nothing better is found."""
+    from epbackend.placement.search.layer_search import improve, relieve, slots_cost
 
     first_R = np.concatenate(([0], np.cumsum(before.slots_R)))
-    problem = features.problem(layer, first_R)
-    before_P = before.slot_to_expert_P.copy()  # a read-only array would be compiled for once more
-    expert_P, reached = change(problem, before_P, target)
+    problem = inputs.problem(layer, first_R)
+    before_P = before.slot_to_expert_P.copy()  # numba would compile once more for a read-only array
+    expert_P, reached = relieve(problem, before_P, target)
     if not reached:
         expert_P, _ = improve(problem, expert_P, expert_P, LAST_KICKS, seed)
-    if judge(problem, expert_P) > judge(problem, before_P):
+    if slots_cost(problem, expert_P) > slots_cost(problem, before_P):
         return before
-    after = layout_of(expert_P, first_R, before.experts).experts_of_rank
+    after = Layout.cut(expert_P, first_R, before.experts).experts_of_rank
     return Layout(tuple(map(_keep_places, before.experts_of_rank, after)), before.experts)
 
 
 def _keep_places(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
-    """The experts of `after`, those that were there before in their old places."""
+    """The experts of `after`, with those that were there before in their old places."""
     stay = Counter(before) & Counter(after)
     fetched = iter((Counter(after) - Counter(before)).elements())
     held = []

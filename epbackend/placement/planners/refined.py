@@ -1,20 +1,24 @@
-"""The default planner: replicas that are as light as they can be, packed, then exchanged until nothing helps.
+"""The default planner: replicas that are as light as they can be, bin packed, then exchanged until nothing helps.
 
 1. Replicas: one at a time to the expert whose replicas weigh most, which minimises the heaviest replica. Where
    activated experts cost, the replicas that add least are tried too.
-2. Packing: the heaviest replica first, to the rank that is cheapest with it, never two of an expert on one rank.
-3. Refinement: swaps and replaced replicas that relieve the worst rank. Random kicks and refinement again for small
-   layers, and for all of them as long as `search_ms` lasts.
+2. Bin packing: the heaviest replica first, to the rank that is cheapest with it, never two of an expert on one rank.
+3. Refinement: swaps and replaced replicas that relieve the worst rank. Small layers get random kicks and refinement
+   after each, and all layers do as long as `search_ms` lasts.
 
-Where the layout in order is still better, it is taken instead. The answer to a task is always the same, unless it has
+If the layout in order is better still, it is taken instead. The answer to a task is always the same, unless it has
 `search_ms`: then the clock decides how many kicks there are.
 
-Options: `kicks`, how many per layer before any `search_ms` (by the size of the layer unless given); `windows`,
-"mixture" (the default) or "worst": level the mixture of several windows, or the worst of them; `node_penalty`, with
-`node_size`: what each replica that crowds on a node while another node has none may cost, in mean rank loads (0.001:
-the worst rank may get 0.1% more load to avoid it), so that `nearest` finds replicas near by; `split`, "even" (the
-default) or "level": the split that batches will get. For `level` the replicas connect the ranks, so that any batch
-can be levelled (see `levelled`); then tokens are the only objective, and the options above play no part.
+Options:
+
+- `kicks`: how many per layer before any `search_ms`; by the size of the layer unless given.
+- `windows`: "mixture" (the default) or "worst": balance the mixture of several windows, or the worst of them.
+- `node_penalty`, with `node_size`: what a crowded replica may cost, in mean rank loads; one that shares its node with
+  another of its expert while a node has none, so that `nearest` finds replicas close by. With 0.001 the worst rank may
+  get 0.1% more load to avoid one.
+- `split`: "even" (the default) or "level", the split that batches will get. For "level" the replicas connect the ranks,
+  so that any batch can be balanced (see `planners.level`); tokens are then the only objective, and the options above
+  have no effect.
 """
 
 from __future__ import annotations
@@ -28,17 +32,18 @@ import numpy as np
 
 from epbackend.errors import ConfigError
 from epbackend.placement.budget import first_slots, share_out
+from epbackend.placement.loads import whole_number
 from epbackend.placement.objectives import TOKENS
 from epbackend.placement.placement import Layout
 from epbackend.placement.planners import level
 from epbackend.placement.planners.base import Task, all_layers, refuse_options
-from epbackend.placement.planners.search_inputs import SearchInputs, layout_of
-from epbackend.placement.values import whole_number
+from epbackend.placement.planners.search_inputs import SearchInputs
 
 if TYPE_CHECKING:
     from epbackend.placement.search.layer_search import LayerProblem
 
 EVEN_OPTIONS = ("kicks", "node_penalty", "windows")
+"""Those that have no effect with split level."""
 OPTIONS = (*EVEN_OPTIONS, "split")
 SPLITS = ("even", "level")
 
@@ -51,17 +56,17 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
     from epbackend.placement import search
 
     refuse_options("refined", task, OPTIONS)
-    plan_layer = _plan_for_level if _split(task) == "level" else _plan_layer
-    features = SearchInputs.of(task)
+    plan_layer = _plan_for_level if _split(task) == "level" else _plan_for_even
+    inputs = SearchInputs.of(task)
     slots_Y = np.full(task.loads.layers, task.slots)
     if task.budget is not None:
-        slots_Y = share_out(features.weight_YE, task.ranks, task.slots, task.budget)
+        slots_Y = share_out(inputs.weight_YE, task.ranks, task.slots, task.budget)
     loaded = task.loads.loaded_layers
     first_YR = first_slots(slots_Y[list(loaded)], task.ranks)
     planned = {}
     search.announce()
     for done, layer in enumerate(loaded):
-        planned[layer] = plan_layer(task, features, layer, first_YR[done])
+        planned[layer] = plan_layer(task, inputs, layer, first_YR[done])
         task.progress(done + 1, len(loaded))
     return all_layers(task, planned)
 
@@ -85,56 +90,56 @@ def _split(task: Task) -> str:
     return split
 
 
-def _plan_for_level(task: Task, features: SearchInputs, layer: int, first_R: np.ndarray) -> Layout:
-    even = _plan_layer(replace(task, search_ms=0.0), features, layer, first_R)
+def _plan_for_level(task: Task, inputs: SearchInputs, layer: int, first_R: np.ndarray) -> Layout:
+    even = _plan_for_even(replace(task, search_ms=0.0), inputs, layer, first_R)
     tokens_WE = task.loads.tokens_WYE[:, layer]
     tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
-    even_P = even.slot_to_expert_P.copy()  # a read-only array would be compiled for once more
+    even_P = even.slot_to_expert_P.copy()  # numba would compile once more for a read-only array
     expert_P = level.plan_layer(tokens_WE, first_R, even_P, task.search_ms, task.seed % 2**32)
-    return _in_order(expert_P, first_R, even.experts)
+    return _sorted_on_ranks(expert_P, first_R, even.experts)
 
 
-def _plan_layer(task: Task, features: SearchInputs, layer: int, first_R: np.ndarray) -> Layout:
-    from epbackend.placement.search.layer_search import improve, judge
+def _plan_for_even(task: Task, inputs: SearchInputs, layer: int, first_R: np.ndarray) -> Layout:
+    from epbackend.placement.search.layer_search import improve, slots_cost
 
-    problem = features.problem(layer, first_R)
+    problem = inputs.problem(layer, first_R)
     slots, experts = problem.rank_P.size, task.loads.experts
     kicks = whole_number("kicks", task.options.get("kicks", USUAL_KICKS // slots**2))
     seed = task.seed % 2**32
     answers = [
         (*improve(problem, start_P, start_P, kicks, seed), start_P)
-        for start_P in _starts(problem, features.weight_YE[layer])
+        for start_P in _starts(problem, inputs.weight_YE[layer])
     ]
     expert_P, cost, start_P = min(answers, key=lambda answer: answer[1])
     expert_P, cost = _search(problem, expert_P, cost, start_P, task.search_ms / 1e3, seed)
     in_order_P = np.arange(slots) % experts
-    if judge(problem, in_order_P) < cost:
+    if slots_cost(problem, in_order_P) < cost:
         expert_P = in_order_P
-    return _in_order(expert_P, first_R, experts)
+    return _sorted_on_ranks(expert_P, first_R, experts)
 
 
-def _in_order(expert_P: np.ndarray, first_R: np.ndarray, experts: int) -> Layout:
-    """Ascending within each rank: the order of its slots means nothing, so let it be easy to read and to compare."""
+def _sorted_on_ranks(expert_P: np.ndarray, first_R: np.ndarray, experts: int) -> Layout:
+    """Experts in ascending order on each rank: the order has no meaning, so this one is easy to read and compare."""
     rank_P = np.repeat(np.arange(first_R.size - 1), np.diff(first_R))
-    return layout_of(np.sort(rank_P * experts + expert_P) % experts, first_R, experts)
+    return Layout.cut(np.sort(rank_P * experts + expert_P) % experts, first_R, experts)
 
 
 def _starts(problem: LayerProblem, weight_E: np.ndarray) -> Iterator[np.ndarray]:
-    """Packed layers [P] to refine."""
-    from epbackend.placement.search.layer_search import cheapest_replicas, optimal_replicas, pack
+    """Bin-packed layers [P] to refine."""
+    from epbackend.placement.search.layer_search import bin_pack, cheapest_replicas, optimal_replicas
 
     slots, ranks = problem.rank_P.size, problem.node_R.size
     replicas_E = optimal_replicas(weight_E, np.argsort(-weight_E, kind="stable"), slots, ranks)
-    yield pack(problem, replicas_E, np.argsort(-weight_E / replicas_E, kind="stable"))
+    yield bin_pack(problem, replicas_E, np.argsort(-weight_E / replicas_E, kind="stable"))
     if problem.batch:
         replicas_E = cheapest_replicas(problem)
-        yield pack(problem, replicas_E, np.argsort(-weight_E / replicas_E, kind="stable"))
+        yield bin_pack(problem, replicas_E, np.argsort(-weight_E / replicas_E, kind="stable"))
 
 
 def _search(
     problem: LayerProblem, expert_P: np.ndarray, cost: float, start_P: np.ndarray, seconds: float, seed: int
 ) -> tuple[np.ndarray, float]:
-    """Kicks until the time is over: first a few, then as many as half of the time left is enough for, and so on."""
+    """Kicks until the time is over: at first a few, then each time as many as fit into half of the time left."""
     from epbackend.placement.search.layer_search import improve
 
     began = time.perf_counter()

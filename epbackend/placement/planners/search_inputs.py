@@ -1,17 +1,15 @@
-"""A task as the compiled search reads it: plain arrays, layer by layer."""
+"""A task as plain arrays, layer by layer: what the compiled search reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from epbackend.errors import ConfigError
-from epbackend.placement.placement import Layout
+from epbackend.placement.loads import real_number
 from epbackend.placement.planners.base import Task
-from epbackend.placement.values import real_number
 
 if TYPE_CHECKING:
     from epbackend.placement.search.layer_search import LayerProblem
@@ -22,17 +20,19 @@ WINDOWS = ("mixture", "worst")
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """What all layers of a task have in common, and their loads. See `search.layer_search.LayerProblem` for the
-    fields."""
+    """The loads of all layers of a task, and what its layers have in common.
 
-    share_YEF: np.ndarray
+    `search.layer_search.LayerProblem` describes the fields: each layer becomes one such problem.
+    """
+
+    share_YEQ: np.ndarray
     weight_YE: np.ndarray
-    """Largest share of each expert in any window: what its replicas are to share out."""
-    weights_F2: np.ndarray
+    """Largest share of each expert in any window: what its replicas are to divide among them."""
+    weights_Q2: np.ndarray
     batch: float
     table: tuple[np.ndarray, np.ndarray, np.ndarray] | None
     node_R: np.ndarray
-    crowd_price: float
+    locality_price: float
 
     @classmethod
     def of(cls, task: Task) -> SearchInputs:
@@ -59,23 +59,25 @@ class SearchInputs:
         )
 
     def problem(self, layer: int, first_R: np.ndarray) -> LayerProblem:
-        """One layer, whose ranks have these slots."""
+        """One layer; first_R, int64 [R + 1]: the first slot of each rank, and at the end the number of slots."""
         from epbackend.placement.search.layer_search import LayerProblem
 
         rank_P = np.repeat(np.arange(first_R.size - 1), np.diff(first_R))
-        share_EF = self.share_YEF[layer]
+        share_EQ = self.share_YEQ[layer]
         return LayerProblem(
-            share_EF, self.weights_F2, self.batch, self.table, first_R, rank_P, self.node_R, self.crowd_price
+            share_EQ,
+            self.weights_Q2,
+            self.batch,
+            self.table,
+            first_R,
+            rank_P,
+            self.node_R,
+            self.locality_price,
         )
 
 
-def layout_of(expert_P: np.ndarray, first_R: np.ndarray, experts: int) -> Layout:
-    """The layout of these slots, in the order given."""
-    held, first = expert_P.tolist(), first_R.tolist()
-    return Layout(tuple(tuple(held[a:b]) for a, b in pairwise(first)), experts)
-
-
 def _windows(task: Task) -> np.ndarray:
+    """The windows to balance, float64 [W, Y, E]: the mixture as one window, or all of them."""
     windows: Any = task.options.get("windows", WINDOWS[0])
     if windows not in WINDOWS:
         raise ConfigError(f"windows: must be {' or '.join(WINDOWS)}, not {windows!r}")
@@ -83,6 +85,7 @@ def _windows(task: Task) -> np.ndarray:
 
 
 def _node_penalty(task: Task, node_R: np.ndarray) -> float:
+    """Of a crowded replica, in mean rank costs."""
     penalty = real_number("node_penalty", task.options.get("node_penalty", 0.0))
     if penalty and not node_R[-1]:
         raise ConfigError("node_penalty: there is one node only; give node_size, the ranks a node")

@@ -1,36 +1,16 @@
-"""How placement is compiled: `entry` for what Python calls, kept on disk; `inner` for what only compiled code calls.
+"""The search over one layer's slots, compiled: which expert each slot holds, so that the worst rank costs least.
 
-Random numbers for searches: the same on every machine.
+A layer starts from replica counts and a bin packing (`optimal_replicas`, `bin_pack`), is refined by swaps and replaced
+replicas until none helps, then kicked at random and refined again (`improve`). `relieve` goes from the placement in use
+to a balanced one with few moves instead.
 
-The state of a search over one layer: which expert each slot holds, and what every rank costs because of it.
+A rank's cost is the largest of Q features of its slots, or a table over pairs of them. Both kinds share one source:
+numba compiles it for problems whose table is None, and again only for those that have one.
 
-A rank's cost is the largest of F features, or a table over pairs of them. Both kinds share one source: numba compiles
-it for problems whose table is None, and again only for those that have one.
-
-Letters: E experts, P slots, R ranks, F features. Loops instead of array expressions keep the compilation short; what
-the innermost loops call takes few arrays, as each array that is handed over costs a reference count.
-
-Replicas of an expert that crowd on one node while another node has none.
-
-Tokens that prefer their own node (`nearest`) must leave it for an expert that the node lacks. So each replica beyond
-the first on a node counts as crowded, as long as some node has no replica; at least 0, at most an expert's replicas -
-1.
-
-Refinement of a layer: swaps and replaced replicas until none helps.
-
-The aim is the cost of the worst rank, plus the price of crowded replicas where there is one. One rank is the worst, so
-only changes that relieve it can help; it meets the cheapest other rank first, which mostly settles the matter.
-
-How many replicas each expert gets, and a first place for every replica.
-
-Search: random kicks, and refinement again after each.
-
-From the placement in use to a balanced one, with few changes.
-
-Ranks above a limit are to get below it; whatever is below is left alone. Each step takes the change of the worst rank,
-a swap or a replaced replica, that brings the most relief for each expert that a rank has to fetch.
-
-The convex envelope of a falling curve.
+Letters: E experts, P slots of the layer over all ranks, R ranks, Q features of a rank, M nodes. `entry` marks what
+Python calls, kept on disk; `inner` what only compiled code calls. Loops instead of array expressions keep the
+compilation short; what the innermost loops call takes few arrays, as each array that is handed over costs a reference
+count.
 """
 
 from __future__ import annotations
@@ -47,53 +27,48 @@ inner = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
 """No wrapper for Python, which takes longer to compile than most of these functions."""
 
 
-@inner
-def below(random_1, limit):
-    """The next random number in [0, limit), by SplitMix64 (Steele, Lea, Flood 2014)."""
-    random_1[0] += np.uint64(0x9E3779B97F4A7C15)
-    mixed = random_1[0]
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.int64((mixed ^ (mixed >> np.uint64(31))) % np.uint64(limit))
+# The problem, and the state of a search
 
 
 class LayerProblem(NamedTuple):
-    """What is asked about one layer, as plain arrays."""
+    """What is asked about one layer, as plain arrays. Rank r has the slots first_R[r] to first_R[r + 1] - 1."""
 
-    share_EF: np.ndarray
-    """Share of the layer's tokens that goes to each expert, in the window which the feature looks at."""
-    weights_F2: np.ndarray
-    """How much the tokens of a replica, and how much its activation, add to the feature."""
+    share_EQ: np.ndarray
+    """Share of the layer's tokens that goes to each expert (0 to 1), in the window that the feature is about."""
+    weights_Q2: np.ndarray
+    """The weights of a feature: of all of the layer's tokens, and of one activated expert."""
     batch: float
-    """Tokens of a batch, for the activation."""
+    """Tokens of a batch, on which the activation of an expert depends; 0 where no feature counts activations."""
     table: Any
-    """None, or the objective's (tokens_X, experts_A, cost_XA); features are then pairs of tokens and experts."""
+    """None, or the objective's (tokens_X, experts_A, cost_XA); features are then pairs: tokens, activated experts."""
     first_R: np.ndarray
-    """The first slot of each rank, and behind the last rank all slots: R + 1 entries."""
+    """The first slot of each rank, and at the end the number of slots: R + 1 entries."""
     rank_P: np.ndarray
+    """The rank of each slot."""
     node_R: np.ndarray
     """The node of each rank, from 0."""
-    crowd_price: float
-    """What a crowded replica costs (see `crowding`), in units of a rank's cost; 0: nothing, and nodes play no part."""
+    locality_price: float
+    """What a crowded replica costs (see "Node locality"), in units of a rank's cost; 0: nodes play no part."""
 
 
 class State(NamedTuple):
-    """Arrays that follow `expert_P` through every change."""
+    """The expert of every slot, and what follows from it; kept up to date through every change."""
 
     expert_P: np.ndarray
     held_RE: np.ndarray
     """Replicas of each expert on each rank."""
     replicas_E: np.ndarray
-    value_EF: np.ndarray
+    value_EQ: np.ndarray
     """What one replica adds to the features of its rank."""
-    load_RF: np.ndarray
+    load_RQ: np.ndarray
+    """The features of each rank: sums over its slots."""
     cost_R: np.ndarray
 
 
 @inner
 def new_state(problem, expert_P):
-    """The state in which slots hold these experts."""
-    experts, features = problem.share_EF.shape
+    """The state in which the slots hold these experts."""
+    experts, features = problem.share_EQ.shape
     ranks = problem.node_R.size
     state = State(
         np.empty(expert_P.size, np.int64),
@@ -103,13 +78,13 @@ def new_state(problem, expert_P):
         np.empty((ranks, features)),
         np.empty(ranks),
     )
-    place(problem, state, expert_P)
+    hold(problem, state, expert_P)
     return state
 
 
 @inner
-def place(problem, state, expert_P):
-    """Replaces what all slots hold."""
+def hold(problem, state, expert_P):
+    """Makes the slots hold these experts, whatever they held before."""
     ranks, experts = state.held_RE.shape
     for rank in range(ranks):
         for expert in range(experts):
@@ -121,71 +96,44 @@ def place(problem, state, expert_P):
         state.expert_P[slot] = expert
         state.held_RE[problem.rank_P[slot], expert] += 1
         state.replicas_E[expert] += 1
-    set_values(problem, state, 0, experts)
+    update_values(problem, state, 0, experts)
     for rank in range(ranks):
-        set_cost(problem, state, rank)
+        update_cost(problem, state, rank)
+
+
+@entry
+def slots_cost(problem, expert_P):
+    """The cost of a layer whose slots hold these experts."""
+    return total_cost(problem, new_state(problem, expert_P))
 
 
 @inner
-def replica_value(share, weights_2, batch):
-    """What a replica with this share of the tokens adds to a feature: its tokens, and how likely a batch needs it."""
-    if weights_2[1] == 0.0:
-        return weights_2[0] * share
-    return weights_2[0] * share - weights_2[1] * math.expm1(batch * math.log1p(-share))
+def total_cost(problem, state):
+    """The worst rank, and the price of the crowded replicas."""
+    cost = state.cost_R.max()
+    if problem.locality_price > 0.0:
+        cost += problem.locality_price * crowded_replicas(problem, state)
+    return cost
 
 
 @inner
-def cost_of(load_F, table):
-    """Cost of a rank with these features."""
-    worst = 0.0
-    if table is None:
-        for feature in range(load_F.size):
-            worst = max(worst, load_F[feature])
-        return worst
-    for feature in range(0, load_F.size, 2):
-        worst = max(worst, look_up(load_F[feature], load_F[feature + 1], table))
-    return worst
-
-
-@inner
-def look_up(tokens, experts, table):
-    """The objective's table: bilinear, and outside of it as its outermost cells."""
-    tokens_X, experts_A, cost_XA = table
-    x, y = _cell(tokens_X, tokens), _cell(experts_A, experts)
-    fx = (tokens - tokens_X[x]) / (tokens_X[x + 1] - tokens_X[x])
-    fy = (experts - experts_A[y]) / (experts_A[y + 1] - experts_A[y])
-    low = cost_XA[x, y] + fy * (cost_XA[x, y + 1] - cost_XA[x, y])
-    high = cost_XA[x + 1, y] + fy * (cost_XA[x + 1, y + 1] - cost_XA[x + 1, y])
-    return low + fx * (high - low)
-
-
-@inner
-def _cell(axis, value):
-    index = 0
-    while index < axis.size - 2 and axis[index + 1] <= value:
-        index += 1
-    return index
-
-
-@inner
-def set_values(problem, state, first, last):
-    """Brings the value of a replica up to date with the number of replicas, of the experts from `first` to before
-    `last`."""
+def update_values(problem, state, first, last):
+    """Updates the value of a replica after the number of replicas changed, for experts first to last - 1."""
     for expert in range(first, last):
-        for feature in range(state.value_EF.shape[1]):
-            share = problem.share_EF[expert, feature] / state.replicas_E[expert]
-            state.value_EF[expert, feature] = replica_value(share, problem.weights_F2[feature], problem.batch)
+        for feature in range(state.value_EQ.shape[1]):
+            share = problem.share_EQ[expert, feature] / state.replicas_E[expert]
+            state.value_EQ[expert, feature] = replica_value(share, problem.weights_Q2[feature], problem.batch)
 
 
 @inner
-def set_cost(problem, state, rank):
-    """Brings the rank's features and cost up to date; summed afresh, so that rounding errors cannot pile up."""
-    for feature in range(state.load_RF.shape[1]):
+def update_cost(problem, state, rank):
+    """Updates the rank's features and cost; summed over its slots each time, so that rounding errors do not add up."""
+    for feature in range(state.load_RQ.shape[1]):
         load = 0.0
         for slot in range(problem.first_R[rank], problem.first_R[rank + 1]):
-            load += state.value_EF[state.expert_P[slot], feature]
-        state.load_RF[rank, feature] = load
-    state.cost_R[rank] = cost_of(state.load_RF[rank], problem.table)
+            load += state.value_EQ[state.expert_P[slot], feature]
+        state.load_RQ[rank, feature] = load
+    state.cost_R[rank] = cost_of(state.load_RQ[rank], problem.table)
 
 
 @inner
@@ -198,45 +146,112 @@ def swap(problem, state, slot, other):
     state.held_RE[rank, partner] += 1
     state.held_RE[other_rank, partner] -= 1
     state.held_RE[other_rank, expert] += 1
-    set_cost(problem, state, rank)
-    set_cost(problem, state, other_rank)
+    update_cost(problem, state, rank)
+    update_cost(problem, state, other_rank)
 
 
 @inner
 def replace(problem, state, slot, expert):
-    """Makes the slot a replica of another expert, so that one expert has a replica less and one a replica more."""
+    """Makes the slot a replica of another expert: its old expert has one replica less, the new one has one more."""
     loser, home = state.expert_P[slot], problem.rank_P[slot]
     state.expert_P[slot] = expert
     state.held_RE[home, loser] -= 1
     state.held_RE[home, expert] += 1
     state.replicas_E[loser] -= 1
     state.replicas_E[expert] += 1
-    set_values(problem, state, loser, loser + 1)
-    set_values(problem, state, expert, expert + 1)
+    update_values(problem, state, loser, loser + 1)
+    update_values(problem, state, expert, expert + 1)
     for rank in range(state.cost_R.size):
         if rank == home or state.held_RE[rank, loser] or state.held_RE[rank, expert]:
-            set_cost(problem, state, rank)
+            update_cost(problem, state, rank)
+
+
+# What a rank costs
 
 
 @inner
-def crowded(problem, state):
-    """Crowded replicas of all experts."""
+def replica_value(share, weights_2, batch):
+    """What a replica with this share of the tokens adds to a feature: tokens, and the chance that a batch needs it."""
+    if weights_2[1] == 0.0:
+        return weights_2[0] * share
+    return weights_2[0] * share - weights_2[1] * math.expm1(batch * math.log1p(-share))
+
+
+@inner
+def cost_of(load_Q, table):
+    """Cost of a rank with these features."""
+    worst = 0.0
+    if table is None:
+        for feature in range(load_Q.size):
+            worst = max(worst, load_Q[feature])
+        return worst
+    for feature in range(0, load_Q.size, 2):
+        worst = max(worst, interpolate(load_Q[feature], load_Q[feature + 1], table))
+    return worst
+
+
+@inner
+def interpolate(tokens, experts, table):
+    """The objective's table between its points: bilinear, and outside of it as its outermost cells."""
+    tokens_X, experts_A, cost_XA = table
+    x, y = _cell(tokens_X, tokens), _cell(experts_A, experts)
+    fx = (tokens - tokens_X[x]) / (tokens_X[x + 1] - tokens_X[x])
+    fy = (experts - experts_A[y]) / (experts_A[y + 1] - experts_A[y])
+    low = cost_XA[x, y] + fy * (cost_XA[x, y + 1] - cost_XA[x, y])
+    high = cost_XA[x + 1, y] + fy * (cost_XA[x + 1, y + 1] - cost_XA[x + 1, y])
+    return low + fx * (high - low)
+
+
+@inner
+def _cell(axis, value):
+    """The cell of the axis that holds the value: of one number. `objectives._cell` is the form for arrays."""
+    index = 0
+    while index < axis.size - 2 and axis[index + 1] <= value:
+        index += 1
+    return index
+
+
+# Node locality
+#
+# Tokens that prefer their own node (the split `nearest`) must leave it for an expert that the node lacks. So a replica
+# is crowded if it shares its node with another one of its expert while some node has none: at least 0, at most an
+# expert's replicas - 1.
+
+
+@inner
+def crowded_replicas(problem, state):
+    """Crowded replicas, over all experts."""
     total = 0
     for expert in range(state.replicas_E.size):
         if state.replicas_E[expert] > 1:
-            total += _crowded(problem, state, expert, -1, -1)
+            total += _crowded_of(problem, state, expert, -1, -1)
     return total
 
 
 @inner
-def swap_crowds(problem, state, slot, other):
+def _crowded_of(problem, state, expert, from_node, to_node):
+    """Crowded replicas of the expert, after a move of one from a node to another (both -1: without a move)."""
+    on_node_M = np.zeros(problem.node_R[-1] + 1, np.int64)
+    for rank in range(state.cost_R.size):
+        on_node_M[problem.node_R[rank]] += state.held_RE[rank, expert]
+    if from_node >= 0:
+        on_node_M[from_node] -= 1
+        on_node_M[to_node] += 1
+    reached = 0
+    for replicas in on_node_M:
+        reached += replicas > 0
+    return 0 if reached == on_node_M.size else state.replicas_E[expert] - reached
+
+
+@inner
+def crowded_by_swap(problem, state, slot, other):
     """How many more replicas would be crowded if the two slots exchanged their experts."""
     home, away = problem.node_R[problem.rank_P[slot]], problem.node_R[problem.rank_P[other]]
     if home == away:
         return 0
     expert, partner = state.expert_P[slot], state.expert_P[other]
-    after = _crowded(problem, state, expert, home, away) + _crowded(problem, state, partner, away, home)
-    return after - _crowded(problem, state, expert, -1, -1) - _crowded(problem, state, partner, -1, -1)
+    after = _crowded_of(problem, state, expert, home, away) + _crowded_of(problem, state, partner, away, home)
+    return after - _crowded_of(problem, state, expert, -1, -1) - _crowded_of(problem, state, partner, -1, -1)
 
 
 @inner
@@ -249,214 +264,18 @@ def shares_node(problem, state, slot):
     return replicas > 1
 
 
-@inner
-def _crowded(problem, state, expert, source, target):
-    """Crowded replicas of the expert, once one of them has moved from the source node to the target (-1: none has)."""
-    on_node_N = np.zeros(problem.node_R[-1] + 1, np.int64)
-    for rank in range(state.cost_R.size):
-        on_node_N[problem.node_R[rank]] += state.held_RE[rank, expert]
-    if source >= 0:
-        on_node_N[source] -= 1
-        on_node_N[target] += 1
-    reached = 0
-    for replicas in on_node_N:
-        reached += replicas > 0
-    return 0 if reached == on_node_N.size else state.replicas_E[expert] - reached
-
-
-LEAST_GAIN = 1e-9
-"""Relative gain below which a change is rounding noise; every accepted change gains more, so refinement ends."""
-
-
-@inner
-def refine(problem, state):
-    """Relieves the worst rank, whichever it is, until no swap and no replacement can."""
-    while True:
-        worst = np.argmax(state.cost_R)
-        slot, other = best_swap(problem, state, worst, problem.table)
-        if slot >= 0:
-            swap(problem, state, slot, other)
-            continue
-        slot, expert = best_replacement(problem, state, worst)
-        if slot < 0:
-            break
-        replace(problem, state, slot, expert)
-    if problem.crowd_price > 0.0:
-        _spread(problem, state)
-
-
-@inner
-def best_swap(problem, state, worst, table):
-    """Two slots to exchange, one of the worst rank, so that both ranks get cheaper than it was, or (-1, -1).
-
-    The other rank is the cheapest if that will do, or else the first that will; of its swaps the best is taken.
-    """
-    best, best_slot, best_other = state.cost_R[worst] * (1.0 - LEAST_GAIN), -1, -1
-    load_RF, value_EF, held_RE, expert_P = state.load_RF, state.value_EF, state.held_RE, state.expert_P
-    features = load_RF.shape[1]
-    cheapest = np.argmin(state.cost_R)
-    for step in range(state.cost_R.size):
-        rank = cheapest if step == 0 else step - (step <= cheapest)
-        # No swap gets both below their mean. Of a table, which may have any shape, this is no more than a good guess.
-        here, there = load_RF[worst, 0], load_RF[rank, 0]
-        bound = 0.5 * (here + there) if table is None else state.cost_R[rank]
-        if rank == worst or bound >= best:
-            continue
-        for slot in range(problem.first_R[worst], problem.first_R[worst + 1]):
-            expert = expert_P[slot]
-            if held_RE[rank, expert]:
-                continue
-            for other in range(problem.first_R[rank], problem.first_R[rank + 1]):
-                partner = expert_P[other]
-                # The first feature alone rules out most: this is the innermost loop of the search.
-                change = value_EF[partner, 0] - value_EF[expert, 0]
-                cost = max(here + change, there - change) if table is None else 0.0
-                if cost >= best or held_RE[worst, partner]:
-                    continue
-                if features > 1:
-                    cost = max(swapped_costs(load_RF, value_EF, worst, rank, expert, partner, table))
-                if problem.crowd_price > 0.0:
-                    cost += problem.crowd_price * swap_crowds(problem, state, slot, other)
-                if cost < best:
-                    best, best_slot, best_other = cost, slot, other
-        if best_slot >= 0:
-            break
-    return best_slot, best_other
-
-
-@inner
-def swapped_costs(load_RF, value_EF, rank, other_rank, expert, partner, table):
-    """Costs of two ranks after `expert` left the first for the second, in exchange for `partner`."""
-    here, there = 0.0, 0.0
-    if table is None:
-        for feature in range(load_RF.shape[1]):
-            change = value_EF[partner, feature] - value_EF[expert, feature]
-            here = max(here, load_RF[rank, feature] + change)
-            there = max(there, load_RF[other_rank, feature] - change)
-        return here, there
-    for feature in range(0, load_RF.shape[1], 2):
-        tokens = value_EF[partner, feature] - value_EF[expert, feature]
-        experts = value_EF[partner, feature + 1] - value_EF[expert, feature + 1]
-        cost = look_up(load_RF[rank, feature] + tokens, load_RF[rank, feature + 1] + experts, table)
-        here = max(here, cost)
-        cost = look_up(
-            load_RF[other_rank, feature] - tokens, load_RF[other_rank, feature + 1] - experts, table
-        )
-        there = max(there, cost)
-    return here, there
-
-
-@inner
-def best_replacement(problem, state, worst):
-    """The slot, and the expert to put there, that leave all ranks concerned cheapest; (-1, -1) where none helps.
-
-    Either the worst rank gives up a replica for something lighter, or an expert of the worst rank gets one replica
-    more.
-    """
-    best, best_slot, best_expert = state.cost_R[worst] * (1.0 - LEAST_GAIN), -1, -1
-    experts, first, last = state.replicas_E.size, problem.first_R[worst], problem.first_R[worst + 1]
-    for slot in range(state.expert_P.size):
-        home, loser = problem.rank_P[slot], state.expert_P[slot]
-        gives_up = home == worst
-        if state.replicas_E[loser] < 2 or (not gives_up and state.held_RE[worst, loser]):
-            continue
-        burdened = burdened_rank(problem, state, slot, best)
-        for index in range(experts if gives_up else last - first):
-            expert = index if gives_up else state.expert_P[first + index]
-            if state.held_RE[home, expert] or (burdened >= 0 and not state.held_RE[burdened, expert]):
-                continue
-            cost, _ = replaced_cost(problem, state, slot, expert, best)
-            if cost < best:
-                best, best_slot, best_expert = cost, slot, expert
-    return best_slot, best_expert
-
-
-@inner
-def burdened_rank(problem, state, slot, limit):
-    """A rank that the slot's tokens would push to the limit if its expert's other replicas took them; -1: there is
-    none.
-
-    Only an expert on that very rank, which gets lighter there, can take the slot.
-    """
-    expert = state.expert_P[slot]
-    with_F = np.empty(state.load_RF.shape[1])
-    for rank in range(state.cost_R.size):
-        if not state.held_RE[rank, expert] or rank == problem.rank_P[slot]:
-            continue
-        for feature in range(with_F.size):
-            share = problem.share_EF[expert, feature] / (state.replicas_E[expert] - 1)
-            value = replica_value(share, problem.weights_F2[feature], problem.batch)
-            with_F[feature] = state.load_RF[rank, feature] + value - state.value_EF[expert, feature]
-        if cost_of(with_F, problem.table) >= limit:
-            return rank
-    return -1
-
-
-@inner
-def replaced_cost(problem, state, slot, expert, limit):
-    """What happens to the ranks that hold either expert when the slot becomes a replica of `expert`.
-
-    The cost of the dearest of them, and how much less they exceed the limit, all together.
-    """
-    loser, home = state.expert_P[slot], problem.rank_P[slot]
-    features = state.load_RF.shape[1]
-    loses_F, gains_F, with_F = np.empty(features), np.empty(features), np.empty(features)
-    for feature in range(features):
-        share = problem.share_EF[loser, feature] / (state.replicas_E[loser] - 1)
-        loses_F[feature] = replica_value(share, problem.weights_F2[feature], problem.batch)
-        share = problem.share_EF[expert, feature] / (state.replicas_E[expert] + 1)
-        gains_F[feature] = replica_value(share, problem.weights_F2[feature], problem.batch)
-    worst, relief = 0.0, 0.0
-    for rank in range(state.cost_R.size):
-        loses, gains = state.held_RE[rank, loser], state.held_RE[rank, expert]
-        if loses == 0 and gains == 0:
-            continue
-        for feature in range(features):
-            change = loses * (loses_F[feature] - state.value_EF[loser, feature])
-            change += gains * (gains_F[feature] - state.value_EF[expert, feature])
-            if rank == home:
-                change += gains_F[feature] - loses_F[feature]
-            with_F[feature] = state.load_RF[rank, feature] + change
-        cost = cost_of(with_F, problem.table)
-        worst = max(worst, cost)
-        relief += max(state.cost_R[rank] - limit, 0.0) - max(cost - limit, 0.0)
-    return worst, relief
-
-
-@inner
-def _spread(problem, state):
-    """Swaps that scatter crowded replicas, while that is worth what the worst rank then costs more."""
-    while True:
-        worst = state.cost_R.max()
-        best, best_slot, best_other = -LEAST_GAIN * worst, -1, -1
-        for slot in range(state.expert_P.size):
-            rank, expert = problem.rank_P[slot], state.expert_P[slot]
-            if state.replicas_E[expert] < 2 or not shares_node(problem, state, slot):
-                continue
-            for other in range(state.expert_P.size):
-                other_rank, partner = problem.rank_P[other], state.expert_P[other]
-                if state.held_RE[other_rank, expert] or state.held_RE[rank, partner]:
-                    continue
-                costs = swapped_costs(
-                    state.load_RF, state.value_EF, rank, other_rank, expert, partner, problem.table
-                )
-                rise = max(max(costs) - worst, 0.0)
-                if rise - 2 * problem.crowd_price >= best:  # a swap moves two replicas
-                    continue
-                change = rise + problem.crowd_price * swap_crowds(problem, state, slot, other)
-                if change < best:
-                    best, best_slot, best_other = change, slot, other
-        if best_slot < 0:
-            break
-        swap(problem, state, best_slot, best_other)
+# Starts: how many replicas each expert gets, and a first slot for each
 
 
 @entry
 def optimal_replicas(weight_E, order_E, slots, most_replicas):
-    """The replicas [E] that minimise the largest weight of a replica: one at a time, to the expert whose replica
-    weighs most.
+    """Replicas [E] that minimise the largest weight of a replica: one at a time, to the expert with the heaviest one.
 
-    `order_E` lists the experts by falling weight: a whole expert bounds all that follow, so that few are looked at.
+    `order_E` lists the experts by falling weight: an undivided expert bounds all that follow, so few are looked at.
+
+    The same greedy rule is written four times, as its ties and types decide plans: here a tie goes to the expert with
+    the larger weight, in `omni` and `level_search.power_law_replicas` to the one with the lower number (`omni` does
+    without numba), and `eplb` divides in float32 and notes the order in which replicas are given.
     """
     replicas_E = np.ones(weight_E.size, np.int64)
     for _ in range(slots - weight_E.size):
@@ -472,12 +291,12 @@ def optimal_replicas(weight_E, order_E, slots, most_replicas):
 
 @entry
 def cheapest_replicas(problem):
-    """The replicas [E] that add the least to the sum of all features, one at a time.
+    """Replicas [E], given one at a time so that each adds least to the sum of all features.
 
-    Tokens are only shared out by a replica, but a batch that needs an expert may need all of its replicas: where
-    activated experts count, replicas of rarely used experts are the cheapest.
+    A replica takes tokens from others, but a batch that needs an expert may need all of its replicas: where activated
+    experts count, replicas of rarely used experts are the cheapest.
     """
-    experts, features = problem.share_EF.shape
+    experts, features = problem.share_EQ.shape
     replicas_E = np.ones(experts, np.int64)
     extra_E = np.empty(experts)
     for step in range(problem.rank_P.size):
@@ -487,7 +306,7 @@ def cheapest_replicas(problem):
         if replicas_E[changed] < problem.node_R.size:
             extra_E[changed] = 0.0
             for feature in range(features):
-                share, weights_2 = problem.share_EF[changed, feature], problem.weights_F2[feature]
+                share, weights_2 = problem.share_EQ[changed, feature], problem.weights_Q2[feature]
                 now, then = replicas_E[changed], replicas_E[changed] + 1
                 extra_E[changed] += then * replica_value(share / then, weights_2, problem.batch)
                 extra_E[changed] -= now * replica_value(share / now, weights_2, problem.batch)
@@ -495,35 +314,35 @@ def cheapest_replicas(problem):
 
 
 @entry
-def pack(problem, replicas_E, order_E):
+def bin_pack(problem, replicas_E, order_E):
     """The expert of every slot [P]: experts in this order, each replica to the rank that is cheapest with it.
 
-    With the heaviest replicas first this is LPT, longest processing time first (Graham 1969), for ranks with so many
-    places each and never two replicas of an expert; no expert may have more replicas than there are ranks.
+    With the heaviest replicas first this is LPT, longest processing time first (Graham 1969), with a limited number of
+    slots on each rank and never two replicas of an expert there. No expert may have more replicas than there are ranks.
     """
-    experts, features = problem.share_EF.shape
+    experts, features = problem.share_EQ.shape
     ranks = problem.node_R.size
     expert_P = np.empty(problem.rank_P.size, np.int64)
     next_R = np.empty(ranks, np.int64)
-    load_RF = np.zeros((ranks, features))
+    load_RQ = np.zeros((ranks, features))
     held_RE = np.zeros((ranks, experts), np.bool_)
-    value_F, with_F = np.empty(features), np.empty(features)
+    value_Q, with_Q = np.empty(features), np.empty(features)
     for rank in range(ranks):
         next_R[rank] = problem.first_R[rank]
     for expert in order_E:
         for feature in range(features):
-            share = problem.share_EF[expert, feature] / replicas_E[expert]
-            value_F[feature] = replica_value(share, problem.weights_F2[feature], problem.batch)
+            share = problem.share_EQ[expert, feature] / replicas_E[expert]
+            value_Q[feature] = replica_value(share, problem.weights_Q2[feature], problem.batch)
         for _ in range(replicas_E[expert]):
             chosen, least = -1, np.inf
             for rank in range(ranks):
                 if next_R[rank] == problem.first_R[rank + 1] or held_RE[rank, expert]:
                     continue
-                if problem.table is None and load_RF[rank, 0] + value_F[0] >= least:
+                if problem.table is None and load_RQ[rank, 0] + value_Q[0] >= least:
                     continue
                 for feature in range(features):
-                    with_F[feature] = load_RF[rank, feature] + value_F[feature]
-                cost = cost_of(with_F, problem.table)
+                    with_Q[feature] = load_RQ[rank, feature] + value_Q[feature]
+                cost = cost_of(with_Q, problem.table)
                 if cost < least:
                     chosen, least = rank, cost
             if chosen >= 0:
@@ -535,16 +354,16 @@ def pack(problem, replicas_E, order_E):
             expert_P[slot] = expert
             held_RE[chosen, expert] = True
             for feature in range(features):
-                load_RF[chosen, feature] += value_F[feature]
+                load_RQ[chosen, feature] += value_Q[feature]
     return expert_P
 
 
 @inner
 def _make_room(problem, expert, expert_P, next_R, held_RE):
-    """A slot of a full rank without the expert, whose own expert goes to a rank with room.
+    """A slot of a full rank without the expert, whose own expert moves to a rank with a free slot.
 
-    Needed when all ranks with room hold the expert already. As ranks differ by one slot at most, the full rank holds
-    something that the other lacks. The last such slot is the lightest; refinement levels what it changes.
+    Needed when all ranks with a free slot hold the expert already. As ranks differ by one slot at most, the full rank
+    holds an expert that the other lacks. The last such slot is the lightest; refinement makes up for the change.
     """
     for room in range(next_R.size):
         if next_R[room] == problem.first_R[room + 1]:
@@ -562,16 +381,208 @@ def _make_room(problem, expert, expert_P, next_R, held_RE):
     raise ValueError("an expert has more replicas than there are ranks")
 
 
+# Refinement: swaps and replaced replicas until none helps
+#
+# The aim is the cost of the worst rank, plus the price of crowded replicas where there is one. Only changes that
+# relieve the worst rank can help; it is paired with the cheapest other rank first, which is mostly enough.
+
+LEAST_GAIN = 1e-9
+"""Relative gain below which a change is rounding noise; every accepted change gains more, so refinement ends."""
+
+
+@inner
+def refine(problem, state):
+    """Swaps and replacements that relieve the rank which is worst at that time, until none does."""
+    while True:
+        worst = np.argmax(state.cost_R)
+        slot, other = best_swap(problem, state, worst, problem.table)
+        if slot >= 0:
+            swap(problem, state, slot, other)
+            continue
+        slot, expert = best_replacement(problem, state, worst)
+        if slot < 0:
+            break
+        replace(problem, state, slot, expert)
+    if problem.locality_price > 0.0:
+        _improve_locality(problem, state)
+
+
+@inner
+def best_swap(problem, state, worst, table):
+    """Two slots to exchange, one of them on the worst rank, so that both ranks cost less than it did, or (-1, -1).
+
+    The other rank is the cheapest if that helps, or else the first that helps; of its swaps the best is taken.
+    """
+    best, best_slot, best_other = state.cost_R[worst] * (1.0 - LEAST_GAIN), -1, -1
+    load_RQ, value_EQ, held_RE, expert_P = state.load_RQ, state.value_EQ, state.held_RE, state.expert_P
+    features = load_RQ.shape[1]
+    cheapest = np.argmin(state.cost_R)
+    for step in range(state.cost_R.size):
+        rank = cheapest if step == 0 else step - (step <= cheapest)
+        # No swap gets both below their mean. With a table, which may have any shape, the bound is only a guess.
+        here, there = load_RQ[worst, 0], load_RQ[rank, 0]
+        bound = 0.5 * (here + there) if table is None else state.cost_R[rank]
+        if rank == worst or bound >= best:
+            continue
+        for slot in range(problem.first_R[worst], problem.first_R[worst + 1]):
+            expert = expert_P[slot]
+            if held_RE[rank, expert]:
+                continue
+            for other in range(problem.first_R[rank], problem.first_R[rank + 1]):
+                partner = expert_P[other]
+                # The first feature alone rules out most: this is the innermost loop of the search.
+                change = value_EQ[partner, 0] - value_EQ[expert, 0]
+                cost = max(here + change, there - change) if table is None else 0.0
+                if cost >= best or held_RE[worst, partner]:
+                    continue
+                if features > 1:
+                    cost = max(swapped_costs(load_RQ, value_EQ, worst, rank, expert, partner, table))
+                if problem.locality_price > 0.0:
+                    cost += problem.locality_price * crowded_by_swap(problem, state, slot, other)
+                if cost < best:
+                    best, best_slot, best_other = cost, slot, other
+        if best_slot >= 0:
+            break
+    return best_slot, best_other
+
+
+@inner
+def swapped_costs(load_RQ, value_EQ, rank, other_rank, expert, partner, table):
+    """Costs of two ranks after `expert` moved from the first to the second, in exchange for `partner`."""
+    here, there = 0.0, 0.0
+    if table is None:
+        for feature in range(load_RQ.shape[1]):
+            change = value_EQ[partner, feature] - value_EQ[expert, feature]
+            here = max(here, load_RQ[rank, feature] + change)
+            there = max(there, load_RQ[other_rank, feature] - change)
+        return here, there
+    for feature in range(0, load_RQ.shape[1], 2):
+        tokens = value_EQ[partner, feature] - value_EQ[expert, feature]
+        experts = value_EQ[partner, feature + 1] - value_EQ[expert, feature + 1]
+        cost = interpolate(load_RQ[rank, feature] + tokens, load_RQ[rank, feature + 1] + experts, table)
+        here = max(here, cost)
+        cost = interpolate(
+            load_RQ[other_rank, feature] - tokens, load_RQ[other_rank, feature + 1] - experts, table
+        )
+        there = max(there, cost)
+    return here, there
+
+
+@inner
+def best_replacement(problem, state, worst):
+    """The slot, and its new expert, after which the dearest rank concerned is cheapest; (-1, -1) where none helps.
+
+    Either the worst rank gives up a replica for a lighter one, or an expert of the worst rank gets a further replica.
+    """
+    best, best_slot, best_expert = state.cost_R[worst] * (1.0 - LEAST_GAIN), -1, -1
+    experts, first, last = state.replicas_E.size, problem.first_R[worst], problem.first_R[worst + 1]
+    for slot in range(state.expert_P.size):
+        home, loser = problem.rank_P[slot], state.expert_P[slot]
+        gives_up = home == worst
+        if state.replicas_E[loser] < 2 or (not gives_up and state.held_RE[worst, loser]):
+            continue
+        exceeding = exceeding_rank(problem, state, slot, best)
+        for index in range(experts if gives_up else last - first):
+            expert = index if gives_up else state.expert_P[first + index]
+            if state.held_RE[home, expert] or (exceeding >= 0 and not state.held_RE[exceeding, expert]):
+                continue
+            cost, _ = replaced_cost(problem, state, slot, expert, best)
+            if cost < best:
+                best, best_slot, best_expert = cost, slot, expert
+    return best_slot, best_expert
+
+
+@inner
+def exceeding_rank(problem, state, slot, limit):
+    """A rank that would exceed the limit if the expert's other replicas took over the slot's tokens; -1: none would.
+
+    Only an expert that this rank holds, and that gets lighter there, can then take the slot.
+    """
+    expert = state.expert_P[slot]
+    with_Q = np.empty(state.load_RQ.shape[1])
+    for rank in range(state.cost_R.size):
+        if not state.held_RE[rank, expert] or rank == problem.rank_P[slot]:
+            continue
+        for feature in range(with_Q.size):
+            share = problem.share_EQ[expert, feature] / (state.replicas_E[expert] - 1)
+            value = replica_value(share, problem.weights_Q2[feature], problem.batch)
+            with_Q[feature] = state.load_RQ[rank, feature] + value - state.value_EQ[expert, feature]
+        if cost_of(with_Q, problem.table) >= limit:
+            return rank
+    return -1
+
+
+@inner
+def replaced_cost(problem, state, slot, expert, limit):
+    """The effect on the ranks that hold either expert, if the slot becomes a replica of `expert`.
+
+    The cost of the dearest of them, and by how much less they exceed the limit, added up.
+    """
+    loser, home = state.expert_P[slot], problem.rank_P[slot]
+    features = state.load_RQ.shape[1]
+    loses_Q, gains_Q, with_Q = np.empty(features), np.empty(features), np.empty(features)
+    for feature in range(features):
+        share = problem.share_EQ[loser, feature] / (state.replicas_E[loser] - 1)
+        loses_Q[feature] = replica_value(share, problem.weights_Q2[feature], problem.batch)
+        share = problem.share_EQ[expert, feature] / (state.replicas_E[expert] + 1)
+        gains_Q[feature] = replica_value(share, problem.weights_Q2[feature], problem.batch)
+    worst, relief = 0.0, 0.0
+    for rank in range(state.cost_R.size):
+        loses, gains = state.held_RE[rank, loser], state.held_RE[rank, expert]
+        if loses == 0 and gains == 0:
+            continue
+        for feature in range(features):
+            change = loses * (loses_Q[feature] - state.value_EQ[loser, feature])
+            change += gains * (gains_Q[feature] - state.value_EQ[expert, feature])
+            if rank == home:
+                change += gains_Q[feature] - loses_Q[feature]
+            with_Q[feature] = state.load_RQ[rank, feature] + change
+        cost = cost_of(with_Q, problem.table)
+        worst = max(worst, cost)
+        relief += max(state.cost_R[rank] - limit, 0.0) - max(cost - limit, 0.0)
+    return worst, relief
+
+
+@inner
+def _improve_locality(problem, state):
+    """Swaps that make fewer replicas crowded, as long as that is worth more than the worst rank rises."""
+    while True:
+        worst = state.cost_R.max()
+        best, best_slot, best_other = -LEAST_GAIN * worst, -1, -1
+        for slot in range(state.expert_P.size):
+            rank, expert = problem.rank_P[slot], state.expert_P[slot]
+            if state.replicas_E[expert] < 2 or not shares_node(problem, state, slot):
+                continue
+            for other in range(state.expert_P.size):
+                other_rank, partner = problem.rank_P[other], state.expert_P[other]
+                if state.held_RE[other_rank, expert] or state.held_RE[rank, partner]:
+                    continue
+                costs = swapped_costs(
+                    state.load_RQ, state.value_EQ, rank, other_rank, expert, partner, problem.table
+                )
+                rise = max(max(costs) - worst, 0.0)
+                if rise - 2 * problem.locality_price >= best:  # a swap moves two replicas
+                    continue
+                change = rise + problem.locality_price * crowded_by_swap(problem, state, slot, other)
+                if change < best:
+                    best, best_slot, best_other = change, slot, other
+        if best_slot < 0:
+            break
+        swap(problem, state, best_slot, best_other)
+
+
+# Iterated local search: random kicks, and refinement again after each
+
 REPLACEMENTS = 2
-"""One change of a kick in so many replaces a replica; the others exchange slots."""
+"""One in this many changes of a kick replaces a replica; the others exchange slots."""
 
 PATIENCE = 2
-"""Kicks for every slot without a gain, after which a run is stuck."""
+"""A run is stuck after this many kicks without a gain, times the slots."""
 
 
 @entry
 def improve(problem, expert_P, start_P, kicks, seed):
-    """Iterated local search (Lourenço, Martin, Stützle 2003): the best of so many kicks [P], and what it costs.
+    """Iterated local search (Lourenço, Martin, Stützle 2003): the best layer [P] after `kicks` kicks, and its cost.
 
     A run that is stuck starts again from `start_P`. The result is never worse than `expert_P`, and the same for the
     same seed.
@@ -583,7 +594,7 @@ def improve(problem, expert_P, start_P, kicks, seed):
     failures = 0
     for kick in range(kicks + 1):
         if failures == PATIENCE * expert_P.size:
-            place(problem, state, start_P)
+            hold(problem, state, start_P)
             home, failures = np.inf, 0
         if kick:
             _kick(problem, state, random_1)
@@ -591,7 +602,7 @@ def improve(problem, expert_P, start_P, kicks, seed):
         cost = total_cost(problem, state)
         failures = 0 if cost < home else failures + 1
         if cost > home:
-            place(problem, state, home_P)
+            hold(problem, state, home_P)
             continue
         home = cost
         _copy(state.expert_P, home_P)
@@ -601,28 +612,13 @@ def improve(problem, expert_P, start_P, kicks, seed):
     return best_P, best
 
 
-@entry
-def judge(problem, expert_P):
-    """What these experts cost."""
-    return total_cost(problem, new_state(problem, expert_P))
-
-
-@inner
-def total_cost(problem, state):
-    """The worst rank, and the price of the crowded replicas."""
-    cost = state.cost_R.max()
-    if problem.crowd_price > 0.0:
-        cost += problem.crowd_price * crowded(problem, state)
-    return cost
-
-
 @inner
 def _kick(problem, state, random_1):
-    """One to three random changes: swaps, of which the first takes a slot from the worst rank, or replacements."""
-    for change in range(1 + below(random_1, 3)):
-        slot = below(random_1, state.expert_P.size)
-        if below(random_1, REPLACEMENTS) == 0:
-            expert = below(random_1, state.replicas_E.size)
+    """One to three random changes: replacements, or swaps, of which the first takes a slot of the worst rank."""
+    for change in range(1 + random_below(random_1, 3)):
+        slot = random_below(random_1, state.expert_P.size)
+        if random_below(random_1, REPLACEMENTS) == 0:
+            expert = random_below(random_1, state.replicas_E.size)
             if state.replicas_E[state.expert_P[slot]] > 1 and not state.held_RE[problem.rank_P[slot], expert]:
                 replace(problem, state, slot, expert)
             continue
@@ -630,7 +626,7 @@ def _kick(problem, state, random_1):
             worst = np.argmax(state.cost_R)
             first = problem.first_R[worst]
             slot = first + slot % (problem.first_R[worst + 1] - first)
-        other = below(random_1, state.expert_P.size)
+        other = random_below(random_1, state.expert_P.size)
         rank, other_rank = problem.rank_P[slot], problem.rank_P[other]
         if not (
             state.held_RE[rank, state.expert_P[other]] or state.held_RE[other_rank, state.expert_P[slot]]
@@ -640,22 +636,38 @@ def _kick(problem, state, random_1):
 
 @inner
 def _copy(source_P, target_P):
+    """As a loop, which compiles faster than an array expression."""
     for slot in range(source_P.size):
         target_P[slot] = source_P[slot]
 
 
+@inner
+def random_below(random_1, limit):
+    """The next random number in [0, limit), by SplitMix64 (Steele, Lea, Flood 2014)."""
+    random_1[0] += np.uint64(0x9E3779B97F4A7C15)
+    mixed = random_1[0]
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.int64((mixed ^ (mixed >> np.uint64(31))) % np.uint64(limit))
+
+
+# From the placement in use to a balanced one, with few moves
+#
+# Ranks above a limit are brought below it; all others are left alone. Each step takes the change of the worst rank, a
+# swap or a replaced replica, that brings the most relief for each expert that a rank has to fetch.
+
 LEAST_RELIEF = 1e-9
-"""Relief, relative to the limit, below which a change is rounding noise."""
+"""Relief relative to the limit, below which a change is rounding noise."""
 
 FREE = 0.25
-"""Fetched experts that a change counts as if it needs none, because it undoes an earlier one: few, and not zero."""
+"""What a change without a fetched expert counts as, because it undoes an earlier one: little, but not zero."""
 
 
 @entry
-def change(problem, current_P, target):
-    """The expert of every slot [P], and whether single steps were enough.
+def relieve(problem, current_P, target):
+    """The expert of every slot [P], and whether single steps reached the target.
 
-    That is, whether no rank costs more than `target` times the mean, nor more than the worst rank did before.
+    That is: no rank costs more than `target` times the mean, nor more than the worst rank did before.
     """
     state = new_state(problem, current_P)
     before_RE = state.held_RE.copy()
@@ -666,8 +678,10 @@ def change(problem, current_P, target):
         worst = np.argmax(state.cost_R)
         if state.cost_R[worst] <= limit * (1.0 + LEAST_RELIEF):
             return state.expert_P, True
-        slot, other, swap_worth = _best_swap(problem, state, before_RE, worst, limit)
-        replaced, expert, replacement_worth = _best_replacement(problem, state, before_RE, worst, limit)
+        slot, other, swap_worth = _most_relieving_swap(problem, state, before_RE, worst, limit)
+        replaced, expert, replacement_worth = _most_relieving_replacement(
+            problem, state, before_RE, worst, limit
+        )
         if max(swap_worth, replacement_worth) <= LEAST_RELIEF * limit:
             return state.expert_P, False
         if swap_worth >= replacement_worth:
@@ -678,7 +692,7 @@ def change(problem, current_P, target):
 
 @inner
 def _separate(problem, state):
-    """Replaces replicas that share a rank with another replica of their expert, whatever the balance."""
+    """Replaces replicas that share a rank with another replica of their expert, even if the balance suffers."""
     for slot in range(state.expert_P.size):
         rank, double = problem.rank_P[slot], state.expert_P[slot]
         if state.held_RE[rank, double] < 2:
@@ -693,14 +707,7 @@ def _separate(problem, state):
 
 
 @inner
-def _fetched(held_RE, before_RE, rank, gains, loses):
-    """How many more experts the rank has to fetch if it holds one expert instead of another: -1, 0 or 1."""
-    more = 1 if held_RE[rank, gains] >= before_RE[rank, gains] else 0
-    return more - 1 if held_RE[rank, loses] > before_RE[rank, loses] else more
-
-
-@inner
-def _best_swap(problem, state, before_RE, worst, limit):
+def _most_relieving_swap(problem, state, before_RE, worst, limit):
     """The swap that brings the most relief for each fetched expert: two slots, and that relief."""
     best, best_slot, best_other = 0.0, -1, -1
     held_RE = state.held_RE
@@ -711,7 +718,7 @@ def _best_swap(problem, state, before_RE, worst, limit):
             if held_RE[rank, expert] or held_RE[worst, partner]:
                 continue
             here, there = swapped_costs(
-                state.load_RF, state.value_EF, worst, rank, expert, partner, problem.table
+                state.load_RQ, state.value_EQ, worst, rank, expert, partner, problem.table
             )
             relief = state.cost_R[worst] - max(here, limit)
             relief += max(state.cost_R[rank], limit) - max(there, limit)
@@ -726,8 +733,12 @@ def _best_swap(problem, state, before_RE, worst, limit):
 
 
 @inner
-def _best_replacement(problem, state, before_RE, worst, limit):
-    """The replaced replica that brings the most relief for each fetched expert: slot, new expert, and that relief."""
+def _most_relieving_replacement(problem, state, before_RE, worst, limit):
+    """The replacement that brings the most relief for each fetched expert: slot, new expert, and that relief.
+
+    It tries what `best_replacement` tries. The loop is written out in both: the measures differ, and so does the limit,
+    which is fixed here and falls there.
+    """
     best, best_slot, best_expert = 0.0, -1, -1
     experts, first, last = state.replicas_E.size, problem.first_R[worst], problem.first_R[worst + 1]
     for slot in range(state.expert_P.size):
@@ -735,10 +746,10 @@ def _best_replacement(problem, state, before_RE, worst, limit):
         gives_up = home == worst
         if state.replicas_E[loser] < 2 or (not gives_up and state.held_RE[worst, loser]):
             continue
-        burdened = burdened_rank(problem, state, slot, limit)
+        exceeding = exceeding_rank(problem, state, slot, limit)
         for index in range(experts if gives_up else last - first):
             expert = index if gives_up else state.expert_P[first + index]
-            if state.held_RE[home, expert] or (burdened >= 0 and not state.held_RE[burdened, expert]):
+            if state.held_RE[home, expert] or (exceeding >= 0 and not state.held_RE[exceeding, expert]):
                 continue
             _, relief = replaced_cost(problem, state, slot, expert, limit)
             if relief > 0.0:
@@ -748,11 +759,21 @@ def _best_replacement(problem, state, before_RE, worst, limit):
     return best_slot, best_expert, best
 
 
-@entry
-def falls(curve_X):
-    """How far the lower convex envelope of the curve falls at each of its X - 1 steps; never more than a step before.
+@inner
+def _fetched(held_RE, before_RE, rank, gains, loses):
+    """How many more experts the rank has to fetch if it gains one expert and loses another: -1, 0 or 1."""
+    more = 1 if held_RE[rank, gains] >= before_RE[rank, gains] else 0
+    return more - 1 if held_RE[rank, loses] > before_RE[rank, loses] else more
 
-    Andrew's monotone chain (1979), on points that come in order.
+
+# The convex envelope of a falling curve, by which a budget of slots is shared out over layers
+
+
+@entry
+def envelope_falls(curve_X):
+    """How far the lower convex envelope of a curve of X points falls at each step; no step falls more than the last.
+
+    Andrew's monotone chain (1979), on points that are in order.
     """
     corner_X = np.empty(curve_X.size, np.int64)
     corners = 0

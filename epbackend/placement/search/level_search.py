@@ -1,11 +1,13 @@
-"""Replicas that connect ranks: wherever a batch is heavy, its tokens find a way to where it is light.
+"""The search over one layer's slots for the `level` split, compiled: replicas that connect ranks.
 
-Two ranks are neighbours if they hold replicas of the same expert: the split can move its tokens from one to the other.
+Two ranks are neighbours if they hold replicas of the same expert: the split can move its tokens from one to the other,
+so an expert with replicas is an edge of a graph whose nodes are the ranks, and its tokens are the edge's capacity.
+`power_law_replicas` and `connect` build layers in which few edges lead from any rank to any other; `hill_climb`
+exchanges slots and replaces replicas as long as the batches it is given get more level.
 
-Search over one layer for the `level` split: slots exchanged and replicas replaced while batches get more level.
-
-Letters: E experts, P slots, R ranks, C replicas of an expert, B batches. Loads are in mean rank loads of their batch.
-All batches are split at once, by what `split/reference.py` does in whole tokens, and here by pairs of replicas.
+Letters: E experts, P slots of the layer over all ranks, R ranks, C replicas of an expert, B batches. Loads are in mean
+rank loads of their batch. All batches are split at once. `replica_split_reference` splits one, in whole tokens and over
+all replicas of an expert at a time; here tokens are real numbers, and move between two replicas at a time.
 """
 
 from __future__ import annotations
@@ -16,22 +18,15 @@ import numpy as np
 
 from epbackend.placement.search.layer_search import entry, inner
 
-
-@inner
-def below(random_1, limit):  # as in layer_search: numba would not notice a change there
-    """The next random number in [0, limit), by SplitMix64 (Steele, Lea, Flood 2014)."""
-    random_1[0] += np.uint64(0x9E3779B97F4A7C15)
-    mixed = random_1[0]
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.int64((mixed ^ (mixed >> np.uint64(31))) % np.uint64(limit))
+# Starts: layers whose replicas connect the ranks
 
 
 @entry
-def steep_replicas(weight_E, slots, most_replicas, steepness):
-    """The replicas [E], one at a time to the expert with the largest weight / replicas ** steepness.
+def power_law_replicas(weight_E, slots, most_replicas, exponent):
+    """Replicas [E], given one at a time to the expert with the largest weight / replicas ** exponent.
 
-    1 makes the heaviest replica as light as it can be; above, more experts get a replica, and the heaviest fewer.
+    The exponent 1 makes the heaviest replica as light as it can be (see `layer_search.optimal_replicas`, which breaks
+    ties otherwise); with larger ones more experts get replicas, and the heaviest experts fewer.
     """
     replicas_E = np.ones(weight_E.size, np.int64)
     worth_E = weight_E.copy()
@@ -39,17 +34,17 @@ def steep_replicas(weight_E, slots, most_replicas, steepness):
         expert = np.argmax(worth_E)
         replicas_E[expert] += 1
         full = replicas_E[expert] == most_replicas
-        worth_E[expert] = -1.0 if full else weight_E[expert] / replicas_E[expert] ** steepness
+        worth_E[expert] = -1.0 if full else weight_E[expert] / replicas_E[expert] ** exponent
     return replicas_E
 
 
 @entry
 def connect(weight_E, replicas_E, order_E, first_R, chain):
-    """The expert of every slot [P], or of a slot -1 where this way no place was left for it.
+    """The expert of every slot [P]; -1 in some slot if no rank was left that could take a replica.
 
-    Experts in this order, those with replicas before the others, as evenly over the ranks as can be. Their first
-    replica goes to the emptiest rank, or with `chain` to one that has replicas already; each further replica to the
-    rank that is the most steps away, best of all out of reach; the least loaded of several.
+    Experts in this order, those with several replicas before the others, as evenly over the ranks as possible. Their
+    first replica goes to the emptiest rank, or with `chain` to one that has replicas already. Each further replica goes
+    to the rank that is the most steps away in the graph, or not connected at all; of several, to the least loaded.
     """
     ranks, experts = first_R.size - 1, weight_E.size
     expert_P = np.full(first_R[-1], -1, np.int64)
@@ -93,7 +88,7 @@ def connect(weight_E, replicas_E, order_E, first_R, chain):
 
 @inner
 def _count_steps(expert, expert_P, first_R, next_R, ranks_EC, placed_E, steps_R, queue_R):
-    """Writes how many steps each rank is away from those that hold the expert, where it can be reached at all."""
+    """Breadth-first search: writes the steps from the ranks that hold the expert to each rank connected with them."""
     size = placed_E[expert]
     for replica in range(size):
         queue_R[replica] = ranks_EC[expert, replica]
@@ -112,34 +107,40 @@ def _count_steps(expert, expert_P, first_R, next_R, ranks_EC, placed_E, steps_R,
                     size += 1
 
 
+# Hill climbing
+
 SWEEPS = 2
-"""After a change: it goes on from the split before."""
+"""Sweeps after a change; they go on from the split before it."""
 FIRST_SWEEPS = 32
+"""Sweeps from the even split."""
 
 FULL = 0.999
-"""Of the fullest rank: as full as that."""
+"""Times the load of the fullest rank: ranks above it count as equally full."""
 LEVEL_ENOUGH = 1.001
 """Mean cost at which nothing is left to gain."""
 
 
 class Split(NamedTuple):
-    """What the slots hold, and how each batch is split over them."""
+    """The expert of every slot, and how each batch is split over the slots."""
 
     rank_P: np.ndarray
+    """The rank of each slot."""
     expert_P: np.ndarray
     replicas_E: np.ndarray
     slots_EC: np.ndarray
-    """The slots of each expert, in any order; behind its last replica anything."""
+    """The slots of each expert, in any order; undefined behind its last replica."""
     share_PB: np.ndarray
+    """What each slot gets of each batch, in mean rank loads."""
     load_RB: np.ndarray
+    """The load of each rank by each batch: sums over its slots."""
 
 
 @entry
-def climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
-    """The experts [P] after so many random changes, of which those stay that lower the cost (see `judge`).
+def hill_climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
+    """The experts [P] after `tries` random changes, of which those that do not raise the cost (`split_cost`) are kept.
 
-    A change takes load from the fullest rank of some batch: it exchanges one of its experts for another, or gives an
-    expert of it one replica more in the place of some other replica.
+    A change takes load from the fullest rank of a batch: it exchanges one of its experts for another, or replaces some
+    other replica by a further replica of one of its experts.
     """
     random_1 = np.full(1, seed, np.uint64)
     split = _even(expert_P, first_R, tokens_EB)
@@ -149,14 +150,14 @@ def climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
     for _ in range(tries):
         if best < LEVEL_ENOUGH:
             break
-        batch = below(random_1, weight_B.size)
-        fullest = _a_full_rank(load_RB, batch, below(random_1, first_R.size - 1))
-        slot = first_R[fullest] + below(random_1, first_R[fullest + 1] - first_R[fullest])
-        other = below(random_1, expert_P.size)
+        batch = random_below(random_1, weight_B.size)
+        fullest = _a_full_rank(load_RB, batch, random_below(random_1, first_R.size - 1))
+        slot = first_R[fullest] + random_below(random_1, first_R[fullest + 1] - first_R[fullest])
+        other = random_below(random_1, expert_P.size)
         expert, partner, rank = split.expert_P[slot], split.expert_P[other], split.rank_P[other]
         if _holds(split, rank, expert):
             continue
-        replaces = split.replicas_E[partner] > 1 and below(random_1, 2) == 0
+        replaces = split.replicas_E[partner] > 1 and random_below(random_1, 2) == 0
         if replaces:
             _replace(split, other, expert)
         else:
@@ -185,8 +186,8 @@ def climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
 
 
 @entry
-def judge(expert_P, first_R, tokens_EB, weight_B):
-    """The cost of these experts: the load of the fullest rank once the batch is split, as a weighted mean."""
+def split_cost(expert_P, first_R, tokens_EB, weight_B):
+    """The load of the fullest rank after the split, as a weighted mean over the batches."""
     split = _even(expert_P, first_R, tokens_EB)
     _sweep(split, FIRST_SWEEPS)
     return _cost(split, weight_B)
@@ -194,7 +195,7 @@ def judge(expert_P, first_R, tokens_EB, weight_B):
 
 @inner
 def _even(expert_P, first_R, tokens_EB):
-    """All batches, split evenly."""
+    """The state in which all batches are split evenly over replicas."""
     experts, batches = tokens_EB.shape
     ranks = first_R.size - 1
     split = Split(
@@ -219,8 +220,7 @@ def _even(expert_P, first_R, tokens_EB):
 
 @inner
 def _sweep(split, sweeps):
-    """Block-coordinate descent on the sum of squared rank loads: neighbouring replicas of an expert level their
-    ranks."""
+    """Block-coordinate descent on the sum of squared rank loads, over pairs of replicas that follow each other."""
     for _ in range(sweeps):
         for expert in range(split.replicas_E.size):
             replicas = split.replicas_E[expert]
@@ -235,6 +235,7 @@ def _sweep(split, sweeps):
 
 @inner
 def _level_pair(share_B, other_share_B, load_B, other_load_B):
+    """Moves tokens between two replicas until their ranks carry the same, or one replica has none left."""
     for batch in range(share_B.size):
         moves = 0.5 * (load_B[batch] - other_load_B[batch])
         moves = moves if moves < share_B[batch] else share_B[batch]
@@ -247,6 +248,7 @@ def _level_pair(share_B, other_share_B, load_B, other_load_B):
 
 @inner
 def _cost(split, weight_B):
+    """See `split_cost`."""
     most_B = np.zeros(weight_B.size)
     for rank in range(split.load_RB.shape[0]):
         for batch in range(most_B.size):
@@ -259,8 +261,18 @@ def _cost(split, weight_B):
 
 
 @inner
+def random_below(random_1, limit):  # written twice, as in layer_search: numba would not notice a change there
+    """The next random number in [0, limit), by SplitMix64 (Steele, Lea, Flood 2014)."""
+    random_1[0] += np.uint64(0x9E3779B97F4A7C15)
+    mixed = random_1[0]
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.int64((mixed ^ (mixed >> np.uint64(31))) % np.uint64(limit))
+
+
+@inner
 def _a_full_rank(load_RB, batch, start):
-    """One of the ranks that are as full as the fullest: the first from `start` on, in a circle."""
+    """One of the ranks that are as full as the fullest: the first one from `start` on, cyclically."""
     most = 0.0
     for rank in range(load_RB.shape[0]):
         most = max(most, load_RB[rank, batch])
@@ -279,7 +291,7 @@ def _holds(split, rank, expert):
 
 @inner
 def _swap(split, slot, other):
-    """Exchanges the experts of two slots, and what these slots get."""
+    """Exchanges the experts of two slots, and with them the shares."""
     expert, partner = split.expert_P[slot], split.expert_P[other]
     _rename(split, expert, slot, other)
     _rename(split, partner, other, slot)
@@ -296,15 +308,15 @@ def _swap(split, slot, other):
 
 @inner
 def _replace(split, slot, expert):
-    """Makes the slot a replica of another expert, still without tokens; a replica of the old one takes over what it
-    had."""
+    """Makes the slot a replica of another expert, at first without tokens; another replica of its old expert takes over
+    its tokens."""
     loser = split.expert_P[slot]
     split.replicas_E[loser] -= 1
     _rename(split, loser, slot, split.slots_EC[loser, split.replicas_E[loser]])
-    heir = split.slots_EC[loser, 0]
+    remaining = split.slots_EC[loser, 0]
     share_B = split.share_PB[slot]
-    _add(share_B, split.share_PB[heir], 1.0)
-    _add(share_B, split.load_RB[split.rank_P[heir]], 1.0)
+    _add(share_B, split.share_PB[remaining], 1.0)
+    _add(share_B, split.load_RB[split.rank_P[remaining]], 1.0)
     _add(share_B, split.load_RB[split.rank_P[slot]], -1.0)
     for batch in range(share_B.size):
         share_B[batch] = 0.0
@@ -320,7 +332,7 @@ def _append(split, expert, slot):
 
 @inner
 def _rename(split, expert, slot, new):
-    """The expert's replica in the one slot is in the other from now on."""
+    """Records that the expert's replica in `slot` is now in `new`."""
     for replica in range(split.replicas_E[expert]):
         if split.slots_EC[expert, replica] == slot:
             split.slots_EC[expert, replica] = new

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from epbackend.engines.lmdeploy.patching import patch
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, EPError
 
 DEFAULT_BATCH_SIZE = 16
 
@@ -97,7 +97,12 @@ def failed_checks_raise(original: Callable) -> Callable:
     def raise_error(
         self: Any, e: Exception | None = None, mod_name: str | None = None, message: str | None = None
     ) -> None:
+        if isinstance(e, EPError):  # raised here before, in the process that ran the check
+            raise e
         reason = message or "please check your environment"
-        raise ConfigError(f"LMDeploy's check of {mod_name or type(self).__name__} failed: {reason}") from e
+        cause = f" ({type(e).__name__}: {e})" if e else ""
+        raise ConfigError(
+            f"LMDeploy's check of {mod_name or type(self).__name__} failed: {reason}{cause}"
+        ) from e
 
     return raise_error

@@ -18,6 +18,18 @@ def _not_demanded(name: str, function: str, fingerprint: str) -> Patch:
     return Patch(name, f"lmdeploy.pytorch.check_env.dist:{function}", why, "cuda", build, fingerprint)
 
 
+@patch(
+    "lmdeploy.pytorch.engine.engine:EngineChecker",
+    why="it checks in a spawned process, which must load the plug",
+    when="cuda",
+    fingerprint="ad6111bb755c",
+)
+def checks_with_the_plug(original: type) -> type:
+    from epbackend.engines.lmdeploy.checker import PluggedChecker
+
+    return PluggedChecker
+
+
 deep_ep_not_demanded = _not_demanded("deep-ep-not-demanded", "is_deep_ep_installed", "d657b75b1d11")
 deep_gemm_not_demanded = _not_demanded("deep-gemm-not-demanded", "is_deep_gemm_installed", "5575ef1e2aae")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from epbackend.engines.lmdeploy.patching import patch
+from epbackend.errors import ConfigError
 
 _MP = "lmdeploy.pytorch.engine.executor.mp_executor"
 _RAY = "lmdeploy.pytorch.engine.executor.ray_executor"
@@ -66,6 +68,25 @@ def zmq_process(original: Callable) -> Callable:
     from epbackend.engines.lmdeploy.engine_process import run_engine
 
     return run_engine
+
+
+@patch(
+    "lmdeploy.pytorch.engine.mp_engine:build_mp_engine",
+    why="a server's engine in a Ray actor would not load the plug, and gets room for a single rank",
+    when="always",
+    fingerprint="5795cf53dff9",
+)
+def no_engine_in_ray(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def build_mp_engine(backend: str, *args: Any, **kwargs: Any) -> Any:
+        if backend == "ray":
+            raise ConfigError(
+                "engine.extra.mp_engine_backend: LMDeploy's ray engine does not load the plug; remove it "
+                "(engine.executor: ray runs the ranks by Ray)"
+            )
+        return original(backend, *args, **kwargs)
+
+    return build_mp_engine
 
 
 @patch(f"{_RAY}:RayWorkerWrapper", why="a worker must load the plug", when="ray", fingerprint="0b84707a152f")

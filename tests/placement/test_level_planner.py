@@ -76,7 +76,7 @@ def test_layers_are_valid(question):
         assert sum(layer.slots - loads.experts for layer in placement.layers) == room["budget"]
 
 
-def test_same_question_same_answer_and_search_improves():
+def test_the_same_task_gives_the_same_answer_and_search_improves():
     loads = synthetic_loads(layers=2, seed=7)
     first, again = (plan(loads, ranks=64, slots=320, split="level", seed=3) for _ in range(2))
     assert first == again
@@ -93,6 +93,6 @@ def test_same_question_same_answer_and_search_improves():
         ({"split": "level", "windows": "worst"}, "windows: plays no part"),
     ],
 )
-def test_what_does_not_go_together(options, message):
+def test_options_that_level_cannot_go_with_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         plan(np.ones((1, 4)), ranks=2, **options)

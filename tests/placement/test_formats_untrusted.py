@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from epbackend.errors import ConfigError
-from epbackend.placement.formats import Hints, read, read_loads, read_placement
+from epbackend.placement.formats import ReadOptions, read, read_loads, read_placement
 from epbackend.placement.placement import Placement
 
 MOST_MEMORY = 64 << 20
@@ -84,7 +84,7 @@ def refused(tmp_path):
         (b"\x93NUMPY\x09\x00", "broken npy header|npy of version"),
     ],
 )
-def test_loads(refused, content, message):
+def test_broken_loads_are_refused_with_the_reason(refused, content, message):
     assert re.search(message, refused(content))
 
 
@@ -105,7 +105,7 @@ def npy_header(shape, dtype="<f8"):
         (npy_header((0, 4)), "none of them 0"),
     ],
 )
-def test_npy(refused, content, message):
+def test_broken_npy_is_refused_with_the_reason(refused, content, message):
     assert re.search(message, refused(content))
 
 
@@ -117,7 +117,7 @@ def test_a_large_file_is_not_read(tmp_path, refused):
         assert "2048 MiB, more than the" in refused(None)
 
 
-def test_what_is_no_file(tmp_path):
+def test_what_is_no_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(ConfigError, match="is no regular file"):
@@ -155,11 +155,11 @@ def test_code_in_a_recording_is_not_run(tmp_path, refused, monkeypatch):
         (lambda torch: {"logical_count": torch.nn.Parameter(torch.ones(2, 2))}, "names"),
     ],
 )  # fmt: skip
-def test_odd_recordings(tmp_path, refused, content, message):
+def test_recordings_without_counts_are_refused(tmp_path, refused, content, message):
     assert message in refused(recording(tmp_path, content))
 
 
-def test_truncated_recordings(tmp_path, refused):
+def test_truncated_recordings_are_refused(tmp_path, refused):
     content = recording(tmp_path, lambda torch: {"logical_count": torch.ones(100, 100)})
     for end in (30, 200, len(content) // 2, len(content) - 10):
         assert "truncated" in refused(content[:end])
@@ -202,10 +202,10 @@ def expert_map(devices, **fields):
     ],
 )
 def test_placements(refused, content, message):
-    assert re.search(message, refused(content, lambda path: read_placement(path, Hints(ranks=2))))
+    assert re.search(message, refused(content, lambda path: read_placement(path, ReadOptions(ranks=2))))
 
 
-def test_a_pattern_that_leaves_an_expert_out(tmp_path):
+def test_a_pattern_that_leaves_an_expert_out_is_refused(tmp_path):
     pattern_RYE = np.zeros((2, 1, 3), dtype=np.int8)
     pattern_RYE[0, 0, 0] = pattern_RYE[1, 0, 1] = 1
     np.save(tmp_path / "pattern.npy", pattern_RYE)
@@ -213,15 +213,15 @@ def test_a_pattern_that_leaves_an_expert_out(tmp_path):
         read(tmp_path / "pattern.npy", "omni")
 
 
-def test_slots_that_lmdeploy_cannot_fill(tmp_path):
+def test_slots_that_lmdeploy_cannot_fill_are_refused(tmp_path):
     (tmp_path / "a.json").write_text("[[1, 2, 3]]")
     for slots in (2, 5):
         with pytest.raises(
             ConfigError, match=f"slots: {slots} must be a multiple of the 2 ranks, and 3 at least"
         ):
-            read(tmp_path / "a.json", hints=Hints(ranks=2, slots=slots))
+            read(tmp_path / "a.json", options=ReadOptions(ranks=2, slots=slots))
 
 
-def test_an_unknown_format(tmp_path):
+def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="'sglnag' is no format, did you mean 'sglang'"):
         read(tmp_path / "a.json", "sglnag")

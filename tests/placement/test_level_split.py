@@ -128,7 +128,7 @@ def test_of_two_slots_on_a_rank_the_first_takes_all():
     assert level_shares(np.array([8, 2]), layout).tolist() == [5, 0, 3, 2]
 
 
-def test_no_token_at_all():
+def test_no_tokens_give_no_shares():
     assert not level_shares(np.zeros(64, np.int64), LAYOUTS["even"]).any()
 
 
@@ -155,15 +155,15 @@ def test_the_kind_of_integer_does_not_matter():
         ([2**62, 2**62], "in all at most"),
     ],
 )
-def test_bad_counts(counts, problem):
+def test_counts_that_cannot_be_are_refused(counts, problem):
     with pytest.raises(ConfigError, match=problem):
         level_shares(np.array(counts), Layout.even(2, 2))
 
 
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 10**4), min_size=1, max_size=6))
-def test_pouring_levels_what_is_under_the_water(amount, loads):
+def test_water_filling_levels_the_ranks_that_get_any(amount, loads):
     loads_C = np.array(loads)
-    shares_C = reference.pour(amount, loads_C)
+    shares_C = reference.water_fill(amount, loads_C)
     assert shares_C.sum() == amount
     assert shares_C.min() >= 0
     ends_C = loads_C + shares_C

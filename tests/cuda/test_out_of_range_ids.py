@@ -1,4 +1,4 @@
-"""Ids out of range never lead to a write outside of a buffer, and a captured graph tells of them too."""
+"""Ids out of range never lead to a write outside of a buffer, and are reported from captured graphs too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from epbackend.kernels.replica_split import EvenReplicas
 pytestmark = pytest.mark.cuda
 
 
-def test_permute_leaves_bad_ids_out(kernels, place):
+def test_permute_leaves_out_ids_out_of_range(kernels, place):
     ids_TK = torch.tensor([[1 << 40, 0], [-(1 << 40), 2]], device=place)
     permuted = kernels.permute(torch.randn(2, 4, device=place), ids_TK, 2)
     assert permuted.counts_L.tolist() == [1, 0]
@@ -26,7 +26,7 @@ def test_permute_leaves_bad_ids_out(kernels, place):
 
 @pytest.mark.skipif(knobs.runtime.interpret or not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("name", ["triton", "grouped_mm"])
-def test_a_finding_of_a_replay_is_raised_by_the_next_call(cuda, name):
+def test_an_id_out_of_range_in_a_replay_is_raised_by_the_next_call(cuda, name):
     place = cuda.torch_device(0)
     one = EvenReplicas(np.arange(4)[:, None], np.ones((4, 1), bool))
     split = cuda.kernel_set(name).even_split(one, place, ExpertIdCheck(4, place))

@@ -1,4 +1,4 @@
-"""Whole forms of experts are used where they are: on a GPU there is no room for a second copy."""
+"""Experts given as one tensor or one quantized whole are used in place: a GPU has no room for a second copy."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture
-def packed(monkeypatch):
-    """What the kernels get to multiply with."""
+def multiplied(monkeypatch):
+    """The experts that the products are called with."""
     seen = []
 
     class Products(triton_kernels.Products):
@@ -35,9 +35,9 @@ def packed(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("form", [torch.Tensor.bfloat16, Int8Weights.of, Fp8Blocks.of])
-def test_nothing_is_copied(packed, place, form):
-    halves = [form(torch.randn(2, *shape, device=place)) for shape in ((256, 128), (128, 128))]
+@pytest.mark.parametrize("weight_format", [torch.Tensor.bfloat16, Int8Weights.of, Fp8Blocks.of])
+def test_weights_are_multiplied_in_place(multiplied, place, weight_format):
+    halves = [weight_format(torch.randn(2, *shape, device=place)) for shape in ((256, 128), (128, 128))]
     layer = ExpertParallelMoE(
         *halves,
         slot_map=SlotMap.uniform(2, 1),
@@ -48,7 +48,7 @@ def test_nothing_is_copied(packed, place, form):
     )
     hidden = torch.randn(3, 128, device=place).bfloat16()
     layer(hidden, torch.zeros(3, 1, dtype=torch.int64, device=place), torch.ones(3, 1, device=place))
-    assert [addresses(each) for each in packed] == [addresses(half) for half in halves]
+    assert [addresses(each) for each in multiplied] == [addresses(half) for half in halves]
 
 
 def addresses(experts) -> list[int]:

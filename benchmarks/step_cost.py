@@ -1,0 +1,154 @@
+"""What the load report costs: host time behind a step of the engine, and throughput of the CPU engine with and without.
+
+    python -m benchmarks.step_cost                       # 58 layers of 256 experts on the CPU, then the engine
+    python -m benchmarks.step_cost --place cuda          # the counters on a GPU
+    python -m benchmarks.step_cost --pairs 0             # host time alone
+
+Wanted: `step` under 20 us, and under 1% between the engine's runs, which take turns (with, without, without, with).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+import epbackend
+from benchmarks.report import machine, print_table
+from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard
+from epbackend.engines.lmdeploy.load_writer import LoadWriter
+from epbackend.moe import Load
+
+PROMPTS, NEW_TOKENS = 4, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=58)
+    parser.add_argument("--experts", type=int, default=256, help="of each layer on this rank")
+    parser.add_argument("--place", default="cpu", help="device of the counters")
+    parser.add_argument("--model", default="tiny-qwen3-moe")
+    parser.add_argument(
+        "--pairs", type=int, default=40, help="runs of the engine with and without the report"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(machine())
+    print_table(
+        f"host microseconds, {args.layers} layers of {args.experts} experts on {args.place}", host_rows(args)
+    )
+    if args.pairs:
+        print_table(f"{args.model} on the CPU, with the report and without", [engine_row(args)])
+
+
+def host_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The serving thread's part, once a step, and the other thread's, four times a second."""
+    board = LoadBoard(1)
+    with mock.patch.dict(os.environ, {BOARD_VARIABLE: board.variable}):
+        writer, layers = LoadWriter(), [layer(args.experts, args.place) for _ in range(args.layers)]
+        for number, each in enumerate(layers):
+            writer.watch(0, number, each, each.place)
+        writer.step()
+        counters = writer._counters
+        assert counters is not None
+        rows = [
+            {"what": "step, in the serving thread", **times(writer.step, args.place)},
+            {
+                "what": "write down, in the thread beside",
+                **times(lambda: writer._write_down(counters)),
+            },
+            {"what": "report, in the parent (it waits for the thread)", **times(board.report, repeat=1)},
+        ]
+        writer.close()
+    board.remove()
+    return rows
+
+
+def layer(experts: int, place: str) -> Any:
+    """What the writer needs of an ExpertParallelMoE."""
+    load = Load(tuple(range(experts)), experts)
+    load.add_call(passes=1, rounds=1)
+    where = torch.zeros(1, device=place).device
+    return SimpleSpace(load=load, slot_map=SimpleNamespace(experts=experts), dispatchers={}, place=where)
+
+
+class SimpleSpace(SimpleNamespace):
+    """A SimpleNamespace that can be referred to weakly."""
+
+
+def times(
+    call: Callable[[], Any], place: str = "cpu", repeat: int = 200, rounds: int = 25
+) -> dict[str, float]:
+    """Microseconds of a call. The best round is what it costs; the median has what else the machine does."""
+    found = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        found.append((time.perf_counter() - began) / repeat * 1e6)
+        if place != "cpu":
+            torch.get_device_module(place).synchronize()  # its queue must not fill up
+    return {"best": min(found), "median": statistics.median(found)}
+
+
+def engine_row(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs that take turns: what else the machine does hits both."""
+    from lmdeploy import GenerationConfig
+
+    config = epbackend.EPConfig.load({"device": "cpu", "engine": {"log_level": "ERROR", "session_len": 256}})
+    gen = GenerationConfig(max_new_tokens=NEW_TOKENS, ignore_eos=True, do_sample=False)
+    prompts = [f"Once upon a time there were {number} ranks" for number in range(PROMPTS)]
+    with epbackend.pipeline(args.model, config) as pipe:
+        spent = {"step": 0.0, "_write_down": 0.0}
+
+        def clocked(name: str) -> Callable[..., Any]:
+            method = getattr(LoadWriter, name)
+
+            def timed(*args: Any) -> Any:
+                began = time.thread_time()
+                try:
+                    return method(*args)
+                finally:
+                    spent[name] += time.thread_time() - began
+
+            return timed
+
+        def run(report: bool) -> tuple[float, float]:
+            """Seconds on the wall, and of processor time of all threads, on which other programs tell less."""
+            with (
+                mock.patch.object(LoadWriter, "step", clocked("step") if report else lambda writer: None),
+                mock.patch.object(LoadWriter, "_write_down", clocked("_write_down")),
+            ):
+                began = time.perf_counter(), time.process_time()
+                pipe(prompts, gen_config=gen, do_preprocess=False)
+                return time.perf_counter() - began[0], time.process_time() - began[1]
+
+        run(True)
+        spent |= dict.fromkeys(spent, 0.0)
+        with_it: list[tuple[float, float]] = []
+        without: list[tuple[float, float]] = []
+        for pair in range(args.pairs):
+            for report in (True, False) if pair % 2 else (False, True):
+                (with_it if report else without).append(run(report))
+    row = {"pairs": args.pairs, "tokens/s without": PROMPTS * NEW_TOKENS / min(wall for wall, _ in without)}
+    whole = sum(processor for _, processor in with_it)
+    row |= {f"of the processor time, {name}": f"{100 * spent[name] / whole:.3f}%" for name in spent}
+    for at, clock in enumerate(("wall", "processor")):
+        ratios = [100 * (a[at] / b[at] - 1) for a, b in zip(with_it, without, strict=True)]
+        row[f"more {clock} time, median of pairs"] = f"{statistics.median(ratios):+.2f}%"
+        if len(ratios) > 1:
+            row[f"standard error ({clock})"] = f"{statistics.stdev(ratios) / len(ratios) ** 0.5:.2f}%"
+    return row
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,562 @@
+"""The split `level` on the device: one launch from the counts of all sources to a slot for every choice of this one.
+
+Every program computes the shares and its source's quotas for itself, so that none waits for another, and then places
+the choices of its blocks. In order:
+
+    LevelTable     what the kernel must know of a layer's slots, made once
+    level_shares   how many tokens each replica takes, so that the fullest rank is as empty as can be: sweeps fill each
+                   replicated expert's tokens onto its ranks (water-filling), and before every second sweep loads move
+                   along a tree of ranks. `epbackend/placement/replica_split_reference.py` says the same in plain Python
+    own_quota      how many of one source's tokens go to each replica, near ones first
+    LevelSplit     the call and the kernel
+
+With several sources the counts are gathered before, by `LevelReplicas.gather`.
+
+Shapes: S choices, E experts, X replicated experts (on several ranks), C replicas of an expert, R ranks, J unreplicated
+experts of a rank, G sources, B blocks of choices. XS, CS, RS, JS and GS are powers of two that hold X, C, R, J and G.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epbackend.kernels.id_check import ExpertIdCheck
+from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
+from epbackend.kernels.triton.even_split import (
+    BLOCK,
+    EvenSplit,
+    ExpertCounts,
+    count_all,
+    empty_slots,
+    positions_of_choices,
+    replica_of_position,
+    store_slots,
+)
+from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.permute import load_slots
+from epbackend.kernels.triton.tiles import Chip, chip_of
+
+
+@dataclass(frozen=True)
+class LevelTable:
+    """A layer's slots as the kernel reads them. Of two slots of an expert on one rank the first counts."""
+
+    first_slot_E: Tensor
+    """int64: each expert's first slot."""
+    replicated_E: Tensor
+    """int32: which of the X an expert is, or -1."""
+    single_RJ: Tensor
+    """int32: the experts that are on one rank alone; rows end in -1."""
+    expert_X: Tensor
+    """int32."""
+    slots_XC: Tensor
+    """int64, in ascending order; rows end in -1, here and below."""
+    ranks_XC: Tensor
+    """int32: the rank of each replica."""
+    sources_XC: Tensor
+    """int32: the source that the rank belongs to."""
+
+    @classmethod
+    def of(cls, replicas: LevelReplicas, device: torch.device) -> LevelTable:
+        layout = replicas.layout
+        kept = [
+            _one_a_rank(layout.slots_EC[expert], layout.rank_of_slot_P) for expert in range(layout.experts)
+        ]
+        replicated = [expert for expert, slots in enumerate(kept) if len(slots) > 1]
+        single_of: list[list[int]] = [[] for _ in range(layout.ranks)]
+        for expert, slots in enumerate(kept):
+            if len(slots) == 1:
+                single_of[layout.rank_of_slot_P[slots[0]]].append(expert)
+        index_E = np.full(layout.experts, -1)
+        index_E[replicated] = np.arange(len(replicated))
+        slots_XC = _padded([kept[expert] for expert in replicated])
+        here_XC = slots_XC >= 0
+
+        def on(values: object, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(np.array(values), dtype=dtype, device=device)
+
+        return cls(
+            first_slot_E=on(replicas.slot_ids_EC[:, 0], torch.int64),
+            replicated_E=on(index_E),
+            single_RJ=on(_padded(single_of)),
+            expert_X=on(replicated),
+            slots_XC=on(
+                _padded([replicas.slot_ids_EC[e, np.isin(layout.slots_EC[e], kept[e])] for e in replicated]),
+                torch.int64,
+            ),
+            ranks_XC=on(np.where(here_XC, layout.rank_of_slot_P[slots_XC], -1)),
+            sources_XC=on(np.where(here_XC, replicas.by_source.rank_of_slot_P[slots_XC], -1)),
+        )
+
+
+def _one_a_rank(slots_C: np.ndarray, rank_of_slot_P: np.ndarray) -> np.ndarray:
+    slots_C = slots_C[slots_C >= 0]
+    return slots_C[np.unique(rank_of_slot_P[slots_C], return_index=True)[1]]
+
+
+def _padded(rows: list) -> np.ndarray:
+    """[rows, the longest one] (int64), -1 past the ends."""
+    table = np.full((len(rows), max(map(len, rows), default=0)), -1)
+    for row, values in zip(table, rows, strict=True):
+        row[: len(values)] = values
+    return table
+
+
+GAP_BITS = tl.constexpr(10)
+MOST_SWEEPS = tl.constexpr(64)
+"""When to stop, as in the reference: the fullest rank is within 1 / 2^GAP_BITS of the mean of the ranks that it can
+share with, or so many sweeps are done."""
+
+
+@triton.jit
+def level_shares(
+    tokens,
+    single_RJ,
+    expert_X,
+    ranks_XC,
+    R,
+    J,
+    X,
+    C,
+    RS: tl.constexpr,
+    JS: tl.constexpr,
+    XS: tl.constexpr,
+    CS: tl.constexpr,
+):
+    """shares [XS, CS], zero where a row has no replica; `tokens` has a lane for each expert.
+
+    Every step follows from the one before. Loads of all ranks and shares of all replicas stay in registers.
+    """
+    loads = _single_loads(tokens, single_RJ, R, J, RS, JS)
+    nth = tl.arange(0, XS)
+    tokens_X = tl.gather(tokens, tl.load(expert_X + nth, mask=nth < X, other=0), 0)
+    tokens_X = tl.where(nth < X, tokens_X, 0)
+    each_rank = tl.arange(0, RS)
+    each, replica = nth[:, None], tl.arange(0, CS)[None, :]
+    here = (each < X) & (replica < C)
+    here = here & (tl.load(ranks_XC + each * C + replica, mask=here, other=-1) >= 0)
+    replicas = tl.maximum(tl.sum(here.to(tl.int32), 1), 1)
+    more = (replica < (tokens_X % replicas)[:, None]).to(tl.int32)
+    shares = tl.where(here, (tokens_X // replicas)[:, None] + more, 0)
+    for x in range(0, X):
+        loads += _sum_by_rank(_row(shares, x, XS), _ranks(ranks_XC, x, C, CS), each_rank)
+    sweep = tl.zeros((), tl.int32)
+    going = sweep == 0
+    while going:
+        size, total, order, joined, from_replica, to_replica = _grow_tree(
+            loads, shares, ranks_XC, X, C, XS, CS, RS
+        )
+        most = tl.max(loads)
+        going = most - (most >> GAP_BITS) > (total + size - 1) // size
+        if going:
+            if sweep % 2 == 1:
+                loads, shares = _level_tree(
+                    loads,
+                    shares,
+                    ranks_XC,
+                    C,
+                    size,
+                    total,
+                    order,
+                    joined,
+                    from_replica,
+                    to_replica,
+                    XS,
+                    CS,
+                    RS,
+                )
+            loads, shares = _sweep(loads, shares, tokens_X, ranks_XC, X, C, XS, CS, RS)
+        sweep += 1
+        going = going & (sweep < MOST_SWEEPS)
+    return shares
+
+
+@triton.jit
+def _single_loads(tokens, single_RJ, R, J, RS: tl.constexpr, JS: tl.constexpr):
+    """Tokens of each rank's unreplicated experts; -1 in lanes past the ranks, which are then never the fullest."""
+    flat = tl.arange(0, RS * JS)
+    rank, place = flat // JS, flat % JS
+    expert = tl.load(single_RJ + rank * J + place, mask=(rank < R) & (place < J), other=-1)
+    of_single = tl.where(expert >= 0, tl.gather(tokens, tl.maximum(expert, 0), 0), 0)
+    loads = tl.sum(tl.reshape(of_single, (RS, JS)), 1)
+    return tl.where(tl.arange(0, RS) < R, loads, -1)
+
+
+@triton.jit
+def _ranks(ranks_XC, x, C, CS: tl.constexpr):
+    """The ranks of one expert's replicas, -1 past them."""
+    replica = tl.arange(0, CS)
+    return tl.load(ranks_XC + x * C + replica, mask=replica < C, other=-1)
+
+
+@triton.jit
+def _row(shares, x, XS: tl.constexpr):
+    """shares[x]."""
+    return tl.sum(tl.where(tl.arange(0, XS)[:, None] == x, shares, 0), 0)
+
+
+@triton.jit
+def _sum_by_rank(values, rank, each_rank):
+    """For every rank the sum of the values that are on it."""
+    return tl.sum(tl.where(rank[:, None] == each_rank[None, :], values[:, None], 0), 0)
+
+
+@triton.jit
+def _sweep(loads, shares, tokens_X, ranks_XC, X, C, XS: tl.constexpr, CS: tl.constexpr, RS: tl.constexpr):
+    """Fill the tokens of every replicated expert onto its ranks again, one expert after the other."""
+    each_rank = tl.arange(0, RS)
+    for x in range(0, X):
+        rank = _ranks(ranks_XC, x, C, CS)
+        loads -= _sum_by_rank(_row(shares, x, XS), rank, each_rank)
+        tokens = tl.sum(tl.where(tl.arange(0, XS) == x, tokens_X, 0))
+        filled = _fill(tokens, tl.gather(loads, tl.maximum(rank, 0), 0), rank >= 0)
+        loads += _sum_by_rank(filled, rank, each_rank)
+        shares = tl.where(tl.arange(0, XS)[:, None] == x, filled[None, :], shares)
+    return loads, shares
+
+
+@triton.jit
+def _fill(tokens, load, here):
+    """Water-filling: what each rank gets of `tokens`, given its `load`.
+
+    The ranks under the water level end up equally full; the remainder goes to the first of them, one token each.
+    """
+    under = here
+    before = tl.zeros((), tl.int32)
+    count = tl.sum(under.to(tl.int32))
+    total = tokens + tl.sum(tl.where(under, load, 0))
+    while count != before:
+        before = count
+        under = here & (load <= total // count)
+        count = tl.sum(under.to(tl.int32))
+        total = tokens + tl.sum(tl.where(under, load, 0))
+    level = total // count
+    nth = tl.cumsum(under.to(tl.int32)) - 1
+    return tl.where(under, level - load + (nth < total - level * count).to(tl.int32), 0)
+
+
+@triton.jit
+def _grow_tree(loads, shares, ranks_XC, X, C, XS: tl.constexpr, CS: tl.constexpr, RS: tl.constexpr):
+    """The tree of ranks to which tokens of the fullest rank, its root, can move: its size, its load, and its edges.
+
+    For each rank: its `order` of joining, or -1; the expert by which it `joined`, that expert's replica on the parent
+    (`from_replica`), and its replica on the rank itself (`to_replica`).
+    """
+    each_rank, replica = tl.arange(0, RS), tl.arange(0, CS)
+    total = tl.max(loads)
+    root = tl.min(tl.where(loads == total, each_rank, RS))
+    order = tl.where(each_rank == root, 0, -1)
+    joined, from_replica, to_replica = tl.zeros_like(order), tl.zeros_like(order), tl.zeros_like(order)
+    grown = tl.zeros((), tl.int32)
+    size = grown + 1
+    while size > grown:
+        grown = size
+        for x in range(0, X):
+            rank = _ranks(ranks_XC, x, C, CS)
+            inside = tl.gather(order, tl.maximum(rank, 0), 0) >= 0
+            gives = (rank >= 0) & inside & (_row(shares, x, XS) > 0)
+            first_giving = tl.min(tl.where(gives, replica, CS))
+            joins = ((rank >= 0) & (inside == 0) & (first_giving < CS)).to(tl.int32)
+            place = size + tl.cumsum(joins) - joins
+            new = _sum_by_rank(joins, rank, each_rank) > 0
+            order = tl.where(new, _sum_by_rank(place * joins, rank, each_rank), order)
+            joined = tl.where(new, x, joined)
+            from_replica = tl.where(new, first_giving, from_replica)
+            to_replica = tl.where(new, _sum_by_rank(replica * joins, rank, each_rank), to_replica)
+            total += tl.sum(tl.where(new, loads, 0))
+            size += tl.sum(joins)
+    return size, total, order, joined, from_replica, to_replica
+
+
+@triton.jit
+def _level_tree(
+    loads,
+    shares,
+    ranks_XC,
+    C,
+    size,
+    total,
+    order,
+    joined,
+    from_replica,
+    to_replica,
+    XS: tl.constexpr,
+    CS: tl.constexpr,
+    RS: tl.constexpr,
+):
+    """Move loads along the tree, from its leaves to the root, as far as the shares along its edges allow."""
+    each, replica, each_rank = tl.arange(0, XS)[:, None], tl.arange(0, CS)[None, :], tl.arange(0, RS)
+    mean = total // size
+    for step in range(1, size):
+        index = size - step
+        here = order == index
+        x = tl.sum(tl.where(here, joined, 0))
+        gives, takes = tl.sum(tl.where(here, from_replica, 0)), tl.sum(tl.where(here, to_replica, 0))
+        given = (each == x) & (replica == gives)
+        taken = (each == x) & (replica == takes)
+        surplus = tl.sum(tl.where(here, loads, 0)) - mean - (index < total - mean * size).to(tl.int32)
+        surplus = tl.minimum(surplus, tl.sum(tl.sum(tl.where(taken, shares, 0), 1)))
+        surplus = tl.maximum(surplus, -tl.sum(tl.sum(tl.where(given, shares, 0), 1)))
+        shares += tl.where(given, surplus, 0) - tl.where(taken, surplus, 0)
+        parent = tl.load(ranks_XC + x * C + gives)
+        loads += tl.where(each_rank == parent, surplus, 0) - tl.where(here, surplus, 0)
+    return loads, shares
+
+
+@triton.jit
+def gather_flat(values, index, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of a block with SIZE values, by flat indices.
+
+    Triton 3.7 cannot gather from two-dimensional blocks of all shapes.
+    """
+    flat = tl.gather(tl.reshape(values, (SIZE,)), tl.reshape(index, (ROWS * COLUMNS,)), 0)
+    return tl.reshape(flat, (ROWS, COLUMNS))
+
+
+@triton.jit
+def own_quota(
+    shares,
+    counts_GE,
+    stride,
+    expert_X,
+    sources_XC,
+    source,
+    node,
+    G,
+    X,
+    C,
+    XS: tl.constexpr,
+    CS: tl.constexpr,
+    GS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """quota [XS, CS] of `source`, from the shares [XS, CS] of all; CHUNK experts at a time.
+
+    Sources and replicas are matched within blocks of one source first, then of a node, then of all. In each block the
+    tokens that its sources still have lie on one line, and the shares that its replicas still have free on another: a
+    source's quota of a replica is the overlap of their two intervals.
+    """
+    each = tl.arange(0, XS)[:, None]
+    replica, sources = tl.arange(0, CS)[None, :], tl.arange(0, GS)[None, :]
+    quota = tl.zeros_like(shares)
+    for start in range(0, X, CHUNK):
+        x = (start + tl.arange(0, CHUNK))[:, None]
+        expert = tl.load(expert_X + x, mask=x < X, other=0)
+        counts = counts_GE + sources.to(tl.int64) * stride + expert
+        tokens = tl.load(counts, mask=(x < X) & (sources < G), other=0).to(tl.int32)
+        holder = tl.load(sources_XC + x * C + replica, mask=(x < X) & (replica < C), other=-1)
+        free = gather_flat(shares, tl.minimum(x, XS - 1) * CS + replica, XS * CS, CHUNK, CS)
+        free = tl.where(x < X, free, 0)
+        part = tl.zeros_like(free)
+        for step in tl.static_range(3):
+            if step == 0:
+                block = 1
+            elif step == 1:
+                block = node
+            else:
+                block = G
+            gained, tokens, free = _match(tokens, free, holder, source, block, CS, GS, CHUNK)
+            part += gained
+        mine = (each >= start) & (each < start + CHUNK)
+        row = tl.minimum(tl.maximum(each - start, 0), CHUNK - 1)
+        quota = tl.where(mine, gather_flat(part, row * CS + replica, CHUNK * CS, XS, CS), quota)
+    return quota
+
+
+@triton.jit
+def _match(tokens, free, holder, source, block, CS: tl.constexpr, GS: tl.constexpr, CHUNK: tl.constexpr):
+    """(what the source gives each replica of its own block, tokens left, shares still free), for CHUNK experts.
+
+    `tokens` is [CHUNK, GS]; `free`, the replicas' shares that are not taken yet, and `holder`, the source of each
+    replica or -1 past them, are [CHUNK, CS]. `block` is how many sources a block has.
+    """
+    sources, replica = tl.arange(0, GS)[None, :], tl.arange(0, CS)
+    block_G = sources // block
+    block_C = tl.where(holder >= 0, holder // block, -1)
+    start_of_x = tl.arange(0, CHUNK)[:, None] * GS
+    first = block_G * block
+    last = tl.minimum(first + block, GS) - 1
+    sums = tl.cumsum(tokens, 1)
+    ends = sums - gather_flat(sums - tokens, start_of_x + first, CHUNK * GS, CHUNK, GS)
+    same = block_C[:, :, None] == block_C[:, None, :]
+    earlier = same & (replica[None, None, :] <= replica[None, :, None])
+    free_ends = tl.sum(tl.where(earlier, free[:, None, :], 0), 2)
+    here = sources == source
+    end = tl.sum(tl.where(here, ends, 0), 1)[:, None]
+    start = end - tl.sum(tl.where(here, tokens, 0), 1)[:, None]
+    overlap = tl.maximum(tl.minimum(free_ends, end) - tl.maximum(free_ends - free, start), 0)
+    inside = block_C[:, :, None] == block_G[:, None, :]
+    free_G = tl.sum(tl.where(inside, free[:, :, None], 0), 1)
+    matched_G = tl.minimum(gather_flat(ends, start_of_x + last, CHUNK * GS, CHUNK, GS), free_G)
+    at = holder[:, :, None] == sources[:, None, :]
+    matched_C = tl.sum(tl.where(at, matched_G[:, None, :], 0), 2)
+    tokens = tl.minimum(tokens, tl.maximum(ends - matched_G, 0))
+    left = tl.minimum(free, tl.maximum(free_ends - matched_C, 0))
+    return tl.where(block_C == source // block, overlap, 0), tokens, left
+
+
+QUOTA_CELLS = 1024
+"""Experts times replicas times sources (or replicas) whose quotas are computed at a time: 8 values a thread."""
+
+SOURCES = tl.constexpr(8)
+"""Sources whose counts are added up at a time."""
+
+
+def level_split(
+    replicas: LevelReplicas, device: torch.device, id_check: ExpertIdCheck | None, chip: Chip | None
+) -> Split:
+    """See `epbackend.kernels.Kernels.level_split`; the sum of all counts is below 2^31."""
+    table = LevelTable.of(replicas, device)
+    if not len(table.expert_X):  # no expert is on two ranks: the first of its replicas takes all
+        first_E1 = replicas.slot_ids_EC[:, :1]
+        return EvenSplit(EvenReplicas(first_E1, first_E1 >= 0), device, id_check)
+    return LevelSplit(replicas, table, id_check, chip)
+
+
+class LevelSplit:
+    """A layer with experts on several ranks."""
+
+    def __init__(
+        self, replicas: LevelReplicas, table: LevelTable, id_check: ExpertIdCheck | None, chip: Chip | None
+    ) -> None:
+        self._replicas, self._id_check, self._chip = replicas, id_check, chip
+        self._experts = len(table.first_slot_E)
+        (replicated, most), (ranks, single) = table.ranks_XC.shape, table.single_RJ.shape
+        self._xs, self._cs = triton.next_power_of_2(replicated), triton.next_power_of_2(most)
+        self._launch = _level_slots.bind(
+            first_slot_E=table.first_slot_E,
+            replicated_E=table.replicated_E,
+            single_RJ=table.single_RJ,
+            expert_X=table.expert_X,
+            slots_XC=table.slots_XC,
+            ranks_XC=table.ranks_XC,
+            sources_XC=table.sources_XC,
+            found_1=id_check.found_1 if id_check else None,
+            E=self._experts,
+            source=replicas.source,
+            R=ranks,
+            J=single,
+            X=replicated,
+            C=most,
+            RS=triton.next_power_of_2(ranks),
+            JS=triton.next_power_of_2(max(1, single)),
+            XS=self._xs,
+            CS=self._cs,
+            LANES=triton.next_power_of_2(self._experts + 1),
+            BLOCK=BLOCK,
+        )
+
+    def __call__(self, topk_ids_TK: Tensor) -> Tensor:
+        if self._id_check:
+            self._id_check.report()
+        slot_ids_TK = empty_slots(topk_ids_TK)
+        counts = ExpertCounts.of(topk_ids_TK.contiguous().view(-1), self._experts)
+        gather = self._replicas.gather
+        counts_GE = gather(counts.counts_E(self._experts)) if gather else None
+        if len(counts.ids_S):
+            self._find_slots(counts, counts_GE, slot_ids_TK)
+        return slot_ids_TK
+
+    def _find_slots(self, counts: ExpertCounts, counts_GE: Tensor | None, slot_ids_TK: Tensor) -> None:
+        sources, stride = (1, 0) if counts_GE is None else (len(counts_GE), counts_GE.stride(0))
+        gs = triton.next_power_of_2(sources)
+        chip = self._chip or chip_of(counts.ids_S.device)
+        self._launch[(min(counts.blocks, chip.sms),)](
+            ids_S=counts.ids_S,
+            totals_E=counts.totals_E,
+            before_BE=counts.before_BE,
+            counts_GE=counts_GE,
+            stride=stride,
+            slot_ids_S=slot_ids_TK,
+            S=len(counts.ids_S),
+            blocks=counts.blocks,
+            G=sources,
+            node=self._replicas.node_sources or sources,
+            GS=gs,
+            CHUNK=max(1, min(self._xs, QUOTA_CELLS // (self._cs * max(self._cs, gs)))),
+            ALL=counts.all,
+        )
+
+
+@named_launch
+@triton.jit(do_not_specialize=["S", "blocks", "source", "node", "stride"])
+def _level_slots(
+    ids_S,
+    totals_E,
+    before_BE,
+    counts_GE,
+    stride,
+    first_slot_E,
+    replicated_E,
+    single_RJ,
+    expert_X,
+    slots_XC,
+    ranks_XC,
+    sources_XC,
+    found_1,
+    slot_ids_S,
+    S,
+    blocks,
+    E,
+    G,
+    source,
+    node,
+    R,
+    J,
+    X,
+    C,
+    RS: tl.constexpr,
+    JS: tl.constexpr,
+    XS: tl.constexpr,
+    CS: tl.constexpr,
+    GS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
+    ALL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Every program: the shares, this source's quotas, then the blocks of choices from its own number on.
+
+    `stride` is that of counts_GE, which is None where all ranks hold the same tokens; ALL as in `ExpertCounts`.
+    """
+    lane = tl.arange(0, LANES)
+    if counts_GE is not None:
+        tokens = _add_sources(counts_GE, stride, E, G, LANES)
+    elif ALL:
+        tokens = tl.where(lane < E, count_all(ids_S, S, E, LANES, ALL), 0)
+    else:
+        tokens = tl.load(totals_E + lane, mask=lane < E, other=0).to(tl.int32)
+    quota = level_shares(tokens, single_RJ, expert_X, ranks_XC, R, J, X, C, RS, JS, XS, CS)
+    if counts_GE is not None:
+        quota = own_quota(
+            quota, counts_GE, stride, expert_X, sources_XC, source, node, G, X, C, XS, CS, GS, CHUNK
+        )
+    slot_of_first = tl.load(first_slot_E)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        choice = block * BLOCK + tl.arange(0, BLOCK)
+        expert = load_slots(ids_S, choice, S, E)
+        position, _ = positions_of_choices(ids_S, totals_E, before_BE, block, expert, S, E, LANES, ALL, BLOCK)
+        x = tl.load(replicated_E + expert, mask=expert < E, other=-1)
+        place = tl.maximum(x, 0)[:, None] * CS + tl.arange(0, CS)[None, :]
+        taken = replica_of_position(gather_flat(quota, place, XS * CS, BLOCK, CS), position)
+        slot = tl.load(first_slot_E + expert, mask=(expert < E) & (x < 0), other=0)
+        shared = tl.load(slots_XC + x * C + taken, mask=(x >= 0) & (taken < C), other=0)
+        store_slots(slot_ids_S, tl.where(x >= 0, shared, slot), slot_of_first, ids_S, found_1, choice, S, E)
+
+
+@triton.jit
+def _add_sources(counts_GE, stride, E, G, LANES: tl.constexpr):
+    """Choices of each lane's expert, over all sources."""
+    lane = tl.arange(0, LANES)[None, :]
+    tokens = tl.zeros((LANES,), tl.int32)
+    for start in range(0, G, SOURCES):
+        source = (start + tl.arange(0, SOURCES))[:, None]
+        counts = counts_GE + source.to(tl.int64) * stride + lane
+        tokens += tl.sum(tl.load(counts, mask=(source < G) & (lane < E), other=0).to(tl.int32), 0)
+    return tokens

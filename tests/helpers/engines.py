@@ -1,0 +1,48 @@
+"""Engines of tests: their settings, and requests to their server."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import requests
+from lmdeploy import GenerationConfig
+
+from epbackend import EPConfig
+from epbackend.engines.lmdeploy.deployment import LOOPBACK
+from tests.helpers.engine_models import NEW_TOKENS
+from tests.helpers.patience import PATIENCE_S
+
+GREEDY = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True)
+
+
+def config(engine: dict[str, Any] | None = None, **settings: Any) -> EPConfig:
+    """Settings of an engine on the CPU, quiet and with short sessions."""
+    common = {"log_level": "ERROR", "session_len": 400}
+    return EPConfig.load({"device": "cpu", "engine": common | (engine or {})} | settings)
+
+
+def await_model(port: int) -> None:
+    """Return when the server at `port` answers with a model."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            if len(requests.get(f"http://{LOOPBACK}:{port}/v1/models", timeout=5).json()["data"]) >= 1:
+                return
+        except (requests.ConnectionError, requests.Timeout):
+            pass
+        time.sleep(0.3)
+    raise AssertionError("the server does not know its model")
+
+
+def complete(port: int, text: str) -> str:
+    """What the server at `port` says after `text`: NEW_TOKENS tokens, greedily."""
+    request = {
+        "model": "tiny",
+        "prompt": text,
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    response = requests.post(f"http://{LOOPBACK}:{port}/v1/completions", json=request, timeout=PATIENCE_S)
+    return response.json()["choices"][0]["text"]

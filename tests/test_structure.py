@@ -1,0 +1,67 @@
+"""The shape of the code: no circles among imports, layers that exist, tests that share by helpers alone."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+grimp = pytest.importorskip("grimp")
+tomllib = pytest.importorskip("tomllib")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.xfail(reason="config and engines.lmdeploy are being untied")
+def test_imports_of_the_package_have_no_circle():
+    """Nor do those inside functions, nor those for types alone: a module can be read after the ones that it uses."""
+    graph = grimp.build_graph("epbackend", cache_dir=None)
+    used = {
+        # The packages around a module are loaded before it in any case.
+        module: {
+            name for name in graph.find_modules_directly_imported_by(module) if name not in _around(module)
+        }
+        for module in graph.modules
+    }
+    try:
+        TopologicalSorter(used).prepare()
+    except CycleError as error:
+        pytest.fail(" is imported by ".join(error.args[1]))
+
+
+def test_every_module_of_the_package_has_a_layer():
+    """`lint-imports` checks the order of the layers that are listed."""
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    (layers,) = (contract["layers"] for contract in linter["contracts"] if contract["type"] == "layers")
+    top = [path.with_suffix("") for path in (ROOT / "epbackend").glob("*.py") if path.stem != "__init__"]
+    top += [path.parent for path in (ROOT / "epbackend").glob("*/__init__.py")]
+    assert sorted(layers) == sorted(f"epbackend.{path.name}" for path in top)
+
+
+def test_tests_import_helpers_and_no_other_test():
+    """A test that imports another would be changed, and skipped, with it."""
+    found = {}
+    for path in (ROOT / "tests").rglob("*.py"):
+        names = [name for name in _imported(path) if f"{name}.".startswith("tests.")]
+        if wrong := [name for name in names if not f"{name}.".startswith("tests.helpers.")]:
+            found[str(path.relative_to(ROOT))] = wrong
+    assert found == {}
+
+
+def _around(module: str) -> set[str]:
+    parts = module.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
+
+
+def _imported(path: Path) -> set[str]:
+    """The modules and names that a file imports, with dots before those that are named relative to it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{'tests.' * node.level}{node.module}.{alias.name}" for alias in node.names}
+    return names
