@@ -140,6 +140,13 @@ class NpuKernels(TorchSplits, TorchQuantization):
         sums_TD = ops.token_unpermute(rows_SD.float(), row_TK.reshape(-1), weights_TK)
         out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
 
+    def weighted_sums(
+        self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        sums_TD = rows_SD.new_zeros(len(weights_TK), rows_SD.shape[1], dtype=torch.float32)
+        self.unpermute(rows_SD, choice_of_row_S, weights_TK, sums_TD)
+        return sums_TD.to(dtype)
+
     def prepack(self, weights_LNK: Matrices) -> NpuWeights:
         """Int8 matrices are copied into tiles where the operators take them; float ones stay as they are."""
         packed = stacked(weights_LNK)
