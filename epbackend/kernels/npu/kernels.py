@@ -7,8 +7,8 @@ W8A8 experts keep their rows in int8 from one product to the next. With tiled ma
 SwiGLU and the quantization of its rows are one operator; with plain ones the product leaves int32 sums, and a second
 operator does the rest.
 
-Shapes: T tokens, D hidden size, K experts chosen per token, L slots, S rows, F expert width, J choices; N outputs and K
-inputs of a matrix.
+Shapes: T tokens, D hidden size, K experts chosen per token, L slots, S rows, F expert width; N outputs and K inputs of
+a matrix.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def _permute_window(hidden_TD: Tensor, ids_TK: Tensor, slots: int, window: tuple
 
 
 def _rows_of_choices(choice_of_row_S: Tensor, choices: int) -> Tensor:
-    """The inverse of choice_of_row_S: row_J (int32) for each of J choices, -1 where it has none."""
-    row_J = torch.full((choices + 1,), -1, dtype=torch.int32, device=choice_of_row_S.device)
+    """The inverse of choice_of_row_S: the row (int32) of each choice, -1 where it has none."""
+    row_of = torch.full((choices + 1,), -1, dtype=torch.int32, device=choice_of_row_S.device)
     rows_S = torch.arange(len(choice_of_row_S), dtype=torch.int32, device=choice_of_row_S.device)
     place_S = choice_of_row_S.masked_fill(choice_of_row_S < 0, choices)  # garbage rows share the last place
-    return row_J.scatter_(0, place_S, rows_S)[:choices]
+    return row_of.scatter_(0, place_S, rows_S)[:choices]
