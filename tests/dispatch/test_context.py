@@ -111,6 +111,7 @@ def watchdogs() -> list[threading.Thread]:
 
 def test_the_thread_of_a_dropped_context_ends(monkeypatch):
     monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+    assert not watchdogs(), "of another test"
     context = GroupContext()
     context.get(Watchdog.of, "a group").add("layer 1", lambda: False, 60)
     assert len(watchdogs()) == 1
@@ -178,9 +179,13 @@ def collectives_of_a_choice(groups: dict[int, RankGroup]) -> tuple[list[str], li
         return start(self, name, *args, **options)
 
     spec = LayerSpec(groups[1], cpu, cpu.kernels, DispatchSettings(level=2), slots=2, top_k=2)
-    table = (Asking, *choosing.DISPATCHERS)
-    with mock.patch.object(Collectives, "_start", spy), mock.patch.object(choosing, "DISPATCHERS", table):
-        for cls in table:
+    classes, broken = choosing._classes()
+    table = {"asking": Asking, **classes}
+    with (
+        mock.patch.object(Collectives, "_start", spy),
+        mock.patch.object(choosing, "_classes", return_value=(table, broken)),
+    ):
+        for cls in table.values():
             cls.unsupported(spec)
         choosing.decide(spec)
         of_predicates = list(called)
