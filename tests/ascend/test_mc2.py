@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,7 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from epbackend.dispatch.base import DispatchSettings
+from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.dispatch.context import GroupContext
+from epbackend.dispatch.mc2 import FusedCommunicator
 from tests.helpers.layer_case import (
     REPLICAS,
     SHUFFLED,
@@ -68,6 +72,28 @@ def test_every_split_on_ranks_with_unequal_slots(run, split, size, token_size):
 @pytest.mark.parametrize("activation", [None, relu_product], ids=["swiglu", "own"])
 def test_dtypes_bias_and_activation(run, dtype, activation):
     run(Case(2, (9, 4), MC2, dtype=dtype, bias=True, activation=activation))
+
+
+def communicators(groups: dict[int, RankGroup]) -> tuple[list[int], bool]:
+    """How many communicators two layers make on one context, twice; whether none is left when that is closed."""
+    case = Case(2, (4, 4), MC2, dtype=torch.bfloat16, device="ascend", hidden=HIDDEN)
+    made, held = [], []
+    for _ in range(2):
+        with GroupContext() as context:
+            for seed in (0, 1):
+                layer_equals_dense(groups, replace(case, seed=seed), context)
+            backends = [
+                each._backend for each in context._made.values() if isinstance(each, FusedCommunicator)
+            ]
+            made.append(len(backends))
+            held += [weakref.ref(backend) for backend in backends]
+            del backends
+    gc.collect()
+    return made, all(ref() is None for ref in held)
+
+
+def test_layers_share_a_communicator_that_their_context_closes(ranks, npu):
+    assert ranks.run(2, communicators) == [([1, 1], True)] * 2
 
 
 def test_no_token_anywhere(run):

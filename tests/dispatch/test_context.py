@@ -111,6 +111,7 @@ def watchdogs() -> list[threading.Thread]:
 
 def test_the_thread_of_a_dropped_context_ends(monkeypatch):
     monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+    assert not watchdogs(), "of another test"
     context = GroupContext()
     context.get(Watchdog.of, "a group").add("layer 1", lambda: False, 60)
     assert len(watchdogs()) == 1

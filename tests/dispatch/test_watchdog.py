@@ -9,7 +9,9 @@ import os
 import signal
 import time
 from types import SimpleNamespace
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -29,10 +31,24 @@ def wait_for(condition, seconds: float = 10.0) -> None:
     assert condition()
 
 
-def test_the_oldest_overdue_mark_is_reported(caplog, monkeypatch):
-    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+@pytest.fixture
+def watch_with():
+    """Makes watchdogs that look often, and ends their threads."""
+    made = []
+
+    def make(who, end) -> Watchdog:
+        made.append(Watchdog(who, end))
+        return made[-1]
+
+    with mock.patch.object(watchdog, "POLL_S", 0.01):
+        yield make
+        for each in made:
+            each.close()
+
+
+def test_the_oldest_overdue_mark_is_reported(caplog, watch_with):
     ended = []
-    dog = Watchdog(lambda: "rank 3 does not answer", lambda: ended.append(True))
+    dog = watch_with(lambda: "rank 3 does not answer", lambda: ended.append(True))
     dog.add("layer 1", lambda: True, 0.05)
     dog.add("layer 2", lambda: False, 0.05)
     dog.add("layer 3", lambda: False, 0.05)
@@ -41,12 +57,11 @@ def test_the_oldest_overdue_mark_is_reported(caplog, monkeypatch):
     assert line.startswith("layer 2 did not end within timeout_s 0.05: rank 3 does not answer")
 
 
-def test_marks_that_were_passed_are_asked_once_and_forgotten(monkeypatch):
+def test_marks_that_were_passed_are_asked_once_and_forgotten(monkeypatch, watch_with):
     now = 0.0
-    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
     monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
     ended, asked, passing = [], [], []
-    dog = Watchdog(lambda: "", lambda: ended.append(True))
+    dog = watch_with(lambda: "", lambda: ended.append(True))
     for layer in range(5):
         if layer == 4:  # the GPU was slow, and then passes all of them
             asked.clear()
@@ -58,24 +73,22 @@ def test_marks_that_were_passed_are_asked_once_and_forgotten(monkeypatch):
     assert (asked, ended) == ([0, 1, 2, 3, 4], [])
 
 
-def test_a_gpu_that_failed_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+def test_a_gpu_that_failed_is_not_waited_for(watch_with):
     ended = []
 
     def failed() -> bool:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
-    dog = Watchdog(lambda: "", lambda: ended.append(True))
+    dog = watch_with(lambda: "", lambda: ended.append(True))
     dog.add("layer 1", failed, 0.05)
     wait_for(lambda: not dog._marks)
     assert not ended
 
 
-def test_a_host_that_waits_is_watched(caplog, monkeypatch):
+def test_a_host_that_waits_is_watched(caplog, monkeypatch, watch_with):
     """What it waits for may never come, and no mark can follow it."""
-    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
     ended = []
-    dog = Watchdog(lambda: "rank 3 does not answer", lambda: ended.append(True))
+    dog = watch_with(lambda: "rank 3 does not answer", lambda: ended.append(True))
     monkeypatch.setattr(Watchdog, "of", lambda group: dog)
     with GroupContext() as context:
         with context.waiting("sizes of MoE layer 1", None, 60):
