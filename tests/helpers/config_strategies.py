@@ -2,6 +2,8 @@
 
 from hypothesis import strategies as st
 
+from epbackend.names import DEVICES, PLANNERS, SPLITS
+
 POSITIVE = st.integers(1, 1 << 20)
 
 
@@ -28,7 +30,7 @@ def buffers():
 
 def splits():
     """One for both phases, or one for each."""
-    name = st.sampled_from(["even", "nearest", "level"])
+    name = st.sampled_from(SPLITS)
     return name | st.fixed_dictionaries({"prefill": name, "decode": name})
 
 
@@ -43,7 +45,7 @@ def placements(draw, ep):
         return draw(st.fixed_dictionaries({"file": st.text()}, optional=split | nodes))
     size = {draw(st.sampled_from(["redundant_experts", "budget"])): st.integers(0, 999)}
     planning = {
-        "algorithm": st.sampled_from(["refined", "omni", "eplb", "lplb"]),
+        "algorithm": st.sampled_from(list(PLANNERS.built_in)),
         "objective": st.text(),
         "search_ms": st.floats(0, 1e4) | st.integers(0, 99),
     }
@@ -61,7 +63,7 @@ def settings(draw):
         st.fixed_dictionaries(
             {draw(st.sampled_from(["ep_size", "moe_ep"])): st.just(ep)},
             optional={
-                "device": st.sampled_from(["auto", "cpu", "cuda", "ascend"]),
+                "device": st.sampled_from(["auto", *DEVICES.built_in]),
                 "kernels": st.sampled_from(["auto", "reference"]),
                 "check_expert_ids": st.booleans(),
                 "ep_level": level | st.fixed_dictionaries({"prefill": level, "decode": level}),
