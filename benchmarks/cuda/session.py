@@ -70,24 +70,20 @@ def parts(out: Path, python: str = sys.executable) -> tuple[Part, ...]:
     spread_engines = ["-n", "4"] if find_spec("xdist") else []
 
     def pytest(*arguments: str) -> list[str]:
-        return [python, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "-m", "cuda", *arguments]
+        # NCCL wants a GPU for each rank.
+        marked = ("-m", "cuda and not several_ranks")
+        return [python, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", *marked, *arguments]
 
     def bench(name: str, *arguments: str) -> list[str]:
         return [python, "-m", f"benchmarks.cuda{name}", *arguments]
 
-    contract = [f"tests/contract/test_{name}.py" for name in ("kernels", "permute", "split", "narrow")]
-    one_rank = [f"tests/contract/test_{name}.py" for name in ("layer", "int8", "fp8")]
     engines = [f"tests/engines/test_cuda_{name}.py" for name in ("plug", "graphs")]
     return (
         Part(
             "tests",
             "kernels and layers, against plain torch",
             150,
-            (
-                pytest("tests/cuda", "tests/symmetric", *contract, *spread),
-                # One rank: NCCL wants a GPU for each.
-                pytest(*one_rank, "-k", "1-1 or test_experts or test_values", *spread),
-            ),
+            (pytest("tests/cuda", "tests/symmetric", "tests/contract", *spread),),
         ),
         Part(
             "e2e",

@@ -127,15 +127,16 @@ class _ExactExchange(Exchange):
         sent_in_turn = (self._send(step) for step in range(self._plan.steps))
         for step, arriving in enumerate(one_ahead(sent_in_turn)):
             rows = self._row_format.decode(self._spec.kernels, arriving.wait())
-            self._local = LocalRows(self._spec, *rows, bound=self._rows, chosen=True)
+            self._local = LocalRows(
+                self._spec, *rows, bound=self._rows, chosen=True, dtype=self._row_format.dtype
+            )
             self._step = step
             yield self._local.batch(0)
 
     def combine(self, rows_SD: Tensor) -> None:
         self._local.add(rows_SD)
         send_R, receive_R = self._splits(self._step)
-        sums_ND = self._local.sums_ND.to(self._row_format.dtype)
-        pending = self._collectives.start_all_to_all(sums_ND, receive_R, send_R)
+        pending = self._collectives.start_all_to_all(self._local.sums_ND, receive_R, send_R)
         self._collect()  # those of the step before, while these travel
         self._returning = self._sent(self._step), pending
 
@@ -198,13 +199,14 @@ class _StaticExchange(Exchange):
     def dispatch(self) -> Iterator[Batch]:
         sent_in_turn = (self._collectives.start_all_gather(self._bytes_TB[part]) for part in self._tokens)
         for step, arriving in enumerate(one_ahead(sent_in_turn)):
-            self._local = LocalRows(self._spec, *self._row_format.decode(self._spec.kernels, arriving.wait()))
+            rows = self._row_format.decode(self._spec.kernels, arriving.wait())
+            self._local = LocalRows(self._spec, *rows, dtype=self._row_format.dtype)
             self._step = step
             yield self._local.batch(0)
 
     def combine(self, rows_SD: Tensor) -> None:
         self._local.add(rows_SD)
-        pending = self._collectives.start_all_to_all(self._local.sums_ND.to(self._row_format.dtype))
+        pending = self._collectives.start_all_to_all(self._local.sums_ND)
         self._collect()  # those of the step before, while these travel
         self._returning = self._tokens[self._step], pending
 

@@ -165,14 +165,14 @@ class _NormalExchange(Exchange):
         )
         # The choices of other ranks' slots are -1 there.
         slot_ids_NK = torch.where(local_ids_NK >= 0, local_ids_NK + ranks.rank * slots, -1)
-        self._local = LocalRows(self._spec, hidden_ND, slot_ids_NK, weights_NK)
+        self._local = LocalRows(self._spec, hidden_ND, slot_ids_NK, weights_NK, dtype=torch.bfloat16)
         yield self._local.batch(0)
 
     def combine(self, rows_SD: Tensor) -> None:
         self._local.add(rows_SD)
 
     def finish(self) -> Tensor:
-        out_TD, _, _ = self._buffer.combine(self._local.sums_ND.to(torch.bfloat16), self._handle)
+        out_TD, _, _ = self._buffer.combine(self._local.sums_ND, self._handle)
         self._link.clean()
         return out_TD
 

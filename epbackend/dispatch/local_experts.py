@@ -56,7 +56,7 @@ def expected_rows(tokens: int, top_k: int, ranks: int, *, chosen: bool) -> int:
 
 
 class LocalRows:
-    """N tokens in, rows for this rank's slots out, weighted float32 sums collected in `sums_ND`."""
+    """N tokens in, rows for this rank's slots out, weighted sums of the results in `sums_ND`."""
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class LocalRows:
         bound: int | None = None,
         *,
         chosen: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Takes N tokens in.
 
@@ -77,14 +78,18 @@ class LocalRows:
             weights_NK: the weights of their choices.
             bound: the most rows of a pass; None for all rows in one.
             chosen: whether every token is here because it chose this rank.
+            dtype: of the sums where one batch has all rows; those of several batches are float32.
         """
         self._kernels, self._slots = spec.kernels, spec.slots
         self._hidden_ND, self._weights_NK = hidden_ND, weights_NK
-        self._slot_ids_NK = slot_ids_NK - spec.ranks.rank * spec.slots
+        first = spec.ranks.rank * spec.slots
+        self._slot_ids_NK = slot_ids_NK - first if first else slot_ids_NK  # a launch less
         self._bound = bound if bound is not None and bound < slot_ids_NK.numel() else None
         self._static = spec.settings.static
         self._expected = expected_rows(len(slot_ids_NK), slot_ids_NK.shape[1], spec.ranks.size, chosen=chosen)
-        self.sums_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device)
+        self._dtype = dtype
+        self.sums_ND = hidden_ND.new_empty(0)
+        """[N, D], once the first batch is added."""
 
     def passes(self) -> int:
         """How many passes this rank's rows need; counts them only where a bound asks for it.
@@ -106,9 +111,15 @@ class LocalRows:
         expected = min(self._expected, len(permuted.rows_SD))
         return Batch(permuted.rows_SD, permuted.counts_L, expected)
 
-    def add(self, rows_SD: Tensor) -> None:
-        """Add the experts' results for the last batch, weighted, to their tokens' sums."""
-        self._kernels.unpermute(rows_SD, self._choice_of_row_S, self._weights_NK, self.sums_ND)
+    def add(self, rows_SD: Tensor, *, only: bool = True) -> None:
+        """Add the experts' results for the last batch, weighted, to their tokens' sums. `only`: there is no other."""
+        found = rows_SD, self._choice_of_row_S, self._weights_NK
+        if only:
+            self.sums_ND = self._kernels.weighted_sums(*found, self._dtype)
+            return
+        if not len(self.sums_ND):
+            self.sums_ND = self._hidden_ND.new_zeros(self._hidden_ND.shape, dtype=torch.float32)
+        self._kernels.unpermute(*found, self.sums_ND)
 
 
 class PassesExchange(Exchange):
@@ -123,4 +134,4 @@ class PassesExchange(Exchange):
             yield self._local.batch(number)
 
     def combine(self, rows_SD: Tensor) -> None:
-        self._local.add(rows_SD)
+        self._local.add(rows_SD, only=self.passes == 1)

@@ -5,6 +5,7 @@ The right one under attention tensor parallelism (dp = 1), and for a single rank
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from epbackend.dispatch.base import Dispatcher, Exchange, LayerSpec
@@ -25,7 +26,9 @@ class Replicated(Dispatcher):
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         tokens, top_k = slot_ids_TK.shape
         bound = row_bound(tokens, top_k, self.spec.settings)
-        local = LocalRows(self.spec, hidden_TD, slot_ids_TK, weights_TK, bound)
+        # Sums of several ranks are added in float32.
+        dtype = hidden_TD.dtype if self.spec.ranks.size == 1 else torch.float32
+        local = LocalRows(self.spec, hidden_TD, slot_ids_TK, weights_TK, bound, dtype=dtype)
         return _ReplicatedExchange(local, self.spec, hidden_TD)
 
 

@@ -15,7 +15,7 @@ UNBOUNDED = "nothing bounds this phase's tokens (decode is bounded by engine.max
 
 @dataclass(frozen=True)
 class DispatchSettings:
-    """Names and meanings follow MindIE's expert parallelism; nothing is ever dropped, what does not fit goes on."""
+    """How rows travel in one phase. Names and meanings follow MindIE's expert parallelism, but nothing is dropped."""
 
     level: int = 1
     """1: gather tokens, reduce-scatter results. 2: send each token only where its experts live."""
@@ -34,14 +34,14 @@ class DispatchSettings:
     """Level 2: shorter batches are not cut, as smaller matmuls lose what the overlap wins (measured on gloo, 2 ranks:
     two chunks win nothing at 256 tokens a rank, 3% at 1024, 13% at 4096)."""
     max_tokens: int | None = None
-    """The most tokens that a rank holds in one call of this phase, where that is known; `mc2` is sized by it."""
+    """The most tokens that a rank holds in one call of this phase, where that is known; some buffers follow it."""
     static: bool = False
     """Every rank brings equally many tokens in a call of this phase, at most `max_tokens`, and the call may be captured
     in a CUDA graph: nothing is read back to the host, and loops and shapes depend on shapes and settings alone."""
     dispatch_dtype: str = "full"
     """How rows travel to the experts: "full" as they are, "int8" or "fp8" quantized (see `dispatch/row_format.py`)."""
     timeout_s: float = 120.0
-    """Seconds until a collective that does not finish becomes an error naming the ranks that do not answer."""
+    """Seconds until a collective that does not finish becomes an error that names the ranks which do not answer."""
 
     def __post_init__(self) -> None:
         if isinstance(self.dispatcher, str):

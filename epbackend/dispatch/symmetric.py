@@ -25,6 +25,7 @@ from torch._C._autograd import DeviceType
 from epbackend.device import devices
 from epbackend.dispatch.base import Dispatcher, Exchange, LayerSpec, RankGroup
 from epbackend.dispatch.collectives import Collectives
+from epbackend.dispatch.settings import UNBOUNDED
 from epbackend.errors import ConfigError, UnavailableError
 
 OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
@@ -51,7 +52,7 @@ class Symmetric(Dispatcher):
         if spec.device.name != "cuda":
             return f"it needs device cuda, and the device is {spec.device.name}"
         if spec.settings.static and spec.settings.max_tokens is None:
-            return "nothing bounds this phase's tokens (decode is bounded by engine.max_batch_size)"
+            return UNBOUNDED
         if spec.settings.dispatch_dtype == "fp8" and not _float8():
             return "dispatch_dtype is fp8, which GPUs older than Ada (8.9) do not have: write int8 or full"
         if reason := not_built():

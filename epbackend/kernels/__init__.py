@@ -81,6 +81,11 @@ class Kernels(Protocol):
     def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Add weight * row to each row's token in `out_TD` (float32), in a fixed order."""
 
+    def weighted_sums(
+        self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """sums_TD, what `unpermute` adds to zeros, rounded once to `dtype`: for rows that are all there."""
+
     def prepack(self, weights_LNK: Matrices) -> Prepacked:
         """Bring [out, in] matrices, one a slot, into the layout that `grouped_matmul` reads fastest.
 

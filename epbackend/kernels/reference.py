@@ -64,6 +64,13 @@ class ReferenceKernels(TorchSplits, TorchQuantization):
         weight_S1 = weights_TK.take(choice_of_row_S).float().unsqueeze(1)
         out_TD.index_add_(0, choice_of_row_S // weights_TK.shape[1], rows_SD.float() * weight_S1)
 
+    def weighted_sums(
+        self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        sums_TD = rows_SD.new_zeros(len(weights_TK), rows_SD.shape[1], dtype=torch.float32)
+        self.unpermute(rows_SD, choice_of_row_S, weights_TK, sums_TD)
+        return sums_TD.to(dtype)
+
     def prepack(self, weights_LNK: Matrices) -> Prepacked:
         return stacked(weights_LNK)
 

@@ -33,6 +33,20 @@ def test_unpermute_ignores_garbage_rows(kernels, place):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 7, 300])
+def test_weighted_sums_equal_what_unpermute_adds_to_zeros(kernels, place, dtype, tokens):
+    hidden_TD, weights_TK = torch.randn(tokens, 40).to(dtype), torch.rand(tokens, 3)
+    slot_ids_TK = routing(tokens, 3, 0, 9, seed=2)  # some tokens have no choice of the 4 slots
+    permuted = kernels.permute(hidden_TD.to(place), slot_ids_TK.to(place), 4)
+    given = permuted.rows_SD, permuted.choice_of_row_S, weights_TK.to(place)
+    sums_TD = torch.zeros(tokens, 40).to(place)
+    kernels.unpermute(*given, sums_TD)
+    found_TD = kernels.weighted_sums(*given, dtype).cpu()
+    assert found_TD.dtype == dtype
+    torch.testing.assert_close(found_TD.double(), sums_TD.cpu().double(), **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_grouped_matmul_equals_a_product_for_each_row(kernels, place, dtype, bias):
     weight_LNK = torch.randn(5, 24, 16).to(dtype) / 4

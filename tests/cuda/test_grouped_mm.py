@@ -39,6 +39,7 @@ def test_permute_and_unpermute_equal_the_reference(grouped, place, window):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_experts_equal_the_reference(grouped, place, bias):
+    torch.manual_seed(0)  # bfloat16 sums in another order: one draw in a hundred is past the tolerance
     matrices = [torch.randn(3, *shape, device=place).bfloat16() / 4 for shape in ((32, 16), (16, 16))]
     biases = [torch.randn(3, n, device=place).bfloat16() if bias else None for n in (32, 16)]
     rows_SD, counts_L = torch.randn(12, 16, device=place).bfloat16(), torch.tensor([4, 0, 5], device=place)

@@ -54,7 +54,7 @@ def run(cuda, ranks):
 def test_two_ranks_equal_the_dense_formula(run, way, static, dispatch_dtype):
     settings = replace(WAYS[way], static=static, dispatch_dtype=dispatch_dtype)
     case = Case(2, (9, 9) if static else (9, 2), settings, dtype=torch.bfloat16, hidden=128)
-    assert run(case) == settings.dispatcher
+    assert (run(case),) == settings.dispatcher
 
 
 def test_ranks_with_the_same_tokens_take_replicated(run):

@@ -178,9 +178,13 @@ def collectives_of_a_choice(groups: dict[int, RankGroup]) -> tuple[list[str], li
         return start(self, name, *args, **options)
 
     spec = LayerSpec(groups[1], cpu, cpu.kernels, DispatchSettings(level=2), slots=2, top_k=2)
-    table = (Asking, *choosing.DISPATCHERS)
-    with mock.patch.object(Collectives, "_start", spy), mock.patch.object(choosing, "DISPATCHERS", table):
-        for cls in table:
+    classes, broken = choosing._classes()
+    table = {Asking.name: Asking, **classes}, broken
+    with (
+        mock.patch.object(Collectives, "_start", spy),
+        mock.patch.object(choosing, "_classes", return_value=table),
+    ):
+        for cls in table[0].values():
             cls.unsupported(spec)
         choosing.decide(spec)
         of_predicates = list(called)

@@ -61,7 +61,7 @@ def one_call(groups, token_size: int, settings: DispatchSettings, tokens: int, o
     with mock.patch.object(Collectives, "_start", spy), HostReads() as reads:
         exchange = dispatcher.begin(hidden_TD, ids_TK, weights_TK)
         for batch in exchange.dispatch():
-            rows.append(len(getattr(exchange, "_inner", exchange)._local.sums_ND))
+            rows.append(len(getattr(exchange, "_inner", exchange)._local._hidden_ND))
             exchange.combine(batch.rows_SD * 2)
         out_TD = exchange.finish()
     return Seen(out_TD, reads, called, rows, exchange.passes, exchange.rounds)

@@ -36,6 +36,7 @@ GREEDY = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos
 ENGINE = {
     "session_len": 256,
     "cache_blocks": 64,
+    "max_batch_size": 8,  # few graphs to capture
     "log_level": "ERROR",
     "extra": {"logprobs_mode": "raw_logprobs"},
 }

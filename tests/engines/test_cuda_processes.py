@@ -26,11 +26,11 @@ from epbackend.engines.lmdeploy.engine import engine_config
 from epbackend.engines.lmdeploy.patches import steps
 from epbackend.engines.lmdeploy.threads import set_threads
 from epbackend.errors import ConfigError, WorkerError
-from tests.engines.pretended_gpu.sitecustomize import pretend
+from tests.helpers.pretended_gpu.sitecustomize import pretend
 from tests.helpers.processes import engine_workers
 
 pytestmark = pytest.mark.cuda
-PRETENDED = Path(__file__).parent / "pretended_gpu"
+PRETENDED = Path(__file__).parents[1] / "helpers" / "pretended_gpu"
 
 
 def two_ranks(**engine) -> EPConfig:

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
-from epbackend.placement import replica_split as assign
 from epbackend.placement import replica_split_reference as reference
 from epbackend.placement.placement import Layout
 from epbackend.placement.replica_split import (
+    assign,
     even_shares,
     expected_shares,
     level_shares,

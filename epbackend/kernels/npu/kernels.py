@@ -7,8 +7,8 @@ W8A8 experts keep their rows in int8 from one product to the next. With tiled ma
 SwiGLU and the quantization of its rows are one operator; with plain ones the product leaves int32 sums, and a second
 operator does the rest.
 
-Shapes: T tokens, D hidden size, K experts chosen per token, L slots, S rows, F expert width, J choices; N outputs and K
-inputs of a matrix.
+Shapes: T tokens, D hidden size, K experts chosen per token, L slots, S rows, F expert width; N outputs and K inputs of
+a matrix.
 """
 
 from __future__ import annotations
@@ -140,6 +140,13 @@ class NpuKernels(TorchSplits, TorchQuantization):
         sums_TD = ops.token_unpermute(rows_SD.float(), row_TK.reshape(-1), weights_TK)
         out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
 
+    def weighted_sums(
+        self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        sums_TD = rows_SD.new_zeros(len(weights_TK), rows_SD.shape[1], dtype=torch.float32)
+        self.unpermute(rows_SD, choice_of_row_S, weights_TK, sums_TD)
+        return sums_TD.to(dtype)
+
     def prepack(self, weights_LNK: Matrices) -> NpuWeights:
         """Int8 matrices are copied into tiles where the operators take them; float ones stay as they are."""
         packed = stacked(weights_LNK)
@@ -200,8 +207,8 @@ def _permute_window(hidden_TD: Tensor, ids_TK: Tensor, slots: int, window: tuple
 
 
 def _rows_of_choices(choice_of_row_S: Tensor, choices: int) -> Tensor:
-    """The inverse of choice_of_row_S: row_J (int32) for each of J choices, -1 where it has none."""
-    row_J = torch.full((choices + 1,), -1, dtype=torch.int32, device=choice_of_row_S.device)
+    """The inverse of choice_of_row_S: the row (int32) of each choice, -1 where it has none."""
+    row_of = torch.full((choices + 1,), -1, dtype=torch.int32, device=choice_of_row_S.device)
     rows_S = torch.arange(len(choice_of_row_S), dtype=torch.int32, device=choice_of_row_S.device)
     place_S = choice_of_row_S.masked_fill(choice_of_row_S < 0, choices)  # garbage rows share the last place
-    return row_J.scatter_(0, place_S, rows_S)[:choices]
+    return row_of.scatter_(0, place_S, rows_S)[:choices]

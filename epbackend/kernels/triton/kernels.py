@@ -42,6 +42,11 @@ class TritonKernels(TorchQuantization):
     def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         permute.unpermute(rows_SD, choice_of_row_S, weights_TK, out_TD)
 
+    def weighted_sums(
+        self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        return permute.weighted_sums(rows_SD, choice_of_row_S, weights_TK, dtype)
+
     def quantize(self, rows_TD: Tensor, values_TD: Tensor, scale_TB: Tensor) -> None:
         by = quantize.quantize if self._converts(values_TD) else super().quantize
         by(rows_TD, values_TD, scale_TB)

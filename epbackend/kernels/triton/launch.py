@@ -1,13 +1,14 @@
 """Launches that name every argument of a kernel, at about the host's cost of a launch by position.
 
 Triton takes keywords as well, but copies them three times on their way to the kernel. The function that is made here
-takes them by keyword and passes them on by position, once. Microseconds of the host for one launch (Triton 3.7.1, the
-driver a stub, a slow shared core; measured 2026-11):
+takes them by keyword and passes them on by position, once. Microseconds of the host for one launch (Triton 3.7.1 on
+CPython 3.11, the driver a stub, a slow core; the least of 120 batches of 100 launches):
 
-    arguments                  6      20      33
-    by position             6.38    9.92   15.54
-    Triton's keywords       7.27   13.68   21.39
-    `named_launch`          6.17   10.72   17.49    less where `bind` has fixed some of the arguments
+    arguments                             6      20      33
+    by position                        6.46    9.94   15.57
+    by Triton's keywords               7.34   13.82   21.83
+    by `named_launch`                  6.41   10.85   17.53
+    by `bind`, 20 of them fixed                       15.78
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 
 
 class NamedLaunch:
-    """A kernel that is launched by `kernel[grid](name=value, ...)`; compiler options such as `num_warps` go along.
+    """A kernel that is launched by `kernel[grid](name=value, ...)`.
 
-    A missing or positional argument is a TypeError, an unknown one Triton's KeyError for an unknown option.
+    An argument that is missing, unknown or positional is a TypeError. The compiler's options `num_warps`, and with it
+    `num_stages`, go along.
     """
 
     def __init__(self, kernel: Any, **fixed: Any) -> None:
@@ -27,15 +29,17 @@ class NamedLaunch:
             raise TypeError(f"{kernel.fn.__name__} has no argument {', '.join(sorted(unknown))}")
         self._kernel, self._fixed = kernel, fixed
         free = [name for name in kernel.arg_names if name not in fixed]
-        ordered = ", ".join(kernel.arg_names)
+        run = f"kernel.run({', '.join(kernel.arg_names)}, grid=grid, warmup=False"
         scope = {"kernel": kernel, **fixed}
         exec(
             f"def at(grid):\n"
-            f"    def launch({''.join(f'{name}, ' for name in ('*', *free))}**options):\n"
-            f"        if options:\n"
-            f"            kernel.run({ordered}, grid=grid, warmup=False, **options)\n"
+            f"    def launch(*, {''.join(f'{name}, ' for name in free)}num_warps=None, num_stages=None):\n"
+            f"        if num_warps is None:\n"
+            f"            {run})\n"
+            f"        elif num_stages is None:\n"
+            f"            {run}, num_warps=num_warps)\n"
             f"        else:\n"
-            f"            kernel.run({ordered}, grid=grid, warmup=False)\n"
+            f"            {run}, num_warps=num_warps, num_stages=num_stages)\n"
             f"    return launch\n",
             scope,
         )

@@ -343,9 +343,22 @@ FEWEST_ROWS, MOST_ROWS = 16, 4096
 
 def unpermute(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
     """Add weight * row to each row's token in `out_TD` (float32). Rows with choice -1 are not read."""
+    if len(rows_SD) and len(out_TD):
+        _sum(rows_SD, choice_of_row_S, weights_TK, out_TD, add=True)
+
+
+def weighted_sums(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """sums_TD in `dtype`: the same without anything to add to, in one launch that writes each value once."""
+    shape = len(weights_TK), rows_SD.shape[1]
+    if not len(rows_SD) or not len(weights_TK):
+        return torch.zeros(shape, dtype=dtype, device=rows_SD.device)
+    out_TD = torch.empty(shape, dtype=dtype, device=rows_SD.device)
+    _sum(rows_SD, choice_of_row_S, weights_TK, out_TD, add=False)
+    return out_TD
+
+
+def _sum(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor, *, add: bool) -> None:
     (rows, width), (tokens, top_k) = rows_SD.shape, weights_TK.shape
-    if rows == 0 or tokens == 0:
-        return
     few = rows <= MOST_ROWS
     columns = min(SUM_BLOCK, triton.next_power_of_2(width))
     _weighted_sum[(tokens, triton.cdiv(width, columns))](
@@ -360,6 +373,7 @@ def unpermute(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_
         out_stride=out_TD.stride(0),
         D=width,
         K=top_k,
+        ADD=add,
         COLUMNS=columns,
         ALL=triton.next_power_of_2(max(FEWEST_ROWS, rows)) if few else 0,
     )
@@ -398,17 +412,20 @@ def _weighted_sum(
     out_stride,
     D: tl.constexpr,
     K: tl.constexpr,
+    ADD: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALL: tl.constexpr,
 ):
-    """One token's columns: its rows one after the other, in the order of k.
+    """One token's columns: its rows one after the other, in the order of k; with ADD on top of what is there.
 
     `lookup` is the row of each choice, or, where ALL is a power of two that holds all rows, the choice of each row.
     """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     target = out_TD + token * out_stride + column
-    total = tl.load(target, mask=column < D)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    if ADD:
+        total = tl.load(target, mask=column < D)
     if ALL:
         each = tl.arange(0, ALL)
         choice = tl.load(lookup + each, mask=each < S, other=-1)
@@ -420,4 +437,4 @@ def _weighted_sum(
         weight = tl.load(weights_TK + token * weight_token_stride + k * weight_choice_stride).to(tl.float32)
         values = tl.load(rows_SD + row * row_stride + column, mask=(row >= 0) & (column < D), other=0)
         total += weight * values.to(tl.float32)
-    tl.store(target, total, mask=column < D)
+    tl.store(target, total.to(out_TD.dtype.element_ty), mask=column < D)
