@@ -59,7 +59,7 @@ def test_lmdeploys_modules_give_what_the_reference_gives(ranks, npu, form, setti
 
 def host_waits(groups, settings):
     """What makes the host wait for the device in a layer's second call and behind the step."""
-    from epbackend.engines.lmdeploy import plug
+    from epbackend.engines.lmdeploy import state
     from tests.helpers.cann import aten
     from tests.helpers.moe_modules import Case, batch_of, built_for, load_module
 
@@ -72,7 +72,7 @@ def host_waits(groups, settings):
         for _ in range(2):
             aten.host_waits.clear()
             module(hidden, routed, ids)
-            plug.active().load_writer.step()
+            state.active().load_writer.step()
         return list(aten.host_waits)
 
 

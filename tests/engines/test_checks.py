@@ -13,7 +13,7 @@ import epbackend
 from epbackend import EPConfig
 from epbackend.engines.lmdeploy import checks, engine, plug
 from epbackend.engines.lmdeploy.checks import expert_count
-from epbackend.engines.lmdeploy.patches.cache import GIB, cache_blocks
+from epbackend.engines.lmdeploy.patches.engine import GIB, cache_blocks
 from epbackend.errors import ConfigError, EPError, UnavailableError
 from tests.helpers.processes import engine_workers
 

@@ -22,7 +22,7 @@ from lmdeploy.pytorch.models.patch import build_model_context
 
 from epbackend import EPConfig
 from epbackend.dispatch.base import RankGroup
-from epbackend.engines.lmdeploy import plug
+from epbackend.engines.lmdeploy import plug, state
 from epbackend.engines.lmdeploy.graphs import ExpertsBetweenGraphs
 from epbackend.engines.lmdeploy.moe import LayerExperts
 from epbackend.errors import ConfigError
@@ -86,9 +86,9 @@ def test_a_captured_layer_replays_and_counts_its_load(gpu, form):
         for _ in range(3):
             found.fill_(torch.nan)
             graph.replay()
-            plug.active().load_writer.step()
-        plug.active().load_writer.close()
-        load = plug.active().load_report()
+            state.active().load_writer.step()
+        state.active().load_writer.close()
+        load = state.active().load_report()
     torch.testing.assert_close(found, expected)
     assert load.calls == 3
     assert load.tokens_RLE.sum() == (1 + 3) * inputs[2].numel()

@@ -9,7 +9,7 @@ from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
-from epbackend.engines.lmdeploy.plug import executor
+from epbackend.engines.lmdeploy.engine import executor
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.placement.placement import Placement
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
-from epbackend.engines.lmdeploy.plug import executor
 from epbackend.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,3 +56,13 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
         "distributed_executor_backend": executor(config),
     }
     return PytorchEngineConfig(**settings, **engine.extra)
+
+
+def executor(config: EPConfig) -> str:
+    """How LMDeploy starts the ranks: uni, mp or ray."""
+    if config.engine.executor != "auto":
+        return config.engine.executor
+    if config.world_size == 1:
+        return "uni"
+    # LMDeploy runs dp > 1 by Ray only. On one machine mp starts twice as fast.
+    return "ray" if config.engine.dp > 1 else "mp"

@@ -9,6 +9,7 @@ from typing import Any
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.guard import guard_process
 from epbackend.engines.lmdeploy.load import record_error
+from epbackend.engines.lmdeploy.state import active
 
 
 def run_engine(shared_dict: Any, condition: Any, *args: Any, **kwargs: Any) -> None:
@@ -16,7 +17,7 @@ def run_engine(shared_dict: Any, condition: Any, *args: Any, **kwargs: Any) -> N
     guard_process()
     try:
         plug.enable_worker()
-        plug.active().patches.original("zmq-process")(shared_dict, _Farewell(condition), *args, **kwargs)
+        active().patches.original("zmq-process")(shared_dict, _Farewell(condition), *args, **kwargs)
     except Exception as error:
         record_error(0, f"{type(error).__name__}: {error}")
         raise

@@ -19,7 +19,7 @@ from torch import Tensor
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.engines.lmdeploy.layers import layer_being_built
 from epbackend.engines.lmdeploy.load import check_room
-from epbackend.engines.lmdeploy.plug import active
+from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError
 from epbackend.kernels.weight_formats import Experts
 from epbackend.moe import ExpertParallelMoE

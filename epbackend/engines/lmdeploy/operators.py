@@ -18,7 +18,7 @@ from lmdeploy.pytorch.backends.moe import (
 from torch import Tensor
 
 from epbackend.engines.lmdeploy.moe import LayerExperts
-from epbackend.engines.lmdeploy.plug import active
+from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError
 from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights

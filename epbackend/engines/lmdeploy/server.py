@@ -27,6 +27,7 @@ from epbackend.engines.lmdeploy.deployment import (
 from epbackend.engines.lmdeploy.engine import engine_config
 from epbackend.engines.lmdeploy.load import LoadBoard, last_words
 from epbackend.engines.lmdeploy.recording import Recording, recording_server
+from epbackend.engines.lmdeploy.state import active
 from epbackend.engines.placement import warm_splits
 from epbackend.errors import WorkerError
 from epbackend.placement.placement import Placement
@@ -59,7 +60,7 @@ def serve_model(
         if config.engine.dp == 1:
             plug.enable(config, placement)
             try:
-                with recording_server(recording, plug.active().load_report, [(host, port)]):
+                with recording_server(recording, active().load_report, [(host, port)]):
                     _serve_engine(model_path, config, 0, host, port, kwargs)
             finally:
                 plug.disable()

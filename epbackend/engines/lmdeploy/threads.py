@@ -7,7 +7,7 @@ import os
 import torch
 
 from epbackend.device import get_device
-from epbackend.engines.lmdeploy.plug import active
+from epbackend.engines.lmdeploy.state import active
 
 
 def set_threads() -> None:

@@ -24,6 +24,7 @@ from lmdeploy.pytorch.engine.executor.mp_executor import ExecutorProc, MPExecuto
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.guard import GRACE_S, guard_process
 from epbackend.engines.lmdeploy.load import last_words, record_error
+from epbackend.engines.lmdeploy.state import active
 from epbackend.engines.lmdeploy.threads import set_threads
 from epbackend.errors import WorkerError
 
@@ -45,8 +46,8 @@ class WatchedExecutor(MPExecutor):
     @classmethod
     def setup_master_addr(cls) -> None:
         """A port of its own for each engine: LMDeploy would go on with the first one's."""
-        plug.active().set_environment("MASTER_ADDR", "127.0.0.1")
-        plug.active().set_environment("MASTER_PORT", str(mp_executor.find_available_port()))
+        active().set_environment("MASTER_ADDR", "127.0.0.1")
+        active().set_environment("MASTER_PORT", str(mp_executor.find_available_port()))
 
     def init(self) -> None:
         try:
@@ -106,7 +107,7 @@ class GuardedProc(ExecutorProc):
             await super()._main_loop_impl(proc_id, *args, **kwargs)
 
 
-class FailingWorker(MPWorkerWrapper):
+class FailFastWorker(MPWorkerWrapper):
     """A worker whose background tasks are awaited: LMDeploy would let a failed forward pass go unnoticed."""
 
     def start(self) -> None:
@@ -124,7 +125,7 @@ def _leave(*_: Any) -> None:
     LMDeploy's own handler trips over its buffers.
     """
     try:
-        plug.active().load_writer.close()
+        active().load_writer.close()
     finally:
         os._exit(0)
 

@@ -13,7 +13,7 @@ from torch import nn
 from epbackend.engines.lmdeploy.backends.experts import OurExperts
 from epbackend.engines.lmdeploy.graphs import ExpertsBetweenGraphs
 from epbackend.engines.lmdeploy.moe import LayerExperts
-from epbackend.engines.lmdeploy.plug import active
+from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError
 
 
