@@ -23,8 +23,8 @@ from lmdeploy.pytorch.models.patch import build_model_context
 from epbackend import EPConfig
 from epbackend.dispatch.base import RankGroup
 from epbackend.engines.lmdeploy import plug, state
-from epbackend.engines.lmdeploy.graphs import ExpertsBetweenGraphs
-from epbackend.engines.lmdeploy.moe import LayerExperts
+from epbackend.engines.lmdeploy.backend_cuda import ExpertsBetweenGraphs
+from epbackend.engines.lmdeploy.operators import LayerExperts
 from epbackend.errors import ConfigError
 from tests.helpers.moe_modules import FORMS, PLACE, Case, batch_of, built_for, cuda_case, load_module
 
@@ -91,7 +91,7 @@ def test_a_captured_layer_replays_and_counts_its_load(gpu, form):
         load = state.active().load_report()
     torch.testing.assert_close(found, expected)
     assert load.calls == 3
-    assert load.tokens_RLE.sum() == (1 + 3) * inputs[2].numel()
+    assert load.tokens_RYE.sum() == (1 + 3) * inputs[2].numel()
 
 
 def test_a_layer_captured_in_pieces_replays(gpu):

@@ -23,9 +23,9 @@ import epbackend
 from epbackend import EPConfig
 from epbackend.dispatch.context import GroupContext
 from epbackend.engines.lmdeploy import plug, state
-from epbackend.engines.lmdeploy.engine import engine_config
+from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.patches.engine import steps_are_counted
-from epbackend.engines.lmdeploy.threads import set_threads
+from epbackend.engines.lmdeploy.plug import set_threads
 from epbackend.errors import ConfigError, WorkerError
 from tests.helpers.pretended_gpu.sitecustomize import pretend
 from tests.helpers.processes import engine_workers

@@ -18,9 +18,9 @@ import epbackend
 from epbackend import EPConfig
 from epbackend.device.cpu import CpuDevice
 from epbackend.engines.lmdeploy import patching, plug, state
-from epbackend.engines.lmdeploy.engine import executor
-from epbackend.engines.lmdeploy.layers import layer_being_built
-from epbackend.engines.lmdeploy.load import BOARD_VARIABLE
+from epbackend.engines.lmdeploy.lmdeploy_config import executor
+from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE
+from epbackend.engines.lmdeploy.operators import layer_being_built
 from epbackend.engines.lmdeploy.patches import PATCHES, needed
 from epbackend.errors import ConfigError, EPError, UnavailableError
 
@@ -96,11 +96,11 @@ def test_enabling_twice_is_enabling_once():
 
 
 def test_a_process_started_from_one_with_an_engine_counts_its_own_load(monkeypatch):
-    monkeypatch.setenv(BOARD_VARIABLE, "2:somebody-elses")
+    monkeypatch.setenv(STATS_VARIABLE, "2:somebody-elses")
     epbackend.enable(MP)
     assert state.active().load_report().calls == 0
     epbackend.disable()
-    assert os.environ[BOARD_VARIABLE] == "2:somebody-elses"
+    assert os.environ[STATS_VARIABLE] == "2:somebody-elses"
 
 
 def test_nothing_is_active_before_enable():

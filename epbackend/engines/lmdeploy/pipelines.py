@@ -12,8 +12,8 @@ from lmdeploy.messages import Response
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.engine import engine_config
-from epbackend.engines.lmdeploy.load import LoadReport
+from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
+from epbackend.engines.lmdeploy.load_report import LoadReport
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import EPError
 from epbackend.placement.placement import Placement

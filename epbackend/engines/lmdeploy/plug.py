@@ -13,13 +13,14 @@ import torch
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
-from epbackend.engines.lmdeploy.engine import executor
-from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard
+from epbackend.engines.lmdeploy.lmdeploy_config import executor
+from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, SharedStats
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.engines.lmdeploy.state import (
     CONFIG_VARIABLE,
     PLACEMENT_VARIABLE,
     PlugState,
+    active,
     current,
     set_current,
 )
@@ -60,6 +61,16 @@ def enable_worker() -> None:
         _switch_on(config, from_env(packed) if packed else None, worker=True)
 
 
+def set_threads() -> None:
+    """Gives this worker what `engine.threads_per_rank` says, on a CPU else its share of the machine's cores."""
+    config = active().config
+    threads = config.engine.threads_per_rank
+    if threads is None and get_device(config.device).name == "cpu":
+        threads = max(1, (os.cpu_count() or 1) // config.world_size)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def disable() -> None:
     """Leaves LMDeploy, torch and the environment as they were before `enable`; nothing where nothing is enabled."""
     if (state := current()) is not None:
@@ -90,9 +101,9 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
         state.set_environment(PLACEMENT_VARIABLE, to_env(placement) if placement else "")
         # Workers write to their starter's board, and so do the engines of one deployment. Any other process that
         # finds one in its environment only happens to be started from a process with an engine.
-        if BOARD_VARIABLE not in os.environ or not (worker or config.engine.dp > 1):
-            state.board = LoadBoard(config.world_size)
-            state.set_environment(BOARD_VARIABLE, state.board.variable)
+        if STATS_VARIABLE not in os.environ or not (worker or config.engine.dp > 1):
+            state.board = SharedStats(config.world_size)
+            state.set_environment(STATS_VARIABLE, state.board.variable)
         # The parent has checked the hooks, and reading the sources again would delay every worker.
         state.patches.apply(needed(device, config.ep_size, executor(config)), check=not worker)
     except BaseException:

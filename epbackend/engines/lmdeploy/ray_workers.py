@@ -13,7 +13,7 @@ from lmdeploy.pytorch.devices import get_device_manager
 from lmdeploy.pytorch.engine.executor.ray_executor import RayWorkerWrapper
 
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.threads import set_threads
+from epbackend.engines.lmdeploy.plug import set_threads
 
 CPU_RESOURCE = "epbackend_cpu_rank"
 """One of these a rank: Ray allows no placement by its own CPU resource."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epbackend.engines.lmdeploy.checks import layer_count, read_model_config
-from epbackend.engines.lmdeploy.deployment import POLL_S, listens
-from epbackend.engines.lmdeploy.load import LoadReport
+from epbackend.engines.lmdeploy.load_report import LoadReport
+from epbackend.engines.lmdeploy.processes import POLL_S, listens
 from epbackend.errors import ConfigError, EPError
 from epbackend.placement.formats import write
 from epbackend.placement.loads import Loads
@@ -48,9 +48,9 @@ class Recording:
         Raises:
             EPError: no expert has had a token, or the file cannot be written.
         """
-        if not report.tokens_RLE.any():
+        if not report.tokens_RYE.any():
             raise EPError(f"{self.path}: nothing to record, no expert has had a token")
-        loads = Loads.of(report.loads_LE(self.layers, self.ep_size), [self.path.stem])
+        loads = Loads.of(report.loads_YE(self.layers, self.ep_size), [self.path.stem])
         unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         write(loads, unfinished, "sglang")
         unfinished.replace(self.path)
@@ -91,7 +91,7 @@ def _record(
     while not stop.is_set():
         stop.wait(EVERY_S)
         done = report().since(start)
-        if stop.is_set() or done.tokens_RLE.any():
+        if stop.is_set() or done.tokens_RYE.any():
             try:
                 recording.write(done)
             except EPError as error:

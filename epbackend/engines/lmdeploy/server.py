@@ -15,7 +15,9 @@ from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.deployment import (
+from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
+from epbackend.engines.lmdeploy.load_report import SharedStats, last_error
+from epbackend.engines.lmdeploy.processes import (
     LOOPBACK,
     POLL_S,
     check_port,
@@ -24,8 +26,6 @@ from epbackend.engines.lmdeploy.deployment import (
     start_engines,
     stop_engines,
 )
-from epbackend.engines.lmdeploy.engine import engine_config
-from epbackend.engines.lmdeploy.load import LoadBoard, last_words
 from epbackend.engines.lmdeploy.recording import Recording, recording_server
 from epbackend.engines.lmdeploy.state import active
 from epbackend.engines.placement import warm_splits
@@ -85,7 +85,7 @@ def _serve_engine(
         )
     except RuntimeError as error:
         # The engine's process ended; LMDeploy knows no more than that.
-        if said := last_words(0):
+        if said := last_error(0):
             raise WorkerError(f"the engine failed: {said}") from error
         raise
 
@@ -101,7 +101,7 @@ def _serve_behind_proxy(
 ) -> None:
     from lmdeploy.serve.proxy.proxy import proxy
 
-    board = LoadBoard(config.world_size)
+    board = SharedStats(config.world_size)
     proxy_at = LOOPBACK if host == "0.0.0.0" else host
     ports = [free_port() for _ in range(config.engine.dp)]
     processes = start_engines(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from epbackend.config import EPConfig
 from epbackend.dispatch.context import GroupContext
-from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard, LoadReport
-from epbackend.engines.lmdeploy.load_writer import LoadWriter
+from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, LoadReport, SharedStats
 from epbackend.engines.lmdeploy.patching import Patches
+from epbackend.engines.lmdeploy.stats_writer import StatsWriter
 from epbackend.errors import EPError
 from epbackend.placement.placement import Placement
 
@@ -29,8 +29,8 @@ class PlugState:
     patches: Patches = field(default_factory=Patches)
     environment: dict[str, str | None] = field(default_factory=dict)
     """The variables we set, as they were before."""
-    board: LoadBoard | None = None
-    load_writer: LoadWriter = field(default_factory=LoadWriter)
+    board: SharedStats | None = None
+    load_writer: StatsWriter = field(default_factory=StatsWriter)
     context: GroupContext = field(default_factory=GroupContext)
     """What all MoE layers share on their process groups."""
 
@@ -41,7 +41,7 @@ class PlugState:
     @property
     def worker_environment(self) -> dict[str, str]:
         """What a worker needs to find in its environment, for starters that do not hand down ours."""
-        names = (CONFIG_VARIABLE, PLACEMENT_VARIABLE, BOARD_VARIABLE)
+        names = (CONFIG_VARIABLE, PLACEMENT_VARIABLE, STATS_VARIABLE)
         return {name: os.environ[name] for name in names if name in os.environ}
 
     def load_report(self) -> LoadReport:

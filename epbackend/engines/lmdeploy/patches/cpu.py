@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from epbackend.engines.lmdeploy import cuda_on_cpu
+from epbackend.engines.lmdeploy import torch_cuda_shim
 from epbackend.engines.lmdeploy.patching import Patch, patch
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError
@@ -207,15 +207,15 @@ PATCHES = (
         "the state cache",
         "c9d9bfcecd74",
     ),
-    _shim("Stream", cuda_on_cpu.Stream),
-    _shim("Event", cuda_on_cpu.Event),
-    _shim("stream", cuda_on_cpu.stream),
-    _shim("current_stream", cuda_on_cpu.current_stream),
-    _shim("default_stream", cuda_on_cpu.current_stream),
-    _shim("synchronize", cuda_on_cpu.synchronize),
-    _shim("empty_cache", cuda_on_cpu.empty_cache),
-    _shim("set_device", cuda_on_cpu.set_device),
-    _shim("current_device", cuda_on_cpu.current_device),
-    _shim("mem_get_info", cuda_on_cpu.mem_get_info),
-    _shim("get_device_properties", cuda_on_cpu.get_device_properties),
+    _shim("Stream", torch_cuda_shim.Stream),
+    _shim("Event", torch_cuda_shim.Event),
+    _shim("stream", torch_cuda_shim.stream),
+    _shim("current_stream", torch_cuda_shim.current_stream),
+    _shim("default_stream", torch_cuda_shim.current_stream),
+    _shim("synchronize", torch_cuda_shim.synchronize),
+    _shim("empty_cache", torch_cuda_shim.empty_cache),
+    _shim("set_device", torch_cuda_shim.set_device),
+    _shim("current_device", torch_cuda_shim.current_device),
+    _shim("mem_get_info", torch_cuda_shim.mem_get_info),
+    _shim("get_device_properties", torch_cuda_shim.get_device_properties),
 )

@@ -16,9 +16,9 @@ from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError
 
 BACKENDS = {
-    "cpu": "epbackend.engines.lmdeploy.backends.cpu:CpuBackend",
-    "cuda": "epbackend.engines.lmdeploy.backends.cuda:CudaBackend",
-    "ascend": "epbackend.engines.lmdeploy.backends.ascend:AscendBackend",
+    "cpu": "epbackend.engines.lmdeploy.backend_cpu:CpuBackend",
+    "cuda": "epbackend.engines.lmdeploy.backend_cuda:CudaBackend",
+    "ascend": "epbackend.engines.lmdeploy.backend_ascend:AscendBackend",
 }
 """Device -> our backend for it. Each imports what only its own device has."""
 

@@ -93,7 +93,7 @@ PATCHES = (
         f"{_MP}:Notifier",
         "its barrier blocks the event loop (with gloo a deadlock at every 32nd message) and waits for dead workers",
         "mp",
-        replaced_by(f"{_OURS}.notifier:RingNotifier"),
+        replaced_by(f"{_OURS}.workers:RingNotifier"),
         "197c9bbabf2e",
     ),
     Patch(
@@ -101,7 +101,7 @@ PATCHES = (
         "lmdeploy.pytorch.engine.mp_engine.zmq_engine:ZMQMPEngine._mp_proc",
         "the API server's engine process must load the plug",
         "always",
-        replaced_by(f"{_OURS}.engine_process:run_engine"),
+        replaced_by(f"{_OURS}.workers:run_engine"),
         "753cbf9af5aa",
     ),
     no_engine_in_ray,

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from epbackend.engines.lmdeploy.layers import building
 from epbackend.engines.lmdeploy.patching import Patch
 
 SUMMED_TWICE = "it sums the routed experts' output over all ranks, though each rank has the whole sum already"
@@ -47,6 +46,9 @@ def _tells_its_layer(name: str, target: str, fingerprint: str) -> Patch:
     def build(original: Callable) -> Callable:
         @functools.wraps(original)
         def init(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
+            # Imported late: it imports models of LMDeploy, which on a CPU have to be patched before that.
+            from epbackend.engines.lmdeploy.operators import building
+
             with building(layer_idx):
                 original(self, config, layer_idx, *args, **kwargs)
 
@@ -62,7 +64,7 @@ def _hands_extras_over(name: str, target: str, fingerprint: str) -> Patch:
     def build(original: Callable) -> Callable:
         @functools.wraps(original)
         def update_weights(self: Any) -> None:
-            from epbackend.engines.lmdeploy.moe import LayerExperts
+            from epbackend.engines.lmdeploy.operators import LayerExperts
 
             if isinstance(self.impl, LayerExperts):
                 self.impl.set_extras(self.gate_up.bias, self.down.bias, self.act_func)

@@ -14,8 +14,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.guard import GRACE_S, descendants, guard_process, kill_all
-from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard
+from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, SharedStats
+from epbackend.engines.lmdeploy.process_guard import GRACE_S, descendants, guard_process, kill_all
 from epbackend.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -24,7 +24,7 @@ POLL_S = 0.2
 
 
 def start_engines(
-    config: EPConfig, board: LoadBoard, target: Callable[..., None], arguments: Iterable[tuple]
+    config: EPConfig, board: SharedStats, target: Callable[..., None], arguments: Iterable[tuple]
 ) -> list[BaseProcess]:
     """Starts `target(*arguments_of_its_rank)` in a process for each of the dp engines.
 
@@ -33,7 +33,7 @@ def start_engines(
     environment = {
         "LMDEPLOY_DP_MASTER_ADDR": LOOPBACK,
         "LMDEPLOY_DP_MASTER_PORT": str(free_port()),
-        BOARD_VARIABLE: board.variable,
+        STATS_VARIABLE: board.variable,
     }
     context = multiprocessing.get_context("spawn")
     # Not daemons: an API server starts a process for its engine.

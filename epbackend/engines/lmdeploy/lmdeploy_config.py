@@ -1,17 +1,20 @@
-"""From our settings to LMDeploy's engine configuration."""
+"""What LMDeploy is given: its engine configuration, made of our settings, and the directory of a model."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, UnavailableError
+from epbackend.models import resolve
 
 if TYPE_CHECKING:
     from lmdeploy import PytorchEngineConfig
 
-NOT_WITH_US = {
+REFUSED_ENGINE_FIELDS = {
     "enable_eplb": "LMDeploy's own balancing renumbers the experts that epbackend spreads",
     "enable_microbatch": "LMDeploy splits batches inside its DeepEP operator, which epbackend stands in for",
 }
@@ -34,7 +37,7 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
         raise ConfigError(
             f"engine.dtype: LMDeploy has no float32 on device {device}; write bfloat16, float16 or auto"
         )
-    for name, why in NOT_WITH_US.items():
+    for name, why in REFUSED_ENGINE_FIELDS.items():
         if engine.extra.get(name):
             raise ConfigError(f"engine.extra.{name}: {why}; remove it")
     settings: dict[str, Any] = {
@@ -66,3 +69,29 @@ def executor(config: EPConfig) -> str:
         return "uni"
     # LMDeploy runs dp > 1 by Ray only. On one machine mp starts twice as fast.
     return "ray" if config.engine.dp > 1 else "mp"
+
+
+HUB_NAME = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+")
+"""owner/name"""
+
+
+def locate(model: str) -> str:
+    """The directory of a model: one that comes with epbackend, a path, or the name of one in the hub.
+
+    A model of the hub is downloaded, as LMDeploy does it, unless it is in the hub's cache already.
+
+    Raises:
+        UnavailableError: it could not be downloaded.
+    """
+    path = resolve(model)
+    if Path(path).exists() or not HUB_NAME.fullmatch(path):
+        return path
+    from lmdeploy.utils import get_model
+
+    try:
+        return get_model(path)
+    except Exception as error:  # whatever the hub's client raises, the reason is in its text
+        raise UnavailableError(
+            f"there is no directory {path}, and the hub did not give a model of that name: {error}; "
+            "give the path of a checkpoint"
+        ) from error
