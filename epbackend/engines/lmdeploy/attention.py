@@ -108,7 +108,7 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
 
         out = query.new_empty(*query.shape[:-1], self.v_head_size)
         for group in plan.decoding:
-            # Of one sequence or of many, a decoding step has one query each: batch them.
+            # In a decoding step each sequence has one query: they are batched.
             keys, values = _read(k_cache, v_cache, group.pages_BP, values_in_keys, query.dtype)
             out[group.rows_B] = self._decode(query[group.rows_B], keys, values, group)
         for sequence in plan.prefilling:
@@ -119,7 +119,7 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
     def _decode(
         self, query_BHD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, group: DecodeGroup
     ) -> Tensor:
-        """One query a sequence: the query heads that share a key head stand where query positions would."""
+        """One query a sequence: the query heads that share a key head take the place of query positions."""
         batch, heads, dim = query_BHD.shape
         shared = query_BHD.view(batch, self.num_kv_heads, heads // self.num_kv_heads, dim)
         mask_B11S = group.mask_BS(keys_BSGD.shape[1], self.window)[:, None, None]

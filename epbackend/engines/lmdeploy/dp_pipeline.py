@@ -102,7 +102,7 @@ class ReplicatedPipeline:
                     else:
                         yield part
         except GeneratorExit:
-            # Nobody wants the rest, and the next call must not find it in the pipes.
+            # The rest is not wanted, and the next call must not find it in the pipes.
             for engine in busy:
                 while self._receive(engine) is not None:
                     pass

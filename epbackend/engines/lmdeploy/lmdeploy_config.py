@@ -24,7 +24,7 @@ REFUSED_ENGINE_FIELDS = {
 def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
     """LMDeploy's configuration of the engine, for `lmdeploy.pipeline` after `enable(config)`.
 
-    dp_rank tells the engines of one deployment with `engine.dp` > 1 apart; each is a process of its own.
+    `dp_rank` is the engine's number in a deployment with `engine.dp` > 1, where each engine is a process of its own.
 
     Raises:
         ConfigError: LMDeploy lacks the dtype on this device, or `engine.extra` asks for a part of its own expert
@@ -54,7 +54,7 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
         "num_gpu_blocks": engine.cache_blocks or 0,
         "block_size": engine.block_size,
         "enable_prefix_caching": engine.enable_prefix_caching,
-        # How rows travel on Ascend has not been captured yet.
+        # Our dispatch has not been captured on Ascend yet.
         "eager_mode": engine.eager_mode or device == "ascend",
         "distributed_executor_backend": executor(config),
     }

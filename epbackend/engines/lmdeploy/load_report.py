@@ -32,7 +32,7 @@ STEPS = 1024
 AHEAD = 8
 """More steps than the host of a rank can be ahead of what its device has done."""
 PATIENCE_S = 2.0
-"""How long a reader waits for a worker that runs and does not answer: it may be loading or capturing."""
+"""How long a reader waits for a running worker that does not answer: it may be loading or capturing."""
 LOOK_S = 0.001
 
 # The segment is an array of these, one a rank. Memory is used only where something is written.

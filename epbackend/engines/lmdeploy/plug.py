@@ -1,6 +1,7 @@
-"""Switching the plug on and off in this process, and what is on.
+"""Enables and disables the plug in this process.
 
-What the workers must know travels in the environment, so that every way LMDeploy has of starting a process will do.
+Workers get the configuration and the placement through the environment, which every way in which LMDeploy starts a
+process passes on or can be made to.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def enable(config: EPConfig, placement: Placement | None = None) -> None:
     """Plugs expert parallelism into LMDeploy for the pipelines that this process makes from now on.
 
     Make them with `engine_config(config)`, or use `pipeline`, which does both. Enabling the same config again does
-    nothing. `placement` is what the config's section stands for, where that is known already; it is read or planned
-    otherwise.
+    nothing. `placement` is the finished placement, where it is known already; otherwise it is read or planned as the
+    config says.
 
     Raises:
         UnavailableError: LMDeploy is missing, is another release or was changed; or the device cannot be used here.
@@ -62,7 +63,7 @@ def enable_worker() -> None:
 
 
 def set_threads() -> None:
-    """Gives this worker what `engine.threads_per_rank` says, on a CPU else its share of the machine's cores."""
+    """Sets this worker's CPU threads: `engine.threads_per_rank`, or on a CPU its share of the machine's cores."""
     config = active().config
     threads = config.engine.threads_per_rank
     if threads is None and get_device(config.device).name == "cpu":
@@ -99,8 +100,8 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
     try:
         state.set_environment(CONFIG_VARIABLE, config.to_json())
         state.set_environment(PLACEMENT_VARIABLE, to_env(placement) if placement else "")
-        # Workers write to their starter's board, and so do the engines of one deployment. Any other process that
-        # finds one in its environment only happens to be started from a process with an engine.
+        # Workers write to their starter's statistics, and so do the engines of one deployment. Any other process that
+        # finds one in its environment was only started from a process with an engine.
         if STATS_VARIABLE not in os.environ or not (worker or config.engine.dp > 1):
             state.board = SharedStats(config.world_size)
             state.set_environment(STATS_VARIABLE, state.board.variable)

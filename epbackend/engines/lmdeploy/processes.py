@@ -20,7 +20,7 @@ from epbackend.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.2
-"""Between two looks at whether somebody listens."""
+"""Between two attempts to connect."""
 
 
 def start_engines(
@@ -47,7 +47,7 @@ def start_engines(
 
 
 def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0) -> None:
-    """Ends the processes: those still there after `grace_s` by SIGTERM, and by force where that is not heeded."""
+    """Ends the processes: those still there after `grace_s` by SIGTERM, then by SIGKILL."""
     processes = list(processes)
     started_by_them = [each for process in processes for each in descendants(process.pid or 0)]
     for process in processes:
@@ -63,7 +63,7 @@ def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0) -> None
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody uses now."""
+    """A port of the loopback interface that is free now."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]

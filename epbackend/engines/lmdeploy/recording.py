@@ -43,7 +43,7 @@ class Recording:
         return cls(path, layers, ep_size)
 
     def write(self, report: LoadReport) -> None:
-        """Replaces the file at once: who reads it meanwhile finds the old one or the new one.
+        """Replaces the file in one operation: a reader finds the old one or the new one.
 
         Raises:
             EPError: no expert has had a token, or the file cannot be written.
@@ -62,19 +62,19 @@ def recording_server(
 ) -> Iterator[None]:
     """Records what engines do while the block runs: every EVERY_S seconds, and at its end. None: does nothing.
 
-    Counts from when their servers listen at `addresses`: before that they warm up, with tokens that nobody asked for.
+    Counts from when their servers listen at `addresses`: the tokens of their warm-up belong to no request.
     """
     if recording is None:
         yield
         return
     stop = threading.Event()
-    clerk = threading.Thread(target=_record, args=(recording, report, addresses, stop), daemon=True)
-    clerk.start()
+    recorder = threading.Thread(target=_record, args=(recording, report, addresses, stop), daemon=True)
+    recorder.start()
     try:
         yield
     finally:
         stop.set()
-        clerk.join()
+        recorder.join()
 
 
 def _record(

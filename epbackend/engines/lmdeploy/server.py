@@ -47,7 +47,7 @@ def serve_model(
     """Serves until SIGINT or SIGTERM, then ends every process. Call it in the main thread.
 
     With `engine.dp` > 1 a proxy listens at host and port, and its engines at free ports of the loopback interface.
-    `recording` takes down what the experts do. Further arguments go to LMDeploy's `api_server.serve` (model_name,
+    `recording` saves the experts' loads. Further arguments go to LMDeploy's `api_server.serve` (model_name,
     api_keys, ...).
 
     Raises:
@@ -117,7 +117,7 @@ def _serve_behind_proxy(
     threading.Thread(target=_stop_with_first, args=(processes, ended), daemon=True).start()
     try:
         with recording_server(recording, board.report, [(LOOPBACK, each) for each in ports]):
-            # Its status file would bring nodes of an earlier deployment back.
+            # With its status file, nodes of an earlier deployment would come back.
             proxy(
                 server_name=host, server_port=port, disable_cache_status=True, log_level=kwargs["log_level"]
             )
@@ -146,7 +146,7 @@ def _run_engine_server(
 
 
 def _await_listener(address: tuple[str, int]) -> None:
-    """LMDeploy tells the proxy of its server once, so the proxy has to listen by then."""
+    """Waits for the proxy: LMDeploy's server registers there once, when it starts."""
     deadline = time.monotonic() + PROXY_START_S
     while not listens(address):
         if time.monotonic() > deadline:

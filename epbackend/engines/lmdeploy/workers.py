@@ -42,20 +42,20 @@ logger = logging.getLogger("lmdeploy")
 
 
 class WatchedExecutor(MPExecutor):
-    """The parent's end: fails, naming the rank, as soon as a worker is gone."""
+    """The parent's end: fails, naming the rank, as soon as a worker has ended."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.failure: WorkerError | None = None
         self._stop_reader, self._stop_writer = Pipe(duplex=False)
         handler = signal.getsignal(signal.SIGUSR1)
         super().__init__(*args, **kwargs)
-        # LMDeploy's own would end the whole process without a word; the watch tells what happened.
+        # LMDeploy's handler would end the whole process without a message; the watch reports what happened.
         signal.signal(signal.SIGUSR1, handler)
         threading.Thread(target=self._watch, name="epbackend-watch", daemon=True).start()
 
     @classmethod
     def setup_master_addr(cls) -> None:
-        """A port of its own for each engine: LMDeploy would go on with the first one's."""
+        """A port of its own for each engine: LMDeploy would use the first engine's again."""
         active().set_environment("MASTER_ADDR", "127.0.0.1")
         active().set_environment("MASTER_PORT", str(mp_executor.find_available_port()))
 
@@ -118,7 +118,7 @@ class GuardedProc(ExecutorProc):
 
 
 class FailFastWorker(MPWorkerWrapper):
-    """A worker whose background tasks are awaited: LMDeploy would let a failed forward pass go unnoticed."""
+    """A worker that ends when a background task fails: LMDeploy would not notice a failed forward pass."""
 
     def start(self) -> None:
         super().start()
@@ -130,9 +130,9 @@ class FailFastWorker(MPWorkerWrapper):
 
 
 def _leave(*_: Any) -> None:
-    """Ends this worker: the load of its last steps is written down, the rest the kernel puts in order.
+    """Ends this worker: the load of its last steps is written down, the kernel frees the rest.
 
-    LMDeploy's own handler trips over its buffers.
+    LMDeploy's own handler fails on its buffers.
     """
     try:
         active().load_writer.close()
@@ -144,7 +144,7 @@ def _leave(*_: Any) -> None:
 def ending_on_error(rank: int) -> Iterator[None]:
     """Ends the process at once on an exception, its text left for the parent.
 
-    At once, because cleaning up would wait for ranks that in turn wait for this one; the closed connections tell them.
+    At once, because cleaning up would wait for ranks that wait for this one; they notice the closed connections.
     """
     try:
         yield
@@ -173,15 +173,15 @@ POLL_S = 0.25
 
 
 class RingNotifier:
-    """Tells the receivers of a ring of shared blocks what is written, and the sender what is read.
+    """Signals the receivers of a ring of shared blocks what is written, and the sender what is read.
 
     In place of LMDeploy's `Notifier`, which has an event for each block and a barrier at each turn of the ring. Gloo's
     collectives block the event loop (on a GPU they are only queued), so that there one rank can sit in the barrier
-    while another waits for it in an all-reduce; and an event or a barrier whose other end was killed waits for ever.
+    while another waits for it in an all-reduce; and an event or a barrier whose other end was killed waits without end.
     """
 
     failure: WorkerError | None = None
-    """Raised by whoever waits here; set by the parent when a worker dies."""
+    """Raised by every wait here; the parent sets it when a worker dies."""
     receiver = 0
     """Which of the receivers this process is."""
 
@@ -238,7 +238,7 @@ class RingNotifier:
 async def _off_loop(function: Callable[[], Any]) -> None:
     """Awaits a blocking call in a daemon thread.
 
-    The event loop's own threads are joined when Python ends, and that would be never with an engine nobody closed.
+    The event loop's own threads are joined when Python ends, which would hang with an engine that was not closed.
     """
     loop = asyncio.get_running_loop()
     done = loop.create_future()
@@ -257,7 +257,7 @@ async def _off_loop(function: Callable[[], Any]) -> None:
             function()
         except BaseException as caught:
             error = caught
-        # A loop that was closed meanwhile has nobody left to tell.
+        # The loop may have been closed meanwhile.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(finish, error)
 
@@ -277,7 +277,7 @@ def run_engine(shared_dict: Any, condition: Any, *args: Any, **kwargs: Any) -> N
 
 
 class _ServerCondition:
-    """The condition by which the engine tells its port.
+    """The condition by which the engine process reports its port, without an error where the server has closed it.
 
     The server ends the condition's own process as soon as it has read the port, perhaps before that process has
     confirmed the release.
