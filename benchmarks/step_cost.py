@@ -22,9 +22,9 @@ import torch
 
 import epbackend
 from benchmarks.report import machine, print_table
-from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard
-from epbackend.engines.lmdeploy.load_writer import LoadWriter
-from epbackend.moe import Load
+from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, SharedStats
+from epbackend.engines.lmdeploy.stats_writer import StatsWriter
+from epbackend.moe import LayerStats
 
 PROMPTS, NEW_TOKENS = 4, 32
 
@@ -52,9 +52,9 @@ def main() -> None:
 
 def host_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The serving thread's part, once a step, and the other thread's, four times a second."""
-    board = LoadBoard(1)
-    with mock.patch.dict(os.environ, {BOARD_VARIABLE: board.variable}):
-        writer, layers = LoadWriter(), [layer(args.experts, args.place) for _ in range(args.layers)]
+    board = SharedStats(1)
+    with mock.patch.dict(os.environ, {STATS_VARIABLE: board.variable}):
+        writer, layers = StatsWriter(), [layer(args.experts, args.place) for _ in range(args.layers)]
         for number, each in enumerate(layers):
             writer.watch(0, number, each, each.place)
         writer.step()
@@ -75,7 +75,7 @@ def host_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def layer(experts: int, place: str) -> Any:
     """What the writer needs of an ExpertParallelMoE."""
-    load = Load(tuple(range(experts)), experts)
+    load = LayerStats(tuple(range(experts)), experts)
     load.add_call(passes=1, rounds=1)
     where = torch.zeros(1, device=place).device
     return SimpleSpace(load=load, slot_map=SimpleNamespace(experts=experts), dispatchers={}, place=where)
@@ -111,7 +111,7 @@ def engine_row(args: argparse.Namespace) -> dict[str, Any]:
         spent = {"step": 0.0, "_write_down": 0.0}
 
         def clocked(name: str) -> Callable[..., Any]:
-            method = getattr(LoadWriter, name)
+            method = getattr(StatsWriter, name)
 
             def timed(*args: Any) -> Any:
                 began = time.thread_time()
@@ -125,8 +125,8 @@ def engine_row(args: argparse.Namespace) -> dict[str, Any]:
         def run(report: bool) -> tuple[float, float]:
             """Seconds on the wall, and of processor time of all threads, on which other programs tell less."""
             with (
-                mock.patch.object(LoadWriter, "step", clocked("step") if report else lambda writer: None),
-                mock.patch.object(LoadWriter, "_write_down", clocked("_write_down")),
+                mock.patch.object(StatsWriter, "step", clocked("step") if report else lambda writer: None),
+                mock.patch.object(StatsWriter, "_write_down", clocked("_write_down")),
             ):
                 began = time.perf_counter(), time.process_time()
                 pipe(prompts, gen_config=gen, do_preprocess=False)

@@ -51,7 +51,7 @@ class Counter:
         self.max = max(self.max, value)
 
 
-class Load:
+class LayerStats:
     """What one layer has done on this rank so far."""
 
     def __init__(self, local_experts: tuple[int, ...], experts: int) -> None:
@@ -184,7 +184,7 @@ class ExpertParallelMoE:
             down_bias_LD=down_bias_LD,
             activation=activation,
         )
-        self.load = Load(slot_map.local_experts(ranks.rank), slot_map.experts)
+        self.load = LayerStats(slot_map.local_experts(ranks.rank), slot_map.experts)
         """What this rank has done so far."""
 
     @torch.no_grad()

@@ -15,7 +15,6 @@ tomllib = pytest.importorskip("tomllib")
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.xfail(reason="config and engines.lmdeploy are being untied")
 def test_imports_of_the_package_have_no_circle():
     """Nor do those inside functions, nor those for types alone: a module can be read after the ones that it uses."""
     graph = grimp.build_graph("epbackend", cache_dir=None)

@@ -114,7 +114,7 @@ def start_engine(side: str, folder: str, device: str) -> Any:
 
     import epbackend
     from epbackend import EPConfig
-    from epbackend.engines.lmdeploy.engine import engine_config
+    from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 
     agent.load_model_weights = random_weights
     engine = {"dtype": "bfloat16", "session_len": 2048, "max_batch_size": 256, "cache_blocks": 2048}

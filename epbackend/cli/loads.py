@@ -31,7 +31,7 @@ def facts(config: EPConfig, load: "LoadReport") -> dict[str, Any]:
 
 def imbalance(load: "LoadReport") -> dict[str, float]:
     """Tokens of the busiest rank over the ranks' mean, of the run and of its steps: mean of the layers, worst layer."""
-    found = {"imbalance": load.imbalance_L, "step_imbalance": load.step_imbalance_L}
+    found = {"imbalance": load.imbalance_Y, "step_imbalance": load.step_imbalance_Y}
     return {
         f"{name}_{what}": round(float(number(ratio_Y)), 4) if ratio_Y.size else 1.0
         for name, ratio_Y in found.items()
@@ -46,8 +46,8 @@ def print_load(load: "LoadReport") -> None:
     table = Table(
         "rank", "expert tokens", "share", "busiest expert", title="load of the ranks", title_justify="left"
     )
-    total = max(1, load.tokens_RLE.sum())
-    for rank, tokens_YE in enumerate(load.tokens_RLE):
+    total = max(1, load.tokens_RYE.sum())
+    for rank, tokens_YE in enumerate(load.tokens_RYE):
         layer, expert = np.unravel_index(tokens_YE.argmax(), tokens_YE.shape) if tokens_YE.size else (0, 0)
         tokens, most = tokens_YE.sum(), tokens_YE.max(initial=0)
         busiest = f"{expert} of layer {load.layers[layer]} ({most:,})" if most else "none"

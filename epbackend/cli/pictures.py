@@ -40,7 +40,7 @@ def save_load(load: LoadReport, path: Path, *, title: str) -> Path:
     """What a run did: tokens of each expert and of each rank in each layer, over the layer's means."""
     from matplotlib.figure import Figure
 
-    experts_YE, ranks_YR = load.tokens_RLE.sum(axis=0), load.tokens_RLE.sum(axis=2).T
+    experts_YE, ranks_YR = load.tokens_RYE.sum(axis=0), load.tokens_RYE.sum(axis=2).T
     layers, experts = experts_YE.shape
     width = max(6.0, 0.3 * experts)
     figure = Figure(figsize=(width + 3, max(2.6, 0.5 * layers + 1.4)), layout="constrained")
@@ -72,8 +72,8 @@ def save_imbalance(loads: dict[str, LoadReport], path: Path, *, title: str) -> P
     width = 0.8 / len(loads)
     for index, (name, load) in enumerate(loads.items()):
         places = np.arange(len(layers)) + (index - (len(loads) - 1) / 2) * width
-        label = f"{name}: {load.step_imbalance_L.mean():.2f} times the mean"
-        bars = axes.bar(places, 100 * (load.step_imbalance_L - 1), width, label=label, color=f"C{1 - index}")
+        label = f"{name}: {load.step_imbalance_Y.mean():.2f} times the mean"
+        bars = axes.bar(places, 100 * (load.step_imbalance_Y - 1), width, label=label, color=f"C{1 - index}")
         axes.bar_label(bars, fmt="%.0f%%", padding=2)
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set(xlabel="layer", ylabel="busiest rank of a step, above the mean (%)", title=title)

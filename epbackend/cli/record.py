@@ -57,7 +57,7 @@ def _run(model: str, config: EPConfig, prompts: list[str], out: Path, max_new_to
     """The load of answering the prompts, written to `out`."""
     from lmdeploy import GenerationConfig
 
-    from epbackend.engines.lmdeploy.locate import locate
+    from epbackend.engines.lmdeploy.lmdeploy_config import locate
     from epbackend.engines.lmdeploy.recording import Recording
 
     recording = Recording.of(out, locate(model), config.ep_size)

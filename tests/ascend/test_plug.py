@@ -54,12 +54,12 @@ def test_lmdeploys_modules_give_what_the_reference_gives(ranks, npu, form, setti
     assert {rank.dispatcher for rank in seen} == {dispatcher}
     assert {count for rank in seen for count in rank.kept} == {1}, "weights are held once, by our layer"
     tokens = 8 if settings.get("dp") else 5
-    assert sum(rank.load.tokens_RLE.sum() for rank in seen) == 3 * tokens
+    assert sum(rank.load.tokens_RYE.sum() for rank in seen) == 3 * tokens
 
 
 def host_waits(groups, settings):
     """What makes the host wait for the device in a layer's second call and behind the step."""
-    from epbackend.engines.lmdeploy import plug
+    from epbackend.engines.lmdeploy import state
     from tests.helpers.cann import aten
     from tests.helpers.moe_modules import Case, batch_of, built_for, load_module
 
@@ -72,7 +72,7 @@ def host_waits(groups, settings):
         for _ in range(2):
             aten.host_waits.clear()
             module(hidden, routed, ids)
-            plug.active().load_writer.step()
+            state.active().load_writer.step()
         return list(aten.host_waits)
 
 
@@ -92,7 +92,7 @@ def test_dlinfer_is_told_that_a_rank_is_alone():
     """Else each step would gather the ranks' tokens, and dlinfer's router split them."""
     from lmdeploy.pytorch.model_inputs import BuildModelContext, StepContextManager, step_ctx_manager
 
-    from epbackend.engines.lmdeploy.backends.ascend import AscendBackend
+    from epbackend.engines.lmdeploy.backend_ascend import AscendBackend
 
     int32 = {"dtype": torch.int32, "device": "npu"}
     step = SimpleNamespace(
@@ -119,8 +119,7 @@ def test_dlinfer_is_told_that_a_rank_is_alone():
 def test_the_router_of_deepseek_v3_is_ours():
     from lmdeploy.pytorch.backends.moe_router import RouterNoauxTCBuildSpec
 
-    from epbackend.engines.lmdeploy.backends.ascend import AscendBackend
-    from epbackend.engines.lmdeploy.routers import NpuRouter
+    from epbackend.engines.lmdeploy.backend_ascend import AscendBackend, NpuRouter
 
     spec = RouterNoauxTCBuildSpec("sigmoid", 8, 8, 4, 256, routed_scaling_factor=2.5)
     assert isinstance(AscendBackend.build_op(spec), NpuRouter)
@@ -128,6 +127,6 @@ def test_the_router_of_deepseek_v3_is_ours():
 
 def test_the_engine_runs_without_captured_graphs():
     from epbackend import EPConfig
-    from epbackend.engines.lmdeploy.engine import engine_config
+    from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 
     assert engine_config(EPConfig.load({"device": "ascend", "ep_size": 2})).eager_mode

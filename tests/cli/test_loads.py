@@ -9,13 +9,13 @@ from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import LoadReport
 
 
-def report(tokens_RLE, layers, **phases):
+def report(tokens_RYE, layers, **phases):
     """A load report; `phases` name the dispatcher of each phase."""
     dispatchers = {
         phase: {"name": name, "reason": "it suits", "passed_over": [("other", "it does not")]}
         for phase, name in phases.items()
     }
-    return LoadReport(layers, np.array(tokens_RLE), 1, 1, 1, dispatchers, np.full(len(layers), 2.5))
+    return LoadReport(layers, np.array(tokens_RYE), 1, 1, 1, dispatchers, np.full(len(layers), 2.5))
 
 
 TWO_RANKS = report([[[1, 2], [0, 0]], [[0, 0], [3, 9]]], (1, 2), prefill="alltoall", decode="replicated")

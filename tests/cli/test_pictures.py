@@ -49,7 +49,7 @@ def test_heat_map_of_a_run_draws_experts_and_ranks(tmp_path):
 
 @pytest.mark.parametrize("after", [1.0, 2.5])
 def test_bars_of_two_runs_are_as_high_as_their_imbalance(tmp_path, after):
-    runs = {"before": TWO_RANKS, "after": report(TWO_RANKS.tokens_RLE, after)}
+    runs = {"before": TWO_RANKS, "after": report(TWO_RANKS.tokens_RYE, after)}
     path = pictures.save_imbalance(runs, tmp_path / "both.png", title="two runs")
     assert size(path) == (960, 540)
     bars = drawn_share(path, left=0.15, right=0.95, top=0.4, bottom=0.8)

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import epbackend
 from epbackend import EPConfig
 from epbackend.device.cuda import CudaDevice
-from epbackend.engines.lmdeploy.engine import engine_config
+from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from tests.helpers.shared_gpu import on_shared_devices
 
 MODELS = Path(epbackend.__file__).parent / "models"

@@ -11,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmdeploy.pytorch.backends.attention import PagedAttentionBuildSpec
 
-from epbackend.engines.lmdeploy.attention import PagedAttention
-from epbackend.engines.lmdeploy.attention_plan import PADDED_TOKENS, group_by_length, plan_attention
+from epbackend.engines.lmdeploy.attention import (
+    PADDED_TOKENS,
+    PagedAttention,
+    group_by_length,
+    plan_attention,
+)
 from epbackend.errors import UnavailableError
 
 BLOCK = 4

@@ -11,9 +11,9 @@ from lmdeploy.pytorch.engine.executor.base import ExecutorBase
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.engines.lmdeploy import checks, engine, plug
+from epbackend.engines.lmdeploy import checks, lmdeploy_config, plug
 from epbackend.engines.lmdeploy.checks import expert_count
-from epbackend.engines.lmdeploy.patches.cache import GIB, cache_blocks
+from epbackend.engines.lmdeploy.patches.engine import GIB, cache_blocks
 from epbackend.errors import ConfigError, EPError, UnavailableError
 from tests.helpers.processes import engine_workers
 
@@ -56,7 +56,7 @@ def test_a_dense_model_on_two_ranks_is_refused(checkpoint):
     )
 
 
-@pytest.mark.parametrize("architecture", sorted(checks.OWN_EXPERTS))
+@pytest.mark.parametrize("architecture", sorted(checks.UNPATCHABLE_MODELS))
 def test_a_model_with_experts_of_its_own_is_refused_on_two_ranks(write_model, architecture):
     model = write_model(n_routed_experts=8, architectures=[architecture])
     refused(model, two_ranks(), ConfigError, f"ep_size: 2.*{architecture}.*use ep_size: 1")
@@ -118,10 +118,10 @@ def test_lmdeploys_own_expert_parallelism_is_refused(checkpoint, field):
 
 
 def test_float32_on_cuda_is_refused(monkeypatch):
-    monkeypatch.setattr(engine, "get_device", lambda _: SimpleNamespace(name="cuda"))
+    monkeypatch.setattr(lmdeploy_config, "get_device", lambda _: SimpleNamespace(name="cuda"))
     config = EPConfig.load({"device": "cuda", "engine": {"dtype": "float32"}})
     with pytest.raises(ConfigError, match=r"engine\.dtype.*no float32 on device cuda; write bfloat16"):
-        engine.engine_config(config)
+        lmdeploy_config.engine_config(config)
 
 
 def test_a_dense_model_runs_on_one_rank(checkpoint):

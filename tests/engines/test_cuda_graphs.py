@@ -22,9 +22,9 @@ from lmdeploy.pytorch.models.patch import build_model_context
 
 from epbackend import EPConfig
 from epbackend.dispatch.base import RankGroup
-from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.graphs import ExpertsBetweenGraphs
-from epbackend.engines.lmdeploy.moe import LayerExperts
+from epbackend.engines.lmdeploy import plug, state
+from epbackend.engines.lmdeploy.backend_cuda import ExpertsBetweenGraphs
+from epbackend.engines.lmdeploy.operators import LayerExperts
 from epbackend.errors import ConfigError
 from tests.helpers.moe_modules import FORMS, PLACE, Case, batch_of, built_for, cuda_case, load_module
 
@@ -86,12 +86,12 @@ def test_a_captured_layer_replays_and_counts_its_load(gpu, form):
         for _ in range(3):
             found.fill_(torch.nan)
             graph.replay()
-            plug.active().load_writer.step()
-        plug.active().load_writer.close()
-        load = plug.active().load_report()
+            state.active().load_writer.step()
+        state.active().load_writer.close()
+        load = state.active().load_report()
     torch.testing.assert_close(found, expected)
     assert load.calls == 3
-    assert load.tokens_RLE.sum() == (1 + 3) * inputs[2].numel()
+    assert load.tokens_RYE.sum() == (1 + 3) * inputs[2].numel()
 
 
 def test_a_layer_captured_in_pieces_replays(gpu):

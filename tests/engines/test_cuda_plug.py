@@ -83,7 +83,7 @@ def test_modules_on_two_ranks_give_what_the_reference_gives(run, form, settings,
     assert [rank.dispatcher for rank in seen] == [dispatcher] * 2
     if settings.get("replicas"):
         assert [rank.expert_list for rank in seen] == [list(held) for held in COPIES.experts_of_rank]
-    computed = sum(rank.load.tokens_RLE.sum() for rank in seen)
+    computed = sum(rank.load.tokens_RYE.sum() for rank in seen)
     assert computed == 3 * (8 if settings.get("dp") else 5)
 
 
@@ -182,4 +182,4 @@ def test_greedy_tokens_of_a_pipeline_with_cuda_experts(cuda, checkpoint, monkeyp
     assert [answer.token_ids for answer in answers] == greedy_tokens(
         checkpoint("qwen3-moe"), texts, FEW_TOKENS
     )
-    assert load.tokens_RLE.any(axis=2).all(), "every rank computed experts of every layer"
+    assert load.tokens_RYE.any(axis=2).all(), "every rank computed experts of every layer"

@@ -21,10 +21,11 @@ from lmdeploy.pytorch.engine.config_builder import ConfigBuilder
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.engine import engine_config
-from epbackend.engines.lmdeploy.patches import steps
-from epbackend.engines.lmdeploy.threads import set_threads
+from epbackend.dispatch.context import GroupContext
+from epbackend.engines.lmdeploy import plug, state
+from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
+from epbackend.engines.lmdeploy.patches.engine import steps_are_counted
+from epbackend.engines.lmdeploy.plug import set_threads
 from epbackend.errors import ConfigError, WorkerError
 from tests.helpers.pretended_gpu.sitecustomize import pretend
 from tests.helpers.processes import engine_workers
@@ -91,7 +92,7 @@ def test_ray_workers_on_gpus(pretended, monkeypatch):
     ((kind, options),) = started
     assert issubclass(kind, PluggedRayWorker)
     assert options["num_gpus"] > 0
-    assert options["runtime_env"]["env_vars"][plug.CONFIG_VARIABLE] == two_ranks(dp=2).to_json()
+    assert options["runtime_env"]["env_vars"][state.CONFIG_VARIABLE] == two_ranks(dp=2).to_json()
 
     monkeypatch.setattr(executor, "_sort_workers", lambda address, workers: workers[::-1], raising=False)
     monkeypatch.setattr(ray_executor, "_get_master_addr", lambda: "127.0.0.1")
@@ -125,9 +126,10 @@ def test_an_engine_in_a_ray_actor_is_refused(pretended):
 @pytest.mark.parametrize(("ranks", "watched"), [(1, []), (2, ["a step of the engine"])])
 def test_a_step_is_watched_where_a_rank_can_be_lost(pretended, monkeypatch, ranks, watched):
     seen = []
-    monkeypatch.setattr(steps, "watch", lambda what, group, timeout_s: seen.append(what))
+    monkeypatch.setattr(GroupContext, "watch", lambda self, what, group, timeout_s: seen.append(what))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     plug.enable(EPConfig.load({"device": "cuda", "ep_size": ranks}))
-    steps._watch_step()
+    assert steps_are_counted.build(lambda stream: "output")() == "output"
     assert seen == watched
 
 

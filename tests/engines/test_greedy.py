@@ -58,16 +58,16 @@ def test_tokens_are_those_of_hugging_face(form, settings, checkpoint, reference)
 
 def _check_load(load, settings, prompt_lengths):
     """Every token of every prompt went to TOP_K experts of each MoE layer, once."""
-    ranks, layers, experts = load.tokens_RLE.shape
+    ranks, layers, experts = load.tokens_RYE.shape
     assert (ranks, experts) == (settings.world_size, EXPERTS)
     assert load.layers in ((0, 1, 2), (1, 2))
     assert {choice["name"] for choice in load.dispatchers.values()} <= {"replicated", "allgather", "alltoall"}
     if settings.ep_size > 1:
-        shared = load.tokens_RLE.reshape(ranks, layers, settings.ep_size, -1).any(axis=(1, 3))
+        shared = load.tokens_RYE.reshape(ranks, layers, settings.ep_size, -1).any(axis=(1, 3))
         assert (shared == [[rank == part for part in range(ranks)] for rank in range(ranks)]).all()
-        routed = load.tokens_RLE.sum(axis=(0, 2))
+        routed = load.tokens_RYE.sum(axis=(0, 2))
     else:
-        routed = load.tokens_RLE[0].sum(axis=1)
+        routed = load.tokens_RYE[0].sum(axis=1)
     # A prompt's last new token need not be fed back; the engine may be doing it while we read.
     fed = sum(length + NEW_TOKENS - 1 for length in prompt_lengths)
     assert (routed >= fed * TOP_K).all()

@@ -17,19 +17,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from epbackend.engines.lmdeploy import load, load_writer
-from epbackend.engines.lmdeploy.counters import STEPS, Counters
-from epbackend.engines.lmdeploy.load import (
-    BOARD_VARIABLE,
+from epbackend.engines.lmdeploy import load_report, stats_writer
+from epbackend.engines.lmdeploy.load_report import (
     MAX_EXPERTS,
     MAX_LAYERS,
-    LoadBoard,
+    STATS_VARIABLE,
+    STEPS,
     LoadReport,
+    SharedStats,
     rank_row,
 )
-from epbackend.engines.lmdeploy.load_writer import LoadWriter
+from epbackend.engines.lmdeploy.stats_writer import Counters, StatsWriter
 from epbackend.errors import EPError
-from epbackend.moe import Load
+from epbackend.moe import LayerStats
 from tests.helpers.patience import PATIENCE_S
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ class Layer:
 
     def __init__(self, tokens_L, passes=1, rounds=1, experts=None) -> None:
         local = experts if experts is not None else tuple(range(len(tokens_L)))
-        self.load = Load(local, len(tokens_L))
+        self.load = LayerStats(local, len(tokens_L))
         self.slot_map = SimpleNamespace(experts=len(tokens_L))
         self.dispatchers = {"decode": Decision("alltoall", "it suits")}
         self.call(tokens_L, passes, rounds)
@@ -61,8 +61,8 @@ def watching():
     """Makes the writer of a rank with such layers."""
     writers = []
 
-    def watching(rank: int, layers: dict[int, Layer]) -> LoadWriter:
-        writers.append(writer := LoadWriter())
+    def watching(rank: int, layers: dict[int, Layer]) -> StatsWriter:
+        writers.append(writer := StatsWriter())
         for number, layer in layers.items():
             writer.watch(rank, number, layer, CPU)
         return writer
@@ -74,8 +74,8 @@ def watching():
 
 @pytest.fixture
 def board(monkeypatch, watching):
-    board = LoadBoard(2)
-    monkeypatch.setenv(BOARD_VARIABLE, board.variable)
+    board = SharedStats(2)
+    monkeypatch.setenv(STATS_VARIABLE, board.variable)
     yield board
     if board._memory.buf is not None:
         board.remove()
@@ -89,7 +89,7 @@ def test_report_has_the_counters_of_each_rank_and_layer(board, watching):
             writer.step()
     report = board.report()
     assert report.layers == (1, 3)
-    assert report.tokens_RLE.tolist() == [[[0, 1, 5], [0, 3, 5]], [[1, 1, 5], [1, 3, 5]]]
+    assert report.tokens_RYE.tolist() == [[[0, 1, 5], [0, 3, 5]], [[1, 1, 5], [1, 3, 5]]]
     assert report.tokens_per_rank == [14, 16]
     assert (report.calls, report.passes, report.rounds) == (7, 2, 3)
     assert report.dispatchers == {"decode": {"name": "alltoall", "reason": "it suits"}}
@@ -105,10 +105,10 @@ def test_since_subtracts_and_a_report_does_not_change(board, watching):
     for _ in range(3):
         writer.step()
     second = board.report()
-    assert first.tokens_RLE[0].tolist() == [[1, 2]]
-    assert second.since(first).tokens_RLE[0].tolist() == [[4, 3]]
+    assert first.tokens_RYE[0].tolist() == [[1, 2]]
+    assert second.since(first).tokens_RYE[0].tolist() == [[4, 3]]
     assert second.since(first).calls == 3
-    assert np.array_equal(first.since(nothing).tokens_RLE, first.tokens_RLE)
+    assert np.array_equal(first.since(nothing).tokens_RYE, first.tokens_RYE)
 
 
 def test_a_model_that_replaces_another_starts_at_zero(board, watching):
@@ -119,7 +119,7 @@ def test_a_model_that_replaces_another_starts_at_zero(board, watching):
     writer.watch(0, 0, second, CPU)
     writer.step()
     report = board.report()
-    assert (report.tokens_RLE[0].tolist(), report.calls) == ([[1, 2]], 1)
+    assert (report.tokens_RYE[0].tolist(), report.calls) == ([[1, 2]], 1)
 
 
 def test_a_layer_is_not_kept_alive(board, watching):
@@ -142,7 +142,7 @@ def test_layers_with_other_numbers_of_experts(board, watching):
         writer.step()
     report = board.report()
     assert report.layers == (0, 2, 3, 4, 5, 6)
-    assert report.tokens_RLE[1].tolist() == [
+    assert report.tokens_RYE[1].tolist() == [
         [1, 2, 0, 0, 0],
         [1, 2, 3, 4, 23],
         [7, 0, 0, 0, 0],
@@ -164,7 +164,7 @@ def test_a_layer_that_comes_late_joins_the_others(board, watching):
     writer.step()
     report = board.report()
     assert (report.layers, report.calls) == ((0, 1, 2), 2)
-    assert report.tokens_RLE[0].tolist() == [[2, 2], [5, 5], [7, 0]]
+    assert report.tokens_RYE[0].tolist() == [[2, 2], [5, 5], [7, 0]]
 
 
 def test_more_layers_than_there_are_lines(board, watching):
@@ -174,7 +174,7 @@ def test_more_layers_than_there_are_lines(board, watching):
     for layer in layers:
         writer.watch(0, 3, layer, CPU)
     writer.step()
-    assert board.report().tokens_RLE.sum() == 1
+    assert board.report().tokens_RYE.sum() == 1
 
 
 def test_a_report_has_every_step_that_has_ended(board, watching):
@@ -185,12 +185,12 @@ def test_a_report_has_every_step_that_has_ended(board, watching):
         layer.call([step])
         writer.step()
         report = board.report()
-        assert (report.calls, report.tokens_RLE.sum()) == (step, step * (step + 1) // 2)
+        assert (report.calls, report.tokens_RYE.sum()) == (step, step * (step + 1) // 2)
 
 
 def test_what_nobody_asks_for_is_written_down_too(board, watching, monkeypatch):
     """A worker may be killed, and its load is wanted nevertheless."""
-    monkeypatch.setattr(load_writer, "EVERY_S", 0.01)
+    monkeypatch.setattr(stats_writer, "EVERY_S", 0.01)
     layer = Layer([3])
     writer = watching(0, {0: layer})
     writer.step()
@@ -206,12 +206,12 @@ def test_a_worker_that_is_gone_is_not_waited_for(board, caplog):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert board._ranks["writer"][0] == process.pid
-    assert board.report().tokens_RLE[0].tolist() == [[4, 2]]
+    assert board.report().tokens_RYE[0].tolist() == [[4, 2]]
     assert not caplog.messages
 
 
 def step_and_die() -> None:
-    layer, writer = Layer([4, 2]), LoadWriter()
+    layer, writer = Layer([4, 2]), StatsWriter()
     writer.watch(0, 0, layer, CPU)
     writer.step()
     while not rank_row(0)["tokens"].any():
@@ -220,7 +220,7 @@ def step_and_die() -> None:
 
 
 def test_a_worker_that_does_not_answer_is_told_of(board, monkeypatch, caplog):
-    monkeypatch.setattr(load, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(load_report, "PATIENCE_S", 0.05)
     board._ranks["writer"][1] = os.getpid()
     assert board.report().calls == 0
     (line,) = caplog.messages
@@ -232,10 +232,10 @@ def test_a_closed_writer_has_written_all_and_counts_no_more(board, watching):
     writer = watching(0, {0: layer})
     writer.step()
     writer.close()
-    assert board.report().tokens_RLE.sum() == 1
+    assert board.report().tokens_RYE.sum() == 1
     layer.call([1])
     writer.step()
-    assert board.report().tokens_RLE.sum() == 1
+    assert board.report().tokens_RYE.sum() == 1
 
 
 def test_a_step_is_three_operations_whatever_the_layers(board, watching):
@@ -251,7 +251,10 @@ def test_a_step_is_three_operations_whatever_the_layers(board, watching):
         writer = watching(0, layers)
         writer.step()
         seen: list[str] = []
-        with Log(), mock.patch.object(Load, "tokens_of", side_effect=AssertionError("Python for a layer")):
+        with (
+            Log(),
+            mock.patch.object(LayerStats, "tokens_of", side_effect=AssertionError("Python for a layer")),
+        ):
             writer.step()
         assert seen == ["sum", "copy_", "copy_"]
 
@@ -259,9 +262,9 @@ def test_a_step_is_three_operations_whatever_the_layers(board, watching):
 def test_copies_that_are_half_there_are_not_taken():
     """A device copies while the host looks on: what it shows is a whole step, or nothing."""
     counters = Counters(CPU, 2)
-    seats = [counters.seat(2)[1] for _ in range(2)]
+    allocated = [counters.allocate(2)[1] for _ in range(2)]
     for step in range(1, 4):
-        for rows_L in seats:
+        for rows_L in allocated:
             rows_L += step
         counters.step()
     assert counters.arrived().step == 3
@@ -277,7 +280,7 @@ def test_copies_that_are_half_there_are_not_taken():
 
 def test_steps_without_tokens():
     counters = Counters(CPU, 1)
-    counters.seat(1)
+    counters.allocate(1)
     assert counters.arrived().step == 0
     for _ in range(2 * STEPS):
         counters.step()
@@ -285,14 +288,14 @@ def test_steps_without_tokens():
     assert (shown.step, shown.oldest) == (2 * STEPS, STEPS + 1)
 
 
-def report(tokens_RLE, layers):
-    return LoadReport(layers, np.array(tokens_RLE), 1, 1, 1, {}, np.ones(len(layers)))
+def report(tokens_RYE, layers):
+    return LoadReport(layers, np.array(tokens_RYE), 1, 1, 1, {}, np.ones(len(layers)))
 
 
 def test_imbalance_is_the_busiest_rank_over_the_mean():
     two = report([[[3, 0], [0, 0], [2, 0]], [[0, 1], [0, 0], [0, 2]]], (1, 2, 3))
-    assert two.imbalance_L.tolist() == [1.5, 1.0, 1.0]
-    assert report(np.zeros((2, 0, 0), dtype=np.int64), ()).imbalance_L.size == 0
+    assert two.imbalance_Y.tolist() == [1.5, 1.0, 1.0]
+    assert report(np.zeros((2, 0, 0), dtype=np.int64), ()).imbalance_Y.size == 0
 
 
 def test_step_imbalance_is_taken_step_by_step(board, watching):
@@ -304,36 +307,36 @@ def test_step_imbalance_is_taken_step_by_step(board, watching):
             layer.call([3 * ((step + rank) % 2)])
             writer.step()
     report = board.report()
-    assert report.imbalance_L == pytest.approx([1.0], abs=0.01)
-    assert report.step_imbalance_L == pytest.approx([2.0])
+    assert report.imbalance_Y == pytest.approx([1.0], abs=0.01)
+    assert report.step_imbalance_Y == pytest.approx([2.0])
 
 
 def test_steps_of_a_rank_that_is_behind_are_left_out(board, watching):
     layers = [Layer([2]), Layer([1])]
     first, second = (watching(rank, {0: layer}) for rank, layer in enumerate(layers))
     first.step()
-    assert board.report().step_imbalance_L.tolist() == [1.0]
+    assert board.report().step_imbalance_Y.tolist() == [1.0]
     second.step()
     layers[0].call([7])
     first.step()
-    assert board.report().step_imbalance_L == pytest.approx([2 / 1.5])
+    assert board.report().step_imbalance_Y == pytest.approx([2 / 1.5])
 
 
 def test_loads_add_up_replicas_and_count_shards_once():
     """Replicas of an expert add up, layers without experts are there, and shards of an expert count once."""
     both = report([[[3, 0], [1, 1]], [[4, 1], [0, 2]]], (1, 3))
-    assert both.loads_LE(4, ep_size=2).tolist() == [[0, 0], [7, 1], [0, 0], [1, 3]]
-    assert both.loads_LE(4, ep_size=1).tolist() == [[0, 0], [3, 0], [0, 0], [1, 1]]
+    assert both.loads_YE(4, ep_size=2).tolist() == [[0, 0], [7, 1], [0, 0], [1, 3]]
+    assert both.loads_YE(4, ep_size=1).tolist() == [[0, 0], [3, 0], [0, 0], [1, 1]]
 
 
 def test_the_error_of_a_worker_is_read_by_its_parent(board):
     process = multiprocessing.get_context("spawn").Process(
-        target=load.record_error, args=(1, "no such weight: ö")
+        target=load_report.record_error, args=(1, "no such weight: ö")
     )
     process.start()
     process.join()
-    assert load.last_words(1) == "no such weight: ö"
-    assert load.last_words(0) is None
+    assert load_report.last_error(1) == "no such weight: ö"
+    assert load_report.last_error(0) is None
     # The worker's end has not taken the segment along.
     assert (Path("/dev/shm") / board._memory.name).exists()
 
@@ -346,14 +349,14 @@ def test_a_removed_board_leaves_no_shared_memory(board):
 
 
 def test_without_a_board_nothing_is_written(monkeypatch, watching):
-    monkeypatch.delenv(BOARD_VARIABLE, raising=False)
+    monkeypatch.delenv(STATS_VARIABLE, raising=False)
     layer = Layer([1])
     watching(0, {0: layer}).step()
-    assert load.last_words(0) is None
-    assert BOARD_VARIABLE not in os.environ
+    assert load_report.last_error(0) is None
+    assert STATS_VARIABLE not in os.environ
 
 
 @pytest.mark.parametrize(("index", "experts"), [(MAX_LAYERS, 8), (0, MAX_EXPERTS + 1)])
 def test_layers_and_experts_beyond_the_board_are_refused(index, experts):
     with pytest.raises(EPError, match=f"{MAX_LAYERS} layers of {MAX_EXPERTS} experts"):
-        load.check_room(index, experts)
+        load_report.check_room(index, experts)

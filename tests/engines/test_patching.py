@@ -17,9 +17,10 @@ import torch
 import epbackend
 from epbackend import EPConfig
 from epbackend.device.cpu import CpuDevice
-from epbackend.engines.lmdeploy import patching, plug
-from epbackend.engines.lmdeploy.layers import layer_being_built
-from epbackend.engines.lmdeploy.load import BOARD_VARIABLE
+from epbackend.engines.lmdeploy import patching, plug, state
+from epbackend.engines.lmdeploy.lmdeploy_config import executor
+from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE
+from epbackend.engines.lmdeploy.operators import layer_being_built
 from epbackend.engines.lmdeploy.patches import PATCHES, needed
 from epbackend.errors import ConfigError, EPError, UnavailableError
 
@@ -71,7 +72,7 @@ def test_disable_puts_back_every_object(config):
         for (each, owner, name), original in zip(places, originals, strict=True)
         if inspect.getattr_static(owner, name) is not original
     }
-    expected = {each.name for each in needed("cpu", config.ep_size, plug.executor(config))}
+    expected = {each.name for each in needed("cpu", config.ep_size, executor(config))}
     assert replaced == expected
     assert os.environ != environment
 
@@ -91,20 +92,20 @@ def test_enabling_twice_is_enabling_once():
     epbackend.disable()
     epbackend.disable()
     epbackend.enable(RAY)
-    assert plug.active().config == RAY
+    assert state.active().config == RAY
 
 
 def test_a_process_started_from_one_with_an_engine_counts_its_own_load(monkeypatch):
-    monkeypatch.setenv(BOARD_VARIABLE, "2:somebody-elses")
+    monkeypatch.setenv(STATS_VARIABLE, "2:somebody-elses")
     epbackend.enable(MP)
-    assert plug.active().load_report().calls == 0
+    assert state.active().load_report().calls == 0
     epbackend.disable()
-    assert os.environ[BOARD_VARIABLE] == "2:somebody-elses"
+    assert os.environ[STATS_VARIABLE] == "2:somebody-elses"
 
 
 def test_nothing_is_active_before_enable():
     with pytest.raises(EPError, match=r"epbackend\.enable"):
-        plug.active()
+        state.active()
 
 
 def test_each_deployment_gets_its_own_patches():
@@ -197,5 +198,5 @@ def test_a_device_without_a_plug_is_refused(monkeypatch):
         name = "other"
 
     monkeypatch.setattr(plug, "get_device", lambda _: Other())
-    with pytest.raises(UnavailableError, match=r"device: other has no plug into LMDeploy.*cpu, cuda, ascend"):
+    with pytest.raises(UnavailableError, match=r"device: other has no plug into LMDeploy.*cuda, ascend, cpu"):
         epbackend.enable(EPConfig(ep_size=2))

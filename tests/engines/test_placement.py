@@ -32,9 +32,9 @@ def expected(model: str) -> list[list[int]]:
 
 
 def skewed_loads(model: str, seed: int = 0) -> np.ndarray:
-    loads_LE = np.random.default_rng(seed).lognormal(4, 1.2, (LAYERS, EXPERTS)).round()
-    loads_LE[list(DENSE[model])] = 0
-    return loads_LE
+    loads_YE = np.random.default_rng(seed).lognormal(4, 1.2, (LAYERS, EXPERTS)).round()
+    loads_YE[list(DENSE[model])] = 0
+    return loads_YE
 
 
 def duplicates(model: str, ranks: int) -> Placement:
@@ -114,7 +114,7 @@ def test_tokens_do_not_depend_on_placement_and_split(model, ranks, level, placem
     assert load.layers == tuple(layer for layer in range(LAYERS) if layer not in DENSE[model])
     for index, layer in enumerate(load.layers):
         for rank, held in enumerate(placed.layers[layer].experts_of_rank):
-            assert set(np.flatnonzero(load.tokens_RLE[rank, index])) <= set(held)
+            assert set(np.flatnonzero(load.tokens_RYE[rank, index])) <= set(held)
 
 
 @pytest.mark.parametrize("form", ["mixtral", pytest.param("qwen2-moe", marks=pytest.mark.slow)])
@@ -131,7 +131,7 @@ def test_layers_that_lmdeploy_does_not_number_get_their_own_experts(form, checkp
     assert load.layers == (0, 1, 2)
     for layer in load.layers:
         for rank, held in enumerate(placed.layers[layer].experts_of_rank):
-            assert set(np.flatnonzero(load.tokens_RLE[rank, layer])) <= set(held)
+            assert set(np.flatnonzero(load.tokens_RYE[rank, layer])) <= set(held)
 
 
 @pytest.mark.parametrize("dp", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -139,12 +139,12 @@ def test_a_placement_planned_from_recorded_loads_balances_the_next_run(dp, tmp_p
     """Recorded by one run, planned on by the next, which is better balanced and answers the same."""
     engine = FLOAT32 | {"dp": dp}
     without, load = answer(QWEN, config(engine, ep_size=2, ep_level=2))
-    loads = Loads.of(load.loads_LE(LAYERS, ep_size=2))
+    loads = Loads.of(load.loads_YE(LAYERS, ep_size=2))
     write(loads, tmp_path / "loads.json", "sglang")
     section = {"loads": str(tmp_path / "loads.json"), "redundant_experts": 8, "split": "level"}
     tokens, placed = answer(QWEN, config(engine, ep_size=2, ep_level=2, placement=section))
     assert tokens == without == expected(QWEN)
-    assert placed.step_imbalance_L.mean() < load.step_imbalance_L.mean()
+    assert placed.step_imbalance_Y.mean() < load.step_imbalance_Y.mean()
 
 
 def test_a_packed_placement_unpacks_to_the_same():

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from epbackend.engines.lmdeploy import LoadReport
-from epbackend.engines.lmdeploy.deployment import free_port
+from epbackend.engines.lmdeploy.processes import free_port
 from epbackend.engines.lmdeploy.recording import Recording
 from epbackend.errors import ConfigError, EPError
 from epbackend.models import resolve
@@ -32,8 +32,8 @@ if __name__ == "__main__":
 """
 
 
-def report(tokens_RLE) -> LoadReport:
-    return LoadReport((1, 2, 3), np.array(tokens_RLE), 1, 1, 1, {}, np.ones(3))
+def report(tokens_RYE) -> LoadReport:
+    return LoadReport((1, 2, 3), np.array(tokens_RYE), 1, 1, 1, {}, np.ones(3))
 
 
 def test_the_file_is_what_planners_read(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from epbackend.engines.lmdeploy import serve
-from epbackend.engines.lmdeploy.deployment import LOOPBACK, free_port
+from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
 from epbackend.errors import ConfigError
 from tests.helpers.engine_models import prompts
 from tests.helpers.engines import await_model, complete, config

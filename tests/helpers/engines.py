@@ -9,7 +9,7 @@ import requests
 from lmdeploy import GenerationConfig
 
 from epbackend import EPConfig
-from epbackend.engines.lmdeploy.deployment import LOOPBACK
+from epbackend.engines.lmdeploy.processes import LOOPBACK
 from tests.helpers.engine_models import NEW_TOKENS
 from tests.helpers.patience import PATIENCE_S
 

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from epbackend.engines.lmdeploy import workers
-from epbackend.engines.lmdeploy.backends import experts
+from epbackend.engines.lmdeploy import operators, workers
 from epbackend.engines.lmdeploy.operators import expert_operator
 
 
 def with_cuda_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes engines that are started from now on compute their experts by the CUDA kernels, in every process."""
-    monkeypatch.setattr(experts, "expert_operator", _cuda_operator)
+    monkeypatch.setattr(operators, "expert_operator", _cuda_operator)
     monkeypatch.setattr(workers, "GuardedProc", InterpretedProc)
 
 
@@ -25,5 +24,5 @@ class InterpretedProc(workers.GuardedProc):
     """A rank."""
 
     def _main_loop(self, *args: Any, **kwargs: Any) -> None:
-        experts.expert_operator = _cuda_operator
+        operators.expert_operator = _cuda_operator
         super()._main_loop(*args, **kwargs)

@@ -26,9 +26,9 @@ from epbackend import EPConfig
 from epbackend.device import get_device
 from epbackend.device.cuda import CudaDevice
 from epbackend.dispatch.base import DispatchSettings, RankGroup
-from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.layers import building
-from epbackend.engines.lmdeploy.load import LoadReport
+from epbackend.engines.lmdeploy import plug, state
+from epbackend.engines.lmdeploy.load_report import LoadReport
+from epbackend.engines.lmdeploy.operators import building
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.weight_formats import Experts
@@ -114,14 +114,14 @@ def module_equals_reference(groups: dict[int, RankGroup], case: Case) -> Seen:
         module, weights = load_module(case, place)
         hidden, ids, routed = batch_of(case, ranks.rank * case.dp // case.size)
         found = module(hidden.to(place), routed.to(place), ids.to(place)).cpu()
-        plug.active().load_writer.step()
-        plug.active().load_writer.close()
+        state.active().load_writer.step()
+        state.active().load_writer.close()
         layer = module.impl.layer
         seen = Seen(
             layer and layer.dispatchers["decode"].name,
             module.expert_list,
             tuple(each.numel() for each in module.parameters()),
-            plug.active().load_report(),
+            state.active().load_report(),
         )
     expected = answer(weights, hidden, ids, routed)
     error = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)

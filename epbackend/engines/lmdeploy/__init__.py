@@ -8,14 +8,16 @@
     ...
     pipe.close(); disable()
 
-One idea a file. `plug` switches on and off; `patching` and `patches` change LMDeploy and put it back; `engine`
-turns our settings into LMDeploy's, `locate` finds a model, `checks` refuses what cannot work before anything starts.
-`operators` are LMDeploy's requests for experts answered, one for each form of weights, `moe` (with `layers`) what they
-share, `graphs` their place in captured prefill; `backends` puts them into each device. `attention` (with
-`attention_plan`) and `sampling` are the CPU's other operators, `cuda_on_cpu` and `threads` the rest of it. `workers`
-(with `notifier`), `ray_workers`, `engine_process` and `checker` bring the plug into the processes LMDeploy starts,
-`guard` ends them, `counters`, `load_writer` and `load` bring back what their layers count. `pipelines`, `replicas` and
-`server` (both on `deployment`) run a model; `recording` writes down what its experts did.
+- `plug` enables and disables; `state` holds what is enabled.
+- `patching` and `patches` change LMDeploy and put it back.
+- `lmdeploy_config` makes LMDeploy's configuration from ours and finds a model; `checks` refuses what cannot work before
+  any process is started.
+- `operators` are our experts; `backend_cpu` (with `attention` and `torch_cuda_shim`), `backend_cuda` and
+  `backend_ascend` give them to each device.
+- `workers` and `ray_workers` bring the plug into the processes that LMDeploy starts; `process_guard` ends these.
+- `stats_writer` and `load_report` bring back what the layers count; `recording` saves it.
+- `pipelines`, `dp_pipeline` and `server` run a model, the last two with the help of `processes`.
+
 Importing this package does not import LMDeploy.
 """
 
@@ -25,15 +27,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.engine import engine_config
-from epbackend.engines.lmdeploy.load import LoadReport
+from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
+from epbackend.engines.lmdeploy.load_report import LoadReport
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.engines.lmdeploy.plug import disable, enable
 from epbackend.engines.placement import finished_placement
 
 if TYPE_CHECKING:
+    from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
     from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
-    from epbackend.engines.lmdeploy.replicas import ReplicatedPipeline
 
 __all__ = ["LoadReport", "disable", "enable", "engine_config", "pipeline", "serve"]
 
@@ -50,14 +52,14 @@ def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipel
         WorkerError: a worker process died while starting.
     """
     from epbackend.engines.lmdeploy.checks import check_model, check_packages
-    from epbackend.engines.lmdeploy.locate import locate
+    from epbackend.engines.lmdeploy.lmdeploy_config import locate
 
     check_version()
     path, placement = locate(model), finished_placement(config)
     check_model(path, config, placement)
     check_packages(config, serving=False)
     if config.engine.dp > 1:
-        from epbackend.engines.lmdeploy.replicas import ReplicatedPipeline
+        from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
 
         return ReplicatedPipeline(path, config, placement, **kwargs)
     from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
@@ -78,7 +80,7 @@ def serve(
     `record` is a file for the experts' loads, written now and then and at the end: what a placement is planned on.
     """
     from epbackend.engines.lmdeploy.checks import check_model, check_packages
-    from epbackend.engines.lmdeploy.locate import locate
+    from epbackend.engines.lmdeploy.lmdeploy_config import locate
     from epbackend.engines.lmdeploy.recording import Recording
     from epbackend.engines.lmdeploy.server import serve_model
 

@@ -1,18 +1,63 @@
 """Paged attention on the CPU, for grouped-query attention and for DeepSeek's latent attention (MLA).
 
 The caches are strided views [pages, block, heads, dim] into one pool, so keys are written by (page, slot) and read by
-page. Latent attention keeps one head whose values are the first `v_head_size` numbers of its keys.
+page. Latent attention keeps one head whose values are the first `v_head_size` numbers of its keys. All layers of a step
+share its plan: where new keys go, which pages each sequence reads, and which sequences are attended in one call.
+
+Letters of its own: B sequences, P pages of a sequence, S positions of its keys, H heads of queries, G heads of keys.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
-from lmdeploy.pytorch.backends.attention import AttentionImpl, PagedAttentionBuildSpec
+from lmdeploy.pytorch.backends.attention import AttentionImpl, AttentionMetadata, PagedAttentionBuildSpec
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from epbackend.engines.lmdeploy.attention_plan import AttentionPlan, DecodeGroup, Sequence
 from epbackend.errors import UnavailableError
+
+PADDED_TOKENS = 32768
+"""Cache tokens that one batched decoding call may read, padding included: bounds its copy of keys and values."""
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Sequences of similar length with one new token each, attended in one call."""
+
+    rows_B: Tensor
+    """Row of each sequence's query."""
+    pages_BP: Tensor
+    """Pages of each sequence, as many as the longest one has; the padding repeats valid pages and is masked."""
+    length_B: Tensor
+
+    def mask_BS(self, width: int, window: int | None) -> Tensor:
+        """True where the query may see the key at that position of its padded cache."""
+        position = torch.arange(width)
+        visible_BS = position < self.length_B[:, None]
+        return visible_BS if window is None else visible_BS & (position >= self.length_B[:, None] - window)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A sequence with several new tokens, attended alone."""
+
+    rows: slice
+    pages_P: Tensor
+    length: int
+    """Tokens in the cache, the new ones included."""
+
+
+@dataclass
+class AttentionPlan(AttentionMetadata):
+    """LMDeploy's attention metadata with the step's plan."""
+
+    page_T: Tensor = None  # type: ignore[assignment]  # LMDeploy's dataclass has defaults, so ours must
+    slot_T: Tensor = None  # type: ignore[assignment]
+    decoding: list[DecodeGroup] = field(default_factory=list)
+    prefilling: list[Sequence] = field(default_factory=list)
 
 
 class PagedAttention(AttentionImpl[AttentionPlan]):
@@ -63,7 +108,7 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
 
         out = query.new_empty(*query.shape[:-1], self.v_head_size)
         for group in plan.decoding:
-            # Of one sequence or of many, a decoding step has one query each: batch them.
+            # In a decoding step each sequence has one query: they are batched.
             keys, values = _read(k_cache, v_cache, group.pages_BP, values_in_keys, query.dtype)
             out[group.rows_B] = self._decode(query[group.rows_B], keys, values, group)
         for sequence in plan.prefilling:
@@ -74,7 +119,7 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
     def _decode(
         self, query_BHD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, group: DecodeGroup
     ) -> Tensor:
-        """One query a sequence: the query heads that share a key head stand where query positions would."""
+        """One query a sequence: the query heads that share a key head take the place of query positions."""
         batch, heads, dim = query_BHD.shape
         shared = query_BHD.view(batch, self.num_kv_heads, heads // self.num_kv_heads, dim)
         mask_B11S = group.mask_BS(keys_BSGD.shape[1], self.window)[:, None, None]
@@ -102,6 +147,67 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return attended[0].transpose(0, 1)[..., : self.v_head_size]
+
+
+def plan_attention(context: Any) -> AttentionPlan:
+    """The plan of a step from LMDeploy's StepContext."""
+    block = context.kv_caches[0][0].shape[1]
+    pages = context.block_offsets.long()
+    new_B, length_B = context.q_seqlens.long(), context.kv_seqlens.long()
+    sequence_T = torch.repeat_interleave(torch.arange(len(new_B)), new_B)
+    start_B = torch.cumsum(new_B, 0) - new_B
+    position_T = torch.arange(len(sequence_T)) - start_B[sequence_T] + (length_B - new_B)[sequence_T]
+
+    alone = (new_B > 1).nonzero().flatten().tolist()
+    lengths, news, starts = length_B.tolist(), new_B.tolist(), start_B.tolist()
+    return AttentionPlan(
+        is_decoding=context.is_decoding,
+        block_offsets=context.block_offsets,
+        q_start_loc=context.q_start_loc,
+        q_seqlens=context.q_seqlens,
+        kv_seqlens=context.kv_seqlens,
+        cu_seqlens_q=torch.nn.functional.pad(torch.cumsum(context.q_seqlens, 0), (1, 0)),
+        quant_policy=context.kv_quant_policy,
+        page_T=pages[sequence_T, position_T // block],
+        slot_T=position_T % block,
+        decoding=[
+            DecodeGroup(start_B[group], pages[group, : _blocks(lengths[group[0]], block)], length_B[group])
+            for group in group_by_length({i: lengths[i] for i in range(len(news)) if news[i] == 1})
+        ],
+        prefilling=[
+            Sequence(
+                slice(starts[i], starts[i] + news[i]), pages[i, : _blocks(lengths[i], block)], lengths[i]
+            )
+            for i in alone
+        ],
+    )
+
+
+def group_by_length(lengths: dict[int, int]) -> list[list[int]]:
+    """Sequences (index -> length) in groups for one padded call each, the longest first in its group.
+
+    A group ends where padding would cost more than the call saves, that is below half of its longest length, or where
+    it would exceed PADDED_TOKENS.
+
+    >>> group_by_length({0: 10, 1: 900, 2: 800})
+    [[1, 2], [0]]
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for index in sorted(lengths, key=lambda i: -lengths[i]):
+        fits = (
+            groups and longest <= 2 * lengths[index] + 64 and longest * (len(groups[-1]) + 1) <= PADDED_TOKENS
+        )
+        if fits:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            longest = lengths[index]
+    return groups
+
+
+def _blocks(tokens: int, block: int) -> int:
+    return -(-tokens // block)
 
 
 def _read(

@@ -9,13 +9,13 @@ from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
-from epbackend.engines.lmdeploy.plug import executor
+from epbackend.engines.lmdeploy.lmdeploy_config import executor
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.placement.placement import Placement
 
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 """The names under which the model families state their number of experts."""
-OWN_EXPERTS = {"DeepseekV4ForCausalLM"}
+UNPATCHABLE_MODELS = {"DeepseekV4ForCausalLM"}
 """Models of LMDeploy whose experts have operators of their own, which no patch of ours reaches."""
 BLOCKED_FP8, W8A8 = "blocked FP8", "W8A8"
 SPREAD: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (BLOCKED_FP8, W8A8), "ascend": (W8A8,)}
@@ -32,7 +32,7 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
     settings = read_model_config(Path(path))
     experts = expert_count(settings)
     if config.ep_size > 1:
-        if own := OWN_EXPERTS.intersection(settings.get("architectures") or []):
+        if own := UNPATCHABLE_MODELS.intersection(settings.get("architectures") or []):
             raise ConfigError(
                 f"ep_size: {config.ep_size}, but the FP4 experts of {', '.join(own)} are spread by LMDeploy's own rule "
                 "and with DeepEP only; use ep_size: 1"

@@ -1,9 +1,18 @@
-"""LMDeploy's fused MoE operators: ours for each form of weights that can be spread over ranks."""
+"""Our operators for LMDeploy's MoE layers: one for each form of weights that can be spread over ranks.
+
+The letters of shapes are those of docs/architecture.md.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any, TypeAlias
+
 import torch
-from lmdeploy.pytorch.backends.base import BuildSpec
+from lmdeploy.pytorch.backends.base import BuildSpec, ImplT
 from lmdeploy.pytorch.backends.moe import (
     FusedMoEBlockedF8BuildSpec,
     FusedMoEBlockedF8Impl,
@@ -15,13 +24,25 @@ from lmdeploy.pytorch.backends.moe import (
     FusedMoEW8A8BuildSpec,
     FusedMoEW8A8Impl,
 )
+from lmdeploy.pytorch.distributed import get_dist_manager
+from lmdeploy.pytorch.model_inputs import get_step_ctx_manager
+from lmdeploy.pytorch.models.patch import get_build_model_context
 from torch import Tensor
 
-from epbackend.engines.lmdeploy.moe import LayerExperts
-from epbackend.engines.lmdeploy.plug import active
-from epbackend.errors import ConfigError
+from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.engines.lmdeploy.load_report import check_room
+from epbackend.engines.lmdeploy.state import active
+from epbackend.errors import ConfigError, EPError, UnavailableError
 from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
+from epbackend.kernels.weight_formats import Experts
+from epbackend.moe import ExpertParallelMoE
+from epbackend.names import PHASES
+from epbackend.placement.placement import Placement
+from epbackend.replica_split import SlotMap
+
+Spec: TypeAlias = FusedMoEBuildSpec | FusedMoEBlockedF8BuildSpec | FusedMoEW8A8BuildSpec
+
 
 NOT_SPREAD: dict[type[BuildSpec], str] = {
     FusedMoEStaticF8BuildSpec: "FP8 with one scale a tensor",
@@ -29,6 +50,19 @@ NOT_SPREAD: dict[type[BuildSpec], str] = {
     FusedMoEV4FP4BuildSpec: "4-bit floats (DeepSeek-V4)",
 }
 """Forms of experts that only LMDeploy itself can compute, every rank all of them."""
+
+
+_building: ContextVar[int | None] = ContextVar("building_layer", default=None)
+
+
+class ExpertsMixin:
+    """For a backend of LMDeploy, named first among the bases: experts are ours, all other operators the backend's."""
+
+    @classmethod
+    def build_op(cls, spec: BuildSpec[ImplT], *, enable_deterministic: bool = False) -> Any:
+        """Raises ConfigError for experts in a form that cannot be spread over ranks."""
+        experts = expert_operator(spec, device=cls.get_name())  # type: ignore[attr-defined]
+        return experts or super().build_op(spec, enable_deterministic=enable_deterministic)  # type: ignore[misc]
 
 
 def expert_operator(spec: BuildSpec, device: str) -> LayerExperts | None:
@@ -51,12 +85,82 @@ def expert_operator(spec: BuildSpec, device: str) -> LayerExperts | None:
     return None
 
 
+class LayerExperts:
+    """What the operators of all forms of weights share. LMDeploy loads `ep_expert_list`, this computes them.
+
+    LMDeploy's part: routing, the shared experts, and with ep_size 1 and tp > 1 the sum over the shards of each expert.
+    """
+
+    def __init__(self, spec: Spec, device: str) -> None:
+        config = active().config
+        self.spec, self.device = spec, device
+        self.layer_number = layer_being_built(getattr(spec, "layer_idx", None))
+        self.ranks = _ranks(spec)
+        self.slot_map = _slot_map(active().placement, self.layer_number, spec.num_experts, self.ranks.size)
+        self.settings = {
+            "prefill": config.dispatch_settings("prefill"),
+            "decode": _bounded(config.dispatch_settings("decode")),
+        }
+        self.split: dict[str, str] = {phase: config.placement.split_of(phase) for phase in PHASES}
+        self.gate_up_bias: Tensor | None = None
+        self.down_bias: Tensor | None = None
+        self.activation: Callable[[Tensor], Tensor] | None = None
+        self.layer: ExpertParallelMoE | None = None
+        check_room(self.layer_number, spec.num_experts)
+
+    def ep_expert_list(self, world_size: int, rank: int) -> list[int]:
+        """The logical expert of each of this rank's slots; LMDeploy loads their weights in this order."""
+        return list(self.slot_map.local_experts(rank))
+
+    def set_extras(
+        self, gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: Callable | None
+    ) -> None:
+        """Takes what belongs to the weights and LMDeploy hands over with each call only."""
+        self.gate_up_bias, self.down_bias, self.activation = gate_up_bias, down_bias, activation
+
+    def build_layer(self, gate_up_L2FD: Experts, down_LDF: Experts) -> None:
+        """Builds the layer from this rank's weights, which LMDeploy has loaded."""
+        config = active().config
+        self.layer = ExpertParallelMoE(
+            gate_up_L2FD,
+            down_LDF,
+            slot_map=self.slot_map,
+            ranks=self.ranks,
+            settings=self.settings,
+            split=self.split,
+            device=self.device,
+            kernels=config.kernels,
+            top_k=self.spec.top_k,
+            gate_up_bias_L2F=self.gate_up_bias,
+            down_bias_LD=self.down_bias,
+            activation=self.activation,
+            check_ids=config.check_expert_ids,
+            layer=self.layer_number,
+            context=active().context,
+        )
+        values = gate_up_L2FD if isinstance(gate_up_L2FD, Tensor) else gate_up_L2FD.values_LNK
+        rank = get_dist_manager().current_context().rank
+        active().load_writer.watch(rank, self.layer_number, self.layer, values.device)
+
+    def forward(
+        self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *packed: Any, **extras: Any
+    ) -> Tensor:
+        """hidden_states [T, D], topk_weights and topk_ids [T, K] -> [T, D]; the layer has all the rest."""
+        if self.layer is None:
+            raise EPError(
+                f"MoE layer {self.layer_number} has no weights yet: load them before the first forward"
+            )
+        if self.spec.renormalize:
+            topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
+        return self.layer(hidden_states, topk_ids, topk_weights, phase=_phase())
+
+
 class FloatExperts(LayerExperts, FusedMoEImpl):
     """Experts as they were trained: float32, bfloat16 or float16."""
 
     def update_weights(self, gate_up_weights: Tensor, down_weights: Tensor) -> tuple[Tensor, ...]:
-        self.take(gate_up_weights.data, down_weights.data)
-        return left_behind(gate_up_weights, down_weights)
+        self.build_layer(gate_up_weights.data, down_weights.data)
+        return placeholders(gate_up_weights, down_weights)
 
 
 class BlockedF8Experts(LayerExperts, FusedMoEBlockedF8Impl):
@@ -78,11 +182,11 @@ class BlockedF8Experts(LayerExperts, FusedMoEBlockedF8Impl):
     ) -> tuple[Tensor, ...]:
         # With tensor parallelism a rank may get no block at all; LMDeploy does not call us there.
         if gate_up_weights.numel():
-            self.take(
+            self.build_layer(
                 Fp8Blocks(gate_up_weights.data, gate_up_scale.data),
                 Fp8Blocks(down_weights.data, down_scale.data),
             )
-        return left_behind(gate_up_weights, down_weights, gate_up_scale, down_scale)
+        return placeholders(gate_up_weights, down_weights, gate_up_scale, down_scale)
 
 
 class W8A8Experts(LayerExperts, FusedMoEW8A8Impl):
@@ -99,16 +203,75 @@ class W8A8Experts(LayerExperts, FusedMoEW8A8Impl):
     def update_weights(
         self, gate_up_weights: Tensor, down_weights: Tensor, gate_up_scale: Tensor, down_scale: Tensor
     ) -> tuple[Tensor, ...]:
-        self.take(
+        self.build_layer(
             Int8Weights(gate_up_weights.data, gate_up_scale.data.squeeze(-1)),
             Int8Weights(down_weights.data, down_scale.data.squeeze(-1)),
         )
-        return left_behind(gate_up_weights, down_weights, gate_up_scale, down_scale)
+        return placeholders(gate_up_weights, down_weights, gate_up_scale, down_scale)
 
 
-def left_behind(*taken: Tensor) -> tuple[Tensor, ...]:
-    """What LMDeploy keeps of weights that we took, so that they are held once: one value of each.
+def placeholders(*weights: Tensor) -> tuple[Tensor, ...]:
+    """What LMDeploy keeps in place of weights that our layer holds, so that memory has them once: one value of each.
 
     Without any value, it would believe that tensor parallelism left this rank no part of its FP8 experts.
     """
-    return tuple(each.new_empty(1 if each.numel() else 0) for each in taken)
+    return tuple(each.new_empty(1 if each.numel() else 0) for each in weights)
+
+
+@contextmanager
+def building(layer: int) -> Iterator[None]:
+    """What is built in this block belongs to that layer."""
+    token = _building.set(layer)
+    try:
+        yield
+    finally:
+        _building.reset(token)
+
+
+def layer_being_built(requested: int | None) -> int:
+    """The layer of the `building` block around the call, or else the one in LMDeploy's request, `requested`.
+
+    Raises:
+        UnavailableError: both are missing. All layers would count as one, and get the slots of one.
+    """
+    layer = _building.get()
+    if layer is None:
+        layer = requested
+    if layer is None:
+        raise UnavailableError(
+            "this model's W8A8 experts do not tell which layer they belong to; use its bfloat16 or FP8 checkpoint"
+        )
+    return layer
+
+
+def _bounded(decode: DispatchSettings) -> DispatchSettings:
+    """With the most tokens of a decoding step, by which LMDeploy sizes its graphs: some a request, if drafted."""
+    build = get_build_model_context()
+    if not build.max_batch_size:
+        return decode
+    diffused = build.dllm_config.block_length if build.dllm_config else None
+    return replace(decode, max_tokens=build.max_batch_size * max(1 + build.num_spec_tokens, diffused or 1))
+
+
+def _slot_map(placement: Placement | None, layer: int, experts: int, ranks: int) -> SlotMap:
+    """Where this layer's experts live. Layers after the model's own, those of a draft model, are not in a placement."""
+    if placement is None or layer >= len(placement.layers):
+        return SlotMap.uniform(experts, ranks)
+    if placement.experts != experts:
+        raise ConfigError(
+            f"placement: it has {placement.experts} experts, but MoE layer {layer} has {experts}; plan one for it"
+        )
+    return SlotMap(placement.layers[layer], placement.node_size)
+
+
+def _phase() -> str:
+    """The step's phase, the same on every rank: with dp > 1 LMDeploy agrees on it before each forward."""
+    return "decode" if get_step_ctx_manager().current_context().global_is_decoding() else "prefill"
+
+
+def _ranks(spec: Spec) -> RankGroup:
+    """This rank's place among the expert ranks; without expert parallelism each rank holds every expert, or a shard."""
+    if spec.ep_size == 1:
+        return RankGroup.single()
+    tokens = get_dist_manager().current_context().attn_tp_group
+    return RankGroup.of(spec.ep_group, tokens.gpu_group)

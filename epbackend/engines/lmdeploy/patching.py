@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 from epbackend.errors import EPError, UnavailableError
@@ -70,6 +71,19 @@ def patch(target: str, *, why: str, when: When, fingerprint: str | None = None) 
         return Patch(build.__name__.replace("_", "-"), target, why, when, build, fingerprint)
 
     return make
+
+
+def replaced_by(name: str) -> Build:
+    """A build that answers with the object at `module:attribute`, which is imported when the patch is applied.
+
+    So a patch can use modules that enable the plug themselves, and that its own module therefore cannot import.
+    """
+    return lambda original: resolve_name(name)
+
+
+def built_by(name: str) -> Build:
+    """The build function at `module:function`, likewise."""
+    return lambda original: resolve_name(name)(original)
 
 
 def fingerprint(function_or_class: Any) -> str:

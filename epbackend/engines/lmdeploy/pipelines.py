@@ -12,8 +12,9 @@ from lmdeploy.messages import Response
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.engine import engine_config
-from epbackend.engines.lmdeploy.load import LoadReport
+from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
+from epbackend.engines.lmdeploy.load_report import LoadReport
+from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import EPError
 from epbackend.placement.placement import Placement
 
@@ -45,7 +46,7 @@ class ExpertParallelPipeline(Pipeline):
 
     def load(self) -> LoadReport:
         """What the experts of every rank did so far; still readable after `close`."""
-        return self._final_load or plug.active().load_report()
+        return self._final_load or active().load_report()
 
     def infer(self, *args: Any, **kwargs: Any) -> Any:
         """As LMDeploy's.

@@ -13,7 +13,7 @@ from lmdeploy.pytorch.devices import get_device_manager
 from lmdeploy.pytorch.engine.executor.ray_executor import RayWorkerWrapper
 
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.threads import set_threads
+from epbackend.engines.lmdeploy.plug import set_threads
 
 CPU_RESOURCE = "epbackend_cpu_rank"
 """One of these a rank: Ray allows no placement by its own CPU resource."""
@@ -47,7 +47,20 @@ def resource_of(original: Callable) -> Callable:
     return get_device_str
 
 
-def start_cluster(ranks: int, address: str | None) -> None:
+def private_cluster(original: Callable) -> Callable:
+    """`init_ray_cluster` that starts a cluster of ours where the ranks run on CPUs and no cluster is named."""
+
+    def init_ray_cluster(
+        world_size: int, ray_address: str | None = None, dp: int = 1, device_type: str = "cuda"
+    ) -> Any:
+        if device_type == "cpu":
+            _start_cluster(world_size, ray_address)
+        return original(world_size, ray_address, dp, device_type)
+
+    return init_ray_cluster
+
+
+def _start_cluster(ranks: int, address: str | None) -> None:
     """Starts Ray on this machine for so many ranks, unless it runs or the user named a cluster.
 
     A cluster of ours is a private one, never one that another process happens to run.

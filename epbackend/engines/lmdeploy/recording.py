@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epbackend.engines.lmdeploy.checks import layer_count, read_model_config
-from epbackend.engines.lmdeploy.deployment import POLL_S, listens
-from epbackend.engines.lmdeploy.load import LoadReport
+from epbackend.engines.lmdeploy.load_report import LoadReport
+from epbackend.engines.lmdeploy.processes import POLL_S, listens
 from epbackend.errors import ConfigError, EPError
 from epbackend.placement.formats import write
 from epbackend.placement.loads import Loads
@@ -43,14 +43,14 @@ class Recording:
         return cls(path, layers, ep_size)
 
     def write(self, report: LoadReport) -> None:
-        """Replaces the file at once: who reads it meanwhile finds the old one or the new one.
+        """Replaces the file in one operation: a reader finds the old one or the new one.
 
         Raises:
             EPError: no expert has had a token, or the file cannot be written.
         """
-        if not report.tokens_RLE.any():
+        if not report.tokens_RYE.any():
             raise EPError(f"{self.path}: nothing to record, no expert has had a token")
-        loads = Loads.of(report.loads_LE(self.layers, self.ep_size), [self.path.stem])
+        loads = Loads.of(report.loads_YE(self.layers, self.ep_size), [self.path.stem])
         unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         write(loads, unfinished, "sglang")
         unfinished.replace(self.path)
@@ -62,19 +62,19 @@ def recording_server(
 ) -> Iterator[None]:
     """Records what engines do while the block runs: every EVERY_S seconds, and at its end. None: does nothing.
 
-    Counts from when their servers listen at `addresses`: before that they warm up, with tokens that nobody asked for.
+    Counts from when their servers listen at `addresses`: the tokens of their warm-up belong to no request.
     """
     if recording is None:
         yield
         return
     stop = threading.Event()
-    clerk = threading.Thread(target=_record, args=(recording, report, addresses, stop), daemon=True)
-    clerk.start()
+    recorder = threading.Thread(target=_record, args=(recording, report, addresses, stop), daemon=True)
+    recorder.start()
     try:
         yield
     finally:
         stop.set()
-        clerk.join()
+        recorder.join()
 
 
 def _record(
@@ -91,7 +91,7 @@ def _record(
     while not stop.is_set():
         stop.wait(EVERY_S)
         done = report().since(start)
-        if stop.is_set() or done.tokens_RLE.any():
+        if stop.is_set() or done.tokens_RYE.any():
             try:
                 recording.write(done)
             except EPError as error:

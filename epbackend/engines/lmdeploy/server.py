@@ -15,7 +15,9 @@ from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.deployment import (
+from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
+from epbackend.engines.lmdeploy.load_report import SharedStats, last_error
+from epbackend.engines.lmdeploy.processes import (
     LOOPBACK,
     POLL_S,
     check_port,
@@ -24,9 +26,8 @@ from epbackend.engines.lmdeploy.deployment import (
     start_engines,
     stop_engines,
 )
-from epbackend.engines.lmdeploy.engine import engine_config
-from epbackend.engines.lmdeploy.load import LoadBoard, last_words
 from epbackend.engines.lmdeploy.recording import Recording, recording_server
+from epbackend.engines.lmdeploy.state import active
 from epbackend.engines.placement import warm_splits
 from epbackend.errors import WorkerError
 from epbackend.placement.placement import Placement
@@ -46,7 +47,7 @@ def serve_model(
     """Serves until SIGINT or SIGTERM, then ends every process. Call it in the main thread.
 
     With `engine.dp` > 1 a proxy listens at host and port, and its engines at free ports of the loopback interface.
-    `recording` takes down what the experts do. Further arguments go to LMDeploy's `api_server.serve` (model_name,
+    `recording` saves the experts' loads. Further arguments go to LMDeploy's `api_server.serve` (model_name,
     api_keys, ...).
 
     Raises:
@@ -59,7 +60,7 @@ def serve_model(
         if config.engine.dp == 1:
             plug.enable(config, placement)
             try:
-                with recording_server(recording, plug.active().load_report, [(host, port)]):
+                with recording_server(recording, active().load_report, [(host, port)]):
                     _serve_engine(model_path, config, 0, host, port, kwargs)
             finally:
                 plug.disable()
@@ -84,7 +85,7 @@ def _serve_engine(
         )
     except RuntimeError as error:
         # The engine's process ended; LMDeploy knows no more than that.
-        if said := last_words(0):
+        if said := last_error(0):
             raise WorkerError(f"the engine failed: {said}") from error
         raise
 
@@ -100,7 +101,7 @@ def _serve_behind_proxy(
 ) -> None:
     from lmdeploy.serve.proxy.proxy import proxy
 
-    board = LoadBoard(config.world_size)
+    board = SharedStats(config.world_size)
     proxy_at = LOOPBACK if host == "0.0.0.0" else host
     ports = [free_port() for _ in range(config.engine.dp)]
     processes = start_engines(
@@ -116,7 +117,7 @@ def _serve_behind_proxy(
     threading.Thread(target=_stop_with_first, args=(processes, ended), daemon=True).start()
     try:
         with recording_server(recording, board.report, [(LOOPBACK, each) for each in ports]):
-            # Its status file would bring nodes of an earlier deployment back.
+            # With its status file, nodes of an earlier deployment would come back.
             proxy(
                 server_name=host, server_port=port, disable_cache_status=True, log_level=kwargs["log_level"]
             )
@@ -145,7 +146,7 @@ def _run_engine_server(
 
 
 def _await_listener(address: tuple[str, int]) -> None:
-    """LMDeploy tells the proxy of its server once, so the proxy has to listen by then."""
+    """Waits for the proxy: LMDeploy's server registers there once, when it starts."""
     deadline = time.monotonic() + PROXY_START_S
     while not listens(address):
         if time.monotonic() > deadline:

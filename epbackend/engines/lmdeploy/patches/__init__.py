@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from epbackend.engines.lmdeploy.patches import (
-    cache,
-    compiler,
-    config,
-    cuda,
-    device,
-    executors,
-    models,
-    steps,
-)
+from epbackend.engines.lmdeploy.patches import cpu, cuda, engine, executors, models
 from epbackend.engines.lmdeploy.patching import Patch
 
-# The compiler's comes first: finding the others imports the functions it is about.
-PATCHES: tuple[Patch, ...] = tuple(
-    value
-    for theme in (compiler, config, cuda, device, cache, executors, models, steps)
-    for value in vars(theme).values()
-    if isinstance(value, Patch)
+# The CPU's come first: one of them must be applied before the targets of the others are imported.
+PATCHES: tuple[Patch, ...] = (
+    *cpu.PATCHES,
+    *cuda.PATCHES,
+    *engine.PATCHES,
+    *executors.PATCHES,
+    *models.PATCHES,
 )
 
 

@@ -1,37 +1,21 @@
-"""What LMDeploy asks of a machine with GPUs for experts of its own, and how it compiles what surrounds ours."""
+"""Experts of LMDeploy's own are not asked for on a GPU, and ours are left out where it compiles."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 
-from epbackend.engines.lmdeploy.patching import Patch, patch
+from epbackend.engines.lmdeploy.patching import Patch, patch, replaced_by
 
 
-def _not_demanded(name: str, function: str, fingerprint: str) -> Patch:
-    """For a function that says whether a library is there."""
+def _not_required(name: str, function: str, fingerprint: str) -> Patch:
+    """For a function that says whether a library is installed."""
 
     def build(original: Callable[[], bool]) -> Callable[[], bool]:
         return functools.wraps(original)(lambda: True)
 
-    why = "it demands DeepEP and DeepGEMM for ep_size > 1, which LMDeploy's experts need and ours do not"
+    why = "it requires DeepEP and DeepGEMM for ep_size > 1, which LMDeploy's experts need and ours do not"
     return Patch(name, f"lmdeploy.pytorch.check_env.dist:{function}", why, "cuda", build, fingerprint)
-
-
-@patch(
-    "lmdeploy.pytorch.engine.engine:EngineChecker",
-    why="it checks in a spawned process, which must load the plug",
-    when="cuda",
-    fingerprint="ad6111bb755c",
-)
-def checks_with_the_plug(original: type) -> type:
-    from epbackend.engines.lmdeploy.checker import PluggedChecker
-
-    return PluggedChecker
-
-
-deep_ep_not_demanded = _not_demanded("deep-ep-not-demanded", "is_deep_ep_installed", "d657b75b1d11")
-deep_gemm_not_demanded = _not_demanded("deep-gemm-not-demanded", "is_deep_gemm_installed", "5575ef1e2aae")
 
 
 @patch(
@@ -49,3 +33,18 @@ def our_layer_is_not_compiled(original: Callable[[], None]) -> Callable[[], None
         trace_rules.add("epbackend")
 
     return configure
+
+
+PATCHES = (
+    Patch(
+        "checks-with-the-plug",
+        "lmdeploy.pytorch.engine.engine:EngineChecker",
+        "it checks in a spawned process, which must load the plug",
+        "cuda",
+        replaced_by("epbackend.engines.lmdeploy.workers:PluggedChecker"),
+        "ad6111bb755c",
+    ),
+    _not_required("deep-ep-not-demanded", "is_deep_ep_installed", "d657b75b1d11"),
+    _not_required("deep-gemm-not-demanded", "is_deep_gemm_installed", "5575ef1e2aae"),
+    our_layer_is_not_compiled,
+)

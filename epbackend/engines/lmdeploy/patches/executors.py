@@ -1,4 +1,4 @@
-"""The processes that LMDeploy starts load the plug, and are missed when they die."""
+"""Processes that LMDeploy starts load the plug, and their parent notices when they die."""
 
 from __future__ import annotations
 
@@ -6,68 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from epbackend.engines.lmdeploy.patching import patch
+from epbackend.engines.lmdeploy.patching import Patch, built_by, patch, replaced_by
+from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError
 
+_OURS = "epbackend.engines.lmdeploy"
 _MP = "lmdeploy.pytorch.engine.executor.mp_executor"
 _RAY = "lmdeploy.pytorch.engine.executor.ray_executor"
-
-
-@patch(
-    f"{_MP}:ExecutorProc",
-    why="a worker must load the plug and not outlive its parent",
-    when="mp",
-    fingerprint="00a81fbedc58",
-)
-def mp_process(original: type) -> type:
-    from epbackend.engines.lmdeploy.workers import GuardedProc
-
-    return GuardedProc
-
-
-@patch(
-    f"{_MP}:MPWorkerWrapper",
-    why="a failed forward pass goes unnoticed",
-    when="mp",
-    fingerprint="30a85ca91013",
-)
-def mp_worker(original: type) -> type:
-    from epbackend.engines.lmdeploy.workers import FailingWorker
-
-    return FailingWorker
-
-
-@patch(
-    f"{_MP}:MPExecutor", why="it waits for ever for a worker that died", when="mp", fingerprint="07780870b5df"
-)
-def mp_executor(original: type) -> type:
-    from epbackend.engines.lmdeploy.workers import WatchedExecutor
-
-    return WatchedExecutor
-
-
-@patch(
-    f"{_MP}:Notifier",
-    why="its barrier blocks the event loop (with gloo a deadlock at every 32nd message) and waits for the dead",
-    when="mp",
-    fingerprint="197c9bbabf2e",
-)
-def mp_notifier(original: type) -> type:
-    from epbackend.engines.lmdeploy.notifier import RingNotifier
-
-    return RingNotifier
-
-
-@patch(
-    "lmdeploy.pytorch.engine.mp_engine.zmq_engine:ZMQMPEngine._mp_proc",
-    why="the API server's engine process must load the plug",
-    when="always",
-    fingerprint="753cbf9af5aa",
-)
-def zmq_process(original: Callable) -> Callable:
-    from epbackend.engines.lmdeploy.engine_process import run_engine
-
-    return run_engine
 
 
 @patch(
@@ -89,13 +34,6 @@ def no_engine_in_ray(original: Callable) -> Callable:
     return build_mp_engine
 
 
-@patch(f"{_RAY}:RayWorkerWrapper", why="a worker must load the plug", when="ray", fingerprint="0b84707a152f")
-def ray_worker(original: type) -> type:
-    from epbackend.engines.lmdeploy.ray_workers import PluggedRayWorker
-
-    return PluggedRayWorker
-
-
 @patch(
     f"{_RAY}:_update_runtime_envs",
     why="Ray workers get LMDeploy's own variables only, not the config",
@@ -103,57 +41,12 @@ def ray_worker(original: type) -> type:
     fingerprint="c52892a52680",
 )
 def ray_environment(original: Callable) -> Callable:
-    from epbackend.engines.lmdeploy.plug import active
-
     def update_runtime_envs(runtime_env: dict) -> dict:
         runtime_env = original(runtime_env)
         runtime_env["env_vars"].update(active().worker_environment)
         return runtime_env
 
     return update_runtime_envs
-
-
-@patch(
-    f"{_RAY}:get_device_str",
-    why="it knows no Ray resource for the CPU",
-    when="ray",
-    fingerprint="b6e6b6e0bb0c",
-)
-def ray_resource_of_executor(original: Callable) -> Callable:
-    from epbackend.engines.lmdeploy.ray_workers import resource_of
-
-    return resource_of(original)
-
-
-@patch(
-    "lmdeploy.pytorch.ray:get_device_str",
-    why="it knows no Ray resource for the CPU",
-    when="ray",
-    fingerprint="b6e6b6e0bb0c",
-)
-def ray_resource_of_cluster(original: Callable) -> Callable:
-    from epbackend.engines.lmdeploy.ray_workers import resource_of
-
-    return resource_of(original)
-
-
-@patch(
-    "lmdeploy.pytorch.ray:init_ray_cluster",
-    why="a cluster it starts has no resource for CPU workers and takes a third of the memory",
-    when="ray",
-    fingerprint="8e082faac6bd",
-)
-def ray_cluster(original: Callable) -> Callable:
-    from epbackend.engines.lmdeploy.ray_workers import start_cluster
-
-    def init_ray_cluster(
-        world_size: int, ray_address: str | None = None, dp: int = 1, device_type: str = "cuda"
-    ) -> Any:
-        if device_type == "cpu":
-            start_cluster(world_size, ray_address)
-        return original(world_size, ray_address, dp, device_type)
-
-    return init_ray_cluster
 
 
 @patch(
@@ -164,7 +57,86 @@ def ray_cluster(original: Callable) -> Callable:
 )
 def ray_ranks(original: Callable) -> Callable:
     def init_distributed_environment_by_device(self: Any, device_str: str) -> None:
-        # What it does for 'cuda' is sorting the workers; binding GPUs comes only with symmetric memory.
+        # For 'cuda' it sorts the workers; GPUs are bound only with symmetric memory.
         original(self, "cuda" if device_str == "cpu" else device_str)
 
     return init_distributed_environment_by_device
+
+
+PATCHES = (
+    Patch(
+        "mp-process",
+        f"{_MP}:ExecutorProc",
+        "a worker must load the plug and not outlive its parent",
+        "mp",
+        replaced_by(f"{_OURS}.workers:GuardedProc"),
+        "00a81fbedc58",
+    ),
+    Patch(
+        "mp-worker",
+        f"{_MP}:MPWorkerWrapper",
+        "a failed forward pass goes unnoticed",
+        "mp",
+        replaced_by(f"{_OURS}.workers:FailFastWorker"),
+        "30a85ca91013",
+    ),
+    Patch(
+        "mp-executor",
+        f"{_MP}:MPExecutor",
+        "it waits without end for a worker that died",
+        "mp",
+        replaced_by(f"{_OURS}.workers:WatchedExecutor"),
+        "07780870b5df",
+    ),
+    Patch(
+        "mp-notifier",
+        f"{_MP}:Notifier",
+        "its barrier blocks the event loop (with gloo a deadlock at every 32nd message) and waits for dead workers",
+        "mp",
+        replaced_by(f"{_OURS}.workers:RingNotifier"),
+        "197c9bbabf2e",
+    ),
+    Patch(
+        "zmq-process",
+        "lmdeploy.pytorch.engine.mp_engine.zmq_engine:ZMQMPEngine._mp_proc",
+        "the API server's engine process must load the plug",
+        "always",
+        replaced_by(f"{_OURS}.workers:run_engine"),
+        "753cbf9af5aa",
+    ),
+    no_engine_in_ray,
+    Patch(
+        "ray-worker",
+        f"{_RAY}:RayWorkerWrapper",
+        "a worker must load the plug",
+        "ray",
+        replaced_by(f"{_OURS}.ray_workers:PluggedRayWorker"),
+        "0b84707a152f",
+    ),
+    ray_environment,
+    Patch(
+        "ray-resource-of-executor",
+        f"{_RAY}:get_device_str",
+        "it knows no Ray resource for the CPU",
+        "ray",
+        built_by(f"{_OURS}.ray_workers:resource_of"),
+        "b6e6b6e0bb0c",
+    ),
+    Patch(
+        "ray-resource-of-cluster",
+        "lmdeploy.pytorch.ray:get_device_str",
+        "it knows no Ray resource for the CPU",
+        "ray",
+        built_by(f"{_OURS}.ray_workers:resource_of"),
+        "b6e6b6e0bb0c",
+    ),
+    Patch(
+        "ray-cluster",
+        "lmdeploy.pytorch.ray:init_ray_cluster",
+        "a cluster it starts has no resource for CPU workers and takes a third of the memory",
+        "ray",
+        built_by(f"{_OURS}.ray_workers:private_cluster"),
+        "8e082faac6bd",
+    ),
+    ray_ranks,
+)

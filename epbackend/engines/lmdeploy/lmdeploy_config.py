@@ -1,18 +1,20 @@
-"""From our settings to LMDeploy's engine configuration."""
+"""What LMDeploy is given: its engine configuration, made of our settings, and the directory of a model."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
-from epbackend.engines.lmdeploy.plug import executor
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, UnavailableError
+from epbackend.models import resolve
 
 if TYPE_CHECKING:
     from lmdeploy import PytorchEngineConfig
 
-NOT_WITH_US = {
+REFUSED_ENGINE_FIELDS = {
     "enable_eplb": "LMDeploy's own balancing renumbers the experts that epbackend spreads",
     "enable_microbatch": "LMDeploy splits batches inside its DeepEP operator, which epbackend stands in for",
 }
@@ -22,7 +24,7 @@ NOT_WITH_US = {
 def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
     """LMDeploy's configuration of the engine, for `lmdeploy.pipeline` after `enable(config)`.
 
-    dp_rank tells the engines of one deployment with `engine.dp` > 1 apart; each is a process of its own.
+    `dp_rank` is the engine's number in a deployment with `engine.dp` > 1, where each engine is a process of its own.
 
     Raises:
         ConfigError: LMDeploy lacks the dtype on this device, or `engine.extra` asks for a part of its own expert
@@ -35,7 +37,7 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
         raise ConfigError(
             f"engine.dtype: LMDeploy has no float32 on device {device}; write bfloat16, float16 or auto"
         )
-    for name, why in NOT_WITH_US.items():
+    for name, why in REFUSED_ENGINE_FIELDS.items():
         if engine.extra.get(name):
             raise ConfigError(f"engine.extra.{name}: {why}; remove it")
     settings: dict[str, Any] = {
@@ -52,8 +54,44 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
         "num_gpu_blocks": engine.cache_blocks or 0,
         "block_size": engine.block_size,
         "enable_prefix_caching": engine.enable_prefix_caching,
-        # How rows travel on Ascend has not been captured yet.
+        # Our dispatch has not been captured on Ascend yet.
         "eager_mode": engine.eager_mode or device == "ascend",
         "distributed_executor_backend": executor(config),
     }
     return PytorchEngineConfig(**settings, **engine.extra)
+
+
+def executor(config: EPConfig) -> str:
+    """How LMDeploy starts the ranks: uni, mp or ray."""
+    if config.engine.executor != "auto":
+        return config.engine.executor
+    if config.world_size == 1:
+        return "uni"
+    # LMDeploy runs dp > 1 by Ray only. On one machine mp starts twice as fast.
+    return "ray" if config.engine.dp > 1 else "mp"
+
+
+HUB_NAME = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+")
+"""owner/name"""
+
+
+def locate(model: str) -> str:
+    """The directory of a model: one that comes with epbackend, a path, or the name of one in the hub.
+
+    A model of the hub is downloaded, as LMDeploy does it, unless it is in the hub's cache already.
+
+    Raises:
+        UnavailableError: it could not be downloaded.
+    """
+    path = resolve(model)
+    if Path(path).exists() or not HUB_NAME.fullmatch(path):
+        return path
+    from lmdeploy.utils import get_model
+
+    try:
+        return get_model(path)
+    except Exception as error:  # whatever the hub's client raises, the reason is in its text
+        raise UnavailableError(
+            f"there is no directory {path}, and the hub did not give a model of that name: {error}; "
+            "give the path of a checkpoint"
+        ) from error

@@ -1,10 +1,10 @@
 """What the workers' MoE layers did, seen from the process that started them.
 
-The parent makes one shared-memory segment, the `LoadBoard`; a thread of each worker writes down in it what the worker's
-layers have counted (`load_writer`), a few times a second, and at once when the parent asks, which is what the parent
-does before it reads (`LoadReport`). The segment belongs to the parent: its resource tracker removes it even where the
-parent is killed. Workers map the file behind it, because attaching through `multiprocessing` would make their own
-tracker remove it with the first worker that ends.
+The parent makes one shared-memory segment, `SharedStats`. A thread of each worker writes there what the worker's layers
+have counted (`stats_writer`): a few times a second, and at once when the parent asks, as it does before it reads
+(`LoadReport`). The segment belongs to the parent: its resource tracker removes it even where the parent is killed.
+Workers map the file behind it, because attaching through `multiprocessing` would make their own tracker remove it with
+the first worker that ends.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from typing import Any
 
 import numpy as np
 
-from epbackend.engines.lmdeploy.counters import LINES, STEPS
 from epbackend.errors import EPError
 
-BOARD_VARIABLE = "EPBACKEND_LOAD_BOARD"
+STATS_VARIABLE = "EPBACKEND_LOAD_BOARD"
 """Names the segment to worker processes, as `ranks:name`."""
 
-MAX_LAYERS, MAX_EXPERTS = LINES, 1024
+MAX_LAYERS, MAX_EXPERTS = 256, 1024
+STEPS = 1024
+"""Steps whose sums are kept one by one."""
 AHEAD = 8
 """More steps than the host of a rank can be ahead of what its device has done."""
 PATIENCE_S = 2.0
-"""How long a reader waits for a worker that runs and does not answer: it may be loading or capturing."""
+"""How long a reader waits for a running worker that does not answer: it may be loading or capturing."""
 LOOK_S = 0.001
 
-# The board is an array of these, one a rank. Memory is taken only where something is written.
+# The segment is an array of these, one a rank. Memory is used only where something is written.
 RANK = np.dtype(
     [
         ("error", "S4096"),
@@ -61,9 +62,9 @@ class LoadReport:
     """The work of all ranks since the engine started, its warm-up included."""
 
     layers: tuple[int, ...]
-    """The model's layers that have experts: the second axis of tokens_RLE."""
-    tokens_RLE: np.ndarray
-    """Tokens that rank R computed for expert E of the layer, int64."""
+    """The model's layers that have experts: the second axis of tokens_RYE."""
+    tokens_RYE: np.ndarray
+    """Tokens that rank R computed for expert E of layer Y, int64."""
     calls: int
     """Steps of the engine: forward passes through all layers."""
     passes: int
@@ -72,45 +73,45 @@ class LoadReport:
     """The most rounds that a single call took (1: the buffers always sufficed)."""
     dispatchers: dict[str, dict[str, Any]]
     """phase -> name of its dispatcher, the reason, and why others were passed over."""
-    step_imbalance_L: np.ndarray
-    """As `imbalance_L`, but each step by itself, since in each the ranks wait for the busiest: the sum of the steps'
+    step_imbalance_Y: np.ndarray
+    """As `imbalance_Y`, but each step by itself, since in each the ranks wait for the busiest: the sum of the steps'
     maxima over the sum of their means, in the last thousand steps."""
 
     @property
     def tokens_per_rank(self) -> list[int]:
         """Expert tokens of each rank over all layers."""
-        return self.tokens_RLE.sum(axis=(1, 2)).tolist()
+        return self.tokens_RYE.sum(axis=(1, 2)).tolist()
 
     @property
-    def imbalance_L(self) -> np.ndarray:
+    def imbalance_Y(self) -> np.ndarray:
         """The busiest rank's tokens over the ranks' mean, for each of `layers` (1.0: level, or no token at all)."""
-        tokens_RL = self.tokens_RLE.sum(axis=2)
-        mean_L = tokens_RL.mean(axis=0)
-        return np.where(mean_L > 0, tokens_RL.max(axis=0) / np.maximum(mean_L, 1e-9), 1.0)
+        tokens_RY = self.tokens_RYE.sum(axis=2)
+        mean_Y = tokens_RY.mean(axis=0)
+        return np.where(mean_Y > 0, tokens_RY.max(axis=0) / np.maximum(mean_Y, 1e-9), 1.0)
 
-    def loads_LE(self, layers: int, ep_size: int) -> np.ndarray:
+    def loads_YE(self, layers: int, ep_size: int) -> np.ndarray:
         """Tokens of each logical expert in all `layers` of the model, int64; zeros where a layer has no experts.
 
         With `ep_size` 1 every rank computes (its share of) every token, so that one rank has seen them all.
         """
-        loads_LE = np.zeros((layers, self.tokens_RLE.shape[2]), dtype=np.int64)
-        loads_LE[list(self.layers)] = self.tokens_RLE[:ep_size].sum(axis=0)
-        return loads_LE
+        loads_YE = np.zeros((layers, self.tokens_RYE.shape[2]), dtype=np.int64)
+        loads_YE[list(self.layers)] = self.tokens_RYE[:ep_size].sum(axis=0)
+        return loads_YE
 
     def since(self, earlier: LoadReport) -> LoadReport:
-        """The work after `earlier` was read; maxima and step_imbalance_L stay those of the whole time."""
+        """The work after `earlier` was read; maxima and step_imbalance_Y stay those of the whole time."""
         return LoadReport(
             self.layers,
-            self.tokens_RLE - earlier.tokens_RLE if earlier.layers else self.tokens_RLE,
+            self.tokens_RYE - earlier.tokens_RYE if earlier.layers else self.tokens_RYE,
             self.calls - earlier.calls,
             self.passes,
             self.rounds,
             self.dispatchers,
-            self.step_imbalance_L,
+            self.step_imbalance_Y,
         )
 
 
-class LoadBoard:
+class SharedStats:
     """The parent's end: makes the segment, reads it, removes it."""
 
     def __init__(self, ranks: int) -> None:
@@ -120,7 +121,7 @@ class LoadBoard:
 
     @property
     def variable(self) -> str:
-        """The value of BOARD_VARIABLE for workers."""
+        """The value of STATS_VARIABLE for workers."""
         return f"{len(self._ranks)}:{self._memory.name}"
 
     def report(self) -> LoadReport:
@@ -133,16 +134,16 @@ class LoadBoard:
         notes = [json.loads(note) for note in self._ranks["dispatchers"] if note]
         return LoadReport(
             layers=tuple(layers.tolist()),
-            tokens_RLE=np.stack([rank.tokens_LE for rank in ranks]),
+            tokens_RYE=np.stack([rank.tokens_YE for rank in ranks]),
             calls=max(rank.steps for rank in ranks),
             passes=int(self._ranks["passes"].max()),
             rounds=int(self._ranks["rounds"].max()),
             dispatchers=notes[0] if notes else {},
-            step_imbalance_L=_step_imbalance_L(ranks),
+            step_imbalance_Y=_step_imbalance_Y(ranks),
         )
 
     def _ask(self) -> None:
-        """Have every writer bring its part up to date; a rank whose process is gone has done so as far as it could."""
+        """Asks every writer to bring its part up to date, and waits for those whose process still runs."""
         self._ranks["asked"] += 1
         deadline = time.monotonic() + PATIENCE_S
         for rank, row in enumerate(self._ranks):
@@ -153,7 +154,7 @@ class LoadBoard:
                 time.sleep(LOOK_S)
 
     def remove(self) -> None:
-        """Takes the segment away. Workers that still run keep writing to memory nobody sees."""
+        """Removes the segment. Workers that still run go on writing to memory that is not read."""
         del self._ranks
         self._memory.close()
         self._memory.unlink()
@@ -161,11 +162,11 @@ class LoadBoard:
 
 @dataclass(frozen=True)
 class _Rank:
-    """One rank's part of the board, all of one moment."""
+    """One rank's part of the segment, all of one moment."""
 
     steps: int
-    tokens_LE: np.ndarray
-    sums_SL: np.ndarray
+    tokens_YE: np.ndarray
+    sums_SY: np.ndarray
 
 
 def _read(row: Any, layers: np.ndarray, experts: int) -> _Rank:
@@ -179,13 +180,13 @@ def _read(row: Any, layers: np.ndarray, experts: int) -> _Rank:
         time.sleep(LOOK_S)
 
 
-def _step_imbalance_L(ranks: list[_Rank]) -> np.ndarray:
+def _step_imbalance_Y(ranks: list[_Rank]) -> np.ndarray:
     """Over the steps that all ranks have ended and still know."""
     ended, last = min(rank.steps for rank in ranks), max(rank.steps for rank in ranks)
     kept = np.arange(max(0, last - STEPS + AHEAD), ended + 1) % STEPS
-    tokens_RSL = np.diff(np.stack([rank.sums_SL[kept] for rank in ranks]), axis=1)
-    mean_L = tokens_RSL.mean(axis=0).sum(axis=0)
-    return np.where(mean_L > 0, tokens_RSL.max(axis=0).sum(axis=0) / np.maximum(mean_L, 1e-9), 1.0)
+    tokens_RSY = np.diff(np.stack([rank.sums_SY[kept] for rank in ranks]), axis=1)
+    mean_Y = tokens_RSY.mean(axis=0).sum(axis=0)
+    return np.where(mean_Y > 0, tokens_RSY.max(axis=0).sum(axis=0) / np.maximum(mean_Y, 1e-9), 1.0)
 
 
 def _runs(process: int) -> bool:
@@ -198,7 +199,7 @@ def _runs(process: int) -> bool:
 
 
 def check_room(layer: int, experts: int) -> None:
-    """Raises EPError for a layer or experts that the board has no room for."""
+    """Raises EPError for a layer or experts that the segment has no room for."""
     if layer >= MAX_LAYERS or experts > MAX_EXPERTS:
         raise EPError(
             f"MoE layer {layer} with {experts} experts: the load report has room for {MAX_LAYERS} layers "
@@ -207,21 +208,21 @@ def check_room(layer: int, experts: int) -> None:
 
 
 def record_error(rank: int, text: str) -> None:
-    """Leaves the worker's last words for its parent."""
+    """Writes down for the parent what the worker failed of."""
     row = rank_row(rank)
     if row is not None:
         row["error"] = text.encode()[:4096]
 
 
-def last_words(rank: int) -> str | None:
-    """What the worker of that rank left, if it failed by an exception."""
+def last_error(rank: int) -> str | None:
+    """What the worker of that rank failed of; None where it did not fail by an exception."""
     row = rank_row(rank)
     return None if row is None else bytes(row["error"]).rstrip(b"\0").decode(errors="replace") or None
 
 
 def rank_row(rank: int) -> np.ndarray | None:
-    """This rank's row of the board named in the environment."""
-    ranks, _, name = os.environ.get(BOARD_VARIABLE, "").partition(":")
+    """This rank's row of the segment named in the environment; None without one."""
+    ranks, _, name = os.environ.get(STATS_VARIABLE, "").partition(":")
     if not name:
         return None
     path = Path("/dev/shm") / name

@@ -1,7 +1,8 @@
-"""A process of an engine never outlives its parent, always heeds SIGTERM, and takes along what it started.
+"""Ends a process of an engine with its parent or on SIGTERM, together with what it started.
 
-A rank that waits in a collective runs no Python signal handler, so that a plain worker would ignore both. The guard is
-a thread: collectives release the interpreter lock. Ray's agents would stay for a minute after their engine.
+A rank that waits in a collective runs no Python signal handler, so a plain worker would outlive its parent and ignore
+SIGTERM. The guard is a thread: collectives release the interpreter lock. Ray's agents would stay for a minute after
+their engine.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import psutil
 from tqdm import tqdm
 
 GRACE_S = 2.0
-"""Time that a process has for heeding SIGTERM by itself."""
+"""Time for a process to end by itself after SIGTERM."""
 
 
 def guard_process() -> None:
@@ -30,7 +31,7 @@ def guard_process() -> None:
     It ends at once where its parent does, and within GRACE_S after SIGTERM. It ignores SIGINT: Ctrl-C reaches every
     process of the terminal, and the parent decides what follows. Call it in the main thread.
     """
-    # A progress bar would make a lock that processes share, which nobody removes when this one ends at once.
+    # A progress bar would make a lock that processes share, which is left over when this one ends at once.
     tqdm.set_lock(threading.RLock())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

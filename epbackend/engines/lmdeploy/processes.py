@@ -14,17 +14,17 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.guard import GRACE_S, descendants, guard_process, kill_all
-from epbackend.engines.lmdeploy.load import BOARD_VARIABLE, LoadBoard
+from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, SharedStats
+from epbackend.engines.lmdeploy.process_guard import GRACE_S, descendants, guard_process, kill_all
 from epbackend.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.2
-"""Between two looks at whether somebody listens."""
+"""Between two attempts to connect."""
 
 
 def start_engines(
-    config: EPConfig, board: LoadBoard, target: Callable[..., None], arguments: Iterable[tuple]
+    config: EPConfig, board: SharedStats, target: Callable[..., None], arguments: Iterable[tuple]
 ) -> list[BaseProcess]:
     """Starts `target(*arguments_of_its_rank)` in a process for each of the dp engines.
 
@@ -33,7 +33,7 @@ def start_engines(
     environment = {
         "LMDEPLOY_DP_MASTER_ADDR": LOOPBACK,
         "LMDEPLOY_DP_MASTER_PORT": str(free_port()),
-        BOARD_VARIABLE: board.variable,
+        STATS_VARIABLE: board.variable,
     }
     context = multiprocessing.get_context("spawn")
     # Not daemons: an API server starts a process for its engine.
@@ -47,7 +47,7 @@ def start_engines(
 
 
 def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0) -> None:
-    """Ends the processes: those still there after `grace_s` by SIGTERM, and by force where that is not heeded."""
+    """Ends the processes: those still there after `grace_s` by SIGTERM, then by SIGKILL."""
     processes = list(processes)
     started_by_them = [each for process in processes for each in descendants(process.pid or 0)]
     for process in processes:
@@ -63,7 +63,7 @@ def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0) -> None
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody uses now."""
+    """A port of the loopback interface that is free now."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]

@@ -11,8 +11,8 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, cast
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.deployment import start_engines, stop_engines
-from epbackend.engines.lmdeploy.load import LoadBoard, LoadReport
+from epbackend.engines.lmdeploy.load_report import LoadReport, SharedStats
+from epbackend.engines.lmdeploy.processes import start_engines, stop_engines
 from epbackend.engines.placement import warm_splits
 from epbackend.errors import EPError, WorkerError
 from epbackend.placement.placement import Placement
@@ -45,7 +45,7 @@ class ReplicatedPipeline:
         self, model_path: str, config: EPConfig, placement: Placement | None = None, **kwargs: Any
     ) -> None:
         warm_splits(config)
-        self._board: LoadBoard | None = LoadBoard(config.world_size)
+        self._board: SharedStats | None = SharedStats(config.world_size)
         self._broken = False
         ends = [Pipe() for _ in range(config.engine.dp)]
         self._engines = [ours for ours, _ in ends]
@@ -102,7 +102,7 @@ class ReplicatedPipeline:
                     else:
                         yield part
         except GeneratorExit:
-            # Nobody wants the rest, and the next call must not find it in the pipes.
+            # The rest is not wanted, and the next call must not find it in the pipes.
             for engine in busy:
                 while self._receive(engine) is not None:
                     pass

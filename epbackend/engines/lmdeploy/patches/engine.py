@@ -1,0 +1,153 @@
+"""LMDeploy's engine on every device: its operators, its KV cache, its checks, and what follows each of its steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+from lmdeploy.pytorch.distributed import get_dist_manager
+
+from epbackend.engines.lmdeploy.patching import patch
+from epbackend.engines.lmdeploy.state import active
+from epbackend.errors import ConfigError, EPError
+
+BACKENDS = {
+    "cpu": "epbackend.engines.lmdeploy.backend_cpu:CpuBackend",
+    "cuda": "epbackend.engines.lmdeploy.backend_cuda:CudaBackend",
+    "ascend": "epbackend.engines.lmdeploy.backend_ascend:AscendBackend",
+}
+"""Device -> our backend for it. Each imports what only its own device has."""
+
+GIB = 1 << 30
+DEFAULT_CACHE_GIB = 1.0
+KEPT_FREE = 0.1
+"""Share of the free memory that no cache may take: activations and the ranks' own needs."""
+FEWEST_BLOCKS = 16
+
+
+@patch(
+    "lmdeploy.pytorch.backends.selector:_get_backend",
+    why="its backends for CUDA and Ascend bring experts of their own, and there is none for the CPU",
+    when="always",
+    fingerprint="b34c4c2e1c5b",
+)
+def backend_with_our_experts(original: Callable) -> Callable:
+    from lmdeploy.pytorch.devices import get_device_manager
+
+    def get_backend() -> type:
+        device = get_device_manager().current_context().device_type
+        if device != active().device:
+            return original()
+        return resolve_name(BACKENDS[device])
+
+    return get_backend
+
+
+@patch(
+    "lmdeploy.pytorch.engine.executor.base:ExecutorBase._update_num_gpu_blocks",
+    why="it knows no budget, engine.cache_gb; and on a CPU it would give the cache most of the machine's memory",
+    when="always",
+    fingerprint="530062688135",
+)
+def cache_by_budget(original: Callable) -> Callable:
+    def update_num_gpu_blocks(
+        self: Any, free_mems: list[int], cache_block_sizes: list[Any], spec_cache_config: Any
+    ) -> None:
+        engine = active().config.engine
+        if active().device == "cpu" or engine.cache_gb is not None:
+            self.cache_config.num_gpu_blocks = cache_blocks(
+                block_bytes=max(size.total for size in cache_block_sizes),
+                free_bytes=min(free_mems),
+                gigabytes=engine.cache_gb,
+                blocks=self.cache_config.num_gpu_blocks or None,
+            )
+        original(self, free_mems, cache_block_sizes, spec_cache_config)
+
+    return update_num_gpu_blocks
+
+
+def cache_blocks(block_bytes: int, free_bytes: int, gigabytes: float | None, blocks: int | None) -> int:
+    """Blocks of one rank's KV cache.
+
+    `blocks` as set, or as many as `gigabytes` hold, or the default budget as far as memory allows.
+
+    Raises:
+        ConfigError: what was set does not fit into the free memory, or holds too few blocks to work with.
+    """
+    usable = int(free_bytes * (1 - KEPT_FREE))
+    if blocks is not None:
+        setting, wanted = f"engine.cache_blocks: {blocks} blocks", blocks
+    elif gigabytes is not None:
+        setting, wanted = f"engine.cache_gb: {gigabytes:g} GiB a rank", int(gigabytes * GIB) // block_bytes
+    else:
+        setting, wanted = (
+            "engine.cache_gb is not set",
+            min(int(DEFAULT_CACHE_GIB * GIB), usable) // block_bytes,
+        )
+    if wanted * block_bytes > usable:
+        raise ConfigError(
+            f"{setting}: not enough memory, {usable / GIB:.2f} GiB are free for a rank's KV cache; "
+            f"lower it to at most {usable / GIB:.2f} GiB ({usable // block_bytes} blocks)"
+        )
+    if wanted < FEWEST_BLOCKS:
+        raise ConfigError(
+            f"{setting}: a block takes {block_bytes / GIB:.4f} GiB, so it holds {wanted} blocks, and at least "
+            f"{FEWEST_BLOCKS} are needed; set engine.cache_gb to {FEWEST_BLOCKS * block_bytes / GIB:.3f} or more, "
+            "or a smaller engine.block_size"
+        )
+    return wanted
+
+
+@patch(
+    "lmdeploy.pytorch.check_env.base:BaseChecker.log_and_exit",
+    why="a failed check ends the process, Python's user included",
+    when="always",
+    fingerprint="3b919f4b186c",
+)
+def failed_checks_raise(original: Callable) -> Callable:
+    def raise_error(
+        self: Any, e: Exception | None = None, mod_name: str | None = None, message: str | None = None
+    ) -> None:
+        if isinstance(e, EPError):  # raised by one of ours, in the process that ran the check
+            raise e
+        reason = message or "please check your environment"
+        cause = f" ({type(e).__name__}: {e})" if e else ""
+        raise ConfigError(
+            f"LMDeploy's check of {mod_name or type(self).__name__} failed: {reason}{cause}"
+        ) from e
+
+    return raise_error
+
+
+@patch(
+    "lmdeploy.pytorch.engine.model_agent.agent:model_forward",
+    why="layers in a captured graph neither report what they did nor fail in time; here a step is over either way",
+    when="always",
+    fingerprint="590e0f33e595",
+)
+def steps_are_counted(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def model_forward(*args: Any, stream: Any = None, **kwargs: Any) -> Any:
+        plug = active()
+        # A lost rank would be waited for without end, in graphs too. Not in the interpreter, whose device is cuda as
+        # well, and where nothing runs behind the host's back.
+        watched = plug.device == "cuda" and plug.config.ep_size > 1 and torch.cuda.is_initialized()
+        with plug.context.one_mark() if watched else nullcontext():
+            output = original(*args, stream=stream, **kwargs)
+        # LMDeploy is in the step's stream already; going there once more would cost more than what is done there.
+        there = stream is None or stream == torch.cuda.current_stream()
+        with nullcontext() if there else torch.cuda.stream(stream):
+            plug.load_writer.step()
+            if watched:
+                group = get_dist_manager().current_context().ep_gpu_group
+                plug.context.watch("a step of the engine", group, plug.config.timeout_s)
+        return output
+
+    return model_forward
+
+
+PATCHES = (backend_with_our_experts, cache_by_budget, failed_checks_raise, steps_are_counted)

@@ -1,0 +1,94 @@
+"""What the plug has changed in this process, and the environment by which worker processes learn of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from epbackend.config import EPConfig
+from epbackend.dispatch.context import GroupContext
+from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, LoadReport, SharedStats
+from epbackend.engines.lmdeploy.patching import Patches
+from epbackend.engines.lmdeploy.stats_writer import StatsWriter
+from epbackend.errors import EPError
+from epbackend.placement.placement import Placement
+
+CONFIG_VARIABLE = "EPBACKEND_CONFIG"
+PLACEMENT_VARIABLE = "EPBACKEND_PLACEMENT"
+"""Holds the finished placement, packed: every rank has the identical one, on whatever machine it runs."""
+
+
+@dataclass
+class PlugState:
+    """What is on, and what it takes to switch it off."""
+
+    config: EPConfig
+    device: str
+    """The name of the config's device, which "auto" stands for."""
+    placement: Placement | None = None
+    patches: Patches = field(default_factory=Patches)
+    environment: dict[str, str | None] = field(default_factory=dict)
+    """The variables we set, as they were before."""
+    board: SharedStats | None = None
+    load_writer: StatsWriter = field(default_factory=StatsWriter)
+    context: GroupContext = field(default_factory=GroupContext)
+    """What all MoE layers share on their process groups."""
+
+    def set_environment(self, name: str, value: str) -> None:
+        self.environment.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+
+    @property
+    def worker_environment(self) -> dict[str, str]:
+        """What a worker needs to find in its environment, for starters that do not hand down ours."""
+        names = (CONFIG_VARIABLE, PLACEMENT_VARIABLE, STATS_VARIABLE)
+        return {name: os.environ[name] for name in names if name in os.environ}
+
+    def load_report(self) -> LoadReport:
+        """What the workers of this process did.
+
+        Raises:
+            EPError: this process is itself part of an engine, whose starter has the report.
+        """
+        if self.board is None:
+            raise EPError("the load report belongs to the process that started the engines")
+        return self.board.report()
+
+    def switch_off(self) -> None:
+        self.patches.restore()
+        self.load_writer.close()
+        self.context.close()
+        if self.board is not None:
+            self.board.remove()
+        for name, value in self.environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+_state: PlugState | None = None
+
+
+def current() -> PlugState | None:
+    """The state of the plug; None while it is disabled."""
+    return _state
+
+
+def set_current(state: PlugState | None) -> None:
+    """Replaces what `current` returns; for `plug` alone."""
+    global _state
+    _state = state
+
+
+def active() -> PlugState:
+    """The state of the plug.
+
+    Raises:
+        EPError: the plug is not enabled.
+    """
+    if _state is None:
+        raise EPError(
+            "expert parallelism is not enabled in this process: call epbackend.enable(config) first"
+        )
+    return _state

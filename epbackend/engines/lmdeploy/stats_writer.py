@@ -1,0 +1,302 @@
+"""A worker's end of the load report: counts the rows of its MoE layers and writes them to the shared statistics.
+
+The rows of all layers are counted in one piece of memory on their device. Each layer has lines of its own there, which
+never move, so that a replayed CUDA graph counts too. After each step of the engine the device adds up every line and
+copies lines and sums to the host: three operations, however many layers there are, and nothing waits for them. Whether
+what has arrived on the host is one whole step can be seen from the values alone. A thread looks a few times a second
+for news or for a reader's request, and writes down all layers at once.
+
+Letters: N lines of counters, W counters of a line, S the steps whose sums are kept, Y layers, E experts, L slots.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from threading import Event, Lock, Thread
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epbackend.engines.lmdeploy.load_report import MAX_LAYERS, RANK, STEPS, rank_row
+from epbackend.moe import ExpertParallelMoE
+
+LINES = MAX_LAYERS
+"""One for each layer whose slots are at most as many as those of the first; a layer with more takes several."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What had been counted when a step ended."""
+
+    step: int
+    """From 1 on; 0: none has ended."""
+    oldest: int
+    """The first step whose sums are still there."""
+    rows_NW: np.ndarray
+    """Rows of the slots of each line."""
+    sums_SN: np.ndarray
+    """The lines' sums after each of the last STEPS steps, those of step s at s % STEPS."""
+
+
+class Counters:
+    """Lines of `width` counters each on one device, and their copies on the host."""
+
+    def __init__(self, place: torch.device, width: int) -> None:
+        self.place, self.width = place, max(1, width)
+        self.steps = 0
+        """Steps that were asked for; the device may be behind."""
+        self.lines = 0
+        """Lines that are allocated."""
+        shape = LINES, self.width
+        # Only into pinned memory does a device copy while the host goes on.
+        on_host: Any = {"dtype": torch.int64, "pin_memory": place.type != "cpu"}
+        # Models are loaded in inference mode, whose tensors could not be changed outside of it.
+        with torch.inference_mode(False):
+            self._rows_NW = torch.zeros(shape, dtype=torch.int64, device=place)
+            self._sums_N = torch.zeros(LINES, dtype=torch.int64, device=place)
+            self._host_rows_NW = torch.zeros(shape, **on_host)
+            self._host_sums_SN = torch.zeros(STEPS, LINES, **on_host)
+        self._views: _Views | None = None
+
+    def has_room(self, slots: int) -> bool:
+        return self.lines + self._needed(slots) <= LINES
+
+    @torch.inference_mode(False)
+    def allocate(self, slots: int) -> tuple[range, Tensor]:
+        """Lines for so many slots, and their counters in one tensor."""
+        lines = range(self.lines, self.lines + self._needed(slots))
+        self.lines, self._views = lines.stop, None
+        return lines, self._rows_NW.view(-1)[lines.start * self.width :][:slots]
+
+    def step(self) -> None:
+        """Send what was counted to the host, behind what the current stream has to do for this step."""
+        views = self._views or self._make_views()
+        self.steps += 1
+        torch.sum(views.rows_NW, 1, out=views.sums_N)
+        views.host_sums[self.steps % STEPS].copy_(views.sums_N, non_blocking=True)
+        views.host_rows_NW.copy_(views.rows_NW, non_blocking=True)
+
+    def arrived(self) -> Snapshot | None:
+        """The newest step that is whole on the host; None while one is half there. Asks the device nothing.
+
+        From any thread: a question to the device from another one would break a capture in the main thread.
+        """
+        lines = self.lines
+        rows_NW = self._host_rows_NW.numpy()[:lines].copy()
+        sums_SN = self._host_sums_SN.numpy()[:, :lines].copy()
+        issued = self.steps  # read last: nothing in the copies is newer
+        # The rows of a step add up to its sums. Those of another step do not, unless nothing happened between them.
+        fits_S = (sums_SN == rows_NW.sum(1)).all(1)
+        steps = np.arange(issued, max(issued - STEPS, -1), -1)
+        fitting = steps[fits_S[steps % STEPS]]
+        if not len(fitting):
+            return None
+        return Snapshot(int(fitting[0]), int(steps[-1]), rows_NW, sums_SN)
+
+    def _needed(self, slots: int) -> int:
+        return max(1, -(-slots // self.width))
+
+    @torch.inference_mode(False)
+    def _make_views(self) -> _Views:
+        """The views that every step takes, until another layer joins."""
+        lines = self.lines
+        self._views = _Views(
+            self._rows_NW[:lines],
+            self._sums_N[:lines],
+            self._host_rows_NW[:lines],
+            [sums_N[:lines] for sums_N in self._host_sums_SN],
+        )
+        return self._views
+
+
+@dataclass(frozen=True)
+class _Views:
+    """Of the allocated lines, on the device and on the host."""
+
+    rows_NW: Tensor
+    sums_N: Tensor
+    host_rows_NW: Tensor
+    host_sums: list[Tensor]
+    """One for each of the STEPS."""
+
+
+LOOK_S = 0.05
+"""How often the thread looks for a request."""
+EVERY_S = 0.25
+"""How often it writes without a request: what is found of a worker that was killed is no older."""
+CLOSING_S = 1.0
+"""How long `close` waits for what is on its way from the device."""
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """The lines of one layer."""
+
+    lines: range
+    experts_L: tuple[int, ...]
+    """The expert in each slot."""
+
+
+@dataclass(frozen=True)
+class _Map:
+    """Which counters are whose, for all layers at once."""
+
+    numbers: np.ndarray
+    """Of the layers; all that follows is in their order."""
+    experts: int
+    """The most that a layer has."""
+    slots: np.ndarray
+    """The place of each slot among the counters."""
+    cells: np.ndarray
+    """The place of each slot's expert in [layers, experts]."""
+    lines: np.ndarray
+    firsts: np.ndarray
+    """Where in `lines` those of each layer begin."""
+
+    @classmethod
+    def of(cls, allocated: dict[int, _Lines], width: int, experts: int) -> _Map:
+        many = list(allocated.values())
+        return cls(
+            np.array(list(allocated)),
+            experts,
+            np.concatenate([each.lines.start * width + np.arange(len(each.experts_L)) for each in many]),
+            np.concatenate([at * experts + np.array(each.experts_L, int) for at, each in enumerate(many)]),
+            np.concatenate([np.array(each.lines) for each in many]),
+            np.cumsum([0, *(len(each.lines) for each in many[:-1])]),
+        )
+
+    def tokens_YE(self, shown: Snapshot) -> np.ndarray:
+        """Tokens of each layer's experts, replicas of an expert together."""
+        tokens_YE = np.zeros((len(self.numbers), self.experts), dtype=np.int64)
+        np.add.at(tokens_YE.reshape(-1), self.cells, shown.rows_NW.reshape(-1)[self.slots])
+        return tokens_YE
+
+    def sums_SY(self, shown: Snapshot, steps: np.ndarray) -> np.ndarray:
+        """Tokens of each layer after each of those steps."""
+        return np.add.reduceat(shown.sums_SN[steps % STEPS][:, self.lines], self.firsts, axis=1)
+
+
+class StatsWriter:
+    """The MoE layers of this process; counts nothing in a process whose parent does not read."""
+
+    def __init__(self) -> None:
+        self._layers: WeakValueDictionary[int, ExpertParallelMoE] = WeakValueDictionary()
+        self._row: Any = None
+        self._counters: Counters | None = None
+        self._allocated: dict[int, _Lines] = {}
+        self._map: _Map | None = None
+        self._lock = Lock()
+        """Held while lines are allocated or written down."""
+        self._thread: Thread | None = None
+        self._ended = Event()
+
+    def watch(self, rank: int, number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
+        """Counts what the layer of that number, whose experts are at `place`, does from now on.
+
+        A layer number that comes again after a step belongs to another model: counting then starts from zero.
+        """
+        if self._row is None:
+            self._row = rank_row(rank)
+        if self._row is None:
+            return
+        experts_L = layer.load.local_experts
+        with self._lock:
+            counters = self._counters
+            if (
+                counters is None
+                or counters.place != place
+                or (counters.steps and number in self._allocated)
+                or not counters.has_room(len(experts_L))
+            ):
+                counters = self._begin(Counters(place, len(experts_L)))
+            lines, rows_L = counters.allocate(len(experts_L))
+            layer.load.count_in(rows_L)
+            self._layers[number], self._allocated[number], self._map = layer, _Lines(lines, experts_L), None
+            self._row["layers"][number] = True
+            self._row["experts"] = max(self._row["experts"], layer.slot_map.experts)
+            self._row["dispatchers"] = _note(
+                {phase: asdict(choice) for phase, choice in layer.dispatchers.items()}
+            )
+
+    def step(self) -> None:
+        """Sends the counters on their way, behind what the current stream has to do for this step."""
+        if self._counters is None or not self._layers:
+            return
+        self._counters.step()
+        if self._thread is None:
+            self._row["writer"] = os.getpid()
+            self._thread = Thread(target=self._stand_by, name="epbackend load", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Returns when all is written down. Steps after it are not counted."""
+        counters, self._counters = self._counters, None
+        if counters is None or self._thread is None:
+            return
+        self._ended.set()
+        self._thread.join()
+        deadline = time.monotonic() + CLOSING_S
+        while self._write_down(counters) != counters.steps and time.monotonic() < deadline:
+            time.sleep(CLOSING_S / 100)
+        self._row["writer"] = 0
+
+    def _begin(self, counters: Counters) -> Counters:
+        self._counters, self._allocated = counters, {}
+        with _writing(self._row):
+            numbers = np.flatnonzero(self._row["layers"])
+            for total in ("experts", "steps", "passes", "rounds"):
+                self._row[total] = 0
+            self._row["layers"][numbers] = False
+            self._row["tokens"][numbers] = 0
+            self._row["sums"][:, numbers] = 0
+        return counters
+
+    def _stand_by(self) -> None:
+        """Answers the readers. Looking is cheap; writing without a request is done seldom."""
+        due = 0.0
+        while not self._ended.wait(LOOK_S):
+            counters, asked, now = self._counters, int(self._row["asked"]), time.monotonic()
+            if counters is None:
+                return
+            news = counters.steps != self._row["steps"] and now > due
+            if (news or asked != self._row["answered"]) and self._write_down(counters) is not None:
+                self._row["answered"], due = asked, now + EVERY_S
+
+    def _write_down(self, counters: Counters) -> int | None:
+        """Brings the shared statistics up to the step it returns; None: no step is whole on the host just now."""
+        with self._lock:
+            shown = counters.arrived()
+            if shown is None:
+                return None
+            row = self._row
+            places = self._map = self._map or _Map.of(self._allocated, counters.width, int(row["experts"]))
+            loads = [layer.load for layer in self._layers.values()]
+            steps = np.arange(max(int(row["steps"]) + 1, shown.oldest), shown.step + 1)
+            with _writing(row):
+                row["tokens"][places.numbers, : places.experts] = places.tokens_YE(shown)
+                row["sums"][np.ix_(steps % STEPS, places.numbers)] = places.sums_SY(shown, steps)
+                row["passes"] = max((load.passes.max for load in loads), default=row["passes"])
+                row["rounds"] = max((load.rounds.max for load in loads), default=row["rounds"])
+                row["steps"] = shown.step
+            return shown.step
+
+
+@contextmanager
+def _writing(row: Any) -> Iterator[None]:
+    """Readers repeat what they read meanwhile."""
+    row["writing"] += 1
+    yield
+    row["writing"] += 1
+
+
+def _note(value: Any) -> bytes:
+    text = json.dumps(value).encode()
+    return text if len(text) <= RANK["dispatchers"].itemsize else b""
