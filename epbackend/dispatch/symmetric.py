@@ -58,7 +58,7 @@ class Symmetric(Dispatcher):
         if reason := not_built():
             return reason
         if cls.name not in spec.settings.dispatcher:
-            return "it has not run on a GPU yet, so it is taken only where it is named"
+            return "it has run between two ranks on one GPU only, so it is taken only where it is named"
         return no_p2p_access_here(spec.ranks.size) if spec.ranks.group is None else None
 
     @classmethod

@@ -72,7 +72,7 @@ def host_waits(groups, settings):
         for _ in range(2):
             aten.host_waits.clear()
             module(hidden, routed, ids)
-            state.active().load_writer.step()
+            state.active().stats_writer.step()
         return list(aten.host_waits)
 
 

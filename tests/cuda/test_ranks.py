@@ -25,7 +25,7 @@ from tests.helpers.layer_case import (
 )
 from tests.helpers.quantized_layer import FP8, layer_is_near
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.several_ranks]  # NCCL wants a GPU for each rank
 WAYS = {
     "allgather": DispatchSettings(level=1, dispatcher="allgather"),
     "alltoall": DispatchSettings(level=2, dispatcher="alltoall"),

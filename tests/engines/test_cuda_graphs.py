@@ -86,8 +86,8 @@ def test_a_captured_layer_replays_and_counts_its_load(gpu, form):
         for _ in range(3):
             found.fill_(torch.nan)
             graph.replay()
-            state.active().load_writer.step()
-        state.active().load_writer.close()
+            state.active().stats_writer.step()
+        state.active().stats_writer.close()
         load = state.active().load_report()
     torch.testing.assert_close(found, expected)
     assert load.calls == 3

@@ -114,8 +114,8 @@ def module_equals_reference(groups: dict[int, RankGroup], case: Case) -> Seen:
         module, weights = load_module(case, place)
         hidden, ids, routed = batch_of(case, ranks.rank * case.dp // case.size)
         found = module(hidden.to(place), routed.to(place), ids.to(place)).cpu()
-        state.active().load_writer.step()
-        state.active().load_writer.close()
+        state.active().stats_writer.step()
+        state.active().stats_writer.close()
         layer = module.impl.layer
         seen = Seen(
             layer and layer.dispatchers["decode"].name,

@@ -140,7 +140,7 @@ class LayerExperts:
         )
         values = gate_up_L2FD if isinstance(gate_up_L2FD, Tensor) else gate_up_L2FD.values_LNK
         rank = get_dist_manager().current_context().rank
-        active().load_writer.watch(rank, self.layer_number, self.layer, values.device)
+        active().stats_writer.watch(rank, self.layer_number, self.layer, values.device)
 
     def forward(
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *packed: Any, **extras: Any

@@ -30,7 +30,7 @@ class PlugState:
     environment: dict[str, str | None] = field(default_factory=dict)
     """The variables we set, as they were before."""
     board: SharedStats | None = None
-    load_writer: StatsWriter = field(default_factory=StatsWriter)
+    stats_writer: StatsWriter = field(default_factory=StatsWriter)
     context: GroupContext = field(default_factory=GroupContext)
     """What all MoE layers share on their process groups."""
 
@@ -56,7 +56,7 @@ class PlugState:
 
     def switch_off(self) -> None:
         self.patches.restore()
-        self.load_writer.close()
+        self.stats_writer.close()
         self.context.close()
         if self.board is not None:
             self.board.remove()

@@ -135,7 +135,7 @@ def _leave(*_: Any) -> None:
     LMDeploy's own handler fails on its buffers.
     """
     try:
-        active().load_writer.close()
+        active().stats_writer.close()
     finally:
         os._exit(0)
 

@@ -141,7 +141,7 @@ def steps_are_counted(original: Callable) -> Callable:
         # LMDeploy is in the step's stream already; going there once more would cost more than what is done there.
         there = stream is None or stream == torch.cuda.current_stream()
         with nullcontext() if there else torch.cuda.stream(stream):
-            plug.load_writer.step()
+            plug.stats_writer.step()
             if watched:
                 group = get_dist_manager().current_context().ep_gpu_group
                 plug.context.watch("a step of the engine", group, plug.config.timeout_s)
