@@ -32,7 +32,22 @@ def pytest_addoption(parser):
     )
 
 
+class FailuresAtOnce:
+    """Says why a test failed as soon as it has: a run that is cut off prints no summary."""
+
+    def __init__(self, terminal) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            reasons = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+            self._terminal.write_line(f"\n{report.nodeid}: {' '.join(reasons[:3])}")
+
+
+@pytest.hookimpl(trylast=True)  # after pytest's own, which makes the reporter
 def pytest_configure(config):
+    if terminal := config.pluginmanager.get_plugin("terminalreporter"):
+        config.pluginmanager.register(FailuresAtOnce(terminal))
     platform = config.getoption("--ascend")
     if platform is None:
         return
