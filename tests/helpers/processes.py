@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import re
@@ -19,6 +20,8 @@ from epbackend.engines.lmdeploy.process_guard import descendants
 from tests.helpers.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent ends."""
 
 GENERATE = """
 import sys
@@ -92,8 +95,7 @@ def start(tmp_path: Path, script: str, *arguments: str, ready: str = "READY") ->
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             start_new_session=True,
-            # A shell's background jobs ignore SIGINT, and would hand that down to what tests start.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=_before_the_script,
         )
     running = Running(process)
     deadline = time.monotonic() + PATIENCE_S
@@ -107,6 +109,13 @@ def start(tmp_path: Path, script: str, *arguments: str, ready: str = "READY") ->
         if ready not in log.read_text():
             running.kill()
     return running
+
+
+def _before_the_script() -> None:
+    # A shell's background jobs ignore SIGINT, and would hand that down to what tests start.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Scripts run until they are killed: one must not outlive tests that are themselves killed.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _segments(pid: int) -> set[str]:
