@@ -19,9 +19,10 @@ _HOME = {
     "enable": "epbackend.engines.lmdeploy",
     "disable": "epbackend.engines.lmdeploy",
     "pipeline": "epbackend.engines.lmdeploy",
+    "serve": "epbackend.engines.lmdeploy",
 }
 
-__all__ = ["EPConfig", "ExpertParallelMoE", "__version__", "disable", "enable", "pipeline"]
+__all__ = ["EPConfig", "ExpertParallelMoE", "__version__", "disable", "enable", "pipeline", "serve"]
 
 
 def __getattr__(name: str) -> Any:
