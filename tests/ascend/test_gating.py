@@ -19,7 +19,7 @@ def test_fused_router_chooses_as_lmdeploys(npu, tokens, groups, top_groups, dtyp
     from lmdeploy.pytorch.backends.default.moe_router import DefaultRouterNoauxTCImpl
     from lmdeploy.pytorch.backends.moe_router import RouterNoauxTCBuildSpec
 
-    from epbackend.engines.lmdeploy.backend_ascend import NpuRouter
+    from epbackend.engines.lmdeploy.operators import NpuRouter
 
     spec = RouterNoauxTCBuildSpec("sigmoid", 8, groups, top_groups, 256, FACTOR)
     assert NpuRouter.fits(spec)
@@ -48,7 +48,7 @@ def test_only_deepseek_v3s_router_is_replaced(changes, fits):
     pytest.importorskip("lmdeploy", reason="LMDeploy is not installed")
     from lmdeploy.pytorch.backends.moe_router import RouterNoauxTCBuildSpec
 
-    from epbackend.engines.lmdeploy.backend_ascend import NpuRouter
+    from epbackend.engines.lmdeploy.operators import NpuRouter
 
     router = {
         "scoring_func": "sigmoid",

@@ -119,7 +119,8 @@ def test_dlinfer_is_told_that_a_rank_is_alone():
 def test_the_router_of_deepseek_v3_is_ours():
     from lmdeploy.pytorch.backends.moe_router import RouterNoauxTCBuildSpec
 
-    from epbackend.engines.lmdeploy.backend_ascend import AscendBackend, NpuRouter
+    from epbackend.engines.lmdeploy.backend_ascend import AscendBackend
+    from epbackend.engines.lmdeploy.operators import NpuRouter
 
     spec = RouterNoauxTCBuildSpec("sigmoid", 8, 8, 4, 256, routed_scaling_factor=2.5)
     assert isinstance(AscendBackend.build_op(spec), NpuRouter)

@@ -65,6 +65,8 @@ def test_disable_puts_back_every_object(config):
     originals = [inspect.getattr_static(owner, name) for _, owner, name in places]
     code = [getattr(original, "__code__", None) for original in originals]
     environment = dict(os.environ)
+    log = logging.getLogger("epbackend")
+    level, handlers = log.level, [*log.handlers]
 
     epbackend.enable(config)
     replaced = {
@@ -80,6 +82,7 @@ def test_disable_puts_back_every_object(config):
     assert [inspect.getattr_static(owner, name) for _, owner, name in places] == originals
     assert [getattr(original, "__code__", None) for original in originals] == code
     assert dict(os.environ) == environment
+    assert (log.level, log.handlers) == (level, handlers)
     assert isinstance(torch.cuda.Stream, type)
     assert not torch.cuda.is_available()
 

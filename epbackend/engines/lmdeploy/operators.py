@@ -1,4 +1,4 @@
-"""Our operators for LMDeploy's MoE layers: one for each form of weights that can be spread over ranks.
+"""Our operators for LMDeploy's MoE layers: one for each form of weights that can be spread, and a router for NPUs.
 
 The letters of shapes are those of docs/architecture.md.
 """
@@ -24,6 +24,7 @@ from lmdeploy.pytorch.backends.moe import (
     FusedMoEW8A8BuildSpec,
     FusedMoEW8A8Impl,
 )
+from lmdeploy.pytorch.backends.moe_router import RouterNoauxTCBuildSpec, RouterNoauxTCImpl
 from lmdeploy.pytorch.distributed import get_dist_manager
 from lmdeploy.pytorch.model_inputs import get_step_ctx_manager
 from lmdeploy.pytorch.models.patch import get_build_model_context
@@ -35,6 +36,7 @@ from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError, UnavailableError
 from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
+from epbackend.kernels.npu import ops
 from epbackend.kernels.weight_formats import Experts
 from epbackend.moe import ExpertParallelMoE
 from epbackend.names import PHASES
@@ -208,6 +210,28 @@ class W8A8Experts(LayerExperts, FusedMoEW8A8Impl):
             Int8Weights(down_weights.data, down_scale.data.squeeze(-1)),
         )
         return placeholders(gate_up_weights, down_weights, gate_up_scale, down_scale)
+
+
+class NpuRouter(RouterNoauxTCImpl):
+    """DeepSeek-V3's router in one operator of CANN, where LMDeploy has its default one: a dozen operators of torch."""
+
+    def __init__(self, spec: RouterNoauxTCBuildSpec) -> None:
+        self._spec = spec
+
+    @staticmethod
+    def fits(spec: RouterNoauxTCBuildSpec) -> bool:
+        """Whether the operator computes what is asked for."""
+        as_published = spec.scoring_func == "sigmoid" and spec.renormalize and spec.router_n_groups <= 0
+        return as_published and ops.router_fits(
+            spec.n_routed_experts, spec.top_k, spec.n_group, spec.top_k_group
+        )
+
+    def forward(self, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights_TK, ids_TK) for logits_TE and the correction's bias_E."""
+        spec = self._spec
+        return ops.sigmoid_top_k(
+            logits, bias, spec.top_k, spec.n_group, spec.top_k_group, spec.routed_scaling_factor
+        )
 
 
 def placeholders(*weights: Tensor) -> tuple[Tensor, ...]:

@@ -7,7 +7,6 @@ process passes on or can be made to.
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 
 import torch
@@ -111,15 +110,5 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
         state.switch_off()
         raise
     set_current(state)
-    _show_log(config.engine.log_level)
+    state.show_log(config.engine.log_level)
     atexit.register(disable)
-
-
-def _show_log(level: str) -> None:
-    """Our own log at that level, on stderr unless the program has a place for it."""
-    log = logging.getLogger("epbackend")
-    log.setLevel(level)
-    if not log.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
-        log.addHandler(handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 
@@ -34,6 +35,23 @@ class PlugState:
     context: GroupContext = field(default_factory=GroupContext)
     """What all MoE layers share on their process groups."""
 
+    log_level: int | None = None
+    """Of our log as it was before; None where it was left alone."""
+    log_handler: logging.Handler | None = None
+    """The one that we added to it, if any."""
+
+    def show_log(self, level: str) -> None:
+        """Our own log at that level, on stderr unless the program has a place for it."""
+        log = logging.getLogger("epbackend")
+        self.log_level = log.level
+        log.setLevel(level)
+        if not log.hasHandlers():
+            self.log_handler = logging.StreamHandler()
+            self.log_handler.setFormatter(
+                logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
+            )
+            log.addHandler(self.log_handler)
+
     def set_environment(self, name: str, value: str) -> None:
         self.environment.setdefault(name, os.environ.get(name))
         os.environ[name] = value
@@ -65,6 +83,11 @@ class PlugState:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        log = logging.getLogger("epbackend")
+        if self.log_level is not None:
+            log.setLevel(self.log_level)
+        if self.log_handler is not None:
+            log.removeHandler(self.log_handler)
 
 
 _state: PlugState | None = None
