@@ -54,9 +54,9 @@ def test_our_log_has_the_level_of_the_engines():
     log = logging.getLogger("epbackend")
     for level in ("INFO", "WARNING"):
         epbackend.enable(EPConfig.load({"device": "cpu", "engine": {"log_level": level}}))
-        epbackend.disable()
         assert log.isEnabledFor(logging.INFO) is (level == "INFO")
         assert log.hasHandlers()
+        epbackend.disable()
 
 
 @pytest.mark.parametrize("config", [MP, RAY], ids=["mp", "ray"])
