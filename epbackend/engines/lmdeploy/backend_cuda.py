@@ -59,7 +59,7 @@ class ExpertsBetweenGraphs:
         """From now on the operator is a boundary between captured pieces."""
         compute = self._experts.forward
 
-        # The output goes to the piece that follows at once, and to nobody else.
+        # The output goes only to the piece that follows at once.
         @eager_boundary(adapter_factory=ViewTolerantPaddedAdapter, reuse_bridge_after_next_step=True)
         def between(hidden_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> Tensor:
             pieces = get_piecewise_graph_execution()
