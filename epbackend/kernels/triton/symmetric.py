@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epbackend.kernels.triton.permute import BLOCK, count_in_blocks, earlier_twins, load_slots, store_counts
 from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.permute import BLOCK, count_in_blocks, earlier_twins, load_slots, store_counts
 from epbackend.kernels.triton.tiles import INTERPRETED, chip_of
 
 ALIGNMENT = 128
