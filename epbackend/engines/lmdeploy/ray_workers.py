@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,8 @@ def _start_cluster(ranks: int, address: str | None) -> None:
     """
     if ray.is_initialized() or address is not None or "RAY_ADDRESS" in os.environ:
         return
+    # Ray would write a key of its own into the home, which containers do not have.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
         address="local",
         num_cpus=ranks,

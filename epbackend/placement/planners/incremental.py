@@ -38,7 +38,8 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
     Raises:
         ConfigError: there is no placement to start from, or it has other slots; or an option cannot be.
     """
-    from epbackend.placement import search
+    from epbackend.placement.search.compiled import announce
+    from epbackend.placement.search.layer_search import improve
 
     refuse_options("incremental", task, OPTIONS)
     current = _checked_current(task)
@@ -49,7 +50,7 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
         )
     inputs = SearchInputs.of(task)
     layers = list(current.layers)
-    search.announce()
+    announce(improve)
     for done, layer in enumerate(task.loads.loaded_layers, start=1):
         layers[layer] = _replan(inputs, layer, layers[layer], target, task.seed % 2**32)
         task.progress(done, len(task.loads.loaded_layers))

@@ -53,7 +53,8 @@ USUAL_KICKS = 2**16
 
 def plan_layers(task: Task) -> tuple[Layout, ...]:
     """See the module."""
-    from epbackend.placement import search
+    from epbackend.placement.search.compiled import announce
+    from epbackend.placement.search.layer_search import improve
 
     refuse_options("refined", task, OPTIONS)
     plan_layer = _plan_for_level if _split(task) == "level" else _plan_for_even
@@ -64,7 +65,7 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
     loaded = task.loads.loaded_layers
     first_YR = first_slots(slots_Y[list(loaded)], task.ranks)
     planned = {}
-    search.announce()
+    announce(improve)
     for done, layer in enumerate(loaded):
         planned[layer] = plan_layer(task, inputs, layer, first_YR[done])
         task.progress(done + 1, len(loaded))

@@ -19,13 +19,8 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-entry = njit(cache=True, error_model="numpy")
-
-inner = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
-"""No wrapper for Python, which takes longer to compile than most of these functions."""
-
+from epbackend.placement.search.compiled import entry, inner
 
 # The problem, and the state of a search
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from epbackend.placement.search.layer_search import entry, inner
+from epbackend.placement.search.compiled import entry, inner
 
 # Starts: layers whose replicas connect the ranks
 

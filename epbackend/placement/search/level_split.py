@@ -8,7 +8,8 @@ Letters: V experts that have replicas on several ranks, C the replicas of one of
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from epbackend.placement.search.compiled import entry
 
 GAP_BITS = 10
 """Sweeps end when the largest rank load is proven to be within 2^-10 of the optimum."""
@@ -16,7 +17,7 @@ MOST_SWEEPS = 64
 """Two are enough on average; of 950 hard layers (chains and rings of 320 ranks) none needed more than 45."""
 
 
-@njit(cache=True, error_model="numpy")
+@entry
 def level_shares(tokens_E, slots_EC, rank_of_slot_P, ranks):
     """shares_P (int64) with the smallest largest rank load."""
     shares_P = np.zeros(rank_of_slot_P.size, np.int64)
@@ -52,7 +53,7 @@ def level_shares(tokens_E, slots_EC, rank_of_slot_P, ranks):
     return shares_P
 
 
-@njit(cache=True, error_model="numpy")
+@entry
 def _place_single(tokens_E, slots_EC, rank_of_slot_P, shares_P, loads_R, tokens_V, replicas_V, slots_VC):
     """Gives experts on a single rank their tokens, lists the others, and returns how many these are."""
     replicated = 0
@@ -76,7 +77,7 @@ def _place_single(tokens_E, slots_EC, rank_of_slot_P, shares_P, loads_R, tokens_
     return replicated
 
 
-@njit(cache=True, error_model="numpy")
+@entry
 def _water_fill(loads_R, tokens_V, replicas_V, ranks_VC, shares_VC):
     """Reassigns the tokens of every replicated expert by water-filling, in place."""
     for index in range(len(ranks_VC)):
@@ -108,7 +109,7 @@ def _water_fill(loads_R, tokens_V, replicas_V, ranks_VC, shares_VC):
             loads_R[ranks_VC[index, replica]] += share
 
 
-@njit(cache=True, error_model="numpy")
+@entry
 def _grow_tree(loads_R, replicas_V, ranks_VC, shares_VC, tree_R, joined_R3):
     """Writes the ranks of the tree in order of joining, and by what each joined; returns their number and load."""
     root = 0
@@ -141,7 +142,7 @@ def _grow_tree(loads_R, replicas_V, ranks_VC, shares_VC, tree_R, joined_R3):
     return size, total
 
 
-@njit(cache=True, error_model="numpy")
+@entry
 def _level_tree(loads_R, ranks_VC, shares_VC, tree_R, joined_R3, size, total):
     """Moves tokens along the branches of the tree, so far as shares allow, towards its mean load; in place."""
     mean = total // size
@@ -157,7 +158,7 @@ def _level_tree(loads_R, ranks_VC, shares_VC, tree_R, joined_R3, size, total):
         loads_R[ranks_VC[index, giver]] += surplus
 
 
-@njit(cache=True, error_model="numpy")
+@entry
 def own_quota(counts_RE, shares_P, slots_EC, rank_of_slot_P, source_rank, node_ranks):
     """quota_P (int64) of `source_rank`; walks along both lines of the reference at once, not interval by interval."""
     ranks, experts = counts_RE.shape
