@@ -251,7 +251,7 @@ def parallel_sizes(model: Mapping[str, Any], several_nodes: bool) -> Sizes:
             f"LMDeploy cannot split experts that moe_ep spreads: set moe_ep {world} and moe_tp 1",
             moe_tp,
         )
-    return Sizes(ep=moe_ep, dp=dp, tp=1 if dp > 1 else world)
+    return Sizes(ep=moe_ep, dp=dp, tp=1 if dp > 1 or moe_ep > 1 else world)
 
 
 def _size(model: Mapping[str, Any], key: str) -> int | None:

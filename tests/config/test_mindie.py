@@ -137,7 +137,7 @@ def test_the_family_block_alone_has_our_names():
     [
         # MindIE's keys, then (ep_size, tp, dp, ranks, ranks of an attention group)
         ({"worldSize": 8, "moe_ep": 8}, (8, 8, 1, 8, 8)),
-        ({"worldSize": 8, "moe_ep": 8, "tp": 8, "moe_tp": 1, "dp": -1}, (8, 8, 1, 8, 8)),
+        ({"worldSize": 8, "moe_ep": 8, "tp": 8, "moe_tp": 1, "dp": -1}, (8, 1, 1, 8, 8)),
         ({"worldSize": 8, "moe_ep": 8, "dp": 8, "tp": 1}, (8, 1, 8, 8, 1)),
         ({"worldSize": 16, "moe_ep": 16, "dp": 2, "tp": 8, "cp": 1, "sp": 8}, (16, 1, 2, 16, 8)),
         ({"worldSize": 16, "dp": 2, "moe_tp": 1}, (16, 1, 2, 16, 8)),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from epbackend.engines.lmdeploy.checks import layer_count, read_model_config
+from epbackend.engines.lmdeploy.checkpoint import layer_count, read_model_config
 from epbackend.engines.lmdeploy.load_report import LoadReport
 from epbackend.engines.lmdeploy.processes import POLL_S, listens
 from epbackend.errors import ConfigError, EPError

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from lmdeploy.pytorch.distributed import get_dist_manager
 
+from epbackend.config.schema import FEWEST_BLOCKS
+from epbackend.engines.lmdeploy.checks import GIB, KEPT_FREE
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError
@@ -22,11 +24,7 @@ BACKENDS = {
 }
 """Device -> our backend for it. Each imports what only its own device has."""
 
-GIB = 1 << 30
 DEFAULT_CACHE_GIB = 1.0
-KEPT_FREE = 0.1
-"""Share of the free memory that no cache may take: activations and the ranks' own needs."""
-FEWEST_BLOCKS = 16
 
 
 @patch(
