@@ -62,7 +62,7 @@ def recording_server(
 ) -> Iterator[None]:
     """Records what engines do while the block runs: every EVERY_S seconds, and at its end. None: does nothing.
 
-    Counts from when their servers listen at `addresses`: the tokens of their warm-up belong to no request.
+    Counts from when their servers listen at `addresses`.
     """
     if recording is None:
         yield

@@ -40,6 +40,8 @@ class LoadsFormat:
     read: Callable[[File], Loads]
     write: Callable[[Loads], bytes] | None = None
     """None: it can only be read."""
+    rank: Callable[[File], object] = lambda file: None
+    """The rank that alone was recorded, where a file says so."""
 
 
 @dataclass(frozen=True)

@@ -148,4 +148,39 @@ def steps_are_counted(original: Callable) -> Callable:
     return model_forward
 
 
-PATCHES = (backend_with_our_experts, cache_by_budget, failed_checks_raise, steps_are_counted)
+@patch(
+    "lmdeploy.pytorch.engine.model_agent.agent:BaseModelAgent.warmup",
+    why="the random tokens of its warm-up would count as load",
+    when="always",
+    fingerprint="53e20637a948",
+)
+def warm_up_is_no_load(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def warmup(self: Any) -> None:
+        original(self)
+        active().stats_writer.start_over()
+
+    return warmup
+
+
+@patch(
+    "lmdeploy.pytorch.engine.model_agent.agent:tqdm",
+    why="a warm-up of nothing has a progress bar",
+    when="always",
+)
+def no_bar_of_nothing(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def bar(items: Any, *args: Any, disable: bool = False, **kwargs: Any) -> Any:
+        return original(items, *args, disable=disable or not len(items), **kwargs)
+
+    return bar
+
+
+PATCHES = (
+    backend_with_our_experts,
+    cache_by_budget,
+    failed_checks_raise,
+    steps_are_counted,
+    warm_up_is_no_load,
+    no_bar_of_nothing,
+)
