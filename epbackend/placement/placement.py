@@ -81,6 +81,8 @@ class Layout:
         `slots` (P) is E unless given. Ranks get equal numbers of slots, or numbers that differ by one.
         """
         slots = experts if slots is None else slots
+        if ranks < 1:
+            raise ConfigError(f"ranks: {ranks} must be at least 1")
         if slots < experts:
             raise ConfigError(f"slots: {slots} are fewer than the {experts} experts; every expert needs one")
         if slots < ranks:

@@ -6,16 +6,28 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.engines.lmdeploy.checkpoint import check_checkpoint
-from epbackend.errors import UnavailableError
+from epbackend.engines.lmdeploy.checkpoint import (
+    check_checkpoint,
+    dense_layers,
+    expert_count,
+    layer_count,
+    read_model_config,
+)
+from epbackend.engines.lmdeploy.checks import check_deployment
+from epbackend.errors import ConfigError, UnavailableError
 from epbackend.models import TINY_MODELS, resolve
+from epbackend.placement.formats import write
+from epbackend.placement.loads import Loads
+from epbackend.placement.placement import Placement
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -151,3 +163,43 @@ def test_the_command_says_it_in_one_line_and_loads_nothing_before(model):
     ]
     assert "Traceback" not in result.stderr
     assert result.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "dense"),
+    [
+        ({"num_hidden_layers": 4}, ()),
+        ({"num_hidden_layers": 4, "first_k_dense_replace": 2}, (0, 1)),
+        (
+            {"text_config": {"num_hidden_layers": 4, "first_k_dense_replace": 1, "moe_layer_freq": 2}},
+            (0, 1, 3),
+        ),
+        ({"num_hidden_layers": 4, "moe_layer_freq": [0, 1, 1, 0]}, (0, 3)),
+        ({"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]}, (0, 2, 3)),
+    ],
+)
+def test_dense_layers_are_known_from_the_config(settings, dense):
+    assert dense_layers(settings) == dense
+
+
+def test_loads_and_maps_are_held_against_the_dense_layers(tmp_path):
+    """tiny-deepseek-v3 has experts in its layers 1 and more."""
+    model = resolve("tiny-deepseek-v3")
+    settings = read_model_config(Path(model))
+    layers, experts = layer_count(settings), expert_count(settings)
+    assert dense_layers(settings) == (0,)
+
+    def placed(**placement):
+        config = EPConfig.load({"device": "cpu", "ep_size": 2, "placement": placement})
+        return check_deployment(model, config, serving=False)
+
+    shifted = np.ones((layers, experts)) * (np.arange(layers) < layers - 1)[:, None]
+    write(Loads.of(shifted), tmp_path / "shifted.json", "sglang")
+    with pytest.raises(
+        ConfigError, match=r"loads: layer 0 has tokens, but .* numbered without the dense ones"
+    ):
+        placed(loads=[str(tmp_path / "shifted.json")])
+
+    even = Placement.even(layers, experts, 2, experts)
+    write(even, tmp_path / "map.json", "mindie", dense_layers=(0,))
+    assert placed(file=str(tmp_path / "map.json")).layers == even.layers

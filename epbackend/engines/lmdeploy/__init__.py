@@ -111,11 +111,6 @@ def _checked(model: str, config: EPConfig, *, serving: bool) -> tuple[str, Place
     check_version()
     path = locate(model)
     check_checkpoint(path, weights=not config.engine.extra.get("empty_init"))
-    from epbackend.engines.lmdeploy.checks import check_cache, check_model, check_packages
-    from epbackend.engines.placement import finished_placement
+    from epbackend.engines.lmdeploy.checks import check_deployment
 
-    placement = finished_placement(config)
-    check_model(path, config, placement)
-    check_packages(config, serving=serving)
-    check_cache(config)
-    return path, placement
+    return path, check_deployment(path, config, serving=serving)

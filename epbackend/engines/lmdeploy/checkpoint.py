@@ -103,6 +103,19 @@ def layer_count(settings: dict[str, Any]) -> int | None:
     return None
 
 
+def dense_layers(settings: dict[str, Any]) -> tuple[int, ...]:
+    """Layers of a model that have no experts, by what the families say in config.json; none where none does."""
+    text = settings.get("text_config") or settings
+    layers = range(layer_count(settings) or 0)
+    first, step = text.get("first_k_dense_replace") or 0, text.get("decoder_sparse_step") or 1
+    every, alone = text.get("moe_layer_freq") or 1, set(text.get("mlp_only_layers") or ())
+    if isinstance(every, list):  # a flag for each layer
+        return tuple(layer for layer, sparse in zip(layers, every, strict=False) if not sparse)
+    return tuple(
+        layer for layer in layers if layer < first or layer % every or (layer + 1) % step or layer in alone
+    )
+
+
 def quantization(settings: dict[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of a config.json; None where weights are as they were trained."""
     of_text = settings.get("text_config") or {}

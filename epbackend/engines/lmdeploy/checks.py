@@ -9,12 +9,14 @@ from typing import Any
 from epbackend.config import EPConfig
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy.checkpoint import (
+    dense_layers,
     expert_count,
     layer_count,
     quantization,
     read_model_config,
 )
 from epbackend.engines.lmdeploy.lmdeploy_config import executor
+from epbackend.engines.placement import finished_placement
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.placement.placement import Placement
 
@@ -26,6 +28,21 @@ KEPT_FREE = 0.1
 BLOCKED_FP8, W8A8 = "blocked FP8", "W8A8"
 SPREAD: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (BLOCKED_FP8, W8A8), "ascend": (W8A8,)}
 """device -> the quantized forms of experts that our operators have there."""
+
+
+def check_deployment(path: str, config: EPConfig, *, serving: bool) -> Placement | None:
+    """The finished placement, once all is known to be right that can be known before any process is started.
+
+    Raises:
+        UnavailableError: the model, or a package or device that is needed, is not there.
+        ConfigError: model, settings and placement do not suit each other, or memory does not suffice.
+    """
+    settings = read_model_config(Path(path))
+    placement = finished_placement(config, layer_count(settings), dense_layers(settings))
+    check_model(path, config, placement)
+    check_packages(config, serving=serving)
+    check_cache(config)
+    return placement
 
 
 def check_model(path: str, config: EPConfig, placement: Placement | None = None) -> None:

@@ -21,10 +21,9 @@ from epbackend.config.overrides import Override, with_overrides
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.checkpoint import check_checkpoint
-from epbackend.engines.lmdeploy.checks import check_cache, check_model, check_packages
+from epbackend.engines.lmdeploy.checks import check_deployment
 from epbackend.engines.lmdeploy.lmdeploy_config import REFUSED_ENGINE_FIELDS, engine_config
 from epbackend.engines.lmdeploy.patching import Patches, check_version
-from epbackend.engines.placement import finished_placement
 from epbackend.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
@@ -102,10 +101,7 @@ def plug_in(model_path: str, theirs: PytorchEngineConfig | None) -> None:
         )
     config = combined(_settings(), theirs)
     check_checkpoint(model_path, weights=not theirs.empty_init)
-    placement = finished_placement(config)
-    check_model(model_path, config, placement)
-    check_packages(config, serving=False)
-    check_cache(config)
+    placement = check_deployment(model_path, config, serving=False)
     plug.enable(config, placement)
     _engines += 1
     ours = engine_config(config, theirs.dp_rank)
