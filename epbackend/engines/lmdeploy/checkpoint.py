@@ -183,7 +183,7 @@ def _check_safetensors(folder: Path) -> dict[str, str] | None:
         return safetensors_types(folder / SAFETENSORS)
     if not (folder / (SAFETENSORS + INDEX)).is_file():
         return None
-    types = {}
+    types: dict[str, str] = {}
     for file, promised in _shards(folder / (SAFETENSORS + INDEX)).items():
         found = safetensors_types(folder / file)
         if missing := [name for name in promised if name not in found]:

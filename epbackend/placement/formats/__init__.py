@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from epbackend.errors import ConfigError, UnavailableError, did_you_mean
 from epbackend.placement.formats import epbackend, expert_map, lmdeploy, npy, omni, sglang, sglang_pt, table
 from epbackend.placement.formats.base import LoadsFormat, PlacementFormat, ReadOptions
@@ -151,7 +153,7 @@ def _ranks_added_up(recorded: list[Loads], ranks: list[int | None]) -> list[Load
     shapes = {loads.tokens_WYE.shape for loads in recorded}
     if len(shapes) > 1:
         raise ConfigError(f"loads: the files of the ranks have different shapes: {sorted(shapes)}")
-    total_WYE = sum(loads.tokens_WYE for loads in recorded)
+    total_WYE = np.sum([loads.tokens_WYE for loads in recorded], axis=0)
     return [Loads(total_WYE, recorded[0].names)]
 
 

@@ -47,7 +47,7 @@ def _read(file: File, options: ReadOptions, name: str) -> Placement:
 
 def _layer_numbers(described: list[dict[str, Any]]) -> list[int]:
     """The layer_id of each entry; the place in the list, where no entry has one."""
-    given = [layer.get("layer_id") for layer in described]
+    given: list[Any] = [layer.get("layer_id") for layer in described]
     if given == [None] * len(given):
         return list(range(len(given)))
     for index, number in enumerate(given):
@@ -55,7 +55,7 @@ def _layer_numbers(described: list[dict[str, Any]]) -> list[int]:
             raise ConfigError(f"layer_list[{index}].layer_id: must be a whole number from 0, and sensible")
         if given.index(number) != index:
             raise ConfigError(f"layer_list[{index}].layer_id: {number} is there twice; give each layer once")
-    return [int(number) for number in given]
+    return given
 
 
 def _dense_layers(numbers: list[int], given: tuple[int, ...]) -> tuple[int, ...]:
