@@ -40,8 +40,11 @@ ENGINE = {
     "log_level": "ERROR",
     "extra": {"logprobs_mode": "raw_logprobs"},
 }
+DTYPES = {"tiny_qwen3_moe": "bfloat16", "tiny_deepseek_v3": "float16"}
+"""On a GPU. LMDeploy's own attention leaves DeepSeek-V3 in bfloat16 off by 0.19 on the longest text, against float32
+(H200, without the plug), and ranks that share its heads are off in another way: nothing could be told from that."""
 ROUNDING = 0.15
-"""Of a log-probability in bfloat16. 0.04 was seen on a CPU, against float32."""
+"""Of a log-probability in these. 0.04 was seen on a CPU, in bfloat16 against float32."""
 
 
 @pytest.fixture
@@ -92,18 +95,21 @@ def hugging_face(model: str) -> list[Answer]:
 
 @cache
 def lmdeploy_alone(model: str, eager: bool) -> list[Answer]:
-    """On the same GPU, in bfloat16."""
-    config = EPConfig.load({"device": "cuda", "engine": ENGINE | {"dtype": "bfloat16", "eager_mode": eager}})
+    """On the same GPU, in the same dtype."""
+    config = EPConfig.load(
+        {"device": "cuda", "engine": ENGINE | {"dtype": DTYPES[model], "eager_mode": eager}}
+    )
     with lmdeploy.pipeline(
         str(MODELS / model), backend_config=engine_config(config), log_level="ERROR"
     ) as pipe:
         return ask(pipe)
 
 
-def check(model: str, expected: list[Answer], rounding: float, config: dict[str, Any]) -> Any:
+def check(model: str, expected: list[Answer], rounding: float, config: dict[str, Any]) -> dict[str, str]:
     """Fail unless the log-probabilities agree as long as the tokens do, and at the first one that differs.
 
     There both engines had the same text before them and chose the likeliest token: it is a near-tie, or a mistake.
+    Returns each phase's dispatcher.
     """
     with epbackend.pipeline(str(MODELS / model), EPConfig.load(config)) as pipe:
         found = ask(pipe)
@@ -116,7 +122,8 @@ def check(model: str, expected: list[Answer], rounding: float, config: dict[str,
         assert mine.logprobs[:until] == pytest.approx(theirs.logprobs[:until], rel=0, abs=rounding)
         compared += until
     assert compared >= len(TEXTS) * NEW_TOKENS / 2, "near-ties are rare"
-    return load
+    assert load.tokens_RYE.any(axis=(1, 2)).all(), "every rank computed tokens"
+    return {phase: choice["name"] for phase, choice in load.dispatchers.items()}
 
 
 @pytest.mark.cpu
@@ -126,11 +133,8 @@ def test_two_ranks_of_a_cpu_joined_as_on_one_gpu(monkeypatch):
     on_shared_devices(monkeypatch)
     levels = {"prefill": 2, "decode": 1}
     settings = {"device": "cpu", "ep_size": 2, "ep_level": levels, "engine": ENGINE | {"dtype": "float32"}}
-    load = check("tiny_qwen3_moe", hugging_face("tiny_qwen3_moe"), 1e-4, settings)
-    assert {phase: choice["name"] for phase, choice in load.dispatchers.items()} == {
-        "prefill": "alltoall",
-        "decode": "replicated",
-    }
+    chosen = check("tiny_qwen3_moe", hugging_face("tiny_qwen3_moe"), 1e-4, settings)
+    assert chosen == {"prefill": "alltoall", "decode": "replicated"}
 
 
 @pytest.mark.cuda
@@ -142,10 +146,9 @@ def test_two_ranks_of_a_cpu_joined_as_on_one_gpu(monkeypatch):
     [(1, 1, "replicated"), (2, 1, "replicated"), (2, 2, "symmetric"), (2, 2, "alltoall")],
 )
 def test_on_gpus(gpu, ep, level, dispatcher, model, eager):
-    engine = ENGINE | {"dtype": "bfloat16", "eager_mode": eager}
+    engine = ENGINE | {"dtype": DTYPES[model], "eager_mode": eager}
     settings = {"device": "cuda", "ep_size": ep, "ep_level": level, "engine": engine}
     if ep > 1:
         settings["dispatcher"] = dispatcher
-    load = check(model, lmdeploy_alone(model, eager), ROUNDING, settings)
-    assert {choice["name"] for choice in load.dispatchers.values()} == {dispatcher}
-    assert load.tokens_RLE.any(axis=(1, 2)).all(), "every rank computed tokens"
+    chosen = check(model, lmdeploy_alone(model, eager), ROUNDING, settings)
+    assert set(chosen.values()) == {dispatcher}

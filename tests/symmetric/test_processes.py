@@ -6,7 +6,6 @@ On a CPU over shared memory (`shared_memory.py`), in Triton's interpreter.
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from dataclasses import replace
 
@@ -49,25 +48,23 @@ def test_layers_that_share_their_buffers(ranks, size, token_size):
     assert {each.dispatcher for rank in seen for each in rank} == {"symmetric"}
 
 
-def lost(groups: dict[int, RankGroup]) -> tuple[str, float]:
+def lost(groups: dict[int, RankGroup]) -> str:
     """The last rank leaves between two barriers."""
     ranks = groups[1]
     with shared_memory.over_shared_memory():
         patient, hasty = (SymmetricMemoryPeers(ranks.group, CPU, timeout_s) for timeout_s in (60, 0.5))
     patient.barrier(layer=3)  # reads the kernel, which takes one rank longer than another
     if ranks.rank == ranks.size - 1:
-        return "", 0.0
-    began = time.monotonic()
+        return ""
     with pytest.raises(CollectiveError) as failure:
         hasty.barrier(layer=4)
-    return str(failure.value), time.monotonic() - began
+    return str(failure.value)
 
 
 def test_a_rank_that_does_not_come_to_a_barrier_is_named(ranks):
     *heard, _ = ranks.run(4, lost)
-    for message, seconds in heard:
+    for message in heard:
         assert message.startswith("rank 3 did not come to an exchange of MoE layer 4 within timeout_s 0.5")
-        assert seconds < 60
 
 
 def closed_and_destroyed(groups: dict[int, RankGroup]) -> list[bool]:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epbackend.kernels.triton.launch import named_launch
 from epbackend.kernels.triton.tiles import chip_of
 
 COLUMNS = 1024
@@ -43,6 +44,7 @@ def _launch(padded_LCD: Tensor, counts_L: Tensor, rows_SD: Tensor, to_rows: bool
     )
 
 
+@named_launch
 @triton.jit
 def _move(
     padded_LCD,

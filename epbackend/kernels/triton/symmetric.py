@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epbackend.kernels.triton.launch import named_launch
 from epbackend.kernels.triton.permute import BLOCK, count_in_blocks, earlier_twins, load_slots, store_counts
 from epbackend.kernels.triton.tiles import INTERPRETED, chip_of
 
@@ -97,6 +98,7 @@ def barrier(
     )
 
 
+@named_launch
 @triton.jit(do_not_specialize=["rank", "layer", "polls"])
 def _barrier(
     peer_ptrs_R, signals_R, barriers_1, timeout_report_2, rank, layer, polls, ranks, RANKS: tl.constexpr
@@ -148,6 +150,7 @@ def exchange_counts(slot_ids_TK: Tensor, tokens: int, table: SymmetricTensor, ra
     return before_BP
 
 
+@named_launch
 @triton.jit(do_not_specialize=["tokens", "rank"])
 def _exchange_counts(totals_P, peer_ptrs_R, table_RC, tokens, rank, P, LANES: tl.constexpr):
     """One receiving rank: the row that this rank has there."""
@@ -202,6 +205,7 @@ def recv_offsets(table_RC: Tensor, rank: int, slots: int, window: tuple[int, int
     return offsets
 
 
+@named_launch
 @triton.jit(do_not_specialize=["rank", "first", "last"])
 def _recv_offsets(
     table_RC,
@@ -251,6 +255,7 @@ def rows_of_choices(slot_ids_TK: Tensor, before_BP: Tensor, bases_P: Tensor) -> 
     return row_S
 
 
+@named_launch
 @triton.jit(do_not_specialize=["S"])
 def _rows_of_choices(ids_S, before_BP, bases_P, row_S, S, P, BLOCK: tl.constexpr):
     """One block of choices."""
@@ -310,6 +315,7 @@ def dispatch(
     )
 
 
+@named_launch
 @triton.jit(do_not_specialize=["first_row", "first_choice"])
 def _dispatch(
     hidden_TD,
@@ -372,6 +378,7 @@ def combine_send(
     )
 
 
+@named_launch
 @triton.jit
 def _combine_send(
     rows_SD,
@@ -428,6 +435,7 @@ def combine_reduce(
     )
 
 
+@named_launch
 @triton.jit
 def _combine_reduce(
     results_SD,

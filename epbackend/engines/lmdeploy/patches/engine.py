@@ -122,6 +122,24 @@ def failed_checks_raise(original: Callable) -> Callable:
 
 
 @patch(
+    "lmdeploy.pytorch.weight_loader.model_weight_loader:ModelWeightLoader.load_model_weights",
+    why="a tensor that the checkpoint lacks is not missed: its place keeps what the memory held before",
+    when="always",
+    fingerprint="7a012a37fc83",
+)
+def loaded_weights_are_checked(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load_model_weights(self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Imported late: it imports LMDeploy's operators, which on a CPU have to be patched before that.
+        from epbackend.engines.lmdeploy.weight_check import WeightCheck
+
+        with WeightCheck(model, self.model_path):
+            original(self, model, *args, **kwargs)
+
+    return load_model_weights
+
+
+@patch(
     "lmdeploy.pytorch.engine.model_agent.agent:model_forward",
     why="layers in a captured graph neither report what they did nor fail in time; here a step is over either way",
     when="always",
@@ -180,6 +198,7 @@ PATCHES = (
     backend_with_our_experts,
     cache_by_budget,
     failed_checks_raise,
+    loaded_weights_are_checked,
     steps_are_counted,
     warm_up_is_no_load,
     no_bar_of_nothing,
