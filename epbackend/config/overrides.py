@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +38,13 @@ def assignment(text: str) -> Override:
 
 
 def read_value(text: str, origin: str) -> Any:
-    """A value as in a YAML file: 2, true, a word, or {prefill: 2, decode: 1}.
+    """A value as in a JSON or YAML file: 2, 1e6, true, a word, or {prefill: 2, decode: 1}.
 
     Raises:
-        ConfigError: it is no YAML.
+        ConfigError: it is neither.
     """
+    with suppress(ValueError):  # YAML would read 1e6 as a word
+        return json.loads(text)
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
