@@ -6,10 +6,11 @@ engine; then its config and ours become one, and it goes on with an engine confi
 
 from __future__ import annotations
 
+import functools
 import os
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,34 @@ def run_server(*args: Any, **kwargs: Any) -> None:
     """Stands for `launch_server._run_server`, in a process of its own: installs the hooks, then runs the original."""
     install()
     _hooks.original("dp-server")(*args, **kwargs)
+
+
+def with_the_plug(original: Callable) -> Callable:
+    """For `AsyncEngine.__init__`: the plug is on for this engine, whose config both sides agree on."""
+
+    @functools.wraps(original)
+    def plugged(self: Any, model_path: str, *args: Any, **kwargs: Any) -> None:
+        plug_in(model_path, kwargs.get("backend_config"))
+        try:
+            original(self, model_path, *args, **kwargs)
+        except BaseException:
+            unplug()
+            raise
+
+    return plugged
+
+
+def letting_go(original: Callable) -> Callable:
+    """For `AsyncEngine.close`."""
+
+    @functools.wraps(original)
+    def close(self: Any) -> None:
+        try:
+            original(self)
+        finally:
+            unplug()
+
+    return close
 
 
 def plug_in(model_path: str, theirs: PytorchEngineConfig | None) -> None:

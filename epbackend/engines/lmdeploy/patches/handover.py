@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from epbackend.engines.lmdeploy import handover
-from epbackend.engines.lmdeploy.patching import Patch, patch, replaced_by
+from epbackend.engines.lmdeploy.patching import Patch, built_by, patch, replaced_by
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
 from epbackend.models import resolve
 
+_OURS = "epbackend.engines.lmdeploy.handover"
 _ENGINE = "lmdeploy.serve.core.async_engine:AsyncEngine"
 _LAUNCH = "lmdeploy.serve.openai.launch_server"
 
@@ -60,42 +60,6 @@ def batch_size_is_left_open(original: Callable) -> Callable:
 
 
 @patch(
-    f"{_ENGINE}.__init__",
-    why="the program's own engine config says how many ranks there are: here it is known, and nothing is started yet",
-    when="run",
-    fingerprint="02b7cdffc525",
-)
-def engine_gets_the_plug(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def plugged(self: Any, model_path: str, *args: Any, **kwargs: Any) -> None:
-        handover.plug_in(model_path, kwargs.get("backend_config"))
-        try:
-            original(self, model_path, *args, **kwargs)
-        except BaseException:
-            handover.unplug()
-            raise
-
-    return plugged
-
-
-@patch(
-    f"{_ENGINE}.close",
-    why="the program's next engine may have another config",
-    when="run",
-    fingerprint="62c9f2ff9170",
-)
-def closed_engine_lets_go(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def close(self: Any) -> None:
-        try:
-            original(self)
-        finally:
-            handover.unplug()
-
-    return close
-
-
-@patch(
     f"{_LAUNCH}:launch_server",
     why="its servers must find each other, which it leaves to the environment",
     when="run",
@@ -124,15 +88,29 @@ PATCHES = (
     ),
     pytorch_is_the_backend,
     batch_size_is_left_open,
-    engine_gets_the_plug,
-    closed_engine_lets_go,
+    Patch(
+        "engine-gets-the-plug",
+        f"{_ENGINE}.__init__",
+        "the program's own engine config says how many ranks there are: here it is known, and nothing is started yet",
+        "run",
+        built_by(f"{_OURS}:with_the_plug"),
+        "02b7cdffc525",
+    ),
+    Patch(
+        "closed-engine-lets-go",
+        f"{_ENGINE}.close",
+        "the program's next engine may have another config",
+        "run",
+        built_by(f"{_OURS}:letting_go"),
+        "62c9f2ff9170",
+    ),
     servers_find_each_other,
     Patch(
         "dp-server",
         f"{_LAUNCH}:_run_server",
         "a server of dp > 1 is a process of its own, which must get the plug too",
         "run",
-        replaced_by("epbackend.engines.lmdeploy.handover:run_server"),
+        replaced_by(f"{_OURS}:run_server"),
         "f2e6b5e7583e",
     ),
 )
