@@ -44,6 +44,8 @@ def finished_placement(
         if settings.file is not None:
             return _read(settings.file, settings.node_size, config.ep_size, layers, dense_layers)
         loads = read_loads(settings.loads)
+        if layers == loads.layers + len(dense_layers):  # of layers with experts only
+            loads = loads.with_dense(dense_layers)
         _check_dense(loads, dense_layers)
         return _plan(settings, loads, config.ep_size)
     except (ConfigError, UnavailableError) as error:

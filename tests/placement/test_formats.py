@@ -130,6 +130,60 @@ def test_files_of_some_ranks_only_are_refused(tmp_path, ranks, said):
         read_loads(write_ranks(tmp_path, ranks))
 
 
+def hotspots(folder, npus=2, blocks=3, **config):
+    """What MindIE leaves: running totals of each NPU's experts, a block every 8 steps."""
+    folder.mkdir(exist_ok=True)
+    settings = {"num_moe_layers": 3, "num_of_experts": 4, "num_of_selected_experts": [2], **config}
+    (folder / "model_gen_config.json").write_text(json.dumps(settings))
+    for rank, part_YL in enumerate(np.split(COUNTS_YE, npus, axis=1)):
+        lines = [",".join(map(str, line)) for block in range(blocks) for line in part_YL * (block + 1)]
+        (folder / f"decode_{rank}.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_last_block_of_mindies_hot_spots_is_the_load(tmp_path):
+    folder = hotspots(tmp_path / "decode")
+    (folder / "decode_topk_0.csv").write_text("1,2\n")
+    loads = read_loads(folder)
+    np.testing.assert_array_equal(loads.tokens_WYE, [3 * COUNTS_YE])
+    assert loads.names == ("decode",)
+    np.testing.assert_array_equal(loads.with_dense((0,)).tokens_WYE[0][1:], 3 * COUNTS_YE)
+
+
+def test_hot_spots_of_a_server_that_was_started_again_are_added_up(tmp_path):
+    folder = hotspots(tmp_path / "decode")
+    for file in folder.glob("*.csv"):
+        file.write_text(file.read_text() * 2)
+    np.testing.assert_array_equal(read_loads(folder).tokens_WYE, [6 * COUNTS_YE])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: (folder / "decode_0.csv").unlink(), "of NPUs 1; there must be one of each"),
+        (
+            lambda folder: (folder / "decode_1.csv").write_text("1,2\n"),
+            "decode_1.csv: has 1 lines, no multiple",
+        ),
+        (
+            lambda folder: (folder / "decode_1.csv").write_text("a,b\n" * 3),
+            "decode_1.csv: line 1: 'a' is no number",
+        ),
+        (
+            lambda folder: hotspots(folder, num_of_experts=5),
+            "num_of_experts: 5, but the csv files have 4 columns",
+        ),
+        (lambda folder: hotspots(folder, eplb_expert_map_file="m"), "record without load balancing"),
+        (lambda folder: hotspots(folder, num_moe_layers=0), "num_moe_layers: must be a whole number"),
+    ],
+)
+def test_hot_spots_that_are_not_whole_are_refused(tmp_path, change, said):
+    folder = hotspots(tmp_path / "decode")
+    change(folder)
+    with pytest.raises(ConfigError, match=said):
+        read_loads(folder)
+
+
 def test_counts_of_half_precision_are_added_up_without_loss(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"logical_count": torch.ones(5000, 2, 3, dtype=torch.bfloat16)}, tmp_path / "a.pt")

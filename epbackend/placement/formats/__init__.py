@@ -15,7 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from epbackend.errors import ConfigError, UnavailableError, did_you_mean
-from epbackend.placement.formats import epbackend, expert_map, lmdeploy, npy, omni, sglang, sglang_pt, table
+from epbackend.placement.formats import (
+    epbackend,
+    expert_map,
+    lmdeploy,
+    mindie_hotspots,
+    npy,
+    omni,
+    sglang,
+    sglang_pt,
+    table,
+)
 from epbackend.placement.formats.base import LoadsFormat, PlacementFormat, ReadOptions
 from epbackend.placement.formats.file import PICKLE, File
 from epbackend.placement.loads import Loads
@@ -24,7 +34,8 @@ from epbackend.placement.placement import Placement
 __all__ = ["LOADS", "PLACEMENTS", "ReadOptions", "read", "read_loads", "read_placement", "usage", "write"]
 
 LOADS: dict[str, LoadsFormat] = {
-    each.name: each for each in (sglang.LOADS, sglang_pt.LOADS, lmdeploy.LOADS, npy.LOADS, table.LOADS)
+    each.name: each
+    for each in (sglang.LOADS, sglang_pt.LOADS, lmdeploy.LOADS, mindie_hotspots.LOADS, npy.LOADS, table.LOADS)
 }
 PLACEMENTS: dict[str, PlacementFormat] = {
     each.name: each
@@ -161,7 +172,8 @@ def _read(
     path: Path, forms: Sequence[LoadsFormat | PlacementFormat], options: ReadOptions
 ) -> tuple[File, Loads | Placement]:
     """The file, and what it holds in the first format that matches; errors start with the path."""
-    file = File(path)
+    hotspots = path / mindie_hotspots.CONFIG
+    file = File(hotspots if hotspots.is_file() else path)
     try:
         if file.kind == PICKLE:
             raise ConfigError("is a pickle, which may run any code: never read; save it as JSON, CSV or npy")
