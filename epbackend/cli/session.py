@@ -19,6 +19,7 @@ from epbackend.errors import EPError
 from epbackend.models import TINY_MODELS
 
 PANEL = "Expert parallelism (each over what the config file says)"
+ENGINE = "Engine (likewise)"
 ModelArgument = Annotated[
     str, typer.Argument(help=f"Path of a checkpoint, or {', '.join(TINY_MODELS)} (packaged).")
 ]
@@ -84,6 +85,33 @@ def load_config(
         str | None,
         typer.Option(help="auto, a name, or names in order of preference.", rich_help_panel=PANEL),
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=ENGINE)
+    ] = None,
+    session_len: Annotated[
+        int | None,
+        typer.Option(
+            "--session-len",
+            "--max-model-len",
+            "--context-length",
+            help="Longest prompt plus answer, in tokens.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--max-batch-size",
+            "--max-num-seqs",
+            "--max-running-requests",
+            help="Requests decoded together.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
+    log_level: Annotated[
+        str | None,
+        typer.Option(help="DEBUG, INFO, WARNING, ERROR or CRITICAL.", rich_help_panel=ENGINE),
+    ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,6 +130,10 @@ def load_config(
         "engine.tp": ("--tp", tp),
         "engine.dp": ("--dp", dp),
         "dispatcher": ("--dispatcher", dispatcher),
+        "engine.dtype": ("--dtype", dtype),
+        "engine.session_len": ("--session-len", session_len),
+        "engine.max_batch_size": ("--max-batch-size", max_batch_size),
+        "engine.log_level": ("--log-level", log_level and log_level.upper()),
     }
     overrides = [
         Override(name, value, origin) for name, (origin, value) in given.items() if value is not None

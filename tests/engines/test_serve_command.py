@@ -102,6 +102,7 @@ def wait_for(ready) -> None:
         (["--chat-template", "none"], "chat_template: none is no file, and none of"),
         (["--ep-size", "3"], "ep_size: 3 does not divide the"),
         (["--ep-size", "2", "--dp", "3"], "engine.dp (from --dp): must divide ep_size 2"),
+        (["--max-model-len", "0"], "engine.session_len (from --session-len)"),
         (["--set", "engine.sesion_len=1"], "did you mean 'session_len'?"),
         (["--set", "engine.cache_blocks=12"], "engine.cache_blocks"),
         (["--set", "engine.cache_gb=1e6"], "engine.cache_gb: 1e+06 GiB a rank: not enough memory"),
