@@ -85,6 +85,11 @@ class LayerStats:
         self.passes.add(passes)
         self.rounds.add(rounds)
 
+    def start_over(self) -> None:
+        """Forget what was counted; the counters stay where they are."""
+        self.calls, self.passes, self.rounds = 0, Counter(), Counter()
+        self.rows_L.zero_()
+
     def tokens_of(self, rows_L: Tensor) -> Tensor:
         """Rows of slots as tokens of logical experts ([E], int64, both on the CPU)."""
         return torch.zeros(self._experts, dtype=torch.int64).index_add_(0, self._experts_L, rows_L)

@@ -3,11 +3,12 @@
 `plan`, `compare`, `convert` and `show` need neither torch nor LMDeploy, and none of them pays for what another imports.
 """
 
+import os
 import signal
 import sys
 from importlib import import_module
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -20,6 +21,7 @@ COMMANDS = {
     "generate": "Continue a prompt.",
     "chat": "Talk with a model.",
     "serve": "Serve a model by LMDeploy's OpenAI-compatible server.",
+    "run": "Run lmdeploy, or a script of yours, with expert parallelism.",
     "record": "Answer prompts and record what the experts did, to plan on.",
     "plan": "Decide where the experts live, from recorded loads.",
     "compare": "All planning algorithms and token splits beside each other.",
@@ -32,8 +34,14 @@ COMMANDS = {
 """Each is a module of that name, with a function of that name, or with `app` if it has commands of its own."""
 
 
+DEBUG_VARIABLE = "EPBACKEND_DEBUG"
+"""Set: errors come with their traceback."""
+RUN_VARIABLE = "EPBACKEND_RUN"
+"""Set by `epbackend run`."""
+
+
 class Commands(TyperGroup):
-    """Loads the command that is called; prints errors meant for people without a traceback, and exits with 2."""
+    """Loads the command that is called; an error meant for people is one line, and the command exits with 2."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, listed, rest = super().resolve_command(ctx, args)
@@ -42,25 +50,39 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            raise _exit(_not_installed(error, str(ctx.invoked_subcommand))) from error
         except EPError as error:
-            say(error_console, f"error: {error}", "red")
-            raise typer.Exit(2) from error
+            raise _exit(error) from error
+
+
+def _exit(error: Exception) -> Exception:
+    """Says what is wrong in a line, and exits; the error itself, where all is to be told."""
+    if isinstance(error, ModuleNotFoundError):
+        return error
+    say(error_console, f"error: {error}", "red")
+    return error if os.environ.get(DEBUG_VARIABLE) else typer.Exit(2)
 
 
 def _load(name: str) -> Any:
     try:
         module = import_module(f"epbackend.cli.{name}")
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("epbackend"):
-            raise
-        raise UnavailableError(
-            f"{error.name} is not installed, which epbackend {name} needs: pip install 'epbackend[cpu]'"
-        ) from error
+        raise _not_installed(error, name) from error
     if hasattr(module, "app"):
         return typer.main.get_command(module.app)
     alone = typer.Typer(add_completion=False)
     alone.command(name)(getattr(module, name))
     return typer.main.get_command(alone)
+
+
+def _not_installed(error: ModuleNotFoundError, command: str) -> Exception:
+    """What to install; the error itself, where a module of ours is missing."""
+    if error.name is None or error.name.startswith("epbackend"):
+        return error
+    return UnavailableError(
+        f"{error.name} is not installed, which epbackend {command} needs: pip install 'epbackend[cpu]'"
+    )
 
 
 def _listed() -> None:
@@ -73,14 +95,37 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help=f"Errors with their tracebacks (or {DEBUG_VARIABLE}=1).")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+
+
 for _name, _summary in COMMANDS.items():
     app.command(_name, help=_summary)(_listed)
 
 
 def main() -> None:
-    """Runs one command; SIGTERM unwinds it like Ctrl-C, so that pipelines close and worker processes end."""
+    """Runs one command; SIGTERM unwinds it like Ctrl-C, so that pipelines close and worker processes end.
+
+    An error that nobody foresaw is one line too, and exit code 1; its traceback comes with --debug.
+    """
     signal.signal(signal.SIGTERM, _terminate)
-    app()
+    try:
+        app()
+    except Exception as error:
+        # A program of the user's, under `epbackend run`, has errors of its own.
+        if os.environ.get(DEBUG_VARIABLE) or RUN_VARIABLE in os.environ:
+            raise
+        said = str(error).strip().splitlines() or ["without a text"]
+        say(error_console, f"error: {type(error).__name__}: {said[0]} (epbackend --debug says where)", "red")
+        sys.exit(1)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

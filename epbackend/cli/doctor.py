@@ -1,6 +1,7 @@
 """`epbackend doctor`: what this machine can do, and what it lacks for the rest."""
 
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,11 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from epbackend.cli.output import JsonOption, console, json_stdout, read_config, say
-from epbackend.device import devices, get_device
-from epbackend.dispatch.base import LayerSpec, RankGroup
-from epbackend.dispatch.choose import decide, dispatchers
-from epbackend.engines.lmdeploy.patching import check_version
+from epbackend.cli.output import JsonOption, console, error_console, json_stdout, read_config, say
 from epbackend.errors import EPError
 from epbackend.names import PHASES, Phase
 
@@ -45,17 +42,18 @@ def doctor(
 ) -> None:
     """Report every device, dispatcher, engine and package: usable, or why not and what to install."""
     deployment = _deployment(config, ep_size, int(level), dp)
-    chosen = _decisions(deployment, experts, top_k) if deployment else None
     if as_json:
         with json_stdout() as print_json:
-            findings = examine()
-            print_json(findings if chosen is None else {**findings, "choices": chosen})
+            found = dict(examine())
+            print_json({**found, "choices": _decisions(deployment, experts, top_k)} if deployment else found)
     else:
-        findings = examine()
-        _show(findings)
-        if chosen is not None:
-            _show_decisions(chosen)
-    if not any(device["usable"] for device in findings["devices"].values()):
+        found = {}
+        for part, finding in _announced(examine()):
+            found[part] = finding
+            _show(part, finding)
+        if deployment:
+            _show_decisions(_decisions(deployment, experts, top_k))
+    if not any(device["usable"] for device in found["devices"].values()):
         raise typer.Exit(1)
 
 
@@ -78,6 +76,10 @@ def _decisions(config: "EPConfig", experts: int, top_k: int) -> dict[str, dict[s
 
 
 def _decision(config: "EPConfig", phase: Phase, experts: int, top_k: int) -> dict[str, Any]:
+    from epbackend.device import get_device
+    from epbackend.dispatch.base import LayerSpec, RankGroup
+    from epbackend.dispatch.choose import decide
+
     ranks = RankGroup(None, 0, config.ep_size, None, 0, config.attn_tp if config.ep_size > 1 else 1)
     try:
         device = get_device(config.device)
@@ -89,12 +91,16 @@ def _decision(config: "EPConfig", phase: Phase, experts: int, top_k: int) -> dic
     return asdict(decision)
 
 
-def examine() -> dict[str, Any]:
-    """The findings as one object; a `reason` is None where all is well."""
-    return {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "devices": {
+def examine() -> Iterator[tuple[str, Any]]:
+    """The findings, part by part, the quick ones first; a `reason` is None where all is well."""
+    yield "python", platform.python_version()
+    yield "machine", f"{platform.system()} {platform.machine()}"
+    yield "packages", {name: _version(name) for name in NEEDED_FOR}
+    from epbackend.device import devices  # imports torch
+
+    yield (
+        "devices",
+        {
             name: {
                 **_finding(device.unavailable()),
                 "no_collectives": device.no_collectives(),
@@ -102,13 +108,27 @@ def examine() -> dict[str, Any]:
             }
             for name, device in devices().items()
         },
-        "dispatchers": {
+    )
+    from epbackend.dispatch.choose import dispatchers
+
+    yield (
+        "dispatchers",
+        {
             each.name: {**_finding(each.unavailable), "ep_level": each.level, "summary": each.summary}
             for each in dispatchers()
         },
-        "engine": _finding(_engine_trouble()),
-        "packages": {name: _version(name) for name in NEEDED_FOR},
-    }
+    )
+    yield "engine", _finding(_engine_trouble())
+
+
+def _announced(parts: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The parts; while one is looked for, the terminal shows that."""
+    while True:
+        with error_console.status("looking"):
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
 
 
 def _finding(reason: str | None) -> dict[str, Any]:
@@ -117,6 +137,9 @@ def _finding(reason: str | None) -> dict[str, Any]:
 
 def _engine_trouble() -> str | None:
     """Why the plug would refuse this LMDeploy; None if every hook is where it must be."""
+    from epbackend.device import devices
+    from epbackend.engines.lmdeploy.patching import check_version
+
     try:
         check_version()
         # Imported late: the table imports LMDeploy, whose release has to be checked first.
@@ -138,20 +161,27 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _show(findings: dict[str, Any]) -> None:
-    console.print(f"Python {findings['python']}, {findings['machine']}", highlight=False)
+def _show(part: str, found: Any) -> None:
+    """One part, as soon as it is known; the columns of all parts are alike."""
     table = Table("", "", "", show_header=False, box=None, pad_edge=False)
-    for name, device in findings["devices"].items():
-        remark = f"kernels {', '.join(device['kernels'])}"
-        alone = f"; one rank only: {device['no_collectives']}" if device["no_collectives"] else ""
-        table.add_row(f"device {name}", *_verdict(device, remark + alone))
-    for name, dispatcher in findings["dispatchers"].items():
-        table.add_row(f"dispatcher {name}", *_verdict(dispatcher, dispatcher["summary"]))
-    table.add_row("engine LMDeploy", *_verdict(findings["engine"], "every hook is in place"))
-    for name, found in findings["packages"].items():
-        table.add_row(
-            f"package {name}", found or "[yellow]missing[/yellow]", escape(f"for {NEEDED_FOR[name]}")
-        )
+    table.columns[0].min_width, table.columns[1].min_width = 22, 10
+    if isinstance(found, str):
+        table.add_row(part, found)
+    elif part == "packages":
+        for name, version_found in found.items():
+            shown = version_found or "[yellow]missing[/yellow]"
+            table.add_row(f"package {name}", shown, escape(f"for {NEEDED_FOR[name]}"))
+    elif part == "devices":
+        for name, device in found.items():
+            alone = f"; one rank only: {device['no_collectives']}" if device["no_collectives"] else ""
+            table.add_row(
+                f"device {name}", *_verdict(device, f"kernels {', '.join(device['kernels'])}{alone}")
+            )
+    elif part == "dispatchers":
+        for name, dispatcher in found.items():
+            table.add_row(f"dispatcher {name}", *_verdict(dispatcher, dispatcher["summary"]))
+    else:
+        table.add_row("engine LMDeploy", *_verdict(found, "every hook is in place"))
     console.print(table)
 
 

@@ -6,13 +6,15 @@ import typer
 
 from epbackend.cli.loads import facts, print_load
 from epbackend.cli.output import JsonOption, console, json_stdout
-from epbackend.cli.session import ConfigOption, ModelArgument, ask, load_config, running
+from epbackend.cli.session import ModelArgument, ask, running, takes_config
+from epbackend.config import EPConfig
 
 
+@takes_config
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
-    config: ConfigOption = None,
+    settings: EPConfig,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     chat_template: Annotated[
@@ -22,7 +24,6 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt with the model's experts spread over the config's ranks."""
-    settings = load_config(config)
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         generation["temperature"] = temperature

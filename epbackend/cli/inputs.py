@@ -16,7 +16,8 @@ from epbackend.placement.synthetic import synthetic_loads
 SYNTHETIC = "synthetic"
 
 _LOADS_HELP = (
-    "Recorded loads (JSON or .pt of SGLang, LMDeploy's statistics, CSV, npy), each a window; or the word synthetic: "
+    "Recorded loads (JSON or .pt of SGLang, LMDeploy's statistics, a folder of MindIE's hot spots, CSV, npy), each a "
+    "window; or the word synthetic: "
     "loads like DeepSeek-V3's. Repeat it for windows that drift."
 )
 LoadsArgument = Annotated[list[str], typer.Argument(metavar="LOADS...", help=_LOADS_HELP)]

@@ -7,7 +7,6 @@ from rich.table import Table
 
 from epbackend.cli.output import console
 from epbackend.config import EPConfig
-from epbackend.device import get_device
 
 if TYPE_CHECKING:
     from epbackend.engines.lmdeploy import LoadReport
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
 
 def facts(config: EPConfig, load: "LoadReport") -> dict[str, Any]:
     """The part of every `--json` answer about devices, ranks and experts."""
+    from epbackend.device import get_device  # imports torch, which what is found wrong before needs not
+
     names = {phase: choice["name"] for phase, choice in load.dispatchers.items()}  # empty for a dense model
     distinct = set(names.values())
     return {

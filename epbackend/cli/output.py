@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from epbackend.config import EPConfig
+    from epbackend.config.overrides import Override
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else, on stdout.")]
 
@@ -26,13 +27,15 @@ def say(where: Console, text: str, style: str) -> None:
     where.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def read_config(file: Path) -> "tuple[EPConfig, list[str]]":
-    """The configuration of a file, and the warnings about it."""
+def read_config(
+    source: "Path | Mapping[str, Any]", overrides: "Iterable[Override]" = ()
+) -> "tuple[EPConfig, list[str]]":
+    """The configuration of a file or mapping, settings of the command line over it; and the warnings about it."""
     from epbackend.config import ConfigWarning, EPConfig  # needs pydantic, which planning has not
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConfigWarning)
-        config = EPConfig.load(file)
+        config = EPConfig.load(source, overrides)
     return config, [str(warning.message) for warning in caught if warning.category is ConfigWarning]
 
 

@@ -106,10 +106,10 @@ def _over_mean(tokens_YX: np.ndarray) -> np.ndarray:
 def save_before_after(before: Placement, after: Placement, loads: Loads, path: Path) -> Path:
     """The load of each rank in each layer with experts, under two placements, on one scale of colours.
 
-    Yellow is the mean, so a balanced placement is a yellow field; lines between the cells show that it is drawn.
+    Yellow is the mean. Colours are finest near it: else what a plan leaves would be one yellow field.
     Several windows are shown as their mixture.
     """
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import FuncNorm
     from matplotlib.figure import Figure
 
     layers = list(loads.loaded_layers)
@@ -118,7 +118,7 @@ def save_before_after(before: Placement, after: Placement, loads: Loads, path: P
     busiest = [each_YR.max(axis=1) for each_YR in loads_YR]
     # Symmetric about the mean, so that red is above it, blue below.
     furthest = max(1.05, float(np.quantile(busiest[0], 0.9)))
-    norm = LogNorm(1 / furthest, furthest)
+    norm = FuncNorm((_depth, _ratio), 1 / furthest, furthest)
 
     figure = Figure(figsize=(13.3, 6.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -138,6 +138,16 @@ def save_before_after(before: Placement, after: Placement, loads: Loads, path: P
         fontweight="bold",
     )
     return _save(figure, path)
+
+
+def _depth(ratio: np.ndarray) -> np.ndarray:
+    """How deep the colour of a ratio to the mean is: a ratio of 1.005 is a fifth as deep as one of 2."""
+    return np.cbrt(np.log(np.maximum(ratio, np.finfo(float).tiny)))
+
+
+def _ratio(depth: np.ndarray) -> np.ndarray:
+    """The inverse of `_depth`."""
+    return np.exp(np.asarray(depth) ** 3)
 
 
 def save_score_table(table: ScoreTable, path: Path) -> Path:

@@ -10,11 +10,13 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from epbackend.cli.inputs import (
+    DenseOption,
     LoadsArgument,
     RanksOption,
     SlotsOption,
     algorithm_in_words,
     described,
+    layer_numbers,
     load_windows,
     unplanned,
 )
@@ -60,6 +62,7 @@ def plan(
             "--option", metavar="NAME=VALUE", help="An option of this algorithm alone: topology=ring."
         ),
     ] = None,
+    dense_layers: DenseOption = "",
     out: Annotated[Path | None, typer.Option(help="Where the placement goes.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where a heat map goes: load by layer and rank.")] = None,
     as_json: JsonOption = False,
@@ -75,7 +78,7 @@ def plan(
         "search_ms": search_ms,
         "seed": seed,
     }
-    recorded = load_windows(loads)
+    recorded = load_windows(loads).with_dense(layer_numbers(dense_layers))
     before = read_placement(current, ReadOptions(ranks=ranks)) if current else None
     if algorithm in COMPILED:
         warm_up()  # so that the seconds below are of planning, not of loading machine code

@@ -8,21 +8,22 @@ import typer
 
 from epbackend.cli.loads import facts, print_load
 from epbackend.cli.output import JsonOption, console, json_stdout
-from epbackend.cli.session import ConfigOption, ModelArgument, load_config, running
+from epbackend.cli.session import ModelArgument, running, takes_config
 from epbackend.config import EPConfig
 from epbackend.errors import ConfigError, EPError
 
 
+@takes_config
 def record(
     model: ModelArgument,
     prompts: Annotated[Path, typer.Option(help="One prompt a line, or a JSON list of them.")],
     out: Annotated[Path, typer.Option(help="JSON for the loads of every layer: what plan and SGLang read.")],
-    config: ConfigOption = None,
+    settings: EPConfig,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 64,
     as_json: JsonOption = False,
 ) -> None:
     """Answer prompts, and write down how many tokens each expert of each layer got."""
-    texts, settings = read_prompts(prompts), load_config(config)
+    texts = read_prompts(prompts)
     if as_json:
         with json_stdout() as print_json:
             load = _run(model, settings, texts, out, max_new_tokens)
@@ -57,7 +58,7 @@ def _run(model: str, config: EPConfig, prompts: list[str], out: Path, max_new_to
     """The load of answering the prompts, written to `out`."""
     from lmdeploy import GenerationConfig
 
-    from epbackend.engines.lmdeploy.lmdeploy_config import locate
+    from epbackend.engines.lmdeploy.checkpoint import locate
     from epbackend.engines.lmdeploy.recording import Recording
 
     recording = Recording.of(out, locate(model), config.ep_size)

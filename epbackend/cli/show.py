@@ -46,6 +46,8 @@ def show(
             f"loads: have {recorded.layers} layers of {recorded.experts} experts, {placement} has "
             f"{len(found.layers)} of {found.experts}; give loads of the same model"
         )
+    if not recorded.loaded_layers:
+        raise ConfigError("loads: no expert has had a token: there is nothing to show; record a real run")
     before = unplanned(recorded, found.ranks)
     console.print(_table(before, found, recorded))
     say(console, f"heat map: {save_before_after(before, found, recorded, plot)}", "")

@@ -8,13 +8,8 @@ import typer
 
 from epbackend.cli.output import console
 from epbackend.device import get_device
-from epbackend.engines.lmdeploy.checks import (
-    BLOCKED_FP8,
-    W8A8,
-    expert_count,
-    form_of_experts,
-    read_model_config,
-)
+from epbackend.engines.lmdeploy.checkpoint import expert_count, quantization, read_model_config
+from epbackend.engines.lmdeploy.checks import BLOCKED_FP8, W8A8, form_of_experts
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.models import resolve
 
@@ -107,8 +102,7 @@ def _of_model(name: str, settings: dict[str, Any], ep_size: int) -> "ExpertShape
 
 
 def _form_of(name: str, settings: dict[str, Any]) -> Form:
-    text = settings.get("text_config") or {}
-    quantized = settings.get("quantization_config") or text.get("quantization_config")
+    quantized = quantization(settings)
     found = form_of_experts(quantized) if quantized else "half"
     if quantized and found not in FORM_OF:
         raise ConfigError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import ModelWrapValidatorHandler, ValidationError, ValidationInfo,
 from epbackend.config import checks, mindie
 from epbackend.config.files import read_mapping
 from epbackend.config.issues import ConfigIssue, ConfigWarning, config_error, from_pydantic
+from epbackend.config.overrides import Override, with_overrides
 from epbackend.config.schema import (
     EngineSettings,
     PhaseDispatchers,
@@ -26,6 +28,7 @@ from epbackend.names import AUTO, Phase
 
 OLD_NAMES = {"transport": "dispatch_dtype"}
 """Settings that were renamed: the old name works on, with a warning."""
+OTHER_NAMES = {"moe_ep": "ep_size", **OLD_NAMES}
 
 
 class EPConfig(Settings):
@@ -36,8 +39,10 @@ class EPConfig(Settings):
     """
 
     @classmethod
-    def load(cls, source: str | PathLike[str] | Mapping[str, Any]) -> EPConfig:
-        """Reads a YAML or JSON file, a MindIE `config.json`, or a mapping of the same form.
+    def load(
+        cls, source: str | PathLike[str] | Mapping[str, Any], overrides: Iterable[Override] = ()
+    ) -> EPConfig:
+        """Reads a YAML or JSON file, a MindIE `config.json`, or a mapping of the same form; `overrides` go over it.
 
         Warns (`ConfigWarning`) of settings without effect, of old names, and of keys of a MindIE file that are ignored.
 
@@ -49,6 +54,13 @@ class EPConfig(Settings):
             found = mindie.translate(content, name)
         else:
             found = mindie.Translation(settings=dict(content))
+        overrides = [replace(each, setting=_present_name(each.setting)) for each in overrides]
+        if overrides:
+            present, disagreements = _with_present_names(found.settings)
+            if disagreements:
+                raise config_error(disagreements, name, found.origins)
+            found.settings = with_overrides(present, overrides)
+            found.origins |= {each.setting: each.origin for each in overrides}
         config = cls.model_validate(found.settings, context={"source": name, "origins": found.origins})
         for text in [*found.notes, *config.warnings()]:
             warnings.warn(text, ConfigWarning, stacklevel=2)
@@ -130,7 +142,7 @@ def _with_present_names(data: Any) -> tuple[Any, list[ConfigIssue]]:
     if not isinstance(data, Mapping):
         return data, []
     renamed, issues = dict(data), []
-    for other, name in {"moe_ep": "ep_size", **OLD_NAMES}.items():
+    for other, name in OTHER_NAMES.items():
         if other not in renamed:
             continue
         value = renamed.pop(other)
@@ -140,6 +152,11 @@ def _with_present_names(data: Any) -> tuple[Any, list[ConfigIssue]]:
         elif other in OLD_NAMES:
             warnings.warn(f"{other} is now called {name}: rename it", ConfigWarning, stacklevel=4)
     return renamed, issues
+
+
+def _present_name(setting: str) -> str:
+    """The name of a setting, which may be given by another one."""
+    return OTHER_NAMES.get(setting, setting)
 
 
 _SECTIONS = {

@@ -26,13 +26,31 @@ COUNTERPARTS = {
     ("models", "topk_scaling_factor"): "topk_scaling_factor",
     ("models", "alltoall_ep_buffer_scale_factors"): "alltoall_ep_buffer_scale_factors",
 }
+WHY_IGNORED = {
+    "communication_backend": "collectives are HCCL's, or those of the fused operators",
+    "mix_shared_routing": "shared experts are no routed ones here: each rank computes them for its own tokens",
+    "num_dangling_shared_experts": "no rank has shared experts alone: each computes them for its own tokens",
+    "mlp_full_tp": "LMDeploy decides how dense layers are split",
+    "parallel_options": "LMDeploy decides how dense layers are split; HCCL's buffers are set by HCCL_BUFFSIZE",
+    "h3p": "it arranges MindIE's own attention and gating",
+    "ccl": "the fused operators serve decode (dispatcher mc2)",
+    "enable_gmmswigluquant": "our kernels decide by the form of the weights",
+    "enable_swiglu_quant_for_shared_experts": "shared experts are LMDeploy's",
+    "enable_oproj_prefetch": "it is for MindIE's own attention",
+    "enable_mlapo_prefetch": "it is for MindIE's own attention",
+}
+"""Settings of a model family that concern expert parallelism, and why nothing is made of them."""
 # Keys that the functions below read in their own way.
 READ_OTHERWISE = {
     "top level": {"BackendConfig"},
     "BackendConfig": {"ModelDeployConfig", "ScheduleConfig", "multiNodesInferEnabled"},
     "ModelDeployConfig": {"ModelConfig"},
     "ModelConfig": {*SIZE_KEYS, "models", "modelWeightPath", "npuMemSize", "plugin_params"},
+    "models": {"enable_dispatch_combine_v2", "eplb", *WHY_IGNORED},
 }
+EPLB_OF_LEVEL_2 = ("aggregate_threshold", "buffer_expert_layer_num", "num_expert_update_ready_countdown")
+GENERAL_FAMILY = "llm"
+"""Settings of all families, under those of the one that is served."""
 MARKS = ("BackendConfig", "ModelDeployConfig", "ModelConfig", "worldSize", "models")
 EP_SETTINGS = [key for section, key in COUNTERPARTS if section == "models"]
 
@@ -90,6 +108,8 @@ def translate(content: Mapping[str, Any], source: str | None = None) -> Translat
         _take_sizes(sections, translation)
         _take_model_settings(sections["ModelConfig"], translation)
         _adapt_ep_settings(translation)
+        _take_dispatch(sections["models"], translation)
+        _take_balance(sections["models"], translation)
     except MindIEKeyError as error:
         raise config_error([error.issue], source) from None
     _note_ignored(sections, translation)
@@ -142,6 +162,7 @@ def _only_model(models: Any) -> Mapping[str, Any]:
 def _only_family(families: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of the model family (`deepseekv2`, ...): the only one, or the only one that sets EP."""
     blocks = {name: _inner(families, name) for name in families}
+    general = blocks.pop(GENERAL_FAMILY, {})
     if len(blocks) > 1:
         blocks = {name: block for name, block in blocks.items() if any(key in block for key in EP_SETTINGS)}
     if len(blocks) > 1:
@@ -150,7 +171,7 @@ def _only_family(families: Mapping[str, Any]) -> Mapping[str, Any]:
             "sets expert parallelism for several families: keep the one you serve",
             list(blocks),
         )
-    return next(iter(blocks.values()), {})
+    return {**general, **next(iter(blocks.values()), {})}
 
 
 def _take_sizes(sections: Sections, translation: Translation) -> None:
@@ -203,11 +224,58 @@ def _adapt_ep_settings(translation: Translation) -> None:
         translation.note(f"topk_scaling_factor {factor} has no effect: enable_init_routing_cutoff is false")
 
 
+def _take_dispatch(family: Mapping[str, Any], translation: Translation) -> None:
+    """enable_dispatch_combine_v2: the fused operators of decode, which are taken by themselves where they can serve."""
+    fused = family.get("enable_dispatch_combine_v2", True)
+    if type(fused) is not bool:
+        raise MindIEKeyError("enable_dispatch_combine_v2", "must be true or false", fused)
+    level = translation.settings.get("ep_level", 1)
+    decode = level.get("decode") if isinstance(level, Mapping) else level
+    if not fused and decode == 2:
+        dispatcher = {"prefill": "auto", "decode": "alltoall"}
+        translation.take("dispatcher", dispatcher, "models.enable_dispatch_combine_v2")
+
+
+def _take_balance(family: Mapping[str, Any], translation: Translation) -> None:
+    """MindIE's eplb: level 0 off, 1 static, 2 dynamic, 3 a mock."""
+    eplb = _inner(family, "eplb")
+    level, file = eplb.get("level", 0), eplb.get("expert_map_file")
+    if type(level) is not int or level not in (0, 1, 2, 3):
+        raise MindIEKeyError("eplb.level", "must be 0 (off), 1 (static), 2 (dynamic) or 3 (forced)", level)
+    if level == 1 and not file:
+        raise MindIEKeyError(
+            "eplb.expert_map_file", "is needed by eplb.level 1: name a table, or write level 0", file
+        )
+    if level in (1, 2) and file:
+        translation.settings.setdefault("placement", {})
+        translation.take("placement.file", file, "models.eplb.expert_map_file")
+    if level == 2:
+        translation.note(
+            "eplb.level 2 (dynamic): the experts stay where "
+            + ("eplb.expert_map_file has them" if file else "they are in order")
+        )
+    if level == 3:
+        translation.note("eplb.level 3 forces a balance that the router did not choose, to measure: ignored")
+    if level in (1, 2) and eplb.get("num_redundant_experts"):
+        translation.note("eplb.num_redundant_experts is not read: eplb.expert_map_file says it")
+    if level == 0 and file:
+        translation.note("eplb.expert_map_file has no effect: eplb.level is 0")
+    if others := [key for key in EPLB_OF_LEVEL_2 if key in eplb]:
+        translation.note(f"ignored, they are for eplb.level 2 (eplb): {', '.join(others)}")
+    known = ("level", "expert_map_file", "num_redundant_experts", *EPLB_OF_LEVEL_2)
+    if others := [key + did_you_mean(key, known) for key in eplb if key not in known]:
+        translation.note(f"ignored, no counterpart (eplb): {', '.join(others)}")
+
+
 def _note_ignored(sections: Sections, translation: Translation) -> None:
     """One note for each section with keys that nothing above has read."""
     families = sections["ModelConfig"].get("models", {})
-    if others := [name for name, block in families.items() if block is not sections["models"]]:
+    used = sections["models"].items()
+    if others := [name for name, block in families.items() if not block.items() <= used]:
         translation.note(f"ignored, sets no expert parallelism (models): {', '.join(others)}")
+    for key in sections["models"].keys() & WHY_IGNORED.keys():
+        if sections["models"][key]:  # what is off asks for nothing
+            translation.note(f"{key} is ignored: {WHY_IGNORED[key]}")
     for section, content in sections.items():
         read = {key for where, key in COUNTERPARTS if where == section} | READ_OTHERWISE.get(section, set())
         known = EP_SETTINGS if section == "models" else ()
@@ -251,7 +319,7 @@ def parallel_sizes(model: Mapping[str, Any], several_nodes: bool) -> Sizes:
             f"LMDeploy cannot split experts that moe_ep spreads: set moe_ep {world} and moe_tp 1",
             moe_tp,
         )
-    return Sizes(ep=moe_ep, dp=dp, tp=1 if dp > 1 else world)
+    return Sizes(ep=moe_ep, dp=dp, tp=1 if dp > 1 or moe_ep > 1 else world)
 
 
 def _size(model: Mapping[str, Any], key: str) -> int | None:

@@ -41,6 +41,8 @@ from epbackend.names import (
 _DEFAULTS = DispatchSettings()
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
+FEWEST_BLOCKS = 16
+"""Of a KV cache that LMDeploy works with."""
 
 
 class Section(BaseModel):
@@ -245,7 +247,7 @@ class EngineSettings(Section):
         description="KV-cache memory of one rank, in GiB. Unset: 1 GiB on the CPU, "
         "cache_max_entry_count elsewhere.",
     )
-    cache_blocks: Positive | None = Field(
+    cache_blocks: Annotated[int, Field(ge=FEWEST_BLOCKS)] | None = Field(
         default=None,
         description="KV cache of one rank, in blocks. Instead of cache_gb.",
     )

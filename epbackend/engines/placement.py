@@ -26,8 +26,13 @@ MAX_TEXT = 130_000
 logger = logging.getLogger("epbackend")
 
 
-def finished_placement(config: EPConfig) -> Placement | None:
+def finished_placement(
+    config: EPConfig, layers: int | None = None, dense_layers: tuple[int, ...] = ()
+) -> Placement | None:
     """Where the experts live: from `placement.file`, or planned on `placement.loads`; None without either.
+
+    `layers` and `dense_layers` are the model's, where it is known: files that number only layers with experts are read
+    by them, and loads that give tokens to a layer without experts are refused.
 
     Raises:
         ConfigError: a file is missing or holds something else, or the settings cannot work for what it holds.
@@ -37,8 +42,12 @@ def finished_placement(config: EPConfig) -> Placement | None:
         return None
     try:
         if settings.file is not None:
-            return _read(settings.file, settings.node_size, config.ep_size)
-        return _plan(settings, read_loads(settings.loads), config.ep_size)
+            return _read(settings.file, settings.node_size, config.ep_size, layers, dense_layers)
+        loads = read_loads(settings.loads)
+        if layers == loads.layers + len(dense_layers):  # of layers with experts only
+            loads = loads.with_dense(dense_layers)
+        _check_dense(loads, dense_layers)
+        return _plan(settings, loads, config.ep_size)
     except (ConfigError, UnavailableError) as error:
         raise type(error)(f"placement: {error}") from error
 
@@ -70,10 +79,23 @@ def from_env(text: str) -> Placement:
     return Placement.from_json(zlib.decompress(b64decode(text)).decode())
 
 
-def _read(file: str, node_size: int, ranks: int) -> Placement:
+def _read(
+    file: str, node_size: int, ranks: int, layers: int | None, dense_layers: tuple[int, ...]
+) -> Placement:
     """From a file; a node size of the config overrides the one in it."""
     placement = read_placement(file, ReadOptions(ranks=ranks))
+    if dense_layers and layers == len(placement.layers) + len(dense_layers):
+        placement = read_placement(file, ReadOptions(ranks=ranks, dense_layers=dense_layers))
     return replace(placement, node_size=node_size) if node_size else placement
+
+
+def _check_dense(loads: Loads, dense_layers: tuple[int, ...]) -> None:
+    """Raises ConfigError for loads that give tokens to a layer without experts."""
+    if odd := sorted(set(loads.loaded_layers) & set(dense_layers)):
+        raise ConfigError(
+            f"loads: layer {odd[0]} has tokens, but is a layer of the model without experts; the loads are of another "
+            "model, or their layers are numbered without the dense ones"
+        )
 
 
 def _plan(settings: PlacementSettings, loads: Loads, ranks: int) -> Placement:

@@ -85,9 +85,12 @@ def score_table(
         asked: `slots`, `budget`, `node_size` and `search_ms`, as `plan` takes them.
 
     Raises:
-        ConfigError: an algorithm that was named cannot do what is asked. Without names, such ones are left out.
+        ConfigError: the loads are all zero; or an algorithm that was named cannot do what is asked. Without names, such
+            ones are left out, unless none is left.
     """
     goal = parse_objective(objective)
+    if not loads.loaded_layers:
+        raise ConfigError("loads: no expert has had a token: there is nothing to compare; record a real run")
     # Imported late: this brings numba. Else the first algorithm's seconds would be those of the compiler.
     from epbackend.placement.warmup import warm_up
 
@@ -110,6 +113,8 @@ def score_table(
                 raise
             left_out.append((algorithm, str(error)))
         progress((index + 1) * loads.layers, total)
+    if not rows:
+        raise ConfigError(left_out[0][1])
     return ScoreTable(tuple(rows), tuple(left_out))
 
 

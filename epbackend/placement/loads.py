@@ -89,6 +89,21 @@ class Loads:
         """The layers in which any window has a choice: those that can be planned and scored."""
         return tuple(np.flatnonzero(self.tokens_WYE.any(axis=(0, 2))).tolist())
 
+    def with_dense(self, dense_layers: Sequence[int]) -> Loads:
+        """The loads of the whole model, where these leave out its layers without experts.
+
+        Raises:
+            ConfigError: there are no such layers in a model of so many.
+        """
+        every = self.layers + len(set(dense_layers))
+        if beyond := [layer for layer in dense_layers if not 0 <= layer < every]:
+            raise ConfigError(
+                f"dense_layers: {beyond[0]} is no layer of a model with {every}; they count from 0"
+            )
+        tokens_WYE = np.zeros((self.windows, every, self.experts))
+        tokens_WYE[:, [layer for layer in range(every) if layer not in dense_layers]] = self.tokens_WYE
+        return Loads(tokens_WYE, self.names)
+
     def mixture_YE(self) -> np.ndarray:
         """One window in place of all, float64 [Y, E]: in each layer every window has the same weight, large or small.
 

@@ -13,6 +13,15 @@ import numpy as np
 
 from epbackend.errors import ConfigError
 
+MOST_RANKS = 1 << 14
+"""Far more than share the experts of any model; a larger number is a slip, and would take all memory."""
+
+
+def check_ranks(ranks: int) -> None:
+    """Raises ConfigError for a number of ranks that cannot be."""
+    if not 1 <= ranks <= MOST_RANKS:
+        raise ConfigError(f"ranks: {ranks} must be from 1 to {MOST_RANKS}")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -81,6 +90,12 @@ class Layout:
         `slots` (P) is E unless given. Ranks get equal numbers of slots, or numbers that differ by one.
         """
         slots = experts if slots is None else slots
+        check_ranks(ranks)
+        if slots > experts * ranks:
+            raise ConfigError(
+                f"slots: {slots} are more than {experts * ranks}, a replica of each of {experts} experts on each of "
+                f"{ranks} ranks; use fewer"
+            )
         if slots < experts:
             raise ConfigError(f"slots: {slots} are fewer than the {experts} experts; every expert needs one")
         if slots < ranks:

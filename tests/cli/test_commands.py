@@ -95,7 +95,8 @@ def test_generate_prints_one_object(config_file):
     assert (said["device"], said["ep_size"], said["ep_level"]) == ("cpu", 2, 1)
     assert said["dispatcher"] == "replicated"
     assert len(said["expert_tokens_per_rank"]) == 2
-    assert sum(said["expert_tokens_per_rank"]) > 0
+    # 3 tokens of the prompt and 4 of the answer, 4 experts each in 3 layers: no token of the warm-up.
+    assert sum(said["expert_tokens_per_rank"]) == (3 + 4) * 4 * 3
     assert (said["passes"], said["rounds"]) == (1, 1)
     assert said["tokens_per_second"] > 0
 
@@ -123,6 +124,38 @@ def test_chat_answers_until_the_input_ends(config_file):
     )  # fmt: skip
     assert talk.returncode == 0, talk.stderr
     assert talk.stdout.count("you:") == 4
+
+
+def test_ctrl_c_stops_an_answer_and_then_ends_the_chat(config_file):
+    talk = subprocess.Popen(
+        [EPBACKEND, "chat", "tiny-qwen3-moe", "-c", str(config_file()), "--max-new-tokens", "200"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    with talk:
+        read_until(talk.stdout, b"you: ")
+        talk.stdin.write(b"The whale\n")
+        talk.stdin.flush()
+        talk.stdout.read(8)  # the answer has begun
+        os.killpg(talk.pid, signal.SIGINT)  # a terminal sends it to every process
+        assert b"(stopped)" in read_until(talk.stdout, b"you: ")
+        talk.stdin.write(b"The ship\n")
+        talk.stdin.flush()
+        talk.stdout.read(8)
+        os.killpg(talk.pid, signal.SIGINT)
+        read_until(talk.stdout, b"you: ")
+        os.killpg(talk.pid, signal.SIGINT)
+        assert talk.wait(timeout=PATIENCE_S) == 0
+
+
+def read_until(stream, mark: bytes) -> bytes:
+    """What comes up to the mark, and with it."""
+    said = b""
+    while not said.endswith(mark):
+        piece = stream.read(1)
+        assert piece, said
+        said += piece
+    return said
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """MindIE's own config.json loads as it stands; the rest is named, contradictions are refused."""
 
 import json
+import re
 import warnings
 from contextlib import suppress
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from epbackend.config import ConfigWarning, EPConfig, PhaseLevels
 from epbackend.config.mindie import SIZE_KEYS, MindIEKeyError, parallel_sizes
+from epbackend.config.overrides import Override, assignment
 from epbackend.errors import ConfigError
 
 FACTORS = [[1048576, 1.32], [524288, 1.4], [262144, 1.53], [131072, 1.8], [32768, 3.0], [8192, 5.2], [0, 8.0]]
@@ -78,7 +80,7 @@ def test_everything_ignored_is_named():
             "modelWeightPath": "/data/R1",
             "plugin_params": '{"plugin_type": "mtp"}',
         },
-        family={**ALLTOALL, "eplb": {"level": 1}},
+        family={**ALLTOALL, "mlp_full_tp": True, "h3p": {"enable_gating_dp": True}, "eplb": {"levle": 1}},
         schedule={"maxIterTimes": 512},
         backend={"npuDeviceIds": [[0]]},
     )
@@ -89,7 +91,9 @@ def test_everything_ignored_is_named():
         "trustRemoteCode",
         "/data/R1",
         "mtp",
-        "eplb",
+        "levle, did you mean 'level'?",
+        "mlp_full_tp is ignored: LMDeploy decides",
+        "h3p is ignored",
         "maxIterTimes",
         "npuDeviceIds",
         "truncation",
@@ -108,6 +112,64 @@ def test_mixed_level_3_is_a_level_for_each_phase():
     config, notes = load(whole(family={"ep_level": 3}))
     assert config.ep_level == PhaseLevels(prefill=2, decode=1)
     assert any("ep_level 3" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("eplb", "file", "note"),
+    [
+        ({"level": 0, "expert_map_file": "map.json"}, None, "expert_map_file has no effect: eplb.level is 0"),
+        ({"level": 1, "expert_map_file": "map.json"}, "map.json", ""),
+        (
+            {"level": 1, "expert_map_file": "map.json", "num_redundant_experts": 32},
+            "map.json",
+            "num_redundant_experts is not read: eplb.expert_map_file says it",
+        ),
+        (
+            {"level": 2, "expert_map_file": "map.json"},
+            "map.json",
+            "dynamic.*where eplb.expert_map_file has them",
+        ),
+        ({"level": 2, "aggregate_threshold": 128}, None, "aggregate_threshold"),
+        ({"level": 3}, None, "forces a balance that the router did not choose"),
+    ],
+)
+def test_eplb_levels_are_what_mindie_means_by_them(eplb, file, note):
+    config, notes = load(whole(family={**ALLTOALL, "eplb": eplb}))
+    assert config.placement.file == file
+    assert re.search(note, "\n".join(notes))
+
+
+@pytest.mark.parametrize(
+    ("eplb", "said"),
+    [
+        ({"level": 1}, "eplb.expert_map_file: is needed by eplb.level 1"),
+        ({"level": 4}, r"eplb.level: must be 0 \(off\)"),
+    ],
+)
+def test_eplb_that_cannot_be_is_refused(eplb, said):
+    with pytest.raises(ConfigError, match=said):
+        load(whole(family={**ALLTOALL, "eplb": eplb}))
+
+
+def test_fused_operators_can_be_switched_off():
+    assert load(whole(family=ALLTOALL))[0].dispatcher_of("decode") == ()
+    config, _ = load(whole(family={**ALLTOALL, "enable_dispatch_combine_v2": False}))
+    assert (config.dispatcher_of("prefill"), config.dispatcher_of("decode")) == ((), ("alltoall",))
+
+
+def test_settings_of_all_families_are_under_those_of_the_one():
+    content = whole(family={"ep_level": 1})
+    model = content["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]
+    model["models"]["llm"] = {"ep_level": 2, "communication_backend": {"prefill": "hccl"}}
+    config, notes = load(content)
+    assert config.ep_level == 1
+    assert any("communication_backend is ignored: collectives are HCCL's" in note for note in notes)
+
+
+def test_options_of_the_command_line_go_over_the_file():
+    overrides = [Override("device", "cpu", "--device"), assignment("ep_size=2"), assignment("engine.dp=1")]
+    config = EPConfig.load(whole(family=ALLTOALL), overrides)
+    assert (config.device, config.ep_size, config.engine.tp, config.world_size) == ("cpu", 2, 1, 2)
 
 
 def test_factor_that_is_switched_off_is_dropped_with_a_note():
@@ -136,8 +198,8 @@ def test_the_family_block_alone_has_our_names():
     ("sizes", "expected"),
     [
         # MindIE's keys, then (ep_size, tp, dp, ranks, ranks of an attention group)
-        ({"worldSize": 8, "moe_ep": 8}, (8, 8, 1, 8, 8)),
-        ({"worldSize": 8, "moe_ep": 8, "tp": 8, "moe_tp": 1, "dp": -1}, (8, 8, 1, 8, 8)),
+        ({"worldSize": 8, "moe_ep": 8}, (8, 1, 1, 8, 8)),
+        ({"worldSize": 8, "moe_ep": 8, "tp": 8, "moe_tp": 1, "dp": -1}, (8, 1, 1, 8, 8)),
         ({"worldSize": 8, "moe_ep": 8, "dp": 8, "tp": 1}, (8, 1, 8, 8, 1)),
         ({"worldSize": 16, "moe_ep": 16, "dp": 2, "tp": 8, "cp": 1, "sp": 8}, (16, 1, 2, 16, 8)),
         ({"worldSize": 16, "dp": 2, "moe_tp": 1}, (16, 1, 2, 16, 8)),

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lmdeploy.pytorch.engine.executor.base import ExecutorBase
+from safetensors.torch import save_file
 
 import epbackend
 from epbackend import EPConfig
 from epbackend.engines.lmdeploy import checks, lmdeploy_config, plug
-from epbackend.engines.lmdeploy.checks import expert_count
-from epbackend.engines.lmdeploy.patches.engine import GIB, cache_blocks
+from epbackend.engines.lmdeploy.checkpoint import expert_count
+from epbackend.engines.lmdeploy.checks import GIB
+from epbackend.engines.lmdeploy.patches.engine import cache_blocks
 from epbackend.errors import ConfigError, EPError, UnavailableError
 from tests.helpers.processes import engine_workers
 
@@ -26,6 +28,8 @@ def two_ranks(**engine) -> EPConfig:
 def write_model(tmp_path):
     def write(**settings):
         (tmp_path / "config.json").write_text(json.dumps(settings))
+        (tmp_path / "tokenizer.json").write_text("{}")
+        save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
         return str(tmp_path)
 
     return write

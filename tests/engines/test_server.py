@@ -69,8 +69,8 @@ def test_a_port_in_use_is_refused_before_anything_loads(checkpoint):
 
 
 def test_an_engine_that_cannot_start_says_why(checkpoint, start_process):
-    settings = config({"cache_gb": 1e6}).to_json()
-    said = "WorkerError: the engine failed: ConfigError: engine.cache_gb: 1e+06 GiB"
+    settings = config({"cache_gb": 1e-5}).to_json()
+    said = "WorkerError: the engine failed: ConfigError: engine.cache_gb: 1e-05 GiB"
     running = start_process(SERVE, str(checkpoint("qwen3-moe")), settings, str(free_port()), ready=said)
     assert running.process.wait(timeout=PATIENCE_S) == 1
     running.assert_nothing_left()

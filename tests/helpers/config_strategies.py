@@ -2,6 +2,7 @@
 
 from hypothesis import strategies as st
 
+from epbackend.config.schema import FEWEST_BLOCKS
 from epbackend.names import DEVICES, PLANNERS, SPLITS
 
 POSITIVE = st.integers(1, 1 << 20)
@@ -86,7 +87,7 @@ def settings(draw):
                 "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
                 "session_len": POSITIVE | st.none(),
                 "max_batch_size": POSITIVE,
-                "cache_blocks": POSITIVE,
+                "cache_blocks": st.integers(FEWEST_BLOCKS, 10**6),
                 "cache_max_entry_count": st.floats(0.01, 0.99),
                 "block_size": st.sampled_from([16, 32, 64, 128, 256]),
                 "max_prefill_token_num": POSITIVE,

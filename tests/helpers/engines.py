@@ -22,12 +22,12 @@ def config(engine: dict[str, Any] | None = None, **settings: Any) -> EPConfig:
     return EPConfig.load({"device": "cpu", "engine": common | (engine or {})} | settings)
 
 
-def await_model(port: int) -> None:
+def await_model(port: int, host: str = LOOPBACK) -> None:
     """Return when the server at `port` answers with a model."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         try:
-            if len(requests.get(f"http://{LOOPBACK}:{port}/v1/models", timeout=5).json()["data"]) >= 1:
+            if len(requests.get(f"http://{host}:{port}/v1/models", timeout=5).json()["data"]) >= 1:
                 return
         except (requests.ConnectionError, requests.Timeout):
             pass
@@ -35,7 +35,7 @@ def await_model(port: int) -> None:
     raise AssertionError("the server does not know its model")
 
 
-def complete(port: int, text: str) -> str:
+def complete(port: int, text: str, host: str = LOOPBACK) -> str:
     """What the server at `port` says after `text`: NEW_TOKENS tokens, greedily."""
     request = {
         "model": "tiny",
@@ -44,5 +44,5 @@ def complete(port: int, text: str) -> str:
         "temperature": 0,
         "ignore_eos": True,
     }
-    response = requests.post(f"http://{LOOPBACK}:{port}/v1/completions", json=request, timeout=PATIENCE_S)
+    response = requests.post(f"http://{host}:{port}/v1/completions", json=request, timeout=PATIENCE_S)
     return response.json()["choices"][0]["text"]

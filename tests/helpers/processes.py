@@ -46,6 +46,7 @@ class Running:
     """A process, those it started, and the shared memory they mapped."""
 
     process: subprocess.Popen
+    log: Path
     family: list[psutil.Process] = field(default_factory=list)
     segments: set[str] = field(default_factory=set)
 
@@ -97,7 +98,7 @@ def start(tmp_path: Path, script: str, *arguments: str, ready: str = "READY") ->
             start_new_session=True,
             preexec_fn=_before_the_script,
         )
-    running = Running(process)
+    running = Running(process, log)
     deadline = time.monotonic() + PATIENCE_S
     try:
         while not (ended := process.poll() is not None) and ready not in log.read_text():

@@ -99,6 +99,134 @@ def test_recordings_of_torch(tmp_path, shape):
     np.testing.assert_array_equal(read_loads(tmp_path / "a.pt").tokens_WYE[0], count.reshape(-1, 3, 4).sum(0))
 
 
+def write_ranks(folder, ranks):
+    """A file of each rank, which counted its own tokens; their paths."""
+    for place, rank in enumerate(ranks):
+        content = {"rank": rank, "logical_count": (COUNTS_YE * (place + 1)).tolist()}
+        (folder / f"{place}.json").write_text(json.dumps(content))
+    return [folder / f"{place}.json" for place in range(len(ranks))]
+
+
+def test_files_of_a_rank_each_are_added_up_to_one_window(tmp_path):
+    loads = read_loads(write_ranks(tmp_path, [1, 0, 2]))
+    np.testing.assert_array_equal(loads.tokens_WYE, [6 * COUNTS_YE])
+
+
+def test_files_of_rank_0_are_windows_because_it_writes_for_all(tmp_path):
+    assert read_loads(write_ranks(tmp_path, [0, 0])).windows == 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        ([3], "of ranks 3"),
+        ([0, 2], "of ranks 0, 2"),
+        ([0, 1, 1], "of ranks 0, 1, 1"),
+        ([0, "1"], "rank: must be"),
+    ],
+)
+def test_files_of_some_ranks_only_are_refused(tmp_path, ranks, said):
+    with pytest.raises(ConfigError, match=said):
+        read_loads(write_ranks(tmp_path, ranks))
+
+
+def hotspots(folder, npus=2, blocks=3, **config):
+    """What MindIE leaves: running totals of each NPU's experts, a block every 8 steps."""
+    folder.mkdir(exist_ok=True)
+    settings = {"num_moe_layers": 3, "num_of_experts": 4, "num_of_selected_experts": [2], **config}
+    (folder / "model_gen_config.json").write_text(json.dumps(settings))
+    for rank, part_YL in enumerate(np.split(COUNTS_YE, npus, axis=1)):
+        lines = [",".join(map(str, line)) for block in range(blocks) for line in part_YL * (block + 1)]
+        (folder / f"decode_{rank}.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_last_block_of_mindies_hot_spots_is_the_load(tmp_path):
+    folder = hotspots(tmp_path / "decode")
+    (folder / "decode_topk_0.csv").write_text("1,2\n")
+    loads = read_loads(folder)
+    np.testing.assert_array_equal(loads.tokens_WYE, [3 * COUNTS_YE])
+    assert loads.names == ("decode",)
+    np.testing.assert_array_equal(loads.with_dense((0,)).tokens_WYE[0][1:], 3 * COUNTS_YE)
+
+
+def test_hot_spots_of_a_server_that_was_started_again_are_added_up(tmp_path):
+    folder = hotspots(tmp_path / "decode")
+    for file in folder.glob("*.csv"):
+        file.write_text(file.read_text() * 2)
+    np.testing.assert_array_equal(read_loads(folder).tokens_WYE, [6 * COUNTS_YE])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: (folder / "decode_0.csv").unlink(), "of NPUs 1; there must be one of each"),
+        (
+            lambda folder: (folder / "decode_1.csv").write_text("1,2\n"),
+            "decode_1.csv: has 1 lines, no multiple",
+        ),
+        (
+            lambda folder: (folder / "decode_1.csv").write_text("a,b\n" * 3),
+            "decode_1.csv: line 1: 'a' is no number",
+        ),
+        (
+            lambda folder: hotspots(folder, num_of_experts=5),
+            "num_of_experts: 5, but the csv files have 4 columns",
+        ),
+        (lambda folder: hotspots(folder, eplb_expert_map_file="m"), "record without load balancing"),
+        (lambda folder: hotspots(folder, num_moe_layers=0), "num_moe_layers: must be a whole number"),
+    ],
+)
+def test_hot_spots_that_are_not_whole_are_refused(tmp_path, change, said):
+    folder = hotspots(tmp_path / "decode")
+    change(folder)
+    with pytest.raises(ConfigError, match=said):
+        read_loads(folder)
+
+
+def test_counts_of_half_precision_are_added_up_without_loss(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"logical_count": torch.ones(5000, 2, 3, dtype=torch.bfloat16)}, tmp_path / "a.pt")
+    assert (read_loads(tmp_path / "a.pt").tokens_WYE == 5000).all()
+
+
+def expert_map(folder, numbers):
+    """A map of layers with these layer_id; two devices, and another order of experts in each layer."""
+    layers = [
+        {
+            "layer_id": number,
+            "device_list": [{"device_expert": [place % 2]}, {"device_expert": [1 - place % 2]}],
+        }
+        for place, number in enumerate(numbers)
+    ]
+    (folder / "map.json").write_text(json.dumps({"moe_layer_count": len(layers), "layer_list": layers}))
+    return folder / "map.json"
+
+
+def test_layers_of_an_expert_map_are_taken_by_their_number(tmp_path):
+    assert on_ranks(read_placement(expert_map(tmp_path, [1, 0]))) == [[[1], [0]], [[0], [1]]]
+
+
+def test_numbers_that_an_expert_map_leaves_out_are_dense_layers(tmp_path):
+    path = expert_map(tmp_path, [2, 3])
+    for options in (ReadOptions(), ReadOptions(dense_layers=(0, 1))):
+        assert on_ranks(read_placement(path, options))[2:] == [[[0], [1]], [[1], [0]]]
+        assert len(read_placement(path, options).layers) == 4
+    with pytest.raises(
+        ConfigError, match=r"dense_layers: \(0,\) are given, but layer_id leaves out \(0, 1\)"
+    ):
+        read_placement(path, ReadOptions(dense_layers=(0,)))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [([0, 0], "0 is there twice"), ([0, None], "whole number"), ([0, 10**9], "whole number")],
+)
+def test_numbers_of_layers_that_cannot_be_are_refused(tmp_path, numbers, said):
+    with pytest.raises(ConfigError, match=said):
+        read_placement(expert_map(tmp_path, numbers))
+
+
 @pytest.mark.parametrize(
     "text",
     ["0,0\n5,2\n", "layer,expert,tokens\n1,1,2\n1,0,5\n", "\ufeffLayer, Expert, Tokens\n1,0,5\n1,1,2\n\n"],

@@ -217,7 +217,7 @@ def test_slots_that_lmdeploy_cannot_fill_are_refused(tmp_path):
     (tmp_path / "a.json").write_text("[[1, 2, 3]]")
     for slots in (2, 5):
         with pytest.raises(
-            ConfigError, match=f"slots: {slots} must be a multiple of the 2 ranks, and 3 at least"
+            ConfigError, match=f"slots: {slots} must be a multiple of the 2 ranks, from 3 to 6"
         ):
             read(tmp_path / "a.json", options=ReadOptions(ranks=2, slots=slots))
 

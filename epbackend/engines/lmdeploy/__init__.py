@@ -10,34 +10,50 @@
 
 - `plug` enables and disables; `state` holds what is enabled.
 - `patching` and `patches` change LMDeploy and put it back.
-- `lmdeploy_config` makes LMDeploy's configuration from ours and finds a model; `checks` refuses what cannot work before
-  any process is started.
+- `lmdeploy_config` makes LMDeploy's configuration from ours; `checkpoint` finds a model and looks at its files, and
+  `checks` refuses what cannot work, before any process is started.
 - `operators` are our experts; `backend_cpu` (with `attention` and `torch_cuda_shim`), `backend_cuda` and
   `backend_ascend` give them to each device.
 - `workers` and `ray_workers` bring the plug into the processes that LMDeploy starts; `process_guard` ends these.
 - `stats_writer` and `load_report` bring back what the layers count; `recording` saves it.
-- `pipelines`, `dp_pipeline` and `server` run a model, the last two with the help of `processes`.
+- `pipelines`, `dp_pipeline` and `server` run a model, the last two with the help of `processes`; `front` is what a
+  server's clients see of it.
+- `handover` runs a program that knows none of this: `epbackend run`.
 
-Importing this package does not import LMDeploy.
+Importing this package imports neither LMDeploy nor torch: what is wrong with a checkpoint is said before that.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
+from epbackend.engines.lmdeploy.checkpoint import check_checkpoint, locate
+from epbackend.engines.lmdeploy.front import Front
 from epbackend.engines.lmdeploy.load_report import LoadReport
 from epbackend.engines.lmdeploy.patching import check_version
-from epbackend.engines.lmdeploy.plug import disable, enable
-from epbackend.engines.placement import finished_placement
+from epbackend.engines.lmdeploy.processes import check_port
 
 if TYPE_CHECKING:
     from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
+    from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
     from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
+    from epbackend.engines.lmdeploy.plug import disable, enable
+    from epbackend.placement.placement import Placement
 
-__all__ = ["LoadReport", "disable", "enable", "engine_config", "pipeline", "serve"]
+__all__ = ["Front", "LoadReport", "disable", "enable", "engine_config", "pipeline", "serve"]
+
+_HOME = {"disable": "plug", "enable": "plug", "engine_config": "lmdeploy_config"}
+"""What is imported on first use: it needs torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipeline | ReplicatedPipeline:
@@ -51,13 +67,7 @@ def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipel
         ConfigError: the model does not suit the settings, or memory does not suffice for the cache.
         WorkerError: a worker process died while starting.
     """
-    from epbackend.engines.lmdeploy.checks import check_model, check_packages
-    from epbackend.engines.lmdeploy.lmdeploy_config import locate
-
-    check_version()
-    path, placement = locate(model), finished_placement(config)
-    check_model(path, config, placement)
-    check_packages(config, serving=False)
+    path, placement = _checked(model, config, serving=False)
     if config.engine.dp > 1:
         from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
 
@@ -73,20 +83,34 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 23333,
     record: Path | None = None,
+    front: Front | None = None,
     **kwargs: Any,
 ) -> None:
     """Serves a model by LMDeploy's OpenAI API until SIGINT or SIGTERM; see `server.serve_model`.
 
     `record` is a file for the experts' loads, written now and then and at the end: what a placement is planned on.
+    `front` is what clients see of the server; the model is called what it is called here, if that says nothing else.
     """
-    from epbackend.engines.lmdeploy.checks import check_model, check_packages
-    from epbackend.engines.lmdeploy.lmdeploy_config import locate
+    check_port(host, port)
+    front = front or Front()
+    front = replace(front, model_name=front.model_name or model)
+    front.check(config)
+    path, placement = _checked(model, config, serving=True)
     from epbackend.engines.lmdeploy.recording import Recording
     from epbackend.engines.lmdeploy.server import serve_model
 
-    check_version()
-    path, placement = locate(model), finished_placement(config)
-    check_model(path, config, placement)
-    check_packages(config, serving=True)
     recording = Recording.of(record, path, config.ep_size) if record else None
-    serve_model(path, config, host, port, placement, recording, **kwargs)
+    serve_model(path, config, host, port, placement, recording, front, **kwargs)
+
+
+def _checked(model: str, config: EPConfig, *, serving: bool) -> tuple[str, Placement | None]:
+    """The model's directory and its placement, once all that can be known beforehand is known to be right.
+
+    The quick checks come first: those of files need no torch.
+    """
+    check_version()
+    path = locate(model)
+    check_checkpoint(path, weights=not config.engine.extra.get("empty_init"))
+    from epbackend.engines.lmdeploy.checks import check_deployment
+
+    return path, check_deployment(path, config, serving=serving)

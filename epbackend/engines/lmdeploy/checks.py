@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
+from epbackend.engines.lmdeploy.checkpoint import (
+    dense_layers,
+    expert_count,
+    layer_count,
+    quantization,
+    read_model_config,
+)
 from epbackend.engines.lmdeploy.lmdeploy_config import executor
+from epbackend.engines.placement import finished_placement
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.placement.placement import Placement
 
-EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-"""The names under which the model families state their number of experts."""
 UNPATCHABLE_MODELS = {"DeepseekV4ForCausalLM"}
 """Models of LMDeploy whose experts have operators of their own, which no patch of ours reaches."""
+GIB = 1 << 30
+KEPT_FREE = 0.1
+"""Share of the free memory that no cache may take: activations and the ranks' own needs."""
 BLOCKED_FP8, W8A8 = "blocked FP8", "W8A8"
 SPREAD: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (BLOCKED_FP8, W8A8), "ascend": (W8A8,)}
 """device -> the quantized forms of experts that our operators have there."""
+
+
+def check_deployment(path: str, config: EPConfig, *, serving: bool) -> Placement | None:
+    """The finished placement, once all is known to be right that can be known before any process is started.
+
+    Raises:
+        UnavailableError: the model, or a package or device that is needed, is not there.
+        ConfigError: model, settings and placement do not suit each other, or memory does not suffice.
+    """
+    settings = read_model_config(Path(path))
+    placement = finished_placement(config, layer_count(settings), dense_layers(settings))
+    check_model(path, config, placement)
+    check_packages(config, serving=serving)
+    check_cache(config)
+    return placement
 
 
 def check_model(path: str, config: EPConfig, placement: Placement | None = None) -> None:
@@ -50,10 +73,7 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
                 f"ep_size: {config.ep_size} does not divide the {experts} experts of {path}; "
                 f"use one of {', '.join(fitting)}, or a placement"
             )
-    quantized = settings.get("quantization_config") or settings.get("text_config", {}).get(
-        "quantization_config"
-    )
-    if quantized:
+    if quantized := quantization(settings):
         _check_form(form_of_experts(quantized), config, path)
 
 
@@ -67,6 +87,20 @@ def check_packages(config: EPConfig, *, serving: bool) -> None:
         needed += ["uvicorn", "fastapi", "openai", "aiohttp"]
     if missing := [name for name in needed if find_spec(name) is None]:
         raise UnavailableError(f"{', '.join(missing)} must be installed: pip install 'epbackend[serve]'")
+
+
+def check_cache(config: EPConfig) -> None:
+    """Raises ConfigError for a KV cache that is larger than the free memory of this machine (device cpu)."""
+    gigabytes = config.engine.cache_gb
+    device = get_device(config.device)
+    if gigabytes is None or device.name != "cpu":
+        return
+    usable = device.memory().free * (1 - KEPT_FREE) / GIB
+    if gigabytes > usable:
+        raise ConfigError(
+            f"engine.cache_gb: {gigabytes:g} GiB a rank: not enough memory, {usable:.2f} GiB are free for a rank's KV "
+            f"cache; lower it to at most {usable:.2f} GiB"
+        )
 
 
 def form_of_experts(quantized: dict[str, Any]) -> str:
@@ -96,23 +130,6 @@ def _check_form(form: str, config: EPConfig, path: str) -> None:
         )
 
 
-def expert_count(settings: dict[str, Any]) -> int | None:
-    """Routed experts of a model from its config.json; None for a dense model."""
-    for level in (settings, settings.get("text_config") or {}):
-        for name in EXPERT_COUNTS:
-            if level.get(name):
-                return int(level[name])
-    return None
-
-
-def layer_count(settings: dict[str, Any]) -> int | None:
-    """Layers of a model, dense ones too, from its config.json; None where it does not say."""
-    for level in (settings, settings.get("text_config") or {}):
-        if level.get("num_hidden_layers"):
-            return int(level["num_hidden_layers"])
-    return None
-
-
 def _check_placement(placement: Placement, settings: dict[str, Any], path: str, ep_size: int) -> None:
     """Raises ConfigError for a placement of another model or other ranks."""
     has = {"ranks": placement.ranks, "experts": placement.experts, "layers": len(placement.layers)}
@@ -124,24 +141,6 @@ def _check_placement(placement: Placement, settings: dict[str, Any], path: str, 
                 f"placement: it has {has[name]} {name}, but {needed[name]} are those of {of[name]}; plan one on loads "
                 f"recorded with this model (epbackend record), for {ep_size} ranks"
             )
-
-
-def read_model_config(path: Path) -> dict[str, Any]:
-    """The model's config.json. Raises UnavailableError where there is no such model."""
-    file = path / "config.json"
-    if not path.exists():
-        raise UnavailableError(
-            f"there is no model at {path}: give a directory with config.json and its weights"
-        )
-    if not file.is_file():
-        raise UnavailableError(f"{path} is not a model directory: it has no config.json")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UnavailableError(f"{file} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UnavailableError(f"{file} does not hold an object")
-    return settings
 
 
 def _architecture(settings: dict[str, Any]) -> str:

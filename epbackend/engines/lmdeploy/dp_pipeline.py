@@ -101,7 +101,7 @@ class ReplicatedPipeline:
                         busy.remove(engine)
                     else:
                         yield part
-        except GeneratorExit:
+        except (GeneratorExit, KeyboardInterrupt):
             # The rest is not wanted, and the next call must not find it in the pipes.
             for engine in busy:
                 while self._receive(engine) is not None:

@@ -1,15 +1,12 @@
-"""What LMDeploy is given: its engine configuration, made of our settings, and the directory of a model."""
+"""What LMDeploy is given: its engine configuration, made of our settings."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
-from epbackend.errors import ConfigError, UnavailableError
-from epbackend.models import resolve
+from epbackend.errors import ConfigError
 
 if TYPE_CHECKING:
     from lmdeploy import PytorchEngineConfig
@@ -69,29 +66,3 @@ def executor(config: EPConfig) -> str:
         return "uni"
     # LMDeploy runs dp > 1 by Ray only. On one machine mp starts twice as fast.
     return "ray" if config.engine.dp > 1 else "mp"
-
-
-HUB_NAME = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+")
-"""owner/name"""
-
-
-def locate(model: str) -> str:
-    """The directory of a model: one that comes with epbackend, a path, or the name of one in the hub.
-
-    A model of the hub is downloaded, as LMDeploy does it, unless it is in the hub's cache already.
-
-    Raises:
-        UnavailableError: it could not be downloaded.
-    """
-    path = resolve(model)
-    if Path(path).exists() or not HUB_NAME.fullmatch(path):
-        return path
-    from lmdeploy.utils import get_model
-
-    try:
-        return get_model(path)
-    except Exception as error:  # whatever the hub's client raises, the reason is in its text
-        raise UnavailableError(
-            f"there is no directory {path}, and the hub did not give a model of that name: {error}; "
-            "give the path of a checkpoint"
-        ) from error

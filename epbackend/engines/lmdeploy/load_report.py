@@ -59,7 +59,7 @@ logger = logging.getLogger("epbackend")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The work of all ranks since the engine started, its warm-up included."""
+    """The work of all ranks since the engine started, its warm-up left out."""
 
     layers: tuple[int, ...]
     """The model's layers that have experts: the second axis of tokens_RYE."""

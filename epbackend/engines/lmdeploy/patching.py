@@ -20,8 +20,9 @@ from epbackend.errors import EPError, UnavailableError
 
 LMDEPLOY_VERSION = "0.18.0"
 
-When = Literal["always", "cpu", "cuda", "ascend", "ep", "mp", "ray"]
-"""What makes a patch needed: the device, more than one expert rank, or the executor that starts the ranks."""
+When = Literal["always", "cpu", "cuda", "ascend", "ep", "mp", "ray", "run"]
+"""What makes a patch needed: the device, more than one expert rank, the executor that starts the ranks; or `epbackend
+run`, whose hooks come before the plug."""
 
 Build = Callable[[Any], Any]
 
@@ -110,6 +111,11 @@ class Patches:
 
     def __init__(self) -> None:
         self._replaced: list[tuple[Patch, Any, str, Any]] = []
+
+    @property
+    def applied(self) -> bool:
+        """Whether any patch stands."""
+        return bool(self._replaced)
 
     def apply(self, patches: Iterable[Patch], *, check: bool = True) -> None:
         """Replaces every target in order, or none of them where a check or a replacement fails."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import warnings
 
 import torch
 
@@ -55,6 +56,8 @@ def enable(config: EPConfig, placement: Placement | None = None) -> None:
 def enable_worker() -> None:
     """`enable` with what the parent left in the environment, for the processes that LMDeploy starts."""
     if current() is None:
+        # LMDeploy's own collectives, which a user cannot do anything about.
+        warnings.filterwarnings("ignore", r".*all_gather_into_tensor. is deprecated", FutureWarning)
         packed = os.environ.get(PLACEMENT_VARIABLE)
         config = EPConfig.from_json(os.environ[CONFIG_VARIABLE])
         warm_splits(config)

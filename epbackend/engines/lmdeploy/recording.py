@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from epbackend.engines.lmdeploy.checks import layer_count, read_model_config
+from epbackend.engines.lmdeploy.checkpoint import layer_count, read_model_config
 from epbackend.engines.lmdeploy.load_report import LoadReport
 from epbackend.engines.lmdeploy.processes import POLL_S, listens
 from epbackend.errors import ConfigError, EPError
@@ -62,7 +62,7 @@ def recording_server(
 ) -> Iterator[None]:
     """Records what engines do while the block runs: every EVERY_S seconds, and at its end. None: does nothing.
 
-    Counts from when their servers listen at `addresses`: the tokens of their warm-up belong to no request.
+    Counts from when their servers listen at `addresses`.
     """
     if recording is None:
         yield

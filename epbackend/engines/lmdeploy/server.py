@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
+from epbackend.engines.lmdeploy.front import Front
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load_report import SharedStats, last_error
 from epbackend.engines.lmdeploy.processes import (
@@ -42,21 +44,23 @@ def serve_model(
     port: int,
     placement: Placement | None = None,
     recording: Recording | None = None,
+    front: Front | None = None,
     **kwargs: Any,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then ends every process. Call it in the main thread.
 
     With `engine.dp` > 1 a proxy listens at host and port, and its engines at free ports of the loopback interface.
-    `recording` saves the experts' loads. Further arguments go to LMDeploy's `api_server.serve` (model_name,
-    api_keys, ...).
+    `recording` saves the experts' loads, `front` says what clients see. Further arguments go to LMDeploy's
+    `api_server.serve`.
 
     Raises:
         ConfigError: the port is in use; checked before anything is loaded.
         WorkerError: an engine ended by itself.
     """
     check_port(host, port)
-    kwargs.setdefault("log_level", config.engine.log_level)
-    with _sigterm_as_exit():
+    front = front or Front()
+    kwargs = {"log_level": config.engine.log_level, **front.engine_arguments(model_path), **kwargs}
+    with _sigterm_as_exit(), front.shown():
         if config.engine.dp == 1:
             plug.enable(config, placement)
             try:
@@ -66,7 +70,7 @@ def serve_model(
                 plug.disable()
         else:
             warm_splits(config)
-            _serve_behind_proxy(model_path, config, host, port, placement, recording, kwargs)
+            _serve_behind_proxy(model_path, config, host, port, placement, recording, front, kwargs)
 
 
 def _serve_engine(
@@ -97,6 +101,7 @@ def _serve_behind_proxy(
     port: int,
     placement: Placement | None,
     recording: Recording | None,
+    front: Front,
     kwargs: dict[str, Any],
 ) -> None:
     from lmdeploy.serve.proxy.proxy import proxy
@@ -104,12 +109,14 @@ def _serve_behind_proxy(
     board = SharedStats(config.world_size)
     proxy_at = LOOPBACK if host == "0.0.0.0" else host
     ports = [free_port() for _ in range(config.engine.dp)]
+    # Clients show their keys to the proxy; it hands none on, and nobody else reaches the engines.
+    api_keys = kwargs.pop("api_keys", None)
     processes = start_engines(
         config,
         board,
         _run_engine_server,
         [
-            (model_path, config.to_json(), dp_rank, engine_port, (proxy_at, port), placement, kwargs)
+            (model_path, config.to_json(), dp_rank, engine_port, (proxy_at, port), placement, front, kwargs)
             for dp_rank, engine_port in enumerate(ports)
         ],
     )
@@ -119,7 +126,11 @@ def _serve_behind_proxy(
         with recording_server(recording, board.report, [(LOOPBACK, each) for each in ports]):
             # With its status file, nodes of an earlier deployment would come back.
             proxy(
-                server_name=host, server_port=port, disable_cache_status=True, log_level=kwargs["log_level"]
+                server_name=host,
+                server_port=port,
+                disable_cache_status=True,
+                log_level=kwargs["log_level"],
+                api_keys=api_keys,
             )
     finally:
         stop_engines(processes)
@@ -135,6 +146,7 @@ def _run_engine_server(
     port: int,
     proxy_at: tuple[str, int],
     placement: Placement | None,
+    front: Front,
     kwargs: dict[str, Any],
 ) -> None:
     """An engine process behind the proxy."""
@@ -142,7 +154,8 @@ def _run_engine_server(
     plug.enable(config, placement)
     _await_listener(proxy_at)
     proxy_url = f"http://{proxy_at[0]}:{proxy_at[1]}"
-    _serve_engine(model_path, config, dp_rank, LOOPBACK, port, {**kwargs, "proxy_url": proxy_url})
+    with replace(front, root_path="").shown():
+        _serve_engine(model_path, config, dp_rank, LOOPBACK, port, {**kwargs, "proxy_url": proxy_url})
 
 
 def _await_listener(address: tuple[str, int]) -> None:

@@ -53,6 +53,8 @@ class Counters:
         self.place, self.width = place, max(1, width)
         self.steps = 0
         """Steps that were asked for; the device may be behind."""
+        self.used = False
+        """Whether there ever was a step."""
         self.lines = 0
         """Lines that are allocated."""
         shape = LINES, self.width
@@ -79,10 +81,17 @@ class Counters:
     def step(self) -> None:
         """Send what was counted to the host, behind what the current stream has to do for this step."""
         views = self._views or self._make_views()
-        self.steps += 1
+        self.steps, self.used = self.steps + 1, True
         torch.sum(views.rows_NW, 1, out=views.sums_N)
         views.host_sums[self.steps % STEPS].copy_(views.sums_N, non_blocking=True)
         views.host_rows_NW.copy_(views.rows_NW, non_blocking=True)
+
+    def start_over(self) -> None:
+        """Forgets every step, once the device has done them. Captured graphs go on counting in the same place."""
+        getattr(torch, self.place.type).synchronize()
+        self._host_rows_NW.zero_()
+        self._host_sums_SN.zero_()
+        self.steps = 0
 
     def arrived(self) -> Snapshot | None:
         """The newest step that is whole on the host; None while one is half there. Asks the device nothing.
@@ -213,7 +222,7 @@ class StatsWriter:
             if (
                 counters is None
                 or counters.place != place
-                or (counters.steps and number in self._allocated)
+                or (counters.used and number in self._allocated)
                 or not counters.has_room(len(experts_L))
             ):
                 counters = self._begin(Counters(place, len(experts_L)))
@@ -236,6 +245,17 @@ class StatsWriter:
             self._thread = Thread(target=self._stand_by, name="epbackend load", daemon=True)
             self._thread.start()
 
+    def start_over(self) -> None:
+        """Forgets what was counted: the warm-up of an engine, which computes random tokens, is no load."""
+        with self._lock:
+            if self._counters is None:
+                return
+            for layer in self._layers.values():
+                layer.load.start_over()
+            self._counters.start_over()
+            with _writing(self._row):
+                self._clear(np.array(list(self._allocated)))
+
     def close(self) -> None:
         """Returns when all is written down. Steps after it are not counted."""
         counters, self._counters = self._counters, None
@@ -252,12 +272,17 @@ class StatsWriter:
         self._counters, self._allocated = counters, {}
         with _writing(self._row):
             numbers = np.flatnonzero(self._row["layers"])
-            for total in ("experts", "steps", "passes", "rounds"):
-                self._row[total] = 0
+            self._clear(numbers)
             self._row["layers"][numbers] = False
-            self._row["tokens"][numbers] = 0
-            self._row["sums"][:, numbers] = 0
+            self._row["experts"] = 0
         return counters
+
+    def _clear(self, numbers: np.ndarray) -> None:
+        """What layers of these numbers have counted, in the shared statistics."""
+        for total in ("steps", "passes", "rounds"):
+            self._row[total] = 0
+        self._row["tokens"][numbers] = 0
+        self._row["sums"][:, numbers] = 0
 
     def _stand_by(self) -> None:
         """Answers the readers. Looking is cheap; writing without a request is done seldom."""

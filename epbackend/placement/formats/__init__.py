@@ -12,8 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from epbackend.errors import ConfigError, UnavailableError, did_you_mean
-from epbackend.placement.formats import epbackend, expert_map, lmdeploy, npy, omni, sglang, sglang_pt, table
+from epbackend.placement.formats import (
+    epbackend,
+    expert_map,
+    lmdeploy,
+    mindie_hotspots,
+    npy,
+    omni,
+    sglang,
+    sglang_pt,
+    table,
+)
 from epbackend.placement.formats.base import LoadsFormat, PlacementFormat, ReadOptions
 from epbackend.placement.formats.file import PICKLE, File
 from epbackend.placement.loads import Loads
@@ -22,7 +34,8 @@ from epbackend.placement.placement import Placement
 __all__ = ["LOADS", "PLACEMENTS", "ReadOptions", "read", "read_loads", "read_placement", "usage", "write"]
 
 LOADS: dict[str, LoadsFormat] = {
-    each.name: each for each in (sglang.LOADS, sglang_pt.LOADS, lmdeploy.LOADS, npy.LOADS, table.LOADS)
+    each.name: each
+    for each in (sglang.LOADS, sglang_pt.LOADS, lmdeploy.LOADS, mindie_hotspots.LOADS, npy.LOADS, table.LOADS)
 }
 PLACEMENTS: dict[str, PlacementFormat] = {
     each.name: each
@@ -40,22 +53,23 @@ NO_OPTIONS = ReadOptions()
 
 
 def read_loads(paths: str | Path | Sequence[str | Path]) -> Loads:
-    """The windows of all files, in order.
+    """The windows of all files, in order; files that each hold what one rank recorded are added up to one window.
 
     Raises:
-        ConfigError: a file holds no loads, or loads of another model than the first.
+        ConfigError: a file holds no loads, or loads of another model than the first; or a rank's file is missing.
     """
     each = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not each:
         raise ConfigError("loads: no file is given; name one at least")
-    recorded = [_read_loads(Path(path)) for path in each]
+    read = [_read_loads(Path(path)) for path in each]
+    recorded = _ranks_added_up([loads for loads, _ in read], [rank for _, rank in read])
     windows = [tokens_YE for loads in recorded for tokens_YE in loads.tokens_WYE]
     return Loads.of(windows, [name for loads in recorded for name in loads.names])
 
 
 def read_placement(path: str | Path, options: ReadOptions = NO_OPTIONS) -> Placement:
     """The placement of a file; `options` give what its format leaves out. Raises ConfigError if it holds none."""
-    found = _read(Path(path), [*PLACEMENTS.values(), *LOADS.values()], options)
+    _, found = _read(Path(path), [*PLACEMENTS.values(), *LOADS.values()], options)
     if not isinstance(found, Placement):
         raise ConfigError(
             f"{path}: holds loads, not a placement; plan one: epbackend plan {path} --ranks R --slots P --out FILE"
@@ -75,7 +89,7 @@ def read(path: str | Path, name: str | None = None, options: ReadOptions = NO_OP
     forms = [form for form in every if name in (None, form.name)]
     if not forms:
         raise _unknown(str(name), {**PLACEMENTS, **LOADS}, "format")
-    return _read(Path(path), forms, options)
+    return _read(Path(path), forms, options)[1]
 
 
 def write(thing: Loads | Placement, path: str | Path, name: str, dense_layers: tuple[int, ...] = ()) -> None:
@@ -126,18 +140,40 @@ def _unknown(name: str, known: Iterable[str], what: str) -> ConfigError:
     return ConfigError(f"{name!r} is no {what}{did_you_mean(name, known)}; known are {', '.join(known)}")
 
 
-def _read_loads(path: Path) -> Loads:
-    found = _read(path, [*LOADS.values(), *PLACEMENTS.values()], NO_OPTIONS)
+def _read_loads(path: Path) -> tuple[Loads, int | None]:
+    """The loads of a file, and the rank that recorded them, where the file says it."""
+    file, found = _read(path, [*LOADS.values(), *PLACEMENTS.values()], NO_OPTIONS)
     if not isinstance(found, Loads):
         raise ConfigError(f"{path}: holds a placement, not loads; give a recording of the experts' tokens")
-    return found
+    rank = next(form for form in LOADS.values() if form.matches(file)).rank(file)
+    if rank is not None and (type(rank) is not int or rank < 0):
+        raise ConfigError(f"{path}: rank: must be a whole number from 0")
+    return found, rank
+
+
+def _ranks_added_up(recorded: list[Loads], ranks: list[int | None]) -> list[Loads]:
+    """Windows as they are, where no file is of one rank among others (SGLang's rank 0 writes down all of them)."""
+    if not any(ranks):
+        return recorded
+    if sorted(rank for rank in ranks if rank is not None) != list(range(len(ranks))):
+        said = ", ".join("none" if rank is None else str(rank) for rank in ranks)
+        raise ConfigError(
+            f"loads: the files are of ranks {said}, each of which recorded its own part; give the file of each rank, "
+            "from 0 on, once, and nothing else"
+        )
+    shapes = {loads.tokens_WYE.shape for loads in recorded}
+    if len(shapes) > 1:
+        raise ConfigError(f"loads: the files of the ranks have different shapes: {sorted(shapes)}")
+    total_WYE = np.sum([loads.tokens_WYE for loads in recorded], axis=0)
+    return [Loads(total_WYE, recorded[0].names)]
 
 
 def _read(
     path: Path, forms: Sequence[LoadsFormat | PlacementFormat], options: ReadOptions
-) -> Loads | Placement:
-    """In the first format that matches the content; errors start with the path."""
-    file = File(path)
+) -> tuple[File, Loads | Placement]:
+    """The file, and what it holds in the first format that matches; errors start with the path."""
+    hotspots = path / mindie_hotspots.CONFIG
+    file = File(hotspots if hotspots.is_file() else path)
     try:
         if file.kind == PICKLE:
             raise ConfigError("is a pickle, which may run any code: never read; save it as JSON, CSV or npy")
@@ -146,6 +182,6 @@ def _read(
             raise ConfigError(
                 f"{file.kind} of none of these formats: {', '.join(form.name for form in forms)}"
             )
-        return form.read(file, options) if isinstance(form, PlacementFormat) else form.read(file)
+        return file, form.read(file, options) if isinstance(form, PlacementFormat) else form.read(file)
     except (ConfigError, UnavailableError) as error:
         raise type(error)(f"{path}: {error}") from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from epbackend.errors import ConfigError
 from epbackend.placement.formats.file import File
 from epbackend.placement.loads import Loads
-from epbackend.placement.placement import Layout, Placement, Provenance
+from epbackend.placement.placement import Layout, Placement, Provenance, check_ranks
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class ReadOptions:
         """R. Raises ConfigError where it is not given; `what` is the file that does not say it."""
         if self.ranks is None or self.ranks < 1:
             raise ConfigError(f"ranks: {what} does not say how many there are; give them (--ranks)")
+        check_ranks(self.ranks)
         return self.ranks
 
 
@@ -40,6 +41,8 @@ class LoadsFormat:
     read: Callable[[File], Loads]
     write: Callable[[Loads], bytes] | None = None
     """None: it can only be read."""
+    rank: Callable[[File], object] = lambda file: None
+    """The rank that alone was recorded, where a file says so."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The expert map of vllm-ascend and MindIE: JSON with `moe_layer_count` and `layer_list`.
 
-Each layer lists its devices, and each device its experts in the order of its slots. Layers are MoE layers, numbered
-from 0: dense layers are not in the file. Every device needs the same number of slots. vllm-ascend finds the slot of an
-expert by its number, so no device may hold an expert twice. Node size and provenance are not kept.
+Each layer lists its devices, and each device its experts in the order of its slots. Layers are MoE layers; dense ones
+are not in the file. `layer_id` numbers them from 0, or as the model does: then dense layers are the numbers left out.
+Every device needs the same number of slots. vllm-ascend finds the slot of an expert by its number, so no device may
+hold an expert twice. Node size and provenance are not kept.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from epbackend.placement.formats.base import (
 from epbackend.placement.formats.file import File
 from epbackend.placement.placement import Placement
 
+MOST_LAYERS = 4096
+"""Of a model: the numbers of a file are not to be trusted."""
+
 
 def _read(file: File, options: ReadOptions, name: str) -> Placement:
     described = _objects(file.json["layer_list"], "layer_list")
@@ -32,10 +36,36 @@ def _read(file: File, options: ReadOptions, name: str) -> Placement:
         raise ConfigError(
             f"moe_layer_count: {str(file.json['moe_layer_count'])[:40]}, but layer_list has {len(described)} entries"
         )
-    held = [_experts_of_devices(layer, f"layer_list[{index}]") for index, layer in enumerate(described)]
+    numbers = _layer_numbers(described)
+    dense_layers = _dense_layers(numbers, options.dense_layers)
+    listed = [_experts_of_devices(layer, f"layer_list[{index}]") for index, layer in enumerate(described)]
+    held = [listed[numbers.index(number)] for number in sorted(numbers)]
     experts = 1 + max(expert for devices in held for device in devices for expert in device)
     layers = [layout_of_layer(index, devices, experts) for index, devices in enumerate(held)]
-    return imported(with_dense(layers, options.dense_layers), file, name)
+    return imported(with_dense(layers, dense_layers), file, name)
+
+
+def _layer_numbers(described: list[dict[str, Any]]) -> list[int]:
+    """The layer_id of each entry; the place in the list, where no entry has one."""
+    given: list[Any] = [layer.get("layer_id") for layer in described]
+    if given == [None] * len(given):
+        return list(range(len(given)))
+    for index, number in enumerate(given):
+        if type(number) is not int or not 0 <= number < MOST_LAYERS:
+            raise ConfigError(f"layer_list[{index}].layer_id: must be a whole number from 0, and sensible")
+        if given.index(number) != index:
+            raise ConfigError(f"layer_list[{index}].layer_id: {number} is there twice; give each layer once")
+    return given
+
+
+def _dense_layers(numbers: list[int], given: tuple[int, ...]) -> tuple[int, ...]:
+    """The layers without experts: as given, or those that the numbers of the model's layers leave out."""
+    left_out = tuple(sorted(set(range(max(numbers) + 1)) - set(numbers)))
+    if left_out and given and left_out != given:
+        raise ConfigError(
+            f"dense_layers: {given} are given, but layer_id leaves out {left_out}; give neither or the same"
+        )
+    return left_out or given
 
 
 def _experts_of_devices(layer: dict[str, Any], field: str) -> list[list[int]]:

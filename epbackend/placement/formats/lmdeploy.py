@@ -43,9 +43,9 @@ def _read_placement(file: File, options: ReadOptions) -> Placement:
     loads = _read_loads(file)
     ranks = options.need_ranks("LMDeploy's statistics file")
     slots = loads.experts if options.slots is None else options.slots
-    if slots % ranks or slots < loads.experts:
+    if slots % ranks or not loads.experts <= slots <= loads.experts * ranks:
         raise ConfigError(
-            f"slots: {slots} must be a multiple of the {ranks} ranks, and {loads.experts} at least"
+            f"slots: {slots} must be a multiple of the {ranks} ranks, from {loads.experts} to {loads.experts * ranks}"
         )
     expert_YP = rebalance(loads.tokens_WYE[0], slots, ranks)
     layers = tuple(Layout.of(expert_P, ranks, loads.experts) for expert_P in expert_YP)

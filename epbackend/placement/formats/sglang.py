@@ -85,6 +85,7 @@ LOADS = LoadsFormat(
     lambda file: COUNT in file.keys,
     _read_loads,
     _write_loads,
+    lambda file: file.json.get("rank"),
 )
 PLACEMENT = PlacementFormat(
     "sglang",

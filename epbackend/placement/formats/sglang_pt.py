@@ -44,7 +44,8 @@ def _read(file: File) -> Loads:
         raise ConfigError("logical_count: is missing; record with --expert-distribution-recorder-mode stat")
     check_values(tuple(count.shape))  # a tensor of few bytes may have any shape, by strides of 0
     steps = count if count.ndim == 3 else count[None]
-    return Loads.of(steps.sum(dim=0).double().numpy(), [file.name])
+    # Added up as they are stored, counts of half precision would lose tokens.
+    return Loads.of(steps.double().sum(dim=0).numpy(), [file.name])
 
 
 def _check_archive(file: File) -> None:
@@ -89,4 +90,5 @@ LOADS = LoadsFormat(
     "what SGLang's recorder dumps in mode stat (.pt); needs torch",
     lambda file: file.kind == ZIP,
     _read,
+    rank=lambda file: _load(file).get("rank"),
 )

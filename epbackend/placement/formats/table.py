@@ -27,14 +27,24 @@ def _read(file: File) -> Loads:
     names = [cell.strip().lower() for cell in head]
     if names in (HEADER, ["window", *HEADER]):
         return _read_list(rows, file.name, named=len(names) > len(HEADER))
+    return Loads.of(_matrix(chain([(first, head)], rows), head), [file.name])
+
+
+def read_matrix(file: File) -> np.ndarray:
+    """The numbers of a csv file without a header, float64. Raises ConfigError, with the line, for anything else."""
+    rows = [(number, row) for number, row in enumerate(csv.reader(io.StringIO(file.text)), 1) if any(row)]
+    return _matrix(rows, rows[0][1] if rows else [])
+
+
+def _matrix(rows: Iterable[tuple[int, list[str]]], head: list[str]) -> np.ndarray:
     values = array("d")
-    for number, row in chain([(first, head)], rows):
+    for number, row in rows:
         if len(row) != len(head):
             raise ConfigError(
                 f"line {number}: has {len(row)} numbers, the first one has {len(head)}; make them equal"
             )
         values.extend(_number(float, cell, number) for cell in row)
-    return Loads.of(np.array(values).reshape(-1, len(head)), [file.name])
+    return np.array(values).reshape(-1, max(1, len(head)))
 
 
 def _read_list(rows: Iterable[tuple[int, list[str]]], name: str, *, named: bool) -> Loads:

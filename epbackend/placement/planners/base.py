@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from epbackend.errors import ConfigError, did_you_mean
 from epbackend.placement.loads import Loads
 from epbackend.placement.objectives import TOKENS, Objective
-from epbackend.placement.placement import Layout, Placement
+from epbackend.placement.placement import Layout, Placement, check_ranks
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
@@ -67,6 +67,7 @@ def all_layers(task: Task, planned: Mapping[int, Layout]) -> tuple[Layout, ...]:
 def check_task(task: Task) -> None:
     """Raises ConfigError, with the field and the remedy, for ranks, slots and nodes that do not go together."""
     experts, ranks, slots = task.loads.experts, task.ranks, task.slots
+    check_ranks(ranks)
     if task.current is not None:
         _check_current(task.current, task.loads, ranks)
     if slots < experts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from epbackend.engines.lmdeploy.patches import cpu, cuda, engine, executors, models
+from epbackend.engines.lmdeploy.patches import cpu, cuda, engine, executors, handover, models
 from epbackend.engines.lmdeploy.patching import Patch
 
 # The CPU's come first: one of them must be applied before the targets of the others are imported.
@@ -12,6 +12,7 @@ PATCHES: tuple[Patch, ...] = (
     *engine.PATCHES,
     *executors.PATCHES,
     *models.PATCHES,
+    *handover.PATCHES,
 )
 
 
@@ -19,3 +20,8 @@ def needed(device_name: str, ep_size: int, executor: str) -> tuple[Patch, ...]:
     """The patches for a device, a number of expert ranks and an executor (uni, mp, ray)."""
     present = {"always", device_name, executor} | ({"ep"} if ep_size > 1 else set())
     return tuple(each for each in PATCHES if each.when in present)
+
+
+def of_run() -> tuple[Patch, ...]:
+    """Those that `epbackend run` applies before the program starts, which enables the plug only later."""
+    return (handover.packaged_models, *(each for each in PATCHES if each.when == "run"))

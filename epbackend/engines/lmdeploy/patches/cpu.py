@@ -71,17 +71,29 @@ def engine_config_accepts_cpu(original: Callable) -> Callable:
     return post_init
 
 
-@patch(
-    "lmdeploy.pytorch.config:is_bf16_supported",
-    why="it says no for a device it does not know, and bfloat16 would become float16",
-    when="cpu",
-    fingerprint="a3ba97b0bd8a",
-)
-def cpu_has_bf16(original: Callable) -> Callable:
+def _bf16_on_the_cpu(original: Callable) -> Callable:
     def is_bf16_supported(device_type: str = "cuda") -> bool:
         return device_type == "cpu" or original(device_type)
 
     return is_bf16_supported
+
+
+cpu_has_bf16 = Patch(
+    "cpu-has-bf16",
+    "lmdeploy.pytorch.config:is_bf16_supported",
+    "it says no for a device it does not know, and bfloat16 would become float16",
+    "cpu",
+    _bf16_on_the_cpu,
+    "a3ba97b0bd8a",
+)
+checks_know_bf16 = Patch(
+    "checks-know-bf16",
+    "lmdeploy.utils:is_bf16_supported",
+    "its check of the model warns of bfloat16 on a device it does not know",
+    "cpu",
+    _bf16_on_the_cpu,
+    "a3ba97b0bd8a",
+)
 
 
 @patch(
@@ -186,6 +198,7 @@ PATCHES = (
     lmdeploy_uncompiled,
     engine_config_accepts_cpu,
     cpu_has_bf16,
+    checks_know_bf16,
     auto_keeps_float32,
     batch_size_of_cpu,
     torch_checked_on_cpu,

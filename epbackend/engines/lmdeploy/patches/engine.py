@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from lmdeploy.pytorch.distributed import get_dist_manager
 
+from epbackend.config.schema import FEWEST_BLOCKS
+from epbackend.engines.lmdeploy.checks import GIB, KEPT_FREE
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError
@@ -22,11 +24,7 @@ BACKENDS = {
 }
 """Device -> our backend for it. Each imports what only its own device has."""
 
-GIB = 1 << 30
 DEFAULT_CACHE_GIB = 1.0
-KEPT_FREE = 0.1
-"""Share of the free memory that no cache may take: activations and the ranks' own needs."""
-FEWEST_BLOCKS = 16
 
 
 @patch(
@@ -168,10 +166,40 @@ def steps_are_counted(original: Callable) -> Callable:
     return model_forward
 
 
+@patch(
+    "lmdeploy.pytorch.engine.model_agent.agent:BaseModelAgent.warmup",
+    why="the random tokens of its warm-up would count as load",
+    when="always",
+    fingerprint="53e20637a948",
+)
+def warm_up_is_no_load(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def warmup(self: Any) -> None:
+        original(self)
+        active().stats_writer.start_over()
+
+    return warmup
+
+
+@patch(
+    "lmdeploy.pytorch.engine.model_agent.agent:tqdm",
+    why="a warm-up of nothing has a progress bar",
+    when="always",
+)
+def no_bar_of_nothing(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def bar(items: Any, *args: Any, disable: bool = False, **kwargs: Any) -> Any:
+        return original(items, *args, disable=disable or not len(items), **kwargs)
+
+    return bar
+
+
 PATCHES = (
     backend_with_our_experts,
     cache_by_budget,
     failed_checks_raise,
     loaded_weights_are_checked,
     steps_are_counted,
+    warm_up_is_no_load,
+    no_bar_of_nothing,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,24 @@ def no_engine_in_ray(original: Callable) -> Callable:
         return original(backend, *args, **kwargs)
 
     return build_mp_engine
+
+
+@patch(
+    "lmdeploy.pytorch.engine.executor:get_logger",
+    why="it warns at every start that a later LMDeploy drops this executor, which the plug has chosen",
+    when="mp",
+    fingerprint="74643321fe6d",
+)
+def mp_without_a_warning(original: Callable) -> Callable:
+    def wanted(record: logging.LogRecord) -> bool:
+        return "MPExecutor will be deprecated" not in record.getMessage()
+
+    def get_logger(*args: Any, **kwargs: Any) -> logging.Logger:
+        log = original(*args, **kwargs).getChild("executor")
+        log.addFilter(wanted)
+        return log
+
+    return get_logger
 
 
 @patch(
@@ -105,6 +124,7 @@ PATCHES = (
         "753cbf9af5aa",
     ),
     no_engine_in_ray,
+    mp_without_a_warning,
     Patch(
         "ray-worker",
         f"{_RAY}:RayWorkerWrapper",

@@ -1,0 +1,286 @@
+"""A checkpoint: where it is, what its config.json says, and whether its files are there and whole.
+
+Reads no weight: of a safetensors file its header, which says what it holds and how long it must be. Imports no torch:
+what is wrong is said before anything starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from epbackend.errors import UnavailableError
+from epbackend.models import resolve
+
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+"""The names under which the model families state their number of experts."""
+HUB_NAME = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+")
+"""owner/name"""
+SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+INDEX = ".index.json"
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "*.tiktoken",
+    "tiktoken.model",
+    "tokenization_*.py",
+)
+"""One of these holds a tokenizer, whatever its kind."""
+LFS_POINTER = b"version https://git-lfs"
+ZIP = b"PK\x03\x04"
+"""How a file of torch.save begins."""
+LONGEST_HEADER = 100_000_000
+"""Of a safetensors file, in bytes; the library refuses more."""
+QUANTIZED_TYPES = {"F8_E4M3", "F8_E5M2", "I8", "U8"}
+SHOWN = 4
+"""Names that an error lists before it only counts."""
+
+
+def locate(model: str) -> str:
+    """The directory of a model: one that comes with epbackend, a path, or the name of one in the hub.
+
+    A model of the hub is downloaded, as LMDeploy does it, unless it is in the hub's cache already.
+
+    Raises:
+        UnavailableError: it could not be downloaded.
+    """
+    path = resolve(model)
+    if Path(path).exists() or not HUB_NAME.fullmatch(path):
+        return path
+    from lmdeploy.utils import get_model
+
+    try:
+        return get_model(path)
+    except Exception as error:  # whatever the hub's client raises, the reason is in its text
+        raise UnavailableError(
+            f"there is no directory {path}, and the hub did not give a model of that name: {error}; "
+            "give the path of a checkpoint"
+        ) from error
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """The model's config.json. Raises UnavailableError where there is no such model."""
+    file = path / "config.json"
+    if not path.exists():
+        raise UnavailableError(
+            f"there is no model at {path}: give a directory with config.json and its weights"
+        )
+    if not file.is_file():
+        raise UnavailableError(f"{path} is not a model directory: it has no config.json")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnavailableError(f"{file} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UnavailableError(f"{file} does not hold an object")
+    return settings
+
+
+def expert_count(settings: dict[str, Any]) -> int | None:
+    """Routed experts of a model from its config.json; None for a dense model."""
+    for level in (settings, settings.get("text_config") or {}):
+        for name in EXPERT_COUNTS:
+            if level.get(name):
+                return int(level[name])
+    return None
+
+
+def layer_count(settings: dict[str, Any]) -> int | None:
+    """Layers of a model, dense ones too, from its config.json; None where it does not say."""
+    for level in (settings, settings.get("text_config") or {}):
+        if level.get("num_hidden_layers"):
+            return int(level["num_hidden_layers"])
+    return None
+
+
+def dense_layers(settings: dict[str, Any]) -> tuple[int, ...]:
+    """Layers of a model that have no experts, by what the families say in config.json; none where none does."""
+    text = settings.get("text_config") or settings
+    layers = range(layer_count(settings) or 0)
+    first, step = text.get("first_k_dense_replace") or 0, text.get("decoder_sparse_step") or 1
+    every, alone = text.get("moe_layer_freq") or 1, set(text.get("mlp_only_layers") or ())
+    if isinstance(every, list):  # a flag for each layer
+        return tuple(layer for layer, sparse in zip(layers, every, strict=False) if not sparse)
+    return tuple(
+        layer for layer in layers if layer < first or layer % every or (layer + 1) % step or layer in alone
+    )
+
+
+def quantization(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config of a config.json; None where weights are as they were trained."""
+    of_text = settings.get("text_config") or {}
+    return settings.get("quantization_config") or of_text.get("quantization_config")
+
+
+def check_checkpoint(path: str, *, weights: bool = True) -> None:
+    """Raises UnavailableError, naming the file, where a checkpoint in the directory `path` cannot be loaded.
+
+    That is: no weights, or a file of them that is missing, cut off, empty or a Git LFS pointer; tensors that the index
+    promises and no file has; experts of which tensors are missing; quantized weights of which config.json says nothing;
+    no tokenizer. `weights` False: they come later, from elsewhere.
+    """
+    folder = Path(path)
+    settings = read_model_config(folder)
+    _check_tokenizer(folder)
+    if not weights:
+        return
+    types = _check_safetensors(folder)
+    if types is None:
+        _check_pickled(folder)
+        return
+    _check_experts(types, settings, path)
+    if quantization(settings) is None and (odd := [name for name in types if types[name] in QUANTIZED_TYPES]):
+        raise UnavailableError(
+            f"{path}: config.json has no quantization_config, but {_listed(odd)} are stored as {types[odd[0]]}; "
+            "use the config.json that belongs to these weights"
+        )
+
+
+def safetensors_types(file: Path) -> dict[str, str]:
+    """tensor -> its type, from the header of a safetensors file.
+
+    Raises:
+        UnavailableError: the file is not of that form, or not as long as its header says.
+    """
+    size = _size(file)
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if len(start) < 8 or LFS_POINTER.startswith(start):
+            raise UnavailableError(_too_short(file, size))
+        (length,) = struct.unpack("<Q", start)
+        if length > LONGEST_HEADER:
+            raise UnavailableError(f"{file} is no safetensors file; download it again")
+        header = stream.read(length)
+    if len(header) < length:
+        raise UnavailableError(f"{file} is cut off: it has {size:,} bytes; download it again")
+    try:
+        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        needed = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        types = {name: entry["dtype"] for name, entry in tensors.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UnavailableError(f"{file} is no safetensors file; download it again") from None
+    if size != needed:
+        how = "is cut off" if size < needed else "is too long"
+        raise UnavailableError(
+            f"{file} {how}: it has {size:,} bytes, its header says {needed:,}; download it again"
+        )
+    return types
+
+
+def _check_safetensors(folder: Path) -> dict[str, str] | None:
+    """Types of all tensors; None for a checkpoint of another form. In the order in which LMDeploy looks."""
+    if (folder / SAFETENSORS).is_file():
+        return safetensors_types(folder / SAFETENSORS)
+    if not (folder / (SAFETENSORS + INDEX)).is_file():
+        return None
+    types: dict[str, str] = {}
+    for file, promised in _shards(folder / (SAFETENSORS + INDEX)).items():
+        found = safetensors_types(folder / file)
+        if missing := [name for name in promised if name not in found]:
+            raise UnavailableError(
+                f"{folder / file} lacks {_listed(missing)}, which {SAFETENSORS + INDEX} promises; download both again"
+            )
+        types |= found
+    return types
+
+
+def _check_pickled(folder: Path) -> None:
+    if (folder / PICKLED).is_file():
+        files: Iterable[str] = [PICKLED]
+    elif (folder / (PICKLED + INDEX)).is_file():
+        files = _shards(folder / (PICKLED + INDEX))
+    else:
+        raise UnavailableError(
+            f"{folder} has no weights: LMDeploy looks for {SAFETENSORS}, {SAFETENSORS + INDEX}, {PICKLED} or "
+            f"{PICKLED + INDEX}"
+        )
+    for file in files:
+        size = _size(folder / file)
+        with (folder / file).open("rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+        if size < len(LFS_POINTER) or start == LFS_POINTER:
+            raise UnavailableError(_too_short(folder / file, size))
+        if start.startswith(ZIP):
+            with (folder / file).open("rb") as stream:
+                stream.seek(-min(size, 1 << 16), os.SEEK_END)
+                if b"PK\x05\x06" not in stream.read():  # the directory, at the very end
+                    raise UnavailableError(
+                        f"{folder / file} is cut off: it has {size:,} bytes; download it again"
+                    )
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+    """file -> the tensors that the index promises in it."""
+    promised: defaultdict[str, list[str]] = defaultdict(list)
+    try:
+        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            promised[file].append(name)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UnavailableError(f"{index} is no index: it must map tensors to files (weight_map)") from None
+    if missing := [file for file in promised if not (index.parent / file).is_file()]:
+        raise UnavailableError(
+            f"{index.parent} lacks {_listed(missing)} of the {len(promised)} files in {index.name}; download them"
+        )
+    return dict(sorted(promised.items()))
+
+
+def _check_experts(names: Iterable[str], settings: Mapping[str, Any], path: str) -> None:
+    """Every expert of a layer has tensors of the same names, and none is left out.
+
+    Where experts are stored one by one; forms that stack them are left to LMDeploy.
+    """
+    experts = expert_count(dict(settings)) or 0
+    parts: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        layer, experts_, rest = name.rpartition(".experts.")
+        expert, dot, part = rest.partition(".")
+        if experts_ and dot and expert.isdecimal():
+            parts[layer][expert].add(part)
+    for layer, of_expert in parts.items():
+        whole = set().union(*of_expert.values())
+        if lacking := [str(each) for each in range(experts) if of_expert.get(str(each)) != whole]:
+            missing = sorted(whole - of_expert.get(lacking[0], set()))
+            raise UnavailableError(
+                f"{path}: {layer} lacks {_listed(missing)} of experts {_listed(lacking)}, and config.json says "
+                f"{experts} experts; download the checkpoint again"
+            )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    found = [file for pattern in TOKENIZERS for file in folder.glob(pattern)]
+    if not found:
+        raise UnavailableError(f"{folder} has no tokenizer: it lacks tokenizer.json, or one of another kind")
+    for file in found:
+        if file.stat().st_size == 0:
+            raise UnavailableError(f"{file} is empty; download it again")
+        with file.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UnavailableError(_too_short(file, file.stat().st_size))
+
+
+def _size(file: Path) -> int:
+    if not os.access(file, os.R_OK):
+        raise UnavailableError(f"{file} cannot be read: look at its permissions")
+    return file.stat().st_size
+
+
+def _too_short(file: Path, size: int) -> str:
+    pointer = size and file.read_bytes()[: len(LFS_POINTER)] == LFS_POINTER
+    what = "is a pointer of Git LFS, not the file itself: run git lfs pull" if pointer else "is cut off"
+    return f"{file} {what} ({size:,} bytes)"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

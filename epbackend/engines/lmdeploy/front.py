@@ -1,0 +1,192 @@
+"""What a server shows to its clients: name, keys, chat template, parsers, TLS, CORS, its path, its request log."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from epbackend.config import EPConfig
+from epbackend.engines.lmdeploy.patching import Patch, Patches
+from epbackend.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from lmdeploy import ChatTemplateConfig
+
+EVERYTHING = ("*",)
+
+
+@dataclass(frozen=True)
+class Front:
+    """The options of a server that are no setting of its engine."""
+
+    model_name: str | None = None
+    """What clients call the model. None: what the caller called it."""
+    api_keys: tuple[str, ...] = ()
+    """Of which a request must bring one (`Authorization: Bearer KEY`). None given: all requests are served."""
+    chat_template: str | None = None
+    """A name that LMDeploy knows, or a JSON file of its ChatTemplateConfig. None: the model's own."""
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    request_log: bool = False
+    """Whether each prompt, its parameters and its answer go to the log."""
+    max_log_len: int | None = None
+    """Characters of a prompt that the log shows."""
+    access_log: bool = True
+    """Whether each HTTP request is a line of the log."""
+    ssl_keyfile: Path | None = None
+    ssl_certfile: Path | None = None
+    allow_origins: tuple[str, ...] = EVERYTHING
+    allow_methods: tuple[str, ...] = EVERYTHING
+    allow_headers: tuple[str, ...] = EVERYTHING
+    allow_credentials: bool = False
+    root_path: str = ""
+    """Where a gateway that cuts this prefix off shows the server."""
+    max_concurrent_requests: int | None = None
+    """Requests worked on at once; more wait."""
+    trust_remote_code: bool = False
+    disable_fastapi_docs: bool = False
+    allow_terminate_by_client: bool = False
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.ssl_certfile else "http"
+
+    def check(self, config: EPConfig) -> None:
+        """Raises ConfigError for what cannot work, before anything is loaded."""
+        for name, file in (("ssl_keyfile", self.ssl_keyfile), ("ssl_certfile", self.ssl_certfile)):
+            if file is not None and not os.access(file, os.R_OK):
+                raise ConfigError(f"{name}: {file} cannot be read")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ConfigError("ssl_keyfile and ssl_certfile belong together: give both, or neither")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise ConfigError(f"root_path: {self.root_path} must begin with a slash, as /models/a")
+        if config.engine.dp > 1:
+            cors = (self.allow_origins, self.allow_methods, self.allow_headers)
+            if self.ssl_certfile:
+                raise ConfigError(
+                    "ssl_certfile: with engine.dp > 1 the engines reach LMDeploy's proxy by plain HTTP; end TLS at a "
+                    "gateway before it"
+                )
+            if cors != (EVERYTHING,) * 3 or self.allow_credentials:
+                raise ConfigError(
+                    "allow_origins: with engine.dp > 1 LMDeploy's proxy answers, which allows every origin; restrict "
+                    "them at a gateway before it"
+                )
+        self._check_parsers()
+
+    def engine_arguments(self, model_path: str) -> dict[str, Any]:
+        """What LMDeploy's `api_server.serve` takes of it, where that server is the one that clients reach.
+
+        Raises:
+            ConfigError: the chat template is unknown, or its file is none.
+        """
+        return {
+            "model_name": self.model_name,
+            "api_keys": list(self.api_keys) or None,
+            "chat_template_config": chat_template_config(self.chat_template, model_path),
+            "tool_call_parser": self.tool_call_parser,
+            "reasoning_parser": self.reasoning_parser,
+            "max_log_len": self.max_log_len,
+            "ssl": self.ssl_certfile is not None,
+            "allow_origins": list(self.allow_origins),
+            "allow_methods": list(self.allow_methods),
+            "allow_headers": list(self.allow_headers),
+            "allow_credentials": self.allow_credentials,
+            "max_concurrent_requests": self.max_concurrent_requests,
+            "trust_remote_code": self.trust_remote_code,
+            "disable_fastapi_docs": self.disable_fastapi_docs,
+            "allow_terminate_by_client": self.allow_terminate_by_client,
+        }
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Servers that LMDeploy starts meanwhile in this process are at `root_path`, with the logs that were asked."""
+        patches, environment = Patches(), {}
+        if self.ssl_certfile:
+            environment = {"SSL_KEYFILE": str(self.ssl_keyfile), "SSL_CERTFILE": str(self.ssl_certfile)}
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        patches.apply(self._patches())
+        try:
+            yield
+        finally:
+            patches.restore()
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+    def _patches(self) -> list[Patch]:
+        found = [
+            Patch(
+                "server-front",
+                "uvicorn:run",
+                "LMDeploy hands on neither the path behind a gateway nor whether requests are logged",
+                "always",
+                self._uvicorn_run,
+            )
+        ]
+        if self.request_log:
+            found.append(
+                Patch(
+                    "request-log",
+                    "lmdeploy.logger:logger",
+                    "its requests are logged only together with all else of level INFO",
+                    "always",
+                    lambda original: _request_log(),
+                )
+            )
+        return found
+
+    def _uvicorn_run(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, root_path=self.root_path, access_log=self.access_log, **kwargs)
+
+        return run
+
+    def _check_parsers(self) -> None:
+        if self.tool_call_parser is None and self.reasoning_parser is None:
+            return
+        from lmdeploy.serve.parsers import validate_parser_names
+
+        try:
+            validate_parser_names(self.reasoning_parser, self.tool_call_parser, warn_legacy=False)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+
+def chat_template_config(name: str | None, model_path: str) -> ChatTemplateConfig | None:
+    """LMDeploy's config of a chat template: a name that it knows, or a JSON file; None: the model's own.
+
+    Raises:
+        ConfigError: there is no such template, or the file does not hold one.
+    """
+    if name is None:
+        return None
+    from lmdeploy import ChatTemplateConfig
+    from lmdeploy.model import MODELS
+
+    if Path(name).is_file():
+        try:
+            return ChatTemplateConfig.from_json(name)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"chat_template: {name} holds none of LMDeploy's templates: {error}") from None
+    if name not in MODELS.module_dict:
+        known = sorted(MODELS.module_dict)
+        raise ConfigError(
+            f"chat_template: {name} is no file, and none of {', '.join(known)}{did_you_mean(name, known)}"
+        )
+    return ChatTemplateConfig(model_name=name, model_path=model_path)
+
+
+def _request_log() -> logging.Logger:
+    from lmdeploy.utils import REQUEST_LOG_LEVEL
+
+    log = logging.getLogger("epbackend.requests")
+    log.setLevel(REQUEST_LOG_LEVEL)
+    return log

@@ -1,0 +1,119 @@
+"""`epbackend serve`: what its switches do to the server that clients see."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import requests
+from typer.testing import CliRunner
+
+from epbackend.cli import app
+from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
+from tests.helpers.patience import PATIENCE_S
+
+COMMAND = """
+from epbackend.cli import main
+
+if __name__ == "__main__":
+    main()
+"""
+KEY = {"Authorization": "Bearer second"}
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A key and a certificate of this machine's own."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", f"subjectAltName=IP:{LOOPBACK}", "-keyout", str(key), "-out", str(certificate)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return key, certificate
+
+
+def test_a_server_with_its_switches(tmp_path, certificate, start_process):
+    key, cert = certificate
+    keys, port = tmp_path / "keys", free_port()
+    keys.write_text("first\nsecond\n")
+    running = start_process(
+        COMMAND, "serve", "tiny-qwen3-moe", "--port", str(port), "--device", "cpu", "--ep-size", "2", "--ep-level", "2",
+        "--set", "engine.cache_gb=0.05", "--set", "engine.session_len=256", "--api-key-file", str(keys),
+        "--ssl-keyfile", str(key), "--ssl-certfile", str(cert), "--root-path", "/models/a", "--log-requests",
+        "--disable-uvicorn-access-log", "--allow-origins", "https://ui.example",
+        ready="startup complete",
+    )  # fmt: skip
+    base = f"https://{LOOPBACK}:{port}"
+    asked = {"verify": str(cert), "timeout": PATIENCE_S}
+    wait_for(lambda: requests.get(f"{base}/v1/models", headers=KEY, **asked).ok)
+
+    # The name that was typed, and no other; a key that is in the file, and no other.
+    assert [
+        each["id"] for each in requests.get(f"{base}/v1/models", headers=KEY, **asked).json()["data"]
+    ] == ["tiny-qwen3-moe"]
+    request = {"model": "tiny-qwen3-moe", "prompt": "def main(", "max_tokens": 4}
+    assert requests.post(f"{base}/v1/completions", json=request, **asked).status_code == 401
+    answer = requests.post(f"{base}/v1/completions", json=request, headers=KEY, **asked)
+    assert answer.json()["usage"]["completion_tokens"] == 4
+    origin = KEY | {"Origin": "https://ui.example"}
+    assert requests.get(f"{base}/v1/models", headers=origin, **asked).headers[
+        "access-control-allow-origin"
+    ] == ("https://ui.example")
+    assert requests.get(f"{base}/openapi.json", headers=KEY, **asked).json()["servers"] == [
+        {"url": "/models/a"}
+    ]
+
+    running.look()
+    os.kill(running.process.pid, signal.SIGTERM)
+    running.process.wait(timeout=PATIENCE_S)
+    running.assert_nothing_left()
+    log = running.log.read_text()
+    assert "prompt='def main('" in log
+    assert "POST /v1/completions" not in log
+    for noise in ("deprecated", "0it [", "Traceback", "does not support bfloat16"):
+        assert noise not in log
+
+
+def wait_for(ready) -> None:
+    """Return when `ready` says so; until then the server may not listen."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            if ready():
+                return
+        except requests.ConnectionError:
+            pass
+        time.sleep(0.3)
+    raise AssertionError("the server does not answer")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ssl-keyfile", "none.pem", "--ssl-certfile", "none.pem"], "ssl_keyfile: none.pem cannot be read"),
+        (["--ssl-keyfile", __file__], "ssl_keyfile and ssl_certfile belong together"),
+        (["--root-path", "a"], "root_path: a must begin with a slash"),
+        (["--api-key-file", "none"], "api_key_file: none cannot be read"),
+        (["--tool-call-parser", "none"], "The tool parser none is not in the parser list"),
+        (["--chat-template", "none"], "chat_template: none is no file, and none of"),
+        (["--ep-size", "3"], "ep_size: 3 does not divide the"),
+        (["--ep-size", "2", "--dp", "3"], "engine.dp (from --dp): must divide ep_size 2"),
+        (["--max-model-len", "0"], "engine.session_len (from --session-len)"),
+        (["--set", "engine.sesion_len=1"], "did you mean 'session_len'?"),
+        (["--set", "engine.cache_blocks=12"], "engine.cache_blocks"),
+        (["--set", "engine.cache_gb=1e6"], "engine.cache_gb: 1e+06 GiB a rank: not enough memory"),
+        (
+            ["--dp", "2", "--ep-size", "2", "--allow-origins", "https://a"],
+            "allow_origins: with engine.dp > 1 LMDeploy's proxy answers",
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_anything_starts(words, said):
+    arguments = ["serve", "tiny-qwen3-moe", "--device", "cpu", "--port", str(free_port()), *words]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
