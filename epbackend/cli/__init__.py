@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 class Commands(TyperGroup):
-    """Loads the command that is called; prints errors meant for people without a traceback, and exits with 2."""
+    """Loads the command that is called; prints errors meant for people without a traceback, exits with their code."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, listed, rest = super().resolve_command(ctx, args)
@@ -44,7 +44,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except EPError as error:
             say(error_console, f"error: {error}", "red")
-            raise typer.Exit(2) from error
+            raise typer.Exit(error.exit_code) from error
 
 
 def _load(name: str) -> Any:

@@ -23,10 +23,21 @@ def serve(
             metavar="FILE", help="Write the experts' loads there, now and then and at the end, to plan on."
         ),
     ] = None,
+    restart: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Start again so often after a failure of the engine.")
+    ] = 0,
+    drain_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0, help="After SIGTERM, requests may finish for so long; a second one ends at once."
+        ),
+    ] = 30.0,
 ) -> None:
-    """Serve a model at http://HOST:PORT/v1; with dp > 1 one engine a data-parallel rank, behind LMDeploy's proxy."""
+    """Serve a model at http://HOST:PORT/v1; with dp > 1 one engine a data-parallel rank, behind one address."""
     settings = load_config(config)
     error_console.print(
         f"serving {model} at http://{host}:{port}/v1 ({settings.world_size} ranks)", highlight=False
     )
-    lmdeploy.serve(model, settings, host=host, port=port, record=record)
+    lmdeploy.serve(
+        model, settings, host=host, port=port, record=record, restart=restart, drain_seconds=drain_seconds
+    )

@@ -93,7 +93,7 @@ PATCHES = (
         f"{_MP}:Notifier",
         "its barrier blocks the event loop (with gloo a deadlock at every 32nd message) and waits for dead workers",
         "mp",
-        replaced_by(f"{_OURS}.workers:RingNotifier"),
+        replaced_by(f"{_OURS}.ring:RingNotifier"),
         "197c9bbabf2e",
     ),
     Patch(

@@ -1,0 +1,298 @@
+"""What stands between a server's clients and its application: true health, failures told, an end that is bounded.
+
+The application is LMDeploy's (`api_server`), or the balancer before several of them. The guard answers for it once the
+engine has failed: requests that wait get a 503 that says what happened, so do new ones, and the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import psutil
+
+from epbackend.engines.lmdeploy.patching import Patch, Patches
+from epbackend.engines.lmdeploy.process_guard import descendants, kill_all
+from epbackend.engines.lmdeploy.rank_watch import LOOK_S, STOPPED, process_state
+
+logger = logging.getLogger("epbackend")
+
+LINGER_S = 3.0
+"""How long a server that has failed still answers, so that clients and probes learn of it."""
+CLOSING_S = 1
+"""How long connections that are still open then have."""
+FAMILY_EVERY_S = 2.0
+"""How often all processes of the server are looked at."""
+RETRY_AFTER_S = 10
+
+_PACKED = (
+    "the experts' weights are packed for their device when they are loaded, and cannot be replaced while the server "
+    "runs; start it again with the new checkpoint"
+)
+REFUSED = {
+    "/update_weights": _PACKED,
+    "/update_weights_from_ipc": _PACKED,
+    "/init_weights_update_group": _PACKED,
+    "/update_weights_from_distributed": _PACKED,
+    "/destroy_weights_update_group": _PACKED,
+}
+"""Endpoints of LMDeploy that cannot work with the plug, and why."""
+DEEP_SLEEP = (
+    "level 2 drops the weights and wants new ones afterwards, but the experts' are packed for their device when they "
+    "are loaded; use level 1"
+)
+
+
+class Guard:
+    """The state of one server, and the ASGI application around it."""
+
+    def __init__(self, drain_seconds: float) -> None:
+        self.failure: str | None = None
+        """What the engine failed of; None while it serves."""
+        self._drain_seconds = drain_seconds
+        self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failed = asyncio.Event()
+        self._app: Any = None
+
+    @property
+    def serving(self) -> bool:
+        """Whether clients can reach the application."""
+        return self._loop is not None
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Servers that uvicorn runs meanwhile in this process are behind the guard."""
+        patches = Patches()
+        patches.apply(
+            [
+                Patch(
+                    "server-behind-guard",
+                    "uvicorn:run",
+                    "LMDeploy's server stays when its engine has failed, and waits for clients without a bound",
+                    "always",
+                    self._uvicorn_run,
+                ),
+                Patch(
+                    "second-signal",
+                    "uvicorn:Server.handle_exit",
+                    "a second SIGTERM changes nothing",
+                    "always",
+                    self._handle_exit,
+                ),
+            ]
+        )
+        try:
+            yield
+        finally:
+            patches.restore()
+
+    def fail(self, text: str) -> None:
+        """The engine has failed: tells all clients, ends the server soon. From any thread, while it is `serving`."""
+        assert self._loop is not None
+        self.failure = text
+        logger.critical("%s", text)
+        with contextlib.suppress(RuntimeError):  # the loop has just ended
+            self._loop.call_soon_threadsafe(self._failed.set)
+        # As a supervisor would, which uvicorn heeds: it closes the application too.
+        ending = threading.Timer(LINGER_S, os.kill, (os.getpid(), signal.SIGTERM))
+        ending.daemon = True
+        ending.start()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            self._loop = self._loop or asyncio.get_running_loop()
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
+        if self.failure is not None:
+            await self._say_failure(path, send)
+        elif path == "/ready":
+            await self._say_ready(scope, receive, send)
+        elif reason := _refused(path, scope):
+            await _answer(send, 501, _error(f"{path}: {reason}", "not_implemented_error"))
+        else:
+            await self._pass_on(scope, receive, send, path)
+
+    async def _pass_on(self, scope: Any, receive: Any, send: Any, path: str) -> None:
+        """The application's answer; when the engine fails before it has begun, a 503 in its place."""
+        begun = False
+
+        async def watched(message: Any) -> None:
+            nonlocal begun
+            if self.failure is not None and not begun:
+                return  # an error of the application's that names no cause
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        answer = asyncio.ensure_future(self._app(scope, receive, watched))
+        failed = asyncio.ensure_future(self._failed.wait())
+        try:
+            await asyncio.wait({answer, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if self.failure is None:
+                await answer
+                return
+        finally:
+            failed.cancel()
+            if not answer.done():
+                answer.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await answer
+        if not begun:
+            await self._say_failure(path, send)
+        else:
+            # A stream has its status already. It ends by an error, and without the end that clients wait for.
+            event = f"data: {json.dumps(_error(self.failure, 'service_unavailable'))}\n\n".encode()
+            with contextlib.suppress(Exception):  # or it had ended just before
+                await send({"type": "http.response.body", "body": event, "more_body": False})
+
+    async def _say_failure(self, path: str, send: Any) -> None:
+        if path in ("/health", "/ready"):
+            await _answer(send, 503, {"status": "unhealthy", "message": self.failure})
+        else:
+            await _answer(send, 503, _error(self.failure or "", "service_unavailable"))
+
+    async def _say_ready(self, scope: Any, receive: Any, send: Any) -> None:
+        """503 while it does not take requests: it fails, it drains, or its engine sleeps."""
+        answers: list[Any] = []
+
+        async def keep(message: Any) -> None:
+            answers.append(message)
+
+        root = scope.get("root_path", "")
+        await self._app({**scope, "path": root + "/health", "raw_path": b"/health"}, receive, keep)
+        body = b"".join(each.get("body", b"") for each in answers if each["type"] == "http.response.body")
+        state = json.loads(body)
+        ready = state.get("status") == "healthy" and not self._draining
+        await _answer(send, 200 if ready else 503, {"status": "draining"} if self._draining else state)
+
+    def _uvicorn_run(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def run(app: Any, **kwargs: Any) -> Any:
+            self._app = app
+            return original(self, timeout_graceful_shutdown=max(1, round(self._drain_seconds)), **kwargs)
+
+        return run
+
+    def _handle_exit(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def handle_exit(server: Any, number: int, frame: Any) -> None:
+            if self._draining and self.failure is None:
+                end_at_once(128 + number)
+            if self.failure is not None:
+                server.config.timeout_graceful_shutdown = CLOSING_S
+            self._draining = True
+            original(server, number, frame)
+
+        return handle_exit
+
+
+def end_at_once(exit_code: int) -> None:
+    """Ends this process and all that it started. Shared memory is removed by the tracker, which ends last."""
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
+    kill_all(each for each in descendants(os.getpid()) if each.pid != tracker)
+    os._exit(exit_code)
+
+
+@contextmanager
+def looking_out(
+    guard: Guard, processes: list[BaseProcess] | None, verdict: Callable[[], str | None], timeout_s: float
+) -> Iterator[None]:
+    """Tells the guard of an engine that fails while it serves, which it begins and ends within the block.
+
+    That is one that left a verdict, one of whose `processes` ended (None: the one that LMDeploy starts for its engine),
+    or of which any process at all is stopped for longer than `timeout_s`.
+    """
+    stop = threading.Event()
+    arguments = (guard, processes, verdict, timeout_s, stop)
+    thread = threading.Thread(target=_look_out, args=arguments, name="epbackend-lookout", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
+def _look_out(
+    guard: Guard,
+    processes: list[BaseProcess] | None,
+    verdict: Callable[[], str | None],
+    timeout_s: float,
+    stop: threading.Event,
+) -> None:
+    stopped_since: dict[int, float] = {}
+    looked = 0.0
+    while not guard.serving:
+        if stop.wait(LOOK_S):
+            return
+    watched = processes or [
+        each for each in multiprocessing.active_children() if each.name == "mp_engine_proc"
+    ]
+    while not stop.is_set():
+        ended = wait([each.sentinel for each in watched], timeout=LOOK_S)
+        text = verdict()
+        if text is None and ended:
+            first = next(each for each in watched if each.sentinel in ended)
+            first.join(timeout=1)
+            text = (
+                f"the engine's process {first.name} ended with exit code {first.exitcode}; its log is above"
+            )
+        if text is None and time.monotonic() > looked + FAMILY_EVERY_S:
+            looked = time.monotonic()
+            text = _stopped_one(stopped_since, timeout_s)
+        if text is not None:
+            guard.fail(text)
+            return
+
+
+def _stopped_one(since: dict[int, float], timeout_s: float) -> str | None:
+    """Names a process of ours that is stopped for longer than a rank may be; with ranks their own watch is first."""
+    now = time.monotonic()
+    family = {each.pid: each for each in descendants(os.getpid())}
+    for pid in list(since):
+        if pid not in family:
+            del since[pid]
+    for pid, process in family.items():
+        if process_state(pid) not in STOPPED:
+            since.pop(pid, None)
+        elif now - since.setdefault(pid, now) > timeout_s:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return (
+                    f"process {pid} of the engine ({process.name()}) is stopped (state T: SIGSTOP or a debugger) for "
+                    f"{now - since[pid]:.0f} s (timeout_s {timeout_s:g})"
+                )
+    return None
+
+
+def _refused(path: str, scope: Any) -> str | None:
+    if path == "/sleep" and b"level=2" in scope.get("query_string", b"").split(b"&"):
+        return DEEP_SLEEP
+    return REFUSED.get(path)
+
+
+def _error(message: str, kind: str) -> dict[str, Any]:
+    """In OpenAI's form."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": kind}}
+
+
+async def _answer(send: Any, status: int, content: dict[str, Any]) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 503:
+        headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
