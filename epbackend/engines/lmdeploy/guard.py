@@ -35,8 +35,10 @@ LINGER_S = 3.0
 """How long a server that has failed still answers, so that clients and probes learn of it."""
 CLOSING_S = 1
 """How long connections that are still open then have."""
-FAMILY_EVERY_S = 2.0
+FAMILY_EVERY_S = 1.0
 """How often all processes of the server are looked at."""
+AFTER_RANKS_S = 1.5
+"""How much longer than a rank another process may be stopped: the watch over the ranks knows more, and is first."""
 RETRY_AFTER_S = 10
 
 _PACKED = (
@@ -167,18 +169,25 @@ class Guard:
             await _answer(send, 503, _error(self.failure or "", "service_unavailable"))
 
     async def _say_ready(self, scope: Any, receive: Any, send: Any) -> None:
-        """503 while it does not take requests: it fails, it drains, or its engine sleeps."""
-        answers: list[Any] = []
+        """503 while it does not take requests: it has failed, it drains, or its engine sleeps."""
+        state = await self._ask_app("/health", scope, receive)
+        if (await self._ask_app("/is_sleeping", scope, receive)).get("is_sleeping"):
+            state = {"status": "sleeping", "message": "The engine sleeps until POST /wakeup."}
+        if self._draining:
+            state = {"status": "draining", "message": "The server ends."}
+        await _answer(send, 200 if state.get("status") == "healthy" else 503, state)
+
+    async def _ask_app(self, path: str, scope: Any, receive: Any) -> dict[str, Any]:
+        parts: list[bytes] = []
 
         async def keep(message: Any) -> None:
-            answers.append(message)
+            parts.append(message.get("body", b""))
 
-        root = scope.get("root_path", "")
-        await self._app({**scope, "path": root + "/health", "raw_path": b"/health"}, receive, keep)
-        body = b"".join(each.get("body", b"") for each in answers if each["type"] == "http.response.body")
-        state = json.loads(body)
-        ready = state.get("status") == "healthy" and not self._draining
-        await _answer(send, 200 if ready else 503, {"status": "draining"} if self._draining else state)
+        path = scope.get("root_path", "") + path
+        await self._app({**scope, "path": path, "raw_path": path.encode()}, receive, keep)
+        with contextlib.suppress(ValueError):
+            return json.loads(b"".join(parts))
+        return {}
 
     def _uvicorn_run(self, original: Callable) -> Callable:
         @functools.wraps(original)
@@ -253,14 +262,14 @@ def _look_out(
             )
         if text is None and time.monotonic() > looked + FAMILY_EVERY_S:
             looked = time.monotonic()
-            text = _stopped_one(stopped_since, timeout_s)
+            text = _stopped_one(stopped_since, timeout_s + AFTER_RANKS_S)
         if text is not None:
             guard.fail(text)
             return
 
 
-def _stopped_one(since: dict[int, float], timeout_s: float) -> str | None:
-    """Names a process of ours that is stopped for longer than a rank may be; with ranks their own watch is first."""
+def _stopped_one(since: dict[int, float], limit_s: float) -> str | None:
+    """Names a process of ours that is stopped for longer than that. `since` is kept from look to look."""
     now = time.monotonic()
     family = {each.pid: each for each in descendants(os.getpid())}
     for pid in list(since):
@@ -269,11 +278,11 @@ def _stopped_one(since: dict[int, float], timeout_s: float) -> str | None:
     for pid, process in family.items():
         if process_state(pid) not in STOPPED:
             since.pop(pid, None)
-        elif now - since.setdefault(pid, now) > timeout_s:
+        elif now - since.setdefault(pid, now) > limit_s:
             with contextlib.suppress(psutil.NoSuchProcess):
                 return (
                     f"process {pid} of the engine ({process.name()}) is stopped (state T: SIGSTOP or a debugger) for "
-                    f"{now - since[pid]:.0f} s (timeout_s {timeout_s:g})"
+                    f"{now - since[pid]:.0f} s"
                 )
     return None
 

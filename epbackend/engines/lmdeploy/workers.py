@@ -86,15 +86,23 @@ class WatchedExecutor(MPExecutor):
         self.collective_rpc("start")
         self.remote_outs: asyncio.Queue = asyncio.Queue()
         self._replies = SimpleQueue()
-        loop, arrived = asyncio.get_running_loop(), asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._prefetch_task = (
+            loop.create_future()
+        )  # what LMDeploy waits for: it ends by our failure, or is cancelled
         threading.Thread(
-            target=self._sort_replies, args=(loop, arrived), name="epbackend-replies", daemon=True
+            target=self._sort_replies, args=(loop,), name="epbackend-replies", daemon=True
         ).start()
-        self._prefetch_task = loop.create_task(self._prefetch(arrived))
+        self._ask_for_output()
 
     async def sleep(self, level: int = 1) -> None:
-        """Returns when every rank sleeps; LMDeploy's own does not wait, and a wake-up may come before."""
+        """Returns when every rank sleeps; LMDeploy's own does not wait, and a wake-up may come before.
+
+        A step that was sent ahead is dropped by the engine, so its output, here already, must not be the next one's.
+        """
         await self.collective_rpc_async("sleep", (level,))
+        while not self.remote_outs.empty():
+            self.remote_outs.get_nowait()
 
     def wakeup(self, tags: list[str] | None = None) -> None:
         self.collective_rpc("wakeup", (tags,))
@@ -148,31 +156,34 @@ class WatchedExecutor(MPExecutor):
             raise reply
         return reply
 
-    def _sort_replies(self, loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue) -> None:
+    def _sort_replies(self, loop: asyncio.AbstractEventLoop) -> None:
         """Reads all that rank 0 sends, until the engine is closed or fails; then whoever waits gets that error."""
         assert self._replies is not None
-        message: Any = None
-        while not isinstance(message, WorkerError):
+        while True:
+            message: Any
             try:
                 message = self.ret_bufs[0].receive()
             except WorkerError as error:
-                self._replies.put(error)
                 message = error
-            with contextlib.suppress(RuntimeError):  # the loop may have been closed meanwhile
-                if isinstance(message, StepOutput):
-                    loop.call_soon_threadsafe(outputs.put_nowait, message.value)
-                elif isinstance(message, WorkerError):
-                    loop.call_soon_threadsafe(outputs.put_nowait, message)
-                else:
-                    self._replies.put(message)
+            if not isinstance(message, StepOutput):
+                self._replies.put(message)
+            if isinstance(message, (StepOutput, WorkerError)):
+                with contextlib.suppress(RuntimeError):  # the loop may have been closed meanwhile
+                    loop.call_soon_threadsafe(self._take_output, message)
+            if isinstance(message, WorkerError):
+                return
 
-    async def _prefetch(self, arrived: asyncio.Queue) -> None:
-        while True:
-            self._call("get_outputs", (), None, 1, 1)
-            output = await arrived.get()
-            if isinstance(output, WorkerError):
-                raise output
-            self.remote_outs.put_nowait(output)
+    def _take_output(self, output: StepOutput | WorkerError) -> None:
+        if self._prefetch_task.done():
+            return
+        if isinstance(output, WorkerError):
+            self._prefetch_task.set_exception(output)
+        else:
+            self.remote_outs.put_nowait(output.value)
+            self._ask_for_output()
+
+    def _ask_for_output(self) -> None:
+        self._call("get_outputs", (), None, receivers=1, returns=1)
 
     def _watch(self) -> None:
         timeout_s = active().config.timeout_s
