@@ -73,7 +73,7 @@ class Guard:
 
     @property
     def serving(self) -> bool:
-        """Whether clients can reach the application."""
+        """Whether clients can reach the application, and it has its engine."""
         return self._loop is not None
 
     @contextmanager
@@ -105,30 +105,50 @@ class Guard:
 
     def fail(self, text: str) -> None:
         """The engine has failed: tells all clients, ends the server soon. From any thread, while it is `serving`."""
-        assert self._loop is not None
+        loop = self._loop
+        if loop is None:
+            return
         self.failure = text
         logger.critical("%s", text)
         with contextlib.suppress(RuntimeError):  # the loop has just ended
-            self._loop.call_soon_threadsafe(self._failed.set)
+            loop.call_soon_threadsafe(self._failed.set)
         # As a supervisor would, which uvicorn heeds: it closes the application too.
         ending = threading.Timer(LINGER_S, os.kill, (os.getpid(), signal.SIGTERM))
         ending.daemon = True
         ending.start()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
         if scope["type"] != "http":
-            self._loop = self._loop or asyncio.get_running_loop()
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
         if self.failure is not None:
             await self._say_failure(path, send)
         elif path == "/ready":
-            await self._say_ready(scope, receive, send)
+            await self._say_ready(scope, send)
         elif reason := _refused(path, scope):
             await _answer(send, 501, _error(f"{path}: {reason}", "not_implemented_error"))
         else:
             await self._pass_on(scope, receive, send, path)
+
+    async def _live(self, scope: Any, receive: Any, send: Any) -> None:
+        """The application's start and end, between which it serves."""
+
+        async def receive_watched() -> Any:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                self._loop = None
+            return message
+
+        async def send_watched(message: Any) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self._loop = asyncio.get_running_loop()
+            await send(message)
+
+        await self._app(scope, receive_watched, send_watched)
 
     async def _pass_on(self, scope: Any, receive: Any, send: Any, path: str) -> None:
         """The application's answer; when the engine fails before it has begun, a 503 in its place."""
@@ -168,23 +188,27 @@ class Guard:
         else:
             await _answer(send, 503, _error(self.failure or "", "service_unavailable"))
 
-    async def _say_ready(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _say_ready(self, scope: Any, send: Any) -> None:
         """503 while it does not take requests: it has failed, it drains, or its engine sleeps."""
-        state = await self._ask_app("/health", scope, receive)
-        if (await self._ask_app("/is_sleeping", scope, receive)).get("is_sleeping"):
+        state = await self._ask_app("/health", scope)
+        if (await self._ask_app("/is_sleeping", scope)).get("is_sleeping"):
             state = {"status": "sleeping", "message": "The engine sleeps until POST /wakeup."}
         if self._draining:
             state = {"status": "draining", "message": "The server ends."}
         await _answer(send, 200 if state.get("status") == "healthy" else 503, state)
 
-    async def _ask_app(self, path: str, scope: Any, receive: Any) -> dict[str, Any]:
+    async def _ask_app(self, path: str, scope: Any) -> dict[str, Any]:
+        """What the application says at another path than the one that was asked for."""
         parts: list[bytes] = []
+
+        async def nothing() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
 
         async def keep(message: Any) -> None:
             parts.append(message.get("body", b""))
 
         path = scope.get("root_path", "") + path
-        await self._app({**scope, "path": path, "raw_path": path.encode()}, receive, keep)
+        await self._app({**scope, "path": path, "raw_path": path.encode()}, nothing, keep)
         with contextlib.suppress(ValueError):
             return json.loads(b"".join(parts))
         return {}
@@ -253,19 +277,25 @@ def _look_out(
     ]
     while not stop.is_set():
         ended = wait([each.sentinel for each in watched], timeout=LOOK_S)
+        if not guard.serving:
+            return
         text = verdict()
         if text is None and ended:
             first = next(each for each in watched if each.sentinel in ended)
-            first.join(timeout=1)
-            text = (
-                f"the engine's process {first.name} ended with exit code {first.exitcode}; its log is above"
-            )
+            text = f"the engine's process {first.name} ended with exit code {_exit_code(first)}; its log is above"
         if text is None and time.monotonic() > looked + FAMILY_EVERY_S:
             looked = time.monotonic()
             text = _stopped_one(stopped_since, timeout_s + AFTER_RANKS_S)
         if text is not None:
             guard.fail(text)
             return
+
+
+def _exit_code(process: BaseProcess) -> int | None:
+    with contextlib.suppress(ValueError):  # LMDeploy has closed it just now
+        process.join(timeout=1)
+        return process.exitcode
+    return None
 
 
 def _stopped_one(since: dict[int, float], limit_s: float) -> str | None:

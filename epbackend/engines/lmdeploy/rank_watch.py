@@ -32,6 +32,8 @@ class RankState:
     """What is seen of one rank from outside."""
 
     rank: int
+    process: int = 0
+    """0: it has not started, or runs on another machine."""
     own: bool = True
     """Whether it is one of the engine that looks; with dp > 1 there are others."""
     ended: bool = False
@@ -56,10 +58,12 @@ def look_at(
 ) -> RankState:
     """What a rank's row of the shared statistics and its process show now; `row` None: it shows nothing."""
     if row is None or not row["pid"]:
-        return RankState(rank, own, exit_code is not None, exit_code, said)
-    now, state = time.monotonic(), process_state(int(row["pid"]))
+        return RankState(rank, own=own, ended=exit_code is not None, exit_code=exit_code, said=said)
+    process = int(row["pid"])
+    now, state = time.monotonic(), process_state(process)
     return RankState(
         rank,
+        process,
         own,
         exit_code is not None or state in ENDED,
         exit_code,
@@ -73,8 +77,10 @@ def look_at(
     )
 
 
-def judge(ranks: Sequence[RankState], timeout_s: float) -> str | None:
+def judge(ranks: Sequence[RankState], timeout_s: float, *, failed: bool = False) -> str | None:
     """Names the rank at fault, its place and the cause; None while no rank of the own engine is in trouble.
+
+    `failed`: the engine is known to have failed, and a rank that has stopped only just now is told as well.
 
     >>> judge([RankState(0, still_s=9, where="a decode step"), RankState(1, silent_s=9, stopped=True)], 6)
     'rank 1 is stopped (state T: SIGSTOP or a debugger) for 9 s, in no step (timeout_s 6)'
@@ -82,7 +88,7 @@ def judge(ranks: Sequence[RankState], timeout_s: float) -> str | None:
     limit = timeout_s + SETTLE_S
     late = [each for each in ranks if not each.ended and max(each.silent_s, each.still_s) > limit]
     ended = [each for each in ranks if each.ended]
-    if not any(each.own for each in late + ended):
+    if not failed and not any(each.own for each in late + ended):
         return None
     if killed := [each for each in ended if not each.said and (each.exit_code is None or each.exit_code < 0)]:
         return _killed(min(killed, key=lambda each: each.exit_code or 0))
@@ -96,6 +102,8 @@ def judge(ranks: Sequence[RankState], timeout_s: float) -> str | None:
         )
     if ended:
         return _failed(ended[0])
+    if not late:
+        return None
     busy = [each for each in late if not each.place.startswith(WAITS)]
     worst = min(busy or late, key=lambda each: each.progress)
     return (

@@ -40,6 +40,8 @@ class PlugState:
     """Watches the steps of this process's rank."""
     failure: WorkerError | None = None
     """Why the engine that runs in this process ended; None while it has not."""
+    suspect: Callable[[], str | None] = lambda: None
+    """Names the rank that seems to be at fault when the engine's loop has failed."""
     on_failure: Callable[[WorkerError], None] | None = None
     """What a process that is there for its engine alone does then."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -296,6 +297,8 @@ def run_engine(shared_dict: Any, condition: Any, *args: Any, **kwargs: Any) -> N
     except Exception as error:
         record_error(0, f"{type(error).__name__}: {error}")
         raise
+    # At its end Python collects garbage among all that is left, and the server would wait for it.
+    gc.freeze()
 
 
 def _end_engine(failure: WorkerError) -> None:

@@ -183,10 +183,11 @@ def failed_loop_is_told(original: Callable) -> Callable:
         try:
             await original(self)
         except Exception as error:
-            told = error if isinstance(error, WorkerError) else None
-            if told is None:
-                told = WorkerError(f"the engine's loop failed: {type(error).__name__}: {error}")
-            active().engine_failed(told)
+            if not isinstance(error, WorkerError):
+                text = active().suspect() or f"the engine's loop failed: {type(error).__name__}: {error}"
+                active().engine_failed(WorkerError(text))
+            else:
+                active().engine_failed(error)
             raise
 
     return async_loop

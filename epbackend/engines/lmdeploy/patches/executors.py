@@ -139,4 +139,13 @@ PATCHES = (
         "8e082faac6bd",
     ),
     ray_ranks,
+    # After the patch of one of its methods, which stays its own.
+    Patch(
+        "ray-executor",
+        f"{_RAY}:RayExecutor",
+        "it waits without end for a worker that is stopped",
+        "ray",
+        replaced_by(f"{_OURS}.ray_workers:WatchedRayExecutor"),
+        "12011081f72a",
+    ),
 )
