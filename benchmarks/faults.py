@@ -35,7 +35,7 @@ from epbackend.engines.lmdeploy.process_guard import descendants
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
 
 MODEL = "tiny-qwen3-moe"
-PATIENCE_S = 240.0
+PATIENCE_S = 480.0
 LONG_PROMPT = "the quick brown fox " * 60
 
 
@@ -140,7 +140,7 @@ def run(case: Case, *options: str) -> Outcome:
     """One case, from the start of the server to its end."""
     with tempfile.TemporaryDirectory() as folder, _running(case, Path(folder), *options) as server:
         server.await_ready()
-        _complete(server, "hello", 2)
+        complete(server, "hello", 2)
         outcome, stop = Outcome(), threading.Event()
         client = threading.Thread(target=_load, args=(server, case.phase, outcome, stop), daemon=True)
         if case.phase != "idle":
@@ -180,6 +180,11 @@ def all_cases() -> Iterator[Case]:
     yield Case(dp=2, executor="ray", victim="server", signal="SIGKILL")
 
 
+def says(pattern: str, text: str) -> bool:
+    """Whether an answer holds it."""
+    return re.search(pattern, text) is not None
+
+
 def row(case: Case, outcome: Outcome) -> str:
     """A line of the table."""
     client = (
@@ -206,7 +211,8 @@ def _running(case: Case, folder: Path, *options: str) -> Iterator[Server]:
         server.kill()
 
 
-def _complete(server: Server, prompt: str, tokens: int, **more: object) -> requests.Response:
+def complete(server: Server, prompt: str, tokens: int, **more: object) -> requests.Response:
+    """The answer to a prompt, of exactly so many tokens."""
     request = {"model": _model(server), "prompt": prompt, "max_tokens": tokens, "ignore_eos": True} | more
     return requests.post(server.url("/v1/completions"), json=request, timeout=PATIENCE_S)
 
@@ -220,7 +226,7 @@ def _load(server: Server, phase: str, outcome: Outcome, stop: threading.Event) -
     prompt, tokens = (LONG_PROMPT, 1) if phase == "prefill" else ("the quick", 1500)
     while not stop.is_set():
         try:
-            answer = _complete(server, prompt, tokens)
+            answer = complete(server, prompt, tokens)
             if answer.status_code == 200:
                 continue
             outcome.client_status, outcome.client_text = str(answer.status_code), answer.text

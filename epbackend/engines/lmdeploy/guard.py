@@ -62,14 +62,17 @@ DEEP_SLEEP = (
 class Guard:
     """The state of one server, and the ASGI application around it."""
 
-    def __init__(self, drain_seconds: float) -> None:
+    def __init__(self, drain_seconds: float, end: Callable[[], None] | None = None) -> None:
+        """`end` is what happens after a failure: by default what a supervisor would do, which uvicorn heeds."""
+        self._end = end or functools.partial(os.kill, os.getpid(), signal.SIGTERM)
         self.failure: str | None = None
         """What the engine failed of; None while it serves."""
         self._drain_seconds = drain_seconds
         self._draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed = asyncio.Event()
-        self._app: Any = None
+        self.app: Any = None
+        """The application behind it."""
 
     @property
     def serving(self) -> bool:
@@ -112,8 +115,7 @@ class Guard:
         logger.critical("%s", text)
         with contextlib.suppress(RuntimeError):  # the loop has just ended
             loop.call_soon_threadsafe(self._failed.set)
-        # As a supervisor would, which uvicorn heeds: it closes the application too.
-        ending = threading.Timer(LINGER_S, os.kill, (os.getpid(), signal.SIGTERM))
+        ending = threading.Timer(LINGER_S, self._end)
         ending.daemon = True
         ending.start()
 
@@ -122,7 +124,7 @@ class Guard:
             await self._live(scope, receive, send)
             return
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
         if self.failure is not None:
@@ -148,7 +150,7 @@ class Guard:
                 self._loop = asyncio.get_running_loop()
             await send(message)
 
-        await self._app(scope, receive_watched, send_watched)
+        await self.app(scope, receive_watched, send_watched)
 
     async def _pass_on(self, scope: Any, receive: Any, send: Any, path: str) -> None:
         """The application's answer; when the engine fails before it has begun, a 503 in its place."""
@@ -161,7 +163,7 @@ class Guard:
             begun = begun or message["type"] == "http.response.start"
             await send(message)
 
-        answer = asyncio.ensure_future(self._app(scope, receive, watched))
+        answer = asyncio.ensure_future(self.app(scope, receive, watched))
         failed = asyncio.ensure_future(self._failed.wait())
         try:
             await asyncio.wait({answer, failed}, return_when=asyncio.FIRST_COMPLETED)
@@ -200,15 +202,19 @@ class Guard:
     async def _ask_app(self, path: str, scope: Any) -> dict[str, Any]:
         """What the application says at another path than the one that was asked for."""
         parts: list[bytes] = []
+        messages = iter([{"type": "http.request", "body": b"", "more_body": False}])
 
         async def nothing() -> Any:
-            return {"type": "http.request", "body": b"", "more_body": False}
+            message = next(messages, None)
+            if message is None:  # who waits for us to hang up waits until the answer is there
+                await asyncio.Event().wait()
+            return message
 
         async def keep(message: Any) -> None:
             parts.append(message.get("body", b""))
 
         path = scope.get("root_path", "") + path
-        await self._app({**scope, "path": path, "raw_path": path.encode()}, nothing, keep)
+        await self.app({**scope, "path": path, "raw_path": path.encode()}, nothing, keep)
         with contextlib.suppress(ValueError):
             return json.loads(b"".join(parts))
         return {}
@@ -216,7 +222,7 @@ class Guard:
     def _uvicorn_run(self, original: Callable) -> Callable:
         @functools.wraps(original)
         def run(app: Any, **kwargs: Any) -> Any:
-            self._app = app
+            self.app = app
             return original(self, timeout_graceful_shutdown=max(1, round(self._drain_seconds)), **kwargs)
 
         return run

@@ -146,7 +146,10 @@ def _serve_engine(
 
     board = active().board
     try:
-        with guard.in_place(), looking_out(guard, None, lambda: board and board.verdict, config.timeout_s):
+        with (
+            guard.in_place(),
+            looking_out(guard, None, lambda: board.verdict if board else None, config.timeout_s),
+        ):
             api_server.serve(
                 model_path,
                 backend="pytorch",
@@ -176,7 +179,7 @@ def _serve_balanced(
 
     from epbackend.engines.lmdeploy.balancer import Balancer
 
-    tls = {}
+    tls: dict[str, Any] = {}
     if kwargs.pop("ssl", False):  # here, and not between us and the engines
         tls = {"ssl_keyfile": os.environ["SSL_KEYFILE"], "ssl_certfile": os.environ["SSL_CERTFILE"]}
     board = SharedStats(config.world_size)
