@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import requests
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from epbackend.engines.lmdeploy.balancer import Balancer
@@ -40,7 +41,10 @@ class Engine:
             status = "healthy" if self.healthy else "unhealthy"
             return JSONResponse({"status": status}, 200 if self.healthy else 503)
         if path == "/metrics":
-            return PlainTextResponse('# TYPE steps counter\nsteps_total 2.0\nsteps_total{engine="9"} 3.0\n')
+            text = '# TYPE steps counter\nsteps_total 2.0\nsteps_total{engine="9"} 3.0\n'
+            if "gzip" in request.headers["accept-encoding"]:  # as prometheus_client's own application does
+                return Response(gzip.compress(text.encode()), headers={"content-encoding": "gzip"})
+            return PlainTextResponse(text)
         if path == "/v1/models":
             return JSONResponse({"data": [{"id": "tiny"}]})
         if path == "/stream":

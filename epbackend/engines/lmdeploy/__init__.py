@@ -14,9 +14,12 @@
   any process is started.
 - `operators` are our experts; `backend_cpu` (with `attention` and `torch_cuda_shim`), `backend_cuda` and
   `backend_ascend` give them to each device.
-- `workers` and `ray_workers` bring the plug into the processes that LMDeploy starts; `process_guard` ends these.
+- `workers` (with `ring`) and `ray_workers` bring the plug into the processes that LMDeploy starts; `process_guard` ends
+  these.
+- `pulse` shows how far a rank has come, `rank_watch` names the one that is lost.
 - `stats_writer` and `load_report` bring back what the layers count; `recording` saves it.
-- `pipelines`, `dp_pipeline` and `server` run a model, the last two with the help of `processes`.
+- `pipelines`, `dp_pipeline` and `server` run a model, the last two with the help of `processes`; `guard` and `balancer`
+  stand between a server's clients and its engines.
 
 Importing this package does not import LMDeploy.
 """

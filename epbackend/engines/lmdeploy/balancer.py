@@ -24,6 +24,7 @@ NOT_PASSED_ON = frozenset(
     ("connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "proxy-connection", "host")
 )
 """Headers of one connection (RFC 9110, 7.6.1), which the next one has of its own."""
+NOTHING: Mapping[str, str] = {}
 FOR_ALL = ("/sleep", "/wakeup", "/abort_request")
 
 
@@ -87,27 +88,31 @@ class Balancer:
         return next((each for each in answers if each.status_code >= 400), answers[0])
 
     async def _metrics(self, request: Request) -> Response:
-        answers = await self._ask_all(request)
+        answers = await self._ask_all(request, {"accept-encoding": "identity"})
         registry = CollectorRegistry()
         registry.register(_Merged([bytes(each.body).decode() for each in answers if each.status_code == 200]))
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
-    async def _ask_all(self, request: Request) -> list[Response]:
+    async def _ask_all(self, request: Request, headers: Mapping[str, str] = NOTHING) -> list[Response]:
+        """The answer of each engine to the request, with those headers in place of its own."""
+
         async def ask(engine: str) -> Response:
             try:
-                async with await self._send(request, engine) as answer:
+                async with await self._send(request, engine, headers) as answer:
                     return Response(await answer.read(), answer.status, _passed_on(answer.headers))
             except aiohttp.ClientError as error:
                 return _unreachable(engine, error)
 
         return await asyncio.gather(*map(ask, self._under_way))
 
-    async def _send(self, request: Request, engine: str) -> aiohttp.ClientResponse:
+    async def _send(
+        self, request: Request, engine: str, changed: Mapping[str, str] = NOTHING
+    ) -> aiohttp.ClientResponse:
         assert self._session is not None, "the application runs"
         target = engine + request.url.path.removeprefix(request.scope.get("root_path", ""))
         if request.url.query:
             target += f"?{request.url.query}"
-        headers = _passed_on(request.headers)
+        headers = {**_passed_on(request.headers), **changed}
         if request.client is not None:
             headers["x-forwarded-for"] = request.client.host
         return await self._session.request(

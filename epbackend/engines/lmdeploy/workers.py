@@ -61,7 +61,6 @@ class WatchedExecutor(MPExecutor):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.failure: WorkerError | None = None
         self._stop_reader, self._stop_writer = Pipe(duplex=False)
         self._replies: SimpleQueue[Any] | None = None
         handler = signal.getsignal(signal.SIGUSR1)
@@ -88,9 +87,8 @@ class WatchedExecutor(MPExecutor):
         self.remote_outs: asyncio.Queue = asyncio.Queue()
         self._replies = SimpleQueue()
         loop = asyncio.get_running_loop()
-        self._prefetch_task = (
-            loop.create_future()
-        )  # what LMDeploy waits for: it ends by our failure, or is cancelled
+        # What LMDeploy waits for: it ends by our failure, or is cancelled.
+        self._prefetch_task = loop.create_future()
         threading.Thread(
             target=self._sort_replies, args=(loop,), name="epbackend-replies", daemon=True
         ).start()
@@ -117,11 +115,10 @@ class WatchedExecutor(MPExecutor):
         return_mask: int = ALL_RANKS,
     ) -> list[Any] | None:
         asked = self._call(method, args, kwargs, receiver_mask, return_mask)
-        return (
-            [self._reply(rank) if rank in asked else None for rank in range(self.world_size)]
-            if asked
-            else None
-        )
+        replies: list[Any] = [None] * self.world_size
+        for rank in asked:
+            replies[rank] = self._reply(rank)
+        return replies if asked else None
 
     async def collective_rpc_async(
         self,
@@ -201,13 +198,13 @@ class WatchedExecutor(MPExecutor):
                 ],
                 timeout_s,
             )
-        self.failure = WorkerError(f"{text}. The other ranks were stopped; the log above tells more.")
-        logger.error(str(self.failure))
+        failure = WorkerError(f"{text}. The other ranks were stopped; the log above tells more.")
+        logger.error(str(failure))
         for buffer in (self.comm_buf, *self.ret_bufs):
-            buffer.notifier.failure = self.failure
+            buffer.notifier.failure = failure
         for each in self.procs:
             each.kill()
-        active().engine_failed(self.failure)
+        active().engine_failed(failure)
 
 
 class GuardedProc(ExecutorProc):
