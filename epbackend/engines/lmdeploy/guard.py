@@ -14,6 +14,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -238,6 +239,28 @@ class Guard:
             original(server, number, frame)
 
         return handle_exit
+
+
+@contextmanager
+def signals_unwind() -> Iterator[None]:
+    """The first SIGTERM or SIGINT unwinds this process, so that everything that is open gets closed; a second one ends
+    it and all its processes at once."""
+    seen: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if seen:
+            end_at_once(128 + number)
+        seen.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(0)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_at_once(exit_code: int) -> None:

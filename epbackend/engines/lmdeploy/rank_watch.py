@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,19 +54,27 @@ class RankState:
 
 
 def look_at(
-    rank: int, row: Any, *, own: bool = True, exit_code: int | None = None, said: str | None = None
+    rank: int,
+    row: Any,
+    *,
+    own: bool = True,
+    exit_code: Callable[[], int | None] = lambda: None,
+    said: str | None = None,
 ) -> RankState:
     """What a rank's row of the shared statistics and its process show now; `row` None: it shows nothing."""
-    if row is None or not row["pid"]:
-        return RankState(rank, own=own, ended=exit_code is not None, exit_code=exit_code, said=said)
-    process = int(row["pid"])
-    now, state = time.monotonic(), process_state(process)
+    process = 0 if row is None else int(row["pid"])
+    state = process_state(process) if process else "R"
+    code = exit_code()  # asked last: of a process that has ended it is known by now
+    ended = code is not None or state in ENDED
+    if not process:
+        return RankState(rank, own=own, ended=ended, exit_code=code, said=said)
+    now = time.monotonic()
     return RankState(
         rank,
         process,
         own,
-        exit_code is not None or state in ENDED,
-        exit_code,
+        ended,
+        code,
         said,
         stopped=state in STOPPED,
         silent_s=max(0.0, now - float(row["beat"])),

@@ -6,19 +6,16 @@ seconds. With `restart` a process above it starts it again.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.guard import Guard, end_at_once, looking_out
+from epbackend.engines.lmdeploy.guard import Guard, looking_out, signals_unwind
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load_report import SharedStats, last_error
 from epbackend.engines.lmdeploy.processes import (
@@ -70,7 +67,7 @@ def serve_model(
     kwargs.setdefault("log_level", config.engine.log_level)
     arguments = (model_path, config.to_json(), host, port, placement, recording, drain_seconds, kwargs)
     if restart:
-        with _signals():
+        with signals_unwind():
             _serve_again(arguments, restart)
     else:
         _serve_once(*arguments)
@@ -116,7 +113,7 @@ def _serve_once(
     config = EPConfig.from_json(config_json)
     guard = Guard(drain_seconds)
     try:
-        with _signals():
+        with signals_unwind():
             if config.engine.dp == 1:
                 plug.enable(config, placement)
                 try:
@@ -239,25 +236,3 @@ def _await_engines(
                 how = board.verdict or f"exit code {process.exitcode}; its log is above"
                 raise WorkerError(f"{process.name} ended while it started: {how}")
         time.sleep(POLL_S)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """The first SIGTERM or SIGINT unwinds this process, so that everything that is open gets closed; a second one ends
-    it and all its processes at once."""
-    seen: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if seen:
-            end_at_once(128 + number)
-        seen.append(number)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(0)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -193,7 +193,7 @@ class WatchedExecutor(MPExecutor):
                 return
             text = judge(
                 [
-                    look_at(rank, rank_row(rank), exit_code=each.exit_code(), said=last_error(rank))
+                    look_at(rank, rank_row(rank), exit_code=each.exit_code, said=last_error(rank))
                     for rank, each in enumerate(self.procs)
                 ],
                 timeout_s,
