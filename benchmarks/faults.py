@@ -36,7 +36,7 @@ from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
 
 MODEL = "tiny-qwen3-moe"
 PATIENCE_S = 480.0
-LONG_PROMPT = "the quick brown fox " * 60
+LONG_PROMPT = "the quick brown fox " * 250
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Server:
     def __init__(self, case: Case, folder: Path, *options: str) -> None:
         config = folder / "config.json"
         engine = {"session_len": 2048, "log_level": "ERROR", "dp": case.dp, "executor": case.executor}
+        engine["max_prefill_token_num"] = 128  # a long prompt takes many steps
         settings = {"device": "cpu", "ep_size": case.ep, "ep_level": 2, "timeout_s": case.timeout_s}
         config.write_text(json.dumps(settings | {"engine": engine}))
         self.port = free_port()

@@ -1,5 +1,6 @@
 """`epbackend serve`: LMDeploy's OpenAI-compatible server with expert parallelism."""
 
+import gc
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,10 @@ def serve(
     error_console.print(
         f"serving {model} at http://{host}:{port}/v1 ({settings.world_size} ranks)", highlight=False
     )
-    lmdeploy.serve(
-        model, settings, host=host, port=port, record=record, restart=restart, drain_seconds=drain_seconds
-    )
+    try:
+        lmdeploy.serve(
+            model, settings, host=host, port=port, record=record, restart=restart, drain_seconds=drain_seconds
+        )
+    finally:
+        # At its end Python would collect garbage among all that is left, for seconds; a supervisor waits for it.
+        gc.freeze()

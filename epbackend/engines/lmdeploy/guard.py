@@ -32,7 +32,7 @@ from epbackend.engines.lmdeploy.rank_watch import LOOK_S, STOPPED, process_state
 
 logger = logging.getLogger("epbackend")
 
-LINGER_S = 3.0
+LINGER_S = 2.0
 """How long a server that has failed still answers, so that clients and probes learn of it."""
 CLOSING_S = 1
 """How long connections that are still open then have."""
