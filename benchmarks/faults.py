@@ -146,7 +146,7 @@ def run(case: Case, *options: str) -> Outcome:
         client = threading.Thread(target=_load, args=(server, case.phase, outcome, stop), daemon=True)
         if case.phase != "idle":
             client.start()
-            time.sleep(1.0)
+        time.sleep(1.0)
         server.look()
         os.kill(server.pid_of(case.victim, max(case.ep, case.dp)), getattr(signal, case.signal))
         began = time.monotonic()

@@ -159,8 +159,12 @@ class Guard:
 
         async def watched(message: Any) -> None:
             nonlocal begun
+            if not begun and message.get("status", 200) in (500, 503):
+                # The application may know before us that its engine is lost, but not why.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._failed.wait(), 2 * LOOK_S)
             if self.failure is not None and not begun:
-                return  # an error of the application's that names no cause
+                return
             begun = begun or message["type"] == "http.response.start"
             await send(message)
 
