@@ -161,7 +161,7 @@ class Guard:
             nonlocal begun
             if not begun and message.get("status", 200) in (500, 503):
                 # The application may know before us that its engine is lost, but not why.
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._failed.wait(), 2 * LOOK_S)
             if self.failure is not None and not begun:
                 return

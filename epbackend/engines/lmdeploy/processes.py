@@ -55,14 +55,19 @@ def start_server(target: Callable[..., None], arguments: tuple[Any, ...]) -> Bas
     return process
 
 
-def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0) -> None:
-    """Ends the processes: those still there after `grace_s` by SIGTERM, then by SIGKILL."""
+def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0, *, at_once: bool = False) -> None:
+    """Ends the processes: those still there after `grace_s` by SIGTERM, then, or `at_once`, by SIGKILL."""
     processes = list(processes)
     started_by_them = [each for process in processes for each in descendants(process.pid or 0)]
+    if at_once:
+        kill_all(started_by_them)
     for process in processes:
         process.join(timeout=grace_s)
     for process in processes:
-        process.terminate()
+        if at_once:
+            process.kill()
+        else:
+            process.terminate()
     for process in processes:
         process.join(timeout=5 * GRACE_S)
         if process.is_alive():

@@ -203,7 +203,8 @@ def _serve_balanced(
                 app, host=host, port=port, log_level=os.getenv("UVICORN_LOG_LEVEL", "info").lower(), **tls
             )
     finally:
-        stop_engines(processes)
+        # Of engines that have failed nothing can be closed in order, and a stopped process would be waited for.
+        stop_engines(processes, at_once=guard.failure is not None)
         board.remove()
 
 
