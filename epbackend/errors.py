@@ -1,14 +1,20 @@
 """Errors meant for people: each message names what is wrong and what to do about it.
 
-The command line prints them without a traceback and exits with code 2.
+The command line prints them without a traceback and exits with their code.
 """
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+ENGINE_FAILED = 70
+"""Exit code of a server whose engine failed while it served (EX_SOFTWARE of sysexits.h); supervisors restart it."""
+
 
 class EPError(Exception):
     """Base of every error that epbackend raises on purpose."""
+
+    exit_code = 2
+    """Of the command that ends by it."""
 
 
 class ConfigError(EPError):
@@ -25,6 +31,12 @@ class CollectiveError(EPError):
 
 class WorkerError(EPError):
     """A process of the engine that ended unexpectedly; names its rank."""
+
+
+class EngineFailedError(WorkerError):
+    """A server's engine that failed while it served."""
+
+    exit_code = ENGINE_FAILED
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -41,7 +41,7 @@ RUN_VARIABLE = "EPBACKEND_RUN"
 
 
 class Commands(TyperGroup):
-    """Loads the command that is called; an error meant for people is one line, and the command exits with 2."""
+    """Loads the command that is called; an error meant for people is one line, and the command exits with its code."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, listed, rest = super().resolve_command(ctx, args)
@@ -61,7 +61,7 @@ def _exit(error: Exception) -> Exception:
     if isinstance(error, ModuleNotFoundError):
         return error
     say(error_console, f"error: {error}", "red")
-    return error if os.environ.get(DEBUG_VARIABLE) else typer.Exit(2)
+    return error if os.environ.get(DEBUG_VARIABLE) else typer.Exit(getattr(error, "exit_code", 2))
 
 
 def _load(name: str) -> Any:

@@ -1,5 +1,6 @@
 """`epbackend serve`: LMDeploy's OpenAI-compatible server with expert parallelism."""
 
+import gc
 from pathlib import Path
 from typing import Annotated
 
@@ -127,8 +128,17 @@ def serve(
             rich_help_panel=LOG,
         ),
     ] = None,
+    restart: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Start again so often after a failure of the engine.")
+    ] = 0,
+    drain_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0, help="After SIGTERM, requests may finish for so long; a second one ends at once."
+        ),
+    ] = 30.0,
 ) -> None:
-    """Serve a model at http://HOST:PORT/v1; with dp > 1 one engine a data-parallel rank, behind LMDeploy's proxy."""
+    """Serve a model at http://HOST:PORT/v1; with dp > 1 one engine a data-parallel rank, behind one address."""
     front = Front(
         model_name=served_model_name or model,
         api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file else ())),
@@ -155,7 +165,20 @@ def serve(
         highlight=False,
         soft_wrap=True,
     )
-    lmdeploy.serve(model, settings, host=host, port=port, record=record, front=front)
+    try:
+        lmdeploy.serve(
+            model,
+            settings,
+            host=host,
+            port=port,
+            record=record,
+            front=front,
+            restart=restart,
+            drain_seconds=drain_seconds,
+        )
+    finally:
+        # At its end Python would collect garbage among all that is left, for seconds; a supervisor waits for it.
+        gc.freeze()
 
 
 def read_keys(file: Path) -> list[str]:

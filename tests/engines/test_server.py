@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 from transformers import AutoTokenizer
 
 from epbackend.engines.lmdeploy import serve
@@ -52,6 +54,8 @@ def test_a_server_answers_and_leaves_no_process_behind(
     # The server holds back bytes that are no whole character yet; random models end in the middle of one.
     assert [answer.strip("\ufffd") for answer in answers] == [text.strip("\ufffd") for text in expected]
 
+    _sleeps_and_wakes(port, texts[0], answers[0])
+
     listening = {address for each in running.family for address in _listening(each)}
     assert (LOOPBACK, port) in listening
     os.kill(running.process.pid, ending)
@@ -74,6 +78,23 @@ def test_an_engine_that_cannot_start_says_why(checkpoint, start_process):
     running = start_process(SERVE, str(checkpoint("qwen3-moe")), settings, str(free_port()), ready=said)
     assert running.process.wait(timeout=PATIENCE_S) == 1
     running.assert_nothing_left()
+
+
+def _sleeps_and_wakes(port: int, text: str, answer: str) -> None:
+    """It says so, keeps no output of before, and gives the same tokens afterwards."""
+    url = f"http://{LOOPBACK}:{port}"
+    request = {"model": "tiny", "prompt": text, "max_tokens": 200, "ignore_eos": True}
+    with ThreadPoolExecutor() as pool:
+        under_way = pool.submit(requests.post, f"{url}/v1/completions", json=request, timeout=PATIENCE_S)
+        assert requests.post(f"{url}/sleep", json={}, timeout=PATIENCE_S).status_code == 200
+        assert under_way.result().status_code in (200, 503)  # cut off, or not let in any more
+    assert requests.post(f"{url}/v1/completions", json=request, timeout=PATIENCE_S).status_code == 503
+    assert requests.get(f"{url}/ready", timeout=PATIENCE_S).json()["status"] == "sleeping"
+    assert requests.get(f"{url}/health", timeout=PATIENCE_S).status_code == 200
+    assert requests.post(f"{url}/wakeup", json={}, timeout=PATIENCE_S).status_code == 200
+    assert complete(port, text) == answer
+    refused = requests.post(f"{url}/sleep?level=2", json={}, timeout=PATIENCE_S)
+    assert (refused.status_code, "level 1" in refused.text) == (501, True)
 
 
 def _listening(process) -> set[tuple[str, int]]:

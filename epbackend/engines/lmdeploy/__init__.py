@@ -14,10 +14,12 @@
   `checks` refuses what cannot work, before any process is started.
 - `operators` are our experts; `backend_cpu` (with `attention` and `torch_cuda_shim`), `backend_cuda` and
   `backend_ascend` give them to each device.
-- `workers` and `ray_workers` bring the plug into the processes that LMDeploy starts; `process_guard` ends these.
+- `workers` (with `ring`) and `ray_workers` bring the plug into the processes that LMDeploy starts; `process_guard` ends
+  these.
+- `pulse` shows how far a rank has come, `rank_watch` names the one that is lost.
 - `stats_writer` and `load_report` bring back what the layers count; `recording` saves it.
 - `pipelines`, `dp_pipeline` and `server` run a model, the last two with the help of `processes`; `front` is what a
-  server's clients see of it.
+  server's clients see of it, `guard` and `balancer` stand between them and its engines.
 - `handover` runs a program that knows none of this: `epbackend run`.
 
 Importing this package imports neither LMDeploy nor torch: what is wrong with a checkpoint is said before that.
@@ -94,7 +96,7 @@ def serve(
     check_port(host, port)
     front = front or Front()
     front = replace(front, model_name=front.model_name or model)
-    front.check(config)
+    front.check()
     path, placement = _checked(model, config, serving=True)
     from epbackend.engines.lmdeploy.recording import Recording
     from epbackend.engines.lmdeploy.server import serve_model

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy.patching import Patch, Patches
 from epbackend.errors import ConfigError, did_you_mean
 
@@ -57,7 +56,7 @@ class Front:
     def scheme(self) -> str:
         return "https" if self.ssl_certfile else "http"
 
-    def check(self, config: EPConfig) -> None:
+    def check(self) -> None:
         """Raises ConfigError for what cannot work, before anything is loaded."""
         for name, file in (("ssl_keyfile", self.ssl_keyfile), ("ssl_certfile", self.ssl_certfile)):
             if file is not None and not os.access(file, os.R_OK):
@@ -66,18 +65,6 @@ class Front:
             raise ConfigError("ssl_keyfile and ssl_certfile belong together: give both, or neither")
         if self.root_path and not self.root_path.startswith("/"):
             raise ConfigError(f"root_path: {self.root_path} must begin with a slash, as /models/a")
-        if config.engine.dp > 1:
-            cors = (self.allow_origins, self.allow_methods, self.allow_headers)
-            if self.ssl_certfile:
-                raise ConfigError(
-                    "ssl_certfile: with engine.dp > 1 the engines reach LMDeploy's proxy by plain HTTP; end TLS at a "
-                    "gateway before it"
-                )
-            if cors != (EVERYTHING,) * 3 or self.allow_credentials:
-                raise ConfigError(
-                    "allow_origins: with engine.dp > 1 LMDeploy's proxy answers, which allows every origin; restrict "
-                    "them at a gateway before it"
-                )
         self._check_parsers()
 
     def engine_arguments(self, model_path: str) -> dict[str, Any]:

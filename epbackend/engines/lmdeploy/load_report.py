@@ -39,6 +39,13 @@ LOOK_S = 0.001
 RANK = np.dtype(
     [
         ("error", "S4096"),
+        ("verdict", "S2048"),  # in the first rank's row: why the whole engine ended
+        ("pid", np.int64),
+        ("beat", np.float64),  # when the rank last showed that it runs; this and `moved` by time.monotonic()
+        ("phase", np.int64),  # of the step that it is in, an index into PULSE_PHASES
+        ("moved", np.float64),  # when that step began, or came to its last layer
+        ("layer", np.int64),  # the MoE layer that the step has come to; -1: none yet
+        ("place", "S512"),  # where its main thread stands, once that lasts too long
         ("dispatchers", "S16384"),
         ("experts", np.int64),
         ("asked", np.int64),  # by the reader: the number of its question
@@ -53,6 +60,9 @@ RANK = np.dtype(
         ("sums", np.int64, (STEPS, MAX_LAYERS)),  # tokens of each layer after step s, at s % STEPS
     ]
 )
+
+PULSE_PHASES = ("", "prefill", "decode")
+"""What a rank may be in; the first: in no step."""
 
 logger = logging.getLogger("epbackend")
 
@@ -142,6 +152,11 @@ class SharedStats:
             step_imbalance_Y=_step_imbalance_Y(ranks),
         )
 
+    @property
+    def verdict(self) -> str | None:
+        """Why an engine that writes here ended, as its watch has found; None while all is well."""
+        return bytes(self._ranks[0]["verdict"]).rstrip(b"\0").decode(errors="replace") or None
+
     def _ask(self) -> None:
         """Asks every writer to bring its part up to date, and waits for those whose process still runs."""
         self._ranks["asked"] += 1
@@ -218,6 +233,13 @@ def last_error(rank: int) -> str | None:
     """What the worker of that rank failed of; None where it did not fail by an exception."""
     row = rank_row(rank)
     return None if row is None else bytes(row["error"]).rstrip(b"\0").decode(errors="replace") or None
+
+
+def record_verdict(text: str) -> None:
+    """Writes down why the engine ends, for the process that serves or asked; the first reason stays."""
+    row = rank_row(0)
+    if row is not None and not row["verdict"]:
+        row["verdict"] = text.encode()[:2048]
 
 
 def rank_row(rank: int) -> np.ndarray | None:

@@ -152,6 +152,7 @@ class LayerExperts:
             raise EPError(
                 f"MoE layer {self.layer_number} has no weights yet: load them before the first forward"
             )
+        active().pulse.at_layer(self.layer_number)
         if self.spec.renormalize:
             topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
         return self.layer(hidden_states, topk_ids, topk_weights, phase=_phase())

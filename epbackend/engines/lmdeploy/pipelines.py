@@ -14,7 +14,7 @@ from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load_report import LoadReport
-from epbackend.engines.lmdeploy.state import active
+from epbackend.engines.lmdeploy.state import active, current
 from epbackend.errors import EPError
 from epbackend.placement.placement import Placement
 
@@ -80,7 +80,6 @@ class ExpertParallelPipeline(Pipeline):
             plug.disable()
 
     def _raise_failure(self) -> None:
-        executor = getattr(self.async_engine.engine, "executor", None)
-        failure = getattr(executor, "failure", None)
-        if failure is not None:
-            raise failure
+        state = current()
+        if state is not None and state.failure is not None:
+            raise state.failure

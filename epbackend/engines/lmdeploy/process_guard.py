@@ -25,11 +25,11 @@ GRACE_S = 2.0
 """Time for a process to end by itself after SIGTERM."""
 
 
-def guard_process() -> None:
+def guard_process(heed_sigterm: bool = True) -> None:
     """Watches over the calling process, started by multiprocessing, until it ends.
 
-    It ends at once where its parent does, and within GRACE_S after SIGTERM. It ignores SIGINT: Ctrl-C reaches every
-    process of the terminal, and the parent decides what follows. Call it in the main thread.
+    It ends at once where its parent does, and within GRACE_S after SIGTERM if `heed_sigterm`. It ignores SIGINT: Ctrl-C
+    reaches every process of the terminal, and the parent decides what follows. Call it in the main thread.
     """
     # A progress bar would make a lock that processes share, which is left over when this one ends at once.
     tqdm.set_lock(threading.RLock())
@@ -39,7 +39,9 @@ def guard_process() -> None:
     writer.setblocking(False)
     # The interpreter writes each signal's number here from its C handler, whatever the main thread is doing.
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_guard, args=(reader, writer), name="epbackend-guard", daemon=True).start()
+    threading.Thread(
+        target=_guard, args=(reader, writer, heed_sigterm), name="epbackend-guard", daemon=True
+    ).start()
 
 
 def descendants(pid: int) -> list[psutil.Process]:
@@ -57,7 +59,7 @@ def kill_all(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-def _guard(signals: socket.socket, _keep_open: socket.socket) -> None:
+def _guard(signals: socket.socket, _keep_open: socket.socket, heed_sigterm: bool) -> None:
     parent = multiprocessing.parent_process()
     watched: list[socket.socket | int] = [signals]
     if parent is not None:
@@ -66,7 +68,7 @@ def _guard(signals: socket.socket, _keep_open: socket.socket) -> None:
         ready = wait(watched)
         if ready != [signals]:
             _end(1)
-        if signal.SIGTERM in signals.recv(64):
+        if signal.SIGTERM in signals.recv(64) and heed_sigterm:
             time.sleep(GRACE_S)
             _end(0)
 

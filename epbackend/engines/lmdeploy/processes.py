@@ -46,14 +46,28 @@ def start_engines(
     return processes
 
 
-def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0) -> None:
-    """Ends the processes: those still there after `grace_s` by SIGTERM, then by SIGKILL."""
+def start_server(target: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
+    """Starts `target(*arguments)` in a process that ends with this one, and that takes its own time after SIGTERM."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=_run_server, args=(target, arguments), name="epbackend-server"
+    )
+    process.start()
+    return process
+
+
+def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0, *, at_once: bool = False) -> None:
+    """Ends the processes: those still there after `grace_s` by SIGTERM, then, or `at_once`, by SIGKILL."""
     processes = list(processes)
     started_by_them = [each for process in processes for each in descendants(process.pid or 0)]
+    if at_once:
+        kill_all(started_by_them)
     for process in processes:
         process.join(timeout=grace_s)
     for process in processes:
-        process.terminate()
+        if at_once:
+            process.kill()
+        else:
+            process.terminate()
     for process in processes:
         process.join(timeout=5 * GRACE_S)
         if process.is_alive():
@@ -93,4 +107,11 @@ def listens(address: tuple[str, int]) -> bool:
 def _run(environment: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
     guard_process()
+    target(*arguments)
+
+
+def _run_server(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # Ctrl-C reaches the process that started this one, which hands on one signal and not two.
+    os.setsid()
+    guard_process(heed_sigterm=False)
     target(*arguments)

@@ -1,20 +1,30 @@
-"""LMDeploy's Ray executor on CPUs. Imports ray, which takes two seconds: only where ray runs the ranks."""
+"""LMDeploy's Ray executor, watched, and on CPUs too. Imports ray, which takes 2 s: only where ray runs the ranks."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import ray
 import torch.distributed as dist
 from lmdeploy.pytorch.devices import get_device_manager
-from lmdeploy.pytorch.engine.executor.ray_executor import RayWorkerWrapper
+from lmdeploy.pytorch.engine.executor.ray_executor import RayExecutor, RayWorkerWrapper
 
 from epbackend.engines.lmdeploy import plug
+from epbackend.engines.lmdeploy.load_report import last_error, rank_row
 from epbackend.engines.lmdeploy.plug import set_threads
+from epbackend.engines.lmdeploy.rank_watch import LOOK_S, RankState, judge, look_at
+from epbackend.engines.lmdeploy.state import active
+from epbackend.errors import WorkerError
+
+logger = logging.getLogger("lmdeploy")
 
 CPU_RESOURCE = "epbackend_cpu_rank"
 """One of these a rank: Ray allows no placement by its own CPU resource."""
@@ -36,6 +46,53 @@ class PluggedRayWorker(RayWorkerWrapper):
             dist.barrier()
         else:
             super().warmup_dist()
+
+    def start(self) -> None:
+        active().pulse.start(self.rank)
+        super().start()
+
+
+class WatchedRayExecutor(RayExecutor):
+    """The engine's end: fails, naming the rank, when one on this machine has ended or does not move on.
+
+    A rank on another machine ends by itself when it is stuck, and Ray tells that it did.
+    """
+
+    def start(self, forward_event: asyncio.Event) -> None:
+        super().start(forward_event)
+        self._released = threading.Event()
+        active().suspect = lambda: judge(self._ranks(), active().config.timeout_s, failed=True)
+        threading.Thread(target=self._watch, name="epbackend-watch", daemon=True).start()
+
+    def release(self) -> None:
+        if hasattr(self, "_released"):  # it had started
+            self._released.set()
+        super().release()
+
+    def _watch(self) -> None:
+        timeout_s = active().config.timeout_s
+        text = None
+        while text is None:
+            if self._released.wait(LOOK_S):
+                return
+            text = judge(self._ranks(), timeout_s)
+        failure = WorkerError(f"{text}. The other ranks were stopped; the log above tells more.")
+        logger.error(str(failure))
+        # Ray waits without end for one that is stopped.
+        for rank in self._ranks():
+            if rank.own and rank.process and not rank.ended:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.process, signal.SIGKILL)
+        active().engine_failed(failure)
+
+    def _ranks(self) -> list[RankState]:
+        """Of all engines: which one is at fault, the own ones alone do not show."""
+        first = self.dist_config.dp_rank * self.dist_config.attn_tp
+        own = range(first, first + self.dist_config.attn_tp)
+        return [
+            look_at(rank, rank_row(rank), own=rank in own, said=last_error(rank))
+            for rank in range(active().config.world_size)
+        ]
 
 
 def resource_of(original: Callable) -> Callable:

@@ -1,22 +1,23 @@
-"""LMDeploy's OpenAI server with expert parallelism: one engine, or dp engines behind LMDeploy's proxy."""
+"""LMDeploy's OpenAI server with expert parallelism: one engine, or dp engines behind one address.
+
+However it ends, it ends whole and says so: 0 after a signal, ENGINE_FAILED after a failure of its engine, both within
+seconds. With `restart` a process above it starts it again.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.front import Front
+from epbackend.engines.lmdeploy.guard import Guard, looking_out, signals_unwind
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load_report import SharedStats, last_error
 from epbackend.engines.lmdeploy.processes import (
@@ -26,15 +27,18 @@ from epbackend.engines.lmdeploy.processes import (
     free_port,
     listens,
     start_engines,
+    start_server,
     stop_engines,
 )
 from epbackend.engines.lmdeploy.recording import Recording, recording_server
 from epbackend.engines.lmdeploy.state import active
 from epbackend.engines.placement import warm_splits
-from epbackend.errors import WorkerError
+from epbackend.errors import ENGINE_FAILED, EngineFailedError, WorkerError
 from epbackend.placement.placement import Placement
 
-PROXY_START_S = 60.0
+RESTART_AFTER_S = 1.0
+
+logger = logging.getLogger("epbackend")
 
 
 def serve_model(
@@ -45,48 +49,117 @@ def serve_model(
     placement: Placement | None = None,
     recording: Recording | None = None,
     front: Front | None = None,
+    *,
+    restart: int = 0,
+    drain_seconds: float = 30.0,
     **kwargs: Any,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then ends every process. Call it in the main thread.
 
-    With `engine.dp` > 1 a proxy listens at host and port, and its engines at free ports of the loopback interface.
-    `recording` saves the experts' loads, `front` says what clients see. Further arguments go to LMDeploy's
-    `api_server.serve`.
+    With `engine.dp` > 1 a balancer listens at host and port, and its engines at free ports of the loopback interface.
+    `recording` saves the experts' loads, `front` says what clients see. A signal lets requests finish for
+    `drain_seconds` at most; a second one ends all at once. After a failure of the engine the server is started again,
+    `restart` times. Further arguments go to LMDeploy's `api_server.serve`.
 
     Raises:
         ConfigError: the port is in use; checked before anything is loaded.
-        WorkerError: an engine ended by itself.
+        EngineFailedError: the engine failed while it served, and was not or cannot be started again.
+        WorkerError: the engine did not start.
     """
     check_port(host, port)
     front = front or Front()
     kwargs = {"log_level": config.engine.log_level, **front.engine_arguments(model_path), **kwargs}
-    with _sigterm_as_exit(), front.shown():
-        if config.engine.dp == 1:
-            plug.enable(config, placement)
-            try:
-                with recording_server(recording, active().load_report, [(host, port)]):
-                    _serve_engine(model_path, config, 0, host, port, kwargs)
-            finally:
-                plug.disable()
-        else:
-            warm_splits(config)
-            _serve_behind_proxy(model_path, config, host, port, placement, recording, front, kwargs)
+    arguments = (model_path, config.to_json(), host, port, placement, recording, front, drain_seconds, kwargs)
+    if restart:
+        with signals_unwind():
+            _serve_again(arguments, restart)
+    else:
+        _serve_once(*arguments)
+
+
+def _serve_again(arguments: tuple[Any, ...], restarts: int) -> None:
+    """Runs the server in a process of its own, and again whenever its engine fails."""
+    for left in range(restarts, -1, -1):
+        server = start_server(_serve_child, arguments)
+        try:
+            server.join()
+        except BaseException:  # SIGTERM or SIGINT: it drains
+            server.terminate()
+            server.join()
+            raise
+        if server.exitcode == 0:
+            return
+        if server.exitcode != ENGINE_FAILED:
+            raise WorkerError(f"the server ended with exit code {server.exitcode}; its log is above")
+        if left:
+            logger.error("the server is started again (%d times left)", left)
+            time.sleep(RESTART_AFTER_S)
+    raise EngineFailedError(f"the engine failed once more after {restarts} restarts; its log is above")
+
+
+def _serve_child(*arguments: Any) -> None:
+    try:
+        _serve_once(*arguments)
+    except EngineFailedError:
+        sys.exit(ENGINE_FAILED)
+
+
+def _serve_once(
+    model_path: str,
+    config_json: str,
+    host: str,
+    port: int,
+    placement: Placement | None,
+    recording: Recording | None,
+    front: Front,
+    drain_seconds: float,
+    kwargs: dict[str, Any],
+) -> None:
+    config = EPConfig.from_json(config_json)
+    guard = Guard(drain_seconds)
+    try:
+        with signals_unwind(), front.shown():
+            if config.engine.dp == 1:
+                plug.enable(config, placement)
+                try:
+                    with recording_server(recording, active().load_report, [(host, port)]):
+                        _serve_engine(model_path, config, 0, host, port, guard, kwargs)
+                finally:
+                    plug.disable()
+            else:
+                warm_splits(config)
+                _serve_balanced(model_path, config, host, port, placement, recording, front, guard, kwargs)
+    finally:
+        # However the server was left: uvicorn repeats the signal by which the guard ended it.
+        if guard.failure is not None:
+            raise EngineFailedError(guard.failure)
 
 
 def _serve_engine(
-    model_path: str, config: EPConfig, dp_rank: int, host: str, port: int, kwargs: dict[str, Any]
+    model_path: str,
+    config: EPConfig,
+    dp_rank: int,
+    host: str,
+    port: int,
+    guard: Guard,
+    kwargs: dict[str, Any],
 ) -> None:
     from lmdeploy.serve.openai import api_server
 
+    board = active().board
     try:
-        api_server.serve(
-            model_path,
-            backend="pytorch",
-            backend_config=engine_config(config, dp_rank),
-            server_name=host,
-            server_port=port,
-            **kwargs,
-        )
+        with (
+            guard.in_place(),
+            looking_out(guard, None, lambda: board.verdict if board else None, config.timeout_s),
+        ):
+            api_server.serve(
+                model_path,
+                backend="pytorch",
+                backend_config=engine_config(config, dp_rank),
+                server_name=host,
+                server_port=port,
+                **kwargs,
+            )
     except RuntimeError as error:
         # The engine's process ended; LMDeploy knows no more than that.
         if said := last_error(0):
@@ -94,7 +167,7 @@ def _serve_engine(
         raise
 
 
-def _serve_behind_proxy(
+def _serve_balanced(
     model_path: str,
     config: EPConfig,
     host: str,
@@ -102,41 +175,44 @@ def _serve_behind_proxy(
     placement: Placement | None,
     recording: Recording | None,
     front: Front,
+    guard: Guard,
     kwargs: dict[str, Any],
 ) -> None:
-    from lmdeploy.serve.proxy.proxy import proxy
+    import uvicorn
 
+    from epbackend.engines.lmdeploy.balancer import Balancer
+
+    tls: dict[str, Any] = {}
+    if kwargs.pop("ssl", False):  # here, and not between us and the engines
+        tls = {"ssl_keyfile": os.environ["SSL_KEYFILE"], "ssl_certfile": os.environ["SSL_CERTFILE"]}
+    behind = replace(front, root_path="", access_log=False, ssl_keyfile=None, ssl_certfile=None)
     board = SharedStats(config.world_size)
-    proxy_at = LOOPBACK if host == "0.0.0.0" else host
     ports = [free_port() for _ in range(config.engine.dp)]
-    # Clients show their keys to the proxy; it hands none on, and nobody else reaches the engines.
-    api_keys = kwargs.pop("api_keys", None)
     processes = start_engines(
         config,
         board,
         _run_engine_server,
         [
-            (model_path, config.to_json(), dp_rank, engine_port, (proxy_at, port), placement, front, kwargs)
+            (model_path, config.to_json(), dp_rank, engine_port, placement, behind, kwargs)
             for dp_rank, engine_port in enumerate(ports)
         ],
     )
-    ended: list[BaseProcess] = []
-    threading.Thread(target=_stop_with_first, args=(processes, ended), daemon=True).start()
+    addresses = [(LOOPBACK, each) for each in ports]
     try:
-        with recording_server(recording, board.report, [(LOOPBACK, each) for each in ports]):
-            # With its status file, nodes of an earlier deployment would come back.
-            proxy(
-                server_name=host,
-                server_port=port,
-                disable_cache_status=True,
-                log_level=kwargs["log_level"],
-                api_keys=api_keys,
+        _await_engines(processes, addresses, board)
+        app = Balancer([f"http://{LOOPBACK}:{each}" for each in ports]).app()
+        with (
+            recording_server(recording, board.report, addresses),
+            guard.in_place(),
+            looking_out(guard, processes, lambda: board.verdict, config.timeout_s),
+        ):
+            uvicorn.run(
+                app, host=host, port=port, log_level=os.getenv("UVICORN_LOG_LEVEL", "info").lower(), **tls
             )
     finally:
-        stop_engines(processes)
+        # Of engines that have failed nothing can be closed in order, and a stopped process would be waited for.
+        stop_engines(processes, at_once=guard.failure is not None)
         board.remove()
-    if ended:
-        raise WorkerError(f"{ended[0].name} ended with exit code {ended[0].exitcode}; its log is above")
 
 
 def _run_engine_server(
@@ -144,41 +220,29 @@ def _run_engine_server(
     config_json: str,
     dp_rank: int,
     port: int,
-    proxy_at: tuple[str, int],
     placement: Placement | None,
     front: Front,
     kwargs: dict[str, Any],
 ) -> None:
-    """An engine process behind the proxy."""
+    """An engine process behind the balancer."""
     config = EPConfig.from_json(config_json)
     plug.enable(config, placement)
-    _await_listener(proxy_at)
-    proxy_url = f"http://{proxy_at[0]}:{proxy_at[1]}"
-    with replace(front, root_path="").shown():
-        _serve_engine(model_path, config, dp_rank, LOOPBACK, port, {**kwargs, "proxy_url": proxy_url})
-
-
-def _await_listener(address: tuple[str, int]) -> None:
-    """Waits for the proxy: LMDeploy's server registers there once, when it starts."""
-    deadline = time.monotonic() + PROXY_START_S
-    while not listens(address):
-        if time.monotonic() > deadline:
-            raise WorkerError(f"the proxy does not listen at {address[0]}:{address[1]}")
-        time.sleep(POLL_S)
-
-
-def _stop_with_first(processes: list[BaseProcess], ended: list[BaseProcess]) -> None:
-    """Stops this process, as SIGTERM would, when the first of the engines ends: the others wait for it."""
-    first = wait([process.sentinel for process in processes])[0]
-    ended.extend(process for process in processes if process.sentinel == first)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Turns SIGTERM into SystemExit, so that everything that is open gets closed."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    guard = Guard(drain_seconds=0.0)  # the balancer has drained
     try:
-        yield
+        with front.shown():
+            _serve_engine(model_path, config, dp_rank, LOOPBACK, port, guard, kwargs)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if guard.failure is not None:
+            sys.exit(ENGINE_FAILED)
+
+
+def _await_engines(
+    processes: list[BaseProcess], addresses: list[tuple[str, int]], board: SharedStats
+) -> None:
+    """Returns when all engines listen; raises WorkerError where one ends before."""
+    while not all(map(listens, addresses)):
+        for process in processes:
+            if process.exitcode is not None:
+                how = board.verdict or f"exit code {process.exitcode}; its log is above"
+                raise WorkerError(f"{process.name} ended while it started: {how}")
+        time.sleep(POLL_S)

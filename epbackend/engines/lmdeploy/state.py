@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from epbackend.config import EPConfig
 from epbackend.dispatch.context import GroupContext
-from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, LoadReport, SharedStats
+from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, LoadReport, SharedStats, record_verdict
 from epbackend.engines.lmdeploy.patching import Patches
+from epbackend.engines.lmdeploy.pulse import Pulse
 from epbackend.engines.lmdeploy.stats_writer import StatsWriter
-from epbackend.errors import EPError
+from epbackend.errors import EPError, WorkerError
 from epbackend.placement.placement import Placement
 
 CONFIG_VARIABLE = "EPBACKEND_CONFIG"
@@ -34,11 +36,30 @@ class PlugState:
     stats_writer: StatsWriter = field(default_factory=StatsWriter)
     context: GroupContext = field(default_factory=GroupContext)
     """What all MoE layers share on their process groups."""
+    pulse: Pulse = field(init=False)
+    """Watches the steps of this process's rank."""
+    failure: WorkerError | None = None
+    """Why the engine that runs in this process ended; None while it has not."""
+    suspect: Callable[[], str | None] = lambda: None
+    """Names the rank that seems to be at fault when the engine's loop has failed."""
+    on_failure: Callable[[WorkerError], None] | None = None
+    """What a process that is there for its engine alone does then."""
 
     log_level: int | None = None
     """Of our log as it was before; None where it was left alone."""
     log_handler: logging.Handler | None = None
     """The one that we added to it, if any."""
+
+    def __post_init__(self) -> None:
+        self.pulse = Pulse(self.config.timeout_s)
+
+    def engine_failed(self, failure: WorkerError) -> None:
+        """Keeps the first reason why the engine of this process ended, and tells whoever waits for it."""
+        if self.failure is None:
+            self.failure = failure
+            record_verdict(str(failure))
+        if self.on_failure is not None:
+            self.on_failure(self.failure)
 
     def show_log(self, level: str) -> None:
         """Our own log at that level, on stderr unless the program has a place for it."""
@@ -74,6 +95,7 @@ class PlugState:
 
     def switch_off(self) -> None:
         self.patches.restore()
+        self.pulse.close()
         self.stats_writer.close()
         self.context.close()
         if self.board is not None:

@@ -8,45 +8,61 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import gc
 import logging
 import os
 import signal
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnContext
-from multiprocessing.synchronize import Semaphore
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
 from lmdeploy.pytorch.engine.engine_checker import EngineChecker
 from lmdeploy.pytorch.engine.executor import mp_executor
 from lmdeploy.pytorch.engine.executor.mp_executor import (
-    NUM_SHARED_BLOCK,
     ExecutorProc,
     MPExecutor,
     MPWorkerWrapper,
 )
 
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.load_report import last_error, record_error
+from epbackend.engines.lmdeploy.load_report import last_error, rank_row, record_error
 from epbackend.engines.lmdeploy.plug import set_threads
-from epbackend.engines.lmdeploy.process_guard import GRACE_S, guard_process
+from epbackend.engines.lmdeploy.process_guard import GRACE_S, descendants, guard_process, kill_all
+from epbackend.engines.lmdeploy.rank_watch import LOOK_S, judge, look_at
+from epbackend.engines.lmdeploy.ring import off_loop
 from epbackend.engines.lmdeploy.state import active
-from epbackend.errors import WorkerError
+from epbackend.errors import ENGINE_FAILED, WorkerError
 
 logger = logging.getLogger("lmdeploy")
 
+ALL_RANKS = 0xFFFFFFFF
+"""A mask of receivers. LMDeploy's own stops at rank 7."""
+
+
+class StepOutput:
+    """What a step gave, told apart from the replies to other calls, which come through the same buffer."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
 
 class WatchedExecutor(MPExecutor):
-    """The parent's end: fails, naming the rank, as soon as a worker has ended."""
+    """The parent's end: fails, naming the rank, as soon as a worker has ended or does not move on.
+
+    LMDeploy's own lets every caller read the reply of rank 0 by itself: one that waits for the output of the next step
+    then takes the reply to a wake-up, and both wait without end. Here one thread reads, and sorts what comes.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.failure: WorkerError | None = None
         self._stop_reader, self._stop_writer = Pipe(duplex=False)
+        self._replies: SimpleQueue[Any] | None = None
         handler = signal.getsignal(signal.SIGUSR1)
         super().__init__(*args, **kwargs)
         # LMDeploy's handler would end the whole process without a message; the watch reports what happened.
@@ -66,22 +82,129 @@ class WatchedExecutor(MPExecutor):
             self.release()
             raise
 
+    def start(self, forward_event: asyncio.Event) -> None:
+        self.collective_rpc("start")
+        self.remote_outs: asyncio.Queue = asyncio.Queue()
+        self._replies = SimpleQueue()
+        loop = asyncio.get_running_loop()
+        # What LMDeploy waits for: it ends by our failure, or is cancelled.
+        self._prefetch_task = loop.create_future()
+        threading.Thread(
+            target=self._sort_replies, args=(loop,), name="epbackend-replies", daemon=True
+        ).start()
+        self._ask_for_output()
+
+    async def sleep(self, level: int = 1) -> None:
+        """Returns when every rank sleeps; LMDeploy's own does not wait, and a wake-up may come before.
+
+        A step that was sent ahead is dropped by the engine, so its output, here already, must not be the next one's.
+        """
+        await self.collective_rpc_async("sleep", (level,))
+        while not self.remote_outs.empty():
+            self.remote_outs.get_nowait()
+
+    def wakeup(self, tags: list[str] | None = None) -> None:
+        self.collective_rpc("wakeup", (tags,))
+
+    def collective_rpc(
+        self,
+        method: str,
+        args: Any = (),
+        kwargs: Any = None,
+        receiver_mask: int = ALL_RANKS,
+        return_mask: int = ALL_RANKS,
+    ) -> list[Any] | None:
+        asked = self._call(method, args, kwargs, receiver_mask, return_mask)
+        replies: list[Any] = [None] * self.world_size
+        for rank in asked:
+            replies[rank] = self._reply(rank)
+        return replies if asked else None
+
+    async def collective_rpc_async(
+        self,
+        method: str,
+        args: Any = (),
+        kwargs: Any = None,
+        receiver_mask: int = ALL_RANKS,
+        return_mask: int = ALL_RANKS,
+    ) -> list[Any] | None:
+        asked = self._call(method, args, kwargs, receiver_mask, return_mask)
+        replies: list[Any] = [None] * self.world_size
+        for rank in asked:
+            replies[rank] = await off_loop(functools.partial(self._reply, rank))
+        return replies if asked else None
+
     def release(self) -> None:
         if not self._stop_writer.closed:
             self._stop_writer.close()
         super().release()
 
-    def _watch(self) -> None:
-        ranks = {each._proc.sentinel: rank for rank, each in enumerate(self.procs)}
-        ended = wait([*ranks, self._stop_reader])
-        if self._stop_reader in ended:
+    def _call(self, method: str, args: Any, kwargs: Any, receivers: int, returns: int) -> list[int]:
+        """Sends a call to the ranks of one mask; the ranks of both masks will reply."""
+        returns &= receivers
+        call = {"method": method, "args": args or (), "kwargs": kwargs or {}, "return_mask": returns}
+        self.comm_buf.send(call, receiver_mask=receivers)
+        return [rank for rank in range(self.world_size) if returns >> rank & 1]
+
+    def _reply(self, rank: int) -> Any:
+        if rank or self._replies is None:
+            return self.ret_bufs[rank].receive()
+        reply = self._replies.get()
+        if isinstance(reply, WorkerError):
+            raise reply
+        return reply
+
+    def _sort_replies(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Reads all that rank 0 sends, until the engine is closed or fails; then whoever waits gets that error."""
+        assert self._replies is not None
+        while True:
+            message: Any
+            try:
+                message = self.ret_bufs[0].receive()
+            except WorkerError as error:
+                message = error
+            if not isinstance(message, StepOutput):
+                self._replies.put(message)
+            if isinstance(message, (StepOutput, WorkerError)):
+                with contextlib.suppress(RuntimeError):  # the loop may have been closed meanwhile
+                    loop.call_soon_threadsafe(self._take_output, message)
+            if isinstance(message, WorkerError):
+                return
+
+    def _take_output(self, output: StepOutput | WorkerError) -> None:
+        if self._prefetch_task.done():
             return
-        # The others fail because of the first, so one that was killed is the one to name.
-        rank = min((ranks[sentinel] for sentinel in ended), key=lambda rank: self.procs[rank].exit_code())
-        self.failure = _failure(rank, self.procs[rank].exit_code())
-        logger.error(str(self.failure))
+        if isinstance(output, WorkerError):
+            self._prefetch_task.set_exception(output)
+        else:
+            self.remote_outs.put_nowait(output.value)
+            self._ask_for_output()
+
+    def _ask_for_output(self) -> None:
+        self._call("get_outputs", (), None, receivers=1, returns=1)
+
+    def _watch(self) -> None:
+        timeout_s = active().config.timeout_s
+        sentinels = [each._proc.sentinel for each in self.procs]
+        text = None
+        while text is None:
+            ready = wait([*sentinels, self._stop_reader], timeout=LOOK_S)
+            if self._stop_reader in ready:
+                return
+            text = judge(
+                [
+                    look_at(rank, rank_row(rank), exit_code=each.exit_code, said=last_error(rank))
+                    for rank, each in enumerate(self.procs)
+                ],
+                timeout_s,
+            )
+        failure = WorkerError(f"{text}. The other ranks were stopped; the log above tells more.")
+        logger.error(str(failure))
         for buffer in (self.comm_buf, *self.ret_bufs):
-            buffer.notifier.failure = self.failure
+            buffer.notifier.failure = failure
+        for each in self.procs:
+            each.kill()
+        active().engine_failed(failure)
 
 
 class GuardedProc(ExecutorProc):
@@ -96,9 +219,12 @@ class GuardedProc(ExecutorProc):
             self._proc.kill()
             self._proc.join()
 
-    def exit_code(self) -> int:
-        """Of the ended process: negative for the signal that killed it."""
-        self._proc.join()
+    def kill(self) -> None:
+        """Ends the process at once, also where it is stopped."""
+        self._proc.kill()
+
+    def exit_code(self) -> int | None:
+        """Of the ended process, negative for the signal that killed it; None while it runs."""
         return self._proc.exitcode
 
     def _main_loop(self, proc_id: int, *args: Any, **kwargs: Any) -> None:
@@ -121,8 +247,12 @@ class FailFastWorker(MPWorkerWrapper):
     """A worker that ends when a background task fails: LMDeploy would not notice a failed forward pass."""
 
     def start(self) -> None:
+        active().pulse.start(self.rank)
         super().start()
         self._awaited = asyncio.get_running_loop().create_task(self._await_tasks())
+
+    async def get_outputs(self) -> StepOutput:
+        return StepOutput(await super().get_outputs())
 
     async def _await_tasks(self) -> None:
         with ending_on_error(self.rank):
@@ -154,126 +284,24 @@ def ending_on_error(rank: int) -> Iterator[None]:
         os._exit(1)
 
 
-def _failure(rank: int, exit_code: int) -> WorkerError:
-    said = last_error(rank)
-    if said:
-        how = f"failed: {said}"
-    elif exit_code < 0:
-        how = f"was killed by {signal.Signals(-exit_code).name}"
-    else:
-        how = f"ended with exit code {exit_code}"
-    remedy = (
-        "Where the system ran out of memory, lower engine.cache_gb. " if exit_code == -signal.SIGKILL else ""
-    )
-    return WorkerError(f"rank {rank} {how}. {remedy}The other ranks were stopped; the log above tells more.")
-
-
-POLL_S = 0.25
-"""How soon a wait notices that there is nothing left to wait for."""
-
-
-class RingNotifier:
-    """Signals the receivers of a ring of shared blocks what is written, and the sender what is read.
-
-    In place of LMDeploy's `Notifier`, which has an event for each block and a barrier at each turn of the ring. Gloo's
-    collectives block the event loop (on a GPU they are only queued), so that there one rank can sit in the barrier
-    while another waits for it in an all-reduce; and an event or a barrier whose other end was killed waits without end.
-    """
-
-    failure: WorkerError | None = None
-    """Raised by every wait here; the parent sets it when a worker dies."""
-    receiver = 0
-    """Which of the receivers this process is."""
-
-    def __init__(self, num_receiver: int, mp_ctx: SpawnContext) -> None:
-        self._written = [mp_ctx.Semaphore(0) for _ in range(num_receiver)]
-        # One less than there are blocks: the sender has written a block before it waits for a free one.
-        self._free = [mp_ctx.Semaphore(NUM_SHARED_BLOCK - 1) for _ in range(num_receiver)]
-        self._closed = False
-
-    def set(self) -> None:
-        """The next block is written. Returns when the one after it may be written."""
-        for written in self._written:
-            written.release()
-        for free in self._free:
-            self._acquire(free)
-
-    async def set_async(self) -> None:
-        """As `set`."""
-        for written in self._written:
-            written.release()
-        for free in self._free:
-            await self._acquire_async(free)
-
-    @contextmanager
-    def wait(self) -> Iterator[None]:
-        """Waits for the next block; within the context it may be read."""
-        self._acquire(self._written[self.receiver])
-        yield
-        self._free[self.receiver].release()
-
-    @asynccontextmanager
-    async def wait_async(self) -> AsyncIterator[None]:
-        """As `wait`."""
-        await self._acquire_async(self._written[self.receiver])
-        yield
-        self._free[self.receiver].release()
-
-    def close(self) -> None:
-        """Ends the waits of this process."""
-        self._closed = True
-
-    def _acquire(self, semaphore: Semaphore) -> None:
-        while not semaphore.acquire(timeout=POLL_S):
-            if self.failure is not None:
-                raise self.failure
-            if self._closed:
-                raise WorkerError("the engine was closed")
-
-    async def _acquire_async(self, semaphore: Semaphore) -> None:
-        if not semaphore.acquire(block=False):
-            await _off_loop(lambda: self._acquire(semaphore))
-
-
-async def _off_loop(function: Callable[[], Any]) -> None:
-    """Awaits a blocking call in a daemon thread.
-
-    The event loop's own threads are joined when Python ends, which would hang with an engine that was not closed.
-    """
-    loop = asyncio.get_running_loop()
-    done = loop.create_future()
-
-    def finish(error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
-
-    def call() -> None:
-        error: BaseException | None = None
-        try:
-            function()
-        except BaseException as caught:
-            error = caught
-        # The loop may have been closed meanwhile.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(finish, error)
-
-    threading.Thread(target=call, daemon=True).start()
-    await done
-
-
 def run_engine(shared_dict: Any, condition: Any, *args: Any, **kwargs: Any) -> None:
     """Stands for `ZMQMPEngine._mp_proc`: loads the plug, then runs the original, and leaves an error's text."""
     guard_process()
     try:
         plug.enable_worker()
+        active().on_failure = _end_engine
         active().patches.original("zmq-process")(shared_dict, _ServerCondition(condition), *args, **kwargs)
     except Exception as error:
         record_error(0, f"{type(error).__name__}: {error}")
         raise
+    # At its end Python collects garbage among all that is left, and the server would wait for it.
+    gc.freeze()
+
+
+def _end_engine(failure: WorkerError) -> None:
+    """Ends the server's engine process, whose ranks are of no use any more: the server sees it and knows why."""
+    kill_all(descendants(os.getpid()))
+    os._exit(ENGINE_FAILED)
 
 
 class _ServerCondition:

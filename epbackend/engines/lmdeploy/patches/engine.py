@@ -15,7 +15,7 @@ from epbackend.config.schema import FEWEST_BLOCKS
 from epbackend.engines.lmdeploy.checks import GIB, KEPT_FREE
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.state import active
-from epbackend.errors import ConfigError, EPError
+from epbackend.errors import ConfigError, EPError, WorkerError
 
 BACKENDS = {
     "cpu": "epbackend.engines.lmdeploy.backend_cpu:CpuBackend",
@@ -194,12 +194,57 @@ def no_bar_of_nothing(original: Callable) -> Callable:
     return bar
 
 
+@patch(
+    "lmdeploy.pytorch.engine.model_agent.agent:BaseModelAgent._async_step",
+    why="a rank that is lost in one of its own collectives is waited for without end: the age of each step is watched",
+    when="always",
+    fingerprint="03b3ed9babb0",
+)
+def steps_are_watched(original: Callable) -> Callable:
+    @functools.wraps(original)
+    async def async_step(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> None:
+        plug = active()
+        phase = "decode" if inputs is None or inputs.is_decoding else "prefill"
+        with plug.pulse.step(phase, lambda: self.state.is_sleeping):
+            await original(self, inputs, *args, **kwargs)
+        if plug.device == "cuda" and self.dist_config.world_size > 1 and torch.cuda.is_initialized():
+            # The host is through, the GPU perhaps not: with the sampling and the broadcast that follow the model.
+            group = self.dist_ctx.attn_tp_group.gpu_group or self.dist_ctx.ep_gpu_group
+            plug.context.watch("the end of a step", group, plug.config.timeout_s)
+
+    return async_step
+
+
+@patch(
+    "lmdeploy.pytorch.engine.engine:Engine.async_loop",
+    why="when its loop ends of an error the process stays, answers no request any more and tells nobody",
+    when="always",
+    fingerprint="a81641caa27e",
+)
+def failed_loop_is_told(original: Callable) -> Callable:
+    @functools.wraps(original)
+    async def async_loop(self: Any) -> None:
+        try:
+            await original(self)
+        except Exception as error:
+            if not isinstance(error, WorkerError):
+                text = active().suspect() or f"the engine's loop failed: {type(error).__name__}: {error}"
+                active().engine_failed(WorkerError(text))
+            else:
+                active().engine_failed(error)
+            raise
+
+    return async_loop
+
+
 PATCHES = (
     backend_with_our_experts,
     cache_by_budget,
     failed_checks_raise,
     loaded_weights_are_checked,
     steps_are_counted,
+    steps_are_watched,
+    failed_loop_is_told,
     warm_up_is_no_load,
     no_bar_of_nothing,
 )

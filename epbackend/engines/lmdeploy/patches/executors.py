@@ -112,7 +112,7 @@ PATCHES = (
         f"{_MP}:Notifier",
         "its barrier blocks the event loop (with gloo a deadlock at every 32nd message) and waits for dead workers",
         "mp",
-        replaced_by(f"{_OURS}.workers:RingNotifier"),
+        replaced_by(f"{_OURS}.ring:RingNotifier"),
         "197c9bbabf2e",
     ),
     Patch(
@@ -159,4 +159,13 @@ PATCHES = (
         "8e082faac6bd",
     ),
     ray_ranks,
+    # After the patch of one of its methods, which stays its own.
+    Patch(
+        "ray-executor",
+        f"{_RAY}:RayExecutor",
+        "it waits without end for a worker that is stopped",
+        "ray",
+        replaced_by(f"{_OURS}.ray_workers:WatchedRayExecutor"),
+        "12011081f72a",
+    ),
 )

@@ -1,0 +1,370 @@
+"""What stands between a server's clients and its application: true health, failures told, an end that is bounded.
+
+The application is LMDeploy's (`api_server`), or the balancer before several of them. The guard answers for it once the
+engine has failed: requests that wait get a 503 that says what happened, so do new ones, and the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import psutil
+
+from epbackend.engines.lmdeploy.patching import Patch, Patches
+from epbackend.engines.lmdeploy.process_guard import descendants, kill_all
+from epbackend.engines.lmdeploy.rank_watch import LOOK_S, STOPPED, process_state
+
+logger = logging.getLogger("epbackend")
+
+LINGER_S = 2.0
+"""How long a server that has failed still answers, so that clients and probes learn of it."""
+CLOSING_S = 1
+"""How long connections that are still open then have."""
+FAMILY_EVERY_S = 1.0
+"""How often all processes of the server are looked at."""
+AFTER_RANKS_S = 1.5
+"""How much longer than a rank another process may be stopped: the watch over the ranks knows more, and is first."""
+RETRY_AFTER_S = 10
+
+_PACKED = (
+    "the experts' weights are packed for their device when they are loaded, and cannot be replaced while the server "
+    "runs; start it again with the new checkpoint"
+)
+REFUSED = {
+    "/update_weights": _PACKED,
+    "/update_weights_from_ipc": _PACKED,
+    "/init_weights_update_group": _PACKED,
+    "/update_weights_from_distributed": _PACKED,
+    "/destroy_weights_update_group": _PACKED,
+}
+"""Endpoints of LMDeploy that cannot work with the plug, and why."""
+DEEP_SLEEP = (
+    "level 2 drops the weights and wants new ones afterwards, but the experts' are packed for their device when they "
+    "are loaded; use level 1"
+)
+
+
+class Guard:
+    """The state of one server, and the ASGI application around it."""
+
+    def __init__(self, drain_seconds: float, end: Callable[[], None] | None = None) -> None:
+        """`end` is what happens after a failure: by default what a supervisor would do, which uvicorn heeds."""
+        self._end = end or functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+        self.failure: str | None = None
+        """What the engine failed of; None while it serves."""
+        self._drain_seconds = drain_seconds
+        self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failed = asyncio.Event()
+        self.app: Any = None
+        """The application behind it."""
+
+    @property
+    def serving(self) -> bool:
+        """Whether clients can reach the application, and it has its engine."""
+        return self._loop is not None
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Servers that uvicorn runs meanwhile in this process are behind the guard."""
+        patches = Patches()
+        patches.apply(
+            [
+                Patch(
+                    "server-behind-guard",
+                    "uvicorn:run",
+                    "LMDeploy's server stays when its engine has failed, and waits for clients without a bound",
+                    "always",
+                    self._uvicorn_run,
+                ),
+                Patch(
+                    "second-signal",
+                    "uvicorn:Server.handle_exit",
+                    "a second SIGTERM changes nothing",
+                    "always",
+                    self._handle_exit,
+                ),
+            ]
+        )
+        try:
+            yield
+        finally:
+            patches.restore()
+
+    def fail(self, text: str) -> None:
+        """The engine has failed: tells all clients, ends the server soon. From any thread, while it is `serving`."""
+        loop = self._loop
+        if loop is None:
+            return
+        self.failure = text
+        logger.critical("%s", text)
+        with contextlib.suppress(RuntimeError):  # the loop has just ended
+            loop.call_soon_threadsafe(self._failed.set)
+        ending = threading.Timer(LINGER_S, self._end)
+        ending.daemon = True
+        ending.start()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
+        if self.failure is not None:
+            await self._say_failure(path, send)
+        elif path == "/ready":
+            await self._say_ready(scope, send)
+        elif reason := _refused(path, scope):
+            await _answer(send, 501, _error(f"{path}: {reason}", "not_implemented_error"))
+        else:
+            await self._pass_on(scope, receive, send, path)
+
+    async def _live(self, scope: Any, receive: Any, send: Any) -> None:
+        """The application's start and end, between which it serves."""
+
+        async def receive_watched() -> Any:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                self._loop = None
+            return message
+
+        async def send_watched(message: Any) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self._loop = asyncio.get_running_loop()
+            await send(message)
+
+        await self.app(scope, receive_watched, send_watched)
+
+    async def _pass_on(self, scope: Any, receive: Any, send: Any, path: str) -> None:
+        """The application's answer; when the engine fails before it has begun, a 503 in its place."""
+        begun = False
+
+        async def watched(message: Any) -> None:
+            nonlocal begun
+            if not begun and message.get("status", 200) in (500, 503):
+                # The application may know before us that its engine is lost, but not why.
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._failed.wait(), 2 * LOOK_S)
+            if self.failure is not None and not begun:
+                return
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        answer = asyncio.ensure_future(self.app(scope, receive, watched))
+        failed = asyncio.ensure_future(self._failed.wait())
+        try:
+            await asyncio.wait({answer, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if self.failure is None:
+                await answer
+                return
+        finally:
+            failed.cancel()
+            if not answer.done():
+                answer.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await answer
+        if not begun:
+            await self._say_failure(path, send)
+        else:
+            # A stream has its status already. It ends by an error, and without the end that clients wait for.
+            event = f"data: {json.dumps(_error(self.failure, 'service_unavailable'))}\n\n".encode()
+            with contextlib.suppress(Exception):  # or it had ended just before
+                await send({"type": "http.response.body", "body": event, "more_body": False})
+
+    async def _say_failure(self, path: str, send: Any) -> None:
+        if path in ("/health", "/ready"):
+            await _answer(send, 503, {"status": "unhealthy", "message": self.failure})
+        else:
+            await _answer(send, 503, _error(self.failure or "", "service_unavailable"))
+
+    async def _say_ready(self, scope: Any, send: Any) -> None:
+        """503 while it does not take requests: it has failed, it drains, or its engine sleeps."""
+        state = await self._ask_app("/health", scope)
+        if (await self._ask_app("/is_sleeping", scope)).get("is_sleeping"):
+            state = {"status": "sleeping", "message": "The engine sleeps until POST /wakeup."}
+        if self._draining:
+            state = {"status": "draining", "message": "The server ends."}
+        await _answer(send, 200 if state.get("status") == "healthy" else 503, state)
+
+    async def _ask_app(self, path: str, scope: Any) -> dict[str, Any]:
+        """What the application says at another path than the one that was asked for."""
+        parts: list[bytes] = []
+        messages = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+        async def nothing() -> Any:
+            message = next(messages, None)
+            if message is None:  # who waits for us to hang up waits until the answer is there
+                await asyncio.Event().wait()
+            return message
+
+        async def keep(message: Any) -> None:
+            parts.append(message.get("body", b""))
+
+        path = scope.get("root_path", "") + path
+        await self.app({**scope, "path": path, "raw_path": path.encode()}, nothing, keep)
+        with contextlib.suppress(ValueError):
+            return json.loads(b"".join(parts))
+        return {}
+
+    def _uvicorn_run(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def run(app: Any, **kwargs: Any) -> Any:
+            self.app = app
+            return original(self, timeout_graceful_shutdown=max(1, round(self._drain_seconds)), **kwargs)
+
+        return run
+
+    def _handle_exit(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        def handle_exit(server: Any, number: int, frame: Any) -> None:
+            if self._draining and self.failure is None:
+                end_at_once(128 + number)
+            if self.failure is not None:
+                server.config.timeout_graceful_shutdown = CLOSING_S
+            self._draining = True
+            original(server, number, frame)
+
+        return handle_exit
+
+
+@contextmanager
+def signals_unwind() -> Iterator[None]:
+    """The first SIGTERM or SIGINT unwinds this process, so that everything that is open gets closed; a second one ends
+    it and all its processes at once."""
+    seen: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if seen:
+            end_at_once(128 + number)
+        seen.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(0)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_at_once(exit_code: int) -> None:
+    """Ends this process and all that it started. Shared memory is removed by the tracker, which ends last."""
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
+    kill_all(each for each in descendants(os.getpid()) if each.pid != tracker)
+    os._exit(exit_code)
+
+
+@contextmanager
+def looking_out(
+    guard: Guard, processes: list[BaseProcess] | None, verdict: Callable[[], str | None], timeout_s: float
+) -> Iterator[None]:
+    """Tells the guard of an engine that fails while it serves, which it begins and ends within the block.
+
+    That is one that left a verdict, one of whose `processes` ended (None: the one that LMDeploy starts for its engine),
+    or of which any process at all is stopped for longer than `timeout_s`.
+    """
+    stop = threading.Event()
+    arguments = (guard, processes, verdict, timeout_s, stop)
+    thread = threading.Thread(target=_look_out, args=arguments, name="epbackend-lookout", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
+def _look_out(
+    guard: Guard,
+    processes: list[BaseProcess] | None,
+    verdict: Callable[[], str | None],
+    timeout_s: float,
+    stop: threading.Event,
+) -> None:
+    stopped_since: dict[int, float] = {}
+    looked = 0.0
+    while not guard.serving:
+        if stop.wait(LOOK_S):
+            return
+    watched = processes or [
+        each for each in multiprocessing.active_children() if each.name == "mp_engine_proc"
+    ]
+    while not stop.is_set():
+        ended = wait([each.sentinel for each in watched], timeout=LOOK_S)
+        if not guard.serving:
+            return
+        text = verdict()
+        if text is None and ended:
+            first = next(each for each in watched if each.sentinel in ended)
+            text = f"the engine's process {first.name} ended with exit code {_exit_code(first)}; its log is above"
+        if text is None and time.monotonic() > looked + FAMILY_EVERY_S:
+            looked = time.monotonic()
+            text = _stopped_one(stopped_since, timeout_s + AFTER_RANKS_S)
+        if text is not None:
+            guard.fail(text)
+            return
+
+
+def _exit_code(process: BaseProcess) -> int | None:
+    with contextlib.suppress(ValueError):  # LMDeploy has closed it just now
+        process.join(timeout=1)
+        return process.exitcode
+    return None
+
+
+def _stopped_one(since: dict[int, float], limit_s: float) -> str | None:
+    """Names a process of ours that is stopped for longer than that. `since` is kept from look to look."""
+    now = time.monotonic()
+    family = {each.pid: each for each in descendants(os.getpid())}
+    for pid in list(since):
+        if pid not in family:
+            del since[pid]
+    for pid, process in family.items():
+        if process_state(pid) not in STOPPED:
+            since.pop(pid, None)
+        elif now - since.setdefault(pid, now) > limit_s:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return (
+                    f"process {pid} of the engine ({process.name()}) is stopped (state T: SIGSTOP or a debugger) for "
+                    f"{now - since[pid]:.0f} s"
+                )
+    return None
+
+
+def _refused(path: str, scope: Any) -> str | None:
+    if path == "/sleep" and b"level=2" in scope.get("query_string", b"").split(b"&"):
+        return DEEP_SLEEP
+    return REFUSED.get(path)
+
+
+def _error(message: str, kind: str) -> dict[str, Any]:
+    """In OpenAI's form."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": kind}}
+
+
+async def _answer(send: Any, status: int, content: dict[str, Any]) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 503:
+        headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
