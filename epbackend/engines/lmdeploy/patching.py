@@ -20,8 +20,8 @@ from epbackend.errors import EPError, UnavailableError
 
 LMDEPLOY_VERSION = "0.18.0"
 
-When = Literal["always", "cpu", "cuda", "ascend", "ep", "mp", "ray"]
-"""What makes a patch needed: the device, more than one expert rank, or the executor that starts the ranks."""
+When = Literal["always", "cpu", "cuda", "ascend", "ep", "mp", "ray", "server"]
+"""What makes a patch needed: the device, several expert ranks, the executor of the ranks, or the API server."""
 
 Build = Callable[[Any], Any]
 
@@ -121,6 +121,11 @@ class Patches:
         except BaseException:
             self.restore()
             raise
+
+    def apply_once(self, patches: Iterable[Patch]) -> None:
+        """As `apply`, for those that are not applied yet."""
+        applied = [each for each, *_ in self._replaced]
+        self.apply([each for each in patches if each not in applied])
 
     def restore(self) -> None:
         """Puts back every original, the very object, last replaced first."""
