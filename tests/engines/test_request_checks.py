@@ -42,11 +42,14 @@ FIELDS = (*RANGES, "messages", "stop", "response_format", "max_tokens", "logprob
 
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON) | JSON)
 def test_any_json_is_accepted_or_refused_by_the_name_of_a_field(body):
+    refused = None
     try:
         check_body(body, None, session_len=100)
     except BadRequestError as error:
-        assert error.field.split(".")[0] in {*FIELDS, "body"}
-        assert len(str(error)) < 400
+        refused = error
+    if refused:
+        assert refused.field.split(".")[0] in {*FIELDS, "body"}
+        assert len(str(refused)) < 400
     else:
         numbers = {name: value for name, value in body.items() if name in RANGES and value is not None}
         assert all(math.isfinite(value) for value in numbers.values())

@@ -130,7 +130,8 @@ def check_body(body: Any, known: Collection[str] | None, session_len: int) -> No
     _check_lengths(given, session_len)
     _check_response_format(given.get("response_format"))
     _check_stop(given.get("stop"))
-    if "messages" in given:
+    # Token ids may stand for messages, as an empty list.
+    if "messages" in given and not (given["messages"] == [] and "input_ids" in given):
         _check_messages(given["messages"])
     if given.get("suffix"):
         raise BadRequestError("suffix", "is not supported: it would be ignored; leave it out")
@@ -235,10 +236,8 @@ def _check_stop(stop: Any) -> None:
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list):
-        if isinstance(messages, str):
-            raise BadRequestError("messages", "must be a list of messages, not a text")
-        return
-    says_something = not messages  # /generate-style input_ids may stand for messages: the endpoint tells
+        raise BadRequestError("messages", f"must be a list of messages, not {_shown(messages)}")
+    says_something = False
     for place, message in enumerate(messages):
         where = f"messages.{place}"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -262,7 +261,7 @@ def _check_messages(messages: Any) -> None:
                 _check_part(f"{where}.content.{part_place}", part)
         says_something = says_something or bool(calls) or _is_said(content)
     if not says_something:
-        raise BadRequestError("messages", "must have some content, and all of them are empty")
+        raise BadRequestError("messages", "must not all be empty")
 
 
 def _check_text(field: str, text: str) -> None:

@@ -49,11 +49,19 @@ def server_is_patched(original: Callable) -> Callable:
     fingerprint="d588f51ecea7",
 )
 def requests_are_checked(original: Callable) -> Callable:
+    from lmdeploy._guided_decoding import ensure_response_format_compilable
     from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 
     @functools.wraps(original)
-    async def preprocess(self: Any, *args: Any, **kwargs: Any) -> Any:
-        prepared = await original(self, *args, **kwargs)
+    async def preprocess(
+        self: Any, messages: Any, session_id: Any, gen_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if gen_config is not None and gen_config.response_format is not None:
+            try:
+                ensure_response_format_compilable(gen_config.response_format)
+            except ValueError as error:
+                raise RequestError(ErrorCode.INVALID_REQUEST, f"response_format: {error}") from error
+        prepared = await original(self, messages, session_id, gen_config, *args, **kwargs)
         generation, ids = prepared.gen_config, prepared.inputs["input_ids"]
         vocabulary = vocabulary_size(self.hf_cfg)
         try:
