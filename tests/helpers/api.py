@@ -80,6 +80,8 @@ def served(folder: Path) -> Iterator[Server]:
         try:
             process.wait(timeout=PATIENCE_S)
         finally:
-            for each in [psutil.Process(process.pid)] * (process.poll() is None) + family:
+            if process.poll() is None:
+                process.kill()
+            for each in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()

@@ -38,7 +38,7 @@ class Patch:
     build: Build = field(repr=False)
     """Makes the replacement from the original."""
     fingerprint: str | None = None
-    """Of the original's source in LMDeploy 0.18.0; None for torch's own attributes, which only have to exist."""
+    """Of the original's source in LMDeploy 0.18.0; None for what is not LMDeploy's own and only has to exist."""
 
     def find(self) -> tuple[Any, str]:
         """The object that holds the attribute, and the attribute's name.
