@@ -1,6 +1,6 @@
 """Logits processors: those of requests' options, and a user's callables on their way to the ranks.
 
-LMDeploy pickles the processors of a batch with every step. A letter of its own: I tokens of a sequence so far.
+LMDeploy pickles the processors of a batch with every step. Letters of its own: I tokens of a sequence so far.
 """
 
 from __future__ import annotations
