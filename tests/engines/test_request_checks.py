@@ -6,6 +6,7 @@ import asyncio
 import math
 import pickle
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from epbackend.engines.lmdeploy.logits_processors import (
     for_ranks,
     logit_bias,
 )
+from epbackend.engines.lmdeploy.patches.requests import messages_fail_alone
 from epbackend.engines.lmdeploy.requests import (
     RANGES,
     BadRequestError,
@@ -197,3 +199,20 @@ def test_a_failing_processor_ends_its_own_sequence():
     assert output.next_token_ids.tolist() == [1, NO_TOKEN, 1]
     assert output.stopped.tolist() == [False, True, False]
     assert tokens.tolist() == [1, 1, 1], "they are the next step's input"
+
+
+def test_a_message_that_cannot_be_added_ends_its_own_session():
+    """What no check foresees: LMDeploy's own callback raises in the engine's loop."""
+    added, ended, told = [], [], []
+
+    def add(engine, reqs):
+        for req in reqs:
+            added.append(1 // req.data["session_id"])
+
+    engine = SimpleNamespace(
+        scheduler=SimpleNamespace(end_session=ended.append), _response=lambda *answer: told.append(answer)
+    )
+    reqs = [SimpleNamespace(data={"session_id": session}, resp=session) for session in (1, 0, 1)]
+    messages_fail_alone.build(add)(engine, reqs)
+    assert (added, ended) == ([1, 1], [0])
+    assert [(resp, kind.name) for resp, kind in told] == [(0, "INTERNAL_ENGINE_ERROR")]

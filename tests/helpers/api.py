@@ -35,9 +35,8 @@ class Server:
         if isinstance(body, dict) and path.startswith("/v1"):
             body = {"model": self.model} | body
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return requests.post(
-            self.url + path, data=data, headers={"Content-Type": "application/json"}, timeout=PATIENCE_S
-        )
+        headers = {"Content-Type": "application/json", "anthropic-version": "2023-06-01"}
+        return requests.post(self.url + path, data=data, headers=headers, timeout=PATIENCE_S)
 
     def greedy(self) -> list[dict]:
         """An answer that only the model decides."""

@@ -60,6 +60,7 @@ def requests_are_checked(original: Callable) -> Callable:
             try:
                 ensure_response_format_compilable(gen_config.response_format)
             except ValueError as error:
+                self.session_mgr.remove(session_id)
                 raise RequestError(ErrorCode.INVALID_REQUEST, f"response_format: {error}") from error
         prepared = await original(self, messages, session_id, gen_config, *args, **kwargs)
         generation, ids = prepared.gen_config, prepared.inputs["input_ids"]
