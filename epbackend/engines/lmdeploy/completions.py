@@ -229,7 +229,11 @@ class Answer:
         Raises:
             RequestError: the engine failed, or the client is gone.
         """
-        done = await asyncio.gather(*(self._collect(each, raw_request) for each in self._choices))
+        tasks = [asyncio.create_task(self._collect(each, raw_request)) for each in self._choices]
+        try:
+            done = await asyncio.gather(*tasks)
+        finally:
+            await _cancelled(tasks)
         return CompletionResponse(choices=done, usage=self._usage(), **self._common)
 
     async def events(self) -> AsyncIterator[str]:
@@ -276,9 +280,7 @@ class Answer:
         except RequestError as error:
             yield f"data: {json.dumps({'error': request_error_payload(error)})}\n\n"
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _cancelled(tasks)
         yield "data: [DONE]\n\n"
 
     async def _collect(self, choice: Choice, raw_request: Request) -> CompletionResponseChoice:
@@ -334,6 +336,13 @@ class Answer:
         if with_usage and usage is None:
             fields["usage"] = None
         return f"data: {json.dumps(fields)}\n\n"
+
+
+async def _cancelled(tasks: list[asyncio.Task]) -> None:
+    """Ends those that still run: where one choice failed nobody waits for the others."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _joined(first: LogProbs | None, second: LogProbs | None) -> LogProbs | None:

@@ -104,6 +104,9 @@ INSTEAD = {
 }
 """Fields of other servers -> what says the same here."""
 
+NEUTRAL = {"best_of": 1, "length_penalty": 1}
+"""Fields of other servers -> the value that asks for nothing; so do null, false, 0 and what is empty, of any field."""
+
 DISAGGREGATION = frozenset({"migration_request", "with_cache", "preserve_cache"})
 """Read by LMDeploy from the raw request, so no schema has them."""
 
@@ -191,7 +194,7 @@ def vocabulary_size(hf_config: Any) -> int | None:
 
 
 def _refuse_unknown(field: str, value: Any, known: Collection[str]) -> None:
-    if field in WITHOUT_EFFECT or field in DISAGGREGATION:
+    if not value or field in WITHOUT_EFFECT or field in DISAGGREGATION or NEUTRAL.get(field) == value:
         return
     if field in INSTEAD:
         raise BadRequestError(field, f"is not supported: it would be ignored; use {INSTEAD[field]}")
