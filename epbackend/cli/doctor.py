@@ -143,11 +143,14 @@ def _engine_trouble() -> str | None:
     try:
         check_version()
         # Imported late: the table imports LMDeploy, whose release has to be checked first.
-        from epbackend.engines.lmdeploy.patches import needed
+        from epbackend.engines.lmdeploy.patches import every_patch, needed
 
         executor = "ray" if _version("ray") else "mp"
         for device in devices():
             for patch in needed(device, ep_size=2, executor=executor):
+                patch.check()
+        for patch in every_patch():
+            if patch.when == "server":
                 patch.check()
     except EPError as error:
         return str(error)

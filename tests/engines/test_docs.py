@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from epbackend.engines.lmdeploy.patches import PATCHES
+from epbackend.engines.lmdeploy.patches import every_patch
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "lmdeploy.md"
 
 
 def table() -> str:
     """The patches as Markdown."""
-    rows = [f"| `{each.name}` | `{each.target}` | {each.when} | {each.why} |" for each in PATCHES]
+    rows = [f"| `{each.name}` | `{each.target}` | {each.when} | {each.why} |" for each in every_patch()]
     return "\n".join(["| patch | replaces | when | why |", "|---|---|---|---|", *rows])
 
 

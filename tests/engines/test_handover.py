@@ -7,6 +7,7 @@ import re
 import signal
 
 import pytest
+import requests
 from lmdeploy import PytorchEngineConfig, TurbomindEngineConfig
 from transformers import AutoTokenizer
 
@@ -62,6 +63,10 @@ def test_the_api_server_of_lmdeploy_spreads_the_experts(sizes, checkpoint, refer
     expected = AutoTokenizer.from_pretrained(model).decode(reference("qwen3-moe")[0])
     assert answer.strip("\ufffd") == expected.strip("\ufffd")
     assert len(running.workers()) >= 2
+    refused = requests.post(
+        f"http://{host}:{port}/v1/completions", json={"model": "tiny", "prompt": ""}, timeout=PATIENCE_S
+    )
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
     os.kill(running.process.pid, signal.SIGTERM)
     running.process.wait(timeout=PATIENCE_S)
     running.assert_nothing_left()

@@ -43,9 +43,9 @@ def test_a_server_with_its_switches(dp, tmp_path, certificate, start_process):
     keys.write_text("first\nsecond\n")
     running = start_process(
         COMMAND, "serve", "tiny-qwen3-moe", "--port", str(port), "--device", "cpu", "--ep-size", "2", "--ep-level", "2",
-        "--dp", str(dp), "--set", "engine.cache_gb=0.05", "--set", "engine.session_len=256", "--api-key-file", str(keys),
-        "--ssl-keyfile", str(key), "--ssl-certfile", str(cert), "--root-path", "/models/a", "--log-requests",
-        "--disable-uvicorn-access-log", "--allow-origins", "https://ui.example",
+        "--dp", str(dp), "--set", "engine.cache_gb=0.05", "--set", "engine.session_len=256",
+        "--api-key-file", str(keys), "--ssl-keyfile", str(key), "--ssl-certfile", str(cert), "--root-path", "/models/a",
+        "--log-requests", "--disable-uvicorn-access-log", "--allow-origins", "https://ui.example",
         ready="startup complete" if dp == 1 else "",
     )  # fmt: skip
     base = f"https://{LOOPBACK}:{port}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy.load_report import LoadReport, SharedStats
 from epbackend.engines.lmdeploy.processes import start_engines, stop_engines
+from epbackend.engines.lmdeploy.requests import check_python_options
 from epbackend.engines.placement import warm_splits
 from epbackend.errors import EPError, WorkerError
 from epbackend.placement.placement import Placement
@@ -86,6 +87,8 @@ class ReplicatedPipeline:
     ) -> Iterator[Response]:
         """Parts of the responses as they come; `index` tells the prompt of each. Raises as `infer` does."""
         prompts = [prompts] if _is_single(prompts) else list(prompts)
+        for each in gen_config if isinstance(gen_config, Sequence) else [gen_config]:
+            check_python_options(each)
         busy = []
         for rank, engine in enumerate(self._engines):
             index = list(range(rank, len(prompts), len(self._engines)))

@@ -24,6 +24,7 @@ from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.checkpoint import check_checkpoint
 from epbackend.engines.lmdeploy.checks import check_deployment
 from epbackend.engines.lmdeploy.lmdeploy_config import REFUSED_ENGINE_FIELDS, engine_config
+from epbackend.engines.lmdeploy.patches.requests import patch_loaded_server
 from epbackend.engines.lmdeploy.patching import Patches, check_version
 from epbackend.errors import ConfigError, UnavailableError
 
@@ -93,6 +94,8 @@ def with_the_plug(original: Callable) -> Callable:
         plug_in(model_path, kwargs.get("backend_config"))
         try:
             original(self, model_path, *args, **kwargs)
+            # The plug's own patch of this function came too late for this call.
+            patch_loaded_server()
         except BaseException:
             unplug()
             raise

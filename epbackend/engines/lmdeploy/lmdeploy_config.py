@@ -54,8 +54,10 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
         # Our dispatch has not been captured on Ascend yet.
         "eager_mode": engine.eager_mode or device == "ascend",
         "distributed_executor_backend": executor(config),
+        # Costs nothing until a request asks for log probabilities.
+        "logprobs_mode": engine.extra.get("logprobs_mode", "raw_logprobs"),
     }
-    return PytorchEngineConfig(**settings, **engine.extra)
+    return PytorchEngineConfig(**settings | engine.extra)
 
 
 def executor(config: EPConfig) -> str:

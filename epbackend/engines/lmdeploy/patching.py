@@ -20,9 +20,9 @@ from epbackend.errors import EPError, UnavailableError
 
 LMDEPLOY_VERSION = "0.18.0"
 
-When = Literal["always", "cpu", "cuda", "ascend", "ep", "mp", "ray", "run"]
-"""What makes a patch needed: the device, more than one expert rank, the executor that starts the ranks; or `epbackend
-run`, whose hooks come before the plug."""
+When = Literal["always", "cpu", "cuda", "ascend", "ep", "mp", "ray", "run", "server"]
+"""What makes a patch needed: the device, several expert ranks, the executor of the ranks, `epbackend run`, whose hooks
+come before the plug, or the API server."""
 
 Build = Callable[[Any], Any]
 
@@ -39,7 +39,7 @@ class Patch:
     build: Build = field(repr=False)
     """Makes the replacement from the original."""
     fingerprint: str | None = None
-    """Of the original's source in LMDeploy 0.18.0; None for torch's own attributes, which only have to exist."""
+    """Of the original's source in LMDeploy 0.18.0; None for what is not LMDeploy's own and only has to exist."""
 
     def find(self) -> tuple[Any, str]:
         """The object that holds the attribute, and the attribute's name.
@@ -127,6 +127,11 @@ class Patches:
         except BaseException:
             self.restore()
             raise
+
+    def apply_once(self, patches: Iterable[Patch]) -> None:
+        """As `apply`, for those that are not applied yet."""
+        applied = [each for each, *_ in self._replaced]
+        self.apply([each for each in patches if each not in applied])
 
     def restore(self) -> None:
         """Puts back every original, the very object, last replaced first."""

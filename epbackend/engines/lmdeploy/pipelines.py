@@ -14,6 +14,7 @@ from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load_report import LoadReport
+from epbackend.engines.lmdeploy.requests import check_python_options
 from epbackend.engines.lmdeploy.state import active, current
 from epbackend.errors import EPError
 from epbackend.placement.placement import Placement
@@ -53,6 +54,7 @@ class ExpertParallelPipeline(Pipeline):
 
         Raises:
             WorkerError: a worker process died, before or meanwhile.
+            ConfigError: the GenerationConfig has an option that the engine would ignore.
         """
         responses = super().infer(*args, **kwargs)
         self._raise_failure()
@@ -78,6 +80,11 @@ class ExpertParallelPipeline(Pipeline):
             super().close()
         finally:
             plug.disable()
+
+    def _request_generator(self, prompts: Any, gen_config: Any = None, **kwargs: Any) -> Iterator[dict]:
+        for each in gen_config if isinstance(gen_config, list) else [gen_config]:
+            check_python_options(each)
+        return super()._request_generator(prompts, gen_config=gen_config, **kwargs)
 
     def _raise_failure(self) -> None:
         state = current()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from epbackend.engines.lmdeploy.patches import cpu, cuda, engine, executors, handover, models
+from epbackend.engines.lmdeploy.patches import cpu, cuda, engine, executors, handover, models, requests
 from epbackend.engines.lmdeploy.patching import Patch
 
 # The CPU's come first: one of them must be applied before the targets of the others are imported.
@@ -13,7 +13,15 @@ PATCHES: tuple[Patch, ...] = (
     *executors.PATCHES,
     *models.PATCHES,
     *handover.PATCHES,
+    *requests.PATCHES,
 )
+
+
+def every_patch() -> tuple[Patch, ...]:
+    """PATCHES, and those of the API server, which is imported for them: a second that ranks and pipelines save."""
+    from epbackend.engines.lmdeploy.patches import server
+
+    return PATCHES + server.PATCHES
 
 
 def needed(device_name: str, ep_size: int, executor: str) -> tuple[Patch, ...]:

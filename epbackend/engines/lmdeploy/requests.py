@@ -1,0 +1,315 @@
+"""What a request may contain: checked before it reaches the engine, so that none can end it.
+
+Two checks, because LMDeploy has two ways in. `check_body` sees what a client sent, each field by its name, and also
+those that LMDeploy would silently ignore. `check_generation` sees what any way in makes of it, token ids and a
+GenerationConfig, just before the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from epbackend.errors import ConfigError, did_you_mean
+
+INT64 = 2**63
+ALMOST_ZERO = 1e-4
+"""A temperature below it overflows the logits; its limit is the greedy answer."""
+
+
+class BadRequestError(ValueError):
+    """A request that cannot be served; `field` is the one at fault."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a field may have."""
+
+    low: float
+    high: float
+    integer: bool = False
+    above_low: bool = False
+    """Whether `low` itself is excluded."""
+
+    def check(self, field: str, value: Any) -> None:
+        """Raises BadRequestError unless the value is such a number, by its JSON type too."""
+        kind = "an integer" if self.integer else "a finite number"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise BadRequestError(field, f"must be {kind}, not {_shown(value)}")
+        if isinstance(value, float) and (not math.isfinite(value) or (self.integer and value % 1)):
+            raise BadRequestError(field, f"must be {kind}, not {value}")
+        if not self.low <= value <= self.high or (self.above_low and value == self.low):
+            bracket = "(" if self.above_low else "["
+            raise BadRequestError(field, f"must be in {bracket}{self.low}, {self.high}], not {_shown(value)}")
+
+
+PENALTY = Range(-2, 2)
+COUNT = Range(1, 2**31, integer=True)
+COUNT_OR_NONE = Range(0, 2**31, integer=True)
+SHOWN_LOGPROBS = Range(0, 20, integer=True)
+RANGES = {
+    "temperature": Range(0, 2),
+    "top_p": Range(0, 1, above_low=True),
+    "min_p": Range(0, 1),
+    "top_k": COUNT_OR_NONE,
+    "presence_penalty": PENALTY,
+    "frequency_penalty": PENALTY,
+    "repetition_penalty": Range(0, 100, above_low=True),
+    "repetition_ngram_size": COUNT_OR_NONE,
+    "repetition_ngram_threshold": COUNT_OR_NONE,
+    "n": Range(1, 128, integer=True),
+    "max_completion_tokens": COUNT,
+    "max_output_tokens": COUNT,
+    "min_new_tokens": COUNT_OR_NONE,
+    "top_logprobs": SHOWN_LOGPROBS,
+    "top_logprobs_num": COUNT_OR_NONE,
+    "logprob_start_len": Range(-1, 2**31, integer=True),
+    "seed": Range(-INT64, 2 * INT64 - 1, integer=True),
+    "session_id": Range(-1, INT64 - 1, integer=True),
+}
+"""Field -> what it may be, whatever endpoint has it."""
+
+WITHOUT_EFFECT = frozenset(
+    {
+        "model",
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    }
+)
+"""Fields that clients send and that change no answer: where an endpoint does not know them, nothing is done."""
+
+INSTEAD = {
+    "guided_json": 'response_format {"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}',
+    "guided_regex": 'response_format {"type": "regex_schema", "regex_schema": ...}',
+    "guided_choice": 'response_format {"type": "regex_schema", "regex_schema": "one|other"}',
+    "structured_outputs": "response_format",
+    "min_tokens": "min_new_tokens",
+    "best_of": "n",
+    "functions": "tools",
+    "function_call": "tool_choice",
+}
+"""Fields of other servers -> what says the same here."""
+
+NEUTRAL = {"best_of": 1, "length_penalty": 1}
+"""Fields of other servers -> the value that asks for nothing; so do null, false, 0 and what is empty, of any field."""
+
+DISAGGREGATION = frozenset({"migration_request", "with_cache", "preserve_cache"})
+"""Read by LMDeploy from the raw request, so no schema has them."""
+
+
+def check_body(body: Any, known: Collection[str] | None, session_len: int) -> None:
+    """Checks the JSON of a request by its fields' names.
+
+    `known` are the fields that the endpoint reads; None where others are accepted. `session_len` is the most tokens
+    that a session may have.
+
+    Raises:
+        BadRequestError: naming the field.
+    """
+    if not isinstance(body, dict):
+        raise BadRequestError("body", f"must be a JSON object, not {_shown(body)}")
+    given = {field: value for field, value in body.items() if value is not None}
+    for field, value in given.items():
+        if known is not None and field not in known:
+            _refuse_unknown(field, value, known)
+        if field in RANGES:
+            RANGES[field].check(field, value)
+        if isinstance(value, str):
+            _check_text(field, value)
+    _check_lengths(given, session_len)
+    _check_response_format(given.get("response_format"))
+    _check_stop(given.get("stop"))
+    # Token ids may stand for messages, as an empty list.
+    if "messages" in given and not (given["messages"] == [] and "input_ids" in given):
+        _check_messages(given["messages"])
+    if given.get("suffix"):
+        raise BadRequestError("suffix", "is not supported: it would be ignored; leave it out")
+
+
+def check_generation(input_ids: Sequence[int], generation: Any, vocabulary: int | None) -> None:
+    """Checks token ids and a GenerationConfig, as the engine would get them.
+
+    Raises:
+        BadRequestError: naming the field.
+    """
+    if len(input_ids) == 0:
+        raise BadRequestError("prompt", "must not be empty")
+    _check_ids("prompt", input_ids, vocabulary)
+    for field in ("stop_token_ids", "bad_token_ids"):
+        _check_ids(field, getattr(generation, field) or (), vocabulary)
+    _check_stop(generation.stop_words)
+    for field in ("temperature", "top_k", "min_p", "repetition_penalty"):
+        RANGES[field].check(field, getattr(generation, field))
+    Range(0, 1).check("top_p", generation.top_p)
+    COUNT_OR_NONE.check("max_new_tokens", generation.max_new_tokens)
+    for field in ("min_new_tokens", "repetition_ngram_size", "repetition_ngram_threshold"):
+        COUNT_OR_NONE.check(field, getattr(generation, field) or 0)
+    most = COUNT_OR_NONE.high if vocabulary is None else vocabulary
+    Range(0, most, integer=True).check("logprobs", max(0, generation.logprobs or 0))
+
+
+def check_python_options(generation: Any) -> None:
+    """Refuses what a pipeline's GenerationConfig (None: the default) offers and LMDeploy's PyTorch engine would ignore.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    if generation is None:
+        return
+    if generation.n > 1:
+        raise ConfigError(
+            "GenerationConfig.n: the engine gives one answer a prompt; repeat the prompt n times"
+        )
+    for field in ("output_logits", "output_last_hidden_state"):
+        if getattr(generation, field) is not None:
+            raise ConfigError(
+                f"GenerationConfig.{field}: the engine does not return it with an answer; leave it out "
+                "(logprobs, or pipe.get_ppl, may serve)"
+            )
+
+
+def within_vocabulary(top_k: int, vocabulary: int | None) -> int:
+    """`top_k` as the engine can sort it: all tokens (0) where it asks for more than there are."""
+    return 0 if vocabulary is not None and top_k >= vocabulary else top_k
+
+
+def vocabulary_size(hf_config: Any) -> int | None:
+    """Token ids that the model's embedding has; None where its config does not say."""
+    text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    return getattr(text, "vocab_size", None)
+
+
+def _refuse_unknown(field: str, value: Any, known: Collection[str]) -> None:
+    if not value or field in WITHOUT_EFFECT or field in DISAGGREGATION or NEUTRAL.get(field) == value:
+        return
+    if field in INSTEAD:
+        raise BadRequestError(field, f"is not supported: it would be ignored; use {INSTEAD[field]}")
+    raise BadRequestError(
+        field, f"is no field of this endpoint: it would be ignored; leave it out{did_you_mean(field, known)}"
+    )
+
+
+def _check_lengths(given: Mapping[str, Any], session_len: int) -> None:
+    if "max_tokens" in given:
+        # Only to read a prompt again can nothing be generated: with its echo, or its own log probabilities.
+        reading = given.get("echo") or "logprob_start_len" in given
+        (COUNT_OR_NONE if reading else COUNT).check("max_tokens", given["max_tokens"])
+    for field in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        if field in given and given[field] >= session_len:
+            raise BadRequestError(
+                field, f"must be less than the context length of {session_len}, not {given[field]}"
+            )
+    if "logprobs" in given and not isinstance(given["logprobs"], bool):
+        SHOWN_LOGPROBS.check("logprobs", given["logprobs"])
+
+
+def _check_response_format(wanted: Any) -> None:
+    if not isinstance(wanted, dict):
+        return  # an endpoint's schema says whether it may be anything else
+    kind = wanted.get("type")
+    if kind == "regex_schema" and not (isinstance(wanted.get(kind), str) and wanted[kind]):
+        raise BadRequestError("response_format.regex_schema", "must be a regular expression")
+    if kind == "json_schema":
+        inner = wanted.get(kind)
+        if not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict | bool):
+            raise BadRequestError("response_format.json_schema.schema", "must be a JSON schema")
+
+
+def _check_stop(stop: Any) -> None:
+    if stop is None:
+        return
+    words = [stop] if isinstance(stop, str) else stop
+    if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+        raise BadRequestError("stop", "must be a text or a list of texts, none of them empty")
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list):
+        raise BadRequestError("messages", f"must be a list of messages, not {_shown(messages)}")
+    says_something = False
+    for place, message in enumerate(messages):
+        where = f"messages.{place}"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRequestError(
+                f"{where}.role", "must be a text: a message is {'role': ..., 'content': ...}"
+            )
+        content = message.get("content")
+        calls = message.get("tool_calls")
+        if content is None and not (message["role"] == "assistant" and calls):
+            raise BadRequestError(f"{where}.content", "must not be empty")
+        if content is not None and not isinstance(content, str | list):
+            raise BadRequestError(f"{where}.content", "must be a text or a list of parts")
+        if calls is not None and not _are_tool_calls(calls):
+            raise BadRequestError(
+                f"{where}.tool_calls", "must be a list of {'function': {'name': ..., 'arguments': ...}}"
+            )
+        if isinstance(content, str):
+            _check_text(f"{where}.content", content)
+        if isinstance(content, list):
+            for part_place, part in enumerate(content):
+                _check_part(f"{where}.content.{part_place}", part)
+        says_something = says_something or bool(calls) or _is_said(content)
+    if not says_something:
+        raise BadRequestError("messages", "must not all be empty")
+
+
+def _check_text(field: str, text: str) -> None:
+    """JSON can escape halves of surrogate pairs, which are no text."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise BadRequestError(field, "must be Unicode, without single surrogates")
+
+
+def _is_said(content: Any) -> bool:
+    if isinstance(content, list):
+        return any(part["type"] != "text" or part["text"] for part in content)
+    return bool(content)
+
+
+def _check_part(where: str, part: Any) -> None:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise BadRequestError(f"{where}.type", "must be a text: a part is {'type': 'text', 'text': ...}")
+    if part["type"] == "text" and not isinstance(part.get("text"), str):
+        raise BadRequestError(f"{where}.text", "must be a text")
+    if part["type"] == "text":
+        _check_text(f"{where}.text", part["text"])
+
+
+def _are_tool_calls(calls: Any) -> bool:
+    return isinstance(calls, list) and all(
+        isinstance(call, dict)
+        and isinstance(call.get("function"), dict)
+        and isinstance(call["function"].get("name"), str)
+        for call in calls
+    )
+
+
+def _check_ids(field: str, ids: Sequence[int], vocabulary: int | None) -> None:
+    if len(ids) == 0:
+        return
+    array = np.asarray(ids)  # a long prompt has 100,000 of them
+    if array.dtype.kind not in "iu":
+        raise BadRequestError(field, "token ids must be integers of 64 bits")
+    for each in (array.min(), array.max()):
+        if each < 0 or (vocabulary is not None and each >= vocabulary):
+            raise BadRequestError(field, f"token id {each} is not in the vocabulary of {vocabulary} tokens")
+
+
+def _shown(value: Any) -> str:
+    """A value as messages show it, shortened."""
+    # Python writes no integer of more than 4,300 digits.
+    text = f"about 2^{value.bit_length()}" if isinstance(value, int) and abs(value) > 10**40 else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,117 @@
+"""Requests from Python: one that cannot be served fails alone, options have their effect, any processor works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lmdeploy import GenerationConfig
+from transformers import AutoTokenizer
+
+import epbackend
+from epbackend.errors import ConfigError
+from tests.helpers.engine_models import prompts
+from tests.helpers.engines import GREEDY, config
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint: Callable[[str], Path]) -> Iterator[Any]:
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), config(ep_size=2)) as pipe:
+        yield pipe
+
+
+@pytest.fixture(autouse=True)
+def _unplugged() -> None:
+    """The module's pipeline stays plugged in from test to test."""
+
+
+def always(token: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A processor that no other process could import."""
+    return lambda ids, logits: torch.full_like(logits, -100.0).index_fill_(0, torch.tensor([token]), 0.0)
+
+
+def test_prompts_and_processors_fail_alone(pipe, reference):
+    """In one batch with good ones, which are answered as ever."""
+    seen: list[int] = []
+
+    def fails_later(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        seen.append(len(ids))
+        if len(seen) == 3:
+            raise RuntimeError("no more")
+        return logits
+
+    texts = prompts()[:4]
+    answers = pipe(
+        [texts[0], "", texts[1], texts[2], texts[3], texts[0]],
+        gen_config=[
+            GREEDY,
+            GREEDY,
+            replace(GREEDY, logits_processors=[always(7)]),
+            replace(GREEDY, logits_processors=[fails_later]),
+            GREEDY,
+            replace(GREEDY, stop_token_ids=[999999]),
+        ],
+        do_preprocess=False,
+    )
+    assert [answer.finish_reason for answer in answers] == [
+        "length",
+        "error",
+        "length",
+        "error",
+        "length",
+        "error",
+    ]
+    assert "prompt: must not be empty" in answers[1].error_message
+    assert "stop_token_ids: token id 999999" in answers[5].error_message
+    assert answers[2].token_ids == [7] * GREEDY.max_new_tokens
+    assert [answers[0].token_ids, answers[4].token_ids] == [reference("qwen3-moe")[i] for i in (0, 3)]
+    again = pipe(texts, gen_config=GREEDY, do_preprocess=False)
+    assert [answer.token_ids for answer in again] == reference("qwen3-moe")[:4]
+
+
+def test_processors_see_a_sequence_without_padding(pipe, checkpoint):
+    """In a batch of sequences of several lengths, some of which join later and some without processors."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("qwen3-moe"))
+    texts = prompts()
+
+    def prompt_echoed(prompt: list[int]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        def echo(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            right = ids[: len(prompt)].tolist() == prompt
+            token = prompt[(len(ids) - len(prompt)) % len(prompt)] if right else 0
+            return torch.full_like(logits, -100.0).index_fill_(0, torch.tensor([token]), 0.0)
+
+        return echo
+
+    ids = [tokenizer(text).input_ids for text in texts]
+    configs = [
+        replace(
+            GREEDY,
+            max_new_tokens=4 + place,
+            logits_processors=None if place % 3 == 0 else [prompt_echoed(ids[place])],
+        )
+        for place in range(len(texts))
+    ]
+    answers = pipe(texts, gen_config=configs, do_preprocess=False)
+    for place, answer in enumerate(answers):
+        if place % 3:
+            expected = (ids[place] * 20)[: 4 + place]
+            assert answer.token_ids == expected
+
+
+def test_options_have_an_effect_or_are_refused(pipe, reference):
+    text = prompts()[0]
+    with pytest.raises(ConfigError, match=r"GenerationConfig\.n"):
+        pipe([text], gen_config=GenerationConfig(n=2))
+    with pytest.raises(ConfigError, match="output_logits"):
+        list(pipe.stream_infer([text], gen_config=GenerationConfig(output_logits="all")))
+    plain = pipe(text, gen_config=GREEDY, do_preprocess=False)
+    assert plain.token_ids == reference("qwen3-moe")[0]
+    penalized = pipe(text, gen_config=replace(GREEDY, repetition_penalty=5.0), do_preprocess=False)
+    assert penalized.token_ids != plain.token_ids
+    stop = plain.text[5:12]
+    stopped = pipe(text, gen_config=replace(GREEDY, stop_words=[stop]), do_preprocess=False)
+    assert (stopped.text, stopped.finish_reason) == (plain.text[: plain.text.index(stop)], "stop")

@@ -1,0 +1,218 @@
+"""What a request may contain, stop strings, penalties and tokens' texts: each by itself, without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import pickle
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lmdeploy import GenerationConfig
+
+from epbackend.engines.lmdeploy.logits_processors import (
+    NO_TOKEN,
+    LogitBias,
+    OutputPenalties,
+    apply_processors,
+    end_failed,
+    for_ranks,
+    logit_bias,
+)
+from epbackend.engines.lmdeploy.patches.requests import messages_fail_alone
+from epbackend.engines.lmdeploy.requests import (
+    RANGES,
+    BadRequestError,
+    check_body,
+    check_generation,
+    check_python_options,
+)
+from epbackend.engines.lmdeploy.stop_strings import until_stop
+from epbackend.errors import ConfigError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = (*RANGES, "messages", "stop", "response_format", "max_tokens", "logprobs", "suffix", "guided_json")
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON) | JSON)
+def test_any_json_is_accepted_or_refused_by_the_name_of_a_field(body):
+    refused = None
+    try:
+        check_body(body, None, session_len=100)
+    except BadRequestError as error:
+        refused = error
+    if refused:
+        assert refused.field.split(".")[0] in {*FIELDS, "body"}
+        assert len(str(refused)) < 400
+    else:
+        numbers = {name: value for name, value in body.items() if name in RANGES and value is not None}
+        assert all(math.isfinite(value) for value in numbers.values())
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        GenerationConfig(stop_token_ids=[512]),
+        GenerationConfig(bad_token_ids=[-1]),
+        GenerationConfig(stop_token_ids=[2**70]),
+        GenerationConfig(stop_words=[""]),
+        GenerationConfig(repetition_penalty=float("nan")),
+        GenerationConfig(repetition_ngram_size=10**30, repetition_ngram_threshold=1),
+        GenerationConfig(logprobs=513),
+        GenerationConfig(top_k=10**30),
+    ],
+)
+def test_what_would_end_the_engine_is_refused(generation):
+    check_generation([1, 511], GenerationConfig(), 512)
+    with pytest.raises(BadRequestError):
+        check_generation([1, 511], generation, 512)
+
+
+@pytest.mark.parametrize("ids", [[], [512], [-1], [2**70], [0.5], ["a"], [None]])
+def test_prompts_are_ids_of_the_vocabulary(ids):
+    with pytest.raises(BadRequestError, match="prompt"):
+        check_generation(ids, GenerationConfig(), 512)
+
+
+@pytest.mark.parametrize("option", [{"n": 2}, {"output_logits": "all"}, {"output_last_hidden_state": "all"}])
+def test_options_that_a_pipeline_would_ignore_are_refused(option):
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        check_python_options(GenerationConfig(**option))
+
+
+@dataclass
+class Part:
+    """As much of LMDeploy's GenOut as stop strings touch."""
+
+    response: str
+    generate_token_len: int
+    finish_reason: str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list | None = None
+
+
+def _stopped(texts, stops, *, keep_stop=False, min_new_tokens=0):
+    """The parts that `until_stop` makes of texts, and whether it closed what it read."""
+    closed = []
+
+    async def parts():
+        try:
+            for place, text in enumerate(texts):
+                yield Part(text, place + 1, token_ids=[place])
+            yield Part("", len(texts), "length")
+        finally:
+            closed.append(True)
+
+    async def collect():
+        return [part async for part in until_stop(parts(), stops, keep_stop, min_new_tokens)]
+
+    return asyncio.run(collect()), bool(closed)
+
+
+@given(
+    st.lists(st.text("ab", max_size=3), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_an_answer_ends_where_its_first_stop_string_begins(texts, stops, keep_stop):
+    """Beside a search letter by letter in the whole text."""
+    whole = "".join(texts)
+    end = next((end for end in range(len(whole) + 1) if whole[:end].endswith(tuple(stops))), None)
+    expected = whole
+    if end is not None:
+        # A stop string is found when a part has come: the one that ends first, within that part the same.
+        longest = max((stop for stop in stops if whole[:end].endswith(stop)), key=len)
+        expected = whole[:end] if keep_stop else whole[: end - len(longest)]
+    parts, closed = _stopped(texts, stops, keep_stop=keep_stop)
+    assert "".join(part.response for part in parts) == expected
+    assert parts[-1].finish_reason == ("length" if end is None else "stop")
+    assert [part.finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
+    assert closed
+
+
+def test_tokens_inside_a_stop_string_are_not_sent_but_counted():
+    parts, _ = _stopped(["one", " the", " ye", "ar", " two"], ["the year"])
+    assert [(part.response, part.token_ids) for part in parts] == [("one", [0]), (" ", [1])]
+    assert parts[-1].generate_token_len == 4
+
+
+def test_stop_strings_wait_for_the_fewest_tokens():
+    parts, _ = _stopped(["a", "b", "a", "b"], ["a"], min_new_tokens=2)
+    assert "".join(part.response for part in parts) == "ab"
+
+
+def test_penalties_count_the_answer_only():
+    logits = OutputPenalties(0.5, 0.25, prompt_tokens=2)(torch.tensor([0, 0, 1, 1, 2]), torch.zeros(4))
+    assert logits.tolist() == [0.0, -1.0, -0.75, 0.0]
+
+
+def test_a_bias_is_added_and_its_tokens_are_checked():
+    assert logit_bias({"1": 500, "3": -1}, 4)(torch.tensor([0]), torch.zeros(4)).tolist() == [0, 100, 0, -1]
+    assert LogitBias(())(torch.tensor([0]), torch.ones(2)).tolist() == [1, 1]
+    for key in ("4", "-1", "x", "", "1.5", "٣", "9" * 5000):
+        with pytest.raises(BadRequestError, match="logit_bias"):
+            logit_bias({key: 1.0}, 4)
+
+
+def test_any_callable_reaches_the_ranks_and_keeps_its_state():
+    calls = []
+
+    def counting(ids, logits):
+        calls.append(len(ids))
+        return logits + len(calls)
+
+    (sent,) = for_ranks([counting], 3)
+    for expected in (1, 2):
+        arrived = pickle.loads(pickle.dumps(sent))
+        assert arrived(torch.tensor([0]), torch.zeros(1)).item() == expected
+    with pytest.raises(BadRequestError, match="logits_processors"):
+        for_ranks([(item for item in ())], 3)
+
+
+def test_a_failing_processor_ends_its_own_sequence():
+    @dataclass
+    class Output:
+        next_token_ids: torch.Tensor
+        stopped: torch.Tensor
+
+    seen = []
+    ids = torch.tensor([[NO_TOKEN, 5], [6, 7], [8, 9]])
+    logits = torch.zeros(3, 2)
+    apply_processors(
+        [[lambda ids, logits: seen.append(ids.tolist()) or logits + 1], [lambda ids, logits: 1 / 0], None],
+        ids,
+        logits,
+    )
+    assert (seen, logits.tolist()) == ([[5]], [[1, 1], [0, 0], [0, 0]])
+    tokens = torch.tensor([1, 1, 1])
+    output = Output(tokens, torch.zeros(3, dtype=torch.bool))
+    end_failed(output)
+    end_failed(output)
+    assert output.next_token_ids.tolist() == [1, NO_TOKEN, 1]
+    assert output.stopped.tolist() == [False, True, False]
+    assert tokens.tolist() == [1, 1, 1], "they are the next step's input"
+
+
+def test_a_message_that_cannot_be_added_ends_its_own_session():
+    """What no check foresees: LMDeploy's own callback raises in the engine's loop."""
+    added, ended, told = [], [], []
+
+    def add(engine, reqs):
+        for req in reqs:
+            added.append(1 // req.data["session_id"])
+
+    engine = SimpleNamespace(
+        scheduler=SimpleNamespace(end_session=ended.append), _response=lambda *answer: told.append(answer)
+    )
+    reqs = [SimpleNamespace(data={"session_id": session}, resp=session) for session in (1, 0, 1)]
+    messages_fail_alone.build(add)(engine, reqs)
+    assert (added, ended) == ([1, 1], [0])
+    assert [(resp, kind.name) for resp, kind in told] == [(0, "INTERNAL_ENGINE_ERROR")]
