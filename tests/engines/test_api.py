@@ -125,6 +125,7 @@ UNNAMED = [
     ("/get_ppl", {"input": ""}),
     ("/get_ppl", {"input": [1, 999999]}),
     ("/v1/messages", {"messages": [{"role": "user", "content": ""}], "max_tokens": 4}),
+    ("/v1/messages/count_tokens", {"messages": []}),
     ("/v1/responses", {"input": ""}),
     ("/v1/responses", {"input": "a", "temperature": float("nan")}),
 ]

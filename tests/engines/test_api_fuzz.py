@@ -16,7 +16,7 @@ from schemathesis import GenerationMode
 
 from tests.helpers.api import Server, served
 
-SECONDS = 200
+SECONDS = 120
 EXAMPLES = 1000
 BASE: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "def main(", "max_tokens": 3},

@@ -32,9 +32,10 @@ FIELDS: dict[str, frozenset[str] | None] = {
     "/v1/chat/completions": frozenset(ChatCompletionRequest.model_fields),
     "/generate": frozenset(GenerateReqInput.model_fields),
     "/v1/messages": None,
+    "/v1/messages/count_tokens": None,
     "/v1/responses": None,
 }
-"""Endpoints that generate -> the fields that they read; None where what they ignore is their protocol's affair."""
+"""Endpoints that take prompts -> the fields that they read; None where what they ignore is their protocol's affair."""
 
 
 @patch(
