@@ -390,7 +390,8 @@ class Settings(Section):
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=_DEFAULTS.timeout_s,
-        description="Seconds a collective may take. Then it fails, naming the ranks that do not answer.",
+        description="Seconds a collective may take, and a step of the engine between two MoE layers. "
+        "Then it fails, naming the rank that is lost.",
     )
     placement: PlacementSettings = Field(
         default_factory=PlacementSettings,
