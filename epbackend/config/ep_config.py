@@ -14,6 +14,7 @@ from epbackend.config import checks, mindie
 from epbackend.config.files import read_mapping
 from epbackend.config.issues import ConfigIssue, ConfigWarning, config_error, from_pydantic
 from epbackend.config.schema import (
+    BalanceSettings,
     EngineSettings,
     PhaseDispatchers,
     PhaseLevels,
@@ -145,6 +146,7 @@ def _with_present_names(data: Any) -> tuple[Any, list[ConfigIssue]]:
 _SECTIONS = {
     "": EPConfig.model_fields.keys(),
     "placement": PlacementSettings.model_fields.keys(),
+    "balance": BalanceSettings.model_fields.keys(),
     "engine": EngineSettings.model_fields.keys(),
     "ep_level": PhaseLevels.model_fields.keys(),
     "dispatcher": PhaseDispatchers.model_fields.keys(),

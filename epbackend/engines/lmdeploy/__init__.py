@@ -16,6 +16,7 @@
   `backend_ascend` give them to each device.
 - `workers` and `ray_workers` bring the plug into the processes that LMDeploy starts; `process_guard` ends these.
 - `stats_writer` and `load_report` bring back what the layers count; `recording` saves it.
+- `balance` lets experts move while the engine serves.
 - `pipelines`, `dp_pipeline` and `server` run a model, the last two with the help of `processes`.
 
 Importing this package does not import LMDeploy.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epbackend.config import EPConfig
+from epbackend.engines.lmdeploy.balance import starting_placement
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load_report import LoadReport
 from epbackend.engines.lmdeploy.patching import check_version
@@ -58,6 +60,7 @@ def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipel
     path, placement = locate(model), finished_placement(config)
     check_model(path, config, placement)
     check_packages(config, serving=False)
+    placement = starting_placement(path, config, placement)
     if config.engine.dp > 1:
         from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
 
@@ -88,5 +91,6 @@ def serve(
     path, placement = locate(model), finished_placement(config)
     check_model(path, config, placement)
     check_packages(config, serving=True)
+    placement = starting_placement(path, config, placement)
     recording = Recording.of(record, path, config.ep_size) if record else None
     serve_model(path, config, host, port, placement, recording, **kwargs)

@@ -17,6 +17,7 @@ EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_nu
 """The names under which the model families state their number of experts."""
 UNPATCHABLE_MODELS = {"DeepseekV4ForCausalLM"}
 """Models of LMDeploy whose experts have operators of their own, which no patch of ours reaches."""
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCKED_FP8, W8A8 = "blocked FP8", "W8A8"
 SPREAD: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (BLOCKED_FP8, W8A8), "ascend": (W8A8,)}
 """device -> the quantized forms of experts that our operators have there."""
@@ -110,6 +111,17 @@ def layer_count(settings: dict[str, Any]) -> int | None:
     for level in (settings, settings.get("text_config") or {}):
         if level.get("num_hidden_layers"):
             return int(level["num_hidden_layers"])
+    return None
+
+
+def expert_bytes(settings: dict[str, Any], dtype: str = "auto") -> int | None:
+    """Bytes of one unquantized routed expert in a dtype, from the model's config.json; None where it does not say."""
+    for level in (settings, settings.get("text_config") or {}):
+        hidden = level.get("hidden_size")
+        width = level.get("moe_intermediate_size") or level.get("intermediate_size")
+        kept = level.get("dtype") or level.get("torch_dtype") if dtype == "auto" else dtype
+        if hidden and width and kept in ITEM_BYTES:
+            return 3 * int(hidden) * int(width) * ITEM_BYTES[kept]
     return None
 
 

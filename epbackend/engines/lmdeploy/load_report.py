@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from epbackend.balance.board import PLACE
 from epbackend.errors import EPError
 
 STATS_VARIABLE = "EPBACKEND_LOAD_BOARD"
@@ -51,6 +52,7 @@ RANK = np.dtype(
         ("rounds", np.int64),
         ("tokens", np.int64, (MAX_LAYERS, MAX_EXPERTS)),
         ("sums", np.int64, (STEPS, MAX_LAYERS)),  # tokens of each layer after step s, at s % STEPS
+        ("balance", PLACE),
     ]
 )
 
@@ -142,6 +144,16 @@ class SharedStats:
             step_imbalance_Y=_step_imbalance_Y(ranks),
         )
 
+    @property
+    def places(self) -> np.ndarray:
+        """The ranks' places at the board of migrations. To be let go before `remove`."""
+        return self._ranks["balance"]
+
+    @property
+    def experts(self) -> int:
+        """The most experts that any layer has."""
+        return int(self._ranks["experts"].max())
+
     def _ask(self) -> None:
         """Asks every writer to bring its part up to date, and waits for those whose process still runs."""
         self._ranks["asked"] += 1
@@ -222,6 +234,12 @@ def last_error(rank: int) -> str | None:
 
 def rank_row(rank: int) -> np.ndarray | None:
     """This rank's row of the segment named in the environment; None without one."""
+    rows = all_rows(rank)
+    return None if rows is None else rows[rank]
+
+
+def all_rows(rank: int) -> np.ndarray | None:
+    """The rows of all ranks, for the one that asks; None without a segment."""
     ranks, _, name = os.environ.get(STATS_VARIABLE, "").partition(":")
     if not name:
         return None
@@ -229,4 +247,4 @@ def rank_row(rank: int) -> np.ndarray | None:
     if not path.exists():
         logger.warning("rank %d runs on another machine than its parent: its load is not reported", rank)
         return None
-    return np.memmap(path, RANK, mode="r+", shape=int(ranks))[rank]
+    return np.memmap(path, RANK, mode="r+", shape=int(ranks))

@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy import plug
+from epbackend.engines.lmdeploy import balance, plug
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load_report import SharedStats, last_error
 from epbackend.engines.lmdeploy.processes import (
@@ -102,6 +102,7 @@ def _serve_behind_proxy(
     from lmdeploy.serve.proxy.proxy import proxy
 
     board = SharedStats(config.world_size)
+    balancer = balance.start(config, board, placement)
     proxy_at = LOOPBACK if host == "0.0.0.0" else host
     ports = [free_port() for _ in range(config.engine.dp)]
     processes = start_engines(
@@ -123,6 +124,8 @@ def _serve_behind_proxy(
             )
     finally:
         stop_engines(processes)
+        if balancer is not None:
+            balancer.close()
         board.remove()
     if ended:
         raise WorkerError(f"{ended[0].name} ended with exit code {ended[0].exitcode}; its log is above")

@@ -6,6 +6,8 @@ import logging
 import os
 from dataclasses import dataclass, field
 
+from epbackend.balance.balancer import Balancer
+from epbackend.balance.migration import Migrator
 from epbackend.config import EPConfig
 from epbackend.dispatch.context import GroupContext
 from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, LoadReport, SharedStats
@@ -34,6 +36,10 @@ class PlugState:
     stats_writer: StatsWriter = field(default_factory=StatsWriter)
     context: GroupContext = field(default_factory=GroupContext)
     """What all MoE layers share on their process groups."""
+    balancer: Balancer | None = None
+    """In the process that owns the load report, while experts move."""
+    migrator: Migrator | None = None
+    """In a rank whose experts move."""
 
     log_level: int | None = None
     """Of our log as it was before; None where it was left alone."""
@@ -74,6 +80,10 @@ class PlugState:
 
     def switch_off(self) -> None:
         self.patches.restore()
+        if self.balancer is not None:
+            self.balancer.close()
+        if self.migrator is not None:
+            self.migrator.close()
         self.stats_writer.close()
         self.context.close()
         if self.board is not None:

@@ -133,6 +133,8 @@ def steps_are_counted(original: Callable) -> Callable:
     @functools.wraps(original)
     def model_forward(*args: Any, stream: Any = None, **kwargs: Any) -> Any:
         plug = active()
+        if plug.migrator is not None:
+            plug.migrator.begin_step()
         # A lost rank would be waited for without end, in graphs too. Not in the interpreter, whose device is cuda as
         # well, and where nothing runs behind the host's back.
         watched = plug.device == "cuda" and plug.config.ep_size > 1 and torch.cuda.is_initialized()
