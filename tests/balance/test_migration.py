@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ WAY = layouts(
 def plans(way, **options):
     return [
         Migration(number, 0, before, after, route(before, after), **options)
-        for number, (before, after) in enumerate(zip(way, way[1:], strict=False), start=1)
+        for number, (before, after) in enumerate(pairwise(way), start=1)
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from epbackend.balance.moves import Migration, changes, parts, route
@@ -37,10 +37,9 @@ def test_parts_lead_to_the_end_and_lose_no_expert(pair, most):
     before, after = pair
     try:
         found = parts(before, after, most)
-    except EPError as error:
-        assert "staging_mb" in str(error)
-        assert most < max(before.slots_R)
-        return
+    except EPError:
+        assume(most >= max(before.slots_R))  # a ring through a rank that has too little room for it
+        raise
     assert (found or [before])[-1] == after
     for one, following in zip([before, *found], found, strict=False):
         taken = [rank for rank, _, _ in changes(one, following)]

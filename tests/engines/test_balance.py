@@ -25,7 +25,7 @@ def balanced(engine=None, balance=(), **settings):
 
 
 def generate_until(pipe, expected, done):
-    """Answers prompts whose loads differ from round to round until `done(report)`; every answer must be the right one."""
+    """Answers prompts whose loads differ from round to round until `done(report)`; every answer must be right."""
     texts = prompts()
     deadline = time.monotonic() + PATIENCE_S
     parts = [range(0, 4), range(4, 8), range(8, 12)]
