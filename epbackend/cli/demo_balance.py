@@ -34,9 +34,9 @@ TOPICS = (
         "try:\n    return",
     ),
 )
-BALANCE = {"on": True, "redundant_experts": 8, "window_steps": 16, "interval_s": 0.5, "threshold": 1.02}
-NEW_TOKENS = 32
-FEWEST_ROUNDS, MOST_SECONDS = 3, 25.0
+BALANCE = {"on": True, "redundant_experts": 8, "window_steps": 8, "interval_s": 0.5, "threshold": 1.02}
+NEW_TOKENS = 16
+FEWEST_ROUNDS, MOST_SECONDS = 3, 20.0
 """Of a topic, until a plan has been made for it."""
 JUDGED_ROUNDS = 2
 """The last ones of each topic, in which the plan is in use."""
@@ -49,10 +49,16 @@ class Run:
     rounds: tuple[int, ...]
     """Of each topic."""
     token_ids: list[list[int]]
-    seconds: float
+    seconds: list[float]
+    """Of each round."""
     imbalance: list[float]
     """The busiest rank over the mean of each round, the mean of the layers."""
     report: "BalanceReport"
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the median round, which what else the machine does leaves alone."""
+        return len(self.token_ids) / len(self.seconds) * NEW_TOKENS / float(np.median(self.seconds))
 
     @property
     def judged(self) -> float:
@@ -83,7 +89,7 @@ def balance_demo(model: str, settings: dict[str, Any], out: Path, *, talk: bool)
         "bytes_moved": report.bytes_moved,
         "imbalance_before": round(without.judged, 4),
         "imbalance_after": round(with_balance.judged, 4),
-        "throughput_ratio": round(without.seconds / with_balance.seconds, 4),
+        "throughput_ratio": round(with_balance.tokens_per_second / without.tokens_per_second, 4),
         "ranks": moving.ep_size,
         "model": model,
         "tokens": sum(map(len, with_balance.token_ids)),
@@ -116,7 +122,7 @@ def _run(model: str, config: EPConfig, talk: bool, rounds: tuple[int, ...] = ())
     from epbackend.balance.balancer import BalanceReport
 
     greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True)
-    token_ids, imbalance, seconds, done = [], [], 0.0, []
+    token_ids, imbalance, seconds, done = [], [], [], []
     with running(model, config) as pipe:
         report = pipe.balance if config.balance.on else BalanceReport
         before = pipe.load()
@@ -125,7 +131,7 @@ def _run(model: str, config: EPConfig, talk: bool, rounds: tuple[int, ...] = ())
             while count < rounds[topic] if rounds else not last or count < last:
                 start = time.perf_counter()
                 answers = pipe([*prompts], gen_config=greedy, do_preprocess=False)
-                seconds += time.perf_counter() - start
+                seconds.append(time.perf_counter() - start)
                 token_ids += [answer.token_ids for answer in answers]
                 now, count = pipe.load(), count + 1
                 imbalance.append(float(now.since(before).imbalance_Y.mean()))
