@@ -130,12 +130,12 @@ class Balancer:
                 if self._stop.wait(min(options.interval_s, START_POLL_S)):
                     return
             policy = Policy(
-                options.threshold,
-                options.max_slots,
-                options.max_bytes,
-                expert_bytes,
-                options.objective,
-                options.split,
+                threshold=options.threshold,
+                max_slots=options.max_slots,
+                max_bytes=options.max_bytes,
+                expert_bytes=expert_bytes,
+                objective=options.objective,
+                split=options.split,
             )
             self._planner = Planner(self._placement, policy, options.timeout_s, self._stop)
             try:

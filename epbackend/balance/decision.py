@@ -15,6 +15,7 @@ class Policy:
     """What a new placement must bring, and may cost."""
 
     threshold: float
+    """Least share of a layer's time that a change must save, at least 0 and below 1."""
     max_slots: int | None
     max_bytes: int | None
     expert_bytes: int
@@ -69,7 +70,7 @@ class Rebalancer:
             if (
                 slots
                 and moved + slots <= budget
-                and _imbalance(layers[layer], tokens_YE[layer]) > policy.threshold
+                and _gain(layers[layer], found.layers[layer], tokens_YE[layer]) > policy.threshold
             ):
                 layers[layer], moved = found.layers[layer], moved + slots
                 chosen.append(layer)
@@ -83,6 +84,10 @@ class Rebalancer:
     def accept(self, placement: Placement) -> None:
         """The placement in use from now on."""
         self._placement = placement
+
+
+def _gain(before: Layout, after: Layout, tokens_E: np.ndarray) -> float:
+    return 1 - _imbalance(after, tokens_E) / _imbalance(before, tokens_E)
 
 
 def _imbalance(layout: Layout, tokens_E: np.ndarray) -> float:

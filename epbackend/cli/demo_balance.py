@@ -34,7 +34,7 @@ TOPICS = (
         "try:\n    return",
     ),
 )
-BALANCE = {"on": True, "redundant_experts": 8, "window_steps": 8, "interval_s": 0.5, "threshold": 1.02}
+BALANCE = {"on": True, "redundant_experts": 8, "window_steps": 8, "interval_s": 0.5, "threshold": 0.02}
 NEW_TOKENS = 16
 FEWEST_ROUNDS, MOST_SECONDS = 3, 20.0
 """Of a topic, until a plan has been made for it."""

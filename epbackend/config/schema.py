@@ -230,9 +230,9 @@ class BalanceSettings(Section):
     interval_s: Annotated[float, Field(gt=0)] = Field(
         default=10.0, description="Seconds between two looks at the load; what was moved counts anew."
     )
-    threshold: Annotated[float, Field(ge=1)] = Field(
-        default=1.1,
-        description="A layer stays as it is while its busiest rank has at most this many times the mean.",
+    threshold: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.05,
+        description="A layer changes where that saves more than this share of its experts' time.",
     )
     max_slots: Positive | None = Field(
         default=None, description="The most slots that one plan may change. Unset: as many as pay."

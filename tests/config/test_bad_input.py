@@ -116,7 +116,7 @@ BAD = [
     ),
     ({"balance": {"window_steps": 0}}, ["balance.window_steps:", "greater than or equal to 1"]),
     ({"balance": {"interval_s": 0}}, ["balance.interval_s:", "greater than 0"]),
-    ({"balance": {"threshold": 0.9}}, ["balance.threshold:", "greater than or equal to 1"]),
+    ({"balance": {"threshold": 1.1}}, ["balance.threshold:", "less than 1"]),
     ({"balance": {"max_slots": 0}}, ["balance.max_slots:", "greater than or equal to 1"]),
     ({"balance": {"cheksum": "all"}}, ["balance.cheksum:", "did you mean 'checksum'?"]),
     ({"balance": {"enabled": True}}, ["balance.enabled:"]),

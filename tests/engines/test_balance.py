@@ -16,7 +16,7 @@ from tests.helpers.engines import GREEDY, config
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import ROOT, engine_workers
 
-EAGER = {"on": True, "redundant_experts": 4, "window_steps": 8, "interval_s": 0.2, "threshold": 1.0}
+EAGER = {"on": True, "redundant_experts": 4, "window_steps": 8, "interval_s": 0.2, "threshold": 0.0}
 """Plans anew whenever it can, on the load of a few steps."""
 
 

@@ -61,7 +61,7 @@ def balances():
         optional={
             "window_steps": POSITIVE,
             "interval_s": positive,
-            "threshold": st.floats(1, 10),
+            "threshold": st.floats(0, 1, exclude_max=True),
             "max_slots": POSITIVE | st.none(),
             "max_mb": positive | st.none(),
             "staging_mb": positive,
