@@ -70,6 +70,8 @@ class BalanceReport:
     slots_moved: int = 0
     bytes_moved: int = 0
     """Between ranks."""
+    longest_flip_ms: float = 0.0
+    """The most that any migration has held a rank up between two steps."""
     number: int = 0
     """Of the last migration."""
     imbalance_before: float | None = None
@@ -226,6 +228,7 @@ class Balancer:
             migrations=report.migrations + 1,
             slots_moved=report.slots_moved + len(changes(before, after)),
             bytes_moved=report.bytes_moved + travelled,
+            longest_flip_ms=self._board.longest_flip_ms,
             number=migration.number,
         )
         logger.info(

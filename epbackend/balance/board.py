@@ -38,6 +38,7 @@ PLACE = np.dtype(
         ("layers", np.int64),  # layers that are there
         ("expert_bytes", np.int64),  # the largest expert
         ("answer", np.int64),
+        ("flip_us", np.int64),  # the longest flip so far, in microseconds
         ("ended", np.int64),  # the last migration that flipped here or was given up
         ("error", "S1024"),
     ]
@@ -105,6 +106,11 @@ class Board:
         decision = int(self._places[LEADER]["decision"])
         return decision >> STEP_BITS == number and bool(decision & ((1 << STEP_BITS) - 1))
 
+    @property
+    def longest_flip_ms(self) -> float:
+        """For which a migration has held a rank up, at most."""
+        return float(self._places["flip_us"].max()) / 1e3
+
     def silent(self, number: int) -> list[int]:
         """The ranks that have not answered."""
         return np.flatnonzero(np.abs(self._places["answer"]) != number).tolist()
@@ -155,6 +161,9 @@ class Seat:
         self._mine["error"] = error.encode()[:1024]
         self._mine["answer"] = -number
         self._mine["ended"] = number
+
+    def flipped_in(self, seconds: float) -> None:
+        self._mine["flip_us"] = max(int(self._mine["flip_us"]), int(1e6 * seconds))
 
     def end(self, number: int) -> None:
         self._mine["ended"] = number

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -91,7 +92,9 @@ class Migrator:
         if staged is None or verdict is Verdict.WAIT:
             return
         if verdict is Verdict.FLIP:
+            began = time.perf_counter()
             self._flip(staged)
+            self._seat.flipped_in(time.perf_counter() - began)
         self._staged = None
         self._seat.end(staged.migration.number)
 

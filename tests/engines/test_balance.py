@@ -67,6 +67,7 @@ def test_experts_move_while_answers_stay_the_same_and_a_killed_planner_is_replac
     assert report.failed == 0
     assert report.slots_moved >= report.migrations == report.number
     assert report.bytes_moved > 0
+    assert report.longest_flip_ms > 0
     assert report.imbalance_before > report.imbalance_after
     assert counted > 0
 

@@ -149,11 +149,6 @@ class SharedStats:
         """The ranks' places at the board of migrations. To be let go before `remove`."""
         return self._ranks["balance"]
 
-    @property
-    def experts(self) -> int:
-        """The most experts that any layer has."""
-        return int(self._ranks["experts"].max())
-
     def _ask(self) -> None:
         """Asks every writer to bring its part up to date, and waits for those whose process still runs."""
         self._ranks["asked"] += 1
