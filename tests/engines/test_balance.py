@@ -10,9 +10,10 @@ import time
 import pytest
 
 import epbackend
+from epbackend.engines.lmdeploy.processes import free_port
 from epbackend.errors import ConfigError, WorkerError
 from tests.helpers.engine_models import EXPERTS, TOP_K, prompts
-from tests.helpers.engines import GREEDY, config
+from tests.helpers.engines import GREEDY, await_model, complete, config
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import ROOT, engine_workers
 
@@ -140,6 +141,38 @@ def test_a_rank_that_is_killed_while_experts_move_ends_the_call_by_name_and_leav
     assert running.process.wait(timeout=PATIENCE_S) != 0
     running.assert_nothing_left()
     assert WorkerError.__name__ in (tmp_path / "log").read_text()
+
+
+SERVING = """
+import sys
+from epbackend import EPConfig
+from epbackend.engines.lmdeploy import serve
+
+if __name__ == "__main__":
+    model, config, port = sys.argv[1:]
+    serve(model, EPConfig.from_json(config), port=int(port), model_name="tiny", log_level="ERROR")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dp", [1, 2])
+def test_a_server_moves_experts_while_it_answers_and_leaves_nothing(dp, checkpoint, start_process, tmp_path):
+    """Told by its log; behind a proxy as well."""
+    port = free_port()
+    settings = balanced({"dp": dp, "log_level": "INFO"}, ep_size=2, ep_level=2)
+    running = start_process(SERVING, str(checkpoint("qwen3-moe")), settings.to_json(), str(port), ready="")
+    await_model(port)
+    texts, first = prompts()[:6], {}
+    deadline = time.monotonic() + PATIENCE_S
+    while (log := (tmp_path / "log").read_text()).count("balance: migration") < 3:
+        assert time.monotonic() < deadline, log
+        for text in texts:
+            answer = complete(port, text)
+            assert first.setdefault(text, answer) == answer
+    running.look()
+    os.kill(running.process.pid, signal.SIGTERM)
+    running.process.wait(timeout=PATIENCE_S)
+    running.assert_nothing_left()
 
 
 @pytest.mark.slow
