@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,6 +66,8 @@ class LayerStats:
         """Rows of each slot, on the experts' device from the first call on; replays of a CUDA graph count here."""
         self._placed = False  # until the first call
         self._experts_L, self._experts = torch.tensor(local_experts), experts
+        self.credit_E = torch.zeros(experts, dtype=torch.int64)
+        """Added to each expert's tokens: what slots counted for an expert that they no longer hold."""
 
     def count_in(self, rows_L: Tensor) -> None:
         """Go on counting there, on the experts' device, so that one allocation can hold the rows of all layers.
@@ -89,15 +92,30 @@ class LayerStats:
         """Forget what was counted; the counters stay where they are."""
         self.calls, self.passes, self.rounds = 0, Counter(), Counter()
         self.rows_L.zero_()
+        self.credit_E = torch.zeros_like(self.credit_E)
+
+    def replace_experts(self, local_experts: tuple[int, ...]) -> None:
+        """From now on these experts are in the slots. What was counted, for which it waits, stays with the old ones."""
+        counted_E = self.tokens_E
+        self.local_experts, self._experts_L = local_experts, torch.tensor(local_experts)
+        self.credit_E = self.credit_E + counted_E - self.tokens_E
 
     def tokens_of(self, rows_L: Tensor) -> Tensor:
         """Rows of slots as tokens of logical experts ([E], int64, both on the CPU)."""
-        return torch.zeros(self._experts, dtype=torch.int64).index_add_(0, self._experts_L, rows_L)
+        return self.credit_E.index_add(0, self._experts_L, rows_L)
 
     @property
     def tokens_E(self) -> Tensor:
         """Tokens that this rank's experts computed, per logical expert ([E], int64, on the CPU). It waits for them."""
         return self.tokens_of(self.rows_L.cpu())
+
+
+@dataclass(frozen=True)
+class Relocation:
+    """Another map of a layer's slots, and the splits by it."""
+
+    slot_map: SlotMap
+    splits: dict[str, TokenSplit]
 
 
 class ExpertParallelMoE:
@@ -175,9 +193,8 @@ class ExpertParallelMoE:
             for phase in PHASES
         }
         chosen = {phase: choose(spec) for phase, spec in specs.items()}
-        self._splits = {
-            phase: TokenSplit(split_of[phase], slot_map, spec, check_ids) for phase, spec in specs.items()
-        }
+        self._specs, self._split_of, self._check_ids = specs, split_of, check_ids
+        self._splits = self._splits_by(slot_map)
         self._slots = slots = len(slot_map.local_experts(ranks.rank))
         self._dispatchers = {phase: dispatcher for phase, (dispatcher, _) in chosen.items()}
         self.dispatchers: dict[str, Decision] = {phase: choice for phase, (_, choice) in chosen.items()}
@@ -225,6 +242,43 @@ class ExpertParallelMoE:
             self.context.watch(f"{phase} of MoE layer {self.layer}", self.ranks.group, timeout_s)
         self.load.add_call(exchange.passes, exchange.rounds)
         return out_TD
+
+    def slot_memory(self, slot: int) -> list[Tensor]:
+        """All bytes of the expert in one of this rank's slots, in a fixed order: uint8 views of what calls read."""
+        weights = self._weights
+        memory = [
+            *self._kernels.slot_memory(weights.gate_up, slot),
+            *self._kernels.slot_memory(weights.down, slot),
+        ]
+        biases = [bias for bias in (weights.gate_up_bias_L2F, weights.down_bias_LD) if bias is not None]
+        return [*memory, *(bias[slot].view(-1).view(torch.uint8) for bias in biases)]
+
+    def prepare(self, slot_map: SlotMap, device: torch.device) -> Relocation:
+        """The tables for other experts in the same slots, ready for `relocate`; from any thread, on no other's time.
+
+        Raises:
+            ConfigError: the ranks would have other slots than now.
+        """
+        if not np.array_equal(slot_map.layout.slots_R, self.slot_map.layout.slots_R):
+            raise ConfigError(f"slot_map: MoE layer {self.layer} keeps the slots of every rank")
+        splits = self._splits_by(slot_map)
+        for split in splits.values():
+            split.prepare(device)
+        return Relocation(slot_map, splits)
+
+    def relocate(self, relocation: Relocation) -> None:
+        """Route by another map from the next call on, on all ranks between the same two calls.
+
+        The caller has brought the experts' bytes into `slot_memory`. Not with captured graphs, which keep the old map.
+        """
+        self.slot_map, self._splits = relocation.slot_map, relocation.splits
+        self.load.replace_experts(self.slot_map.local_experts(self.ranks.rank))
+
+    def _splits_by(self, slot_map: SlotMap) -> dict[str, TokenSplit]:
+        return {
+            phase: TokenSplit(self._split_of[phase], slot_map, spec, self._check_ids)
+            for phase, spec in self._specs.items()
+        }
 
     def close(self) -> None:
         """End what the layer holds on its process groups, unless its `context` is shared; calls raise from now on.

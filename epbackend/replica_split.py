@@ -106,9 +106,12 @@ class TokenSplit:
         Raises:
             ConfigError: an id is of no expert: at once on a CPU, on other devices in a later call.
         """
-        if self._split is None:
-            self._split = self._on(topk_ids_TK.device)
-        return self._split(topk_ids_TK)
+        return (self._split or self.prepare(topk_ids_TK.device))(topk_ids_TK)
+
+    def prepare(self, device: torch.device) -> Split:
+        """Make the tables there now, which the first call would make. It holds no collective."""
+        self._split = self._on(device)
+        return self._split
 
     def _on(self, device: torch.device) -> Split:
         id_check = ExpertIdCheck(self._experts, device, self._layer) if self._check_ids else None

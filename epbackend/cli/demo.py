@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from epbackend.cli.demo_balance import balance_demo
 from epbackend.cli.loads import facts, imbalance, imbalance_in_words, print_load
 from epbackend.cli.output import JsonOption, console, json_stdout
 from epbackend.cli.pictures import save_imbalance, save_load
@@ -56,8 +57,14 @@ def demo(
     model: Annotated[
         str, typer.Option(help=f"One of {', '.join(TINY_MODELS)}, or a path.")
     ] = "tiny-qwen3-moe",
-    ranks: Annotated[Literal["1", "2", "4"], typer.Option(help="Processes that share the experts.")] = "2",
+    ranks: Annotated[
+        Literal["1", "2", "4"] | None,
+        typer.Option(help="Processes that share the experts: 2, and 4 with --balance.", show_default=False),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 40,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Instead: experts that move between ranks while they answer.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for pictures and recorded loads.")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:
@@ -65,13 +72,19 @@ def demo(
 
     Then record what the experts did, plan a placement with replicas of the busy ones, and answer again.
     """
-    config = EPConfig.load({**SETTINGS, "ep_size": int(ranks)})
+    settings = {**SETTINGS, "ep_size": int(ranks or ("4" if balance else "2"))}
+
+    def show(talk: bool) -> dict[str, Any]:
+        if balance:
+            return balance_demo(model, settings, out, talk=talk)
+        return _demo(model, EPConfig.load(settings), max_new_tokens, out, talk=talk)
+
     if as_json:
         with json_stdout() as print_json:
-            result = _demo(model, config, max_new_tokens, out, talk=False)
+            result = show(talk=False)
             print_json(result)
     else:
-        result = _demo(model, config, max_new_tokens, out, talk=True)
+        result = show(talk=True)
     raise typer.Exit(0 if result["tokens_identical"] else 1)
 
 

@@ -83,6 +83,23 @@ def save_imbalance(loads: dict[str, LoadReport], path: Path, *, title: str) -> P
     return _save(figure, path, dpi=120)
 
 
+def save_rounds(imbalance: dict[str, list[float]], shift: int, path: Path, *, title: str) -> Path:
+    """How far the busiest rank is above the mean, round by round, in several runs; the topic shifts after `shift`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, ratios) in enumerate(imbalance.items()):
+        above = 100 * (np.array(ratios) - 1)
+        axes.plot(range(1, len(above) + 1), above, marker="o", label=name, color=f"C{1 - index}")
+    axes.axvline(shift + 0.5, color="0.5", linestyle="--")
+    axes.annotate("the topic shifts", (shift + 0.6, 0.97), xycoords=("data", "axes fraction"), va="top")
+    axes.set(xlabel="round", ylabel="busiest rank, above the mean (%)", title=title, ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _save(figure, path, dpi=120)
+
+
 def rank_loads_YR(placement: Placement, tokens_YE: np.ndarray) -> np.ndarray:
     """Tokens of each rank in each layer over the mean of the layer (float64), where replicas share evenly."""
     loads_YR = np.array(

@@ -6,7 +6,7 @@ from epbackend.config.issues import ConfigIssue
 from epbackend.config.schema import PhaseDispatchers, Section, Settings, of_phase
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import UnavailableError
-from epbackend.names import PHASES, Phase, dispatcher_facts
+from epbackend.names import AUTO, PHASES, Phase, dispatcher_facts
 
 CUDA_KERNELS = ("triton", "grouped_mm")
 PLANNING = ("algorithm", "redundant_experts", "budget", "objective", "search_ms")
@@ -23,6 +23,7 @@ def contradictions(config: Settings) -> list[ConfigIssue]:
         *parallel_issues(config.ep_size, engine.tp, engine.dp, engine.executor),
         *_cache(config),
         *_placement(config),
+        *_balance(config),
         *_dispatchers(config),
     ]
 
@@ -42,10 +43,13 @@ def without_effect(config: Settings) -> list[str]:
         found.append("dispatch_dtype has no effect: every rank holds all tokens, so that no row travels")
     if _changed(config.engine, "cache_max_entry_count") and config.device == "cpu":
         found.append("engine.cache_max_entry_count has no effect on the CPU: set engine.cache_gb instead")
-    if _changed(config.placement, "split") and not config.placement.given:
+    replicas = config.placement.given or (config.balance.on and config.balance.redundant_experts)
+    if _changed(config.placement, "split") and not replicas:
         found.append(
             "placement.split has no effect without placement.file or placement.loads: no expert has replicas"
         )
+    if not config.balance.on and config.balance != type(config.balance)():
+        found.append("balance has no effect without balance.on: true")
     return found
 
 
@@ -173,6 +177,38 @@ def _placement(config: Settings) -> list[ConfigIssue]:
         reason = f"must divide ep_size {config.ep_size}"
         found.append(ConfigIssue("placement.node_size", reason, placement.node_size))
     return found
+
+
+def _balance(config: Settings) -> list[ConfigIssue]:
+    balance, placement = config.balance, config.placement
+    if not balance.on:
+        return []
+    found = []
+    if config.ep_size == 1:
+        reason = "needs ranks between which experts can move: set ep_size, or remove it"
+        found.append(ConfigIssue("balance.on", reason, True))
+    if config.device not in (AUTO, "cpu"):
+        found.append(ConfigIssue("balance.on", not_balanced(config.device), True))
+    if placement.file is not None:
+        reason = (
+            "moves experts, but placement.file is a finished placement: plan one on placement.loads, which balance "
+            "then changes, or remove one of them"
+        )
+        found.append(ConfigIssue("balance.on", reason, True))
+    if placement.budget is not None:
+        reason = (
+            "gives layers unequal numbers of slots, which balance cannot: use placement.redundant_experts"
+        )
+        found.append(ConfigIssue("placement.budget", reason, placement.budget))
+    if balance.redundant_experts and placement.given:
+        reason = "is for starting without a placement: use placement.redundant_experts"
+        found.append(ConfigIssue("balance.redundant_experts", reason, balance.redundant_experts))
+    return found
+
+
+def not_balanced(device: str) -> str:
+    """Why experts do not move on a device."""
+    return f"is for device cpu so far; on {device} captured graphs would keep the old places of experts: remove it"
 
 
 def dispatchers_of(config: Settings, phase: Phase) -> tuple[str, ...]:

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from epbackend.config.ep_config import OLD_NAMES, EPConfig
-from epbackend.config.schema import EngineSettings, PlacementSettings, Section
+from epbackend.config.schema import BalanceSettings, EngineSettings, PlacementSettings, Section
 
-SECTIONS: dict[str, type[Section]] = {"placement": PlacementSettings, "engine": EngineSettings}
+SECTIONS: dict[str, type[Section]] = {
+    "placement": PlacementSettings,
+    "balance": BalanceSettings,
+    "engine": EngineSettings,
+}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from epbackend.config.files import read_mapping
 from epbackend.config.issues import ConfigIssue, ConfigWarning, config_error, from_pydantic
 from epbackend.config.overrides import Override, with_overrides
 from epbackend.config.schema import (
+    BalanceSettings,
     EngineSettings,
     PhaseDispatchers,
     PhaseLevels,
@@ -162,6 +163,7 @@ def _present_name(setting: str) -> str:
 _SECTIONS = {
     "": EPConfig.model_fields.keys(),
     "placement": PlacementSettings.model_fields.keys(),
+    "balance": BalanceSettings.model_fields.keys(),
     "engine": EngineSettings.model_fields.keys(),
     "ep_level": PhaseLevels.model_fields.keys(),
     "dispatcher": PhaseDispatchers.model_fields.keys(),

@@ -73,7 +73,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; this loader refuses them."""
+    """PyYAML keeps the last of two equal keys without a word; this loader refuses them. `on:` is a name here."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -82,4 +82,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 problem = f"{key.value!r} is given twice in the same mapping: keep one"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)

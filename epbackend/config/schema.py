@@ -213,6 +213,49 @@ class PlacementSettings(Section):
         return name if name is None else _check_name(name, PLANNERS)
 
 
+class BalanceSettings(Section):
+    """Moving experts while serving (docs/balance.md)."""
+
+    on: bool = Field(
+        default=False,
+        description="Watch the experts' load while serving, plan anew where it pays, and move experts between ranks "
+        "meanwhile. On the CPU, with ep_size > 1.",
+    )
+    redundant_experts: NotNegative = Field(
+        default=0,
+        description="Slots of each layer beyond one an expert, where placement plans none. ep_size must divide the "
+        "slots. 0: experts only change places.",
+    )
+    window_steps: Positive = Field(
+        default=64, description="Steps of the engine whose load is judged together, at least."
+    )
+    interval_s: Annotated[float, Field(gt=0)] = Field(
+        default=10.0, description="Seconds between two looks at the load; what was moved counts anew."
+    )
+    threshold: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.05,
+        description="A layer changes where that saves more than this share of its experts' time.",
+    )
+    max_slots: Positive | None = Field(
+        default=None, description="The most slots that one plan may change. Unset: as many as pay."
+    )
+    max_mb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="The most megabytes of experts that one plan may move. Unset: as many as pay.",
+    )
+    staging_mb: Annotated[float, Field(gt=0)] = Field(
+        default=256.0,
+        description="Memory of each rank for experts on their way, in MB. What does not fit at once moves in parts.",
+    )
+    checksum: Literal["all", "none"] = Field(
+        default="all", description="Whether every expert that arrives is compared with what was sent."
+    )
+    timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=30.0,
+        description="Seconds in which all ranks must have a layer's experts. Otherwise the layer stays as it is.",
+    )
+
+
 class EngineSettings(Section):
     """LMDeploy's engine, in the names a user of it knows; `extra` reaches every other field of its config."""
 
@@ -396,6 +439,9 @@ class Settings(Section):
     placement: PlacementSettings = Field(
         default_factory=PlacementSettings,
         description="Which rank holds which experts, and which replica a token takes.",
+    )
+    balance: BalanceSettings = Field(
+        default_factory=BalanceSettings, description="Whether and how experts move while serving."
     )
     engine: EngineSettings = Field(
         default_factory=EngineSettings, description="Settings of LMDeploy's PyTorch engine."

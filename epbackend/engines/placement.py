@@ -58,7 +58,11 @@ def warm_splits(config: EPConfig) -> None:
     The parent does this before its workers start, so that they find it on disk; a worker, before others wait for it.
     """
     splits = map(config.placement.split_of, PHASES)
-    if config.placement.given and "level" in splits and get_device(config.device).name == "cpu":
+    if (
+        (config.placement.given or config.balance.on)
+        and "level" in splits
+        and get_device(config.device).name == "cpu"
+    ):
         layout, counts_RE = Layout.even(2, 2, 4), np.ones((2, 2), dtype=np.int64)
         own_quota(counts_RE, level_shares(counts_RE.sum(axis=0), layout), layout, source_rank=0)
 

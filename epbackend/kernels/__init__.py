@@ -95,6 +95,12 @@ class Kernels(Protocol):
             ConfigError: The device does not take the weight format or dtype; the message names those that it takes.
         """
 
+    def slot_memory(self, packed: Prepacked, slot: int) -> list[Tensor]:
+        """The bytes of one slot's matrix as they are stored, in a fixed order: uint8 views, to be read and replaced.
+
+        What slots of one layer hold is interchangeable between ranks of one kind of device.
+        """
+
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Prepacked, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:

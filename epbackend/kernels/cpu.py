@@ -40,6 +40,17 @@ class CpuKernels(ReferenceKernels):
         ]
         return stacked(packed) if isinstance(packed[0], Int8Matrix) else packed
 
+    def slot_memory(self, packed: Prepacked, slot: int) -> list[Tensor]:
+        if not isinstance(packed, list):
+            return super().slot_memory(packed, slot)
+        weight_NK = packed[slot]
+        if not weight_NK.is_mkldnn:
+            return [weight_NK.view(-1).view(torch.uint8)]
+        # A blocked tensor has no view; matrices of one shape are blocked alike, so that bytes can be exchanged.
+        length = torch.ops.mkldnn._nbytes(weight_NK)
+        memory = (ctypes.c_uint8 * length).from_address(torch.ops.mkldnn.data_ptr(weight_NK))
+        return [torch.frombuffer(memory, dtype=torch.uint8)]
+
     def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         """Block by block: a float32 copy of all rows at once costs page faults, and memory that no cutoff bounds."""
         blocks = zip(rows_SD.split(BLOCK_ROWS), choice_of_row_S.split(BLOCK_ROWS), strict=True)

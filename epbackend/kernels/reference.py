@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from epbackend.kernels import ExpertWeights, Permuted, Prepacked, fp8, int8
 from epbackend.kernels.replica_split import TorchSplits
-from epbackend.kernels.weight_formats import Matrices, stacked
+from epbackend.kernels.weight_formats import Matrices, SlotMemory, stacked
 
 
 class TorchQuantization:
@@ -36,7 +36,7 @@ class TorchQuantization:
         out_TD.copy_(values_TD.float() * scale_TB)
 
 
-class ReferenceKernels(TorchSplits, TorchQuantization):
+class ReferenceKernels(TorchSplits, TorchQuantization, SlotMemory):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from epbackend.errors import UnavailableError
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Matrix, Int8Weights
 
@@ -37,3 +39,21 @@ def stacked(matrices: Matrices) -> Experts:
         return torch.stack(each_L)
     values_LNK = torch.stack([each.values_NK for each in each_L])
     return Int8Weights(values_LNK, torch.stack([each.scale_N.float() for each in each_L]))
+
+
+class SlotMemory:
+    """`slot_memory` of `epbackend.kernels.Kernels`, for kernels that keep experts as they are given."""
+
+    def slot_memory(self, packed: Any, slot: int) -> list[Tensor]:
+        parts: tuple[Tensor, ...]
+        if isinstance(packed, Fp8Blocks):
+            parts = packed.values_LNK, packed.scale_LBB
+        elif isinstance(packed, Int8Weights):
+            parts = packed.values_LNK, packed.scale_LN
+        elif isinstance(packed, Tensor):
+            parts = (packed,)
+        else:
+            raise UnavailableError(
+                f"experts stored as {type(packed).__name__} cannot be replaced one by one: set balance.on: false"
+            )
+        return [part[slot].view(-1).view(torch.uint8) for part in parts]

@@ -76,6 +76,24 @@ def test_demo_gives_the_tokens_of_transformers_and_draws_pictures(tmp_path):
     assert left_memory() <= before
 
 
+@pytest.mark.slow
+def test_demo_of_balance_moves_experts_and_keeps_the_tokens(tmp_path):
+    before = left_memory()
+    result = run("demo", "--balance", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert said["tokens_identical"] is True
+    assert said["ranks"] == 4
+    assert said["migrations"] >= 3
+    assert said["slots_moved"] >= said["migrations"]
+    assert said["bytes_moved"] > 0
+    assert said["imbalance_after"] < said["imbalance_before"]
+    assert said["throughput_ratio"] > 0
+    assert said["balance"]["failed"] == 0
+    assert drawn_share(tmp_path / said["picture"], left=0.1, right=0.9, top=0.2, bottom=0.8) > 0.001
+    assert left_memory() <= before
+
+
 def test_demo_shows_dispatcher_load_and_verdict(tmp_path):
     result = run("demo", "--ranks", 1, "--model", "tiny-deepseek-v3", "--max-new-tokens", 4, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -98,6 +98,28 @@ BAD = [
     ({"ep_size": 2, "placement": {"redundant_experts": 2}}, ["placement.redundant_experts:", "loads"]),
     ({"placement": {"file": "a"}}, ["placement:", "set ep_size"]),
     ({"ep_size": 4, "placement": {"file": "a", "node_size": 3}}, ["placement.node_size:", "ep_size 4"]),
+    # balance
+    ({"balance": {"on": True}}, ["balance.on:", "set ep_size"]),
+    ({"ep_size": 2, "device": "cuda", "balance": {"on": True}}, ["balance.on:", "device cpu", "cuda"]),
+    ({"ep_size": 2, "device": "ascend", "balance": {"on": True}}, ["balance.on:", "device cpu", "ascend"]),
+    (
+        {"ep_size": 2, "balance": {"on": True}, "placement": {"file": "a"}},
+        ["balance.on:", "placement.file is a finished placement", "placement.loads"],
+    ),
+    (
+        {"ep_size": 2, "balance": {"on": True}, "placement": {"loads": "a", "budget": 4}},
+        ["placement.budget:", "placement.redundant_experts"],
+    ),
+    (
+        {"ep_size": 2, "balance": {"on": True, "redundant_experts": 2}, "placement": {"loads": "a"}},
+        ["balance.redundant_experts:", "placement.redundant_experts"],
+    ),
+    ({"balance": {"window_steps": 0}}, ["balance.window_steps:", "greater than or equal to 1"]),
+    ({"balance": {"interval_s": 0}}, ["balance.interval_s:", "greater than 0"]),
+    ({"balance": {"threshold": 1.1}}, ["balance.threshold:", "less than 1"]),
+    ({"balance": {"max_slots": 0}}, ["balance.max_slots:", "greater than or equal to 1"]),
+    ({"balance": {"cheksum": "all"}}, ["balance.cheksum:", "did you mean 'checksum'?"]),
+    ({"balance": {"enabled": True}}, ["balance.enabled:"]),
     # the engine
     ({"engine": {"block_size": 48}}, ["engine.block_size:", "power of two", "(got 48)"]),
     ({"engine": {"dtype": "fp8"}}, ["engine.dtype:", "bfloat16", "(got 'fp8')"]),

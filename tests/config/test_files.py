@@ -69,6 +69,13 @@ def test_yaml_json_and_mapping_load_alike(write):
     assert EPConfig.load(yaml) == EPConfig.load(str(json)) == EPConfig.load(mapping) == expected
 
 
+def test_on_is_a_name_in_yaml_too(write):
+    """In YAML 1.1, PyYAML's, a bare `on` is true, also where it is a key."""
+    assert EPConfig.load(write("a.yaml", "ep_size: 2\nbalance: {on: on}\n")).balance.on
+    with pytest.raises(ConfigError, match="'on' is given twice"):
+        EPConfig.load(write("a.yaml", "balance:\n  on: true\n  on: false\n"))
+
+
 def test_yaml_anchors_and_merges_are_no_duplicates(write):
     path = write("a.yaml", "engine: &base {tp: 1}\n")
     assert EPConfig.load(path).engine.tp == 1

@@ -34,7 +34,7 @@ def test_valid_settings_load_and_survive_json(mapping):
 def test_what_is_written_is_what_is_set(mapping):
     config = json.loads(load_quietly(mapping).to_json())
     written = {("ep_size" if name == "moe_ep" else name): value for name, value in mapping.items()}
-    for section in ("placement", "engine"):
+    for section in ("placement", "balance", "engine"):
         assert written.pop(section).items() <= config[section].items()
     assert written.items() <= config.items()
 
@@ -51,7 +51,8 @@ def test_ranks_divide_evenly_and_every_setting_is_listed(mapping):
     assert config.attn_tp * config.engine.dp == config.world_size
     assert config.world_size % config.ep_size == 0
     dumped = json.loads(config.to_json())
-    assert len(values(config)) == len(dumped) - 2 + len(dumped["placement"]) + len(dumped["engine"])
+    sections = [dumped.pop(name) for name in ("placement", "balance", "engine")]
+    assert len(values(config)) == len(dumped) + sum(map(len, sections))
 
 
 def test_defaults_are_those_of_the_data_path():
@@ -142,6 +143,8 @@ CUTOFF = {"enable_init_routing_cutoff": True, "topk_scaling_factor": 0.5}
         ({"ep_size": 2, "dispatch_dtype": "int8"}, "dispatch_dtype"),
         ({"device": "cpu", "engine": {"cache_max_entry_count": 0.5}}, "engine.cache_max_entry_count"),
         ({"placement": {"split": "level"}}, "placement.split"),
+        ({"balance": {"interval_s": 5.0}}, "balance"),
+        ({"ep_size": 2, "balance": {"on": True}, "placement": {"split": "level"}}, "placement.split"),
     ],
 )
 def test_settings_without_effect_warn_by_name(mapping, name):

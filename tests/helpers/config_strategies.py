@@ -54,6 +54,24 @@ def placements(draw, ep):
     return draw(st.fixed_dictionaries(files, optional=split | nodes | size | planning))
 
 
+def balances():
+    """A section that goes with everything, since it is not on."""
+    positive = st.floats(0.001, 1e6) | POSITIVE
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "window_steps": POSITIVE,
+            "interval_s": positive,
+            "threshold": st.floats(0, 1, exclude_max=True),
+            "max_slots": POSITIVE | st.none(),
+            "max_mb": positive | st.none(),
+            "staging_mb": positive,
+            "checksum": st.sampled_from(["all", "none"]),
+            "timeout_s": positive,
+        },
+    )
+
+
 @st.composite
 def settings(draw):
     """A mapping as a file would hold it: any subset of the settings, none contradicting another."""
@@ -102,4 +120,4 @@ def settings(draw):
             },
         )
     )
-    return {**found, "placement": draw(placements(ep)), "engine": engine}
+    return {**found, "placement": draw(placements(ep)), "balance": draw(balances()), "engine": engine}

@@ -18,6 +18,7 @@
   these.
 - `pulse` shows how far a rank has come, `rank_watch` names the one that is lost.
 - `stats_writer` and `load_report` bring back what the layers count; `recording` saves it.
+- `balance` lets experts move while the engine serves.
 - `pipelines`, `dp_pipeline` and `server` run a model, the last two with the help of `processes`; `front` is what a
   server's clients see of it, `guard` and `balancer` stand between them and its engines.
 - `handover` runs a program that knows none of this: `epbackend run`.
@@ -113,6 +114,7 @@ def _checked(model: str, config: EPConfig, *, serving: bool) -> tuple[str, Place
     check_version()
     path = locate(model)
     check_checkpoint(path, weights=not config.engine.extra.get("empty_init"))
+    from epbackend.engines.lmdeploy.balance import starting_placement
     from epbackend.engines.lmdeploy.checks import check_deployment
 
-    return path, check_deployment(path, config, serving=serving)
+    return path, starting_placement(path, config, check_deployment(path, config, serving=serving))

@@ -25,6 +25,7 @@ UNPATCHABLE_MODELS = {"DeepseekV4ForCausalLM"}
 GIB = 1 << 30
 KEPT_FREE = 0.1
 """Share of the free memory that no cache may take: activations and the ranks' own needs."""
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCKED_FP8, W8A8 = "blocked FP8", "W8A8"
 SPREAD: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (BLOCKED_FP8, W8A8), "ascend": (W8A8,)}
 """device -> the quantized forms of experts that our operators have there."""
@@ -128,6 +129,17 @@ def _check_form(form: str, config: EPConfig, path: str) -> None:
             f"ep_size: {config.ep_size}, but {path} holds {form} experts, and on device {device} only unquantized and "
             f"{' and '.join(computed)} ones are spread; use such a checkpoint, or ep_size: 1"
         )
+
+
+def expert_bytes(settings: dict[str, Any], dtype: str = "auto") -> int | None:
+    """Bytes of one unquantized routed expert in a dtype, from the model's config.json; None where it does not say."""
+    for level in (settings, settings.get("text_config") or {}):
+        hidden = level.get("hidden_size")
+        width = level.get("moe_intermediate_size") or level.get("intermediate_size")
+        kept = level.get("dtype") or level.get("torch_dtype") if dtype == "auto" else dtype
+        if hidden and width and kept in ITEM_BYTES:
+            return 3 * int(hidden) * int(width) * ITEM_BYTES[kept]
+    return None
 
 
 def _check_placement(placement: Placement, settings: dict[str, Any], path: str, ep_size: int) -> None:

@@ -10,7 +10,9 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, cast
 
+from epbackend.balance.balancer import BalanceReport
 from epbackend.config import EPConfig
+from epbackend.engines.lmdeploy import balance
 from epbackend.engines.lmdeploy.load_report import LoadReport, SharedStats
 from epbackend.engines.lmdeploy.processes import start_engines, stop_engines
 from epbackend.engines.lmdeploy.requests import check_python_options
@@ -47,6 +49,7 @@ class ReplicatedPipeline:
     ) -> None:
         warm_splits(config)
         self._board: SharedStats | None = SharedStats(config.world_size)
+        self._balancer = balance.start(config, self._board, placement)
         self._broken = False
         ends = [Pipe() for _ in range(config.engine.dp)]
         self._engines = [ours for ours, _ in ends]
@@ -117,12 +120,20 @@ class ReplicatedPipeline:
             self._last_load = self._board.report()
         return self._last_load
 
+    def balance(self) -> BalanceReport:
+        """What moving experts has done so far; still readable after `close`. Raises EPError where it is off."""
+        if self._balancer is None:
+            raise EPError("no expert moves here: set balance.on: true, with ep_size > 1")
+        return self._balancer.report()
+
     def close(self) -> None:
         """Ends all engines and their processes. A second call does nothing."""
         if self._board is None:
             return
         atexit.unregister(self.close)
         self.load()
+        if self._balancer is not None:
+            self._balancer.close()
         for engine, process in zip(self._engines, self._processes, strict=True):
             if process.is_alive():
                 with contextlib.suppress(OSError):  # it may have ended just now

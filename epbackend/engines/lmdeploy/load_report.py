@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from epbackend.balance.board import PLACE
 from epbackend.errors import EPError
 
 STATS_VARIABLE = "EPBACKEND_LOAD_BOARD"
@@ -58,6 +59,7 @@ RANK = np.dtype(
         ("rounds", np.int64),
         ("tokens", np.int64, (MAX_LAYERS, MAX_EXPERTS)),
         ("sums", np.int64, (STEPS, MAX_LAYERS)),  # tokens of each layer after step s, at s % STEPS
+        ("balance", PLACE),
     ]
 )
 
@@ -157,6 +159,11 @@ class SharedStats:
         """Why an engine that writes here ended, as its watch has found; None while all is well."""
         return bytes(self._ranks[0]["verdict"]).rstrip(b"\0").decode(errors="replace") or None
 
+    @property
+    def places(self) -> np.ndarray:
+        """The ranks' places at the board of migrations. To be let go before `remove`."""
+        return self._ranks["balance"]
+
     def _ask(self) -> None:
         """Asks every writer to bring its part up to date, and waits for those whose process still runs."""
         self._ranks["asked"] += 1
@@ -244,6 +251,12 @@ def record_verdict(text: str) -> None:
 
 def rank_row(rank: int) -> np.ndarray | None:
     """This rank's row of the segment named in the environment; None without one."""
+    rows = all_rows(rank)
+    return None if rows is None else rows[rank]
+
+
+def all_rows(rank: int) -> np.ndarray | None:
+    """The rows of all ranks, for the one that asks; None without a segment."""
     ranks, _, name = os.environ.get(STATS_VARIABLE, "").partition(":")
     if not name:
         return None
@@ -251,4 +264,4 @@ def rank_row(rank: int) -> np.ndarray | None:
     if not path.exists():
         logger.warning("rank %d runs on another machine than its parent: its load is not reported", rank)
         return None
-    return np.memmap(path, RANK, mode="r+", shape=int(ranks))[rank]
+    return np.memmap(path, RANK, mode="r+", shape=int(ranks))

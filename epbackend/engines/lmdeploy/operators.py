@@ -31,6 +31,7 @@ from lmdeploy.pytorch.models.patch import get_build_model_context
 from torch import Tensor
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.engines.lmdeploy import balance
 from epbackend.engines.lmdeploy.load_report import check_room
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError, UnavailableError
@@ -143,6 +144,7 @@ class LayerExperts:
         values = gate_up_L2FD if isinstance(gate_up_L2FD, Tensor) else gate_up_L2FD.values_LNK
         rank = get_dist_manager().current_context().rank
         active().stats_writer.watch(rank, self.layer_number, self.layer, values.device)
+        balance.watch(self.layer_number, self.layer, values.device)
 
     def forward(
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *packed: Any, **extras: Any

@@ -10,6 +10,7 @@ from typing import Any
 from lmdeploy import Pipeline
 from lmdeploy.messages import Response
 
+from epbackend.balance.balancer import BalanceReport
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
@@ -43,11 +44,22 @@ class ExpertParallelPipeline(Pipeline):
         except BaseException:
             plug.disable()
             raise
+        self._balancer = active().balancer
         atexit.register(self.close)
 
     def load(self) -> LoadReport:
         """What the experts of every rank did so far; still readable after `close`."""
         return self._final_load or active().load_report()
+
+    def balance(self) -> BalanceReport:
+        """What moving experts has done so far; still readable after `close`.
+
+        Raises:
+            EPError: it is off, or this is one of several engines, whose starter has the report.
+        """
+        if self._balancer is None:
+            raise EPError("no expert moves here: set balance.on: true, with ep_size > 1")
+        return self._balancer.report()
 
     def infer(self, *args: Any, **kwargs: Any) -> Any:
         """As LMDeploy's.

@@ -14,6 +14,7 @@ import torch
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
+from epbackend.engines.lmdeploy import balance
 from epbackend.engines.lmdeploy.lmdeploy_config import executor
 from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, SharedStats
 from epbackend.engines.lmdeploy.patching import check_version
@@ -95,6 +96,7 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
             f"device: {device} has no plug into LMDeploy, whose own experts would run instead of ours: use one of "
             f"{', '.join(SUPPORTED_DEVICES)}, or epbackend.moe.ExpertParallelMoE (docs/layer.md)"
         )
+    balance.check_device(config, device)
     # Imported late: the table imports LMDeploy, whose release has to be checked first.
     from epbackend.engines.lmdeploy.patches import needed
 
@@ -107,6 +109,7 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
         if STATS_VARIABLE not in os.environ or not (worker or config.engine.dp > 1):
             state.board = SharedStats(config.world_size)
             state.set_environment(STATS_VARIABLE, state.board.variable)
+            state.balancer = balance.start(config, state.board, placement)
         # The parent has checked the hooks, and reading the sources again would delay every worker.
         state.patches.apply(needed(device, config.ep_size, executor(config)), check=not worker)
     except BaseException:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from epbackend.balance.balancer import Balancer
+from epbackend.balance.migration import Migrator
 from epbackend.config import EPConfig
 from epbackend.dispatch.context import GroupContext
 from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, LoadReport, SharedStats, record_verdict
@@ -44,6 +46,10 @@ class PlugState:
     """Names the rank that seems to be at fault when the engine's loop has failed."""
     on_failure: Callable[[WorkerError], None] | None = None
     """What a process that is there for its engine alone does then."""
+    balancer: Balancer | None = None
+    """In the process that owns the load report, while experts move."""
+    migrator: Migrator | None = None
+    """In a rank whose experts move."""
 
     log_level: int | None = None
     """Of our log as it was before; None where it was left alone."""
@@ -96,6 +102,10 @@ class PlugState:
     def switch_off(self) -> None:
         self.patches.restore()
         self.pulse.close()
+        if self.balancer is not None:
+            self.balancer.close()
+        if self.migrator is not None:
+            self.migrator.close()
         self.stats_writer.close()
         self.context.close()
         if self.board is not None:

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from threading import Event, Lock, Thread
 from typing import Any
 from weakref import WeakValueDictionary
@@ -152,6 +152,8 @@ class _Lines:
     lines: range
     experts_L: tuple[int, ...]
     """The expert in each slot."""
+    credit_E: np.ndarray | None = None
+    """`LayerStats.credit_E`, once experts have moved."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,15 @@ class _Map:
     lines: np.ndarray
     firsts: np.ndarray
     """Where in `lines` those of each layer begin."""
+    credit_YE: np.ndarray
 
     @classmethod
     def of(cls, allocated: dict[int, _Lines], width: int, experts: int) -> _Map:
         many = list(allocated.values())
+        credit_YE = np.zeros((len(many), experts), dtype=np.int64)
+        for credit_E, each in zip(credit_YE, many, strict=True):
+            if each.credit_E is not None:
+                credit_E[: len(each.credit_E)] = each.credit_E
         return cls(
             np.array(list(allocated)),
             experts,
@@ -180,11 +187,12 @@ class _Map:
             np.concatenate([at * experts + np.array(each.experts_L, int) for at, each in enumerate(many)]),
             np.concatenate([np.array(each.lines) for each in many]),
             np.cumsum([0, *(len(each.lines) for each in many[:-1])]),
+            credit_YE,
         )
 
     def tokens_YE(self, shown: Snapshot) -> np.ndarray:
         """Tokens of each layer's experts, replicas of an expert together."""
-        tokens_YE = np.zeros((len(self.numbers), self.experts), dtype=np.int64)
+        tokens_YE = self.credit_YE.copy()
         np.add.at(tokens_YE.reshape(-1), self.cells, shown.rows_NW.reshape(-1)[self.slots])
         return tokens_YE
 
@@ -234,6 +242,18 @@ class StatsWriter:
             self._row["dispatchers"] = _note(
                 {phase: asdict(choice) for phase, choice in layer.dispatchers.items()}
             )
+
+    @contextmanager
+    def moving(self, number: int, layer: ExpertParallelMoE) -> Iterator[None]:
+        """Inside, between two steps, a layer's slots get other experts; what was counted stays with the old ones."""
+        with self._lock:
+            yield
+            if number in self._allocated:
+                load = layer.load
+                self._allocated[number] = replace(
+                    self._allocated[number], experts_L=load.local_experts, credit_E=load.credit_E.numpy()
+                )
+                self._map = None
 
     def step(self) -> None:
         """Sends the counters on their way, behind what the current stream has to do for this step."""

@@ -26,7 +26,7 @@ from epbackend.kernels.int8 import Int8Rows, Int8Weights
 from epbackend.kernels.npu import ops
 from epbackend.kernels.reference import TorchQuantization
 from epbackend.kernels.replica_split import TorchSplits
-from epbackend.kernels.weight_formats import Matrices, stacked
+from epbackend.kernels.weight_formats import Matrices, SlotMemory, stacked
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ NpuWeights = Tensor | Int8Weights | Tiled
 """What `prepack` stores; the plain ones are read through transposed views."""
 
 
-class NpuKernels(TorchSplits, TorchQuantization):
+class NpuKernels(TorchSplits, TorchQuantization, SlotMemory):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:

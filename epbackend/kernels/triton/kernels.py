@@ -19,12 +19,12 @@ from epbackend.kernels.triton.even_split import EvenSplit
 from epbackend.kernels.triton.expert_mlp import Products, check_same_format
 from epbackend.kernels.triton.level_split import level_split
 from epbackend.kernels.triton.tiles import Chip, chip_of
-from epbackend.kernels.weight_formats import Experts, Matrices, stacked
+from epbackend.kernels.weight_formats import Experts, Matrices, SlotMemory, stacked
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class TritonKernels(TorchQuantization):
+class TritonKernels(TorchQuantization, SlotMemory):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def __init__(self, chip: Chip | None = None) -> None:

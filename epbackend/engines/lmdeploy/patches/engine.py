@@ -141,7 +141,8 @@ def loaded_weights_are_checked(original: Callable) -> Callable:
 
 @patch(
     "lmdeploy.pytorch.engine.model_agent.agent:model_forward",
-    why="layers in a captured graph neither report what they did nor fail in time; here a step is over either way",
+    why="layers in a captured graph neither report what they did nor fail in time; here a step is over either way. "
+    "Between two of them experts move",
     when="always",
     fingerprint="590e0f33e595",
 )
@@ -149,6 +150,8 @@ def steps_are_counted(original: Callable) -> Callable:
     @functools.wraps(original)
     def model_forward(*args: Any, stream: Any = None, **kwargs: Any) -> Any:
         plug = active()
+        if plug.migrator is not None:
+            plug.migrator.begin_step()
         # A lost rank would be waited for without end, in graphs too. Not in the interpreter, whose device is cuda as
         # well, and where nothing runs behind the host's back.
         watched = plug.device == "cuda" and plug.config.ep_size > 1 and torch.cuda.is_initialized()

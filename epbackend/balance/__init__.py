@@ -1,0 +1,10 @@
+"""Balance while serving: watch the experts' load, plan anew where it pays, move experts while the engine goes on.
+
+- `decision` says when a new placement pays, and which; `planner` runs it in a process of its own.
+- `moves` takes a layer from one layout to another: which expert goes from which rank into which slot, in which parts.
+- `board` is how the parent and the ranks agree, in shared memory: who has staged what, and at which step all flip.
+- `transfer` carries the bytes of experts between ranks; `migration` is a rank's part, `balancer` the parent's.
+
+It knows no engine: that says where a step begins, how the loads are read, and which memory holds the board.
+Letters of shapes are those of `epbackend.placement`.
+"""

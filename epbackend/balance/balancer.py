@@ -1,0 +1,265 @@
+"""The parent's part: a thread that watches the loads, asks the planner, and has the ranks move experts.
+
+It serves nobody: the loads are those that the load report keeps anyway, planning is another process's work, and the
+ranks stage in threads of their own. What goes wrong is logged and reported, and serving goes on with the placement that
+is in use.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from epbackend.balance.board import Board
+from epbackend.balance.decision import Policy, Proposal
+from epbackend.balance.moves import Migration, changes, parts, route, with_layer
+from epbackend.balance.planner import Planner
+from epbackend.errors import EPError
+from epbackend.placement.placement import Layout, Placement
+
+POLL_S = 0.005
+START_POLL_S = 0.5
+GRACE_S = 2.0
+"""Ranks that wait for one another fail on their own after a migration's timeout; this much later they are asked to."""
+
+logger = logging.getLogger("epbackend")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How often, how much, how carefully."""
+
+    window_steps: int
+    interval_s: float
+    threshold: float
+    max_slots: int | None
+    max_bytes: int | None
+    staging_bytes: int
+    checksums: bool
+    timeout_s: float
+    objective: str = "tokens"
+    split: str = "even"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What has been counted since the start."""
+
+    steps: int
+    tokens_RYE: np.ndarray
+    """Of every layer of the model, int64."""
+
+
+@dataclass(frozen=True)
+class BalanceReport:
+    """What balancing has done so far."""
+
+    windows: int = 0
+    """Windows of loads that were looked at."""
+    plans: int = 0
+    """New placements that the planner found worth it."""
+    migrations: int = 0
+    """Changes of one layer that flipped between two steps."""
+    failed: int = 0
+    """Migrations that changed nothing."""
+    slots_moved: int = 0
+    bytes_moved: int = 0
+    """Between ranks."""
+    longest_flip_ms: float = 0.0
+    """The most that any migration has held a rank up between two steps."""
+    number: int = 0
+    """Of the last migration."""
+    imbalance_before: float | None = None
+    """Of the last plan, as its planner expected it."""
+    imbalance_after: float | None = None
+    planner_age_s: float = 0.0
+    """Since its process was started."""
+    planner_restarts: int = 0
+    last_error: str | None = None
+
+
+class Balancer:
+    """Runs from its making until `close`."""
+
+    def __init__(
+        self,
+        board: Board,
+        read: Callable[[], Reading],
+        options: Options,
+        placement: Placement,
+    ) -> None:
+        """`placement`: where the experts live at the start."""
+        self._board, self._read, self._options = board, read, options
+        self._placement = placement
+        self._report = BalanceReport()
+        self._number = self._connection = 0
+        self._planner: Planner | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="epbackend balance", daemon=True)
+        self._thread.start()
+
+    def report(self) -> BalanceReport:
+        planner = self._planner
+        if planner is None:
+            return self._report
+        return replace(self._report, planner_age_s=planner.age_s, planner_restarts=planner.restarts)
+
+    @property
+    def placement(self) -> Placement:
+        """Where the experts live now."""
+        return self._placement
+
+    @property
+    def planner_pid(self) -> int | None:
+        return self._planner.pid if self._planner else None
+
+    def close(self) -> None:
+        """Returns when the thread has ended; a migration that is under way is left to the ranks."""
+        self._stop.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._board.close()
+
+    def _run(self) -> None:
+        options = self._options
+        try:
+            while not (expert_bytes := self._board.expert_bytes):
+                if self._stop.wait(min(options.interval_s, START_POLL_S)):
+                    return
+            policy = Policy(
+                threshold=options.threshold,
+                max_slots=options.max_slots,
+                max_bytes=options.max_bytes,
+                expert_bytes=expert_bytes,
+                objective=options.objective,
+                split=options.split,
+            )
+            self._planner = Planner(self._placement, policy, options.timeout_s, self._stop)
+            try:
+                self._watch(self._planner, expert_bytes)
+            finally:
+                self._planner.close()
+        except Exception as error:
+            if not self._stop.is_set():
+                logger.exception("balancing has ended; the engine goes on as it is")
+                self._fails(error)
+
+    def _watch(self, planner: Planner, expert_bytes: int) -> None:
+        last = self._read()
+        while not self._stop.wait(self._options.interval_s):
+            now = self._read()
+            if now.steps - last.steps < self._options.window_steps:
+                continue
+            window_RYE, last = now.tokens_RYE - last.tokens_RYE, now
+            if not window_RYE.any():
+                continue
+            self._report = replace(self._report, windows=self._report.windows + 1)
+            try:
+                proposal = planner.propose(window_RYE.sum(axis=0))
+                if proposal is None:
+                    continue
+                self._follow(proposal, window_RYE.sum(axis=2), expert_bytes)
+                planner.accept(self._placement)
+            except EPError as error:
+                logger.warning("balance: %s", error)
+                self._fails(error)
+            last = self._read()  # what was counted on the way belongs to no placement
+
+    def _follow(self, proposal: Proposal, tokens_RY: np.ndarray, expert_bytes: int) -> None:
+        """Layer by layer. The placement that is then in use is in whole or in part that of the proposal."""
+        self._report = replace(
+            self._report,
+            plans=self._report.plans + 1,
+            imbalance_before=proposal.imbalance_before,
+            imbalance_after=proposal.imbalance_after,
+        )
+        logger.info(
+            "balance: plan %d moves %d slots of %d layers (busiest rank %.2f, then %.2f): %s",
+            self._report.plans,
+            proposal.moved_slots,
+            len(proposal.layers),
+            proposal.imbalance_before,
+            proposal.imbalance_after,
+            proposal.reason,
+        )
+        most = self._options.staging_bytes // expert_bytes
+        for layer in proposal.layers:
+            try:
+                before, after = self._placement.layers[layer], proposal.placement.layers[layer]
+                for layout in parts(before, after, most):
+                    self._migrate(layer, layout, tokens_RY[:, layer], expert_bytes)
+            except EPError as error:
+                if self._stop.is_set():
+                    return
+                logger.warning("balance: layer %d stays as it is: %s", layer, error)
+                self._report = replace(self._report, failed=self._report.failed + 1)
+                self._fails(error)
+                self._connection += 1
+
+    def _migrate(self, layer: int, after: Layout, tokens_R: np.ndarray, expert_bytes: int) -> None:
+        """Raises EPError where the layer has stayed as it was."""
+        began, before, options = time.monotonic(), self._placement.layers[layer], self._options
+        moves = route(before, after, tokens_R, self._placement.node_size)
+        self._number += 1
+        migration = Migration(
+            self._number,
+            layer,
+            before,
+            after,
+            moves,
+            self._connection,
+            options.checksums,
+            options.timeout_s,
+        )
+        self._board.publish(migration)
+        self._await_end(migration)
+        if not self._board.flipped(migration.number):
+            raise EPError("; ".join(self._board.errors()) or "it was given up")
+        self._placement = with_layer(self._placement, layer, after)
+        travelled = sum(move.source != move.target for move in moves) * expert_bytes
+        report = self._report
+        self._report = replace(
+            report,
+            migrations=report.migrations + 1,
+            slots_moved=report.slots_moved + len(changes(before, after)),
+            bytes_moved=report.bytes_moved + travelled,
+            longest_flip_ms=self._board.longest_flip_ms,
+            number=migration.number,
+        )
+        logger.info(
+            "balance: migration %d, %d slots of layer %d, %.1f MB between ranks, %.0f ms",
+            migration.number,
+            len(moves),
+            layer,
+            travelled / 1e6,
+            1e3 * (time.monotonic() - began),
+        )
+
+    def _await_end(self, migration: Migration) -> None:
+        """Until it has flipped on all ranks, or on none; without steps that takes as long as there are none.
+
+        Raises:
+            EPError: the balancer is closed.
+        """
+        number, deadline = migration.number, time.monotonic() + migration.timeout_s + GRACE_S
+        cancelled = False
+        while not self._board.ended(number):
+            if self._stop.wait(POLL_S):
+                raise EPError("the engine was closed")
+            if not cancelled and time.monotonic() > deadline and not self._board.staged(number):
+                silent = ", ".join(map(str, self._board.silent(number)))
+                error = EPError(
+                    f"migration {number}: no answer from rank {silent} in {migration.timeout_s:g} s"
+                )
+                logger.warning("balance: %s", error)
+                self._fails(error)
+                self._board.cancel(number)
+                cancelled = True
+
+    def _fails(self, error: Exception) -> None:
+        self._report = replace(self._report, last_error=str(error))

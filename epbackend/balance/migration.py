@@ -1,0 +1,152 @@
+"""A rank's part in migrations: a thread stages experts, and the serving thread flips them between two steps.
+
+The serving thread does nothing else for it: when a step begins it writes the step's number down and reads a word.
+Weights and map change there alone, and only when every rank has staged all that comes to it (`board`). Until then any
+failure leaves both as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epbackend.balance.board import Seat, Verdict
+from epbackend.balance.moves import Migration
+from epbackend.balance.transfer import Connections, stage
+from epbackend.errors import EPError
+from epbackend.moe import ExpertParallelMoE, Relocation
+from epbackend.replica_split import SlotMap
+
+LOOK_S = 0.01
+"""How often the thread looks for an order."""
+
+logger = logging.getLogger("epbackend")
+
+Recount = Callable[[int, ExpertParallelMoE], AbstractContextManager[None]]
+"""Entered around a layer's flip, by number and layer, for who counts what its slots do."""
+
+
+def _no_count(number: int, layer: ExpertParallelMoE) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """All that a flip needs, checked."""
+
+    migration: Migration
+    layer: ExpertParallelMoE
+    experts: dict[int, Tensor]
+    relocation: Relocation
+
+
+class Migrator:
+    """The layers of one rank, whose experts can move."""
+
+    def __init__(
+        self, places: np.ndarray, rank: int, staging_bytes: int, recount: Recount = _no_count
+    ) -> None:
+        """`places` are those of all ranks at the board. A migration holds at most `staging_bytes` of experts here."""
+        self._seat, self._rank = Seat(places, rank), rank
+        self._connections = Connections(self._seat, rank, len(places))
+        self._staging_bytes, self._recount = staging_bytes, recount
+        self._layers: dict[int, tuple[ExpertParallelMoE, torch.device]] = {}
+        self._staged: _Staged | None = None
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
+        """A layer that takes part from now on; its experts are at `place`.
+
+        Raises:
+            EPError: one of its experts is larger than the staging buffer.
+        """
+        length = _expert_bytes(layer)
+        if length > self._staging_bytes:
+            raise EPError(
+                f"balance.staging_mb: {self._staging_bytes / 1e6:g} MB hold no expert of MoE layer {number}, which has "
+                f"{length / 1e6:.3g} MB; raise it to that at least"
+            )
+        self._layers[number] = layer, place
+        self._seat.has_layer(length)
+
+    def begin_step(self) -> None:
+        """To be called by the serving thread before each step, on all ranks before the same ones.
+
+        Raises:
+            EPError: see `Seat.begin_step`.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._stand_by, name="epbackend migration", daemon=True)
+            self._thread.start()
+        staged = self._staged
+        verdict = self._seat.begin_step(staged.migration.number if staged else 0)
+        if staged is None or verdict is Verdict.WAIT:
+            return
+        if verdict is Verdict.FLIP:
+            began = time.perf_counter()
+            self._flip(staged)
+            self._seat.flipped_in(time.perf_counter() - began)
+        self._staged = None
+        self._seat.end(staged.migration.number)
+
+    def close(self) -> None:
+        """Ends the thread; what is staged is forgotten. Does not wait for a rank that is gone."""
+        self._ended.set()
+
+    @torch.inference_mode()
+    def _flip(self, staged: _Staged) -> None:
+        migration, layer = staged.migration, staged.layer
+        with self._recount(migration.layer, layer):
+            for place, expert in staged.experts.items():
+                memory = layer.slot_memory(place)
+                for part, new in zip(memory, expert.split([len(each) for each in memory]), strict=True):
+                    part.copy_(new)
+            layer.relocate(staged.relocation)
+
+    def _stand_by(self) -> None:
+        seen = 0
+        while not self._ended.wait(LOOK_S):
+            migration = self._seat.order(seen)
+            if migration is None:
+                continue
+            seen = migration.number
+            try:
+                self._staged = self._stage(migration)
+            except Exception as error:
+                self._connections.drop()
+                logger.warning("rank %d staged nothing of layer %d: %s", self._rank, migration.layer, error)
+                self._seat.answer_failed(seen, f"{type(error).__name__}: {error}")
+            else:
+                self._seat.answer_staged(seen)
+
+    def _stage(self, migration: Migration) -> _Staged:
+        """Raises what `stage` raises, and EPError for an order that is not for the experts that are here."""
+        if migration.layer not in self._layers:
+            raise EPError(f"this rank has no MoE layer {migration.layer}")
+        layer, device = self._layers[migration.layer]
+        if migration.before != layer.slot_map.layout:
+            raise EPError(f"layer {migration.layer} holds other experts than the plan starts from")
+        length = _expert_bytes(layer)
+        incoming = sum(move.target == self._rank for move in migration.moves)
+        if incoming * length > self._staging_bytes:
+            raise EPError(
+                f"{incoming} experts of {length} bytes exceed the staging buffer of {self._staging_bytes}"
+            )
+        relocation = layer.prepare(SlotMap(migration.after, layer.slot_map.node_size), device)
+        experts = stage(
+            migration, self._rank, lambda: self._connections.group(migration), layer.slot_memory, length
+        )
+        return _Staged(migration, layer, experts, relocation)
+
+
+def _expert_bytes(layer: ExpertParallelMoE) -> int:
+    return sum(len(part) for part in layer.slot_memory(0))

@@ -1,0 +1,119 @@
+"""The planner in a process of its own: planning takes a core for a while, and no rank or scheduler gives it one.
+
+A planner that ends, or does not answer in time, is replaced; the new one starts from the placement in use.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+from threading import Event
+from typing import Any
+
+import numpy as np
+
+from epbackend.balance.decision import Policy, Proposal, Rebalancer
+from epbackend.errors import EPError
+from epbackend.placement.placement import Placement
+
+logger = logging.getLogger("epbackend")
+
+START_S = 60.0
+"""A new process imports and compiles before its first answer."""
+ENDING_S = 2.0
+POLL_S = 0.1
+
+
+class Planner:
+    """The parent's end of the process. One caller at a time."""
+
+    def __init__(self, placement: Placement, policy: Policy, timeout_s: float, stop: Event) -> None:
+        """`timeout_s` for an answer, beyond its start; `stop` ends a wait for one."""
+        self._placement, self._policy, self._timeout_s, self._stop = placement, policy, timeout_s, stop
+        self.restarts = 0
+        self.pid: int | None = None
+        self._started_at = 0.0
+        self._start()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since its process was started."""
+        return time.monotonic() - self._started_at
+
+    def propose(self, tokens_YE: np.ndarray) -> Proposal | None:
+        """A placement that pays by the windows seen so far and this one.
+
+        Raises:
+            EPError: the process ended, stuck or refused; it has been replaced where it had to be.
+        """
+        answer = self._ask("propose", tokens_YE)
+        if isinstance(answer, str):
+            raise EPError(f"the planner failed: {answer}")
+        return answer
+
+    def accept(self, placement: Placement) -> None:
+        """The placement in use from now on."""
+        self._placement = placement
+        self._ask("accept", placement)
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(ENDING_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _ask(self, what: str, value: Any) -> Any:
+        try:
+            self._connection.send((what, value))
+            deadline = time.monotonic() + START_S + self._timeout_s
+            while not self._connection.poll(POLL_S):
+                if self._stop.is_set():
+                    raise EPError("the engine was closed")
+                if time.monotonic() > deadline:
+                    raise EPError(f"it did not answer within {START_S + self._timeout_s:g} s")
+            return self._connection.recv()
+        except (OSError, EOFError, EPError) as error:
+            if self._stop.is_set():
+                raise EPError("the engine was closed") from error
+            self.close()
+            reason = str(error) if isinstance(error, EPError) else "it ended"
+            self._start()
+            self.restarts += 1
+            raise EPError(f"the planner was started anew: {reason}") from error
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_plan, args=(theirs, self._placement, self._policy), name="epbackend-planner", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.pid, self._started_at = self._process.pid, time.monotonic()
+
+
+def _plan(connection: Connection, placement: Placement, policy: Policy) -> None:
+    """The process: answers until the parent closes the connection, or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
+    os.nice(5)
+    rebalancer = Rebalancer(placement, policy)
+    while True:
+        try:
+            what, value = connection.recv()
+        except (EOFError, OSError):
+            return
+        answer: Any = None
+        try:
+            if what == "accept":
+                rebalancer.accept(value)
+            else:
+                rebalancer.observe(value)
+                answer = rebalancer.propose()
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}"
+        connection.send(answer)

@@ -1,0 +1,151 @@
+"""The bytes of experts on their way between the ranks of one machine, beside the serving collectives.
+
+The ranks meet at a store of their own and connect by gloo in a process group that nobody else uses: no collective of
+the engine waits for a migration. After any failure the connections are thrown away, since half a message may be in
+them; the next migration makes new ones.
+
+A message is one expert: its bytes, and behind them what it is and their checksum.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from epbackend.balance.board import LEADER, Seat
+from epbackend.balance.moves import Migration, Move
+from epbackend.errors import EPError
+
+LOOPBACK = "127.0.0.1"
+POLL_S = 0.005
+
+SEAL = np.dtype([("number", np.int64), ("layer", np.int64), ("expert", np.int64), ("checksum", np.int64)])
+
+
+class Connections:
+    """One rank's connections to the others, made when the first migration needs them."""
+
+    def __init__(self, seat: Seat, rank: int, ranks: int) -> None:
+        self._seat, self._rank, self._ranks = seat, rank, ranks
+        self._store: dist.Store | None = None
+        self._group: dist.ProcessGroupGloo | None = None
+        self._number = -1
+
+    def group(self, migration: Migration) -> dist.ProcessGroupGloo:
+        """The connections of that migration; all ranks ask for them together.
+
+        Raises:
+            EPError, RuntimeError: the others do not come in time.
+        """
+        if self._group is None or self._number != migration.connection:
+            self._group = None
+            timeout = timedelta(seconds=migration.timeout_s)
+            store = dist.PrefixStore(f"migration {migration.connection}", self._meet(migration.timeout_s))
+            self._group = dist.ProcessGroupGloo(store, self._rank, self._ranks, timeout)
+            self._number = migration.connection
+        return self._group
+
+    def drop(self) -> None:
+        """Never use them again."""
+        self._group = None
+
+    def _meet(self, timeout_s: float) -> dist.Store:
+        """A store that rank 0 keeps for as long as it runs."""
+        if self._store is None:
+            timeout = timedelta(seconds=timeout_s)
+            if self._rank == LEADER:
+                self._store = dist.TCPStore(LOOPBACK, 0, None, True, timeout, wait_for_workers=False)
+                self._seat.listen(self._store.port)
+            else:
+                deadline = time.monotonic() + timeout_s
+                while not self._seat.port:
+                    if time.monotonic() > deadline:
+                        raise EPError(f"rank {LEADER} does not open the migrations' store")
+                    time.sleep(POLL_S)
+                self._store = dist.TCPStore(
+                    LOOPBACK, self._seat.port, None, False, timeout, wait_for_workers=False
+                )
+        return self._store
+
+
+def stage(
+    migration: Migration,
+    rank: int,
+    connect: Callable[[], dist.ProcessGroupGloo],
+    read: Callable[[int], list[Tensor]],
+    length: int,
+) -> dict[int, Tensor]:
+    """Bring this rank's part: place -> the bytes of the expert that comes there, checked.
+
+    `read(place)` gives the memory of a slot, `length` bytes in all. Nothing is changed. It holds as many experts as
+    come to this rank, and one more while it sends.
+
+    Raises:
+        EPError: an expert did not arrive as it was sent.
+        RuntimeError: gloo failed, or a rank did not take part in time.
+    """
+    incoming = {index: move for index, move in enumerate(migration.moves) if move.target == rank}
+    outgoing = {
+        index: move
+        for index, move in enumerate(migration.moves)
+        if move.source == rank and move.target != rank
+    }
+    travels = any(move.source != move.target for move in migration.moves)
+    # All ranks connect, also those without a part in it, which a later migration may need.
+    group = connect() if travels else None
+    deadline = time.monotonic() + migration.timeout_s
+    # Asked for before anything is sent: so every send finds its receiver, whatever the order.
+    messages = {index: torch.empty(length + SEAL.itemsize, dtype=torch.uint8) for index in incoming}
+    arrivals = [
+        group.recv([messages[index]], move.source, index)  # type: ignore[attr-defined]
+        for index, move in incoming.items()
+        if group is not None and move.source != rank
+    ]
+    sent = torch.empty(length + SEAL.itemsize if outgoing else 0, dtype=torch.uint8)
+    for index, move in outgoing.items():
+        _pack(migration, move, read(move.source_place), sent)
+        assert group is not None
+        group.send([sent], move.target, index).wait(_left(deadline))  # type: ignore[attr-defined]
+    for index, move in incoming.items():
+        if move.source == rank:
+            _pack(migration, move, read(move.source_place), messages[index])
+    for arrival in arrivals:
+        arrival.wait(_left(deadline))
+    return {move.target_place: _opened(migration, move, messages[index]) for index, move in incoming.items()}
+
+
+def _left(deadline: float) -> timedelta:
+    return timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+
+
+def _pack(migration: Migration, move: Move, memory: list[Tensor], message: Tensor) -> None:
+    body = message[: -SEAL.itemsize]
+    torch.cat(memory, out=body)
+    seal = _seal_of(message)
+    seal["number"], seal["layer"], seal["expert"] = migration.number, migration.layer, move.expert
+    seal["checksum"] = zlib.crc32(body.numpy().data) if migration.checksums else 0
+
+
+def _opened(migration: Migration, move: Move, message: Tensor) -> Tensor:
+    """The expert's bytes. Raises EPError where they are not what was sent."""
+    body, seal = message[: -SEAL.itemsize], _seal_of(message)
+    came = int(seal["number"]), int(seal["layer"]), int(seal["expert"])
+    if came != (migration.number, migration.layer, move.expert):
+        raise EPError(
+            f"rank {move.source} sent (migration, layer, expert) {came}, "
+            f"not {(migration.number, migration.layer, move.expert)}"
+        )
+    if migration.checksums and zlib.crc32(body.numpy().data) != int(seal["checksum"]):
+        raise EPError(f"expert {move.expert} of layer {migration.layer} came damaged from rank {move.source}")
+    return body
+
+
+def _seal_of(message: Tensor) -> np.ndarray:
+    return message[-SEAL.itemsize :].numpy().view(SEAL)[0]

@@ -1,0 +1,126 @@
+"""Moving experts in LMDeploy's engine: what can be known to be wrong before, the parent's balancer, a rank's migrator.
+
+The board of migrations lies in the load report's memory. A step is one forward pass of LMDeploy, dummy ones too: with
+dp > 1 the ranks agree on each before they make it (`_prepare_dp_v1`), and every MoE layer holds a collective of all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from epbackend.balance.balancer import Balancer, Options, Reading
+from epbackend.balance.board import Board
+from epbackend.balance.migration import Migrator
+from epbackend.config import EPConfig
+from epbackend.config.checks import not_balanced
+from epbackend.engines.lmdeploy.checkpoint import expert_count, layer_count, read_model_config
+from epbackend.engines.lmdeploy.checks import expert_bytes
+from epbackend.engines.lmdeploy.load_report import SharedStats, all_rows
+from epbackend.engines.lmdeploy.state import active
+from epbackend.errors import ConfigError, EPError
+from epbackend.moe import ExpertParallelMoE
+from epbackend.names import PHASES
+from epbackend.placement.placement import Placement
+
+MB = 1_000_000
+
+
+def check_device(config: EPConfig, device: str) -> None:
+    """Raises ConfigError where experts do not move on the device that `auto` stands for."""
+    if config.balance.on and device != "cpu":
+        raise ConfigError(f"balance.on: {not_balanced(device)}")
+
+
+def starting_placement(path: str, config: EPConfig, placement: Placement | None) -> Placement | None:
+    """Where the experts of the model at `path` live before any moves; as given, unless balance makes one.
+
+    Raises:
+        ConfigError: nothing could ever move.
+    """
+    balance = config.balance
+    if not balance.on:
+        return placement
+    settings = read_model_config(Path(path))
+    layers, experts = layer_count(settings), expert_count(settings)
+    if layers is None or experts is None:
+        raise ConfigError(f"balance.on: {path} does not say how many layers and experts it has")
+    if placement is None:
+        slots = experts + balance.redundant_experts
+        if short := -slots % config.ep_size:
+            raise ConfigError(
+                f"balance.redundant_experts: {balance.redundant_experts} beside {experts} experts are {slots} slots, "
+                f"which {config.ep_size} ranks (ep_size) do not divide; use {balance.redundant_experts + short}"
+            )
+        placement = Placement.even(layers, experts, config.ep_size, slots)
+    if all((layer.slots_R == 1).all() for layer in placement.layers):
+        raise ConfigError(
+            f"balance.on: each of the {config.ep_size} ranks has one expert, so that no move changes its load; set "
+            "balance.redundant_experts, or fewer ranks"
+        )
+    _check_sizes(config, expert_bytes(settings, config.engine.dtype))
+    return placement
+
+
+def _check_sizes(config: EPConfig, length: int | None) -> None:
+    """Raises ConfigError for budgets and buffers below one expert, where the model's config.json tells its size."""
+    if length is None:
+        return
+    for name, value in (("max_mb", config.balance.max_mb), ("staging_mb", config.balance.staging_mb)):
+        if value is not None and value * MB < length:
+            raise ConfigError(
+                f"balance.{name}: {value:g} MB are less than one expert, {length / MB:.3g} MB; set "
+                f"{length / MB:.3g} or more"
+            )
+
+
+def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> Balancer | None:
+    """The balancer of the deployment whose ranks write to `stats`; None where balance is off.
+
+    Raises:
+        ConfigError: there is no placement, because the plug was enabled without knowing the model.
+    """
+    if not config.balance.on:
+        return None
+    if placement is None:
+        raise ConfigError("balance.on: needs the model: use epbackend.pipeline or epbackend.serve")
+    settings, layers = config.balance, len(placement.layers)
+
+    def read() -> Reading:
+        report = stats.report()
+        tokens_RYE = np.zeros((config.ep_size, layers, placement.experts), dtype=np.int64)
+        known = [number for number in report.layers if number < layers]  # a draft model's come after
+        tokens_RYE[:, known] = report.tokens_RYE[: config.ep_size, : len(known), : placement.experts]
+        return Reading(report.calls, tokens_RYE)
+
+    splits = {config.placement.split_of(phase) for phase in PHASES}
+    options = Options(
+        window_steps=settings.window_steps,
+        interval_s=settings.interval_s,
+        threshold=settings.threshold,
+        max_slots=settings.max_slots,
+        max_bytes=None if settings.max_mb is None else int(settings.max_mb * MB),
+        staging_bytes=int(settings.staging_mb * MB),
+        checksums=settings.checksum == "all",
+        timeout_s=settings.timeout_s,
+        objective=config.placement.objective,
+        split="level" if splits == {"level"} else "even",
+    )
+    return Balancer(Board(stats.places), read, options, placement)
+
+
+def watch(number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
+    """A layer of this rank, which takes part in migrations if they are on and its parent can lead them."""
+    plug = active()
+    if not plug.config.balance.on or plug.placement is None or number >= len(plug.placement.layers):
+        return
+    if plug.migrator is None:
+        rows: Any = all_rows(layer.ranks.rank)
+        if rows is None:
+            raise EPError("balance.on: all ranks must run on the machine of their parent; remove it")
+        staging_bytes = int(plug.config.balance.staging_mb * MB)
+        plug.migrator = Migrator(rows["balance"], layer.ranks.rank, staging_bytes, plug.stats_writer.moving)
+    plug.migrator.watch(number, layer, place)

@@ -1,0 +1,108 @@
+"""Experts that move between calls of a layer, on real ranks: the very bytes, the same results, or nothing at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from epbackend.balance.board import PLACE
+from epbackend.balance.moves import Migration, route
+from tests.helpers.migrating import BROKEN, DAMAGED, EXPERTS, LATE, TOKENS, TOP_K, layouts, migrate
+
+pytestmark = pytest.mark.cpu
+# Two replicas, of 0 and 1; then a swap between ranks, a new replica, places that change on a rank, and back.
+WAY = layouts(
+    ((0, 1, 2, 3, 0), (4, 5, 6, 7, 1)),
+    ((0, 1, 7, 3, 0), (4, 5, 6, 2, 1)),
+    ((0, 1, 7, 3, 5), (4, 5, 6, 2, 4)),
+    ((1, 0, 7, 3, 5), (4, 5, 6, 2, 0)),
+    ((0, 1, 2, 3, 0), (4, 5, 6, 7, 1)),
+)
+
+
+def plans(way, **options):
+    return [
+        Migration(number, 0, before, after, route(before, after), **options)
+        for number, (before, after) in enumerate(pairwise(way), start=1)
+    ]
+
+
+@pytest.fixture
+def board_file(tmp_path):
+    file = tmp_path / "board"
+
+    def make(size):
+        np.zeros(size, PLACE).tofile(file)
+        return str(file)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("form", "level", "split"),
+    [
+        ("float32", 2, "level"),
+        ("bfloat16", 1, "even"),
+        ("int8", 2, "nearest"),
+        pytest.param("fp8", 2, "even", marks=pytest.mark.slow),
+        pytest.param("float32", 1, "level", marks=pytest.mark.slow),
+    ],
+)
+def test_slots_get_the_bytes_of_their_experts_and_results_stay(ranks, board_file, form, level, split):
+    """A round of four migrations, the whole of it twice: biases, packed matrices, scales, map, split and counters."""
+    way = [*WAY, *WAY[1:]]
+    seen = ranks.run(2, migrate, board_file(2), WAY[0], plans(way), form, level, split)
+    for each in seen:
+        assert each.errors == ()
+        assert each.flipped == tuple(range(1, 9))
+        assert each.steps == seen[0].steps
+        assert each.held == WAY[-1].experts_of_rank
+        assert each.right_bytes
+        assert each.worst < (0.02 if form == "bfloat16" else 1e-5)
+    # Tokens are counted for the expert that computed them, and none is lost on the way.
+    counted_E = np.sum([each.tokens_E for each in seen], axis=0)
+    assert counted_E.sum() == 2 * TOKENS * TOP_K * seen[0].calls
+    assert not (counted_E % seen[0].calls).any()
+    assert len(counted_E) == EXPERTS
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (DAMAGED, "came damaged from rank 1"),
+        pytest.param(BROKEN, "no memory", marks=pytest.mark.slow),
+        pytest.param(LATE, "rank 0", marks=pytest.mark.slow),
+    ],
+)
+def test_a_failure_before_the_flip_leaves_weights_and_map_and_the_next_one_works(
+    ranks, board_file, fault, said
+):
+    """A damaged expert, a sender that fails, and one that comes after the timeout."""
+    first = replace(plans(WAY)[0], timeout_s=2.0)
+    again = replace(first, number=2, connection=1, timeout_s=60.0)
+    seen = ranks.run(2, migrate, board_file(2), WAY[0], [first, again], "float32", 2, "even", fault)
+    for each in seen:
+        assert each.flipped == (2,)
+        assert each.right_bytes
+        assert each.held == WAY[1].experts_of_rank
+        assert each.worst < 1e-4
+    assert said in " ".join(seen[0].errors)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"before": WAY[2], "after": WAY[3]}, "other experts than the plan starts from"),
+        ({"layer": 7}, "no MoE layer 7"),
+    ],
+)
+def test_a_plan_for_other_weights_is_refused(ranks, board_file, change, said):
+    right = plans(WAY)[:1]
+    wrong = replace(right[0], **change)
+    second = replace(right[0], number=2)
+    seen = ranks.run(2, migrate, board_file(2), WAY[0], [replace(wrong, number=1), second])[0]
+    assert seen.flipped == (2,)
+    assert said in seen.errors[0]

@@ -1,0 +1,209 @@
+"""Pipelines whose experts move while they answer: the tokens of Hugging Face before, during and after."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+
+import pytest
+
+import epbackend
+from epbackend.engines.lmdeploy.processes import free_port
+from epbackend.errors import ConfigError, WorkerError
+from tests.helpers.engine_models import EXPERTS, TOP_K, prompts
+from tests.helpers.engines import GREEDY, await_model, complete, config
+from tests.helpers.patience import PATIENCE_S
+from tests.helpers.processes import ROOT, engine_workers
+
+EAGER = {"on": True, "redundant_experts": 4, "window_steps": 8, "interval_s": 0.2, "threshold": 0.0}
+"""Plans anew whenever it can, on the load of a few steps."""
+
+
+def balanced(engine=None, balance=(), **settings):
+    return config(engine, balance={**EAGER, **dict(balance)}, **settings)
+
+
+def generate_until(pipe, expected, done):
+    """Answers prompts whose loads differ from round to round until `done(report)`; every answer must be right."""
+    texts = prompts()
+    deadline = time.monotonic() + PATIENCE_S
+    parts = [range(0, 4), range(4, 8), range(8, 12)]
+    round_ = 0
+    while not done(pipe.balance()):
+        assert time.monotonic() < deadline, pipe.balance()
+        part = parts[round_ % len(parts)]
+        answers = pipe([texts[index] for index in part], gen_config=GREEDY, do_preprocess=False)
+        assert [answer.token_ids for answer in answers] == [expected[index] for index in part]
+        round_ += 1
+
+
+def await_counts(pipe):
+    """The choices of each layer, once all have as many: a step that was under way ends, and no choice is ever lost."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        tokens_RYE = pipe.load().tokens_RYE
+        assert tokens_RYE.shape[2] == EXPERTS
+        assert (tokens_RYE >= 0).all()
+        counts = set(tokens_RYE.sum(axis=(0, 2)).tolist())
+        if len(counts) == 1 and not (count := counts.pop()) % TOP_K:
+            return count
+        assert time.monotonic() < deadline, counts
+
+
+def test_experts_move_while_answers_stay_the_same_and_a_killed_planner_is_replaced(checkpoint, reference):
+    """Both on one engine, and what it reports of it."""
+    settings = balanced(ep_size=2, ep_level=2)
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), settings) as pipe:
+        expected = reference("qwen3-moe")
+        generate_until(pipe, expected, lambda report: report.migrations >= 3)
+        os.kill(pipe._balancer.planner_pid, signal.SIGKILL)
+        generate_until(pipe, expected, lambda report: report.planner_restarts == 1)
+        assert "planner was started anew" in pipe.balance().last_error
+        done = pipe.balance().migrations
+        generate_until(pipe, expected, lambda report: report.migrations > done)
+        counted = await_counts(pipe)
+    report = pipe.balance()
+    assert report.failed == 0
+    assert report.slots_moved >= report.migrations == report.number
+    assert report.bytes_moved > 0
+    assert report.longest_flip_ms > 0
+    assert report.imbalance_before > report.imbalance_after
+    assert counted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        ("qwen3-moe", balanced(ep_size=4, ep_level=1)),
+        ("deepseek-v3", balanced(ep_size=4, ep_level=2)),
+        ("deepseek-v3", balanced(balance={"redundant_experts": 0}, ep_size=2, ep_level=1)),
+        ("qwen3-moe", balanced(ep_size=4, ep_level=2, placement={"split": "level"})),
+        ("qwen3-moe", balanced({"dp": 2}, ep_size=2, ep_level=2)),
+        ("mixtral", balanced(balance={"staging_mb": 0.03, "checksum": "none"}, ep_size=2, ep_level=2)),
+    ],
+    ids=["level 1", "deepseek", "no replicas", "level split", "dp 2", "small buffer"],
+)
+def test_experts_move_in_every_way_of_running(form, settings, checkpoint, reference):
+    with epbackend.pipeline(str(checkpoint(form)), settings) as pipe:
+        generate_until(pipe, reference(form), lambda report: report.migrations >= 3)
+        assert pipe.balance().failed == 0
+
+
+@pytest.mark.slow
+def test_a_rank_that_sleeps_through_a_migration_costs_no_wrong_token(checkpoint, reference):
+    """It wakes after the migration's timeout: what was under way has flipped on all ranks, or on none."""
+    settings = balanced(balance={"timeout_s": 1.0}, ep_size=2, ep_level=2)
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), settings) as pipe:
+        expected = reference("qwen3-moe")
+        generate_until(pipe, expected, lambda report: report.migrations >= 1)
+        for _ in range(3):
+            worker = engine_workers()[1]
+            worker.suspend()
+            time.sleep(4.0)
+            worker.resume()
+            done = pipe.balance().migrations
+            generate_until(pipe, expected, lambda report, done=done: report.migrations > done)
+
+
+MOVING = """
+import sys
+import epbackend
+from epbackend import EPConfig
+from lmdeploy import GenerationConfig
+
+def main(model, config):
+    with epbackend.pipeline(model, EPConfig.from_json(config)) as pipe:
+        short = GenerationConfig(max_new_tokens=20, ignore_eos=True, do_sample=False)
+        texts = ["the quick"], ["lazy dog parallel load"], ["expert says hello"]
+        for index in range(100000):
+            pipe(texts[index % 3] * 4, gen_config=short, do_preprocess=False)
+            if pipe.balance().migrations >= 2:
+                print("READY", flush=True)
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_while_experts_move_ends_the_call_by_name_and_leaves_nothing(
+    rank, checkpoint, start_process, tmp_path
+):
+    settings = balanced(ep_size=2, ep_level=2)
+    running = start_process(MOVING, str(checkpoint("qwen3-moe")), settings.to_json())
+    running.look()
+    workers = [each for each in running.workers() if "epbackend-planner" not in " ".join(each.cmdline())]
+    workers[rank].kill()
+    assert running.process.wait(timeout=PATIENCE_S) != 0
+    running.assert_nothing_left()
+    assert WorkerError.__name__ in (tmp_path / "log").read_text()
+
+
+SERVING = """
+import sys
+from epbackend import EPConfig
+from epbackend.engines.lmdeploy import serve
+
+if __name__ == "__main__":
+    model, config, port = sys.argv[1:]
+    serve(model, EPConfig.from_json(config), port=int(port), model_name="tiny", log_level="ERROR")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dp", [1, 2])
+def test_a_server_moves_experts_while_it_answers_and_leaves_nothing(dp, checkpoint, start_process, tmp_path):
+    """Told by its log; behind a proxy as well."""
+    port = free_port()
+    settings = balanced({"dp": dp, "log_level": "INFO"}, ep_size=2, ep_level=2)
+    running = start_process(SERVING, str(checkpoint("qwen3-moe")), settings.to_json(), str(port), ready="")
+    await_model(port)
+    texts, first = prompts()[:6], {}
+    deadline = time.monotonic() + PATIENCE_S
+    while (log := (tmp_path / "log").read_text()).count("balance: migration") < 3:
+        assert time.monotonic() < deadline, log
+        for text in texts:
+            answer = complete(port, text)
+            assert first.setdefault(text, answer) == answer
+    running.look()
+    os.kill(running.process.pid, signal.SIGTERM)
+    running.process.wait(timeout=PATIENCE_S)
+    running.assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_nothing_is_left_when_the_parent_is_killed_while_experts_move(checkpoint, start_process):
+    running = start_process(MOVING, str(checkpoint("qwen3-moe")), balanced(ep_size=2).to_json())
+    running.look()
+    running.process.kill()
+    running.process.wait(timeout=PATIENCE_S)
+    running.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"balance": {"on": True, "max_mb": 0.01}}, r"balance\.max_mb: 0\.01 MB are less than one expert"),
+        ({"balance": {"on": True, "staging_mb": 0.001}}, r"balance\.staging_mb: .*set 0\.0246 or more"),
+        ({"balance": {"on": True, "redundant_experts": 3}}, r"balance\.redundant_experts: 3 .*use 4"),
+        ({"balance": {"on": True}, "ep_size": EXPERTS}, r"balance\.on: each of the 16 ranks has one expert"),
+    ],
+)
+def test_what_cannot_move_is_said_before_anything_is_started(settings, said, checkpoint):
+    with pytest.raises(ConfigError, match=said):
+        epbackend.pipeline(str(checkpoint("qwen3-moe")), config(**{"ep_size": 4, **settings}))
+
+
+def test_without_balance_there_is_no_report_and_by_hand_the_model_is_missing(monkeypatch):
+    with pytest.raises(ConfigError, match=r"use epbackend\.pipeline"):
+        epbackend.enable(balanced(ep_size=2))
+
+
+def test_the_documentation_names_every_setting():
+    text = (ROOT / "docs" / "balance.md").read_text(encoding="utf-8")
+    fields = type(balanced(ep_size=2).balance).model_fields
+    assert set(re.findall(r"`balance\.([a-z_]+)`", text)) == set(fields)

@@ -1,0 +1,209 @@
+"""A layer on several ranks whose experts move between its calls, and what can go wrong with that."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from epbackend.balance import migration, transfer
+from epbackend.balance.board import PLACE, Board
+from epbackend.balance.migration import Migrator
+from epbackend.balance.moves import Migration
+from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.kernels.fp8 import BLOCK, Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
+from epbackend.moe import ExpertParallelMoE
+from epbackend.placement.placement import Layout
+from epbackend.replica_split import SlotMap
+from tests.helpers.patience import PATIENCE_S
+
+EXPERTS, TOKENS, TOP_K = 8, 6, 3
+DAMAGED, LATE, BROKEN = "damaged", "late", "broken"
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What one rank saw."""
+
+    flipped: tuple[int, ...]
+    """The migrations that did."""
+    steps: tuple[int, ...]
+    """The step at which each of them did."""
+    held: tuple[tuple[int, ...], ...]
+    """The experts of all ranks by its map, at the end."""
+    right_bytes: bool
+    """Whether every slot holds the very bytes of its expert."""
+    worst: float
+    """The largest difference of a call's result from that of the first one, as a share of the largest value."""
+    tokens_E: tuple[int, ...]
+    calls: int
+    errors: tuple[str, ...]
+
+
+def weights(form: str) -> tuple[object, object]:
+    """gate_up_E2FD and down_EDF, the same on every rank; quantized ones are large enough for a block."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, width = (2 * BLOCK, BLOCK) if form == "fp8" else (16, 12)
+    gate_up = torch.randn(EXPERTS, 2 * width, hidden, generator=generator) / hidden**0.5
+    down = torch.randn(EXPERTS, hidden, width, generator=generator) / width**0.5
+    if form == "fp8":
+        return tuple(
+            Fp8Blocks(
+                each.to(torch.float8_e4m3fn),
+                torch.rand(EXPERTS, each.shape[1] // BLOCK, each.shape[2] // BLOCK, generator=generator),
+            )
+            for each in (gate_up, down)
+        )
+    if form == "int8":
+        return tuple(
+            Int8Weights((each * 40).to(torch.int8), torch.rand(EXPERTS, each.shape[1], generator=generator))
+            for each in (gate_up, down)
+        )
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[form]
+    return gate_up.to(dtype), down.to(dtype)
+
+
+def of_slots(matrices: object, experts: tuple[int, ...]) -> object:
+    """The matrices of these experts."""
+    picked = list(experts)
+    if isinstance(matrices, Fp8Blocks):
+        return Fp8Blocks(matrices.values_LNK[picked], matrices.scale_LBB[picked])
+    if isinstance(matrices, Int8Weights):
+        return Int8Weights(matrices.values_LNK[picked], matrices.scale_LN[picked])
+    return matrices[picked]
+
+
+def migrate(
+    groups: dict[int, RankGroup],
+    board_file: str,
+    start: Layout,
+    plans: list[Migration],
+    form: str = "float32",
+    level: int = 2,
+    split: str = "even",
+    fault: str | None = None,
+    faulty: int = 1,
+) -> Moved:
+    """On every rank: calls of one layer until each plan has ended, one after the other; rank 0 is the parent, too.
+
+    `fault` befalls rank `faulty` in the first plan.
+    """
+    ranks = groups[1]
+    places = np.memmap(board_file, PLACE, mode="r+", shape=ranks.size)
+    gate_up, down = weights(form)
+    bias_E2F = torch.arange(EXPERTS).float()[:, None].expand(-1, down_width(down) * 2)
+
+    def build(slot_map: SlotMap) -> ExpertParallelMoE:
+        mine = slot_map.local_experts(ranks.rank)
+        return ExpertParallelMoE(
+            of_slots(gate_up, mine),
+            of_slots(down, mine),
+            slot_map=slot_map,
+            ranks=ranks,
+            settings=DispatchSettings(level=level, timeout_s=60),
+            top_k=TOP_K,
+            split=split,
+            gate_up_bias_L2F=bias_E2F[list(mine)].clone() if form == "float32" else None,
+        )
+
+    layer = build(SlotMap(start))
+    migrator = Migrator(places, ranks.rank, staging_bytes=1 << 24)
+    migrator.watch(0, layer, torch.device("cpu"))
+    board = Board(places)
+    generator = torch.Generator().manual_seed(ranks.rank)
+    hidden = down_hidden(down)
+    tokens = torch.randn(TOKENS, hidden, generator=generator).to(
+        torch.bfloat16 if form == "bfloat16" else torch.float32
+    )
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(TOKENS)])
+    share = torch.rand(TOKENS, TOP_K, generator=generator)
+    first, worst, calls = None, 0.0, 0
+    flipped, steps, errors, published, over = [], [], [], 0, False
+    deadline = time.monotonic() + PATIENCE_S
+    with _fault(fault if ranks.rank == faulty else None):
+        while not over:
+            assert time.monotonic() < deadline, [dict(zip(PLACE.names, row, strict=True)) for row in places]
+            if ranks.rank == 0 and (not published or board.ended(published)):
+                if published:
+                    errors += board.errors()
+                if published < len(plans):
+                    board.publish(plans[published])
+                    published += 1
+                else:
+                    over = True
+            before = layer.slot_map
+            migrator.begin_step()
+            calls += 1
+            if layer.slot_map is not before:
+                flipped.append(int(places[0]["order"]))
+                steps.append(calls)
+            out = layer(tokens, ids, share, phase="decode").float()
+            first = out if first is None else first
+            worst = max(worst, float((out - first).abs().max() / first.abs().max()))
+            flag = torch.tensor([over])
+            dist.broadcast(flag, 0, group=ranks.group)
+            over = bool(flag)
+            time.sleep(0.002)
+    migrator.close()
+    expected = build(layer.slot_map)
+    same = all(
+        torch.equal(a, b)
+        for slot in range(len(layer.load.local_experts))
+        for a, b in zip(layer.slot_memory(slot), expected.slot_memory(slot), strict=True)
+    )
+    tokens_E = tuple(layer.load.tokens_E.tolist())
+    return Moved(
+        tuple(flipped),
+        tuple(steps),
+        layer.slot_map.layout.experts_of_rank,
+        same,
+        worst,
+        tokens_E,
+        calls,
+        tuple(errors),
+    )
+
+
+def layouts(*held: tuple[tuple[int, ...], ...]) -> list[Layout]:
+    return [Layout(each, EXPERTS) for each in held]
+
+
+def down_width(down: object) -> int:
+    return _values(down).shape[2]
+
+
+def down_hidden(down: object) -> int:
+    return _values(down).shape[1]
+
+
+def _values(matrices: object) -> Tensor:
+    return matrices if isinstance(matrices, Tensor) else matrices.values_LNK
+
+
+def _fault(fault: str | None):
+    pack, stage = transfer._pack, migration.stage
+
+    def damage(plan: Migration, move: object, memory: list[Tensor], message: Tensor) -> None:
+        pack(plan, move, memory, message)
+        if plan.number == 1:
+            message[0] ^= 1
+
+    def late(plan: Migration, *args: object) -> object:
+        if plan.number == 1:
+            time.sleep(3 * plan.timeout_s)
+        return stage(plan, *args)
+
+    def broken(plan: Migration, *args: object) -> object:
+        if plan.number == 1:
+            raise OSError("no memory")
+        return stage(plan, *args)
+
+    if fault == DAMAGED:
+        return mock.patch.object(transfer, "_pack", damage)
+    return mock.patch.object(migration, "stage", {LATE: late, BROKEN: broken}.get(fault, stage))
