@@ -234,7 +234,8 @@ class _Layers:
     def change(self, layer: int) -> _Change | None:
         """The change that brings most, if it brings as much as it has to."""
         least = self._policy.threshold
-        _, imbalance = self.expected(layer, self._placement.layers[layer])
+        layout = self._placement.layers[layer]
+        _, imbalance = self.expected(layer, layout)
         if 1 - 1 / imbalance <= least:  # even perfect balance would not
             return None
         change = self._relieved(layer, None)

@@ -695,18 +695,24 @@ FREE = 0.25
 
 
 @entry
-def relieve(problem, current_P, target, least, price, most_fetched):
+def relieve(problem, before_P, target, least, price, most_fetched):
     """The expert of every slot [P], how many a rank has to fetch for it, and whether the steps reached the target.
 
     That is: no rank costs more than `target` times the mean (or than `least`, which no placement gets below), nor more
     than the worst rank did before. Of all steps of the way the one is taken at which the worst rank over the mean, and
     `price` for each fetched expert, are least together. No more than `most_fetched` are fetched.
     """
-    state = new_state(problem, current_P)
-    before_RE = state.held_RE.copy()
+    state = new_state(problem, before_P)
+    before_RE = np.zeros(state.held_RE.shape, np.int16)  # counted again: faster than compiled code copies
+    for slot in range(before_P.size):
+        before_RE[problem.rank_P[slot], before_P[slot]] += 1
     target = min(target, state.cost_R.max() / state.cost_R.mean())
     fetched = _separate(problem, state, before_RE, most_fetched)
     best, best_fetched, best_P = np.inf, 0, state.expert_P.copy()
+    more_EQ, fewer_EQ = np.empty(state.value_EQ.shape), np.empty(state.value_EQ.shape)
+    for expert in range(state.replicas_E.size):
+        _values_if_changed(problem, state, expert, more_EQ, fewer_EQ)
+    touched_R = np.zeros(state.cost_R.size, np.bool_)
     while True:
         worst, mean = np.argmax(state.cost_R), state.cost_R.mean()
         value = state.cost_R[worst] / mean + price * fetched
@@ -718,18 +724,21 @@ def relieve(problem, current_P, target, least, price, most_fetched):
             return best_P, best_fetched, True
         slot, other, swap_worth = _most_relieving_swap(problem, state, before_RE, worst, limit)
         replaced, expert, replacement_worth = _most_relieving_replacement(
-            problem, state, before_RE, worst, limit
+            problem, state, before_RE, worst, limit, more_EQ, fewer_EQ, touched_R
         )
         if max(swap_worth, replacement_worth) <= LEAST_RELIEF * limit:
             return best_P, best_fetched, False
         if swap_worth >= replacement_worth:
             fetched += _fetched_by_swap(problem, state, before_RE, slot, other)
             swap(problem, state, slot, other)
+            touched_R[worst] = touched_R[problem.rank_P[other]] = True
         else:
-            fetched += _fetched(
-                state.held_RE, before_RE, problem.rank_P[replaced], expert, state.expert_P[replaced]
-            )
+            touched_R[problem.rank_P[replaced]] = True
+            loser = state.expert_P[replaced]
+            fetched += _fetched(state.held_RE, before_RE, problem.rank_P[replaced], expert, loser)
             replace(problem, state, replaced, expert)
+            _values_if_changed(problem, state, loser, more_EQ, fewer_EQ)
+            _values_if_changed(problem, state, expert, more_EQ, fewer_EQ)
         if fetched > most_fetched:
             return best_P, best_fetched, False
 
@@ -776,7 +785,7 @@ def _most_relieving_swap(problem, state, before_RE, worst, limit):
             here, there = swapped_costs(state.load_RQ, value_EQ, worst, rank, expert, partner, problem.table)
             relief = state.cost_R[worst] - max(here, limit)
             relief += max(state.cost_R[rank], limit) - max(there, limit)
-            if relief <= 0.0:
+            if relief <= FREE * best:
                 continue
             worth = relief / max(_fetched_by_swap(problem, state, before_RE, slot, other), FREE)
             if worth > best:
@@ -785,81 +794,85 @@ def _most_relieving_swap(problem, state, before_RE, worst, limit):
 
 
 @inner
-def _most_relieving_replacement(problem, state, before_RE, worst, limit):
+def _most_relieving_replacement(problem, state, before_RE, worst, limit, more_EQ, fewer_EQ, touched_R):
     """The replacement that brings the most relief for each fetched expert: slot, new expert, and that relief.
+
+    The values are those of `_values_if_changed`.
 
     It tries what `best_replacement` tries, but by sums that are made once for each expert. They count a rank that holds
     both experts as if each changed it alone, which is less relief than it gets.
     """
     best, best_slot, best_expert = 0.0, -1, -1
     experts, first, last = state.replicas_E.size, problem.first_R[worst], problem.first_R[worst + 1]
-    more_EQ, fewer_EQ = np.empty(state.value_EQ.shape), np.empty(state.value_EQ.shape)
+    load_RQ, value_EQ, cost_R, table = state.load_RQ, state.value_EQ, state.cost_R, problem.table
+    expert_P, rank_P, held_RE = state.expert_P, problem.rank_P, state.held_RE
+    holder_ER, holders_E, replicas_E = state.holder_ER, state.holders_E, state.replicas_E
     relief_E, burden_E = np.zeros(experts), np.zeros(experts)
     for expert in range(experts):
-        replicas = state.replicas_E[expert]
-        _values_of(problem, expert, replicas + 1, more_EQ)
-        _values_of(problem, expert, max(replicas - 1, 1), fewer_EQ)
-        for index in range(state.holders_E[expert]):
-            rank = state.holder_ER[expert, index]
-            if state.cost_R[rank] > limit:
-                relief_E[expert] += _relief_by(problem, state, rank, expert, more_EQ, limit)
-            if replicas > 1:
-                burden_E[expert] -= _relief_by(problem, state, rank, expert, fewer_EQ, limit)
-    with_Q = np.empty(state.value_EQ.shape[1])
-    for slot in range(state.expert_P.size):
-        home, loser = problem.rank_P[slot], state.expert_P[slot]
+        single = holders_E[expert] == replicas_E[expert]  # on each rank; `held_RE` is too large for fast caches
+        for index in range(holders_E[expert]):
+            rank = holder_ER[expert, index]
+            held = 1 if single else held_RE[rank, expert]
+            if cost_R[rank] > limit:
+                relief_E[expert] += cost_R[rank] - limit
+                relief_E[expert] -= _excess(load_RQ, value_EQ, rank, expert, held, more_EQ, table, limit)
+            if replicas_E[expert] > 1:
+                burden_E[expert] += _excess(load_RQ, value_EQ, rank, expert, held, fewer_EQ, table, limit)
+                burden_E[expert] -= max(cost_R[rank] - limit, 0.0)
+    with_Q = np.empty(value_EQ.shape[1])
+    for slot in range(expert_P.size):
+        home, loser = rank_P[slot], expert_P[slot]
         gives_up = home == worst
-        if state.replicas_E[loser] < 2 or (not gives_up and state.held_RE[worst, loser]):
+        if replicas_E[loser] < 2 or (not gives_up and held_RE[worst, loser]):
             continue
-        burden = burden_E[loser] + _relief_by(problem, state, home, loser, fewer_EQ, limit)
-        stay = _held(state, home, loser) - 1
+        held = 1 if holders_E[loser] == replicas_E[loser] else held_RE[home, loser]
+        least_fetched = FREE if touched_R[home] else 1.0
+        # The other ranks' part: `home` is not one of them, so what it would have to bear is taken out.
+        home_excess = max(cost_R[home] - limit, 0.0)
+        spared = _excess(load_RQ, value_EQ, home, loser, held, fewer_EQ, table, limit) - home_excess
         for index in range(experts if gives_up else last - first):
-            expert = index if gives_up else state.expert_P[first + index]
-            for feature in range(with_Q.size):
-                with_Q[feature] = state.load_RQ[home, feature] + more_EQ[expert, feature]
-                with_Q[feature] -= state.value_EQ[loser, feature]
-                with_Q[feature] += stay * (fewer_EQ[loser, feature] - state.value_EQ[loser, feature])
-            relief = max(state.cost_R[home] - limit, 0.0) - max(cost_of(with_Q, problem.table) - limit, 0.0)
-            relief += relief_E[expert] - burden
-            # First what is at hand: most cannot be the best, and `held_RE` is too large for the fast caches.
-            if relief <= FREE * best or state.held_RE[home, expert]:
+            expert = index if gives_up else expert_P[first + index]
+            relief = relief_E[expert] - burden_E[loser] + spared + home_excess
+            if relief <= least_fetched * best:  # most cannot be the best, even if all is well with this rank
                 continue
-            worth = relief / max(_fetched(state.held_RE, before_RE, home, expert, loser), FREE)
+            for feature in range(with_Q.size):
+                stay = (held - 1) * (fewer_EQ[loser, feature] - value_EQ[loser, feature])
+                change = more_EQ[expert, feature] - value_EQ[loser, feature] + stay
+                with_Q[feature] = load_RQ[home, feature] + change
+            relief -= max(cost_of(with_Q, table) - limit, 0.0)
+            if relief <= least_fetched * best or held_RE[home, expert]:
+                continue
+            worth = relief / max(_fetched(held_RE, before_RE, home, expert, loser), FREE)
             if worth > best:
                 best, best_slot, best_expert = worth, slot, expert
     return best_slot, best_expert, best
 
 
 @inner
-def _values_of(problem, expert, replicas, value_EQ):
-    """Writes what one replica of the expert adds to the features of its rank, if it had so many."""
-    for feature in range(value_EQ.shape[1]):
-        share = problem.share_EQ[expert, feature] / replicas
-        value_EQ[expert, feature] = replica_value(share, problem.weights_Q2[feature], problem.batch)
-
-
-@inner
-def _held(state, rank, expert):
-    """Replicas of an expert on a rank that holds it: almost always one, which few numbers tell."""
-    return 1 if state.holders_E[expert] == state.replicas_E[expert] else state.held_RE[rank, expert]
-
-
-@inner
-def _relief_by(problem, state, rank, expert, value_EQ, limit):
-    """By how much less a rank exceeds the limit, if its replicas of the expert had these values."""
-    replicas = _held(state, rank, expert)
-    if problem.table is None:
-        cost = 0.0
-        for feature in range(value_EQ.shape[1]):
-            change = replicas * (value_EQ[expert, feature] - state.value_EQ[expert, feature])
-            cost = max(cost, state.load_RQ[rank, feature] + change)
+def _excess(load_RQ, value_EQ, rank, expert, held, new_EQ, table, limit):
+    """By how much the rank would exceed the limit if its replicas of the expert had the new values."""
+    cost = 0.0
+    if table is None:
+        for feature in range(load_RQ.shape[1]):
+            change = held * (new_EQ[expert, feature] - value_EQ[expert, feature])
+            cost = max(cost, load_RQ[rank, feature] + change)
     else:
-        with_Q = np.empty(value_EQ.shape[1])
-        for feature in range(with_Q.size):
-            change = replicas * (value_EQ[expert, feature] - state.value_EQ[expert, feature])
-            with_Q[feature] = state.load_RQ[rank, feature] + change
-        cost = cost_of(with_Q, problem.table)
-    return max(state.cost_R[rank] - limit, 0.0) - max(cost - limit, 0.0)
+        for feature in range(0, load_RQ.shape[1], 2):
+            tokens = held * (new_EQ[expert, feature] - value_EQ[expert, feature])
+            experts = held * (new_EQ[expert, feature + 1] - value_EQ[expert, feature + 1])
+            at = load_RQ[rank, feature] + tokens, load_RQ[rank, feature + 1] + experts
+            cost = max(cost, interpolate(at[0], at[1], table))
+    return max(cost - limit, 0.0)
+
+
+@inner
+def _values_if_changed(problem, state, expert, more_EQ, fewer_EQ):
+    """Writes what a replica of the expert adds to the features of its rank if there is one more of them, or one fewer."""
+    replicas = state.replicas_E[expert]
+    for feature in range(more_EQ.shape[1]):
+        share, weights_2 = problem.share_EQ[expert, feature], problem.weights_Q2[feature]
+        more_EQ[expert, feature] = replica_value(share / (replicas + 1), weights_2, problem.batch)
+        fewer_EQ[expert, feature] = replica_value(share / max(replicas - 1, 1), weights_2, problem.batch)
 
 
 @inner
