@@ -1,8 +1,8 @@
 """What the experts' layers of a step cost, and what it costs to move experts: computed from bytes and operations.
 
-A layer takes as long as the rank that computes longest, and the rank that exchanges most. A rank computes its tokens, or
-reads the weights of the experts that the batch activates on it, whichever takes longer. It sends each of its tokens'
-rows, and gets as many back; those of the own node by one link, those of other nodes by another, at the same time.
+A layer takes as long as the rank that computes longest, and the rank that receives most. A rank computes its tokens, or
+reads the weights of the experts that the batch activates on it, whichever takes longer. It receives a row for each of
+its choices, and sends one back; those of its own node by one link, those of other nodes by another, at the same time.
 Latencies, attention and everything else that balance does not change are left out.
 
 `benchmarks.cost` has the larger model of the dispatchers, beside figures that others measured.
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from epbackend.errors import ConfigError, did_you_mean
+from epbackend.placement.loads import whole_number
 from epbackend.placement.objectives import activated
 from epbackend.placement.placement import Layout
 from epbackend.placement.replica_split import expected_shares
@@ -81,7 +82,9 @@ MODELS = {
 def find_model(name: str) -> Model:
     """One of `MODELS`. Raises ConfigError for another name."""
     if name not in MODELS:
-        raise ConfigError(f"model: {name!r} is unknown{did_you_mean(name, MODELS)}; known are {', '.join(MODELS)}")
+        raise ConfigError(
+            f"model: {name!r} is unknown{did_you_mean(name, MODELS)}; known are {', '.join(MODELS)}"
+        )
     return MODELS[name]
 
 
@@ -107,6 +110,15 @@ class CostModel:
     """Tokens that each rank brings to a step."""
     split: str = "even"
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for ranks, tokens and nodes that cannot be."""
+        whole_number("ranks", self.ranks, 1)
+        whole_number("tokens", self.tokens, 1)
+        if self.ranks % whole_number("node_size", self.node_size, 1):
+            raise ConfigError(
+                f"node_size: {self.node_size} ranks a node do not divide the {self.ranks} ranks; use a divisor"
+            )
+
     def layer(self, layout: Layout, tokens_E: np.ndarray) -> LayerTime:
         """A layer whose experts get tokens in these parts, in any unit."""
         shares_BP = expected_shares(self.split, (tokens_E / tokens_E.sum())[None], layout, self.node_size)
@@ -120,17 +132,18 @@ class CostModel:
         across = 1 - self.node_size / self.ranks
         within = (self.node_size - 1) / self.ranks
         exchange = max(
-            bytes_most * across / self.machine.network_bytes_s, bytes_most * within / self.machine.node_bytes_s
+            bytes_most * across / self.machine.network_bytes_s,
+            bytes_most * within / self.machine.node_bytes_s,
         )
         return LayerTime(
-            float(np.maximum(operations_R, weights_R).max()), float(exchange), float(share_R.max() * self.ranks)
+            float(np.maximum(operations_R, weights_R).max()),
+            float(exchange),
+            float(share_R.max() * self.ranks),
         )
 
     def moving_s(self, within_R: np.ndarray, across_R: np.ndarray) -> float:
         """Seconds until the last rank has fetched so many experts from its own node, and from others."""
-        by_link_2R = np.stack(
-            [within_R / self.machine.node_bytes_s, across_R / self.machine.network_bytes_s]
-        )
+        by_link_2R = np.stack([within_R / self.machine.node_bytes_s, across_R / self.machine.network_bytes_s])
         return float(by_link_2R.max(initial=0.0) * self.model.expert_bytes)
 
 

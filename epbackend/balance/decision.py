@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from epbackend.balance.cost import H100
 from epbackend.balance.forecast import WAYS, Forecast
 from epbackend.errors import ConfigError, did_you_mean
 from epbackend.names import SPLITS
@@ -27,10 +28,7 @@ from epbackend.placement.planners.search_inputs import SearchInputs
 from epbackend.placement.replica_split import expected_shares
 from epbackend.placement.score import count_moves, rank_costs
 
-LINK_BYTES_S = 48e9
-"""InfiniBand of 400 Gb/s a GPU, of which NCCL's maintainers expect 46 to 48 GB/s (NVIDIA/nccl-tests issue 290)."""
-
-TARGETS = {"even": 1.02, "nearest": 1.02, "level": 1.10}
+TARGETS = {"even": 1.005, "nearest": 1.005, "level": 1.10}
 """What a layer is brought to once it is changed: the worst rank over the mean, where replicas share evenly. `level`
 splits what is left: from 1.10 it comes below 1.05."""
 
@@ -55,7 +53,7 @@ class Policy:
     """What is balanced, see `placement.objectives.parse_objective`."""
     split: str = "even"
     """How the replicas of an expert share its tokens while serving, one of `names.SPLITS`."""
-    link_bytes_s: float = LINK_BYTES_S
+    link_bytes_s: float = H100.network_bytes_s
     """Bytes a second that a rank can receive."""
     horizon_s: float = 60.0
     """Seconds of serving for which a plan is expected to hold: usually those of a cycle."""
@@ -89,8 +87,8 @@ class Policy:
     def price(self, layers: int) -> float:
         """What it costs to move one slot, as a share of the time that its layer takes until the horizon.
 
-        The exchange of tokens waits for as long as the link is busy with the expert, at worst. Experts are taken to move
-        one after the other.
+        The exchange of tokens waits for as long as the link is busy with the expert, at worst. Experts are taken to
+        move one after the other.
         """
         return self.expert_bytes / self.link_bytes_s * layers / self.horizon_s
 
@@ -136,7 +134,9 @@ class Rebalancer:
 
     def __init__(self, placement: Placement, policy: Policy) -> None:
         if placement.ranks < 2:
-            raise ConfigError("balance: one rank holds all experts, so nothing can move; use more ranks, or leave it off")
+            raise ConfigError(
+                "balance: one rank holds all experts, so nothing can move; use more ranks, or leave it off"
+            )
         self.placement = placement
         self.policy = policy
         self._forecast = Forecast(len(placement.layers), placement.experts)
@@ -165,7 +165,8 @@ class Rebalancer:
         for index, (before, after) in enumerate(zip(self.placement.layers, placement.layers, strict=False)):
             if after.slots_R.tolist() != before.slots_R.tolist():
                 raise ConfigError(
-                    f"placement: ranks have other slots than before in layer {index}; slots cannot be added while serving"
+                    f"placement: ranks have other slots than before in layer {index}; the slots of a rank stay while "
+                    "it serves"
                 )
         count_moves(self.placement, placement, layers=())  # refuses other layers, ranks and experts
         self.placement = placement
@@ -195,7 +196,7 @@ class Rebalancer:
             changed[index].layout if index in changed else layout
             for index, layout in enumerate(self.placement.layers)
         )
-        before_Y = {layer: layers.expected(layer, self.placement.layers[layer])[1] for layer in layers.loaded}
+        before_Y = {layer: layers.now(layer)[1] for layer in layers.loaded}
         after_Y = before_Y | {layer: change.imbalance for layer, change in changed.items()}
         before, after = (float(np.mean(list(each.values()))) for each in (before_Y, after_Y))
         moved = sum(change.moved for change in taken)
@@ -222,6 +223,13 @@ class _Layers:
         self._price = policy.price(len(placement.layers))
         task = Task(loads, placement.ranks, placement.layers[0].slots, self._objective)
         self._inputs = SearchInputs.of(task)
+        self._now: dict[int, tuple[float, float]] = {}
+
+    def now(self, layer: int) -> tuple[float, float]:
+        """What is expected of the layer as it is."""
+        if layer not in self._now:
+            self._now[layer] = self.expected(layer, self._placement.layers[layer])
+        return self._now[layer]
 
     def expected(self, layer: int, layout: Layout) -> tuple[float, float]:
         """The busiest rank's cost in the unit of the objective, and over the mean, on the windows to judge by."""
@@ -234,9 +242,7 @@ class _Layers:
     def change(self, layer: int) -> _Change | None:
         """The change that brings most, if it brings as much as it has to."""
         least = self._policy.threshold
-        layout = self._placement.layers[layer]
-        _, imbalance = self.expected(layer, layout)
-        if 1 - 1 / imbalance <= least:  # even perfect balance would not
+        if 1 - 1 / self.now(layer)[1] <= least:  # even perfect balance would not
             return None
         change = self._relieved(layer, None)
         return change if change is not None and change.gain > 0 and change.gain >= least else None
@@ -255,7 +261,7 @@ class _Layers:
         problem = self._inputs.problem(layer, first_R)
         expert_P = before.slot_to_expert_P.copy()  # numba would compile once more for a read-only array
         least = self._inputs.least_cost(layer, before.slots)
-        cost, imbalance = self.expected(layer, before)
+        cost, imbalance = self.now(layer)
         target = TARGETS[self._policy.split]
         price = self._price * imbalance
         expert_P, moved, _ = relieve(

@@ -47,7 +47,7 @@ class Forecast:
 
     def observe(self, tokens_YE: np.ndarray) -> None:
         """One more window, float64 [Y, E], finite and 0 or more."""
-        came_Y = tokens_YE.any(axis=1)
+        came_Y = tokens_YE.sum(axis=1) > 0
         share_YE = _shares(tokens_YE)
         self._recent.append(share_YE)
 

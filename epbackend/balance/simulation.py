@@ -4,10 +4,11 @@
 |---|---|---|
 | `none` | experts in order | never |
 | `once` | EPLB on the first window | never |
-| `anew` | EPLB after every window, on that window: vLLM's and SGLang's rule | between two steps, which wait for them |
-| `ours` | `refined` on the first window, then what the `Rebalancer` proposes | beside the steps, whose exchange waits when both need the link |
+| `anew` | EPLB on the window before, as vLLM and SGLang do | between two steps, which wait |
+| `ours` | `refined` on the first window, then what the `Rebalancer` proposes | beside the steps |
 
 The first window is known beforehand; the others are served, each with the placement that was made before it came.
+What moves beside the steps delays their exchange where both need the link.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ import numpy as np
 
 from epbackend.balance.cost import CostModel, moved_experts
 from epbackend.balance.decision import Policy, Rebalancer
-from epbackend.errors import ConfigError
 from epbackend.placement.loads import Loads, whole_number
 from epbackend.placement.placement import Placement
 from epbackend.placement.planners import plan
 from epbackend.placement.planners.base import Progress, silent
 
-WAYS = ("none", "once", "anew", "ours")
+LABELS = {"none": "experts in order", "once": "EPLB once", "anew": "EPLB anew", "ours": "epbackend"}
+"""The ways to serve, for people."""
+STEPS = 3000
+"""Of a cycle: vLLM's `step_interval`."""
+THRESHOLD = 0.01
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,12 @@ class Simulation:
     names: tuple[str, ...]
     """Of the windows served."""
     outcomes: dict[str, Outcome]
-    """By the names of `WAYS`."""
+    """By the names of `LABELS`."""
     planning_ms: tuple[float, ...] = field(repr=False)
     """Of each cycle of `ours`, for one layer: seeing the window and proposing."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. Times are of the layers with experts alone, in milliseconds; means over the cycles."""
+        """Plain values, for JSON. Times: milliseconds of the layers with experts alone, means over the cycles."""
         moving = {name: self.outcomes[name] for name in ("anew", "ours")}
         slots_C = self.slots * self.layers * len(self.names)
         expert_bytes = self.cost.model.expert_bytes
@@ -150,27 +154,30 @@ class Simulation:
 
 
 def sequence(loads: Loads, cycles: int) -> Loads:
-    """The recorded windows, with `cycles - 1` between each and the next in which the load goes over from one to the other.
+    """The recorded windows, and between each and the next `cycles - 1` in which the load goes over evenly.
 
-    Raises:
-        ConfigError: there is a single window.
+    A single window stays as it is for so many cycles. Raises ConfigError for less than one cycle.
     """
     whole_number("cycles", cycles, 1)
-    if loads.windows < 2:
-        raise ConfigError(
-            "loads: a single window never changes, so there is nothing to balance anew; give two or more, in their order"
-        )
     windows, names = [loads.tokens_WYE[0]], [loads.names[0]]
-    for (before_YE, after_YE), name in zip(pairwise(loads.tokens_WYE), loads.names[1:], strict=True):
+    recorded = loads if loads.windows > 1 else Loads(np.repeat(loads.tokens_WYE, 2, axis=0), loads.names * 2)
+    for (before_YE, after_YE), name in zip(pairwise(recorded.tokens_WYE), recorded.names[1:], strict=True):
         for step in range(1, cycles + 1):
-            mixed = Loads.of([before_YE, after_YE]).tokens_WYE * [[[1 - step / cycles]], [[step / cycles]]]
-            windows.append(mixed.sum(axis=0))
+            windows.append(before_YE * (1 - step / cycles) + after_YE * (step / cycles))
             names.append(name if step == cycles else f"{name} {step}/{cycles}")
     return Loads(np.array(windows), tuple(names))
 
 
 def simulate(
-    loads: Loads, cost: CostModel, *, slots: int, policy: Policy, steps: int, progress: Progress = silent
+    loads: Loads,
+    cost: CostModel,
+    *,
+    slots: int,
+    steps: int = STEPS,
+    threshold: float = THRESHOLD,
+    max_slots: int | None = None,
+    max_bytes: int | None = None,
+    progress: Progress = silent,
 ) -> Simulation:
     """Serves the windows after the first one, each for so many steps, in all of the ways.
 
@@ -178,20 +185,21 @@ def simulate(
         loads: two windows or more, in their order.
         cost: what layers and moves cost; its model has the experts of the loads.
         slots: P, of each layer.
-        policy: of the `Rebalancer`.
         steps: of a window.
+        threshold, max_slots, max_bytes: of the `Rebalancer`, see `Policy`.
         progress: called with (windows done, windows in all), summed over the ways.
 
     Raises:
-        ConfigError: the loads, ranks, slots and nodes do not go together.
+        ConfigError: the loads, ranks and slots do not go together.
     """
     whole_number("steps", steps, 1)
     planning_ms: list[float] = []
+    settings = (threshold, max_slots, max_bytes)
     placements = {
         "none": _same(loads, Placement.even(loads.layers, loads.experts, cost.ranks, slots)),
         "once": _same(loads, _eplb(loads, 0, cost.ranks, slots)),
         "anew": (_eplb(loads, window, cost.ranks, slots) for window in range(loads.windows - 1)),
-        "ours": _rebalanced(loads, cost, slots, policy, planning_ms),
+        "ours": _rebalanced(loads, cost, slots, steps, settings, planning_ms),
     }
     outcomes = {}
     for index, (name, each) in enumerate(placements.items()):
@@ -200,7 +208,7 @@ def simulate(
         for tokens_YE, placement in zip(loads.tokens_WYE[1:], each, strict=True):
             cycles.append(_cycle(tokens_YE, before, placement, cost))
             before = placement
-            progress(index * (loads.windows - 1) + len(cycles), len(WAYS) * (loads.windows - 1))
+            progress(index * (loads.windows - 1) + len(cycles), len(LABELS) * (loads.windows - 1))
         outcomes[name] = Outcome(tuple(cycles), steps, waits=name == "anew")
     layers = len(loads.loaded_layers)
     return Simulation(cost, slots, layers, steps, loads.names[1:], outcomes, tuple(planning_ms))
@@ -218,11 +226,24 @@ def _eplb(loads: Loads, window: int, ranks: int, slots: int) -> Placement:
 
 
 def _rebalanced(
-    loads: Loads, cost: CostModel, slots: int, policy: Policy, planning_ms: list[float]
+    loads: Loads,
+    cost: CostModel,
+    slots: int,
+    steps: int,
+    settings: tuple[float, int | None, int | None],
+    planning_ms: list[float],
 ) -> Iterator[Placement]:
     """Adds the milliseconds that each cycle took for a layer, of this thread alone."""
-    first = plan(loads.tokens_WYE[0], ranks=cost.ranks, slots=slots)
-    rebalancer = Rebalancer(Placement(first.layers, cost.node_size), policy)
+    planned = plan(loads.tokens_WYE[0], ranks=cost.ranks, slots=slots)
+    first = Placement(planned.layers, cost.node_size, planned.provenance)
+    policy = Policy(
+        *settings,
+        expert_bytes=cost.model.expert_bytes,
+        split=cost.split,
+        link_bytes_s=cost.machine.network_bytes_s,
+        horizon_s=steps * _cycle(loads.tokens_WYE[0], None, first, cost).step_s,
+    )
+    rebalancer = Rebalancer(first, policy)
     for tokens_YE in loads.tokens_WYE[:-1]:
         began = time.thread_time()
         rebalancer.observe(tokens_YE)
@@ -241,7 +262,9 @@ def _cycle(tokens_YE: np.ndarray, before: Placement | None, placement: Placement
     imbalance = float(np.mean([each.imbalance for each in times]))
     pairs = zip(before.layers, placement.layers, strict=True) if before is not None else ()
     moves = [moved_experts(old, new, cost.node_size) for old, new in pairs if old != new]
-    within, across = (int(sum(each.sum() for each in part)) for part in zip(*moves, strict=True)) if moves else (0, 0)
+    within, across = (
+        (int(sum(each.sum() for each in part)) for part in zip(*moves, strict=True)) if moves else (0, 0)
+    )
     return Cycle(
         step_s=computing + exchange,
         exchange_s=exchange,

@@ -558,7 +558,9 @@ def replaced_cost(problem, state, slot, expert, limit):
     worst, relief = 0.0, 0.0
     of_loser = state.holders_E[loser]
     for index in range(of_loser + state.holders_E[expert]):
-        rank = state.holder_ER[loser, index] if index < of_loser else state.holder_ER[expert, index - of_loser]
+        rank = (
+            state.holder_ER[loser, index] if index < of_loser else state.holder_ER[expert, index - of_loser]
+        )
         loses, gains = state.held_RE[rank, loser], state.held_RE[rank, expert]
         if index >= of_loser and loses:
             continue
@@ -809,7 +811,9 @@ def _most_relieving_replacement(problem, state, before_RE, worst, limit, more_EQ
     holder_ER, holders_E, replicas_E = state.holder_ER, state.holders_E, state.replicas_E
     relief_E, burden_E = np.zeros(experts), np.zeros(experts)
     for expert in range(experts):
-        single = holders_E[expert] == replicas_E[expert]  # on each rank; `held_RE` is too large for fast caches
+        single = (
+            holders_E[expert] == replicas_E[expert]
+        )  # on each rank; `held_RE` is too large for fast caches
         for index in range(holders_E[expert]):
             rank = holder_ER[expert, index]
             held = 1 if single else held_RE[rank, expert]
@@ -867,7 +871,7 @@ def _excess(load_RQ, value_EQ, rank, expert, held, new_EQ, table, limit):
 
 @inner
 def _values_if_changed(problem, state, expert, more_EQ, fewer_EQ):
-    """Writes what a replica of the expert adds to the features of its rank if there is one more of them, or one fewer."""
+    """Writes what a replica of the expert adds to the features of its rank, if there is one more of them, or fewer."""
     replicas = state.replicas_E[expert]
     for feature in range(more_EQ.shape[1]):
         share, weights_2 = problem.share_EQ[expert, feature], problem.weights_Q2[feature]
