@@ -58,6 +58,9 @@ class Forecast:
 
         weight_Y1 = (np.where(self._windows_Y > 0, SMOOTHING, 1.0) * came_Y)[:, None]
         self._average_YE += weight_Y1 * (share_YE - self._average_YE)
+        weight_Y1 = (np.where(self._windows_Y > 1, SMOOTHING, 1.0) * came_Y)[
+            :, None
+        ]  # two windows make a trend
         rise_YE = (1 - weight_Y1) * self._slope_YE + weight_Y1 * (share_YE - self._level_YE)
         self._level_YE += came_Y[:, None] * rise_YE
         self._slope_YE += weight_Y1 * judged_Y[:, None] * (rise_YE - self._slope_YE)
