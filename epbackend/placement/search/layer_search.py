@@ -687,10 +687,21 @@ def random_below(random_1, limit):
 # From the placement in use to a balanced one, with few moves
 #
 # Ranks above a limit are brought below it; all others are left alone. Each step takes the change of the worst rank, a
-# swap or a replaced replica, that brings the most relief for each expert that a rank has to fetch.
+# swap or a replaced replica, that brings the most relief for each expert that a rank has to fetch. The limit is the
+# target at first. Where no step brings relief, because what leaves one rank above the limit only lifts others above it,
+# the limit rises towards the worst rank, and follows it down again.
 
 LEAST_RELIEF = 1e-9
 """Relief relative to the limit, below which a change is rounding noise."""
+
+LEAST_STEP = 0.01
+"""By this part of its cost the worst rank has to be relieved at least, when the limit has risen as far as it can."""
+
+RISES = 8
+"""Rises of the limit after which the search ends, if nothing better was found in between."""
+
+STEPS = 4
+"""Steps at most, times the slots: what a lower limit brings may undo what a higher one brought."""
 
 FREE = 0.25
 """What a change without a fetched expert counts as, because it undoes an earlier one: little, but not zero."""
@@ -715,21 +726,27 @@ def relieve(problem, before_P, target, least, price, most_fetched):
     for expert in range(state.replicas_E.size):
         _values_if_changed(problem, state, expert, more_EQ, fewer_EQ)
     touched_R = np.zeros(state.cost_R.size, np.bool_)
-    while True:
+    limit, rises = 0.0, 0
+    for _ in range(STEPS * before_P.size):
         worst, mean = np.argmax(state.cost_R), state.cost_R.mean()
         value = state.cost_R[worst] / mean + price * fetched
         if value < best:
-            best, best_fetched = value, fetched
+            best, best_fetched, rises = value, fetched, 0
             _copy(state.expert_P, best_P)
-        limit = max(target * mean, least)
-        if state.cost_R[worst] <= limit * (1.0 + LEAST_RELIEF):
+        goal, highest = max(target * mean, least), state.cost_R[worst] * (1.0 - LEAST_STEP)
+        if state.cost_R[worst] <= goal * (1.0 + LEAST_RELIEF):
             return best_P, best_fetched, True
+        limit = max(goal, min(limit, highest))
         slot, other, swap_worth = _most_relieving_swap(problem, state, before_RE, worst, limit)
         replaced, expert, replacement_worth = _most_relieving_replacement(
             problem, state, before_RE, worst, limit, more_EQ, fewer_EQ, touched_R
         )
         if max(swap_worth, replacement_worth) <= LEAST_RELIEF * limit:
-            return best_P, best_fetched, False
+            rises += 1
+            if limit >= highest or rises > RISES:
+                break
+            limit = min(0.5 * (limit + state.cost_R[worst]), highest)
+            continue
         if swap_worth >= replacement_worth:
             fetched += _fetched_by_swap(problem, state, before_RE, slot, other)
             swap(problem, state, slot, other)
@@ -742,7 +759,8 @@ def relieve(problem, before_P, target, least, price, most_fetched):
             _values_if_changed(problem, state, loser, more_EQ, fewer_EQ)
             _values_if_changed(problem, state, expert, more_EQ, fewer_EQ)
         if fetched > most_fetched:
-            return best_P, best_fetched, False
+            break
+    return best_P, best_fetched, False
 
 
 @inner
@@ -811,9 +829,8 @@ def _most_relieving_replacement(problem, state, before_RE, worst, limit, more_EQ
     holder_ER, holders_E, replicas_E = state.holder_ER, state.holders_E, state.replicas_E
     relief_E, burden_E = np.zeros(experts), np.zeros(experts)
     for expert in range(experts):
-        single = (
-            holders_E[expert] == replicas_E[expert]
-        )  # on each rank; `held_RE` is too large for fast caches
+        # On each rank; `held_RE` is too large for the fast caches.
+        single = holders_E[expert] == replicas_E[expert]
         for index in range(holders_E[expert]):
             rank = holder_ER[expert, index]
             held = 1 if single else held_RE[rank, expert]
