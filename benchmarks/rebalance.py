@@ -86,13 +86,14 @@ def picture(rows: Rows) -> Figure:
         bars = left.bar(places + offset, [float(row[column]) for row in rows], 0.38, label=name, color=color)
         left.bar_label(bars, fmt="%.1f", fontsize=8)
     left.set(title="Slots that move a cycle", ylabel="%")
-    left.legend()
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, -0.32), ncols=2, frameon=False)
     slower = [100 * (float(row["ms ours"]) / float(row["ms anew"]) - 1) for row in rows]
     right.bar_label(right.bar(places, slower, 0.5, color=OURS), fmt="%.2f", fontsize=8)
     right.axhline(0, color="0.4", linewidth=0.8)
     right.set(title="Experts' time of a step, over that of EPLB anew", ylabel="%")
     for axes in (left, right):
-        axes.set_xticks(places, [f"{row['model']}\n{row['EP/slots']}" for row in rows], fontsize=7)
+        names = [f"{row['model'].replace('-', chr(10))}\n{row['EP/slots']}" for row in rows]
+        axes.set_xticks(places, names, fontsize=8)
         axes.grid(axis="y", alpha=0.3)
     return canvas
 
