@@ -23,6 +23,7 @@ import numpy as np
 
 from epbackend.balance.cost import CostModel, moved_experts
 from epbackend.balance.decision import Policy, Rebalancer
+from epbackend.errors import ConfigError
 from epbackend.placement.loads import Loads, whole_number
 from epbackend.placement.placement import Placement
 from epbackend.placement.planners import plan
@@ -106,7 +107,7 @@ class Simulation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON. Times: milliseconds of the layers with experts alone, means over the cycles."""
         moving = {name: self.outcomes[name] for name in ("anew", "ours")}
-        slots_C = self.slots * self.layers * len(self.names)
+        all_slots = self.slots * self.layers * len(self.names)
         expert_bytes = self.cost.model.expert_bytes
         held = self.slots // self.cost.ranks * self.layers * expert_bytes
         whole_layer = self.slots // self.cost.ranks
@@ -135,7 +136,7 @@ class Simulation:
                 for name, o in moving.items()
             },
             "slots_moved": {name: o.total("moved") for name, o in moving.items()},
-            "slots_moved_share": {name: round(o.total("moved") / slots_C, 4) for name, o in moving.items()},
+            "slots_moved_share": {name: round(o.total("moved") / all_slots, 4) for name, o in moving.items()},
             "bytes_moved": {
                 name: o.total("within_bytes") + o.total("across_bytes") for name, o in moving.items()
             },
@@ -190,9 +191,12 @@ def simulate(
         progress: called with (windows done, windows in all), summed over the ways.
 
     Raises:
-        ConfigError: the loads, ranks and slots do not go together.
+        ConfigError: the loads, ranks and slots do not go together, or a window has no token.
     """
     whole_number("steps", steps, 1)
+    for name, tokens_YE in zip(loads.names, loads.tokens_WYE, strict=True):
+        if not tokens_YE.any():
+            raise ConfigError(f"loads: {name} has no token, so there is nothing to serve; leave it out")
     planning_ms: list[float] = []
     settings = (threshold, max_slots, max_bytes)
     placements = {

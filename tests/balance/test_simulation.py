@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from epbackend.balance.cost import H100, MODELS, CostModel
 from epbackend.balance.simulation import LABELS, sequence, simulate
 from epbackend.cli import app
+from epbackend.errors import ConfigError
 from epbackend.placement import Loads, synthetic_loads
 from epbackend.placement.formats import write
 from tests.helpers.pictures import drawn_share, size
@@ -77,6 +78,11 @@ def test_a_steady_load_needs_no_moves():
 def test_a_budget_bounds_every_cycle():
     outcome = served(sequence(SHIFTING, 2), max_slots=5).outcomes["ours"]
     assert 0 < max(cycle.moved for cycle in outcome.cycles) <= 5
+
+
+def test_a_window_without_a_token_is_refused():
+    with pytest.raises(ConfigError, match="loads: quiet has no token"):
+        served(Loads.of([SHIFTING.tokens_WYE[0], np.zeros((3, 64))], ["day", "quiet"]))
 
 
 @pytest.fixture
