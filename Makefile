@@ -97,6 +97,7 @@ bench: setup ## the MoE layer and the planner beside their peers, and each dispa
 	$(BIN)/python -m benchmarks.moe_layer
 	$(BIN)/python -m benchmarks.dispatchers
 	$(BIN)/python -m benchmarks.placement
+	$(BIN)/python -m benchmarks.rebalance
 
 bench-cuda: ## the CUDA kernels beside their peers on a GPU; LMDEPLOY=folder of an unpacked wheel adds LMDeploy's
 	$(CUDA_PYTHON) -m benchmarks.cuda $(if $(LMDEPLOY),--lmdeploy $(LMDEPLOY))

@@ -1,6 +1,8 @@
 """Balance while serving: watch the experts' load, plan anew where it pays, move experts while the engine goes on.
 
-- `decision` says when a new placement pays, and which; `planner` runs it in a process of its own.
+- `forecast` foretells the coming window, `decision` says when a new placement pays, and which; `planner` runs them
+  in a process of its own.
+- `cost` is the time of a step and of moves, by a model; `simulation` is a whole sequence of windows by it.
 - `moves` takes a layer from one layout to another: which expert goes from which rank into which slot, in which parts.
 - `board` is how the parent and the ranks agree, in shared memory: who has staged what, and at which step all flip.
 - `transfer` carries the bytes of experts between ranks; `migration` is a rank's part, `balancer` the parent's.

@@ -25,6 +25,7 @@ COMMANDS = {
     "record": "Answer prompts and record what the experts did, to plan on.",
     "plan": "Decide where the experts live, from recorded loads.",
     "compare": "All planning algorithms and token splits beside each other.",
+    "simulate": "What rebalancing while serving would bring, and cost, on up to hundreds of ranks.",
     "show": "What a placement does to the load of each rank.",
     "convert": "Loads and placements to and from the formats of other programs.",
     "tune": "Find the best kernel tiles for a model on this CUDA GPU.",

@@ -37,12 +37,15 @@ DenseOption = Annotated[
 ]
 
 
-def load_windows(names: list[str]) -> Loads:
-    """The windows of all files; before them a synthetic one for each time that the word `synthetic` is given."""
+def load_windows(names: list[str], layers: int = 61, experts: int = 256, dense_layers: int = 3) -> Loads:
+    """The windows of all files; before them a synthetic one for each time that the word `synthetic` is given.
+
+    These are of a model with so many layers and experts, of DeepSeek-V3 unless given.
+    """
     files = [name for name in names if name != SYNTHETIC]
     recorded = [read_loads(files)] if files else []
     if wanted := names.count(SYNTHETIC):
-        recorded.insert(0, synthetic_loads(61, 256, dense_layers=3, windows=wanted))
+        recorded.insert(0, synthetic_loads(layers, experts, dense_layers=dense_layers, windows=wanted))
     return Loads.of(
         [tokens_YE for loads in recorded for tokens_YE in loads.tokens_WYE],
         [name for loads in recorded for name in loads.names],

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+    from epbackend.balance.simulation import Simulation
     from epbackend.engines.lmdeploy import LoadReport
     from epbackend.placement.compare import ScoreTable
 
@@ -200,6 +201,49 @@ def save_score_table(table: ScoreTable, path: Path) -> Path:
     was, now = (_percent(100 * (found.imbalance_mean - 1)) for found in (scores[0], best))
     figure.suptitle(
         f"Busiest of {best.ranks} ranks above the mean: {was} {scores[0].algorithm}, {now} {best.algorithm}",
+        fontsize=TITLE,
+        fontweight="bold",
+    )
+    return _save(figure, path)
+
+
+def save_simulation(found: Simulation, path: Path) -> Path:
+    """The experts' time of a step in each cycle, one line a way to balance; and the bytes that two of them move."""
+    from matplotlib.figure import Figure
+
+    from epbackend.balance.simulation import LABELS
+
+    colours = dict(zip(LABELS, ("0.6", "#E69F00", "#D55E00", "#0072B2"), strict=True))
+    figure = Figure(figsize=(13.3, 5.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    for name, outcome in found.outcomes.items():
+        step_ms = outcome.step_ms_C
+        label = f"{LABELS[name]}: {step_ms.mean():.1f} ms"
+        cycles = range(1, len(step_ms) + 1)
+        left.plot(cycles, step_ms, color=colours[name], marker="o", lw=2.5, label=label)
+    left.set_xlabel("cycle", fontsize=LABEL)
+    left.set_ylabel("experts' layers of a step (ms)", fontsize=LABEL)
+    left.set_ylim(bottom=0)
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(fontsize=LABEL, frameon=False)
+    links = {"within_bytes": ("in the node", 0.45), "across_bytes": ("between nodes", 1.0)}
+    for place, name in enumerate(("anew", "ours")):
+        below = 0.0
+        for field, (_, alpha) in links.items():
+            gigabytes = found.outcomes[name].total(field) / len(found.names) / 1e9
+            right.bar(place, gigabytes, 0.6, bottom=below, color=colours[name], alpha=alpha)
+            below += gigabytes
+        right.text(place, below, f"{below:,.0f} GB\n", ha="center", va="center", fontsize=LABEL)
+    right.set_xticks((0, 1), (LABELS["anew"], LABELS["ours"]), fontsize=LABEL)
+    right.set_title("moved a cycle (pale: in the node)", fontsize=LABEL)
+    right.margins(y=0.12)
+    for axes in (left, right):
+        axes.tick_params(labelsize=LABEL - 1)
+        axes.spines[["top", "right"]].set_visible(False)
+    once, ours = (found.outcomes[name].step_ms_C.mean() for name in ("once", "ours"))
+    size = f"{found.cost.ranks} ranks, {found.slots} slots"
+    figure.suptitle(
+        f"{size}: the experts of a step take {ours:.1f} ms, {once:.1f} with EPLB once",
         fontsize=TITLE,
         fontweight="bold",
     )

@@ -1,10 +1,10 @@
 """From the placement in use to one that is balanced for new loads, with few moves.
 
 The worst rank is relieved by the swap or the replaced replica that brings most for each expert that a rank has to
-fetch, until no rank costs more than `target` times the mean. Where such steps do not get there, the layer is refined
-as `refined` does, whatever that moves. Slots that keep their expert keep their place, layers that are balanced stay
-as they are, and no layer gets worse. Two replicas of an expert on one rank are separated, unless the layer would then
-cost more.
+fetch, until no rank costs more than `target` times the mean, or than the heaviest replica costs at least with so many
+slots. Where such steps do not get there, the layer is refined as `refined` does, whatever that moves. Slots that keep
+their expert keep their place, layers that are balanced stay as they are, and no layer gets worse. Two replicas of an
+expert on one rank are separated, unless the layer would then cost more.
 
 A slot counts as changed if its rank did not hold its expert before: what has to be fetched.
 
@@ -13,7 +13,6 @@ Options: `target`, the worst rank over the mean, 1.02 unless given; `windows` as
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -83,24 +82,32 @@ def _replan(inputs: SearchInputs, layer: int, before: Layout, target: float, see
     first_R = np.concatenate(([0], np.cumsum(before.slots_R)))
     problem = inputs.problem(layer, first_R)
     before_P = before.slot_to_expert_P.copy()  # numba would compile once more for a read-only array
-    expert_P, reached = relieve(problem, before_P, target)
+    least = inputs.least_cost(layer, before.slots)
+    expert_P, _, reached = relieve(problem, before_P, target, least, 0.0, before_P.size)
     if not reached:
         expert_P, _ = improve(problem, expert_P, expert_P, LAST_KICKS, seed)
     if slots_cost(problem, expert_P) > slots_cost(problem, before_P):
         return before
-    after = Layout.cut(expert_P, first_R, before.experts).experts_of_rank
-    return Layout(tuple(map(_keep_places, before.experts_of_rank, after)), before.experts)
+    return with_experts(before, expert_P)
+
+
+def with_experts(before: Layout, expert_P: np.ndarray) -> Layout:
+    """The layout with these experts in its slots. On each rank those that were there before keep their places."""
+    held = list(before.experts_of_rank)
+    changed_P = before.slot_to_expert_P != expert_P
+    for rank in np.unique(before.rank_of_slot_P[changed_P]).tolist():
+        after_L = expert_P[before.rank_of_slot_P == rank]
+        held[rank] = _keep_places(held[rank], after_L.tolist())
+    return Layout(tuple(held), before.experts)
 
 
 def _keep_places(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
     """The experts of `after`, with those that were there before in their old places."""
-    stay = Counter(before) & Counter(after)
-    fetched = iter((Counter(after) - Counter(before)).elements())
-    held = []
+    fetched = list(after)
+    held: list[int | None] = []
     for expert in before:
-        if stay[expert]:
-            stay[expert] -= 1
-            held.append(expert)
-        else:
-            held.append(next(fetched))
-    return tuple(held)
+        stays = expert in fetched
+        held.append(expert if stays else None)
+        if stays:
+            fetched.remove(expert)
+    return tuple(fetched.pop(0) if expert is None else expert for expert in held)

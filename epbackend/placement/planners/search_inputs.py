@@ -75,6 +75,16 @@ class SearchInputs:
             self.locality_price,
         )
 
+    def least_cost(self, layer: int, slots: int) -> float:
+        """What the worst rank costs at least with so many slots: the heaviest replica. 0 unless tokens alone count."""
+        from epbackend.placement.search.layer_search import optimal_replicas
+
+        if self.table is not None or len(self.weights_Q2) > 1 or self.batch:
+            return 0.0
+        weight_E = self.weight_YE[layer]
+        replicas_E = optimal_replicas(weight_E, np.argsort(-weight_E, kind="stable"), slots, self.node_R.size)
+        return float((weight_E / replicas_E).max() * self.weights_Q2[0, 0])
+
 
 def _windows(task: Task) -> np.ndarray:
     """The windows to balance, float64 [W, Y, E]: the mixture as one window, or all of them."""

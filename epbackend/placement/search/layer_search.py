@@ -52,6 +52,9 @@ class State(NamedTuple):
     expert_P: np.ndarray
     held_RE: np.ndarray
     """Replicas of each expert on each rank."""
+    holder_ER: np.ndarray
+    """The ranks that hold each expert, in any order: as many of a row as `holders_E` says."""
+    holders_E: np.ndarray
     replicas_E: np.ndarray
     value_EQ: np.ndarray
     """What one replica adds to the features of its rank."""
@@ -68,6 +71,8 @@ def new_state(problem, expert_P):
     state = State(
         np.empty(expert_P.size, np.int64),
         np.empty((ranks, experts), np.int16),
+        np.empty((experts, ranks), np.int32),
+        np.empty(experts, np.int64),
         np.empty(experts, np.int64),
         np.empty((experts, features)),
         np.empty((ranks, features)),
@@ -86,14 +91,36 @@ def hold(problem, state, expert_P):
             state.held_RE[rank, expert] = 0
     for expert in range(experts):
         state.replicas_E[expert] = 0
+        state.holders_E[expert] = 0
     for slot in range(expert_P.size):
         expert = expert_P[slot]
         state.expert_P[slot] = expert
-        state.held_RE[problem.rank_P[slot], expert] += 1
+        _put(state, problem.rank_P[slot], expert)
         state.replicas_E[expert] += 1
     update_values(problem, state, 0, experts)
     for rank in range(ranks):
         update_cost(problem, state, rank)
+
+
+@inner
+def _put(state, rank, expert):
+    """The rank holds one replica of the expert more."""
+    if state.held_RE[rank, expert] == 0:
+        state.holder_ER[expert, state.holders_E[expert]] = rank
+        state.holders_E[expert] += 1
+    state.held_RE[rank, expert] += 1
+
+
+@inner
+def _take(state, rank, expert):
+    """The rank holds one replica of the expert less."""
+    state.held_RE[rank, expert] -= 1
+    if state.held_RE[rank, expert] == 0:
+        state.holders_E[expert] -= 1
+        index = 0
+        while state.holder_ER[expert, index] != rank:
+            index += 1
+        state.holder_ER[expert, index] = state.holder_ER[expert, state.holders_E[expert]]
 
 
 @entry
@@ -137,10 +164,10 @@ def swap(problem, state, slot, other):
     expert, partner = state.expert_P[slot], state.expert_P[other]
     rank, other_rank = problem.rank_P[slot], problem.rank_P[other]
     state.expert_P[slot], state.expert_P[other] = partner, expert
-    state.held_RE[rank, expert] -= 1
-    state.held_RE[rank, partner] += 1
-    state.held_RE[other_rank, partner] -= 1
-    state.held_RE[other_rank, expert] += 1
+    _take(state, rank, expert)
+    _put(state, rank, partner)
+    _take(state, other_rank, partner)
+    _put(state, other_rank, expert)
     update_cost(problem, state, rank)
     update_cost(problem, state, other_rank)
 
@@ -150,15 +177,16 @@ def replace(problem, state, slot, expert):
     """Makes the slot a replica of another expert: its old expert has one replica less, the new one has one more."""
     loser, home = state.expert_P[slot], problem.rank_P[slot]
     state.expert_P[slot] = expert
-    state.held_RE[home, loser] -= 1
-    state.held_RE[home, expert] += 1
+    _take(state, home, loser)
+    _put(state, home, expert)
     state.replicas_E[loser] -= 1
     state.replicas_E[expert] += 1
     update_values(problem, state, loser, loser + 1)
     update_values(problem, state, expert, expert + 1)
-    for rank in range(state.cost_R.size):
-        if rank == home or state.held_RE[rank, loser] or state.held_RE[rank, expert]:
-            update_cost(problem, state, rank)
+    update_cost(problem, state, home)
+    for changed in (loser, expert):
+        for index in range(state.holders_E[changed]):
+            update_cost(problem, state, state.holder_ER[changed, index])
 
 
 # What a rank costs
@@ -495,8 +523,9 @@ def exceeding_rank(problem, state, slot, limit):
     """
     expert = state.expert_P[slot]
     with_Q = np.empty(state.load_RQ.shape[1])
-    for rank in range(state.cost_R.size):
-        if not state.held_RE[rank, expert] or rank == problem.rank_P[slot]:
+    for index in range(state.holders_E[expert]):
+        rank = state.holder_ER[expert, index]
+        if rank == problem.rank_P[slot]:
             continue
         for feature in range(with_Q.size):
             share = problem.share_EQ[expert, feature] / (state.replicas_E[expert] - 1)
@@ -522,9 +551,13 @@ def replaced_cost(problem, state, slot, expert, limit):
         share = problem.share_EQ[expert, feature] / (state.replicas_E[expert] + 1)
         gains_Q[feature] = replica_value(share, problem.weights_Q2[feature], problem.batch)
     worst, relief = 0.0, 0.0
-    for rank in range(state.cost_R.size):
+    of_loser = state.holders_E[loser]
+    for index in range(of_loser + state.holders_E[expert]):
+        rank = (
+            state.holder_ER[loser, index] if index < of_loser else state.holder_ER[expert, index - of_loser]
+        )
         loses, gains = state.held_RE[rank, loser], state.held_RE[rank, expert]
-        if loses == 0 and gains == 0:
+        if index >= of_loser and loses:
             continue
         for feature in range(features):
             change = loses * (loses_Q[feature] - state.value_EQ[loser, feature])
@@ -649,48 +682,92 @@ def random_below(random_1, limit):
 # From the placement in use to a balanced one, with few moves
 #
 # Ranks above a limit are brought below it; all others are left alone. Each step takes the change of the worst rank, a
-# swap or a replaced replica, that brings the most relief for each expert that a rank has to fetch.
+# swap or a replaced replica, that brings the most relief for each expert that a rank has to fetch. The limit is the
+# target at first. Where no step brings relief, because what leaves one rank above the limit only lifts others above it,
+# the limit rises towards the worst rank, and follows it down again.
 
 LEAST_RELIEF = 1e-9
 """Relief relative to the limit, below which a change is rounding noise."""
+
+LEAST_STEP = 0.01
+"""By this part of its cost the worst rank has to be relieved at least, when the limit has risen as far as it can."""
+
+RISES = 8
+"""Rises of the limit after which the search ends, if nothing better was found in between."""
+
+STEPS = 4
+"""Steps at most, times the slots: what a lower limit brings may undo what a higher one brought."""
 
 FREE = 0.25
 """What a change without a fetched expert counts as, because it undoes an earlier one: little, but not zero."""
 
 
 @entry
-def relieve(problem, current_P, target):
-    """The expert of every slot [P], and whether single steps reached the target.
+def relieve(problem, before_P, target, least, price, most_fetched):
+    """The expert of every slot [P], how many a rank has to fetch for it, and whether the steps reached the target.
 
-    That is: no rank costs more than `target` times the mean, nor more than the worst rank did before.
+    That is: no rank costs more than `target` times the mean (or than `least`, which no placement gets below), nor more
+    than the worst rank did before. Of all steps of the way the one is taken at which the worst rank over the mean, and
+    `price` for each fetched expert, are least together. No more than `most_fetched` are fetched.
     """
-    state = new_state(problem, current_P)
-    before_RE = state.held_RE.copy()
+    state = new_state(problem, before_P)
+    before_RE = np.zeros(state.held_RE.shape, np.int16)  # counted again: faster than compiled code copies
+    for slot in range(before_P.size):
+        before_RE[problem.rank_P[slot], before_P[slot]] += 1
     target = min(target, state.cost_R.max() / state.cost_R.mean())
-    _separate(problem, state)
-    while True:
-        limit = target * state.cost_R.mean()
-        worst = np.argmax(state.cost_R)
-        if state.cost_R[worst] <= limit * (1.0 + LEAST_RELIEF):
-            return state.expert_P, True
+    fetched = _separate(problem, state, before_RE, most_fetched)
+    best, best_fetched, best_P = np.inf, 0, state.expert_P.copy()
+    more_EQ, fewer_EQ = np.empty(state.value_EQ.shape), np.empty(state.value_EQ.shape)
+    for expert in range(state.replicas_E.size):
+        _values_if_changed(problem, state, expert, more_EQ, fewer_EQ)
+    touched_R = np.zeros(state.cost_R.size, np.bool_)
+    limit, rises = 0.0, 0
+    for _ in range(STEPS * before_P.size):
+        worst, mean = np.argmax(state.cost_R), state.cost_R.mean()
+        value = state.cost_R[worst] / mean + price * fetched
+        if value < best:
+            best, best_fetched, rises = value, fetched, 0
+            _copy(state.expert_P, best_P)
+        goal, highest = max(target * mean, least), state.cost_R[worst] * (1.0 - LEAST_STEP)
+        if state.cost_R[worst] <= goal * (1.0 + LEAST_RELIEF):
+            return best_P, best_fetched, True
+        limit = max(goal, min(limit, highest))
         slot, other, swap_worth = _most_relieving_swap(problem, state, before_RE, worst, limit)
         replaced, expert, replacement_worth = _most_relieving_replacement(
-            problem, state, before_RE, worst, limit
+            problem, state, before_RE, worst, limit, more_EQ, fewer_EQ, touched_R
         )
         if max(swap_worth, replacement_worth) <= LEAST_RELIEF * limit:
-            return state.expert_P, False
+            rises += 1
+            if limit >= highest or rises > RISES:
+                break
+            limit = min(0.5 * (limit + state.cost_R[worst]), highest)
+            continue
         if swap_worth >= replacement_worth:
+            fetched += _fetched_by_swap(problem, state, before_RE, slot, other)
             swap(problem, state, slot, other)
+            touched_R[worst] = touched_R[problem.rank_P[other]] = True
         else:
+            touched_R[problem.rank_P[replaced]] = True
+            loser = state.expert_P[replaced]
+            fetched += _fetched(state.held_RE, before_RE, problem.rank_P[replaced], expert, loser)
             replace(problem, state, replaced, expert)
+            _values_if_changed(problem, state, loser, more_EQ, fewer_EQ)
+            _values_if_changed(problem, state, expert, more_EQ, fewer_EQ)
+        if fetched > most_fetched:
+            break
+    return best_P, best_fetched, False
 
 
 @inner
-def _separate(problem, state):
-    """Replaces replicas that share a rank with another replica of their expert, even if the balance suffers."""
+def _separate(problem, state, before_RE, most_fetched):
+    """Replaces replicas that share a rank with another replica of their expert, even if the balance suffers.
+
+    Returns how many experts have to be fetched for it, `most_fetched` at most.
+    """
+    fetched = 0
     for slot in range(state.expert_P.size):
         rank, double = problem.rank_P[slot], state.expert_P[slot]
-        if state.held_RE[rank, double] < 2:
+        if state.held_RE[rank, double] < 2 or fetched == most_fetched:
             continue
         best, best_expert = np.inf, -1
         for expert in range(state.replicas_E.size):
@@ -698,60 +775,129 @@ def _separate(problem, state):
                 cost, _ = replaced_cost(problem, state, slot, expert, best)
                 if cost < best:
                     best, best_expert = cost, expert
+        fetched += _fetched(state.held_RE, before_RE, rank, best_expert, double)
         replace(problem, state, slot, best_expert)
+    return fetched
 
 
 @inner
 def _most_relieving_swap(problem, state, before_RE, worst, limit):
     """The swap that brings the most relief for each fetched expert: two slots, and that relief."""
     best, best_slot, best_other = 0.0, -1, -1
-    held_RE = state.held_RE
-    for slot in range(problem.first_R[worst], problem.first_R[worst + 1]):
+    held_RE, value_EQ, features = state.held_RE, state.value_EQ, state.value_EQ.shape[1]
+    first_R, alone = problem.first_R, problem.first_R[worst + 1] - problem.first_R[worst] == 1
+    for slot in range(first_R[worst], first_R[worst + 1]):
         expert = state.expert_P[slot]
         for other in range(state.expert_P.size):
             rank, partner = problem.rank_P[other], state.expert_P[other]
+            if alone and first_R[rank + 1] - first_R[rank] == 1:  # they would exchange their costs
+                continue
+            # Tokens alone: only a lighter expert relieves the worst rank. This rules out most.
+            if features == 1 and problem.table is None and value_EQ[partner, 0] >= value_EQ[expert, 0]:
+                continue
             if held_RE[rank, expert] or held_RE[worst, partner]:
                 continue
-            here, there = swapped_costs(
-                state.load_RQ, state.value_EQ, worst, rank, expert, partner, problem.table
-            )
+            here, there = swapped_costs(state.load_RQ, value_EQ, worst, rank, expert, partner, problem.table)
             relief = state.cost_R[worst] - max(here, limit)
             relief += max(state.cost_R[rank], limit) - max(there, limit)
-            if relief <= 0.0:
+            if relief <= FREE * best:
                 continue
-            fetched = _fetched(held_RE, before_RE, worst, partner, expert)
-            fetched += _fetched(held_RE, before_RE, rank, expert, partner)
-            worth = relief / max(fetched, FREE)
+            worth = relief / max(_fetched_by_swap(problem, state, before_RE, slot, other), FREE)
             if worth > best:
                 best, best_slot, best_other = worth, slot, other
     return best_slot, best_other, best
 
 
 @inner
-def _most_relieving_replacement(problem, state, before_RE, worst, limit):
+def _most_relieving_replacement(problem, state, before_RE, worst, limit, more_EQ, fewer_EQ, touched_R):
     """The replacement that brings the most relief for each fetched expert: slot, new expert, and that relief.
 
-    It tries what `best_replacement` tries. The loop is written out in both: the measures differ, and so does the limit,
-    which is fixed here and falls there.
+    The values are those of `_values_if_changed`.
+
+    It tries what `best_replacement` tries, but by sums that are made once for each expert. They count a rank that holds
+    both experts as if each changed it alone, which is less relief than it gets.
     """
     best, best_slot, best_expert = 0.0, -1, -1
     experts, first, last = state.replicas_E.size, problem.first_R[worst], problem.first_R[worst + 1]
-    for slot in range(state.expert_P.size):
-        home, loser = problem.rank_P[slot], state.expert_P[slot]
+    load_RQ, value_EQ, cost_R, table = state.load_RQ, state.value_EQ, state.cost_R, problem.table
+    expert_P, rank_P, held_RE = state.expert_P, problem.rank_P, state.held_RE
+    holder_ER, holders_E, replicas_E = state.holder_ER, state.holders_E, state.replicas_E
+    relief_E, burden_E = np.zeros(experts), np.zeros(experts)
+    for expert in range(experts):
+        # On each rank; `held_RE` is too large for the fast caches.
+        single = holders_E[expert] == replicas_E[expert]
+        for index in range(holders_E[expert]):
+            rank = holder_ER[expert, index]
+            held = 1 if single else held_RE[rank, expert]
+            if cost_R[rank] > limit:
+                relief_E[expert] += cost_R[rank] - limit
+                relief_E[expert] -= _excess(load_RQ, value_EQ, rank, expert, held, more_EQ, table, limit)
+            if replicas_E[expert] > 1:
+                burden_E[expert] += _excess(load_RQ, value_EQ, rank, expert, held, fewer_EQ, table, limit)
+                burden_E[expert] -= max(cost_R[rank] - limit, 0.0)
+    with_Q = np.empty(value_EQ.shape[1])
+    for slot in range(expert_P.size):
+        home, loser = rank_P[slot], expert_P[slot]
         gives_up = home == worst
-        if state.replicas_E[loser] < 2 or (not gives_up and state.held_RE[worst, loser]):
+        if replicas_E[loser] < 2 or (not gives_up and held_RE[worst, loser]):
             continue
-        exceeding = exceeding_rank(problem, state, slot, limit)
+        held = 1 if holders_E[loser] == replicas_E[loser] else held_RE[home, loser]
+        least_fetched = FREE if touched_R[home] else 1.0
+        # The other ranks' part: `home` is not one of them, so what it would have to bear is taken out.
+        home_excess = max(cost_R[home] - limit, 0.0)
+        spared = _excess(load_RQ, value_EQ, home, loser, held, fewer_EQ, table, limit) - home_excess
         for index in range(experts if gives_up else last - first):
-            expert = index if gives_up else state.expert_P[first + index]
-            if state.held_RE[home, expert] or (exceeding >= 0 and not state.held_RE[exceeding, expert]):
+            expert = index if gives_up else expert_P[first + index]
+            relief = relief_E[expert] - burden_E[loser] + spared + home_excess
+            if relief <= least_fetched * best:  # most cannot be the best, even if all is well with this rank
                 continue
-            _, relief = replaced_cost(problem, state, slot, expert, limit)
-            if relief > 0.0:
-                worth = relief / max(_fetched(state.held_RE, before_RE, home, expert, loser), FREE)
-                if worth > best:
-                    best, best_slot, best_expert = worth, slot, expert
+            for feature in range(with_Q.size):
+                stay = (held - 1) * (fewer_EQ[loser, feature] - value_EQ[loser, feature])
+                change = more_EQ[expert, feature] - value_EQ[loser, feature] + stay
+                with_Q[feature] = load_RQ[home, feature] + change
+            relief -= max(cost_of(with_Q, table) - limit, 0.0)
+            if relief <= least_fetched * best or held_RE[home, expert]:
+                continue
+            worth = relief / max(_fetched(held_RE, before_RE, home, expert, loser), FREE)
+            if worth > best:
+                best, best_slot, best_expert = worth, slot, expert
     return best_slot, best_expert, best
+
+
+@inner
+def _excess(load_RQ, value_EQ, rank, expert, held, new_EQ, table, limit):
+    """By how much the rank would exceed the limit if its replicas of the expert had the new values."""
+    cost = 0.0
+    if table is None:
+        for feature in range(load_RQ.shape[1]):
+            change = held * (new_EQ[expert, feature] - value_EQ[expert, feature])
+            cost = max(cost, load_RQ[rank, feature] + change)
+    else:
+        for feature in range(0, load_RQ.shape[1], 2):
+            tokens = held * (new_EQ[expert, feature] - value_EQ[expert, feature])
+            experts = held * (new_EQ[expert, feature + 1] - value_EQ[expert, feature + 1])
+            at = load_RQ[rank, feature] + tokens, load_RQ[rank, feature + 1] + experts
+            cost = max(cost, interpolate(at[0], at[1], table))
+    return max(cost - limit, 0.0)
+
+
+@inner
+def _values_if_changed(problem, state, expert, more_EQ, fewer_EQ):
+    """Writes what a replica of the expert adds to the features of its rank, if there is one more of them, or fewer."""
+    replicas = state.replicas_E[expert]
+    for feature in range(more_EQ.shape[1]):
+        share, weights_2 = problem.share_EQ[expert, feature], problem.weights_Q2[feature]
+        more_EQ[expert, feature] = replica_value(share / (replicas + 1), weights_2, problem.batch)
+        fewer_EQ[expert, feature] = replica_value(share / max(replicas - 1, 1), weights_2, problem.batch)
+
+
+@inner
+def _fetched_by_swap(problem, state, before_RE, slot, other):
+    """How many more experts the ranks of two slots have to fetch if these exchange theirs: -2 to 2."""
+    rank, other_rank = problem.rank_P[slot], problem.rank_P[other]
+    expert, partner = state.expert_P[slot], state.expert_P[other]
+    more = _fetched(state.held_RE, before_RE, rank, partner, expert)
+    return more + _fetched(state.held_RE, before_RE, other_rank, expert, partner)
 
 
 @inner
