@@ -58,14 +58,17 @@ def look_at(
     row: Any,
     *,
     own: bool = True,
-    exit_code: Callable[[], int | None] = lambda: None,
+    exit_code: Callable[[], int | None] | None = None,
     said: str | None = None,
 ) -> RankState:
-    """What a rank's row of the shared statistics and its process show now; `row` None: it shows nothing."""
+    """What a rank's row of the shared statistics and its process show now; `row` None: it shows nothing.
+
+    `exit_code` is for a child of this process: /proc calls one ended while some of its threads still end.
+    """
     process = 0 if row is None else int(row["pid"])
     state = process_state(process) if process else "R"
-    code = exit_code()  # asked last: of a process that has ended it is known by now
-    ended = code is not None or state in ENDED
+    code = exit_code() if exit_code else None
+    ended = code is not None if exit_code else state in ENDED
     if not process:
         return RankState(rank, own=own, ended=ended, exit_code=code, said=said)
     now = time.monotonic()
