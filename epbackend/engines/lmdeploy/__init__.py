@@ -20,7 +20,7 @@
 - `stats_writer` and `load_report` bring back what the layers count; `recording` saves it.
 - `balance` lets experts move while the engine serves.
 - `pipelines`, `dp_pipeline` and `server` run a model, the last two with the help of `processes`; `front` is what a
-  server's clients see of it, `guard` and `balancer` stand between them and its engines.
+  server's clients see of it, `guard` and `reverse_proxy` stand between them and its engines.
 - `handover` runs a program that knows none of this: `epbackend run`.
 
 Importing this package imports neither LMDeploy nor torch: what is wrong with a checkpoint is said before that.

@@ -1,7 +1,7 @@
 """What stands between a server's clients and its application: true health, failures told, an end that is bounded.
 
-The application is LMDeploy's (`api_server`), or the balancer before several of them. The guard answers for it once the
-engine has failed: requests that wait get a 503 that says what happened, so do new ones, and the process ends.
+The application is LMDeploy's (`api_server`), or the reverse proxy before several of them. The guard answers for it once
+the engine has failed: requests that wait get a 503 that says what happened, so do new ones, and the process ends.
 """
 
 from __future__ import annotations

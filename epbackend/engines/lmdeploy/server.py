@@ -56,7 +56,7 @@ def serve_model(
 ) -> None:
     """Serves until SIGINT or SIGTERM, then ends every process. Call it in the main thread.
 
-    With `engine.dp` > 1 a balancer listens at host and port, and its engines at free ports of the loopback interface.
+    With `engine.dp` > 1 a reverse proxy listens at host and port, and its engines at free ports of this machine alone.
     `recording` saves the experts' loads, `front` says what clients see. A signal lets requests finish for
     `drain_seconds` at most; a second one ends all at once. After a failure of the engine the server is started again,
     `restart` times. Further arguments go to LMDeploy's `api_server.serve`.
@@ -180,7 +180,7 @@ def _serve_balanced(
 ) -> None:
     import uvicorn
 
-    from epbackend.engines.lmdeploy.balancer import Balancer
+    from epbackend.engines.lmdeploy.reverse_proxy import ReverseProxy
 
     tls: dict[str, Any] = {}
     if kwargs.pop("ssl", False):  # here, and not between us and the engines
@@ -201,7 +201,7 @@ def _serve_balanced(
     addresses = [(LOOPBACK, each) for each in ports]
     try:
         _await_engines(processes, addresses, board)
-        app = Balancer([f"http://{LOOPBACK}:{each}" for each in ports]).app()
+        app = ReverseProxy([f"http://{LOOPBACK}:{each}" for each in ports]).app()
         with (
             recording_server(recording, board.report, addresses),
             guard.in_place(),
@@ -227,10 +227,10 @@ def _run_engine_server(
     front: Front,
     kwargs: dict[str, Any],
 ) -> None:
-    """An engine process behind the balancer."""
+    """An engine process behind the reverse proxy."""
     config = EPConfig.from_json(config_json)
     plug.enable(config, placement)
-    guard = Guard(drain_seconds=0.0)  # the balancer has drained
+    guard = Guard(drain_seconds=0.0)  # the reverse proxy has drained
     try:
         with front.shown():
             _serve_engine(model_path, config, dp_rank, LOOPBACK, port, guard, kwargs)

@@ -28,7 +28,7 @@ NOTHING: Mapping[str, str] = {}
 FOR_ALL = ("/sleep", "/wakeup", "/abort_request")
 
 
-class Balancer:
+class ReverseProxy:
     """Requests under way at each engine."""
 
     def __init__(self, engines: Sequence[str]) -> None:

@@ -17,9 +17,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from epbackend.engines.lmdeploy.balancer import Balancer
 from epbackend.engines.lmdeploy.guard import Guard
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port, listens
+from epbackend.engines.lmdeploy.reverse_proxy import ReverseProxy
 from tests.helpers.patience import PATIENCE_S
 
 
@@ -81,7 +81,7 @@ def deployment():
     engines = Engine(), Engine()
     guard = Guard(drain_seconds=1, end=lambda: None)
     with served(engines[0].app()) as one, served(engines[1].app()) as two:
-        guard.app = Balancer([one, two]).app()
+        guard.app = ReverseProxy([one, two]).app()
         with served(guard) as url:
             yield url, engines, guard
             for each in engines:
