@@ -144,11 +144,14 @@ def test_a_rank_that_is_killed_while_experts_move_ends_the_call_by_name_and_leav
 
 
 SERVING = """
+import logging
 import sys
 from epbackend import EPConfig
 from epbackend.engines.lmdeploy import serve
 
 if __name__ == "__main__":
+    logging.basicConfig()
+    logging.getLogger("epbackend").setLevel(logging.INFO)
     model, config, port = sys.argv[1:]
     serve(model, EPConfig.from_json(config), port=int(port), model_name="tiny", log_level="ERROR")
 """
