@@ -144,25 +144,21 @@ def test_a_rank_that_is_killed_while_experts_move_ends_the_call_by_name_and_leav
 
 
 SERVING = """
-import logging
 import sys
 from epbackend import EPConfig
 from epbackend.engines.lmdeploy import serve
 
 if __name__ == "__main__":
-    logging.basicConfig()
-    logging.getLogger("epbackend").setLevel(logging.INFO)
     model, config, port = sys.argv[1:]
     serve(model, EPConfig.from_json(config), port=int(port), model_name="tiny", log_level="ERROR")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dp", [1, 2])
-def test_a_server_moves_experts_while_it_answers_and_leaves_nothing(dp, checkpoint, start_process, tmp_path):
-    """Told by its log; behind a proxy as well."""
+def test_a_server_moves_experts_while_it_answers_and_leaves_nothing(checkpoint, start_process, tmp_path):
+    """Told by its log."""
     port = free_port()
-    settings = balanced({"dp": dp, "log_level": "INFO"}, ep_size=2, ep_level=2)
+    settings = balanced({"log_level": "INFO"}, ep_size=2, ep_level=2)
     running = start_process(SERVING, str(checkpoint("qwen3-moe")), settings.to_json(), str(port), ready="")
     await_model(port)
     texts, first = prompts()[:6], {}
