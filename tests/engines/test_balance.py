@@ -197,6 +197,11 @@ def test_what_cannot_move_is_said_before_anything_is_started(settings, said, che
         epbackend.pipeline(str(checkpoint("qwen3-moe")), config(**{"ep_size": 4, **settings}))
 
 
+def test_a_server_of_several_engines_is_refused(checkpoint):
+    with pytest.raises(ConfigError, match=r"balance\.on: is for servers with engine\.dp: 1"):
+        epbackend.serve(str(checkpoint("qwen3-moe")), balanced({"dp": 2}, ep_size=2))
+
+
 def test_without_balance_there_is_no_report_and_by_hand_the_model_is_missing(monkeypatch):
     with pytest.raises(ConfigError, match=r"use epbackend\.pipeline"):
         epbackend.enable(balanced(ep_size=2))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.balance import starting_placement
+from epbackend.engines.lmdeploy.balance import check_server, starting_placement
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load_report import LoadReport
 from epbackend.engines.lmdeploy.patching import check_version
@@ -91,6 +91,7 @@ def serve(
     path, placement = locate(model), finished_placement(config)
     check_model(path, config, placement)
     check_packages(config, serving=True)
+    check_server(config)
     placement = starting_placement(path, config, placement)
     recording = Recording.of(record, path, config.ep_size) if record else None
     serve_model(path, config, host, port, placement, recording, **kwargs)
