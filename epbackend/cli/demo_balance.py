@@ -35,8 +35,8 @@ TOPICS = (
     ),
 )
 BALANCE = {"on": True, "redundant_experts": 8, "window_steps": 8, "interval_s": 0.5, "threshold": 0.02}
-NEW_TOKENS = 16
-FEWEST_ROUNDS, MOST_SECONDS = 3, 20.0
+NEW_TOKENS = 12
+FEWEST_ROUNDS, MOST_SECONDS = 2, 15.0
 """Of a topic, until a plan has been made for it."""
 JUDGED_ROUNDS = 2
 """The last ones of each topic, in which the plan is in use."""

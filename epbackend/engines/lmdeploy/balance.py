@@ -35,6 +35,14 @@ def check_device(config: EPConfig, device: str) -> None:
         raise ConfigError(f"balance.on: {not_balanced(device)}")
 
 
+def check_server(config: EPConfig) -> None:
+    """Raises ConfigError for a server of several engines, in which no expert has been seen to move yet."""
+    if config.balance.on and config.engine.dp > 1:
+        raise ConfigError(
+            "balance.on: is for servers with engine.dp: 1 so far; remove it, or use epbackend.pipeline"
+        )
+
+
 def starting_placement(path: str, config: EPConfig, placement: Placement | None) -> Placement | None:
     """Where the experts of the model at `path` live before any moves; as given, unless balance makes one.
 

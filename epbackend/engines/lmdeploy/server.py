@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy import balance, plug
+from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.front import Front
 from epbackend.engines.lmdeploy.guard import Guard, looking_out, signals_unwind
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
@@ -187,7 +187,6 @@ def _serve_balanced(
         tls = {"ssl_keyfile": os.environ["SSL_KEYFILE"], "ssl_certfile": os.environ["SSL_CERTFILE"]}
     behind = replace(front, root_path="", access_log=False, ssl_keyfile=None, ssl_certfile=None)
     board = SharedStats(config.world_size)
-    balancer = balance.start(config, board, placement)
     ports = [free_port() for _ in range(config.engine.dp)]
     processes = start_engines(
         config,
@@ -213,8 +212,6 @@ def _serve_balanced(
     finally:
         # Of engines that have failed nothing can be closed in order, and a stopped process would be waited for.
         stop_engines(processes, at_once=guard.failure is not None)
-        if balancer is not None:
-            balancer.close()
         board.remove()
 
 
