@@ -75,7 +75,7 @@ def test_the_error_of_a_failed_worker_is_quoted(checkpoint):
     broken = EPConfig.load(
         {"device": "cpu", "ep_size": 2, "engine": {"extra": {"hf_overrides": {"hidden_size": 96}}}}
     )
-    with pytest.raises(WorkerError, match=r"rank [01] failed: AssertionError: Attempted to load weight"):
+    with pytest.raises(WorkerError, match=r"rank [01] failed: .*ConfigError: .*cannot be loaded: Attempted to load weight"):
         epbackend.pipeline(str(checkpoint("qwen3-moe")), broken)
     assert engine_workers() == []
 

@@ -57,8 +57,9 @@ def test_slots_in_order_are_cut_evenly():
 
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 20))
 def test_the_even_layout_spreads_experts_and_replicas(experts, ranks, more):
-    layout = Layout.even(experts, ranks, max(experts, ranks) + more)
-    assert layout.slots == max(experts, ranks) + more
+    slots = min(max(experts, ranks) + more, experts * ranks)
+    layout = Layout.even(experts, ranks, slots)
+    assert layout.slots == slots
     assert layout.replicas_E.max() - layout.replicas_E.min() <= 1
     assert layout.slots_R.max() - layout.slots_R.min() <= 1
 
