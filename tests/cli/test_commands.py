@@ -201,8 +201,10 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(config_fil
 
 @pytest.mark.parametrize(
     "prompts",
-    ["The whale\n\nThe ship\n", '["The whale", "The ship"]'],
-    ids=["lines", "json"],
+    [
+        pytest.param("The whale\n\nThe ship\n", marks=pytest.mark.slow, id="lines"),
+        pytest.param('["The whale", "The ship"]', id="json"),
+    ],
 )
 def test_record_writes_the_loads_of_every_layer(config_file, tmp_path, prompts):
     (tmp_path / "prompts").write_text(prompts)
@@ -291,7 +293,8 @@ def wait_until_served(url: str, server: subprocess.Popen[str]) -> None:
     raise AssertionError(f"no server at {url}: exit code {server.poll()}")
 
 
-@pytest.mark.parametrize("stop", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_serve_answers_and_leaves_nothing_behind(config_file, stop):
     before = left_memory()
     port = free_port()

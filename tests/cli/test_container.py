@@ -41,16 +41,8 @@ def test_a_plan_compiles_what_it_cannot_keep():
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_data_parallel_ranks_answer():
-    settings = str(REPOSITORY / "configs" / "cpu-dp2.yaml")
-    assert run(
-        "generate", "tiny-qwen3-moe", "-p", "Once upon a time", "-c", settings, "--max-new-tokens", "4"
-    )
-
-
-@pytest.mark.engine
-def test_ranks_answer():
-    settings = str(REPOSITORY / "configs" / "cpu-demo.yaml")
-    assert run(
-        "generate", "tiny-qwen3-moe", "-p", "Once upon a time", "-c", settings, "--max-new-tokens", "4"
-    )
+@pytest.mark.parametrize("config", ["cpu-demo", "cpu-dp2"])
+def test_ranks_answer(config):
+    settings = str(REPOSITORY / "configs" / f"{config}.yaml")
+    words = ("-p", "Once upon a time", "--max-new-tokens", "4")
+    assert run("generate", "tiny-qwen3-moe", "--config", settings, *words)

@@ -55,6 +55,7 @@ def test_a_lost_process_is_named_to_clients_and_probes_and_ends_the_server(case,
     assert (outcome.exit_code, outcome.left) == (ENGINE_FAILED, [])
 
 
+@pytest.mark.slow
 def test_a_failed_engine_is_started_again_and_a_signal_ends_it_with_0(tmp_path):
     server = Server(Case(timeout_s=60), tmp_path, "--restart", "1")
     try:

@@ -21,7 +21,11 @@ TWO_RANKS = EPConfig.load({"device": "cpu", "ep_size": 2, "ep_level": 2, "engine
 
 @pytest.mark.parametrize(
     "ending",
-    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
     ids=lambda ending: ending.name,
 )
 def test_no_process_or_memory_is_left_when_the_parent_is_signalled(ending, checkpoint, start_process):
@@ -75,7 +79,9 @@ def test_the_error_of_a_failed_worker_is_quoted(checkpoint):
     broken = EPConfig.load(
         {"device": "cpu", "ep_size": 2, "engine": {"extra": {"hf_overrides": {"hidden_size": 96}}}}
     )
-    with pytest.raises(WorkerError, match=r"rank [01] failed: .*ConfigError: .*cannot be loaded: Attempted to load weight"):
+    with pytest.raises(
+        WorkerError, match=r"rank [01] failed: .*ConfigError: .*cannot be loaded: Attempted to load weight"
+    ):
         epbackend.pipeline(str(checkpoint("qwen3-moe")), broken)
     assert engine_workers() == []
 
