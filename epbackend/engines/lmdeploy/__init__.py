@@ -38,7 +38,7 @@ from epbackend.engines.lmdeploy.checkpoint import check_checkpoint, locate
 from epbackend.engines.lmdeploy.front import Front
 from epbackend.engines.lmdeploy.load_report import LoadReport
 from epbackend.engines.lmdeploy.patching import check_version
-from epbackend.engines.lmdeploy.processes import check_port
+from epbackend.engines.lmdeploy.processes import check_port, check_starts
 
 if TYPE_CHECKING:
     from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
@@ -111,6 +111,7 @@ def _checked(model: str, config: EPConfig, *, serving: bool) -> tuple[str, Place
 
     The quick checks come first: those of files need no torch.
     """
+    check_starts(config)
     check_version()
     path = locate(model)
     check_checkpoint(path, weights=not config.engine.extra.get("empty_init"))

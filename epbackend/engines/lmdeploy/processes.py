@@ -9,18 +9,42 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, SharedStats
+from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, SharedStats, record_error
 from epbackend.engines.lmdeploy.process_guard import GRACE_S, descendants, guard_process, kill_all
 from epbackend.errors import ConfigError
 
+GUARD = 'if __name__ == "__main__":'
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.2
 """Between two attempts to connect."""
+
+
+def check_starts(config: EPConfig) -> None:
+    """Raises ConfigError where this process cannot start the ranks, which import the program that starts them.
+
+    In a rank that imports a program without a main guard it does not return: it leaves a line for the parent, and ends.
+    """
+    if config.world_size == 1:
+        return
+    process = multiprocessing.current_process()
+    if getattr(process, "_inheriting", False):  # multiprocessing is importing the program
+        for rank in range(config.world_size):  # this one's number is not known yet
+            record_error(rank, f"the ranks import this program, which starts ranks again: put that under {GUARD}")
+        os._exit(1)
+    ranks = f"ep_size: {config.ep_size}, but" if config.ep_size > 1 else f"{config.world_size} ranks, but"
+    if process.daemon:
+        raise ConfigError(f"{ranks} a daemonic process may not start any: make it with daemon=False")
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    if program is not None and not os.path.exists(program):
+        raise ConfigError(
+            f"{ranks} ranks import the program that starts them, and {program} is no file: save it"
+        )
 
 
 def start_engines(

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from queue import SimpleQueue
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from lmdeploy.pytorch.engine.engine_checker import EngineChecker
@@ -53,6 +53,20 @@ class StepOutput:
         self.value = value
 
 
+@contextmanager
+def _no_handler() -> Iterator[None]:
+    """LMDeploy's executor sets no handler for SIGUSR1 meanwhile.
+
+    It would end the whole process without a message, where the watch reports what happened; and outside the main thread
+    none can be set.
+    """
+    mp_executor.signal = SimpleNamespace(SIGUSR1=signal.SIGUSR1, signal=lambda number, handler: None)
+    try:
+        yield
+    finally:
+        mp_executor.signal = signal
+
+
 class WatchedExecutor(MPExecutor):
     """The parent's end: fails, naming the rank, as soon as a worker has ended or does not move on.
 
@@ -63,10 +77,8 @@ class WatchedExecutor(MPExecutor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._stop_reader, self._stop_writer = Pipe(duplex=False)
         self._replies: SimpleQueue[Any] | None = None
-        handler = signal.getsignal(signal.SIGUSR1)
-        super().__init__(*args, **kwargs)
-        # LMDeploy's handler would end the whole process without a message; the watch reports what happened.
-        signal.signal(signal.SIGUSR1, handler)
+        with _no_handler():
+            super().__init__(*args, **kwargs)
         threading.Thread(target=self._watch, name="epbackend-watch", daemon=True).start()
 
     @classmethod

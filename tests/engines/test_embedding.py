@@ -1,0 +1,74 @@
+"""Pipelines of several ranks where programs build them: in threads, in other processes, in scripts of every kind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+import epbackend
+from epbackend.errors import ConfigError
+from tests.helpers.engine_models import prompts
+from tests.helpers.engines import GREEDY, config
+from tests.helpers.patience import PATIENCE_S
+
+pytestmark = [pytest.mark.cpu, pytest.mark.engine]
+SCRIPT = """
+import epbackend
+
+epbackend.pipeline("tiny-qwen3-moe", epbackend.EPConfig.load({"device": "cpu", "ep_size": 2}))
+"""
+
+
+def test_a_thread_builds_a_pipeline(checkpoint, reference):
+    answers: list[Any] = []
+
+    def answer() -> None:
+        with epbackend.pipeline(str(checkpoint("qwen3-moe")), config(ep_size=2)) as pipe:
+            answers.extend(pipe(prompts()[:2], gen_config=GREEDY, do_preprocess=False))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    thread.join(PATIENCE_S)
+    assert [each.token_ids for each in answers] == reference("qwen3-moe")[:2]
+
+
+def test_a_daemonic_process_is_told_that_it_may_not():
+    context = multiprocessing.get_context("spawn")
+    theirs, ours = context.Pipe()
+    process = context.Process(target=_refused, args=(ours,), daemon=True)
+    process.start()
+    ours.close()
+    assert "a daemonic process may not start any: make it with daemon=False" in theirs.recv()
+    process.join()
+
+
+def _refused(connection: Any) -> None:
+    try:
+        epbackend.pipeline("tiny-qwen3-moe", config(ep_size=2))
+    except ConfigError as error:
+        connection.send(str(error))
+
+
+def test_a_script_without_a_main_guard_is_told_so_in_a_few_lines(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    said = _fails([sys.executable, "script.py"], tmp_path)
+    assert 'starts ranks again: put that under if __name__ == "__main__":' in said.splitlines()[-1]
+
+
+def test_a_program_from_stdin_is_told_to_be_saved(tmp_path):
+    said = _fails([sys.executable], tmp_path, SCRIPT)
+    assert "ranks import the program that starts them, and <stdin> is no file: save it" in said
+
+
+def _fails(command: list[str], folder: Any, program: str | None = None) -> str:
+    """What a failing command says."""
+    done = subprocess.run(
+        command, input=program, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert done.returncode != 0
+    return done.stderr
