@@ -35,7 +35,9 @@ def check_starts(config: EPConfig) -> None:
     process = multiprocessing.current_process()
     if getattr(process, "_inheriting", False):  # multiprocessing is importing the program
         for rank in range(config.world_size):  # this one's number is not known yet
-            record_error(rank, f"the ranks import this program, which starts ranks again: put that under {GUARD}")
+            record_error(
+                rank, f"the ranks import this program, which starts ranks again: put that under {GUARD}"
+            )
         os._exit(1)
     ranks = f"ep_size: {config.ep_size}, but" if config.ep_size > 1 else f"{config.world_size} ranks, but"
     if process.daemon:
