@@ -261,6 +261,7 @@ def test_module_runs_like_the_command():
     assert as_module.stdout == run(*arguments).stdout != ""
 
 
+@pytest.mark.slow
 def test_doctor_shows_the_dispatchers_of_a_deployment(config_file):
     said = json.loads(run("doctor", "--json", "--ep-size", 8, "--level", 2, "--dp", 8).stdout)
     for phase in ("prefill", "decode"):

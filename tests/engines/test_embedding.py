@@ -24,6 +24,7 @@ epbackend.pipeline("tiny-qwen3-moe", epbackend.EPConfig.load({"device": "cpu", "
 """
 
 
+@pytest.mark.slow
 def test_a_thread_builds_a_pipeline(checkpoint, reference):
     answers: list[Any] = []
 
@@ -54,6 +55,7 @@ def _refused(connection: Any) -> None:
         connection.send(str(error))
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_is_told_so_in_a_few_lines(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     said = _fails([sys.executable, "script.py"], tmp_path)

@@ -72,6 +72,7 @@ def test_the_api_server_of_lmdeploy_spreads_the_experts(sizes, checkpoint, refer
     running.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_script_spreads_the_experts(tmp_path, start_process):
     script = tmp_path / "mine.py"
     script.write_text(SCRIPT)

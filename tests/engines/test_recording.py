@@ -58,6 +58,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_runs(tmp_path)
         Recording.of(tmp_path / "nowhere" / "loads.json", resolve("tiny-deepseek-v3"), ep_size=2)
 
 
+@pytest.mark.slow
 def test_a_server_counts_its_requests_and_not_its_warm_up(checkpoint, start_process, tmp_path):
     model, port, path = checkpoint("qwen3-moe"), free_port(), tmp_path / "loads.json"
     settings = config({"log_level": "INFO"}, ep_size=2, ep_level=2)

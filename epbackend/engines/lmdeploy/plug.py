@@ -18,7 +18,6 @@ from epbackend.engines.lmdeploy import balance
 from epbackend.engines.lmdeploy.lmdeploy_config import executor
 from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, SharedStats
 from epbackend.engines.lmdeploy.patching import check_version
-from epbackend.engines.lmdeploy.processes import check_starts
 from epbackend.engines.lmdeploy.state import (
     CONFIG_VARIABLE,
     PLACEMENT_VARIABLE,
@@ -50,7 +49,6 @@ def enable(config: EPConfig, placement: Placement | None = None) -> None:
         if state.config == config:
             return
         raise ConfigError("another config is enabled in this process: call epbackend.disable() first")
-    check_starts(config)
     placement = placement or finished_placement(config)
     warm_splits(config)
     _switch_on(config, placement, worker=False)

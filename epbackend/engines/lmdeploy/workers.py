@@ -35,6 +35,7 @@ from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.load_report import last_error, rank_row, record_error
 from epbackend.engines.lmdeploy.plug import set_threads
 from epbackend.engines.lmdeploy.process_guard import GRACE_S, descendants, guard_process, kill_all
+from epbackend.engines.lmdeploy.processes import check_starts
 from epbackend.engines.lmdeploy.rank_watch import LOOK_S, judge, look_at
 from epbackend.engines.lmdeploy.ring import off_loop
 from epbackend.engines.lmdeploy.state import active
@@ -75,6 +76,7 @@ class WatchedExecutor(MPExecutor):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_starts(active().config)
         self._stop_reader, self._stop_writer = Pipe(duplex=False)
         self._replies: SimpleQueue[Any] | None = None
         with _no_handler():
