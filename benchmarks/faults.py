@@ -30,9 +30,9 @@ import numpy as np
 import psutil
 import requests
 
-from epbackend.engines.lmdeploy.load_report import RANK
-from epbackend.engines.lmdeploy.process_guard import descendants
+from epbackend.engines.lmdeploy.load.report import RANK
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
+from epbackend.engines.lmdeploy.workers.process_guard import descendants
 
 MODEL = "tiny-qwen3-moe"
 PATIENCE_S = 480.0

@@ -22,8 +22,8 @@ import torch
 
 import epbackend
 from benchmarks.report import machine, print_table
-from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, SharedStats
-from epbackend.engines.lmdeploy.stats_writer import StatsWriter
+from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats
+from epbackend.engines.lmdeploy.load.stats_writer import StatsWriter
 from epbackend.moe import LayerStats
 
 PROMPTS, NEW_TOKENS = 4, 32

@@ -124,7 +124,7 @@ def _placed(
     model: str, config: EPConfig, before: Run, max_new_tokens: int, out: Path, talk: bool
 ) -> dict[str, Any]:
     """The same answers again, with experts placed by the loads of the first run."""
-    from epbackend.engines.lmdeploy.recording import Recording
+    from epbackend.engines.lmdeploy.load.recording import Recording
 
     recorded = out / "loads.json"
     Recording.of(recorded, resolve(model), config.ep_size).write(before.load)

@@ -59,7 +59,7 @@ def _run(model: str, config: EPConfig, prompts: list[str], out: Path, max_new_to
     from lmdeploy import GenerationConfig
 
     from epbackend.engines.lmdeploy.checkpoint import locate
-    from epbackend.engines.lmdeploy.recording import Recording
+    from epbackend.engines.lmdeploy.load.recording import Recording
 
     recording = Recording.of(out, locate(model), config.ep_size)
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)

@@ -10,7 +10,7 @@ from epbackend.cli.output import error_console
 from epbackend.cli.session import ModelArgument, takes_config
 from epbackend.config import EPConfig
 from epbackend.engines import lmdeploy
-from epbackend.engines.lmdeploy.front import EVERYTHING, Front
+from epbackend.engines.lmdeploy.server.front import EVERYTHING, Front
 from epbackend.errors import ConfigError
 
 API, TLS, LOG = "Answers", "Access: keys, TLS, CORS", "Logs and records"

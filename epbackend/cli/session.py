@@ -173,7 +173,7 @@ def running(
     """
     if chat_template is not None:
         from epbackend.engines.lmdeploy.checkpoint import locate
-        from epbackend.engines.lmdeploy.front import chat_template_config
+        from epbackend.engines.lmdeploy.server.front import chat_template_config
 
         arguments["chat_template_config"] = chat_template_config(chat_template, locate(model))
     ranks = config.world_size

@@ -92,7 +92,7 @@ def test_dlinfer_is_told_that_a_rank_is_alone():
     """Else each step would gather the ranks' tokens, and dlinfer's router split them."""
     from lmdeploy.pytorch.model_inputs import BuildModelContext, StepContextManager, step_ctx_manager
 
-    from epbackend.engines.lmdeploy.backend_ascend import AscendBackend
+    from epbackend.engines.lmdeploy.devices.ascend import AscendBackend
 
     int32 = {"dtype": torch.int32, "device": "npu"}
     step = SimpleNamespace(
@@ -119,7 +119,7 @@ def test_dlinfer_is_told_that_a_rank_is_alone():
 def test_the_router_of_deepseek_v3_is_ours():
     from lmdeploy.pytorch.backends.moe_router import RouterNoauxTCBuildSpec
 
-    from epbackend.engines.lmdeploy.backend_ascend import AscendBackend
+    from epbackend.engines.lmdeploy.devices.ascend import AscendBackend
     from epbackend.engines.lmdeploy.operators import NpuRouter
 
     spec = RouterNoauxTCBuildSpec("sigmoid", 8, 8, 4, 256, routed_scaling_factor=2.5)

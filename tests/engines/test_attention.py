@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmdeploy.pytorch.backends.attention import PagedAttentionBuildSpec
 
-from epbackend.engines.lmdeploy.attention import (
+from epbackend.engines.lmdeploy.devices.cpu_attention import (
     PADDED_TOKENS,
     PagedAttention,
     group_by_length,

@@ -23,7 +23,7 @@ from lmdeploy.pytorch.models.patch import build_model_context
 from epbackend import EPConfig
 from epbackend.dispatch.base import RankGroup
 from epbackend.engines.lmdeploy import plug, state
-from epbackend.engines.lmdeploy.backend_cuda import ExpertsBetweenGraphs
+from epbackend.engines.lmdeploy.devices.cuda import ExpertsBetweenGraphs
 from epbackend.engines.lmdeploy.operators import LayerExperts
 from epbackend.errors import ConfigError
 from tests.helpers.moe_modules import FORMS, PLACE, Case, batch_of, built_for, cuda_case, load_module

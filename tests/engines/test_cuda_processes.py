@@ -74,7 +74,7 @@ def test_ray_workers_on_gpus(pretended, monkeypatch):
     from lmdeploy.pytorch import ray as cluster
     from lmdeploy.pytorch.engine.executor import ray_executor
 
-    from epbackend.engines.lmdeploy.ray_workers import PluggedRayWorker
+    from epbackend.engines.lmdeploy.workers.ray_executor import PluggedRayWorker
 
     started = []
 
@@ -105,7 +105,7 @@ def test_ray_workers_meet_in_lmdeploys_way_on_gpus(pretended, monkeypatch):
     pytest.importorskip("ray", reason="ray is not installed")
     from lmdeploy.pytorch.engine.executor.ray_executor import RayWorkerWrapper
 
-    from epbackend.engines.lmdeploy.ray_workers import PluggedRayWorker
+    from epbackend.engines.lmdeploy.workers.ray_executor import PluggedRayWorker
 
     met = []
     monkeypatch.setattr(RayWorkerWrapper, "warmup_dist", lambda self: met.append(self.device_type))

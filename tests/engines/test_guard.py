@@ -19,7 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
-from epbackend.engines.lmdeploy.guard import Guard, signals_unwind
+from epbackend.engines.lmdeploy.server.guard import Guard, signals_unwind
 
 async def slow(request):
     print("ASKED", flush=True)

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from epbackend.engines.lmdeploy import load_report, stats_writer
-from epbackend.engines.lmdeploy.load_report import (
+from epbackend.engines.lmdeploy.load import report as load_report
+from epbackend.engines.lmdeploy.load import stats_writer
+from epbackend.engines.lmdeploy.load.report import (
     MAX_EXPERTS,
     MAX_LAYERS,
     STATS_VARIABLE,
@@ -27,7 +28,7 @@ from epbackend.engines.lmdeploy.load_report import (
     SharedStats,
     rank_row,
 )
-from epbackend.engines.lmdeploy.stats_writer import Counters, StatsWriter
+from epbackend.engines.lmdeploy.load.stats_writer import Counters, StatsWriter
 from epbackend.errors import EPError
 from epbackend.moe import LayerStats
 from tests.helpers.patience import PATIENCE_S

@@ -19,7 +19,7 @@ from epbackend import EPConfig
 from epbackend.device.cpu import CpuDevice
 from epbackend.engines.lmdeploy import patching, plug, state
 from epbackend.engines.lmdeploy.lmdeploy_config import executor
-from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE
+from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE
 from epbackend.engines.lmdeploy.operators import layer_being_built
 from epbackend.engines.lmdeploy.patches import PATCHES, every_patch, needed
 from epbackend.errors import ConfigError, EPError, UnavailableError

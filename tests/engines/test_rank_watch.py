@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from epbackend.engines.lmdeploy.pulse import WAITS, Pulse
-from epbackend.engines.lmdeploy.rank_watch import RankState, judge
+from epbackend.engines.lmdeploy.workers.pulse import WAITS, Pulse
+from epbackend.engines.lmdeploy.workers.rank_watch import RankState, judge
 from tests.helpers.patience import PATIENCE_S
 
 TIMEOUT_S = 6.0
@@ -53,7 +53,7 @@ def test_the_rank_at_fault_is_named(ranks, said):
 
 def test_a_rank_that_is_stuck_tells_where_it_stands_and_ends(monkeypatch, caplog):
     ended = threading.Event()
-    monkeypatch.setattr("epbackend.engines.lmdeploy.pulse.LAST_RESORT_S", 0.1)
+    monkeypatch.setattr("epbackend.engines.lmdeploy.workers.pulse.LAST_RESORT_S", 0.1)
     pulse = Pulse(timeout_s=0.1, end=ended.set)
     pulse.start(3)
     with pulse.step("prefill", asleep=lambda: False):

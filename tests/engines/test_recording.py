@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from epbackend.engines.lmdeploy import LoadReport
+from epbackend.engines.lmdeploy.load.recording import Recording
 from epbackend.engines.lmdeploy.processes import free_port
-from epbackend.engines.lmdeploy.recording import Recording
 from epbackend.errors import ConfigError, EPError
 from epbackend.models import resolve
 from epbackend.placement.formats import read_loads
@@ -23,7 +23,8 @@ SERVE = """
 import sys
 from pathlib import Path
 from epbackend import EPConfig
-from epbackend.engines.lmdeploy import recording, serve
+from epbackend.engines.lmdeploy import serve
+from epbackend.engines.lmdeploy.load import recording
 
 recording.EVERY_S = 0.5
 if __name__ == "__main__":

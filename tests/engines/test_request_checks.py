@@ -14,7 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lmdeploy import GenerationConfig
 
-from epbackend.engines.lmdeploy.logits_processors import (
+from epbackend.engines.lmdeploy.patches.requests import messages_fail_alone
+from epbackend.engines.lmdeploy.requests.checks import (
+    RANGES,
+    BadRequestError,
+    check_body,
+    check_generation,
+    check_python_options,
+)
+from epbackend.engines.lmdeploy.requests.logits_processors import (
     NO_TOKEN,
     LogitBias,
     OutputPenalties,
@@ -23,15 +31,7 @@ from epbackend.engines.lmdeploy.logits_processors import (
     for_ranks,
     logit_bias,
 )
-from epbackend.engines.lmdeploy.patches.requests import messages_fail_alone
-from epbackend.engines.lmdeploy.requests import (
-    RANGES,
-    BadRequestError,
-    check_body,
-    check_generation,
-    check_python_options,
-)
-from epbackend.engines.lmdeploy.stop_strings import until_stop
+from epbackend.engines.lmdeploy.requests.stop_strings import until_stop
 from epbackend.errors import ConfigError
 
 JSON = st.recursive(

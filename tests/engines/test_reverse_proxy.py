@@ -17,9 +17,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from epbackend.engines.lmdeploy.guard import Guard
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port, listens
-from epbackend.engines.lmdeploy.reverse_proxy import ReverseProxy
+from epbackend.engines.lmdeploy.server.guard import Guard
+from epbackend.engines.lmdeploy.server.reverse_proxy import ReverseProxy
 from tests.helpers.patience import PATIENCE_S
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epbackend.engines.lmdeploy.backend_cpu import SeededMultinomial, uniform
+from epbackend.engines.lmdeploy.devices.cpu import SeededMultinomial, uniform
 
 ANY_SEED = st.integers(-(2**63), 2**63 - 1)
 

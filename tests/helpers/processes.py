@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from epbackend.engines.lmdeploy.process_guard import descendants
+from epbackend.engines.lmdeploy.workers.process_guard import descendants
 from tests.helpers.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]

@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 
 from epbackend.dispatch.symmetric import OVERLAP
-from epbackend.engines.lmdeploy import workers
+from epbackend.engines.lmdeploy.workers import mp
 from tests.helpers import peer_group
 
 
 def on_shared_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines that are started from now on by the mp executor share what devices there are."""
-    monkeypatch.setattr(workers, "GuardedProc", SharingProc)
+    monkeypatch.setattr(mp, "GuardedProc", SharingProc)
 
 
-class SharingProc(workers.GuardedProc):
+class SharingProc(mp.GuardedProc):
     """A rank. LMDeploy would give each a GPU, and join them by NCCL, or by gloo on a CPU."""
 
     def _main_loop(self, *args: Any, **kwargs: Any) -> None:

@@ -12,15 +12,11 @@
 - `patching` and `patches` change LMDeploy and put it back.
 - `lmdeploy_config` makes LMDeploy's configuration from ours; `checkpoint` finds a model and looks at its files, and
   `checks` refuses what cannot work, before any process is started.
-- `operators` are our experts; `backend_cpu` (with `attention` and `torch_cuda_shim`), `backend_cuda` and
-  `backend_ascend` give them to each device.
-- `workers` (with `ring`) and `ray_workers` bring the plug into the processes that LMDeploy starts; `process_guard` ends
-  these.
-- `pulse` shows how far a rank has come, `rank_watch` names the one that is lost.
-- `stats_writer` and `load_report` bring back what the layers count; `recording` saves it.
-- `balance` lets experts move while the engine serves.
-- `pipelines`, `dp_pipeline` and `server` run a model, the last two with the help of `processes`; `front` is what a
-  server's clients see of it, `guard` and `reverse_proxy` stand between them and its engines.
+- `operators` are our experts, `devices` gives them to each device; `weight_check` sees to it that all are loaded.
+- `workers` brings the plug into the ranks, and watches over them.
+- `load` counts what the layers do, and brings it back; `balance` lets experts move while the engine serves.
+- `pipelines` and `dp_pipeline` run a model for Python, `server` for clients, the last two with the help of `processes`;
+  `requests` is what may be asked and what is answered.
 - `handover` runs a program that knows none of this: `epbackend run`.
 
 Importing this package imports neither LMDeploy nor torch: what is wrong with a checkpoint is said before that.
@@ -35,10 +31,10 @@ from typing import TYPE_CHECKING, Any
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy.checkpoint import check_checkpoint, locate
-from epbackend.engines.lmdeploy.front import Front
-from epbackend.engines.lmdeploy.load_report import LoadReport
+from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.engines.lmdeploy.processes import check_port, check_starts
+from epbackend.engines.lmdeploy.server.front import Front
 
 if TYPE_CHECKING:
     from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
@@ -99,8 +95,8 @@ def serve(
     front = replace(front, model_name=front.model_name or model)
     front.check()
     path, placement = _checked(model, config, serving=True)
-    from epbackend.engines.lmdeploy.recording import Recording
-    from epbackend.engines.lmdeploy.server import serve_model
+    from epbackend.engines.lmdeploy.load.recording import Recording
+    from epbackend.engines.lmdeploy.server.serve import serve_model
 
     recording = Recording.of(record, path, config.ep_size) if record else None
     serve_model(path, config, host, port, placement, recording, front, **kwargs)

@@ -19,7 +19,7 @@ from epbackend.config import EPConfig
 from epbackend.config.checks import not_balanced
 from epbackend.engines.lmdeploy.checkpoint import expert_count, layer_count, read_model_config
 from epbackend.engines.lmdeploy.checks import expert_bytes
-from epbackend.engines.lmdeploy.load_report import SharedStats, all_rows
+from epbackend.engines.lmdeploy.load.report import SharedStats, all_rows
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError
 from epbackend.moe import ExpertParallelMoE

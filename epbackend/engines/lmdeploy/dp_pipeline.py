@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 from epbackend.balance.balancer import BalanceReport
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import balance
-from epbackend.engines.lmdeploy.load_report import LoadReport, SharedStats
+from epbackend.engines.lmdeploy.load.report import LoadReport, SharedStats
 from epbackend.engines.lmdeploy.processes import start_engines, stop_engines
-from epbackend.engines.lmdeploy.requests import check_python_options
+from epbackend.engines.lmdeploy.requests.checks import check_python_options
 from epbackend.engines.placement import warm_splits
 from epbackend.errors import EPError, WorkerError
 from epbackend.placement.placement import Placement

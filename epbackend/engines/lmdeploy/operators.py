@@ -32,7 +32,7 @@ from torch import Tensor
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.engines.lmdeploy import balance
-from epbackend.engines.lmdeploy.load_report import check_room
+from epbackend.engines.lmdeploy.load.report import check_room
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError, UnavailableError
 from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks

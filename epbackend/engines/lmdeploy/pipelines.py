@@ -14,8 +14,8 @@ from epbackend.balance.balancer import BalanceReport
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
-from epbackend.engines.lmdeploy.load_report import LoadReport
-from epbackend.engines.lmdeploy.requests import check_python_options
+from epbackend.engines.lmdeploy.load.report import LoadReport
+from epbackend.engines.lmdeploy.requests.checks import check_python_options
 from epbackend.engines.lmdeploy.state import active, current
 from epbackend.errors import EPError
 from epbackend.placement.placement import Placement

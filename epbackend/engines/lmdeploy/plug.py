@@ -16,7 +16,7 @@ from epbackend.config import EPConfig
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy import balance
 from epbackend.engines.lmdeploy.lmdeploy_config import executor
-from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, SharedStats
+from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.engines.lmdeploy.state import (
     CONFIG_VARIABLE,

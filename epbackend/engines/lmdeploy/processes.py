@@ -15,8 +15,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.load_report import STATS_VARIABLE, SharedStats, record_error
-from epbackend.engines.lmdeploy.process_guard import GRACE_S, descendants, guard_process, kill_all
+from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats, record_error
+from epbackend.engines.lmdeploy.workers.process_guard import GRACE_S, descendants, guard_process, kill_all
 from epbackend.errors import ConfigError
 
 GUARD = 'if __name__ == "__main__":'

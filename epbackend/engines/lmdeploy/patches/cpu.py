@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from epbackend.engines.lmdeploy import torch_cuda_shim
+from epbackend.engines.lmdeploy.devices import torch_cuda_shim
 from epbackend.engines.lmdeploy.patching import Patch, patch
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError

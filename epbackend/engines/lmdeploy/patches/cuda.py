@@ -41,7 +41,7 @@ PATCHES = (
         "lmdeploy.pytorch.engine.engine:EngineChecker",
         "it checks in a spawned process, which must load the plug",
         "cuda",
-        replaced_by("epbackend.engines.lmdeploy.workers:PluggedChecker"),
+        replaced_by("epbackend.engines.lmdeploy.workers.mp:PluggedChecker"),
         "ad6111bb755c",
     ),
     _not_required("deep-ep-not-demanded", "is_deep_ep_installed", "d657b75b1d11"),

@@ -18,9 +18,9 @@ from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError, WorkerError
 
 BACKENDS = {
-    "cpu": "epbackend.engines.lmdeploy.backend_cpu:CpuBackend",
-    "cuda": "epbackend.engines.lmdeploy.backend_cuda:CudaBackend",
-    "ascend": "epbackend.engines.lmdeploy.backend_ascend:AscendBackend",
+    "cpu": "epbackend.engines.lmdeploy.devices.cpu:CpuBackend",
+    "cuda": "epbackend.engines.lmdeploy.devices.cuda:CudaBackend",
+    "ascend": "epbackend.engines.lmdeploy.devices.ascend:AscendBackend",
 }
 """Device -> our backend for it. Each imports what only its own device has."""
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from epbackend.engines.lmdeploy.patching import Patch, patch
-from epbackend.engines.lmdeploy.requests import (
+from epbackend.engines.lmdeploy.requests.checks import (
     ALMOST_ZERO,
     BadRequestError,
     check_generation,
@@ -131,7 +131,7 @@ def stop_words_are_texts(original: Callable) -> Callable:
     fingerprint="3b37d7709dd7",
 )
 def answers_stop_at_texts(original: Callable) -> Callable:
-    from epbackend.engines.lmdeploy.stop_strings import until_stop
+    from epbackend.engines.lmdeploy.requests.stop_strings import until_stop
 
     @functools.wraps(original)
     def generate(self: Any, request: Any, stream_response: bool = True) -> AsyncIterator[Any]:
@@ -159,7 +159,7 @@ def answers_stop_at_texts(original: Callable) -> Callable:
 def engine_inputs_are_checked(original: Callable) -> Callable:
     from lmdeploy.messages import EngineOutput, GenerationConfig, ResponseType
 
-    from epbackend.engines.lmdeploy.logits_processors import NO_TOKEN, for_ranks
+    from epbackend.engines.lmdeploy.requests.logits_processors import NO_TOKEN, for_ranks
 
     @functools.wraps(original)
     async def async_stream_infer(
@@ -217,7 +217,7 @@ def messages_fail_alone(original: Callable) -> Callable:
     fingerprint="3c669a624748",
 )
 def processors_fail_alone(original: Callable) -> Callable:
-    from epbackend.engines.lmdeploy.logits_processors import apply_processors
+    from epbackend.engines.lmdeploy.requests.logits_processors import apply_processors
 
     return apply_processors
 
@@ -229,7 +229,7 @@ def processors_fail_alone(original: Callable) -> Callable:
     fingerprint="c6e081e47f42",
 )
 def failed_processors_are_told(original: Callable) -> Callable:
-    from epbackend.engines.lmdeploy.logits_processors import end_failed
+    from epbackend.engines.lmdeploy.requests.logits_processors import end_failed
 
     @functools.wraps(original)
     async def step_postprocess_with_output(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -242,7 +242,7 @@ def failed_processors_are_told(original: Callable) -> Callable:
 
 def _with_no_token(original: Callable, place: int) -> Callable:
     """The function with NO_TOKEN for its argument at `place`, the id that it pads with."""
-    from epbackend.engines.lmdeploy.logits_processors import NO_TOKEN
+    from epbackend.engines.lmdeploy.requests.logits_processors import NO_TOKEN
 
     @functools.wraps(original)
     def padded(*args: Any) -> Any:

@@ -15,11 +15,11 @@ from lmdeploy.serve.openai.protocol import ChatCompletionRequest, GenerateReqInp
 from lmdeploy.serve.utils.server_utils import protocol_error_response
 from starlette.responses import JSONResponse
 
-from epbackend.engines.lmdeploy import completions
-from epbackend.engines.lmdeploy.logits_processors import logit_bias, output_penalties
 from epbackend.engines.lmdeploy.patching import Patch, patch
-from epbackend.engines.lmdeploy.requests import BadRequestError, check_body
-from epbackend.engines.lmdeploy.token_logprobs import chat_logprobs, showing
+from epbackend.engines.lmdeploy.requests import completions
+from epbackend.engines.lmdeploy.requests.checks import BadRequestError, check_body
+from epbackend.engines.lmdeploy.requests.logits_processors import logit_bias, output_penalties
+from epbackend.engines.lmdeploy.requests.token_logprobs import chat_logprobs, showing
 
 _SERVER = "lmdeploy.serve.openai.api_server"
 _CHAT = "lmdeploy.serve.openai.chat_completions.serving"

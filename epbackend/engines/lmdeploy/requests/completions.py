@@ -38,9 +38,9 @@ from lmdeploy.serve.utils.request_cleanup import cleanup_result_generators, with
 from lmdeploy.serve.utils.server_utils import validate_json_request
 from pydantic import StrictInt
 
-from epbackend.engines.lmdeploy.logits_processors import logit_bias, output_penalties
-from epbackend.engines.lmdeploy.requests import DISAGGREGATION, BadRequestError, vocabulary_size
-from epbackend.engines.lmdeploy.token_logprobs import completion_logprobs
+from epbackend.engines.lmdeploy.requests.checks import DISAGGREGATION, BadRequestError, vocabulary_size
+from epbackend.engines.lmdeploy.requests.logits_processors import logit_bias, output_penalties
+from epbackend.engines.lmdeploy.requests.token_logprobs import completion_logprobs
 
 TokenIds = list[StrictInt]
 

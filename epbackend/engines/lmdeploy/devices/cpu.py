@@ -20,7 +20,7 @@ from lmdeploy.pytorch.backends.multinomial_sampling import (
 from lmdeploy.pytorch.devices import DeviceContext, get_device_manager
 from torch import Tensor
 
-from epbackend.engines.lmdeploy.attention import AttentionPlan, PagedAttention, plan_attention
+from epbackend.engines.lmdeploy.devices.cpu_attention import AttentionPlan, PagedAttention, plan_attention
 from epbackend.engines.lmdeploy.operators import ExpertsMixin
 
 

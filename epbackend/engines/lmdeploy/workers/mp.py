@@ -32,13 +32,13 @@ from lmdeploy.pytorch.engine.executor.mp_executor import (
 )
 
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.load_report import last_error, rank_row, record_error
+from epbackend.engines.lmdeploy.load.report import last_error, rank_row, record_error
 from epbackend.engines.lmdeploy.plug import set_threads
-from epbackend.engines.lmdeploy.process_guard import GRACE_S, descendants, guard_process, kill_all
 from epbackend.engines.lmdeploy.processes import check_starts
-from epbackend.engines.lmdeploy.rank_watch import LOOK_S, judge, look_at
-from epbackend.engines.lmdeploy.ring import off_loop
 from epbackend.engines.lmdeploy.state import active
+from epbackend.engines.lmdeploy.workers.process_guard import GRACE_S, descendants, guard_process, kill_all
+from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, judge, look_at
+from epbackend.engines.lmdeploy.workers.ring import off_loop
 from epbackend.errors import ENGINE_FAILED, WorkerError
 
 logger = logging.getLogger("lmdeploy")

@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 
 from epbackend.engines.lmdeploy.patching import Patch, Patches
-from epbackend.engines.lmdeploy.process_guard import descendants, kill_all
-from epbackend.engines.lmdeploy.rank_watch import LOOK_S, STOPPED, process_state
+from epbackend.engines.lmdeploy.workers.process_guard import descendants, kill_all
+from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, STOPPED, process_state
 
 logger = logging.getLogger("epbackend")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epbackend.engines.lmdeploy.load_report import PULSE_PHASES
-from epbackend.engines.lmdeploy.pulse import WAITS, where
+from epbackend.engines.lmdeploy.load.report import PULSE_PHASES
+from epbackend.engines.lmdeploy.workers.pulse import WAITS, where
 
 LOOK_S = 0.25
 SETTLE_S = 1.0

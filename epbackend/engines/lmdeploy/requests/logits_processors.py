@@ -15,7 +15,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from epbackend.engines.lmdeploy.requests import BadRequestError
+from epbackend.engines.lmdeploy.requests.checks import BadRequestError
 
 logger = logging.getLogger("lmdeploy")
 

@@ -16,10 +16,9 @@ from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.front import Front
-from epbackend.engines.lmdeploy.guard import Guard, looking_out, signals_unwind
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
-from epbackend.engines.lmdeploy.load_report import SharedStats, last_error
+from epbackend.engines.lmdeploy.load.recording import Recording, recording_server
+from epbackend.engines.lmdeploy.load.report import SharedStats, last_error
 from epbackend.engines.lmdeploy.processes import (
     LOOPBACK,
     POLL_S,
@@ -30,7 +29,8 @@ from epbackend.engines.lmdeploy.processes import (
     start_server,
     stop_engines,
 )
-from epbackend.engines.lmdeploy.recording import Recording, recording_server
+from epbackend.engines.lmdeploy.server.front import Front
+from epbackend.engines.lmdeploy.server.guard import Guard, looking_out, signals_unwind
 from epbackend.engines.lmdeploy.state import active
 from epbackend.engines.placement import warm_splits
 from epbackend.errors import ENGINE_FAILED, EngineFailedError, WorkerError
@@ -180,7 +180,7 @@ def _serve_balanced(
 ) -> None:
     import uvicorn
 
-    from epbackend.engines.lmdeploy.reverse_proxy import ReverseProxy
+    from epbackend.engines.lmdeploy.server.reverse_proxy import ReverseProxy
 
     tls: dict[str, Any] = {}
     if kwargs.pop("ssl", False):  # here, and not between us and the engines

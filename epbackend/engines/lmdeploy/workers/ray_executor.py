@@ -18,10 +18,10 @@ from lmdeploy.pytorch.devices import get_device_manager
 from lmdeploy.pytorch.engine.executor.ray_executor import RayExecutor, RayWorkerWrapper
 
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.load_report import last_error, rank_row
+from epbackend.engines.lmdeploy.load.report import last_error, rank_row
 from epbackend.engines.lmdeploy.plug import set_threads
-from epbackend.engines.lmdeploy.rank_watch import LOOK_S, RankState, judge, look_at
 from epbackend.engines.lmdeploy.state import active
+from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, RankState, judge, look_at
 from epbackend.errors import WorkerError
 
 logger = logging.getLogger("lmdeploy")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epbackend.engines.lmdeploy.load_report import MAX_LAYERS, RANK, STEPS, rank_row
+from epbackend.engines.lmdeploy.load.report import MAX_LAYERS, RANK, STEPS, rank_row
 from epbackend.moe import ExpertParallelMoE
 
 LINES = MAX_LAYERS

@@ -28,7 +28,7 @@ import numpy as np
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from epbackend.engines.lmdeploy.load_report import PULSE_PHASES, RANK, rank_row, record_error
+from epbackend.engines.lmdeploy.load.report import PULSE_PHASES, RANK, rank_row, record_error
 
 logger = logging.getLogger("epbackend")
 
