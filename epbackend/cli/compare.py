@@ -25,7 +25,7 @@ def compare(
     ] = "tokens",
     node_size: Annotated[int, typer.Option(help="Ranks a node; 0: one node.")] = 0,
     search_ms: Annotated[float, typer.Option(help="Milliseconds a layer for algorithms that search.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of searches and of noisy batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of searches and of noisy batches.")] = 0,
     plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out/compare.png"),
     as_json: JsonOption = False,
 ) -> None:

@@ -55,7 +55,7 @@ def plan(
         Path | None,
         typer.Option(help="The placement in use: incremental starts from it, and moves are counted."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of searches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of searches.")] = 0,
     extra: Annotated[
         list[str] | None,
         typer.Option(

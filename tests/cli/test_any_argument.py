@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from epbackend.cli import app
-from epbackend.names import PLANNERS
+from epbackend.names import PLANNERS, SPLITS
 from epbackend.placement.formats import LOADS, PLACEMENTS, write
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
@@ -43,6 +43,12 @@ OPTIONS = {
     "compare": {
         "--ranks": anything, "--slots": anything, "--objective": objectives, "--node-size": anything,
         "--search-ms": st.sampled_from(["0", "1", "-1", "nan", "inf"]), "--seed": anything, "--json": st.none(),
+    },
+    "simulate": {
+        "--ranks": anything, "--slots": anything, "--model": st.sampled_from(["deepseek-v3", "kimi-k2", "", "x"]),
+        "--tokens": anything, "--steps": anything, "--cycles": st.one_of(st.sampled_from(["0", "1", "3"]), texts),
+        "--split": st.sampled_from([*SPLITS, "", "x"]), "--node-size": anything, "--threshold": texts,
+        "--max-slots": anything, "--max-bytes": anything, "--json": st.none(),
     },
     "show": {"--ranks": anything},
     "convert": {
@@ -92,7 +98,7 @@ def calls(draw):
 def test_no_command_ends_in_a_traceback(folder, call):
     command, files, words = call
     paths = [str(folder / name) for name in files]
-    plot = ["--plot", str(folder / "out" / "plot.png")] if command in ("compare", "show") else []
+    plot = ["--plot", str(folder / "out" / "plot.png")] if command in ("compare", "show", "simulate") else []
     options = [word.replace("placement.json", str(folder / "placement.json")) for word in words]
     result = CliRunner().invoke(app, [command, *paths, *options, *plot])
     assert result.exception is None or isinstance(result.exception, SystemExit), (call, result.exception)
