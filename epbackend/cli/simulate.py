@@ -31,13 +31,11 @@ def simulate(
         str | None,
         typer.Option(help=f"Whose experts: {', '.join(MODELS)}. [default: by the number of experts]"),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens that each rank brings to a step.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of a cycle.")] = STEPS,
+    tokens: Annotated[int, typer.Option(help="Tokens that each rank brings to a step.")] = 128,
+    steps: Annotated[int, typer.Option(help="Steps of a cycle.")] = STEPS,
     cycles: Annotated[
         int,
-        typer.Option(
-            min=1, max=1000, help="Cycles from each window to the next, the load going over evenly."
-        ),
+        typer.Option(max=1000, help="Cycles from each window to the next, the load going over evenly."),
     ] = 1,
     split: Annotated[str, typer.Option(help="How replicas share tokens: even, nearest or level.")] = "even",
     node_size: Annotated[
