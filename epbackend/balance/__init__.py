@@ -1,4 +1,4 @@
-"""Balance while serving: watch the experts' load, plan anew where it pays, move experts while the engine goes on.
+"""Balance while serving: watch the experts' load, plan again where it pays, move experts while the engine goes on.
 
 - `forecast` foretells the coming window, `decision` says when a new placement pays, and which; `planner` runs them
   in a process of its own.

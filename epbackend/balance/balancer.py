@@ -1,6 +1,6 @@
 """The parent's part: a thread that watches the loads, asks the planner, and has the ranks move experts.
 
-It serves nobody: the loads are those that the load report keeps anyway, planning is another process's work, and the
+It serves no request: the loads are those that the load report keeps anyway, planning is another process's work, and the
 ranks stage in threads of their own. What goes wrong is logged and reported, and serving goes on with the placement that
 is in use.
 """

@@ -1,4 +1,4 @@
-"""How the parent and the ranks of one machine agree on a migration: words in shared memory, and nobody waits.
+"""How the parent and the ranks of one machine agree on a migration: words in shared memory, without waiting.
 
     parent   publishes migration n                          -> every rank
     rank     stages it in a thread, answers n, or -n        -> rank 0 and the parent

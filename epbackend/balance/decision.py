@@ -1,6 +1,6 @@
 """Whether it pays to move experts, and which: a `Rebalancer` sees the loads window by window, and proposes a placement.
 
-A layer is planned anew, by the steps of the planner `incremental`, where the experts' time that a step is expected to
+A layer is planned again, by the steps of the planner `incremental`, where the experts' time that a step is expected to
 save is worth more than what moving them takes. The loads to plan for are foretold (`forecast`); the gain is judged on
 the recent windows where these vary by chance. Layers that bring most for each moved slot come first, until the budget
 of a cycle is spent; the last of them is changed as far as the budget goes.

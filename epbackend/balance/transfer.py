@@ -1,6 +1,6 @@
 """The bytes of experts on their way between the ranks of one machine, beside the serving collectives.
 
-The ranks meet at a store of their own and connect by gloo in a process group that nobody else uses: no collective of
+The ranks meet at a store of their own and connect by gloo in a process group of their own: no collective of
 the engine waits for a migration. After any failure the connections are thrown away, since half a message may be in
 them; the next migration makes new ones.
 

@@ -141,7 +141,7 @@ def check_checkpoint(path: str, *, weights: bool = True) -> None:
     _check_experts(types, settings, path)
     if quantization(settings) is None and (odd := [name for name in types if types[name] in QUANTIZED_TYPES]):
         raise UnavailableError(
-            f"{path}: config.json has no quantization_config, but {_listed(odd)} are stored as {types[odd[0]]}; "
+            f"{path}: config.json has no quantization_config, but {listed(odd)} are stored as {types[odd[0]]}; "
             "use the config.json that belongs to these weights"
         )
 
@@ -188,7 +188,7 @@ def _check_safetensors(folder: Path) -> dict[str, str] | None:
         found = safetensors_types(folder / file)
         if missing := [name for name in promised if name not in found]:
             raise UnavailableError(
-                f"{folder / file} lacks {_listed(missing)}, which {SAFETENSORS + INDEX} promises; download both again"
+                f"{folder / file} lacks {listed(missing)}, which {SAFETENSORS + INDEX} promises; download both again"
             )
         types |= found
     return types
@@ -229,7 +229,7 @@ def _shards(index: Path) -> dict[str, list[str]]:
         raise UnavailableError(f"{index} is no index: it must map tensors to files (weight_map)") from None
     if missing := [file for file in promised if not (index.parent / file).is_file()]:
         raise UnavailableError(
-            f"{index.parent} lacks {_listed(missing)} of the {len(promised)} files in {index.name}; download them"
+            f"{index.parent} lacks {listed(missing)} of the {len(promised)} files in {index.name}; download them"
         )
     return dict(sorted(promised.items()))
 
@@ -251,7 +251,7 @@ def _check_experts(names: Iterable[str], settings: Mapping[str, Any], path: str)
         if lacking := [str(each) for each in range(experts) if of_expert.get(str(each)) != whole]:
             missing = sorted(whole - of_expert.get(lacking[0], set()))
             raise UnavailableError(
-                f"{path}: {layer} lacks {_listed(missing)} of experts {_listed(lacking)}, and config.json says "
+                f"{path}: {layer} lacks {listed(missing)} of experts {listed(lacking)}, and config.json says "
                 f"{experts} experts; download the checkpoint again"
             )
 
@@ -280,7 +280,8 @@ def _too_short(file: Path, size: int) -> str:
     return f"{file} {what} ({size:,} bytes)"
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first SHOWN names; more are counted."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -23,11 +23,10 @@ import torch
 from lmdeploy.pytorch.weight_loader.model_weight_loader import default_weight_loader
 from torch import Tensor, nn
 
+from epbackend.engines.lmdeploy.checkpoint import listed
 from epbackend.engines.lmdeploy.operators import LayerExperts
 from epbackend.errors import ConfigError
 
-SHOWN = 5
-"""Names in one message; more are counted."""
 MATRICES = {"gate_up": ("gate", "up"), "down": ("down",)}
 """LMDeploy's module of an expert's weights, and the pieces that it is loaded in."""
 
@@ -120,11 +119,11 @@ class WeightCheck:
                 self._check_numbers(name, experts, loaded.parameter)
         if missing:
             raise ConfigError(
-                f"{self._path}: the checkpoint lacks {_some(missing)}; download it again, or use the original one"
+                f"{self._path}: the checkpoint lacks {listed(missing)}; download it again, or use the original one"
             )
         if twice:
             raise ConfigError(
-                f"{self._path}: the checkpoint holds {_some(twice)} more than once; remove the files that are not in "
+                f"{self._path}: the checkpoint holds {listed(twice)} more than once; remove the files that are not in "
                 "its index"
             )
 
@@ -135,7 +134,7 @@ class WeightCheck:
                 self._words(name, {"expert_id": experts.experts[slot]})
                 for slot in bad_L.nonzero().flatten().tolist()
             ]
-            raise ConfigError(f"{self._path}: {_some(words)} holds NaN or infinity; use another checkpoint")
+            raise ConfigError(f"{self._path}: {listed(words)} holds NaN or infinity; use another checkpoint")
 
     def _check_others(self) -> None:
         pieces_of: defaultdict[str, set[Piece]] = defaultdict(set)
@@ -152,11 +151,11 @@ class WeightCheck:
                 missing.append(" ".join([name, *map(str, piece)]))
         if missing:
             raise ConfigError(
-                f"{self._path}: the checkpoint lacks {_some(missing)}, which its other layers have; download it again, "
-                "or use the original one"
+                f"{self._path}: the checkpoint lacks {listed(missing)}, which its other layers have; download it "
+                "again, or use the original one"
             )
         if unknown:
-            logger.info("%s: not in the checkpoint: %s", self._path, _some(unknown))
+            logger.info("%s: not in the checkpoint: %s", self._path, listed(unknown))
 
     def _words(self, name: str, said: dict[str, Any]) -> str:
         experts = self._experts.get(name)
@@ -195,8 +194,3 @@ def _is_dummy(model: nn.Module, name: str) -> bool:
 def _in_any_layer(name: str) -> str:
     """The same name for the parameter of all layers."""
     return re.sub(r"\.\d+\.", ".*.", name)
-
-
-def _some(words: list[str]) -> str:
-    more = len(words) - SHOWN
-    return ", ".join(words[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -339,7 +339,7 @@ class Answer:
 
 
 async def _cancelled(tasks: list[asyncio.Task]) -> None:
-    """Ends those that still run: where one choice failed nobody waits for the others."""
+    """Ends those that still run: where one choice failed the others are not waited for."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -46,7 +46,7 @@ class Pulse:
     """The marks of this process's rank."""
 
     def __init__(self, timeout_s: float, end: Callable[[], None] = lambda: os._exit(1)) -> None:
-        """`end` is what happens when a step is stuck and nobody else has ended this process."""
+        """`end` is what happens when a step is stuck and this process has not been ended."""
         self._timeout_s, self._end = timeout_s, end
         # Marks are taken before anything watches them, by layers in warm-up: kept here, and shared from `start` on.
         self._row: Any = np.zeros(1, RANK)[0]
