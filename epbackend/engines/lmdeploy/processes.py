@@ -19,6 +19,9 @@ from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats, 
 from epbackend.engines.lmdeploy.workers.process_guard import GRACE_S, descendants, guard_process, kill_all
 from epbackend.errors import ConfigError
 
+ENGINE_VARIABLE = "EPBACKEND_ENGINE"
+"""The number of an engine among those that one process started."""
+
 GUARD = 'if __name__ == "__main__":'
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.2
@@ -54,17 +57,21 @@ def start_engines(
 ) -> list[BaseProcess]:
     """Starts `target(*arguments_of_its_rank)` in a process for each of the dp engines.
 
-    The processes end with their parent. They meet at a port of the loopback interface.
+    The processes end with their parent. Their ranks meet at a port of this machine.
     """
     environment = {
-        "LMDEPLOY_DP_MASTER_ADDR": LOOPBACK,
+        "LMDEPLOY_DP_MASTER_ADDR": own_address(),
         "LMDEPLOY_DP_MASTER_PORT": str(free_port()),
         STATS_VARIABLE: board.variable,
     }
     context = multiprocessing.get_context("spawn")
     # Not daemons: an API server starts a process for its engine.
     processes: list[BaseProcess] = [
-        context.Process(target=_run, args=(environment, target, each), name=f"epbackend-engine-{dp_rank}")
+        context.Process(
+            target=_run,
+            args=(environment | {ENGINE_VARIABLE: str(dp_rank)}, target, each),
+            name=f"epbackend-engine-{dp_rank}",
+        )
         for dp_rank, each in enumerate(arguments)
     ]
     for process in processes:
@@ -100,6 +107,27 @@ def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0, *, at_o
             process.kill()
             process.join()
     kill_all(started_by_them)
+
+
+def own_address() -> str:
+    """By which ranks find this machine: as the cluster that RAY_ADDRESS names sees it, else by the loopback interface.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names no host.
+    """
+    cluster = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = cluster.rpartition(":")
+    if not host or not port.isdigit():  # "auto": the cluster of this machine
+        return LOOPBACK
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing, and chooses the interface
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={cluster}: {error.strerror}; it is HOST:PORT of the cluster's head"
+        ) from error
 
 
 def free_port() -> int:

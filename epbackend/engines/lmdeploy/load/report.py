@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from threading import Lock
@@ -255,6 +256,11 @@ def rank_row(rank: int) -> np.ndarray | None:
     return None if rows is None else rows[rank]
 
 
+@cache
+def _tell_of_another_machine(rank: int) -> None:
+    logger.warning("rank %d runs on another machine than its parent: its load is not reported", rank)
+
+
 def all_rows(rank: int) -> np.ndarray | None:
     """The rows of all ranks, for the one that asks; None without a segment."""
     ranks, _, name = os.environ.get(STATS_VARIABLE, "").partition(":")
@@ -262,6 +268,6 @@ def all_rows(rank: int) -> np.ndarray | None:
         return None
     path = Path("/dev/shm") / name
     if not path.exists():
-        logger.warning("rank %d runs on another machine than its parent: its load is not reported", rank)
+        _tell_of_another_machine(rank)
         return None
     return np.memmap(path, RANK, mode="r+", shape=int(ranks))

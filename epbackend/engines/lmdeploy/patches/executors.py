@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
+
+import torch.distributed as dist
 
 from epbackend.engines.lmdeploy.patching import Patch, built_by, patch, replaced_by
 from epbackend.engines.lmdeploy.state import active
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, WorkerError
+
+MEETING_S = 300.0
+"""Ranks on other machines may start that much later than the first, where `timeout_s` is less."""
 
 _OURS = "epbackend.engines.lmdeploy"
 _MP = "lmdeploy.pytorch.engine.executor.mp_executor"
@@ -82,7 +89,39 @@ def ray_ranks(original: Callable) -> Callable:
     return init_distributed_environment_by_device
 
 
+@patch(
+    "lmdeploy.pytorch.engine.executor.base_worker:init_process_group",
+    why="it waits 97 years for a rank that does not come or cannot be reached",
+    when="always",
+    fingerprint="13128dfd0c05",
+)
+def ranks_meet_in_time(original: Callable) -> Callable:
+    from lmdeploy.pytorch.engine.executor import dist_utils
+
+    from epbackend.engines.lmdeploy.workers.pulse import limit_groups
+
+    @functools.wraps(original)
+    def init_process_group(rank: int, world_size: int) -> None:
+        seconds = max(active().config.timeout_s, MEETING_S)
+        theirs = dist_utils.timedelta
+        dist_utils.timedelta = lambda **_: timedelta(seconds=seconds)
+        try:
+            original(rank, world_size)
+        except dist.DistError as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise WorkerError(
+                f"rank {rank} has not met the {world_size - 1} others at {place} within {seconds:g} s: {error}"
+            ) from error
+        finally:
+            dist_utils.timedelta = theirs
+        # Until the first step: ranks may wait long for one that still loads.
+        limit_groups(theirs(days=35600).total_seconds())
+
+    return init_process_group
+
+
 PATCHES = (
+    ranks_meet_in_time,
     Patch(
         "mp-process",
         f"{_MP}:ExecutorProc",

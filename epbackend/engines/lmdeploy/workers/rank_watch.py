@@ -111,8 +111,8 @@ def judge(ranks: Sequence[RankState], timeout_s: float, *, failed: bool = False)
         return (
             f"rank {worst.rank} {how} for {worst.silent_s:.0f} s, in {worst.where} (timeout_s {timeout_s:g})"
         )
-    if ended:
-        return _failed(ended[0])
+    if told := ended or [each for each in ranks if failed and each.said]:
+        return _failed(told[0])
     if not late:
         return None
     busy = [each for each in late if not each.place.startswith(WAITS)]

@@ -9,20 +9,24 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import ray
 import torch.distributed as dist
+from lmdeploy.pytorch import ray as cluster
 from lmdeploy.pytorch.devices import get_device_manager
 from lmdeploy.pytorch.engine.executor.ray_executor import RayExecutor, RayWorkerWrapper
 
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.load.report import last_error, rank_row
+from epbackend.engines.lmdeploy.load.report import last_error, rank_row, record_error
 from epbackend.engines.lmdeploy.plug import set_threads
+from epbackend.engines.lmdeploy.processes import ENGINE_VARIABLE
 from epbackend.engines.lmdeploy.state import active
 from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, RankState, judge, look_at
-from epbackend.errors import WorkerError
+from epbackend.errors import ConfigError, WorkerError
 
 logger = logging.getLogger("lmdeploy")
 
@@ -38,6 +42,7 @@ class PluggedRayWorker(RayWorkerWrapper):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         plug.enable_worker()
         set_threads()
+        _choose_interface()
         super().__init__(*args, **kwargs)
 
     def warmup_dist(self) -> None:
@@ -51,6 +56,13 @@ class PluggedRayWorker(RayWorkerWrapper):
         active().pulse.start(self.rank)
         super().start()
 
+    async def wait_tasks(self) -> None:
+        try:
+            await super().wait_tasks()
+        except Exception as error:
+            record_error(self.rank, _cause_of(error))
+            raise
+
 
 class WatchedRayExecutor(RayExecutor):
     """The engine's end: fails, naming the rank, when one on this machine has ended or does not move on.
@@ -58,16 +70,36 @@ class WatchedRayExecutor(RayExecutor):
     A rank on another machine ends by itself when it is stuck, and Ray tells that it did.
     """
 
+    _failed = False
+
     def start(self, forward_event: asyncio.Event) -> None:
         super().start(forward_event)
         self._released = threading.Event()
         active().suspect = lambda: judge(self._ranks(), active().config.timeout_s, failed=True)
         threading.Thread(target=self._watch, name="epbackend-watch", daemon=True).start()
 
+    async def wait_tasks(self) -> None:
+        """Fails as soon as a rank does: LMDeploy's own tells its clients after it has waited for all to be closed."""
+        try:
+            await super().wait_tasks()
+        except Exception as error:
+            text = judge(self._ranks(), active().config.timeout_s, failed=True) or _cause_of(error)
+            self._fail(text)
+            raise
+
+    def stop(self) -> None:
+        if not self._failed:
+            super().stop()
+
     def release(self) -> None:
         if hasattr(self, "_released"):  # it had started
             self._released.set()
-        super().release()
+        if self._failed:
+            for worker in self.workers:
+                ray.kill(worker)
+            self.ray_ctx.shutdown()
+        else:
+            super().release()
 
     def _watch(self) -> None:
         timeout_s = active().config.timeout_s
@@ -76,7 +108,16 @@ class WatchedRayExecutor(RayExecutor):
             if self._released.wait(LOOK_S):
                 return
             text = judge(self._ranks(), timeout_s)
-        failure = WorkerError(f"{text}. The other ranks were stopped; the log above tells more.")
+        self._fail(text)
+
+    def _fail(self, text: str) -> None:
+        """Ends the engine. No rank is asked for anything any more: Ray waits for one that does not answer."""
+        if self._failed:
+            return
+        self._failed = True
+        elsewhere = [str(each.rank) for each in self._ranks() if not each.process]
+        hint = f" Ranks on other machines, perhaps cut off: {', '.join(elsewhere)}." if elsewhere else ""
+        failure = WorkerError(f"{text}.{hint} The other ranks were stopped; the log above tells more.")
         logger.error(str(failure))
         # Ray waits without end for one that is stopped.
         for rank in self._ranks():
@@ -95,6 +136,11 @@ class WatchedRayExecutor(RayExecutor):
         ]
 
 
+def _cause_of(error: Exception) -> str:
+    cause = getattr(error, "cause", error)  # Ray's error holds the worker's whole traceback
+    return f"{type(cause).__name__}: {cause}"
+
+
 def resource_of(original: Callable) -> Callable:
     """`get_device_str` that knows the CPU too."""
 
@@ -106,16 +152,76 @@ def resource_of(original: Callable) -> Callable:
 
 
 def private_cluster(original: Callable) -> Callable:
-    """`init_ray_cluster` that starts a cluster of ours where the ranks run on CPUs and no cluster is named."""
+    """`init_ray_cluster` that starts a cluster of ours where the ranks run on CPUs and no cluster is named.
+
+    In one that RAY_ADDRESS names, the engines that one process started are spread over the machines. LMDeploy pins each
+    to the machine of its own process, which is the same for all of them.
+    """
 
     def init_ray_cluster(
         world_size: int, ray_address: str | None = None, dp: int = 1, device_type: str = "cuda"
     ) -> Any:
         if device_type == "cpu":
             _start_cluster(world_size, ray_address)
-        return original(world_size, ray_address, dp, device_type)
+        if "RAY_ADDRESS" not in os.environ:
+            return original(world_size, ray_address, dp, device_type)
+        ray.init(address=ray_address, ignore_reinit_error=True)
+        resource = cluster.get_device_str(device_type)
+        _check_room(resource)
+        with _pinned_to(_node_of(int(os.environ.get(ENGINE_VARIABLE, 0)), world_size, resource)):
+            return original(world_size, ray_address, dp, device_type)
 
     return init_ray_cluster
+
+
+def _check_room(resource: str) -> None:
+    """LMDeploy waits half an hour for a cluster that has room."""
+    config, room = active().config, int(ray.cluster_resources().get(resource, 0))
+    if room < config.world_size:
+        raise ConfigError(
+            f"ep_size, engine.dp and engine.tp ask for {config.world_size} ranks, and the cluster at RAY_ADDRESS has "
+            f"{room} {resource}: start ray on more machines (ranks on CPUs: --resources '{{\"{CPU_RESOURCE}\": 2}}')"
+        )
+    here = ray.util.get_node_ip_address()
+    nodes = [node for node in ray.nodes() if node["NodeManagerAddress"] == here and node["Alive"]]
+    if config.balance.on and sum(node["Resources"].get(resource, 0) for node in nodes) < config.world_size:
+        raise ConfigError(
+            "balance.on moves experts within one machine, and this one has no room for all ranks: turn it off"
+        )
+
+
+def _node_of(engine: int, ranks: int, resource: str) -> str:
+    """The address of the machine for this engine: this one is filled first, then the others."""
+    here = ray.util.get_node_ip_address()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    for node in sorted(nodes, key=lambda node: (node["NodeManagerAddress"] != here, node["NodeID"])):
+        engines = int(node["Resources"].get(resource, 0)) // ranks
+        if engine < engines:
+            return node["NodeManagerAddress"]
+        engine -= engines
+    return here  # none has room for a whole engine: Ray spreads its ranks
+
+
+@contextmanager
+def _pinned_to(address: str) -> Iterator[None]:
+    """LMDeploy pins an engine's first rank to the machine that it takes for its own."""
+    found = ray.util.get_node_ip_address
+    ray.util.get_node_ip_address = lambda _=None: address
+    try:
+        yield
+    finally:
+        ray.util.get_node_ip_address = found
+
+
+def _choose_interface() -> None:
+    """gloo uses the interface by which Ray's other machines reach this one, unless the user names one.
+
+    By itself it takes what the host's name stands for, often the loopback interface, where no other machine finds it.
+    """
+    address = ray.util.get_node_ip_address()
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _start_cluster(ranks: int, address: str | None) -> None:
