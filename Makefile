@@ -11,8 +11,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := requirements/cpu.txt requirements/lmdeploy.txt pyproject.toml
 READY := $(VENV)/.ready
 NPU_WHEEL := .torch-npu
-# Two workers, each with a file at a time: tests start engines of up to four processes themselves.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Two workers, each with a file at a time: tests start engines of up to four processes themselves. A thread each: more
+# than there are cores would burn them by waiting for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 CUDA_TESTS := tests/cuda tests/symmetric tests/contract
 # Triton decides when a kernel is defined whether it will be interpreted, so this is a run of its own.
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) $(CUDA_TESTS) tests/engines --hypothesis-profile interpreter

@@ -75,6 +75,18 @@ def test_the_readme_names_the_commands_and_options_that_there_are():
             assert re.search(rf"\b{name}\b|{option}\b", source + shared), (command, option)
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "docker").iterdir()), ids=lambda path: path.name)
+def test_an_image_is_set_up_by_a_target_or_extras_that_there_are_and_runs_as_another_user(file):
+    text = file.read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"RUN make ([a-z-]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    for extras in re.findall(r"\.\[([a-z,]+)\]", text):
+        assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert "\nUSER 65534\n" in text
+
+
 def test_the_layers_are_those_of_the_linter_in_its_order():
     linter = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     (layers,) = (contract["layers"] for contract in linter["contracts"] if contract["type"] == "layers")
