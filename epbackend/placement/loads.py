@@ -16,8 +16,8 @@ import numpy as np
 from epbackend.errors import ConfigError
 
 NUMBERING, ORIGINAL = "numbering", "original"
-"""The key under which files say by whose numbers experts are counted, and its value for a checkpoint as it was released;
-that of a renumbered one is its name (see `renumbering`)."""
+"""The key under which files say by whose numbers experts are counted, and its value for a checkpoint as it was
+released; that of a renumbered one is its name (see `renumbering`)."""
 MOST_TOKENS = 2**48
 """Of one expert in a window; the sum over a whole model then fits int64."""
 

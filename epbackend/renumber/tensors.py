@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint carry the numbers of experts: in their names, or in their rows.
 
-An expert stored by itself carries its number in its tensors' names (`...experts.17.down_proj.weight`), quantised or not,
-scales and packed forms too. Tensors that stack all experts, the router's weight, and what is added to its scores carry
-them in the rows. What stands beside experts and is of no known form is refused: it might carry numbers.
+An expert stored by itself carries its number in its tensors' names (`...experts.17.down_proj.weight`), whether they are
+quantised or not, scales and packed forms too. Tensors that stack all experts, the router's weight, and what is added to
+its scores carry them in the rows. What stands beside experts and is of no known form is refused: it might carry numbers.
 """
 
 from __future__ import annotations
@@ -147,17 +147,11 @@ def _single(tensor: StoredTensor) -> bool:
 
 
 def _check_whole(block: Block, experts: int) -> None:
-    """Raises ConfigError for a block without a router, or without all of its experts."""
+    """Raises ConfigError for a block without a router, or without weights of its experts."""
     if not block.router:
         raise ConfigError(
             f"{block.name}: has experts, but no router of its own with {experts} rows (gate.weight, router.weight); "
             "it is of an unknown form, or tied to another layer's, and cannot be renumbered"
-        )
-    whole = set().union(*block.parts.values())
-    if lacking := [expert for expert in range(experts) if block.parts and block.parts[expert] != whole]:
-        raise ConfigError(
-            f"{block.name}: expert {lacking[0]} lacks {listed(sorted(whole - block.parts[lacking[0]]))}; download the "
-            "checkpoint again"
         )
     if not (block.parts or block.stacked):
         raise ConfigError(f"{block.name}: holds no weights of its experts; they cannot be renumbered")
