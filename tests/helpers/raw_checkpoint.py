@@ -108,7 +108,7 @@ def write_model(
         for number in used
     }
     for number, title in titles.items():
-        header: dict[str, object] = {"__metadata__": {"format": "pt", "note": "experts.0 \"x\": {"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt", "note": 'experts.0 "x": {'}}
         content = b""
         for name in (name for name in names if file_of[name] == number):
             stored = tensors[name]
@@ -148,6 +148,4 @@ def read_model(folder: Path) -> dict[str, Stored]:
 
 def all_bytes(folder: Path) -> dict[str, bytes]:
     """File -> its content, folders too."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
