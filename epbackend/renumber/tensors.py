@@ -2,7 +2,8 @@
 
 An expert stored by itself carries its number in its tensors' names (`...experts.17.down_proj.weight`), whether they are
 quantised or not, scales and packed forms too. Tensors that stack all experts, the router's weight, and what is added to
-its scores carry them in the rows. What stands beside experts and is of no known form is refused: it might carry numbers.
+its scores carry them in the rows. What stands beside experts and is of no known form is refused, as it might carry
+numbers.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ def blocks_of(tensors: Mapping[str, StoredTensor], experts: int, layers: int) ->
             "cannot be renumbered"
         )
     for name, tensor in tensors.items():
-        if (block := _around(name, found)) is not None:
-            _sort_in(block, name, tensor, experts)
+        if (around := _around(name, found)) is not None:
+            _sort_in(around, name, tensor, experts)
     for block in by_layer.values():
         _check_whole(block, experts)
     return by_layer

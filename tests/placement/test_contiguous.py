@@ -19,9 +19,11 @@ pytestmark = pytest.mark.cpu
 
 @settings(max_examples=15)
 @given(
-    sizes=st.sampled_from([(4, 1, 1), (8, 2, 1), (4, 1, 4), (2, 1, 4), (8, 1, 4), (8, 2, 4), (16, 8, 4), (2, 2, 4), (1, 1, 4)]),
+    sizes=st.sampled_from(
+        [(4, 1, 1), (8, 2, 1), (4, 1, 4), (2, 1, 4), (8, 1, 4), (8, 2, 4), (16, 8, 4), (2, 2, 4), (1, 1, 4)]
+    ),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_every_plan_is_a_permutation_that_keeps_groups_whole(sizes, seed):
     ranks, nodes, groups = sizes
     tokens_YE = np.random.default_rng(seed).lognormal(3, 1, (3, 16)).round()
