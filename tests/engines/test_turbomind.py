@@ -1,4 +1,4 @@
-"""TurboMind from the same config: sizes by its own rules; what it has not is refused by name; no start without a GPU."""
+"""TurboMind from the same config: sizes by its rules; what it has not is refused by name; no start without a GPU."""
 
 from __future__ import annotations
 
