@@ -58,10 +58,10 @@ def plan_order(
     return order_YE
 
 
-def in_blocks(order_YE: np.ndarray, ranks: int, nodes: int = 1) -> Placement:
+def in_blocks(order_YE: np.ndarray, ranks: int) -> Placement:
     """The placement of contiguous blocks of experts in this order."""
     layers = tuple(Layout.of(order_E, ranks, len(order_E)) for order_E in order_YE)
-    return Placement(layers, 0 if nodes == 1 else ranks // nodes, Provenance("contiguous"))
+    return Placement(layers, provenance=Provenance("contiguous"))
 
 
 def _spread(

@@ -100,9 +100,8 @@ class Renumbering:
         if type(experts) is not int or experts < 1 or not isinstance(rows, list) or not rows:
             raise ConfigError('needs "experts", a whole number, and "old_numbers", a list for each layer')
         for layer, row in enumerate(rows):
-            whole = isinstance(row, list) and len(row) == experts and all(type(each) is int for each in row)
-            if row is not None and not whole:
-                raise ConfigError(f"old_numbers[{layer}]: must be null or {experts} whole numbers")
+            if row is not None and not (isinstance(row, list) and len(row) == experts and _experts(row)):
+                raise ConfigError(f"old_numbers[{layer}]: must be null or {experts} experts")
         planned_on, headers = data.get("planned_on"), data.get("headers")
         if not isinstance(planned_on, list) or not all(isinstance(each, str) for each in planned_on):
             raise ConfigError("planned_on: must be a list of texts")
@@ -204,6 +203,11 @@ def _rows_for(number_YE: np.ndarray, layers: int) -> np.ndarray:
             f"layers: {layers}, but the renumbered checkpoint has {len(number_YE)}; use those of the same model"
         )
     return number_YE
+
+
+def _experts(row: list[Any]) -> bool:
+    """Whether these are numbers of experts."""
+    return all(type(each) is int and 0 <= each < len(row) for each in row)
 
 
 def _digest(array: np.ndarray) -> str:

@@ -180,8 +180,8 @@ def plan_renumbering(
         checkpoint,
         order_YE,
         Renumbering(total_YE, tuple(planned_on), before.headers if before else {}),
-        score(in_blocks(in_order_YE, ranks, nodes), loads),
-        score(in_blocks(order_YE, ranks, nodes), loads),
+        score(in_blocks(in_order_YE, ranks), loads),
+        score(in_blocks(order_YE, ranks), loads),
     )
 
 

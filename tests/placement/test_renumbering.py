@@ -18,6 +18,7 @@ from epbackend.placement.renumbering import (
     numbering_of,
     placement_for,
 )
+from epbackend.placement.score import score
 
 pytestmark = pytest.mark.cpu
 
@@ -57,7 +58,7 @@ def test_its_file_gives_it_back(renumbering, tmp_path):
         ),
         (
             '{"format": "epbackend-renumbering", "version": 1, "experts": 2, "old_numbers": [[0, "1"]]}',
-            r"old_numbers\[0\]: must be null or 2 whole numbers",
+            r"old_numbers\[0\]: must be null or 2 experts",
         ),
     ],
 )
@@ -110,6 +111,13 @@ def test_a_placement_of_the_original_is_translated(renumbering, tmp_path):
     assert placement_for(None, planned) is planned
     unknown = Placement((Layout.even(4, 2),) * 2)
     assert placement_for(renumbering, unknown) is unknown
+
+
+def test_a_placement_is_not_judged_by_loads_of_other_numbers(renumbering):
+    planned = plan(loads(numbering=ORIGINAL), ranks=2)
+    assert score(planned, loads()).imbalance_mean == score(planned, loads(numbering=ORIGINAL)).imbalance_mean
+    with pytest.raises(ConfigError, match="but the placement by those of original"):
+        score(planned, loads(NEW_YE, renumbering.name))
 
 
 def test_files_say_whose_numbers_they_count(renumbering, tmp_path):

@@ -102,9 +102,10 @@ def engine_config(config: EPConfig) -> TurbomindEngineConfig:
     }
     try:
         derive_parallel_config(cp=context, **sizes)
-        return TurbomindEngineConfig(**settings | engine.extra)
+        given = {name: value for name, value in settings.items() if value is not None}
+        return TurbomindEngineConfig(**given | engine.extra)
     except (AssertionError, ValueError) as error:
-        raise ConfigError(f"engine.extra: TurboMind refuses it: {error}") from None
+        raise ConfigError(f"engine.extra: TurboMind refuses it: {' '.join(str(error).split())}") from None
 
 
 def parallel_sizes(config: EPConfig) -> dict[str, int]:
@@ -133,7 +134,8 @@ def check_machine(config: EPConfig) -> None:
             "engine.backend: turbomind needs a CUDA GPU, and torch finds none here; write engine.backend: pytorch"
         )
     check_extension()
-    needed = config.world_size // int(str(config.engine.extra.get("nnodes", 1)))
+    nodes = config.engine.extra.get("nnodes", 1)
+    needed = config.world_size // nodes if isinstance(nodes, int) and nodes > 0 else config.world_size
     if here < needed:
         raise UnavailableError(f"engine.backend: turbomind needs {needed} GPUs here, and torch finds {here}")
 
