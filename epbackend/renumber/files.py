@@ -1,13 +1,13 @@
 """Writes a checkpoint whose experts have other numbers: file by file, byte by byte, and whole or not at all.
 
-A file is never in memory as a whole: it is mapped, and copied in pieces. An expert stored by itself stays where it is
-and only its tensors' names change; rows change places.
+No weight is ever in memory: the kernel copies from file to file. An expert stored by itself stays where it is and only
+its tensors' names change; rows change places.
 """
 
 from __future__ import annotations
 
+import errno
 import json
-import mmap
 import os
 import re
 import shutil
@@ -19,7 +19,7 @@ from epbackend.engines.lmdeploy.checkpoint import Header
 from epbackend.errors import ConfigError
 
 PIECE = 1 << 26
-"""Bytes that are written at once."""
+"""Bytes that are copied at once, at most."""
 ALIGNMENT = 8
 """Of the header of a safetensors file."""
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -109,14 +109,16 @@ def write_weights(
     advance: Advance,
 ) -> None:
     """A safetensors file under another header; of the tensors in `rows`, each row i is the old row rows[name][i]."""
-    with source.open("rb") as stream, target.open("wb") as out:
+    with source.open("rb") as stream, target.open("wb", buffering=0) as out:
         out.write(len(new_header).to_bytes(8, "little") + new_header)
-        if not header.tensors or not any(tensor.end for tensor in header.tensors.values()):
-            return
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-            for start, end in _ranges(header, rows, len(view)):
-                for piece in range(start, end, PIECE):
-                    advance(out.write(view[piece : min(end, piece + PIECE)]))
+        for start, end in _ranges(header, rows, os.fstat(stream.fileno()).st_size):
+            while start < end:
+                # The kernel copies, as `cp` lets it: twice as fast as reading and writing.
+                sent = os.sendfile(out.fileno(), stream.fileno(), start, min(end - start, PIECE))
+                if not sent:
+                    raise OSError(errno.EIO, f"{source} became shorter meanwhile")
+                start += sent
+                advance(sent)
 
 
 def copy_rest(source: Path, target: Path, written: set[str]) -> list[str]:
