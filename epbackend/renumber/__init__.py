@@ -216,11 +216,15 @@ def write(plan: Plan, out: Path, progress: Callable[[int, int], None] = silent) 
         old_E = plan.old_YE[layer].tolist()
         names |= block.renamed(old_E)
         rows |= dict.fromkeys(block.rows, old_E)
+    lengths = dict(plan.checkpoint.renumbering.headers) if plan.checkpoint.renumbering else {}
+    undone = lengths if plan.record is None else {}
     changed = [
-        file for file, header in headers.items() if not header.tensors.keys().isdisjoint({*names, *rows})
+        file
+        for file, header in headers.items()
+        if not header.tensors.keys().isdisjoint({*names, *rows})
+        or undone.get(file, header.length) != header.length
     ]
     total = sum((source / file).stat().st_size for file in changed)
-    lengths = dict(plan.checkpoint.renumbering.headers) if plan.checkpoint.renumbering else {}
     done = 0
 
     def advance(more: int) -> None:
@@ -235,8 +239,8 @@ def write(plan: Plan, out: Path, progress: Callable[[int, int], None] = silent) 
             if file not in changed:
                 link(source / file, folder / file)
                 continue
-            new = renamed_header(header.text, names, lengths.get(file) if plan.record is None else None)
-            lengths.setdefault(file, header.data_start - 8)
+            new = renamed_header(header.text, names, undone.get(file))
+            lengths.setdefault(file, header.length)
             write_weights(source / file, folder / file, header, new, rows, advance)
         index = SAFETENSORS + INDEX
         if (source / index).is_file():
@@ -254,8 +258,10 @@ def write(plan: Plan, out: Path, progress: Callable[[int, int], None] = silent) 
 def router_groups(settings: dict[str, Any]) -> int:
     """Groups of experts among which a router chooses first, from config.json; 1 where it has none, or takes all."""
     text = settings.get("text_config") or settings
-    if groups := text.get("router_n_groups") or 0:
-        return max(1, int(groups))
+    if (
+        groups := text.get("router_n_groups") or 0
+    ) > 0:  # LMDeploy's, with as many chosen in each; -1 for none
+        return int(groups)
     groups, chosen = text.get("n_group") or 1, text.get("topk_group") or 0
     return 1 if groups == chosen or text.get("topk_method") == "greedy" else int(groups)
 

@@ -150,7 +150,7 @@ def link(source: Path, target: Path) -> None:
 
 def _ranges(header: Header, rows: Mapping[str, Sequence[int]], size: int) -> Iterator[tuple[int, int]]:
     """The ranges of bytes of a file, in the order in which they are written."""
-    first = header.data_start
+    first = 8 + header.length
     start = first
     moved = sorted((header.tensors[name].start, name) for name in rows if name in header.tensors)
     for begin, name in moved:

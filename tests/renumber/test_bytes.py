@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.placement.loads import Loads
 from epbackend.placement.renumbering import FILE, Renumbering
-from epbackend.renumber import plan_renumbering, plan_undoing, write
+from epbackend.renumber import Checkpoint, Plan, plan_renumbering, plan_undoing, router_groups, write
 from tests.helpers.raw_checkpoint import FORMS, all_bytes, model_of, read_model, write_model
 
 pytestmark = pytest.mark.cpu
@@ -83,6 +83,33 @@ def renumbered(tensors, old_YE):
         else:
             found[name] = stored
     return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups"),
+    [
+        ({}, 1),
+        ({"n_group": 8, "topk_group": 4}, 8),
+        ({"n_group": 8, "topk_group": 8}, 1),  # all of them
+        ({"n_group": 8, "topk_group": 3, "topk_method": "greedy"}, 1),
+        ({"text_config": {"n_group": 4, "topk_group": 2}}, 4),
+        ({"router_n_groups": 4}, 4),
+        ({"router_n_groups": -1, "n_group": 2, "topk_group": 1}, 2),
+    ],
+)
+def test_groups_of_the_router_are_those_that_limit_it(settings, groups):
+    assert router_groups(settings) == groups
+
+
+def test_undoing_in_two_steps_leaves_no_longer_header(tmp_path):
+    model = saved(tmp_path / "old", files=3)
+    there = plan(model)
+    write(there, tmp_path / "new")
+    middle = Checkpoint.read(str(tmp_path / "new"))
+    again = Renumbering(np.tile(np.arange(EXPERTS), (LAYERS + 1, 1)), headers=middle.renumbering.headers)
+    write(Plan(middle, middle.renumbering.new_YE, again), tmp_path / "newer")
+    write(plan_undoing(str(tmp_path / "newer")), tmp_path / "back")
+    assert all_bytes(tmp_path / "back") == all_bytes(model)
 
 
 def test_files_in_which_nothing_changes_are_linked_and_other_weights_left_out(tmp_path):

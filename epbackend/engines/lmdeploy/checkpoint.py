@@ -169,9 +169,9 @@ class Header:
     tensors: Mapping[str, StoredTensor]
 
     @property
-    def data_start(self) -> int:
-        """The first byte of the tensors in the file."""
-        return 8 + len(self.text.encode())
+    def length(self) -> int:
+        """Bytes of the text; 8 more come before it, and the tensors after it."""
+        return len(self.text.encode())
 
 
 def safetensors_header(file: Path) -> Header:
