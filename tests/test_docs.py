@@ -16,8 +16,10 @@ tomllib = pytest.importorskip("tomllib")
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+CHINESE = ROOT / "README.zh-CN.md"
 DOCUMENTS = [
     ROOT / "README.md",
+    CHINESE,
     ROOT / "CHANGELOG.md",
     ROOT / "tests" / "README.md",
     *(ROOT / "docs").glob("*.md"),
@@ -87,6 +89,16 @@ def test_an_image_is_set_up_by_a_target_or_extras_that_there_are_and_runs_as_ano
     assert "\nUSER 65534\n" in text
 
 
+def test_the_chinese_readme_says_what_the_english_one_does():
+    """The same headings, code (but for comments), tables and lists of links, in the same order."""
+    english, chinese = (outline(path.read_text(encoding="utf-8")) for path in (ROOT / "README.md", CHINESE))
+    assert [kind for kind, _ in chinese] == [kind for kind, _ in english]
+    for (kind, theirs), (_, ours) in zip(english, chinese, strict=True):
+        assert ours == theirs, kind
+    assert "](README.zh-CN.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](README.md)" in CHINESE.read_text(encoding="utf-8")
+
+
 def test_the_layers_are_those_of_the_linter_in_its_order():
     linter = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     (layers,) = (contract["layers"] for contract in linter["contracts"] if contract["type"] == "layers")
@@ -138,6 +150,24 @@ def test_every_letter_of_the_tables_is_there_once_and_used():
     }
     assert len(letters) == len(set(letters))
     assert [letter for letter in letters if letter not in used] == []
+
+
+def outline(text: str) -> list[tuple[str, object]]:
+    """What does not depend on the language of a document, in its order: (kind, what it holds)."""
+    found: list[tuple[str, object]] = []
+    for index, part in enumerate(re.split(r"^```", text, flags=re.MULTILINE)):
+        if index % 2:
+            code = [re.sub(r"\s*#.*", "", line) for line in part.splitlines()]
+            found.append(("code", code))
+            continue
+        for line in part.splitlines():
+            if heading := re.match(r"#+ ", line):
+                found.append(("heading", heading[0]))
+            elif line.startswith("|"):
+                found.append(("row", (line.count("|"), re.findall(r"`[^`]+`", line.split("|")[1]))))
+            elif line.startswith("- ["):
+                found.append(("link", line.split("]")[0]))
+    return found
 
 
 def anchors(file: Path) -> set[str]:

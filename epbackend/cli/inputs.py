@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from epbackend.errors import ConfigError
-from epbackend.placement.formats import read_loads
+from epbackend.placement.formats import common_numbering, read_loads
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
 from epbackend.placement.synthetic import synthetic_loads
@@ -49,6 +49,7 @@ def load_windows(names: list[str], layers: int = 61, experts: int = 256, dense_l
     return Loads.of(
         [tokens_YE for loads in recorded for tokens_YE in loads.tokens_WYE],
         [name for loads in recorded for name in loads.names],
+        common_numbering(recorded),
     )
 
 

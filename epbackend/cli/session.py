@@ -15,7 +15,7 @@ import epbackend
 from epbackend.cli.output import error_console, read_config, say
 from epbackend.config import EPConfig
 from epbackend.config.overrides import Override, assignment, read_value
-from epbackend.errors import EPError
+from epbackend.errors import ConfigError, EPError
 from epbackend.models import TINY_MODELS
 
 PANEL = "Expert parallelism (each over what the config file says)"
@@ -170,7 +170,15 @@ def running(
     """The LMDeploy pipeline of `model`, closed at the end; what its start prints goes to stderr.
 
     `arguments` are further ones of LMDeploy's pipeline.
+
+    Raises:
+        ConfigError: the engine would be TurboMind, which does not tell what its experts do: these commands show it.
     """
+    if config.engine.backend == "turbomind":
+        raise ConfigError(
+            "engine.backend: this command shows what the experts did, which TurboMind does not tell; use epbackend "
+            "serve, epbackend.pipeline, or engine.backend: pytorch"
+        )
     if chat_template is not None:
         from epbackend.engines.lmdeploy.checkpoint import locate
         from epbackend.engines.lmdeploy.server.front import chat_template_config

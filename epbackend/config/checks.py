@@ -12,6 +12,11 @@ CUDA_KERNELS = ("triton", "grouped_mm")
 PLANNING = ("algorithm", "redundant_experts", "budget", "objective", "search_ms")
 """Settings of `placement` that only planning reads."""
 
+TURBOMIND_TAKES = ("device", "ep_size", "placement", "balance", "engine")
+"""Settings that TurboMind has, or that have an answer of their own."""
+NOT_OF_TURBOMIND = ("cache_gb", "cache_blocks", "eager_mode", "executor", "threads_per_rank")
+"""Settings of `engine` that TurboMind has not."""
+
 
 def contradictions(config: Settings) -> list[ConfigIssue]:
     """Settings, each valid by itself, that cannot stand together."""
@@ -25,6 +30,7 @@ def contradictions(config: Settings) -> list[ConfigIssue]:
         *_placement(config),
         *_balance(config),
         *_dispatchers(config),
+        *_turbomind(config),
     ]
 
 
@@ -203,6 +209,39 @@ def _balance(config: Settings) -> list[ConfigIssue]:
     if balance.redundant_experts and placement.given:
         reason = "is for starting without a placement: use placement.redundant_experts"
         found.append(ConfigIssue("balance.redundant_experts", reason, balance.redundant_experts))
+    return found
+
+
+def _turbomind(config: Settings) -> list[ConfigIssue]:
+    """What the engine TurboMind has not."""
+    if config.engine.backend != "turbomind":
+        return []
+    blocks = (
+        "is for LMDeploy's PyTorch engine: TurboMind gives each rank a block of experts in order, without copies; "
+        "remove it, and balance the checkpoint instead (epbackend renumber MODEL --loads FILE --ranks "
+        f"{config.ep_size})"
+    )
+    found = [
+        ConfigIssue(name, blocks)
+        for name in ("placement", "balance")
+        if getattr(config, name) != type(getattr(config, name))()
+    ]
+    changed = [
+        *(name for name in Settings.model_fields if name not in TURBOMIND_TAKES and _changed(config, name)),
+        *(f"engine.{name}" for name in NOT_OF_TURBOMIND if _changed(config.engine, name)),
+    ]
+    reason = "is for LMDeploy's PyTorch engine, TurboMind has nothing like it: remove it"
+    found += [ConfigIssue(name, reason) for name in changed]
+    if config.device not in (AUTO, "cuda"):
+        found.append(
+            ConfigIssue("device", "must be cuda or auto: TurboMind runs on CUDA alone", config.device)
+        )
+    if config.engine.dtype == "float32":
+        found.append(
+            ConfigIssue(
+                "engine.dtype", "TurboMind has bfloat16 and float16: write one of them, or auto", "float32"
+            )
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Which fields LMDeploy's `PytorchEngineConfig` has, read from its source so that no torch is imported."""
+"""Which fields LMDeploy's configurations of its engines have, read from its source so that no torch is imported."""
 
 import ast
 from collections.abc import Iterable
@@ -29,22 +29,45 @@ FIELDS_SET_BY_US = {
     "eager_mode": "engine.eager_mode",
     "distributed_executor_backend": "engine.executor",
 }
+TURBOMIND_FIELDS_SET_BY_US = {
+    "tp": "engine.tp",
+    "attn_tp_size": "engine.tp",
+    "mlp_tp_size": "engine.tp",
+    "dp": "engine.dp",
+    "attn_dp_size": "engine.dp",
+    "mlp_dp_size": "engine.dp",
+    "outer_dp_size": "engine.dp",
+    "ep": "ep_size",
+    "device_num": "ep_size",
+    "dtype": "engine.dtype",
+    "session_len": "engine.session_len",
+    "max_batch_size": "engine.max_batch_size",
+    "max_prefill_token_num": "engine.max_prefill_token_num",
+    "cache_max_entry_count": "engine.cache_max_entry_count",
+    "cache_block_seq_len": "engine.block_size",
+    "enable_prefix_caching": "engine.enable_prefix_caching",
+}
+ENGINE_CONFIGS = {
+    "pytorch": ("PytorchEngineConfig", FIELDS_SET_BY_US),
+    "turbomind": ("TurbomindEngineConfig", TURBOMIND_FIELDS_SET_BY_US),
+}
+"""engine.backend -> LMDeploy's configuration of that engine, and what of it our settings decide."""
 
 
-def unknown_engine_fields(names: Iterable[str]) -> list[str]:
+def unknown_engine_fields(names: Iterable[str], config: str = "PytorchEngineConfig") -> list[str]:
     """A message for each name the installed LMDeploy does not know; none where LMDeploy is not installed."""
-    known = _engine_fields()
+    known = _engine_fields(config)
     if known is None:
         return []
     return [
-        f"LMDeploy's PytorchEngineConfig has no field {name!r}{did_you_mean(name, known)}"
+        f"LMDeploy's {config} has no field {name!r}{did_you_mean(name, known)}"
         for name in names
         if name not in known
     ]
 
 
 @cache
-def _engine_fields() -> frozenset[str] | None:
+def _engine_fields(config: str) -> frozenset[str] | None:
     spec = find_spec("lmdeploy")
     if spec is None or spec.origin is None:
         return None
@@ -52,7 +75,7 @@ def _engine_fields() -> frozenset[str] | None:
     return frozenset(
         statement.target.id
         for node in module.body
-        if isinstance(node, ast.ClassDef) and node.name == "PytorchEngineConfig"
+        if isinstance(node, ast.ClassDef) and node.name == config
         for statement in node.body
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
     )

@@ -18,12 +18,13 @@ from pydantic import (
     JsonValue,
     PlainSerializer,
     Tag,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
 )
 
 from epbackend.config.issues import UNION_TAGS
-from epbackend.config.lmdeploy_fields import FIELDS_SET_BY_US, unknown_engine_fields
+from epbackend.config.lmdeploy_fields import ENGINE_CONFIGS, unknown_engine_fields
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import did_you_mean
 from epbackend.names import (
@@ -259,6 +260,11 @@ class BalanceSettings(Section):
 class EngineSettings(Section):
     """LMDeploy's engine, in the names a user of it knows; `extra` reaches every other field of its config."""
 
+    backend: Literal["pytorch", "turbomind"] = Field(
+        default="pytorch",
+        description="Which engine of LMDeploy runs. turbomind (CUDA) spreads experts by itself, in blocks of their "
+        "order: balance it by epbackend renumber. It takes none of the settings of dispatch, placement and balance.",
+    )
     tp: Positive = Field(
         default=1,
         description="Tensor-parallel ranks, where ep_size is 1. With ep_size > 1 attention gets ep_size "
@@ -324,8 +330,8 @@ class EngineSettings(Section):
     )
     extra: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="More fields of LMDeploy's PytorchEngineConfig. Passed on as they are; names are "
-        "checked where LMDeploy is installed.",
+        description="More fields of LMDeploy's PytorchEngineConfig, or TurbomindEngineConfig. Passed on as they are; "
+        "names are checked where LMDeploy is installed.",
     )
 
     @field_validator("block_size")
@@ -337,11 +343,12 @@ class EngineSettings(Section):
 
     @field_validator("extra")
     @classmethod
-    def _known_to_lmdeploy(cls, extra: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    def _known_to_lmdeploy(cls, extra: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
+        config, set_by_us = ENGINE_CONFIGS[info.data.get("backend", "pytorch")]
         for name in extra:
-            if name in FIELDS_SET_BY_US:
-                raise ValueError(f"{name} is set by epbackend: use {FIELDS_SET_BY_US[name]} instead")
-        if unknown := unknown_engine_fields(extra):
+            if name in set_by_us:
+                raise ValueError(f"{name} is set by epbackend: use {set_by_us[name]} instead")
+        if unknown := unknown_engine_fields(extra, config):
             raise ValueError("; ".join(unknown))
         return extra
 

@@ -18,6 +18,7 @@ from epbackend.placement.formats import ReadOptions, read_loads, read_placement
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.planners import plan
+from epbackend.placement.renumbering import Renumbering, loads_for, placement_for
 from epbackend.placement.replica_split import level_shares, own_quota
 
 MAX_TEXT = 130_000
@@ -27,12 +28,16 @@ logger = logging.getLogger("epbackend")
 
 
 def finished_placement(
-    config: EPConfig, layers: int | None = None, dense_layers: tuple[int, ...] = ()
+    config: EPConfig,
+    layers: int | None = None,
+    dense_layers: tuple[int, ...] = (),
+    renumbering: Renumbering | None = None,
 ) -> Placement | None:
     """Where the experts live: from `placement.file`, or planned on `placement.loads`; None without either.
 
     `layers` and `dense_layers` are the model's, where it is known: files that number only layers with experts are read
-    by them, and loads that give tokens to a layer without experts are refused.
+    by them, and loads that give tokens to a layer without experts are refused. What counts experts by the numbers that
+    they had before the model's `renumbering` is translated.
 
     Raises:
         ConfigError: a file is missing or holds something else, or the settings cannot work for what it holds.
@@ -42,11 +47,14 @@ def finished_placement(
         return None
     try:
         if settings.file is not None:
-            return _read(settings.file, settings.node_size, config.ep_size, layers, dense_layers)
+            found = _read(settings.file, settings.node_size, config.ep_size, layers, dense_layers)
+            return found if layers is None else placement_for(renumbering, found)
         loads = read_loads(settings.loads)
         if layers == loads.layers + len(dense_layers):  # of layers with experts only
             loads = loads.with_dense(dense_layers)
         _check_dense(loads, dense_layers)
+        if layers is not None:
+            loads = loads_for(renumbering, loads)
         return _plan(settings, loads, config.ep_size)
     except (ConfigError, UnavailableError) as error:
         raise type(error)(f"placement: {error}") from error

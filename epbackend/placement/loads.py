@@ -15,6 +15,9 @@ import numpy as np
 
 from epbackend.errors import ConfigError
 
+NUMBERING, ORIGINAL = "numbering", "original"
+"""The key under which files say by whose numbers experts are counted, and its value for a checkpoint as it was
+released; that of a renumbered one is its name (see `renumbering`)."""
 MOST_TOKENS = 2**48
 """Of one expert in a window; the sum over a whole model then fits int64."""
 
@@ -31,6 +34,8 @@ class Loads:
     """Choices of each expert, float64 [windows, layers, experts], 0 or more; a dense layer is all zero."""
     names: tuple[str, ...]
     """Where each window comes from, for messages and provenance."""
+    numbering: str | None = None
+    """By whose numbers experts are counted: ORIGINAL, or the name of a renumbered checkpoint; None: nobody knows."""
 
     def __post_init__(self) -> None:
         tokens_WYE = _numbers(self.tokens_WYE).copy()
@@ -55,7 +60,12 @@ class Loads:
         object.__setattr__(self, "tokens_WYE", tokens_WYE)
 
     @classmethod
-    def of(cls, windows: Sequence[np.ndarray] | np.ndarray, names: Sequence[str] = ()) -> Loads:
+    def of(
+        cls,
+        windows: Sequence[np.ndarray] | np.ndarray,
+        names: Sequence[str] = (),
+        numbering: str | None = None,
+    ) -> Loads:
         """From one [Y, E] array of choices, or several of one shape; unnamed windows are called by their number."""
         windows = [windows] if isinstance(windows, np.ndarray) and windows.ndim == 2 else list(windows)
         names = tuple(names) or tuple(f"window {index}" for index in range(len(windows)))
@@ -67,7 +77,7 @@ class Loads:
                     f"loads: {name} has the shape {shape}, {names[0]} has {shapes[0]}; "
                     "record all windows with the same model"
                 )
-        return cls(np.array(windows), names)
+        return cls(np.array(windows), names, numbering)
 
     @property
     def windows(self) -> int:
@@ -102,7 +112,7 @@ class Loads:
             )
         tokens_WYE = np.zeros((self.windows, every, self.experts))
         tokens_WYE[:, [layer for layer in range(every) if layer not in dense_layers]] = self.tokens_WYE
-        return Loads(tokens_WYE, self.names)
+        return Loads(tokens_WYE, self.names, self.numbering)
 
     def mixture_YE(self) -> np.ndarray:
         """One window in place of all, float64 [Y, E]: in each layer every window has the same weight, large or small.

@@ -18,7 +18,7 @@ def theirs():
 
 
 def test_fields_read_from_source_are_the_real_ones(theirs):
-    assert ours._engine_fields() == theirs.keys()
+    assert ours._engine_fields("PytorchEngineConfig") == theirs.keys()
 
 
 def test_fields_that_we_set_exist_on_both_sides(theirs):
@@ -42,5 +42,5 @@ def test_extra_passes_known_fields_and_refuses_others(theirs):
 
 
 def test_extra_is_not_checked_where_lmdeploy_is_not_installed(monkeypatch):
-    monkeypatch.setattr(ours, "_engine_fields", lambda: None)
+    monkeypatch.setattr(ours, "_engine_fields", lambda config: None)
     assert EngineSettings(extra={"anything": 1}).extra == {"anything": 1}

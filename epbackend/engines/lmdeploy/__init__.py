@@ -17,6 +17,7 @@
 - `load` counts what the layers do, and brings it back; `balance` lets experts move while the engine serves.
 - `pipelines` and `dp_pipeline` run a model for Python, `server` for clients, the last two with the help of `processes`;
   `requests` is what may be asked and what is answered.
+- `turbomind` is LMDeploy's other engine, from the same config: it needs none of the above but the checkpoint's checks.
 - `handover` runs a program that knows none of this: `epbackend run`.
 
 Importing this package imports neither LMDeploy nor torch: what is wrong with a checkpoint is said before that.
@@ -37,6 +38,8 @@ from epbackend.engines.lmdeploy.processes import check_port, check_starts
 from epbackend.engines.lmdeploy.server.front import Front
 
 if TYPE_CHECKING:
+    from lmdeploy import Pipeline
+
     from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
     from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
     from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
@@ -55,17 +58,23 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
-def pipeline(model: str, config: EPConfig, **kwargs: Any) -> ExpertParallelPipeline | ReplicatedPipeline:
+def pipeline(
+    model: str, config: EPConfig, **kwargs: Any
+) -> ExpertParallelPipeline | ReplicatedPipeline | Pipeline:
     """A pipeline for a model: a directory, a name in the hub, or the name of a model that comes with epbackend.
 
     Further arguments go to LMDeploy's pipeline (chat_template_config, log_level, ...). With `engine.dp` > 1 the
-    engines run in processes of their own and share the prompts.
+    engines run in processes of their own and share the prompts. With `engine.backend: turbomind` it is LMDeploy's own.
 
     Raises:
         UnavailableError: no such model or device, or LMDeploy is not the release it must be.
         ConfigError: the model does not suit the settings, or memory does not suffice for the cache.
         WorkerError: a worker process died while starting.
     """
+    if config.engine.backend == "turbomind":
+        from epbackend.engines.lmdeploy import turbomind
+
+        return turbomind.pipeline(model, config, **kwargs)
     path, placement = _checked(model, config, serving=False)
     if config.engine.dp > 1:
         from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
@@ -94,6 +103,10 @@ def serve(
     front = front or Front()
     front = replace(front, model_name=front.model_name or model)
     front.check()
+    if config.engine.backend == "turbomind":
+        from epbackend.engines.lmdeploy import turbomind
+
+        return turbomind.serve(model, config, host, port, front, record=record, **kwargs)
     path, placement = _checked(model, config, serving=True)
     from epbackend.engines.lmdeploy.load.recording import Recording
     from epbackend.engines.lmdeploy.server.serve import serve_model

@@ -12,6 +12,7 @@ import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,35 @@ def check_checkpoint(path: str, *, weights: bool = True) -> None:
         )
 
 
-def safetensors_types(file: Path) -> dict[str, str]:
-    """tensor -> its type, from the header of a safetensors file.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file."""
+
+    dtype: str
+    """In the words of safetensors: F32, BF16, F8_E4M3, ..."""
+    shape: tuple[int, ...]
+    start: int
+    """Its first byte, counted from the end of the header."""
+    end: int
+    """The byte after its last one."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file."""
+
+    text: str
+    """JSON as it stands in the file, with the spaces that fill it up."""
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def length(self) -> int:
+        """Bytes of the text; 8 more come before it, and the tensors after it."""
+        return len(self.text.encode())
+
+
+def safetensors_header(file: Path) -> Header:
+    """The header of a safetensors file.
 
     Raises:
         UnavailableError: the file is not of that form, or not as long as its header says.
@@ -164,9 +192,13 @@ def safetensors_types(file: Path) -> dict[str, str]:
     if len(header) < length:
         raise UnavailableError(f"{file} is cut off: it has {size:,} bytes; download it again")
     try:
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        needed = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        types = {name: entry["dtype"] for name, entry in tensors.items()}
+        text = header.decode()
+        tensors = {
+            name: StoredTensor(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in json.loads(text).items()
+            if name != "__metadata__"
+        }
+        needed = 8 + length + max((tensor.end for tensor in tensors.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UnavailableError(f"{file} is no safetensors file; download it again") from None
     if size != needed:
@@ -174,7 +206,12 @@ def safetensors_types(file: Path) -> dict[str, str]:
         raise UnavailableError(
             f"{file} {how}: it has {size:,} bytes, its header says {needed:,}; download it again"
         )
-    return types
+    return Header(text, tensors)
+
+
+def safetensors_types(file: Path) -> dict[str, str]:
+    """tensor -> its type, from the header of a safetensors file; raises as `safetensors_header` does."""
+    return {name: tensor.dtype for name, tensor in safetensors_header(file).tensors.items()}
 
 
 def _check_safetensors(folder: Path) -> dict[str, str] | None:
@@ -184,7 +221,7 @@ def _check_safetensors(folder: Path) -> dict[str, str] | None:
     if not (folder / (SAFETENSORS + INDEX)).is_file():
         return None
     types: dict[str, str] = {}
-    for file, promised in _shards(folder / (SAFETENSORS + INDEX)).items():
+    for file, promised in shards(folder / (SAFETENSORS + INDEX)).items():
         found = safetensors_types(folder / file)
         if missing := [name for name in promised if name not in found]:
             raise UnavailableError(
@@ -198,7 +235,7 @@ def _check_pickled(folder: Path) -> None:
     if (folder / PICKLED).is_file():
         files: Iterable[str] = [PICKLED]
     elif (folder / (PICKLED + INDEX)).is_file():
-        files = _shards(folder / (PICKLED + INDEX))
+        files = shards(folder / (PICKLED + INDEX))
     else:
         raise UnavailableError(
             f"{folder} has no weights: LMDeploy looks for {SAFETENSORS}, {SAFETENSORS + INDEX}, {PICKLED} or "
@@ -219,7 +256,7 @@ def _check_pickled(folder: Path) -> None:
                     )
 
 
-def _shards(index: Path) -> dict[str, list[str]]:
+def shards(index: Path) -> dict[str, list[str]]:
     """file -> the tensors that the index promises in it."""
     promised: defaultdict[str, list[str]] = defaultdict(list)
     try:

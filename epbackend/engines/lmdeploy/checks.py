@@ -19,6 +19,7 @@ from epbackend.engines.lmdeploy.lmdeploy_config import executor
 from epbackend.engines.placement import finished_placement
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.placement.placement import Placement
+from epbackend.placement.renumbering import Renumbering
 
 UNPATCHABLE_MODELS = {"DeepseekV4ForCausalLM"}
 """Models of LMDeploy whose experts have operators of their own, which no patch of ours reaches."""
@@ -39,7 +40,8 @@ def check_deployment(path: str, config: EPConfig, *, serving: bool) -> Placement
         ConfigError: model, settings and placement do not suit each other, or memory does not suffice.
     """
     settings = read_model_config(Path(path))
-    placement = finished_placement(config, layer_count(settings), dense_layers(settings))
+    renumbering = Renumbering.beside(path)
+    placement = finished_placement(config, layer_count(settings), dense_layers(settings), renumbering)
     check_model(path, config, placement)
     check_packages(config, serving=serving)
     check_cache(config)

@@ -49,6 +49,10 @@ def enable(config: EPConfig, placement: Placement | None = None) -> None:
         if state.config == config:
             return
         raise ConfigError("another config is enabled in this process: call epbackend.disable() first")
+    if config.engine.backend != "pytorch":
+        raise ConfigError(
+            "engine.backend: turbomind takes no plug; use epbackend.pipeline or serve, or remove the setting"
+        )
     placement = placement or finished_placement(config)
     warm_splits(config)
     _switch_on(config, placement, worker=False)

@@ -64,7 +64,19 @@ def read_loads(paths: str | Path | Sequence[str | Path]) -> Loads:
     read = [_read_loads(Path(path)) for path in each]
     recorded = _ranks_added_up([loads for loads, _ in read], [rank for _, rank in read])
     windows = [tokens_YE for loads in recorded for tokens_YE in loads.tokens_WYE]
-    return Loads.of(windows, [name for loads in recorded for name in loads.names])
+    names = [name for loads in recorded for name in loads.names]
+    return Loads.of(windows, names, common_numbering(recorded))
+
+
+def common_numbering(recorded: Sequence[Loads]) -> str | None:
+    """By whose numbers all of these count experts; None where none says it. Raises ConfigError where they differ."""
+    known = {loads.numbering: ", ".join(loads.names) for loads in recorded if loads.numbering is not None}
+    if len(known) > 1:
+        said = ", ".join(f"{names} by those of {numbering}" for numbering, names in known.items())
+        raise ConfigError(
+            f"loads: they count experts by different numbers, {said}; record all with one checkpoint"
+        )
+    return next(iter(known), None)
 
 
 def read_placement(path: str | Path, options: ReadOptions = NO_OPTIONS) -> Placement:
@@ -165,7 +177,7 @@ def _ranks_added_up(recorded: list[Loads], ranks: list[int | None]) -> list[Load
     if len(shapes) > 1:
         raise ConfigError(f"loads: the files of the ranks have different shapes: {sorted(shapes)}")
     total_WYE = np.sum([loads.tokens_WYE for loads in recorded], axis=0)
-    return [Loads(total_WYE, recorded[0].names)]
+    return [Loads(total_WYE, recorded[0].names, common_numbering(recorded))]
 
 
 def _read(

@@ -2,7 +2,8 @@
 
 Loads of one window are [layers][experts]. SGLang's own recordings are [steps][layers][experts], a step for each
 forward pass, most of them empty: the steps are added up, as SGLang's own EPLB does. If we write several windows, their
-names are beside the counts (`windows`), which distinguishes them from steps; SGLang ignores that key.
+names are beside the counts (`windows`), which distinguishes them from steps; and by whose numbers experts are counted
+(`numbering`), where that is known. SGLang ignores both keys.
 
 A placement is [layers][slots], slots rank by rank, dense layers too. The ranks are not in the file, node size and
 provenance are lost. SGLang passes every key on to its loader, so the file has only that key.
@@ -24,7 +25,7 @@ from epbackend.placement.formats.base import (
     layout_of_layer,
 )
 from epbackend.placement.formats.file import File, json_rows, number_array
-from epbackend.placement.loads import Loads
+from epbackend.placement.loads import NUMBERING, Loads
 from epbackend.placement.placement import Placement
 
 COUNT, MAP, WINDOWS = "logical_count", "physical_to_logical_map", "windows"
@@ -34,20 +35,24 @@ def _read_loads(file: File) -> Loads:
     count = number_array(
         file.json[COUNT], COUNT, "[layers][experts] or [steps][layers][experts]", dims=(2, 3)
     )
+    numbering = file.json.get(NUMBERING)
+    if numbering is not None and not isinstance(numbering, str):
+        raise ConfigError(f"{NUMBERING}: must be a text")
     if WINDOWS not in file.keys:
-        return Loads.of(count if count.ndim == 2 else count.sum(axis=0), [file.name])
+        return Loads.of(count if count.ndim == 2 else count.sum(axis=0), [file.name], numbering)
     names = file.json[WINDOWS]
     if count.ndim != 3 or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{WINDOWS}: must be the names (texts) of the first level of {COUNT}")
-    return Loads(count, tuple(names))
+    return Loads(count, tuple(names), numbering)
 
 
 def _write_loads(loads: Loads) -> bytes:
     windows = [json_rows(tokens_YE) for tokens_YE in loads.tokens_WYE]
+    head = "" if loads.numbering is None else f'"{NUMBERING}": {json.dumps(loads.numbering)},\n'
     if loads.windows == 1:
-        return f'{{"{COUNT}": {windows[0]}}}\n'.encode()
+        return f'{{{head}"{COUNT}": {windows[0]}}}\n'.encode()
     names = json.dumps(loads.names)
-    return f'{{"{WINDOWS}": {names},\n"{COUNT}": [{",".join(windows)}]}}\n'.encode()
+    return f'{{{head}"{WINDOWS}": {names},\n"{COUNT}": [{",".join(windows)}]}}\n'.encode()
 
 
 def _read_placement(file: File, options: ReadOptions) -> Placement:

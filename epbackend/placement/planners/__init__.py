@@ -11,7 +11,7 @@ import numpy as np
 from epbackend import __version__
 from epbackend.errors import ConfigError
 from epbackend.names import PLANNERS
-from epbackend.placement.loads import Loads, real_number, whole_number
+from epbackend.placement.loads import NUMBERING, Loads, real_number, whole_number
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Placement, Provenance
 from epbackend.placement.planners.base import Planner, Progress, Task, check_answer, check_task, silent
@@ -101,12 +101,15 @@ def _usual_slots(loads: Loads, budget: int | None, current: Placement | None) ->
 
 
 def _asked(task: Task) -> tuple[tuple[str, Any], ...]:
-    """The arguments beyond loads, ranks and slots that are not the usual ones, as plain values, for the provenance."""
+    """The arguments beyond loads, ranks and slots that are not the usual ones, as plain values, for the provenance;
+    and by whose numbers the loads count experts, where they say it."""
     usual = Task(task.loads, task.ranks, task.slots, TOKENS)
     asked = {name: getattr(task, name) for name in ("budget", "search_ms", "seed")}
     changed = {name: value for name, value in asked.items() if value != getattr(usual, name)}
     if task.objective != TOKENS:
         changed["objective"] = task.objective.name
+    if task.loads.numbering is not None:
+        changed[NUMBERING] = task.loads.numbering
     return tuple(sorted({**changed, **{name: _plain(value) for name, value in task.options.items()}}.items()))
 
 

@@ -16,6 +16,7 @@ from epbackend.engines.lmdeploy.processes import POLL_S, listens
 from epbackend.errors import ConfigError, EPError
 from epbackend.placement.formats import write
 from epbackend.placement.loads import Loads
+from epbackend.placement.renumbering import Renumbering, numbering_of
 
 EVERY_S = 30.0
 """How often a server's file is brought up to date."""
@@ -31,6 +32,8 @@ class Recording:
     layers: int
     """Of the model, dense ones too."""
     ep_size: int
+    numbering: str
+    """By whose numbers experts are counted (see `placement.renumbering`)."""
 
     @classmethod
     def of(cls, path: Path, model_path: str, ep_size: int) -> Recording:
@@ -40,7 +43,7 @@ class Recording:
             raise ConfigError(f"record: {model_path} does not say how many layers it has (num_hidden_layers)")
         if not os.access(path.parent, os.W_OK):
             raise ConfigError(f"record: {path} cannot be written; name a file in a folder that exists")
-        return cls(path, layers, ep_size)
+        return cls(path, layers, ep_size, numbering_of(Renumbering.beside(model_path)))
 
     def write(self, report: LoadReport) -> None:
         """Replaces the file in one operation: a reader finds the old one or the new one.
@@ -50,7 +53,7 @@ class Recording:
         """
         if not report.tokens_RYE.any():
             raise EPError(f"{self.path}: nothing to record, no expert has had a token")
-        loads = Loads.of(report.loads_YE(self.layers, self.ep_size), [self.path.stem])
+        loads = Loads.of(report.loads_YE(self.layers, self.ep_size), [self.path.stem], self.numbering)
         unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         write(loads, unfinished, "sglang")
         unfinished.replace(self.path)
