@@ -7,8 +7,8 @@
     spread_experts(model).close()
 
 transformers' own interface for expert parallelism (`EPImplementationInterface`) cuts experts into equal blocks, and is
-reached only together with tensor parallelism or FSDP. So two functions of its loading are replaced instead, which do what
-they did for every other model:
+reached only together with tensor parallelism or FSDP. So two functions of its loading are replaced instead, which go on
+doing what they did for every other model:
 
 - `maybe_distribute_model`: a model made with our config gets our layers in place of its experts (`spread`, `experts`);
 - `convert_and_load_state_dict_in_model`: it sees a checkpoint of this rank's experts alone (`checkpoint_view`).
@@ -39,8 +39,8 @@ __all__ = ["SpreadConfig", "SpreadExperts", "distributed_config", "spread_expert
 
 TESTED = ("5.23.0", "5.24.0")
 FINGERPRINTS = {
-    "maybe_distribute_model": "d4958f76742e",
     "convert_and_load_state_dict_in_model": "89e7737367f7",
+    "maybe_distribute_model": "d4958f76742e",
 }
 """Twelve hex digits of the SHA-256 of each replaced function's source: the same in all TESTED releases."""
 HELD = "epbackend_experts"
@@ -82,7 +82,9 @@ def spread_experts(model: Any) -> SpreadExperts:
     """The spread experts of a model: their load report, and `close`. Raises EPError for any other model."""
     found = getattr(model, HELD, None)
     if found is None:
-        raise EPError(f"{type(model).__name__} was not loaded with epbackend.engines.transformers.distributed_config")
+        raise EPError(
+            f"{type(model).__name__} was not loaded with epbackend.engines.transformers.distributed_config"
+        )
     return found
 
 
@@ -96,7 +98,9 @@ def _check_settings(config: EPConfig) -> None:
             f"{config.ep_size}, as ep_size), or all have the same (engine.dp: 1)"
         )
     if config.world_size > config.ep_size:
-        raise ConfigError(f"engine.tp: with transformers ranks share experts; set ep_size: {config.engine.tp}")
+        raise ConfigError(
+            f"engine.tp: with transformers ranks share experts; set ep_size: {config.engine.tp}"
+        )
 
 
 def _join(config: EPConfig, group: dist.ProcessGroup | None) -> RankGroup:
@@ -116,22 +120,33 @@ def _join(config: EPConfig, group: dist.ProcessGroup | None) -> RankGroup:
     return RankGroup.of(group, group if config.engine.dp == 1 else None)
 
 
+def _check_heads(model: Any, tp_size: int) -> None:
+    """Raises ConfigError for attention that cannot be cut among so many ranks."""
+    settings = model.config.get_text_config()
+    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+    if heads % tp_size:
+        raise ConfigError(
+            f"engine.dp: 1 cuts attention among {tp_size} ranks, which the {heads} key-value heads of "
+            f"{type(model).__name__} do not allow; set engine.dp: {tp_size}, a batch for each rank"
+        )
+
+
 @cache
 def _replace_hooks() -> None:
-    """Once a process. Raises UnavailableError for a transformers whose hooks are others."""
-    _replace(modeling_utils, "convert_and_load_state_dict_in_model", _loading)
-    _replace(DistributedMixin, "maybe_distribute_model", _distributing)
-
-
-def _replace(owner: Any, name: str, build: Callable[[Any], Any]) -> None:
-    original = getattr(owner, name)
-    source = inspect.getsource(original).encode()
-    if hashlib.sha256(source).hexdigest()[:12] != FINGERPRINTS[name]:
-        raise UnavailableError(
-            f"transformers {version('transformers')}: {name} is not the one that epbackend knows; install one of "
-            f"{', '.join(TESTED)}"
-        )
-    setattr(owner, name, build(original))
+    """Once a process. Raises UnavailableError for a transformers whose hooks are others, before any is replaced."""
+    hooks: list[tuple[Any, Callable[[Any], Any]]] = [
+        (modeling_utils, _loading),
+        (DistributedMixin, _distributing),
+    ]
+    originals = [getattr(owner, name) for (owner, _), name in zip(hooks, FINGERPRINTS, strict=True)]
+    for name, original in zip(FINGERPRINTS, originals, strict=True):
+        if hashlib.sha256(inspect.getsource(original).encode()).hexdigest()[:12] != FINGERPRINTS[name]:
+            raise UnavailableError(
+                f"transformers {version('transformers')}: {name} is not the one that epbackend knows; install one of "
+                f"{', '.join(TESTED)}"
+            )
+    for (owner, build), name, original in zip(hooks, FINGERPRINTS, originals, strict=True):
+        setattr(owner, name, build(original))
 
 
 def _distributing(original: Any) -> Any:
@@ -139,6 +154,8 @@ def _distributing(original: Any) -> Any:
 
     @wraps(original.__func__)
     def maybe_distribute_model(cls: type, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        if isinstance(distributed_config, SpreadConfig):
+            _check_heads(model, distributed_config.tp_size)
         model = original.__func__(cls, model, distributed_config, mesh_manager)
         if isinstance(distributed_config, SpreadConfig):
             ranks = distributed_config.ranks

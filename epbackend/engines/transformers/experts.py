@@ -21,7 +21,6 @@ from transformers.integrations.moe import _default_apply_gate
 from epbackend.errors import ConfigError
 
 TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token")
-ARGUMENTS = ["self", "hidden_states", "top_k_index", "top_k_weights"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,9 @@ def experts_of(model: nn.Module) -> list[ExpertsModule]:
         layer = re.search(r"\.(\d+)\.", f".{name}.")
         first = module._parameters.get("gate_up_proj" if module.has_gate else "up_proj")
         if layer is None or first is None:
-            raise ConfigError(f"{architecture}: {name} is not experts of one layer in transformers' common form")
+            raise ConfigError(
+                f"{architecture}: {name} is not experts of one layer in transformers' common form"
+            )
         each = ExpertsModule(name, module, int(layer[1]), len(first))
         if reason := _not_computed(each):
             raise ConfigError(
@@ -117,7 +118,9 @@ def experts_of(model: nn.Module) -> list[ExpertsModule]:
         )
     numbers = [each.number for each in found]
     if len(set(numbers)) < len(numbers):
-        raise ConfigError(f"{architecture} has more than one module of experts in a layer: it cannot be spread")
+        raise ConfigError(
+            f"{architecture} has more than one module of experts in a layer: it cannot be spread"
+        )
     return sorted(found, key=lambda each: each.number)
 
 
@@ -137,8 +140,9 @@ def _not_computed(each: ExpertsModule) -> str | None:
     module = each.module
     if module.has_post_expert_norm:
         return "norms each expert's answer"
-    if list(inspect.signature(type(module).forward).parameters) != ARGUMENTS:
-        return f"is not called with {', '.join(ARGUMENTS[1:])}"
+    _, *arguments = inspect.signature(type(module).forward).parameters
+    if len(arguments) != 3:
+        return f"is called with {', '.join(arguments)} in place of hidden states, experts and weights"
     if other := {name for name, _ in module.named_parameters()} - set(each.parameters):
         return f"has the weights {', '.join(sorted(other))} beside its matrices"
     return None

@@ -51,10 +51,14 @@ class SpreadExperts:
         self._modules, self._top_k = experts_of(model), top_k_of(model)
         self._context = GroupContext()
         placement = _agreed_placement(config, ranks, model, self._modules)
-        self._slot_maps = [slot_map_of(placement, each.number, each.experts, ranks.size) for each in self._modules]
+        self._slot_maps = [
+            slot_map_of(placement, each.number, each.experts, ranks.size) for each in self._modules
+        ]
         self._phase: Phase = "prefill"
         self._steps = 0
-        self._sums_Y: deque[Tensor] = deque(maxlen=STEPS + 1)  # rows of each layer when each of the last steps ended
+        self._sums_Y: deque[Tensor] = deque(
+            maxlen=STEPS + 1
+        )  # rows of each layer when each of the last steps ended
         for index, (each, slot_map) in enumerate(zip(self._modules, self._slot_maps, strict=True)):
             each.keep_slots(len(slot_map.local_experts(ranks.rank)))
             each.module.forward = partial(self._compute, index)
@@ -66,7 +70,9 @@ class SpreadExperts:
         """The checkpoint with this rank's experts alone, for transformers to load."""
         pairs = list(zip(self._modules, self._slot_maps, strict=True))
         slots_of = {
-            name: slot_map.local_experts(self.ranks.rank) for each, slot_map in pairs for name in each.full_names
+            name: slot_map.local_experts(self.ranks.rank)
+            for each, slot_map in pairs
+            for name in each.full_names
         }
         experts = {name: each.experts for each, _ in pairs for name in each.full_names}
         return rank_view(model, checkpoint, list(conversions), slots_of, experts)
@@ -86,7 +92,8 @@ class SpreadExperts:
             place = weights.gate_up_L2FD.device
             if place.type != device.torch_device(0).type:
                 raise ConfigError(
-                    f"device: {device.name}, but transformers has loaded the model to {place}; set both alike (device_map)"
+                    f"device: {device.name}, but transformers has loaded the model to {place}; set both alike "
+                    "(device_map)"
                 )
             layer = ExpertParallelMoE(
                 weights.gate_up_L2FD,
@@ -109,7 +116,9 @@ class SpreadExperts:
                 self._empty_0D = weights.down_LDF.new_empty(0, weights.down_LDF.shape[1])
                 self._rows_YL = torch.zeros(len(self._modules), most, dtype=torch.int64, device=place)
                 self._sums_Y.append(self._rows_YL.sum(1))
-            layer.load.count_in(self._rows_YL[len(self.layers)][: len(slot_map.local_experts(self.ranks.rank))])
+            layer.load.count_in(
+                self._rows_YL[len(self.layers)][: len(slot_map.local_experts(self.ranks.rank))]
+            )
             self.layers.append(layer)
 
     def join_step(self) -> None:
@@ -120,13 +129,28 @@ class SpreadExperts:
             self._compute(index, self._empty_0D, ids_0K, self._empty_0D.new_empty(0, self._top_k))
         self._end_step()
 
+    def join_generate(self) -> None:
+        """All steps of the others' `generate`, with no prompt of one's own. They must have batches of their own."""
+        self.join_step()  # the prompts, whose step gives the first token too
+        self._others_go_on()
+        while self._others_go_on():
+            self.join_step()
+
+    def _others_go_on(self) -> bool:
+        """As transformers asks in `_has_unfinished_sequences`, before each token."""
+        going = torch.zeros((), device=self._empty_0D.device)
+        dist.all_reduce(going, group=self.ranks.group)
+        return bool(going)
+
     def load(self) -> LoadReport:
         """What the experts of every rank did so far; all ranks ask together, and get the same."""
         most = max(each.experts for each in self._modules)
         tokens_YE = np.zeros((len(self.layers), most), dtype=np.int64)
         for layer, tokens_E in zip(self.layers, tokens_YE, strict=True):
             tokens_E[: layer.slot_map.experts] = layer.load.tokens_E.numpy()
-        passes, rounds = (max(getattr(each.load, what).max for each in self.layers) for what in ("passes", "rounds"))
+        passes, rounds = (
+            max(getattr(each.load, what).max for each in self.layers) for what in ("passes", "rounds")
+        )
         sums_SY = torch.stack(list(self._sums_Y)).cpu().numpy()
         ranks = self._gather((tokens_YE, passes, rounds, np.diff(sums_SY, axis=0)))
         return LoadReport(
@@ -145,10 +169,14 @@ class SpreadExperts:
             layer.close()
         self._context.close()
 
-    def _compute(self, index: int, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def _compute(
+        self, index: int, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
         """What the model calls in place of its experts: hidden_states [T, D], the others [T, K] -> [T, D]."""
         if top_k_index.shape[1] != self._top_k:
-            raise EPError(f"the router chose {top_k_index.shape[1]} experts a token, but the config says {self._top_k}")
+            raise EPError(
+                f"the router chose {top_k_index.shape[1]} experts a token, but the config says {self._top_k}"
+            )
         return self.layers[index](hidden_states, top_k_index, top_k_weights, phase=self._phase)
 
     def _begin_step(self, _: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -197,9 +225,15 @@ def _agreed_placement(
     if isinstance(found, Exception):
         raise found
     if found is not None and found.ranks != ranks.size:
-        raise ConfigError(f"placement: it is for {found.ranks} ranks, but ep_size is {ranks.size}; plan one for these")
+        raise ConfigError(
+            f"placement: it is for {found.ranks} ranks, but ep_size is {ranks.size}; plan one for these"
+        )
     for each in modules:
-        slots = [] if found is None or each.number >= len(found.layers) else found.layers[each.number].experts_of_rank
+        slots = (
+            []
+            if found is None or each.number >= len(found.layers)
+            else found.layers[each.number].experts_of_rank
+        )
         if most := next((len(held) for held in slots if len(held) > each.experts), 0):
             raise ConfigError(
                 f"placement: a rank has {most} slots for the {each.experts} experts of layer {each.number}; use fewer "
@@ -219,11 +253,16 @@ def _gather(ranks: RankGroup, mine: Any) -> list[Any]:
 def _check_loaded(names: list[str], loading_info: Any) -> None:
     """Raises ConfigError where transformers could not fill the experts: none may have random weights."""
     failed = {name: text.strip().splitlines()[0] for name, text in loading_info.conversion_errors.items()}
-    failed |= {name: f"it is {list(found)} and not {list(needed)}" for name, found, needed in loading_info.mismatched_keys}
+    failed |= {
+        name: f"it is {list(found)} and not {list(needed)}"
+        for name, found, needed in loading_info.mismatched_keys
+    }
     failed |= dict.fromkeys(loading_info.missing_keys, "it is missing")
     if bad := next((name for name in names if name in failed), None):
         raise ConfigError(f"checkpoint: {bad} cannot be loaded for the slots of one rank: {failed[bad]}")
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise EPError("save_pretrained: this rank has its own experts alone; save the model where it is loaded whole")
+    raise EPError(
+        "save_pretrained: this rank has its own experts alone; save the model where it is loaded whole"
+    )
