@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -145,11 +146,10 @@ def test_settings_that_are_not_here_are_refused_by_name(settings, said):
 
 
 def test_another_transformers_is_refused_by_name(monkeypatch):
-    monkeypatch.setitem(plug.FINGERPRINTS, "maybe_distribute_model", "another")
+    changed = tuple(replace(hook, fingerprint="another") for hook in plug.HOOKS)
+    monkeypatch.setattr(plug, "HOOKS", changed)
     monkeypatch.setattr(plug, "_replace_hooks", plug._replace_hooks.__wrapped__)
-    with pytest.raises(
-        UnavailableError, match=r"maybe_distribute_model is not the one .* install one of 5.23.0"
-    ):
+    with pytest.raises(UnavailableError, match=r"in_model is not the one .* install one of 5.23.0"):
         distributed_config(EPConfig.load({"device": "cpu"}))
 
 

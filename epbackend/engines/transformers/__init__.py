@@ -20,6 +20,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.metadata import version
 from typing import Any
@@ -37,12 +38,8 @@ from epbackend.errors import ConfigError, EPError, UnavailableError
 
 __all__ = ["SpreadConfig", "SpreadExperts", "distributed_config", "spread_experts"]
 
-TESTED = ("5.23.0", "5.24.0")
-FINGERPRINTS = {
-    "convert_and_load_state_dict_in_model": "89e7737367f7",
-    "maybe_distribute_model": "d4958f76742e",
-}
-"""Twelve hex digits of the SHA-256 of each replaced function's source: the same in all TESTED releases."""
+KNOWN = ("5.23.0", "5.24.0")
+"""Releases in which the replaced functions have the same sources."""
 HELD = "epbackend_experts"
 """The attribute of a model that holds its SpreadExperts."""
 
@@ -114,39 +111,22 @@ def _join(config: EPConfig, group: dist.ProcessGroup | None) -> RankGroup:
         if "RANK" not in os.environ:
             raise ConfigError(f"ep_size: {config.ep_size} ranks are needed; start the script by torchrun")
         dist.init_process_group(device.collective_backend)
-    group = group or dist.group.WORLD
+    everyone: Any = dist.group.WORLD
+    group = group or everyone
     if (size := dist.get_world_size(group)) != config.ep_size:
         raise ConfigError(f"ep_size: {config.ep_size}, but {size} ranks were started; make them equal")
     return RankGroup.of(group, group if config.engine.dp == 1 else None)
 
 
-def _check_heads(model: Any, tp_size: int) -> None:
+def _check_heads(model: Any, ranks: int) -> None:
     """Raises ConfigError for attention that cannot be cut among so many ranks."""
     settings = model.config.get_text_config()
     heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
-    if heads % tp_size:
+    if heads % ranks:
         raise ConfigError(
-            f"engine.dp: 1 cuts attention among {tp_size} ranks, which the {heads} key-value heads of "
-            f"{type(model).__name__} do not allow; set engine.dp: {tp_size}, a batch for each rank"
+            f"engine.dp: 1 cuts attention among {ranks} ranks, which the {heads} key-value heads of "
+            f"{type(model).__name__} do not allow; set engine.dp: {ranks}, a batch for each rank"
         )
-
-
-@cache
-def _replace_hooks() -> None:
-    """Once a process. Raises UnavailableError for a transformers whose hooks are others, before any is replaced."""
-    hooks: list[tuple[Any, Callable[[Any], Any]]] = [
-        (modeling_utils, _loading),
-        (DistributedMixin, _distributing),
-    ]
-    originals = [getattr(owner, name) for (owner, _), name in zip(hooks, FINGERPRINTS, strict=True)]
-    for name, original in zip(FINGERPRINTS, originals, strict=True):
-        if hashlib.sha256(inspect.getsource(original).encode()).hexdigest()[:12] != FINGERPRINTS[name]:
-            raise UnavailableError(
-                f"transformers {version('transformers')}: {name} is not the one that epbackend knows; install one of "
-                f"{', '.join(TESTED)}"
-            )
-    for (owner, build), name, original in zip(hooks, FINGERPRINTS, originals, strict=True):
-        setattr(owner, name, build(original))
 
 
 def _distributing(original: Any) -> Any:
@@ -155,7 +135,7 @@ def _distributing(original: Any) -> Any:
     @wraps(original.__func__)
     def maybe_distribute_model(cls: type, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
         if isinstance(distributed_config, SpreadConfig):
-            _check_heads(model, distributed_config.tp_size)
+            _check_heads(model, distributed_config.ranks.token_size)
         model = original.__func__(cls, model, distributed_config, mesh_manager)
         if isinstance(distributed_config, SpreadConfig):
             ranks = distributed_config.ranks
@@ -184,3 +164,35 @@ def _loading(original: Any) -> Any:
         return loaded
 
     return convert_and_load_state_dict_in_model
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function of transformers to replace."""
+
+    owner: Any
+    name: str
+    fingerprint: str
+    """Twelve hex digits of the SHA-256 of its source in the KNOWN releases."""
+    build: Callable[[Any], Any]
+    """Makes the replacement from the original."""
+
+
+HOOKS = (
+    Hook(modeling_utils, "convert_and_load_state_dict_in_model", "89e7737367f7", _loading),
+    Hook(DistributedMixin, "maybe_distribute_model", "d4958f76742e", _distributing),
+)
+
+
+@cache
+def _replace_hooks() -> None:
+    """Once a process. Raises UnavailableError for a transformers whose hooks are others, before any is replaced."""
+    originals = [getattr(hook.owner, hook.name) for hook in HOOKS]
+    for hook, original in zip(HOOKS, originals, strict=True):
+        if hashlib.sha256(inspect.getsource(original).encode()).hexdigest()[:12] != hook.fingerprint:
+            raise UnavailableError(
+                f"transformers {version('transformers')}: {hook.name} is not the one that epbackend knows; install one "
+                f"of {', '.join(KNOWN)}"
+            )
+    for hook, original in zip(HOOKS, originals, strict=True):
+        setattr(hook.owner, hook.name, hook.build(original))

@@ -70,13 +70,14 @@ class ExpertsModule:
         """The loaded weights; the module keeps an empty place of each, so that memory has them once."""
         taken = {name: self.module._parameters[name].detach() for name in self.parameters}
         for name, weight in taken.items():
-            empty = nn.Parameter(weight.new_empty(0), requires_grad=False)
-            empty._is_hf_initialized = True  # or transformers would fill it with random numbers
+            empty: Any = nn.Parameter(weight.new_empty(0), requires_grad=False)
+            empty._is_hf_initialized = True  # transformers is not to initialize it
             self.module._parameters[name] = empty
         first, second, *biases = taken.values()
         if self.module.is_transposed:
             first, second = first.transpose(1, 2), second.transpose(1, 2)
-        return ExpertWeights(first, second, *(biases or (None, None)), activation=self._activation())
+        first_bias, second_bias = biases or (None, None)
+        return ExpertWeights(first, second, first_bias, second_bias, self._activation())
 
     def _activation(self) -> Callable[[Tensor], Tensor] | None:
         """From the rows of the first product to those of the second; None: SwiGLU, for which kernels have their own."""

@@ -13,10 +13,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -46,11 +48,13 @@ def generate(model_path: str, config: EPConfig, prompts: Sequence[str], max_new_
         WorkerError: a process failed; its own error is in the text.
     """
     with tempfile.TemporaryDirectory(prefix="epbackend-") as folder:
-        multiprocessing.set_forkserver_preload([__name__])  # forks of one that has loaded torch and transformers
+        multiprocessing.set_forkserver_preload(
+            [__name__]
+        )  # forks of one that has loaded torch and transformers
         arguments = (config.ep_size, folder, model_path, config.to_json(), list(prompts), max_new_tokens)
         try:
             multiprocessing.start_processes(_rank, arguments, config.ep_size, start_method="forkserver")
-        except multiprocessing.ProcessException as error:
+        except ProcessException as error:
             raise WorkerError(f"a rank failed: {str(error).strip()}") from error
         parts = [pickle.loads(_answers(folder, rank).read_bytes()) for rank in range(config.ep_size)]
     found = {number: answer for answers, _, _ in parts for number, answer in answers.items()}
@@ -69,7 +73,7 @@ def _rank(
     if ranks > 1:
         store = f"file://{folder}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=torch.float32, distributed_config=distributed_config(config)
     )
     tokenizer = AutoTokenizer.from_pretrained(model_path)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
-from epbackend.dispatch.base import RankGroup
+from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.dispatch.collectives import Collectives
 from epbackend.dispatch.context import GroupContext
 from epbackend.engines.load_report import STEPS, LoadReport, step_imbalance_Y
@@ -85,7 +85,10 @@ class SpreadExperts:
         """
         _check_loaded([name for each in self._modules for name in each.full_names], loading_info)
         config, device = self.config, get_device(self.config.device)
-        settings = {phase: replace(config.dispatch_settings(phase), static=False) for phase in PHASES}
+        # Nothing here captures graphs, and ranks bring any numbers of tokens.
+        settings: dict[str, DispatchSettings] = {
+            phase: replace(config.dispatch_settings(phase), static=False) for phase in PHASES
+        }
         most = max(len(slot_map.local_experts(self.ranks.rank)) for slot_map in self._slot_maps)
         for each, slot_map in zip(self._modules, self._slot_maps, strict=True):
             weights = each.take_weights()
@@ -152,7 +155,7 @@ class SpreadExperts:
             max(getattr(each.load, what).max for each in self.layers) for what in ("passes", "rounds")
         )
         sums_SY = torch.stack(list(self._sums_Y)).cpu().numpy()
-        ranks = self._gather((tokens_YE, passes, rounds, np.diff(sums_SY, axis=0)))
+        ranks = _gather(self.ranks, (tokens_YE, passes, rounds, np.diff(sums_SY, axis=0)))
         return LoadReport(
             layers=tuple(each.number for each in self._modules),
             tokens_RYE=np.stack([rank[0] for rank in ranks]),
@@ -196,9 +199,6 @@ class SpreadExperts:
     def _end_step(self, *_: Any) -> None:
         self._steps += 1
         self._sums_Y.append(self._rows_YL.sum(1))
-
-    def _gather(self, mine: Any) -> list[Any]:
-        return _gather(self.ranks, mine)
 
 
 def _agreed_placement(
