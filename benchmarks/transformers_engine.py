@@ -32,7 +32,7 @@ from epbackend.engines.transformers import distributed_config, spread_experts
 from epbackend.placement import Loads
 from epbackend.placement.formats import write
 
-RANKS, ROUNDS = 2, 9
+RANKS, ROUNDS = 2, 7
 LAYERS, EXPERTS, TOP_K = 4, 32, 4
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 16
 REDUNDANT = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -9,17 +10,21 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import epbackend.engines.transformers as plug
 from epbackend.config import EPConfig
 from epbackend.dispatch.base import RankGroup
-from epbackend.engines.transformers import distributed_config, spread_experts
+from epbackend.engines.transformers import SpreadExperts, distributed_config, spread_experts
+from epbackend.engines.transformers.experts import experts_of
 from epbackend.errors import ConfigError, EPError, UnavailableError
 from epbackend.placement.formats import write
 from epbackend.placement.loads import Loads
@@ -163,6 +168,30 @@ def test_models_that_cannot_be_spread_are_refused_by_name(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=asked)
     with pytest.raises(EPError, match="was not loaded with"):
         spread_experts(AutoModelForCausalLM.from_pretrained(tmp_path))
+    quantized = json.loads((tmp_path / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "fp8"}
+    }
+    with pytest.raises(ConfigError, match="quantized experts are not spread in transformers"):
+        SpreadExperts(SimpleNamespace(config=SimpleNamespace(**quantized)), asked.ep, asked.ranks)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda module: setattr(module, "has_post_expert_norm", True), "norms each expert's answer"),
+        (
+            lambda module: module.register_parameter("scale", nn.Parameter(torch.ones(8))),
+            "has the weights scale beside",
+        ),
+    ],
+)
+def test_experts_of_another_form_are_refused_by_name(change, said):
+    config = AutoConfig.for_model("qwen3_moe", **models.COMMON)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    change(model.model.layers[1].mlp.experts)
+    with pytest.raises(ConfigError, match=f"Qwen3MoeForCausalLM: model.layers.1.mlp.experts {said}"):
+        experts_of(model)
 
 
 def test_a_checkpoint_without_an_expert_is_refused_and_a_spread_model_is_not_saved(saved, tmp_path):

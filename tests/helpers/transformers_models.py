@@ -64,6 +64,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phimoe": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},  # its router knows two
     "ernie4_5_moe": {"moe_num_experts": EXPERTS, "moe_k": TOP_K, "moe_layer_start_index": 1},
     "minimax_m2": {"num_local_experts": EXPERTS},
+    "nemotron_h": {"n_routed_experts": EXPERTS, "layers_block_type": ["moe", "attention", "moe"]},
 }
 """transformers' model_type -> its settings beside COMMON."""
 
