@@ -194,6 +194,24 @@ def test_experts_of_another_form_are_refused_by_name(change, said):
         experts_of(model)
 
 
+@pytest.mark.parametrize(
+    ("placement", "said"),
+    [
+        (Placement.even(2, models.EXPERTS, 2), "it has 2 ranks and 2 layers, but ep_size is 2 and Qwen3Moe"),
+        (Placement((Layout(((*range(8), 0), (1,)), 8),) * models.LAYERS), "a rank has 9 slots for 8 experts"),
+        (Placement.even(models.LAYERS, 16, 2), "it has 16 experts, but MoE layer 0 has 8"),
+    ],
+)
+def test_placements_that_do_not_fit_the_model_are_refused_on_every_rank(
+    ranks, saved, tmp_path, placement, said
+):
+    file = tmp_path / "placement.json"
+    file.write_text(placement.to_json())
+    settings = {"ep_size": 2, "engine": {"dp": 2}, "placement": {"file": str(file)}}
+    for refused in ranks.run(2, models.refusal, str(saved("qwen3_moe")), settings):
+        assert said in refused
+
+
 def test_a_checkpoint_without_an_expert_is_refused_and_a_spread_model_is_not_saved(saved, tmp_path):
     asked = distributed_config(EPConfig.load({"device": "cpu"}))
     model = AutoModelForCausalLM.from_pretrained(saved("qwen3_moe"), distributed_config=asked)

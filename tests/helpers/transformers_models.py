@@ -14,6 +14,7 @@ from epbackend.config import EPConfig
 from epbackend.dispatch.base import RankGroup
 from epbackend.engines.load_report import LoadReport
 from epbackend.engines.transformers import distributed_config, spread_experts
+from epbackend.errors import EPError
 
 VOCABULARY, EXPERTS, TOP_K, LAYERS = 64, 8, 3, 3
 COMMON: dict[str, Any] = {
@@ -139,6 +140,15 @@ def answer(
     load = experts.load()
     experts.close()
     return Answered(tokens, load, [layer.load.rows_L.numel() for layer in experts.layers])
+
+
+def refusal(groups: dict[int, RankGroup], path: str, settings: dict[str, Any]) -> str:
+    """What `answer` is refused for, on one rank."""
+    try:
+        answer(groups, path, settings, 1)
+    except EPError as error:
+        return str(error)
+    return "nothing"
 
 
 def quiet() -> None:

@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
 )
 
 from epbackend.errors import ConfigError
+from epbackend.replica_split import SlotMap
 
 
 class SlotsOf:
@@ -40,17 +41,17 @@ def rank_view(
     model: Any,
     state_dict: Mapping[str, Any],
     conversions: Sequence[Any],
-    slots_of: Mapping[str, Sequence[int]],
-    experts: Mapping[str, int],
+    slot_maps: Mapping[str, SlotMap],
+    rank: int,
 ) -> dict[str, Any]:
-    """The checkpoint `state_dict` for a rank.
+    """The checkpoint `state_dict` for a rank, which has at most E slots in each layer.
 
     Args:
         model: with its parameters as the rank holds them.
         state_dict: the checkpoint's names, and what reads each tensor.
         conversions: transformers' weight conversions for the model.
-        slots_of: parameter of experts -> the expert of each of the rank's slots.
-        experts: parameter of experts -> E.
+        slot_maps: the slots of each parameter that holds experts.
+        rank: among those that share the experts.
 
     Raises:
         ConfigError: experts come in a form that cannot be told apart.
@@ -62,22 +63,25 @@ def rank_view(
     pieces: dict[tuple[str, str | None], list[str]] = defaultdict(list)
     for key in sorted(state_dict, key=dot_natural_key):  # the loader's order, in which it counts experts
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        if target not in slots_of:
+        if target not in slot_maps:
             view[key] = state_dict[key]
         elif len(_shape(state_dict[key])) == parameters[target].ndim - 1:
             pieces[target, pattern].append(key)
         else:
-            _check_count(key, _shape(state_dict[key])[0], experts[target])
-            view[key] = SlotsOf(state_dict[key], slots_of[target])
+            _check_count(key, _shape(state_dict[key])[0], slot_maps[target])
+            view[key] = SlotsOf(state_dict[key], slot_maps[target].local_experts(rank))
     for (target, _), keys in pieces.items():
-        _check_count(keys[0], len(keys), experts[target])
-        view |= {keys[slot]: state_dict[keys[expert]] for slot, expert in enumerate(slots_of[target])}
+        _check_count(keys[0], len(keys), slot_maps[target])
+        held = slot_maps[target].local_experts(rank)
+        view |= {keys[slot]: state_dict[keys[expert]] for slot, expert in enumerate(held)}
     return view
 
 
-def _check_count(key: str, found: int, experts: int) -> None:
-    if found != experts:
-        raise ConfigError(f"checkpoint: {key} and its like hold {found} experts, but the layer has {experts}")
+def _check_count(key: str, found: int, slot_map: SlotMap) -> None:
+    if found != slot_map.experts:
+        raise ConfigError(
+            f"checkpoint: {key} and its like hold {found} experts, but the layer has {slot_map.experts}"
+        )
 
 
 def _shape(source: Any) -> list[int]:

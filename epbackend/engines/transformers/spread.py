@@ -56,9 +56,8 @@ class SpreadExperts:
         ]
         self._phase: Phase = "prefill"
         self._steps = 0
-        self._sums_Y: deque[Tensor] = deque(
-            maxlen=STEPS + 1
-        )  # rows of each layer when each of the last steps ended
+        # Rows of each layer when each of the last steps ended.
+        self._sums_Y: deque[Tensor] = deque(maxlen=STEPS + 1)
         for index, (each, slot_map) in enumerate(zip(self._modules, self._slot_maps, strict=True)):
             each.keep_slots(len(slot_map.local_experts(ranks.rank)))
             each.module.forward = partial(self._compute, index)
@@ -68,14 +67,12 @@ class SpreadExperts:
 
     def view(self, model: Any, checkpoint: Mapping[str, Any], conversions: Iterable[Any]) -> dict[str, Any]:
         """The checkpoint with this rank's experts alone, for transformers to load."""
-        pairs = list(zip(self._modules, self._slot_maps, strict=True))
-        slots_of = {
-            name: slot_map.local_experts(self.ranks.rank)
-            for each, slot_map in pairs
+        slot_maps = {
+            name: slot_map
+            for each, slot_map in zip(self._modules, self._slot_maps, strict=True)
             for name in each.full_names
         }
-        experts = {name: each.experts for each, _ in pairs for name in each.full_names}
-        return rank_view(model, checkpoint, list(conversions), slots_of, experts)
+        return rank_view(model, checkpoint, list(conversions), slot_maps, self.ranks.rank)
 
     def build(self, loading_info: Any) -> None:
         """Builds the layers from the weights that transformers has loaded; all ranks do so together.
@@ -207,7 +204,7 @@ def _agreed_placement(
     """Where the experts live: planned by the first rank, so that all have the same.
 
     Raises:
-        ConfigError: it cannot be, or the ranks were given different configs.
+        ConfigError: the first rank cannot plan, or the ranks were given different configs.
     """
     layers = model.config.get_text_config().num_hidden_layers
     dense = tuple(sorted(set(range(layers)) - {each.number for each in modules}))
@@ -224,22 +221,22 @@ def _agreed_placement(
     found = answers[0][1]
     if isinstance(found, Exception):
         raise found
-    if found is not None and found.ranks != ranks.size:
-        raise ConfigError(
-            f"placement: it is for {found.ranks} ranks, but ep_size is {ranks.size}; plan one for these"
-        )
-    for each in modules:
-        slots = (
-            []
-            if found is None or each.number >= len(found.layers)
-            else found.layers[each.number].experts_of_rank
-        )
-        if most := next((len(held) for held in slots if len(held) > each.experts), 0):
-            raise ConfigError(
-                f"placement: a rank has {most} slots for the {each.experts} experts of layer {each.number}; use fewer "
-                "redundant experts"
-            )
+    if found is not None:
+        _check_placement(found, ranks.size, layers, type(model).__name__)
     return found
+
+
+def _check_placement(placement: Placement, ranks: int, layers: int, architecture: str) -> None:
+    """Raises ConfigError for a placement of other ranks or another model, or with more slots than a rank can load."""
+    if (placement.ranks, len(placement.layers)) != (ranks, layers):
+        raise ConfigError(
+            f"placement: it has {placement.ranks} ranks and {len(placement.layers)} layers, but ep_size is {ranks} and "
+            f"{architecture} has {layers} layers (dense ones count); plan one for it"
+        )
+    if (most := max(int(layer.slots_R.max()) for layer in placement.layers)) > placement.experts:
+        raise ConfigError(
+            f"placement: a rank has {most} slots for {placement.experts} experts; use fewer redundant experts"
+        )
 
 
 def _gather(ranks: RankGroup, mine: Any) -> list[Any]:
