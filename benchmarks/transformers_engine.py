@@ -32,7 +32,7 @@ from epbackend.engines.transformers import distributed_config, spread_experts
 from epbackend.placement import Loads
 from epbackend.placement.formats import write
 
-RANKS, ROUNDS = 2, 7
+RANKS, ROUNDS = 2, 15
 LAYERS, EXPERTS, TOP_K = 4, 32, 4
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 16
 REDUNDANT = 8
@@ -118,27 +118,27 @@ def _load(folder: str, asked: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=asked)
 
 
-def _answer(model: Any, batch: torch.Tensor, new_tokens: int = NEW_TOKENS) -> torch.Tensor:
+def _answer(model: Any, batch: torch.Tensor) -> torch.Tensor:
     return model.generate(
         batch,
         attention_mask=torch.ones_like(batch),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
         do_sample=False,
         pad_token_id=0,
     )
 
 
 def _timed(model: Any, batch: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Seconds for the prompts and their first token, and for the further tokens."""
+    """Seconds of the first step, which reads the prompts, and of the further steps, a token of each answer."""
+    ends: list[float] = []
+    hook = model.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
     start = time.perf_counter()
-    _answer(model, batch, 1)
-    middle = time.perf_counter()
     done = _answer(model, batch)
-    end = time.perf_counter()
+    hook.remove()
     if not torch.equal(done, expected):
         raise SystemExit("a contestant answered other tokens than the others")
-    return middle - start, (end - middle) - (middle - start)
+    return ends[0] - start, ends[-1] - ends[0]
 
 
 def draw(figures: dict[str, dict[str, Any]]) -> Figure:
