@@ -10,11 +10,12 @@ import typer
 
 from epbackend.cli.demo_balance import balance_demo
 from epbackend.cli.loads import facts, imbalance, imbalance_in_words, print_load
-from epbackend.cli.output import JsonOption, console, json_stdout
+from epbackend.cli.output import JsonOption, console, error_console, json_stdout
 from epbackend.cli.pictures import save_imbalance, save_load
 from epbackend.cli.session import Answer, ask, running
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy import LoadReport
+from epbackend.engines.load_report import LoadReport
+from epbackend.errors import ConfigError
 from epbackend.models import TINY_MODELS, resolve
 
 PROMPTS = (
@@ -23,17 +24,21 @@ PROMPTS = (
     "In the year 1861",
 )
 REDUNDANT_EXPERTS = 8
-SETTINGS: dict[str, Any] = {
-    "device": "cpu",
-    "ep_level": 2,
-    "engine": {
+Engine = Literal["lmdeploy", "transformers"]
+
+
+def engine_settings(engine: Engine, ranks: int) -> dict[str, Any]:
+    """The settings of the demo's engine; with transformers each rank has prompts of its own."""
+    of_engine: dict[str, Any] = {
         "dtype": "float32",
         "session_len": 512,
         "max_batch_size": 8,
         "cache_gb": 0.1,
         "log_level": "ERROR",
-    },
-}
+    }
+    if engine == "transformers":
+        of_engine = {"dp": ranks}
+    return {"device": "cpu", "ep_size": ranks, "ep_level": 2, "engine": of_engine}
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ def demo(
         typer.Option(help="Processes that share the experts: 2, and 4 with --balance.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 40,
+    engine: Annotated[Engine, typer.Option(help="Who runs the model around the experts.")] = "lmdeploy",
     balance: Annotated[
         bool, typer.Option("--balance", help="Instead: experts that move between ranks while they answer.")
     ] = False,
@@ -72,12 +78,16 @@ def demo(
 
     Then record what the experts did, plan a placement with replicas of the busy ones, and answer again.
     """
-    settings = {**SETTINGS, "ep_size": int(ranks or ("4" if balance else "2"))}
+    if balance and engine == "transformers":
+        raise ConfigError(
+            "--balance: experts do not move while transformers runs a model; use --engine lmdeploy"
+        )
+    settings = engine_settings(engine, int(ranks or ("4" if balance else "2")))
 
     def show(talk: bool) -> dict[str, Any]:
         if balance:
             return balance_demo(model, settings, out, talk=talk)
-        return _demo(model, EPConfig.load(settings), max_new_tokens, out, talk=talk)
+        return _demo(model, engine, settings, max_new_tokens, out, talk=talk)
 
     if as_json:
         with json_stdout() as print_json:
@@ -88,10 +98,13 @@ def demo(
     raise typer.Exit(0 if result["tokens_identical"] else 1)
 
 
-def _demo(model: str, config: EPConfig, max_new_tokens: int, out: Path, *, talk: bool) -> dict[str, Any]:
+def _demo(
+    model: str, engine: Engine, settings: dict[str, Any], max_new_tokens: int, out: Path, *, talk: bool
+) -> dict[str, Any]:
     """The demo's results as one object; with `talk` they are shown as they come."""
     start = time.perf_counter()
-    run = _run(model, config, max_new_tokens, talk)
+    config, answer_all = EPConfig.load(settings), RUNS[engine]
+    run = answer_all(model, config, max_new_tokens, talk)
     picture = save_load(run.load, out / "expert-load.png", title=f"{model}, {config.ep_size} ranks")
     expected = greedy_tokens(resolve(model), PROMPTS, max_new_tokens)
     identical = run.token_ids == expected
@@ -104,13 +117,21 @@ def _demo(model: str, config: EPConfig, max_new_tokens: int, out: Path, *, talk:
         "start_seconds": round(run.start_seconds, 2),
         "ranks": config.ep_size,
         "model": model,
+        "engine": engine,
         "tokens_per_second": round(run.tokens_per_second, 1),
         "answers": [answer.text for answer in run.answers],
         "heat_map": str(picture),
         **facts(config, run.load),
     }
     if config.ep_size > 1:
-        result["placement"] = _placed(model, config, run, max_new_tokens, out, talk)
+        placement = {
+            "loads": str(_recorded(model, run.load, out)),
+            "redundant_experts": REDUNDANT_EXPERTS,
+            "split": "level",
+        }
+        placed = EPConfig.load({**settings, "placement": placement})
+        after = answer_all(model, placed, max_new_tokens, False)
+        result["placement"] = placement | _compared(model, run, after, config.ep_size, out, talk)
         result["tokens_identical"] = identical and result["placement"]["tokens_identical"]
     result["seconds"] = round(time.perf_counter() - start, 2)
     if talk:
@@ -120,22 +141,22 @@ def _demo(model: str, config: EPConfig, max_new_tokens: int, out: Path, *, talk:
     return result
 
 
-def _placed(
-    model: str, config: EPConfig, before: Run, max_new_tokens: int, out: Path, talk: bool
-) -> dict[str, Any]:
-    """The same answers again, with experts placed by the loads of the first run."""
+def _recorded(model: str, load: LoadReport, out: Path) -> Path:
+    """The file of a run's loads."""
     from epbackend.engines.lmdeploy.load.recording import Recording
 
     recorded = out / "loads.json"
-    Recording.of(recorded, resolve(model), config.ep_size).write(before.load)
-    placement = {"loads": str(recorded), "redundant_experts": REDUNDANT_EXPERTS, "split": "level"}
-    placed = EPConfig.load({**SETTINGS, "ep_size": config.ep_size, "placement": placement})
-    after = _run(model, placed, max_new_tokens, talk=False)
+    Recording.of(recorded, resolve(model), len(load.tokens_RYE)).write(load)
+    return recorded
+
+
+def _compared(model: str, before: Run, after: Run, ranks: int, out: Path, talk: bool) -> dict[str, Any]:
+    """The same answers without and with experts placed by the loads of the first run."""
     identical = after.token_ids == before.token_ids
     picture = save_imbalance(
         {"experts in order": before.load, "placed and levelled": after.load},
         out / "placement.png",
-        title=f"{model}: {REDUNDANT_EXPERTS} replicas of busy experts, placed on {config.ep_size} ranks",
+        title=f"{model}: {REDUNDANT_EXPERTS} replicas of busy experts, placed on {ranks} ranks",
     )
     if talk:
         console.print(
@@ -144,25 +165,42 @@ def _placed(
         console.print(f"busiest rank of a layer before: {imbalance_in_words(before.load)}", highlight=False)
         console.print(f"busiest rank of a layer after:  {imbalance_in_words(after.load)}", highlight=False)
         console.print(f"the same {_count(after.token_ids)} tokens again: {_verdict(identical)}")
-        console.print(f"loads: {recorded}; before and after: {picture}", highlight=False)
+        console.print(f"loads: {out / 'loads.json'}; before and after: {picture}", highlight=False)
     return {
         "tokens_identical": identical,
-        "loads": str(recorded),
-        "redundant_experts": REDUNDANT_EXPERTS,
-        "split": "level",
         "before": imbalance(before.load),
         "after": imbalance(after.load),
         "picture": str(picture),
     }
 
 
-def _run(model: str, config: EPConfig, max_new_tokens: int, talk: bool) -> Run:
+def _run_lmdeploy(model: str, config: EPConfig, max_new_tokens: int, talk: bool) -> Run:
     start = time.perf_counter()
     with running(model, config) as pipe:
         start_seconds = time.perf_counter() - start
         before = pipe.load()
         answers = [_answer(pipe, prompt, max_new_tokens, talk) for prompt in PROMPTS]
         return Run(answers, pipe.load().since(before), start_seconds)
+
+
+def _run_transformers(model: str, config: EPConfig, max_new_tokens: int, talk: bool) -> Run:
+    from epbackend.engines.transformers.ranks import generate
+
+    start = time.perf_counter()
+    with error_console.status(f"{model} on {config.ep_size} ranks, by transformers"):
+        done = generate(resolve(model), config, PROMPTS, max_new_tokens)
+    start_seconds = time.perf_counter() - start - done.seconds
+    if talk:
+        for prompt, text in zip(PROMPTS, done.texts, strict=True):
+            console.out(f"\n{prompt}", style="bold", end="", highlight=False)
+            console.out(text, highlight=False)
+    share = done.seconds / len(PROMPTS)  # the ranks answer beside each other
+    answers = [Answer(text, ids, share) for text, ids in zip(done.texts, done.token_ids, strict=True)]
+    return Run(answers, done.load, start_seconds)
+
+
+RUNS = {"lmdeploy": _run_lmdeploy, "transformers": _run_transformers}
+"""Who answers the prompts, for each engine."""
 
 
 def _answer(pipe: Any, prompt: str, max_new_tokens: int, talk: bool) -> Answer:

@@ -92,6 +92,7 @@ def balance_demo(model: str, settings: dict[str, Any], out: Path, *, talk: bool)
         "throughput_ratio": round(with_balance.tokens_per_second / without.tokens_per_second, 4),
         "ranks": moving.ep_size,
         "model": model,
+        "engine": "lmdeploy",
         "tokens": sum(map(len, with_balance.token_ids)),
         "rounds": list(with_balance.rounds),
         "balance": {name: _rounded(value) for name, value in asdict(report).items()},

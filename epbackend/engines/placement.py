@@ -20,6 +20,7 @@ from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.planners import plan
 from epbackend.placement.renumbering import Renumbering, loads_for, placement_for
 from epbackend.placement.replica_split import level_shares, own_quota
+from epbackend.replica_split import SlotMap
 
 MAX_TEXT = 130_000
 """Characters. Linux gives one variable 128 KiB; DeepSeek-V3 on 64 ranks (61 layers of 320 slots) takes about 40,000."""
@@ -73,6 +74,21 @@ def warm_splits(config: EPConfig) -> None:
     ):
         layout, counts_RE = Layout.even(2, 2, 4), np.ones((2, 2), dtype=np.int64)
         own_quota(counts_RE, level_shares(counts_RE.sum(axis=0), layout), layout, source_rank=0)
+
+
+def slot_map_of(placement: Placement | None, layer: int, experts: int, ranks: int) -> SlotMap:
+    """Where this layer's experts live. Layers after the model's own, those of a draft model, are not in a placement.
+
+    Raises:
+        ConfigError: the placement is of a model with other experts.
+    """
+    if placement is None or layer >= len(placement.layers):
+        return SlotMap.uniform(experts, ranks)
+    if placement.experts != experts:
+        raise ConfigError(
+            f"placement: it has {placement.experts} experts, but MoE layer {layer} has {experts}; plan one for it"
+        )
+    return SlotMap(placement.layers[layer], placement.node_size)
 
 
 def to_env(placement: Placement) -> str:

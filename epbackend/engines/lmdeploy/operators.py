@@ -34,6 +34,7 @@ from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.engines.lmdeploy import balance
 from epbackend.engines.lmdeploy.load.report import check_room
 from epbackend.engines.lmdeploy.state import active
+from epbackend.engines.placement import slot_map_of
 from epbackend.errors import ConfigError, EPError, UnavailableError
 from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
@@ -41,8 +42,6 @@ from epbackend.kernels.npu import ops
 from epbackend.kernels.weight_formats import Experts
 from epbackend.moe import ExpertParallelMoE
 from epbackend.names import PHASES
-from epbackend.placement.placement import Placement
-from epbackend.replica_split import SlotMap
 
 Spec: TypeAlias = FusedMoEBuildSpec | FusedMoEBlockedF8BuildSpec | FusedMoEW8A8BuildSpec
 
@@ -99,7 +98,7 @@ class LayerExperts:
         self.spec, self.device = spec, device
         self.layer_number = layer_being_built(getattr(spec, "layer_idx", None))
         self.ranks = _ranks(spec)
-        self.slot_map = _slot_map(active().placement, self.layer_number, spec.num_experts, self.ranks.size)
+        self.slot_map = slot_map_of(active().placement, self.layer_number, spec.num_experts, self.ranks.size)
         self.settings = {
             "prefill": config.dispatch_settings("prefill"),
             "decode": _bounded(config.dispatch_settings("decode")),
@@ -278,17 +277,6 @@ def _bounded(decode: DispatchSettings) -> DispatchSettings:
         return decode
     diffused = build.dllm_config.block_length if build.dllm_config else None
     return replace(decode, max_tokens=build.max_batch_size * max(1 + build.num_spec_tokens, diffused or 1))
-
-
-def _slot_map(placement: Placement | None, layer: int, experts: int, ranks: int) -> SlotMap:
-    """Where this layer's experts live. Layers after the model's own, those of a draft model, are not in a placement."""
-    if placement is None or layer >= len(placement.layers):
-        return SlotMap.uniform(experts, ranks)
-    if placement.experts != experts:
-        raise ConfigError(
-            f"placement: it has {placement.experts} experts, but MoE layer {layer} has {experts}; plan one for it"
-        )
-    return SlotMap(placement.layers[layer], placement.node_size)
 
 
 def _phase() -> str:

@@ -23,14 +23,13 @@ from typing import Any
 import numpy as np
 
 from epbackend.balance.board import PLACE
+from epbackend.engines.load_report import STEPS, LoadReport, step_imbalance_Y
 from epbackend.errors import EPError
 
 STATS_VARIABLE = "EPBACKEND_LOAD_BOARD"
 """Names the segment to worker processes, as `ranks:name`."""
 
 MAX_LAYERS, MAX_EXPERTS = 256, 1024
-STEPS = 1024
-"""Steps whose sums are kept one by one."""
 AHEAD = 8
 """More steps than the host of a rank can be ahead of what its device has done."""
 PATIENCE_S = 2.0
@@ -68,60 +67,6 @@ PULSE_PHASES = ("", "prefill", "decode")
 """What a rank may be in; the first: in no step."""
 
 logger = logging.getLogger("epbackend")
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """The work of all ranks since the engine started, its warm-up left out."""
-
-    layers: tuple[int, ...]
-    """The model's layers that have experts: the second axis of tokens_RYE."""
-    tokens_RYE: np.ndarray
-    """Tokens that rank R computed for expert E of layer Y, int64."""
-    calls: int
-    """Steps of the engine: forward passes through all layers."""
-    passes: int
-    """The most passes that a single call took (1: the cutoff never bound)."""
-    rounds: int
-    """The most rounds that a single call took (1: the buffers always sufficed)."""
-    dispatchers: dict[str, dict[str, Any]]
-    """phase -> name of its dispatcher, the reason, and why others were passed over."""
-    step_imbalance_Y: np.ndarray
-    """As `imbalance_Y`, but each step by itself, since in each the ranks wait for the busiest: the sum of the steps'
-    maxima over the sum of their means, in the last thousand steps."""
-
-    @property
-    def tokens_per_rank(self) -> list[int]:
-        """Expert tokens of each rank over all layers."""
-        return self.tokens_RYE.sum(axis=(1, 2)).tolist()
-
-    @property
-    def imbalance_Y(self) -> np.ndarray:
-        """The busiest rank's tokens over the ranks' mean, for each of `layers` (1.0: level, or no token at all)."""
-        tokens_RY = self.tokens_RYE.sum(axis=2)
-        mean_Y = tokens_RY.mean(axis=0)
-        return np.where(mean_Y > 0, tokens_RY.max(axis=0) / np.maximum(mean_Y, 1e-9), 1.0)
-
-    def loads_YE(self, layers: int, ep_size: int) -> np.ndarray:
-        """Tokens of each logical expert in all `layers` of the model, int64; zeros where a layer has no experts.
-
-        With `ep_size` 1 every rank computes (its share of) every token, so that one rank has seen them all.
-        """
-        loads_YE = np.zeros((layers, self.tokens_RYE.shape[2]), dtype=np.int64)
-        loads_YE[list(self.layers)] = self.tokens_RYE[:ep_size].sum(axis=0)
-        return loads_YE
-
-    def since(self, earlier: LoadReport) -> LoadReport:
-        """The work after `earlier` was read; maxima and step_imbalance_Y stay those of the whole time."""
-        return LoadReport(
-            self.layers,
-            self.tokens_RYE - earlier.tokens_RYE if earlier.layers else self.tokens_RYE,
-            self.calls - earlier.calls,
-            self.passes,
-            self.rounds,
-            self.dispatchers,
-            self.step_imbalance_Y,
-        )
 
 
 class SharedStats:
@@ -207,9 +152,7 @@ def _step_imbalance_Y(ranks: list[_Rank]) -> np.ndarray:
     """Over the steps that all ranks have ended and still know."""
     ended, last = min(rank.steps for rank in ranks), max(rank.steps for rank in ranks)
     kept = np.arange(max(0, last - STEPS + AHEAD), ended + 1) % STEPS
-    tokens_RSY = np.diff(np.stack([rank.sums_SY[kept] for rank in ranks]), axis=1)
-    mean_Y = tokens_RSY.mean(axis=0).sum(axis=0)
-    return np.where(mean_Y > 0, tokens_RSY.max(axis=0).sum(axis=0) / np.maximum(mean_Y, 1e-9), 1.0)
+    return step_imbalance_Y(np.diff(np.stack([rank.sums_SY[kept] for rank in ranks]), axis=1))
 
 
 def _runs(process: int) -> bool:

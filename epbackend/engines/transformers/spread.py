@@ -1,0 +1,265 @@
+"""The experts of one transformers model, spread over the ranks: its layers, its steps, and what they did.
+
+A step is one forward pass of the model. All ranks make the same steps, and agree on the phase of each before it, where
+they hold different tokens. Letters of shapes are those of docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from epbackend.config import EPConfig
+from epbackend.device import get_device
+from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.dispatch.collectives import Collectives
+from epbackend.dispatch.context import GroupContext
+from epbackend.engines.load_report import STEPS, LoadReport, step_imbalance_Y
+from epbackend.engines.placement import finished_placement, slot_map_of, warm_splits
+from epbackend.engines.transformers.checkpoint_view import rank_view
+from epbackend.engines.transformers.experts import ExpertsModule, experts_of, top_k_of
+from epbackend.errors import ConfigError, EPError, UnavailableError
+from epbackend.moe import ExpertParallelMoE
+from epbackend.names import PHASES, Phase
+from epbackend.placement.placement import Placement
+
+
+class SpreadExperts:
+    """Our layers in place of a model's experts. Close it before the process groups; the model then answers no more."""
+
+    def __init__(self, model: Any, config: EPConfig, ranks: RankGroup) -> None:
+        """Takes the model, made and not yet loaded; all ranks do so together.
+
+        Raises:
+            ConfigError: the model's experts cannot be spread so, or the ranks were given different configs.
+        """
+        if getattr(model.config, "quantization_config", None):
+            raise ConfigError(
+                f"{type(model).__name__}: quantized experts are not spread in transformers; use the original checkpoint"
+            )
+        self.config, self.ranks = config, ranks
+        self.layers: list[ExpertParallelMoE] = []
+        """One for each layer with experts, once the model is loaded."""
+        self._modules, self._top_k = experts_of(model), top_k_of(model)
+        self._context = GroupContext()
+        placement = _agreed_placement(config, ranks, model, self._modules)
+        self._slot_maps = [
+            slot_map_of(placement, each.number, each.experts, ranks.size) for each in self._modules
+        ]
+        self._phase: Phase = "prefill"
+        self._steps = 0
+        # Rows of each layer when each of the last steps ended.
+        self._sums_Y: deque[Tensor] = deque(maxlen=STEPS + 1)
+        for index, (each, slot_map) in enumerate(zip(self._modules, self._slot_maps, strict=True)):
+            each.keep_slots(len(slot_map.local_experts(ranks.rank)))
+            each.module.forward = partial(self._compute, index)
+        model.register_forward_pre_hook(self._begin_step, with_kwargs=True)
+        model.register_forward_hook(self._end_step)
+        model.save_pretrained = _refuse_to_save
+
+    def view(self, model: Any, checkpoint: Mapping[str, Any], conversions: Iterable[Any]) -> dict[str, Any]:
+        """The checkpoint with this rank's experts alone, for transformers to load."""
+        slot_maps = {
+            name: slot_map
+            for each, slot_map in zip(self._modules, self._slot_maps, strict=True)
+            for name in each.full_names
+        }
+        return rank_view(model, checkpoint, list(conversions), slot_maps, self.ranks.rank)
+
+    def build(self, loading_info: Any) -> None:
+        """Builds the layers from the weights that transformers has loaded; all ranks do so together.
+
+        Raises:
+            ConfigError: weights are missing, or lie on another device than the config says.
+        """
+        _check_loaded([name for each in self._modules for name in each.full_names], loading_info)
+        config, device = self.config, get_device(self.config.device)
+        # Nothing here captures graphs, and ranks bring any numbers of tokens.
+        settings: dict[str, DispatchSettings] = {
+            phase: replace(config.dispatch_settings(phase), static=False) for phase in PHASES
+        }
+        most = max(len(slot_map.local_experts(self.ranks.rank)) for slot_map in self._slot_maps)
+        for each, slot_map in zip(self._modules, self._slot_maps, strict=True):
+            weights = each.take_weights()
+            place = weights.gate_up_L2FD.device
+            if place.type != device.torch_device(0).type:
+                raise ConfigError(
+                    f"device: {device.name}, but transformers has loaded the model to {place}; set both alike "
+                    "(device_map)"
+                )
+            layer = ExpertParallelMoE(
+                weights.gate_up_L2FD,
+                weights.down_LDF,
+                slot_map=slot_map,
+                ranks=self.ranks,
+                settings=settings,
+                top_k=self._top_k,
+                split={phase: config.placement.split_of(phase) for phase in PHASES},
+                device=config.device,
+                kernels=config.kernels,
+                gate_up_bias_L2F=weights.gate_up_bias_L2F,
+                down_bias_LD=weights.down_bias_LD,
+                activation=weights.activation,
+                check_ids=config.check_expert_ids,
+                layer=each.number,
+                context=self._context,
+            )
+            if not self.layers:
+                self._empty_0D = weights.down_LDF.new_empty(0, weights.down_LDF.shape[1])
+                self._rows_YL = torch.zeros(len(self._modules), most, dtype=torch.int64, device=place)
+                self._sums_Y.append(self._rows_YL.sum(1))
+            layer.load.count_in(
+                self._rows_YL[len(self.layers)][: len(slot_map.local_experts(self.ranks.rank))]
+            )
+            self.layers.append(layer)
+
+    def join_step(self) -> None:
+        """One step of the others, with no token of one's own: for a rank that has nothing to answer meanwhile."""
+        self._agree("decode")
+        ids_0K = torch.empty(0, self._top_k, dtype=torch.int64, device=self._empty_0D.device)
+        for index in range(len(self.layers)):
+            self._compute(index, self._empty_0D, ids_0K, self._empty_0D.new_empty(0, self._top_k))
+        self._end_step()
+
+    def join_generate(self) -> None:
+        """All steps of the others' `generate`, with no prompt of one's own. They must have batches of their own."""
+        self.join_step()  # the prompts, whose step gives the first token too
+        self._others_go_on()
+        while self._others_go_on():
+            self.join_step()
+
+    def _others_go_on(self) -> bool:
+        """As transformers asks in `_has_unfinished_sequences`, before each token."""
+        going = torch.zeros((), device=self._empty_0D.device)
+        dist.all_reduce(going, group=self.ranks.group)
+        return bool(going)
+
+    def load(self) -> LoadReport:
+        """What the experts of every rank did so far; all ranks ask together, and get the same."""
+        most = max(each.experts for each in self._modules)
+        tokens_YE = np.zeros((len(self.layers), most), dtype=np.int64)
+        for layer, tokens_E in zip(self.layers, tokens_YE, strict=True):
+            tokens_E[: layer.slot_map.experts] = layer.load.tokens_E.numpy()
+        passes, rounds = (
+            max(getattr(each.load, what).max for each in self.layers) for what in ("passes", "rounds")
+        )
+        sums_SY = torch.stack(list(self._sums_Y)).cpu().numpy()
+        ranks = _gather(self.ranks, (tokens_YE, passes, rounds, np.diff(sums_SY, axis=0)))
+        return LoadReport(
+            layers=tuple(each.number for each in self._modules),
+            tokens_RYE=np.stack([rank[0] for rank in ranks]),
+            calls=self._steps,
+            passes=max(rank[1] for rank in ranks),
+            rounds=max(rank[2] for rank in ranks),
+            dispatchers={phase: asdict(choice) for phase, choice in self.layers[0].dispatchers.items()},
+            step_imbalance_Y=step_imbalance_Y(np.stack([rank[3] for rank in ranks])),
+        )
+
+    def close(self) -> None:
+        """Ends what the layers hold on their process groups. A second call does nothing."""
+        for layer in self.layers:
+            layer.close()
+        self._context.close()
+
+    def _compute(
+        self, index: int, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """What the model calls in place of its experts: hidden_states [T, D], the others [T, K] -> [T, D]."""
+        if top_k_index.shape[1] != self._top_k:
+            raise EPError(
+                f"the router chose {top_k_index.shape[1]} experts a token, but the config says {self._top_k}"
+            )
+        return self.layers[index](hidden_states, top_k_index, top_k_weights, phase=self._phase)
+
+    def _begin_step(self, _: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        tokens = next(each for each in given if isinstance(each, Tensor))
+        self._agree("decode" if tokens.shape[1] == 1 else "prefill")
+
+    def _agree(self, phase: Phase) -> None:
+        """The phase of the coming step: decode where every rank decodes."""
+        if self.ranks.sources > 1:
+            mine = torch.tensor([PHASES.index(phase)], device=self._empty_0D.device)
+            number = self.layers[0].layer
+            asked = Collectives(self.ranks.group, self.config.timeout_s, number, self._context)
+            phase = "prefill" if [PHASES.index("prefill")] in asked.all_gather_ints(mine) else "decode"
+        self._phase = phase
+
+    def _end_step(self, *_: Any) -> None:
+        self._steps += 1
+        self._sums_Y.append(self._rows_YL.sum(1))
+
+
+def _agreed_placement(
+    config: EPConfig, ranks: RankGroup, model: Any, modules: list[ExpertsModule]
+) -> Placement | None:
+    """Where the experts live: planned by the first rank, so that all have the same.
+
+    Raises:
+        ConfigError: the first rank cannot plan, or the ranks were given different configs.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    dense = tuple(sorted(set(range(layers)) - {each.number for each in modules}))
+    found: Placement | ConfigError | UnavailableError | None = None
+    if ranks.rank == 0:
+        try:
+            found = finished_placement(config, layers, dense)
+            warm_splits(config)
+        except (ConfigError, UnavailableError) as error:
+            found = error
+    answers = _gather(ranks, (config.to_json(), found))
+    if len({text for text, _ in answers}) > 1:
+        raise ConfigError("distributed_config: the ranks were given different configs; give all the same")
+    found = answers[0][1]
+    if isinstance(found, Exception):
+        raise found
+    if found is not None:
+        _check_placement(found, ranks.size, layers, type(model).__name__)
+    return found
+
+
+def _check_placement(placement: Placement, ranks: int, layers: int, architecture: str) -> None:
+    """Raises ConfigError for a placement of other ranks or another model, or with more slots than a rank can load."""
+    if (placement.ranks, len(placement.layers)) != (ranks, layers):
+        raise ConfigError(
+            f"placement: it has {placement.ranks} ranks and {len(placement.layers)} layers, but ep_size is {ranks} and "
+            f"{architecture} has {layers} layers (dense ones count); plan one for it"
+        )
+    if (most := max(int(layer.slots_R.max()) for layer in placement.layers)) > placement.experts:
+        raise ConfigError(
+            f"placement: a rank has {most} slots for {placement.experts} experts; use fewer redundant experts"
+        )
+
+
+def _gather(ranks: RankGroup, mine: Any) -> list[Any]:
+    """Each rank's object, on all ranks."""
+    answers = [mine] * ranks.size
+    if ranks.size > 1:
+        dist.all_gather_object(answers, mine, group=ranks.group)
+    return answers
+
+
+def _check_loaded(names: list[str], loading_info: Any) -> None:
+    """Raises ConfigError where transformers could not fill the experts: none may have random weights."""
+    failed = {name: text.strip().splitlines()[0] for name, text in loading_info.conversion_errors.items()}
+    failed |= {
+        name: f"it is {list(found)} and not {list(needed)}"
+        for name, found, needed in loading_info.mismatched_keys
+    }
+    failed |= dict.fromkeys(loading_info.missing_keys, "it is missing")
+    if bad := next((name for name in names if name in failed), None):
+        raise ConfigError(f"checkpoint: {bad} cannot be loaded for the slots of one rank: {failed[bad]}")
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise EPError(
+        "save_pretrained: this rank has its own experts alone; save the model where it is loaded whole"
+    )
