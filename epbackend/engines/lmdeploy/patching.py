@@ -143,14 +143,14 @@ class Patches:
         """What the patch of that name replaced."""
         for each, _, _, original in self._replaced:
             if each.name == name:
-                return original.__func__ if isinstance(original, staticmethod) else original
+                return original.__func__ if isinstance(original, staticmethod | classmethod) else original
         raise EPError(f"patch {name!r} is not applied: call epbackend.enable(config) first")
 
     def _replace(self, each: Patch) -> None:
         owner, name = each.find()
         original = inspect.getattr_static(owner, name)
-        if isinstance(original, staticmethod):
-            replacement: Any = staticmethod(each.build(original.__func__))
+        if isinstance(original, staticmethod | classmethod):
+            replacement: Any = type(original)(each.build(original.__func__))
         else:
             replacement = each.build(original)
         setattr(owner, name, replacement)

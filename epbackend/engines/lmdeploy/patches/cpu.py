@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from epbackend.engines.lmdeploy.devices import torch_cuda_shim
-from epbackend.engines.lmdeploy.patching import Patch, patch
+from epbackend.engines.lmdeploy.patching import Patch, patch, replaced_by
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError
 
@@ -98,15 +98,20 @@ checks_know_bf16 = Patch(
 
 @patch(
     "lmdeploy.pytorch.config:_update_torch_dtype",
-    why="dtype 'auto' turns a float32 checkpoint into float16",
+    why="dtype 'auto' turns a float32 checkpoint into float16, and states of linear attention are kept in bfloat16",
     when="cpu",
     fingerprint="d66dfd57a86c",
 )
 def auto_keeps_float32(original: Callable) -> Callable:
     def update_torch_dtype(config: Any, dtype: str, device_type: str = "auto") -> Any:
-        stored = str(getattr(config.hf_config, "dtype", None)).removeprefix("torch.")
-        keep = device_type == "cpu" and dtype == "auto" and stored == "float32"
-        return original(config, "float32" if keep else dtype, device_type)
+        if device_type != "cpu":
+            return original(config, dtype, device_type)
+        text = config.hf_config.get_text_config()
+        stored = str(getattr(config.hf_config, "dtype", None) or getattr(text, "dtype", None))
+        keep = dtype == "auto" and stored.removeprefix("torch.") == "float32"
+        config = original(config, "float32" if keep else dtype, device_type)
+        config.states_shapes = [(shape, torch.float32) for shape, _ in config.states_shapes]
+        return config
 
     return update_torch_dtype
 
@@ -193,6 +198,17 @@ def _shim(name: str, replacement: Any) -> Patch:
     )
 
 
+def _gated_norm(name: str, module: str) -> Patch:
+    return Patch(
+        name,
+        f"lmdeploy.pytorch.models.{module}:build_rmsnorm_gated",
+        "it builds a norm of flash-linear-attention, which is for GPUs",
+        "cpu",
+        replaced_by("epbackend.engines.lmdeploy.devices.cpu_delta_rule:GatedRMSNorm"),
+        "df1ceb0d0a1c",
+    )
+
+
 PATCHES = (
     # First: looking for the other targets imports the functions that it is about.
     lmdeploy_uncompiled,
@@ -220,6 +236,8 @@ PATCHES = (
         "the state cache",
         "c9d9bfcecd74",
     ),
+    _gated_norm("qwen3-next-gated-norm", "qwen3_next"),
+    _gated_norm("qwen3-5-gated-norm", "qwen3_5"),
     _shim("Stream", torch_cuda_shim.Stream),
     _shim("Event", torch_cuda_shim.Event),
     _shim("stream", torch_cuda_shim.stream),
