@@ -1,4 +1,4 @@
-"""A model's configuration as LMDeploy's models read it: with the keys of the models' releases, which transformers 5 drops.
+"""A model's configuration as LMDeploy reads it: with the keys of the models' releases, which transformers 5 drops.
 
 transformers 5 saves what its own classes have as fields. What all releases of a family have in common it writes into
 the code instead: that DeepSeek-V3 scores experts by a sigmoid, for one. Here it is said again.
@@ -23,15 +23,18 @@ IMPLIED: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": _NOAUX_TC,
     "glm_moe_dsa": _NOAUX_TC,
     "kimi_k2": _NOAUX_TC,
+    "qwen3_5_text": {"attn_output_gate": True},
     "qwen3_5_moe_text": {"attn_output_gate": True},
 }
 """model_type -> what transformers' class of that type computes, in the words of the releases."""
 _SECTIONS = {
+    "qwen3_vl_text": [24, 20, 20],
     "qwen3_vl_moe_text": [24, 20, 20],
     "qwen3_omni_moe_text": [24, 20, 20],
+    "qwen3_5_text": [11, 11, 10],
     "qwen3_5_moe_text": [11, 11, 10],
 }
-"""model_type -> how transformers divides rotary frequencies among time, height and width where a config does not say."""
+"""model_type -> how transformers divides rotary frequencies among time, height and width, unless a config says."""
 RENAMED = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 """Architectures whose class has another name in transformers than in their releases."""
 
@@ -43,11 +46,19 @@ def as_released(config: PretrainedConfig) -> PretrainedConfig:
         ConfigError: its layers are arranged in a way that these keys cannot say.
     """
     config.architectures = [RENAMED.get(name, name) for name in config.architectures or []] or None
-    text = config.get_text_config()
+    text = text_part(config)
     for name, value in _lacking(text).items():
         setattr(text, name, value)
     if getattr(text, "rope_parameters", None):
         text.rope_parameters = _rope(text) | text.rope_parameters
+    return config
+
+
+def text_part(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the language model in a configuration of several parts."""
+    for part in ("thinker_config", "text_config"):
+        inner = getattr(config, part, None)
+        config = inner if hasattr(inner, "model_type") else config
     return config
 
 
@@ -90,8 +101,8 @@ def _leading_dense(kinds: Sequence[str]) -> int:
     dense = next((layer for layer, kind in enumerate(kinds) if kind != "dense"), len(kinds))
     if "dense" in kinds[dense:]:
         raise ConfigError(
-            f"mlp_layer_types: layer {kinds.index('dense', dense)} is dense, and LMDeploy knows dense layers before all "
-            "others only; this model cannot be served"
+            f"mlp_layer_types: layer {kinds.index('dense', dense)} is dense, and LMDeploy knows dense layers before "
+            "all others only; this model cannot be served"
         )
     return dense
 
@@ -105,7 +116,7 @@ def _interval(kinds: Sequence[str]) -> int:
     period = ["linear_attention"] * (interval - 1) + ["full_attention"]
     if list(kinds) != period * (len(kinds) // interval):
         raise ConfigError(
-            "layer_types: LMDeploy knows full attention in every n-th layer and in the last one only; this model cannot "
-            "be served"
+            "layer_types: LMDeploy knows full attention in every n-th layer and in the last one only; this model "
+            "cannot be served"
         )
     return interval

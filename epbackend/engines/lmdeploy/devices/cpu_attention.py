@@ -165,7 +165,6 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
         )
         return attended[0].transpose(0, 1)[..., : self.v_head_size]
 
-
     def _prefill_with_sink(
         self, query_THD: Tensor, keys_SGD: Tensor, values_SGD: Tensor, sink_H: Tensor
     ) -> Tensor:

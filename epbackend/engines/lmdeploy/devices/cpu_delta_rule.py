@@ -9,6 +9,7 @@ Letters of its own: B sequences, U channels of the convolution, W its width, H h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -104,7 +105,9 @@ class DeltaRule:
 class GatedRMSNorm(nn.Module):
     """A norm whose result is gated, in the place of flash-linear-attention's."""
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6, activation: str = "silu", **options: object) -> None:
+    def __init__(
+        self, hidden_size: int, eps: float = 1e-6, activation: str = "silu", **options: object
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size, **options))  # type: ignore[arg-type]
         self.eps = eps
@@ -118,7 +121,7 @@ class GatedRMSNorm(nn.Module):
 def _sequences(meta: GatedDeltaMeta) -> Iterator[slice]:
     """The rows of each sequence."""
     starts = meta.cu_seqlens.tolist()
-    return (slice(start, end) for start, end in zip(starts, starts[1:], strict=False))
+    return itertools.starmap(slice, itertools.pairwise(starts))
 
 
 def _write(states: Tensor, slots_B: Tensor, new: Tensor) -> None:

@@ -159,6 +159,7 @@ def glm4_moe_corrects_its_choice(original: Callable) -> Callable:
             n_routed_experts=self.num_experts,
             routed_scaling_factor=1.0,  # the block scales
             renormalize=self.renormalize,
+            router_n_groups=getattr(config, "router_n_groups", -1),
         )
         del self.softmax_topk
         self.softmax_topk = CorrectedTopK(router, self.gate)
@@ -229,15 +230,18 @@ def gpt_oss_without_harmony(original: type) -> type:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            logger.warning("gpt-oss answers keep their channel marks: pip install openai-harmony takes them away")
+            logger.warning(
+                "gpt-oss answers keep their channel marks: pip install openai-harmony takes them away"
+            )
 
     return MarkedTokenizer
 
 
 PATCHES = (
+    # Who takes it from another comes first: it must be imported while that one has its original.
+    _as_released("draft-configs-as-released", "lmdeploy.pytorch.engine.config_builder"),
     _as_released("configs-as-released", "lmdeploy.pytorch.transformers"),
     _as_released("checked-configs-as-released", "lmdeploy.hf_configs"),
-    _as_released("draft-configs-as-released", "lmdeploy.pytorch.engine.config_builder"),
     groups_limit_the_choice,
     other_groups_never_win,
     glm4_moe_corrects_its_choice,
