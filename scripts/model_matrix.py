@@ -56,7 +56,8 @@ def table(outcomes: Outcomes) -> str:
         "| architecture | with | " + " | ".join(RUNS) + " |",
         "|---" * (2 + len(RUNS)) + "|",
     ]
-    for name, model in MODELS.items():
+    order = list(dict.fromkeys(model.architecture for model in MODELS.values()))
+    for name, model in sorted(MODELS.items(), key=lambda row: order.index(row[1].architecture)):
         cells = [outcomes.get(name, {}).get(way, "not run") for way in RUNS]
         lines.append(f"| `{model.architecture}` | {model.what} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

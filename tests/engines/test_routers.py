@@ -12,7 +12,14 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from epbackend.engines.lmdeploy.patches.models import other_groups_never_win
 from epbackend.engines.lmdeploy.routers import GroupLimitedTopK
 
-SIZES = {"hidden_size": 8, "n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
+SIZES = {
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+}
 TOKENS = 50
 
 

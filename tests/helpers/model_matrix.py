@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,17 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.engines.lmdeploy.checkpoint import layer_count
+from epbackend.engines.lmdeploy.checkpoint import SAFETENSORS, layer_count
 from epbackend.errors import ConfigError
 from epbackend.placement import plan
 from tests.helpers.engine_models import EXPERTS, NEW_TOKENS, TOP_K, prompts, tokenizer
 from tests.helpers.engines import GREEDY, config
 
 Settings = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
 
 TEXTS = [prompts()[number] for number in (0, 2, 3, 4, 5)]
 """Of 1 to 120 words."""
@@ -149,6 +151,14 @@ LLAMA_VISION: Settings = {
     "projector_input_dim": 64,
     "projector_output_dim": 64,
 }
+INTERN_VISION: Settings = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": [28, 28],
+    "patch_size": [14, 14],
+}
 KIMI_VISION: Settings = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
@@ -166,13 +176,13 @@ class Model:
     build: Callable[[], PreTrainedModel]
     what: str = ""
     """What this one has that another of its architecture has not."""
-    released: Settings | None = None
-    """Keys that releases write into config.json and save_pretrained does not; None where those of saving are tried."""
+    released: Callable[[Settings, Tensors], None] | None = None
+    """Turns what save_pretrained wrote into the form of the model's releases, in place."""
     refused: str | None = None
     """The refusal on a CPU, a regular expression."""
 
     def save(self, folder: Path) -> Path:
-        """The same weights every time, as save_pretrained writes them, a tokenizer, and the answers of transformers."""
+        """The same weights every time, a tokenizer, and the answers of transformers."""
         torch.manual_seed(0)
         model = self.build().eval()
         # What begins as ones or zeros (norms, biases, sinks) is drawn too: nobody would miss it otherwise.
@@ -182,8 +192,12 @@ class Model:
         model = model.float()
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
-        settings = json.loads((folder / "config.json").read_text()) | (self.released or {})
-        (folder / "config.json").write_text(json.dumps(settings))
+        settings = _settings(folder)
+        if self.released:
+            tensors = load_file(folder / SAFETENSORS)
+            self.released(settings, tensors)
+            save_file(tensors, folder / SAFETENSORS, {"format": "pt"})
+            (folder / "config.json").write_text(json.dumps(settings))
         (folder / REFERENCE).write_text(json.dumps(_answers(model, folder)))
         loads_YE = np.random.default_rng(2).lognormal(3, 1, (layer_count(settings), EXPERTS))
         (folder / PLACEMENT).write_text(
@@ -197,7 +211,7 @@ class Run:
     """How experts are spread."""
 
     ep_size: int = 1
-    ep_level: int = 1
+    ep_level: int | dict[str, int] = 1
     copies: bool = False
     engine: Settings = field(default_factory=dict)
 
@@ -209,11 +223,10 @@ class Run:
 
 RUNS = {
     "ep 1": Run(),
-    "ep 2, level 2, copies": Run(2, 2, True),
-    "ep 2, level 1": Run(2, 1),
-    "ep 2, level 1, copies": Run(2, 1, True),
-    "ep 2, level 2": Run(2, 2),
+    "ep 2, copies, prompts at level 2": Run(2, {"prefill": 2, "decode": 1}, True),
+    "ep 2, answers at level 2": Run(2, {"prefill": 1, "decode": 2}),
 }
+"""Both levels in each run of two ranks: prompts by one, answers by the other."""
 
 
 def matching_tokens(folder: Path, run: Run) -> tuple[int, int]:
@@ -263,6 +276,63 @@ def _with_vision(family: str, vision: Settings, *parts: Settings, **own: Any) ->
     return getattr(hf, f"{family}ForConditionalGeneration")(whole)
 
 
+def _older_keys(settings: Settings, **more: Any) -> None:
+    """The keys of transformers 4, in which releases are written, and `more`."""
+    rope = settings.pop("rope_parameters")
+    settings |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": settings.pop("dtype")} | more
+    if "partial_rotary_factor" in rope:
+        settings["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    kind = rope.pop("rope_type")
+    settings["rope_scaling"] = None if kind == "default" else {"type": kind} | rope
+
+
+def _with_head(settings: Settings, tensors: Tensors, head: str = "model.layers.{layers}.") -> None:
+    """A head that drafts tokens: a copy of the last layer, and what joins it to the model."""
+    layers = settings["num_hidden_layers"]
+    own, last = head.format(layers=layers), f"model.layers.{layers - 1}."
+    copies = {
+        own + name.removeprefix(last): values.clone()
+        for name, values in tensors.items()
+        if name.startswith(last)
+    }
+    size = settings["hidden_size"]
+    tensors |= copies | {
+        f"{own}eh_proj.weight": torch.ones(size, 2 * size),
+        f"{own}enorm.weight": torch.ones(size),
+    }
+
+
+def _deepseek_v3(settings: Settings, tensors: Tensors) -> None:
+    _older_keys(settings, moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc", ep_size=1)
+    _with_head(settings, tensors)
+
+
+def _glm4_moe(settings: Settings, tensors: Tensors) -> None:
+    _older_keys(settings)
+    _with_head(settings, tensors)
+
+
+def _qwen3_next(settings: Settings, tensors: Tensors) -> None:
+    del settings["layer_types"]
+    _older_keys(settings, full_attention_interval=4)
+    _with_head(settings, tensors, "mtp.layers.0.")
+
+
+def _qwen3_vl_moe(settings: Settings, tensors: Tensors) -> None:
+    for name, values in tensors.items():
+        if ".experts." in name:
+            tensors[name] = values.transpose(1, 2).contiguous()
+
+
+def _phimoe(settings: Settings, tensors: Tensors) -> None:
+    settings["architectures"] = ["PhiMoEForCausalLM"]
+    settings["original_max_position_embeddings"] = settings["rope_parameters"][
+        "original_max_position_embeddings"
+    ]
+    _older_keys(settings)
+
+
+AS_RELEASED = "as released"
 NO_INDEX = "cpu cannot run .*sparse attention"
 MODELS = {
     "qwen2-moe": Model("Qwen2MoeForCausalLM", partial(_text, "Qwen2Moe", QWEN, SHARED, norm_topk_prob=False)),
@@ -286,6 +356,11 @@ MODELS = {
         "Qwen3VLMoeForConditionalGeneration",
         partial(_with_vision, "Qwen3VLMoe", VISION | {"deepstack_visual_indexes": [0]}, QWEN),
         "text",
+    ),
+    "internvl": Model(
+        "InternVLForConditionalGeneration",
+        partial(_with_vision, "InternVL", INTERN_VISION, QWEN, model_type="qwen3_moe"),
+        "Qwen3-MoE, text",
     ),
     "qwen3-next": Model("Qwen3NextForCausalLM", partial(_text, "Qwen3Next", QWEN, SHARED, LINEAR)),
     "qwen3.5-moe": Model(
@@ -322,12 +397,6 @@ MODELS = {
     "deepseek-v3": Model(
         "DeepseekV3ForCausalLM", partial(_text, "DeepseekV3", LATENT, DENSE_FIRST, CORRECTED)
     ),
-    "deepseek-v3-released": Model(
-        "DeepseekV3ForCausalLM",
-        partial(_text, "DeepseekV3", LATENT, DENSE_FIRST, CORRECTED),
-        "keys of the release",
-        released={"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    ),
     "deepseek-v3.2": Model(
         "DeepseekV32ForCausalLM",
         partial(_text, "DeepseekV32", LATENT, DENSE_FIRST, CORRECTED, INDEX),
@@ -354,4 +423,15 @@ MODELS = {
         ),
         "text",
     ),
+}
+RELEASED = {
+    "qwen3-vl-moe": _qwen3_vl_moe,
+    "qwen3-next": _qwen3_next,
+    "phimoe-long": _phimoe,
+    "deepseek-v3": _deepseek_v3,
+    "glm4-moe": _glm4_moe,
+}
+MODELS |= {
+    f"{name}-released": replace(MODELS[name], what=AS_RELEASED, released=form)
+    for name, form in RELEASED.items()
 }

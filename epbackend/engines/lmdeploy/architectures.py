@@ -43,7 +43,9 @@ def why_not(settings: Mapping[str, Any], device: str) -> str | None:
     if name is None:
         return None
     if name not in served():
-        return f"LMDeploy {LMDEPLOY_VERSION}'s PyTorch engine has no {name}; it serves those in docs/lmdeploy.md"
+        return (
+            f"LMDeploy {LMDEPLOY_VERSION}'s PyTorch engine has no {name}; it serves those in docs/lmdeploy.md"
+        )
     if reason := LACKING.get(device, {}).get(name):
         return f"device: {device} cannot run {name}: {reason}; use a GPU (device: cuda)"
     return None

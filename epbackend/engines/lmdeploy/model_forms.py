@@ -51,6 +51,10 @@ def as_released(config: PretrainedConfig) -> PretrainedConfig:
         setattr(text, name, value)
     if getattr(text, "rope_parameters", None):
         text.rope_parameters = _rope(text) | text.rope_parameters
+    if config.model_type == "internvl" and not text.architectures:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+        text.architectures = [CLASSES[text.model_type]]
     return config
 
 

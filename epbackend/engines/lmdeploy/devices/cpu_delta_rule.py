@@ -72,12 +72,11 @@ class DeltaRule:
         use_qk_l2norm_in_kernel: bool,
     ) -> Tensor:
         """query and key [1, T, H, size], value [1, T, V, size], b and a [1, T, V] -> [1, T, V, size of values]."""
-        # Imported here: most models need none of it.
-        from transformers.models.qwen3_next.modeling_qwen3_next import (
-            torch_chunk_gated_delta_rule,
-            torch_recurrent_gated_delta_rule,
-        )
+        # Imported here: most models need none of it. Around both, transformers looks for kernels of GPUs.
+        from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
+        chunk_rule = theirs.torch_chunk_gated_delta_rule.__wrapped__
+        recurrent_rule = theirs.torch_recurrent_gated_delta_rule.__wrapped__
         beta = b.reshape(1, -1, value.shape[2]).sigmoid()
         decay = a_log_exp * softplus(a.reshape(1, -1, value.shape[2]).float() + dt_bias)
         slots_B = gated_delta_meta.origin_state_ids
@@ -85,14 +84,14 @@ class DeltaRule:
         if gated_delta_meta.is_decoding:
             # One token of each sequence: tokens are the batch.
             one = [each.transpose(0, 1) for each in (query, key, value, decay, beta)]
-            out, states = torch_recurrent_gated_delta_rule(*one, states, True, use_qk_l2norm_in_kernel)
+            out, states = recurrent_rule(*one, states, True, use_qk_l2norm_in_kernel)
             out = out.transpose(0, 1)
         else:
             states[gated_delta_meta.is_init] = 0
             out = torch.empty_like(value)
             for sequence, rows in enumerate(_sequences(gated_delta_meta)):
                 parts = [each[:, rows] for each in (query, key, value, decay, beta)]
-                out[:, rows], states[sequence : sequence + 1] = torch_chunk_gated_delta_rule(
+                out[:, rows], states[sequence : sequence + 1] = chunk_rule(
                     *parts,
                     initial_state=states[sequence : sequence + 1],
                     output_final_state=True,
