@@ -38,13 +38,13 @@ def run(names: list[str], outcomes: Outcomes, kept: Path, folder: Path) -> None:
             start = time.monotonic()
             try:
                 if model.refused:
-                    refusal(path, spread)
-                    outcome = "refused"
+                    said = refusal(path, spread)
+                    outcome = "refused" if re.search(model.refused, said) else f"refused: {said}"
                 else:
                     same, all_ = matching_tokens(path, spread)
                     outcome = f"{same}/{all_}"
             except Exception as error:
-                outcome = f"{type(error).__name__}: {error}"
+                outcome = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             print(f"{name}, {way}: {outcome} ({time.monotonic() - start:.0f} s)", flush=True)
             outcomes[name][way] = outcome
             kept.write_text(json.dumps(outcomes, indent=1))

@@ -59,11 +59,7 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
     device = get_device(config.device).name
     if (reason := why_not(settings, device)) and not config.engine.extra.get("custom_module_map"):
         raise ConfigError(f"{path}: {reason}")
-    if device == "cpu" and config.engine.extra.get("adapters"):
-        raise ConfigError(
-            "engine.extra.adapters: device cpu has no operators for LoRA; merge the adapter into the weights (peft's "
-            "merge_and_unload), or use a GPU (device: cuda)"
-        )
+    check_adapters(config, config.engine.extra.get("adapters"))
     if config.ep_size > 1:
         if own := UNPATCHABLE_MODELS.intersection(settings.get("architectures") or []):
             raise ConfigError(
@@ -85,6 +81,15 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
             )
     if quantized := quantization(settings):
         _check_form(form_of_experts(quantized), config, path)
+
+
+def check_adapters(config: EPConfig, adapters: Any) -> None:
+    """Raises ConfigError for LoRA adapters where the config's device has no operators for them."""
+    if adapters and get_device(config.device).name == "cpu":
+        raise ConfigError(
+            "adapters: device cpu has no operators for LoRA; merge the adapter into the weights (peft's "
+            "merge_and_unload), or use a GPU (device: cuda)"
+        )
 
 
 def check_packages(config: EPConfig, *, serving: bool) -> None:

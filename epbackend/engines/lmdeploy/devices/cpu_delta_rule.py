@@ -4,7 +4,7 @@ Each sequence keeps two states between steps, in a slot of LMDeploy's state cach
 and the matrix that the rule writes to. A slot below 0 belongs to no sequence (an idle engine's dummy batch); it is not
 written. The rule itself is transformers' own in torch. Of LMDeploy's operators these have the method that it calls.
 
-Letters of its own: B sequences, U channels of the convolution, W its width, H heads of keys, V heads of values.
+Letters of its own: B sequences, U channels of the convolution, W its width, S inputs of a sequence, H heads of keys, V heads of values.
 """
 
 from __future__ import annotations

@@ -129,8 +129,8 @@ def other_groups_never_win(original: Callable) -> Callable:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from epbackend.engines.lmdeploy.routers import within_groups
 
-        best_TZ2 = scores_for_choice.unflatten(-1, (self.n_group, -1)).topk(2).values
-        choosable = within_groups(scores_for_choice, best_TZ2.sum(-1), self.topk_group)
+        best_two = scores_for_choice.unflatten(-1, (self.n_group, -1)).topk(2).values
+        choosable = within_groups(scores_for_choice, best_two.sum(-1), self.topk_group)
         experts = choosable.topk(self.top_k).indices
         return scores.gather(1, experts), experts
 
