@@ -61,7 +61,7 @@ def as_released(config: PretrainedConfig) -> PretrainedConfig:
 def text_part(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration of the language model in a configuration of several parts."""
     for part in ("thinker_config", "text_config"):
-        inner = getattr(config, part, None)
+        inner: Any = getattr(config, part, None)
         config = inner if hasattr(inner, "model_type") else config
     return config
 

@@ -4,13 +4,15 @@ Each sequence keeps two states between steps, in a slot of LMDeploy's state cach
 and the matrix that the rule writes to. A slot below 0 belongs to no sequence (an idle engine's dummy batch); it is not
 written. The rule itself is transformers' own in torch. Of LMDeploy's operators these have the method that it calls.
 
-Letters of its own: B sequences, U channels of the convolution, W its width, S inputs of a sequence, H heads of keys, V heads of values.
+Letters of its own: B sequences, U channels of the convolution, W its width, S inputs of a sequence, H heads of keys,
+V heads of values.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from lmdeploy.pytorch.backends.gated_delta_rule import GatedDeltaMeta, GatedDeltaMetaImpl
@@ -104,11 +106,9 @@ class DeltaRule:
 class GatedRMSNorm(nn.Module):
     """A norm whose result is gated, in the place of flash-linear-attention's."""
 
-    def __init__(
-        self, hidden_size: int, eps: float = 1e-6, activation: str = "silu", **options: object
-    ) -> None:
+    def __init__(self, hidden_size: int, eps: float = 1e-6, activation: str = "silu", **options: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size, **options))  # type: ignore[arg-type]
+        self.weight = nn.Parameter(torch.empty(hidden_size, **options))
         self.eps = eps
 
     def forward(self, hidden: Tensor, gate: Tensor) -> Tensor:
