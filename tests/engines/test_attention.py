@@ -31,6 +31,7 @@ class Form:
     latent: bool
     window: int | None = None
     causal: bool = True
+    sinks: bool = False
 
     def spec(self, **changes) -> PagedAttentionBuildSpec:
         values = {
@@ -45,7 +46,7 @@ class Form:
             "causal": self.causal,
             "use_flash_mla": False,
             "mla_index_topk": None,
-            "learnable_sink": False,
+            "learnable_sink": self.sinks,
             "block_sparse_size": 1,
         }
         return PagedAttentionBuildSpec(**(values | changes))
@@ -56,7 +57,11 @@ FORMS = [
     Form(4, 2, 8, 8, latent=False),
     Form(4, 1, 12, 8, latent=True),
     Form(4, 2, 8, 8, latent=False, window=5),
+    Form(4, 2, 8, 8, latent=False, sinks=True),
+    Form(4, 2, 8, 8, latent=False, window=5, sinks=True),
 ]
+SINKS = torch.tensor([-1.0, 0.0, 1.0, 3.0])
+"""A score of each head that takes its share of the attention, and gives nothing."""
 
 
 def plain_attention(query_THD, keys_SGD, values_SGE, form: Form):
@@ -69,7 +74,8 @@ def plain_attention(query_THD, keys_SGD, values_SGE, form: Form):
         for head in range(form.heads):
             group = head // (form.heads // form.kv_heads)
             scores = keys_SGD[first : position + 1, group] @ query_THD[t, head] / form.dim**0.5
-            out[t, head] = scores.softmax(0) @ values_SGE[first : position + 1, group]
+            weights = torch.cat([scores, SINKS[head, None]] if form.sinks else [scores]).softmax(0)
+            out[t, head] = weights[: len(scores)] @ values_SGE[first : position + 1, group]
     return out
 
 
@@ -126,7 +132,8 @@ def test_attention_over_a_paged_cache_equals_plain_attention(form, lengths, deco
             is_decoding=decoding,
             kv_quant_policy=0,
         )
-        return attention.forward(q, k, v, k_cache, v_cache, plan_attention(context))
+        sinks = SINKS if form.sinks else None
+        return attention.forward(q, k, v, k_cache, v_cache, plan_attention(context), learnable_sink=sinks)
 
     step([(0, old) for old, _ in lengths])
     out = step([(old, old + new) for old, new in lengths])
@@ -152,7 +159,6 @@ def test_groups_hold_every_sequence_once_and_little_padding(lengths):
     [
         ({"alibi": True}, "ALiBi"),
         ({"logit_softcapping": 30.0}, "soft-capping"),
-        ({"learnable_sink": True}, "sinks"),
         ({"mla_index_topk": 64}, "sparse index"),
         ({"block_sparse_size": 4}, "block-sparse"),
     ],

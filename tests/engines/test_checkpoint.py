@@ -175,6 +175,9 @@ def test_the_command_says_it_in_one_line_and_loads_nothing_before(model):
             (0, 1, 3),
         ),
         ({"num_hidden_layers": 4, "moe_layer_freq": [0, 1, 1, 0]}, (0, 3)),
+        ({"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}, (0,)),
+        ({"text_config": {"num_hidden_layers": 4, "interleave_moe_layer_step": 2}}, (0, 2)),
+        ({"text_config": {"num_hidden_layers": 3, "moe_layers": [1, 2]}}, (0,)),
         ({"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]}, (0, 2, 3)),
     ],
 )

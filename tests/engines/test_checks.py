@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import lmdeploy
 import pytest
 import torch
 from lmdeploy.pytorch.engine.executor.base import ExecutorBase
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 import epbackend
 from epbackend import EPConfig
 from epbackend.engines.lmdeploy import checks, lmdeploy_config, plug
+from epbackend.engines.lmdeploy.architectures import LACKING
 from epbackend.engines.lmdeploy.checkpoint import expert_count
 from epbackend.engines.lmdeploy.checks import GIB
 from epbackend.engines.lmdeploy.patches.engine import cache_blocks
@@ -22,6 +24,10 @@ from tests.helpers.processes import engine_workers
 
 def two_ranks(**engine) -> EPConfig:
     return EPConfig.load({"device": "cpu", "ep_size": 2, "engine": engine})
+
+
+def one_rank(**engine) -> EPConfig:
+    return EPConfig.load({"device": "cpu", "engine": engine})
 
 
 @pytest.fixture
@@ -61,10 +67,42 @@ def test_a_dense_model_on_two_ranks_is_refused(checkpoint):
 
 
 @pytest.mark.parametrize("architecture", sorted(checks.UNPATCHABLE_MODELS))
-def test_a_model_with_experts_of_its_own_is_refused_on_two_ranks(write_model, architecture):
+def test_a_model_with_experts_of_its_own_is_refused_on_two_ranks(write_model, monkeypatch, architecture):
     model = write_model(n_routed_experts=8, architectures=[architecture])
+    monkeypatch.setattr(checks, "get_device", lambda _: SimpleNamespace(name="cuda"))
     refused(model, two_ranks(), ConfigError, f"ep_size: 2.*{architecture}.*use ep_size: 1")
     checks.check_model(model, EPConfig.load({"device": "cpu"}))
+
+
+@pytest.mark.parametrize("architecture", sorted(LACKING["cpu"]))
+def test_a_model_whose_operators_a_device_lacks_is_refused(write_model, architecture):
+    model = write_model(n_routed_experts=8, architectures=[architecture])
+    refused(model, one_rank(), ConfigError, f"device: cpu cannot run {architecture}: .*device: cuda")
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"architectures": ["OlmoeForCausalLM"]},
+        {"architectures": ["GraniteMoeForCausalLM"]},
+        {"auto_map": {"AutoModelForCausalLM": "modeling.MiniMaxM2ForCausalLM"}},
+    ],
+)
+def test_a_model_that_lmdeploy_does_not_have_is_refused(write_model, named):
+    model = write_model(num_experts=8, **named)
+    refused(model, two_ranks(), ConfigError, r"LMDeploy .* has no (Olmoe|GraniteMoe|MiniMaxM2)ForCausalLM")
+
+
+def test_lora_is_refused_on_the_cpu(checkpoint):
+    settings = one_rank(extra={"adapters": {"one": "nowhere"}})
+    refused(str(checkpoint("qwen3-moe")), settings, ConfigError, "adapters: device cpu .*merge")
+
+
+def test_drafted_tokens_are_refused_on_the_cpu(checkpoint):
+    drafts = lmdeploy.messages.SpeculativeConfig(method="deepseek_mtp")
+    with pytest.raises(ConfigError, match=r"speculative_config: .*deepseek_mtp"):
+        epbackend.pipeline(str(checkpoint("deepseek-v3")), two_ranks(), speculative_config=drafts)
+    assert engine_workers() == []
 
 
 def test_an_ep_size_that_does_not_divide_the_experts_is_refused(write_model):

@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 
 import epbackend
+from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
 from epbackend.errors import WorkerError
 from tests.helpers.engine_models import NEW_TOKENS, prompts
 from tests.helpers.engines import GREEDY, config
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import GENERATE
+
+
+@pytest.mark.parametrize("name", ["chat", "session", "get_ppl", "get_reward_score", "batch_infer"])
+def test_a_method_of_lmdeploys_that_it_lacks_is_named(name):
+    pipe = ReplicatedPipeline.__new__(ReplicatedPipeline)  # starts no engine
+    with pytest.raises(AttributeError, match=rf"engine\.dp > 1 has no {name}: .*dp: 1"):
+        getattr(pipe, name)
 
 
 def test_two_engines_give_the_tokens_of_one_with_uneven_and_empty_ranks(checkpoint, reference):

@@ -131,7 +131,7 @@ def save(form: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = FORMS[form]().eval()
     model.save_pretrained(path)
-    _tokenizer().save_pretrained(path)
+    tokenizer().save_pretrained(path)
     return path
 
 
@@ -160,7 +160,7 @@ def greedy_tokens(path: Path, texts: list[str], count: int = NEW_TOKENS) -> list
     return answers
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -108,8 +108,13 @@ def dense_layers(settings: dict[str, Any]) -> tuple[int, ...]:
     """Layers of a model that have no experts, by what the families say in config.json; none where none does."""
     text = settings.get("text_config") or settings
     layers = range(layer_count(settings) or 0)
-    first, step = text.get("first_k_dense_replace") or 0, text.get("decoder_sparse_step") or 1
+    first = text.get("first_k_dense_replace") or 0
+    step = text.get("decoder_sparse_step") or text.get("interleave_moe_layer_step") or 1
     every, alone = text.get("moe_layer_freq") or 1, set(text.get("mlp_only_layers") or ())
+    if kinds := text.get("mlp_layer_types"):
+        return tuple(layer for layer, kind in zip(layers, kinds, strict=False) if kind == "dense")
+    if sparse := text.get("moe_layers"):  # of Llama 4
+        return tuple(sorted(set(layers) - set(sparse)))
     if isinstance(every, list):  # a flag for each layer
         return tuple(layer for layer, sparse in zip(layers, every, strict=False) if not sparse)
     return tuple(

@@ -8,6 +8,7 @@ from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.device import get_device
+from epbackend.engines.lmdeploy.architectures import why_not
 from epbackend.engines.lmdeploy.checkpoint import (
     dense_layers,
     expert_count,
@@ -57,6 +58,10 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
     """
     settings = read_model_config(Path(path))
     experts = expert_count(settings)
+    device = get_device(config.device).name
+    if (reason := why_not(settings, device)) and not config.engine.extra.get("custom_module_map"):
+        raise ConfigError(f"{path}: {reason}")
+    check_adapters(config, config.engine.extra.get("adapters"))
     if config.ep_size > 1:
         if own := UNPATCHABLE_MODELS.intersection(settings.get("architectures") or []):
             raise ConfigError(
@@ -78,6 +83,15 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
             )
     if quantized := quantization(settings):
         _check_form(form_of_experts(quantized), config, path)
+
+
+def check_adapters(config: EPConfig, adapters: Any) -> None:
+    """Raises ConfigError for LoRA adapters where the config's device has no operators for them."""
+    if adapters and get_device(config.device).name == "cpu":
+        raise ConfigError(
+            "adapters: device cpu has no operators for LoRA; merge the adapter into the weights (peft's "
+            "merge_and_unload), or use a GPU (device: cuda)"
+        )
 
 
 def check_packages(config: EPConfig, *, serving: bool) -> None:

@@ -39,7 +39,7 @@ class _Work:
 
 
 class ReplicatedPipeline:
-    """dp engines behind the calls of LMDeploy's pipeline. Prompts go round the engines. Not for concurrent callers.
+    """dp engines behind `infer` and `stream_infer` of LMDeploy's pipeline; prompts go round. For one caller at a time.
 
     An engine without requests takes part in the others' steps with an empty batch, so all are closed together.
     """
@@ -142,6 +142,16 @@ class ReplicatedPipeline:
         stop_engines(self._processes, grace_s=0 if self._broken else CLOSING_S)
         self._board.remove()
         self._board = None
+
+    def __getattr__(self, name: str) -> Any:
+        from lmdeploy.pipeline import Pipeline
+
+        if not name.startswith("_") and hasattr(Pipeline, name):
+            raise AttributeError(
+                f"a pipeline with engine.dp > 1 has no {name}: its engines share one list of prompts; call it in a "
+                "pipeline with dp: 1, or serve the model and ask the server"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __enter__(self) -> ReplicatedPipeline:
         return self

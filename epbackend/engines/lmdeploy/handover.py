@@ -22,7 +22,7 @@ from epbackend.config.overrides import Override, with_overrides
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.checkpoint import check_checkpoint
-from epbackend.engines.lmdeploy.checks import check_deployment
+from epbackend.engines.lmdeploy.checks import check_adapters, check_deployment
 from epbackend.engines.lmdeploy.lmdeploy_config import REFUSED_ENGINE_FIELDS, engine_config
 from epbackend.engines.lmdeploy.patches.requests import patch_loaded_server
 from epbackend.engines.lmdeploy.patching import Patches, check_version
@@ -133,6 +133,7 @@ def plug_in(model_path: str, theirs: PytorchEngineConfig | None) -> None:
         )
     config = combined(_settings(), theirs)
     check_checkpoint(model_path, weights=not theirs.empty_init)
+    check_adapters(config, theirs.adapters)
     placement = check_deployment(model_path, config, serving=False)
     plug.enable(config, placement)
     _engines += 1

@@ -21,6 +21,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from importlib.util import resolve_name as absolute_name
 from pathlib import Path
 from pkgutil import resolve_name
 from types import ModuleType
@@ -29,6 +30,8 @@ from typing import Any, Literal
 from epbackend.errors import EPError, UnavailableError
 
 LMDEPLOY_VERSION = "0.18.0"
+
+MODELS = "lmdeploy.pytorch.models."
 
 When = Literal["always", "cpu", "cuda", "ascend", "ep", "mp", "ray", "run", "server"]
 """What makes a patch needed: the device, several expert ranks, the executor of the ranks, `epbackend run`, whose hooks
@@ -50,9 +53,6 @@ class Patch:
     """Makes the replacement from the original."""
     fingerprint: str | None = None
     """Of the original's source in LMDeploy 0.18.0; None for what is not LMDeploy's own and only has to exist."""
-    on_import: bool = False
-    """Applied when the module is imported, for one that few processes import and that costs seconds. It must define the
-    class or function itself."""
 
     @property
     def module(self) -> str:
@@ -60,8 +60,8 @@ class Patch:
 
     @property
     def waits(self) -> bool:
-        """Whether it can only be applied later."""
-        return self.on_import and self.module not in sys.modules
+        """Whether it is applied when its module is imported: a model's, which only who serves that model imports."""
+        return self.module.startswith(MODELS) and self.module not in sys.modules
 
     def find(self) -> tuple[Any, str]:
         """The object that holds the attribute, and the attribute's name.
@@ -132,10 +132,21 @@ def source_in_file(target: str) -> str | None:
     for name in path.split("."):
         named = [each for each in node.body if getattr(each, "name", None) == name]
         if not named:
-            return None
+            origin = _imported_from(node, name, spec.parent)
+            return source_in_file(f"{origin}:{path}") if origin else None
         node = named[-1]
     first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
     return "".join(text.splitlines(keepends=True)[first - 1 : node.end_lineno])
+
+
+def _imported_from(module: ast.AST, name: str, package: str | None) -> str | None:
+    """The module from which another one, of that package, takes a name; None where it does not."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and any(
+            (each.asname or each.name) == name for each in node.names
+        ):
+            return absolute_name("." * node.level + (node.module or ""), package)
+    return None
 
 
 def check_version() -> None:
@@ -198,14 +209,14 @@ class Patches:
         """What the patch of that name replaced."""
         for each, _, _, original in self._replaced:
             if each.name == name:
-                return original.__func__ if isinstance(original, staticmethod) else original
+                return original.__func__ if isinstance(original, staticmethod | classmethod) else original
         raise EPError(f"patch {name!r} is not applied: call epbackend.enable(config) first")
 
     def _replace(self, each: Patch) -> None:
         owner, name = each.find()
         original = inspect.getattr_static(owner, name)
-        if isinstance(original, staticmethod):
-            replacement: Any = staticmethod(each.build(original.__func__))
+        if isinstance(original, staticmethod | classmethod):
+            replacement: Any = type(original)(each.build(original.__func__))
         else:
             replacement = each.build(original)
         setattr(owner, name, replacement)

@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from lmdeploy.pytorch.backends.apply_rotary_emb import ApplyRotaryEmbBuildSpec
 from lmdeploy.pytorch.backends.attention import PagedAttentionBuildSpec
 from lmdeploy.pytorch.backends.base import BuildSpec, ImplT
+from lmdeploy.pytorch.backends.causal_conv1d import CausalConv1dBuildSpec
 from lmdeploy.pytorch.backends.default import DefaultOpsBackend
+from lmdeploy.pytorch.backends.default.apply_rotary_emb import DefaultApplyRotaryEmbImpl
+from lmdeploy.pytorch.backends.gated_delta_rule import GatedDeltaMetaBuildSpec, GatedDeltaRuleBuildSpec
 from lmdeploy.pytorch.backends.graph_runner import GraphRunner
 from lmdeploy.pytorch.backends.multinomial_sampling import (
     MultinomialSamplingBuildSpec,
@@ -21,6 +25,7 @@ from lmdeploy.pytorch.devices import DeviceContext, get_device_manager
 from torch import Tensor
 
 from epbackend.engines.lmdeploy.devices.cpu_attention import AttentionPlan, PagedAttention, plan_attention
+from epbackend.engines.lmdeploy.devices.cpu_delta_rule import CausalConv, DeltaMeta, DeltaRule
 from epbackend.engines.lmdeploy.operators import ExpertsMixin
 
 
@@ -42,8 +47,8 @@ class CpuBackend(ExpertsMixin, DefaultOpsBackend):
     def build_op(cls, spec: BuildSpec[ImplT], *, enable_deterministic: bool = False) -> Any:
         if isinstance(spec, PagedAttentionBuildSpec):
             return PagedAttention(spec)
-        if isinstance(spec, MultinomialSamplingBuildSpec):
-            return SeededMultinomial()
+        if (operator := OPERATORS.get(type(spec))) is not None:
+            return operator()
         return super().build_op(spec, enable_deterministic=enable_deterministic)
 
     @staticmethod
@@ -95,12 +100,44 @@ class SeededMultinomial(MultinomialSamplingImpl):
         return chosen.view(-1)
 
 
+class PartialRotary(DefaultApplyRotaryEmbImpl):
+    """Rotates the first numbers of each head where the tables are narrower than it; LMDeploy's default wants all."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        inplace: bool = True,
+        complex_mode: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """query [T, H, D], key [T, G, D], cos and sin [T, rotated] -> query and key."""
+        width, dim = cos.shape[-1], query.shape[-1]
+        if complex_mode or width == dim:
+            return super().forward(query, key, cos, sin, inplace, complex_mode)
+        if not inplace:
+            query, key = query.clone(), key.clone()
+        super().forward(query[..., :width], key[..., :width], cos, sin, inplace=True)
+        return query, key
+
+
 def uniform(seeds: Tensor, offsets: Tensor) -> Tensor:
     """A number in [0, 1) for each (seed, offset), float64: SplitMix64 (Steele, Lea, Flood 2014) as a hash of both."""
     with np.errstate(over="ignore"):
         state = _mix(seeds.numpy().astype(np.uint64)) + offsets.numpy().astype(np.uint64)
         bits = _mix(state)
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+OPERATORS: dict[type, type] = {
+    ApplyRotaryEmbBuildSpec: PartialRotary,
+    CausalConv1dBuildSpec: CausalConv,
+    GatedDeltaMetaBuildSpec: DeltaMeta,
+    GatedDeltaRuleBuildSpec: DeltaRule,
+    MultinomialSamplingBuildSpec: SeededMultinomial,
+}
+"""What LMDeploy asks for -> ours, where its default lacks it or is wrong."""
 
 
 def _mix(value: np.ndarray) -> np.ndarray:

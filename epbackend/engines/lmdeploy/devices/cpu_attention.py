@@ -23,6 +23,10 @@ PADDED_TOKENS = 32768
 """Cache tokens that one batched decoding call may read, padding included: bounds its copy of keys and values."""
 
 
+SINK_MASK = 1 << 24
+"""Values of a mask with sinks at once: each head has its own."""
+
+
 @dataclass(frozen=True)
 class DecodeGroup:
     """Sequences of similar length with one new token each, attended in one call."""
@@ -110,43 +114,77 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
         for group in plan.decoding:
             # In a decoding step each sequence has one query: they are batched.
             keys, values = _read(k_cache, v_cache, group.pages_BP, values_in_keys, query.dtype)
-            out[group.rows_B] = self._decode(query[group.rows_B], keys, values, group)
+            out[group.rows_B] = self._decode(query[group.rows_B], keys, values, group, learnable_sink)
         for sequence in plan.prefilling:
             keys, values = _read(k_cache, v_cache, sequence.pages_P[None], values_in_keys, query.dtype)
-            out[sequence.rows] = self._prefill(query[sequence.rows], keys[0], values[0], sequence)
+            keys, values = keys[0, : sequence.length], values[0, : sequence.length]
+            if learnable_sink is None:
+                out[sequence.rows] = self._prefill(query[sequence.rows], keys, values)
+            else:
+                out[sequence.rows] = self._prefill_with_sink(
+                    query[sequence.rows], keys, values, learnable_sink
+                )
         return out
 
     def _decode(
-        self, query_BHD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, group: DecodeGroup
+        self,
+        query_BHD: Tensor,
+        keys_BSGD: Tensor,
+        values_BSGD: Tensor,
+        group: DecodeGroup,
+        sink_H: Tensor | None,
     ) -> Tensor:
         """One query a sequence: the query heads that share a key head take the place of query positions."""
         batch, heads, dim = query_BHD.shape
         shared = query_BHD.view(batch, self.num_kv_heads, heads // self.num_kv_heads, dim)
-        mask_B11S = group.mask_BS(keys_BSGD.shape[1], self.window)[:, None, None]
+        mask = group.mask_BS(keys_BSGD.shape[1], self.window)[:, None, None]
+        if sink_H is not None:
+            keys_BSGD, values_BSGD = _with_nothing(keys_BSGD), _with_nothing(values_BSGD)
+            mask = _with_sink(mask, sink_H.view(1, *shared.shape[1:3], 1), query_BHD.dtype)
         attended = scaled_dot_product_attention(
             shared,
             keys_BSGD.transpose(1, 2),
             values_BSGD.transpose(1, 2),
-            attn_mask=mask_B11S,
+            attn_mask=mask,
             scale=self.scale,
         )
         return attended.reshape(batch, heads, -1)[..., : self.v_head_size]
 
-    def _prefill(self, query_THD: Tensor, keys_SGD: Tensor, values_SGD: Tensor, sequence: Sequence) -> Tensor:
+    def _prefill(self, query_THD: Tensor, keys_SGD: Tensor, values_SGD: Tensor) -> Tensor:
         """The new positions of one sequence against all of it: [T, H, v dim]."""
-        length = sequence.length
-        new = query_THD.shape[0]
+        new, length = len(query_THD), len(keys_SGD)
         whole = new == length and self.window is None
         attended = scaled_dot_product_attention(
             query_THD.transpose(0, 1)[None],
-            keys_SGD[:length].transpose(0, 1)[None],
-            values_SGD[:length].transpose(0, 1)[None],
+            keys_SGD.transpose(0, 1)[None],
+            values_SGD.transpose(0, 1)[None],
             attn_mask=None if whole or not self.causal else _causal_mask(new, length, self.window),
             is_causal=whole and self.causal,
             scale=self.scale,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return attended[0].transpose(0, 1)[..., : self.v_head_size]
+
+    def _prefill_with_sink(
+        self, query_THD: Tensor, keys_SGD: Tensor, values_SGD: Tensor, sink_H: Tensor
+    ) -> Tensor:
+        """As `_prefill`, a part of the positions after the other: each head has a mask of its own."""
+        new, length = len(query_THD), len(keys_SGD)
+        mask_TS = _causal_mask(new, length, self.window)
+        keys_GSD = _with_nothing(keys_SGD[None])[0].transpose(0, 1)
+        values_GSD = _with_nothing(values_SGD[None])[0].transpose(0, 1)
+        parts = []
+        for rows in torch.arange(new).split(max(1, SINK_MASK // (self.num_heads * length))):
+            attended_HTD = scaled_dot_product_attention(
+                query_THD[rows].transpose(0, 1)[None],
+                keys_GSD[None],
+                values_GSD[None],
+                attn_mask=_with_sink(mask_TS[rows][None], sink_H.view(-1, 1, 1), query_THD.dtype)[None],
+                scale=self.scale,
+                enable_gqa=self.num_kv_heads != self.num_heads,
+            )[0]
+            parts.append(attended_HTD.transpose(0, 1)[..., : self.v_head_size])
+        return torch.cat(parts)
 
 
 def plan_attention(context: Any) -> AttentionPlan:
@@ -228,12 +266,23 @@ def _causal_mask(new: int, length: int, window: int | None) -> Tensor:
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
+def _with_nothing(cached_BSGD: Tensor) -> Tensor:
+    """One more position of zeros: a key whose score is the mask alone, and a value that adds nothing."""
+    return torch.nn.functional.pad(cached_BSGD, (0, 0, 0, 0, 0, 1))
+
+
+def _with_sink(visible: Tensor, sink: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores [..., S + 1]: minus infinity where a key is not visible, the sink at the last."""
+    mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
+    lead = torch.broadcast_shapes(visible.shape[:-1], sink.shape[:-1])
+    return torch.cat([mask.expand(*lead, -1), sink.to(dtype).expand(*lead, -1)], dim=-1)
+
+
 def _unsupported(spec: PagedAttentionBuildSpec) -> str | None:
     """What the CPU lacks of the form of attention asked for."""
     lacking = {
         "ALiBi": spec.alibi,
         "logit soft-capping": bool(spec.logit_softcapping),
-        "attention sinks": spec.learnable_sink,
         "a sparse index (DeepSeek sparse attention)": spec.mla_index_topk is not None,
         "block-sparse masks": spec.block_sparse_size > 1,
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 
 from epbackend.engines.lmdeploy.devices import torch_cuda_shim
-from epbackend.engines.lmdeploy.patching import Patch, patch
+from epbackend.engines.lmdeploy.model_forms import text_part
+from epbackend.engines.lmdeploy.patching import MODELS, Patch, patch, replaced_by
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError
 
@@ -98,15 +99,20 @@ checks_know_bf16 = Patch(
 
 @patch(
     "lmdeploy.pytorch.config:_update_torch_dtype",
-    why="dtype 'auto' turns a float32 checkpoint into float16",
+    why="dtype 'auto' turns a float32 checkpoint into float16, and states of linear attention are kept in bfloat16",
     when="cpu",
     fingerprint="d66dfd57a86c",
 )
 def auto_keeps_float32(original: Callable) -> Callable:
     def update_torch_dtype(config: Any, dtype: str, device_type: str = "auto") -> Any:
-        stored = str(getattr(config.hf_config, "dtype", None)).removeprefix("torch.")
-        keep = device_type == "cpu" and dtype == "auto" and stored == "float32"
-        return original(config, "float32" if keep else dtype, device_type)
+        if device_type != "cpu":
+            return original(config, dtype, device_type)
+        text = text_part(config.hf_config)
+        stored = str(getattr(config.hf_config, "dtype", None) or getattr(text, "dtype", None))
+        keep = dtype == "auto" and stored.removeprefix("torch.") == "float32"
+        config = original(config, "float32" if keep else dtype, device_type)
+        config.states_shapes = [(shape, torch.float32) for shape, _ in config.states_shapes]
+        return config
 
     return update_torch_dtype
 
@@ -163,12 +169,43 @@ def inputs_stay_on_cpu(original: Callable) -> Callable:
     return try_to_cpu
 
 
+@patch(
+    "lmdeploy.pytorch.engine.config_builder:ConfigBuilder.build_specdecode_config",
+    why="drafted tokens (multi-token prediction) need operators of GPUs, which it finds out after loading",
+    when="cpu",
+    fingerprint="87add9563a75",
+)
+def drafting_is_refused_on_cpu(original: Callable) -> Callable:
+    def build_specdecode_config(target_model: str, speculative_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if speculative_config is not None:
+            raise ConfigError(
+                f"speculative_config: device cpu drafts no tokens ({speculative_config.method}); leave it out, or use "
+                "a GPU (device: cuda)"
+            )
+        return original(target_model, speculative_config, *args, **kwargs)
+
+    return build_specdecode_config
+
+
 def on_cpu(original: FunctionType) -> FunctionType:
     """The function with its literal 'cuda' changed to 'cpu', all else the same."""
     code = original.__code__
-    constants = tuple("cpu" if constant == "cuda" else constant for constant in code.co_consts)
+    return _with_code(original, code.replace(co_consts=_cpu_for_cuda(code.co_consts)))
+
+
+def moved_to_cpu(original: FunctionType) -> FunctionType:
+    """The function with its calls of `tensor.cuda()` changed to `tensor.cpu()`, all else the same."""
+    code = original.__code__
+    return _with_code(original, code.replace(co_names=_cpu_for_cuda(code.co_names)))
+
+
+def _cpu_for_cuda(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple("cpu" if value == "cuda" else value for value in values)
+
+
+def _with_code(original: FunctionType, code: CodeType) -> FunctionType:
     copy = FunctionType(
-        code.replace(co_consts=constants),
+        code,
         original.__globals__,
         original.__name__,
         original.__defaults__,
@@ -183,6 +220,11 @@ def _device_literal(name: str, target: str, what: str, fingerprint: str) -> Patc
     return Patch(name, target, f"it writes the device as 'cuda' for {what}", "cpu", on_cpu, fingerprint)
 
 
+def _weights_on_cpu(name: str, method: str, fingerprint: str) -> Patch:
+    target = f"{MODELS}gpt_oss:GptOssForCausalLM.{method}"
+    return Patch(name, target, "it loads through a GPU", "cpu", moved_to_cpu, fingerprint)
+
+
 def _shim(name: str, replacement: Any) -> Patch:
     return Patch(
         f"torch-cuda-{name.replace('_', '-')}",
@@ -190,6 +232,17 @@ def _shim(name: str, replacement: Any) -> Patch:
         "the engine calls it on every device; is_available() stays False",
         "cpu",
         lambda original: replacement,
+    )
+
+
+def _gated_norm(name: str, module: str) -> Patch:
+    return Patch(
+        name,
+        f"{MODELS}{module}:build_rmsnorm_gated",
+        "it builds a norm of flash-linear-attention, which is for GPUs",
+        "cpu",
+        replaced_by("epbackend.engines.lmdeploy.devices.cpu_delta_rule:GatedRMSNorm"),
+        "df1ceb0d0a1c",
     )
 
 
@@ -204,6 +257,7 @@ PATCHES = (
     torch_checked_on_cpu,
     prefill_tokens_as_set,
     inputs_stay_on_cpu,
+    drafting_is_refused_on_cpu,
     _device_literal("agent-device", f"{_AGENT}:BaseModelAgent.__init__", "the model", "ec8f7a916625"),
     _device_literal(
         "agent-warmup", f"{_AGENT}:BaseModelAgent._warmup_prefill", "its warm-up batch", "1b1de076971d"
@@ -220,6 +274,10 @@ PATCHES = (
         "the state cache",
         "c9d9bfcecd74",
     ),
+    _weights_on_cpu("gpt-oss-gate-up-on-cpu", "_load_weight_experts_gate_up", "3a6b8adc0a8f"),
+    _weights_on_cpu("gpt-oss-down-on-cpu", "_load_weight_experts_down", "6dcca3d3c27e"),
+    _gated_norm("qwen3-next-gated-norm", "qwen3_next"),
+    _gated_norm("qwen3-5-gated-norm", "qwen3_5"),
     _shim("Stream", torch_cuda_shim.Stream),
     _shim("Event", torch_cuda_shim.Event),
     _shim("stream", torch_cuda_shim.stream),

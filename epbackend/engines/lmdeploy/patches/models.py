@@ -1,12 +1,19 @@
-"""Models whose layers go wrong where experts are spread over ranks or placed layer by layer, on any device."""
+"""Models that go wrong: where experts are spread over ranks or placed layer by layer, and those that are wrong by
+themselves, on any device."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
-from epbackend.engines.lmdeploy.patching import Build, Patch, When
+import torch
+
+from epbackend.engines.lmdeploy.patching import MODELS, Patch, built_by, patch
+
+logger = logging.getLogger("epbackend")
 
 SUMMED_TWICE = "it sums the routed experts' output over all ranks, though each rank has the whole sum already"
 NO_OWN_SUM = {"_all_reduce": False}
@@ -37,7 +44,7 @@ def _sums_once(
 
         return init
 
-    return _of_model(name, target, why, "ep", build, fingerprint)
+    return Patch(name, f"{MODELS}{target}.__init__", why, "ep", build, fingerprint)
 
 
 def _tells_its_layer(name: str, target: str, fingerprint: str) -> Patch:
@@ -55,13 +62,7 @@ def _tells_its_layer(name: str, target: str, fingerprint: str) -> Patch:
         return init
 
     why = "its experts do not get the number of their layer, on which their slots and the load report depend"
-    return _of_model(name, target, why, "always", build, fingerprint)
-
-
-def _of_model(name: str, target: str, why: str, when: When, build: Build, fingerprint: str) -> Patch:
-    """A patch of a class of one model, whose module LMDeploy imports only to serve that model."""
-    target = f"lmdeploy.pytorch.models.{target}.__init__"
-    return Patch(name, target, why, when, build, fingerprint, on_import=True)
+    return Patch(name, f"{MODELS}{target}.__init__", why, "always", build, fingerprint)
 
 
 def _hands_extras_over(name: str, target: str, fingerprint: str) -> Patch:
@@ -82,7 +83,172 @@ def _hands_extras_over(name: str, target: str, fingerprint: str) -> Patch:
     return Patch(name, f"lmdeploy.pytorch.nn.moe.{target}.update_weights", why, "always", build, fingerprint)
 
 
+_FORMS = "epbackend.engines.lmdeploy.model_forms"
+
+
+def _as_released(name: str, target: str) -> Patch:
+    return Patch(
+        name,
+        f"{target}:config_from_pretrained",
+        "its models read keys of config.json that transformers 5 does not save",
+        "always",
+        built_by(f"{_FORMS}:reading_as_released"),
+        "965f770c4bf0",
+    )
+
+
+@patch(
+    f"{MODELS}deepseek_v2:MoEGate.__init__",
+    why="group_limited_greedy masks logits by 0, which beats negative ones, and its softmax leaves other groups out",
+    when="always",
+    fingerprint="df68e2c9496d",
+)
+def groups_limit_the_choice(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        from epbackend.engines.lmdeploy.routers import GroupLimitedTopK
+
+        original(self, *args, **kwargs)
+        if self.topk_method == "group_limited_greedy":
+            self.softmax_topk = GroupLimitedTopK(self.top_k, self.n_group, self.topk_group)
+            self.topk_method = "greedy"  # the branch that asks softmax_topk alone
+
+    return init
+
+
+@patch(
+    "lmdeploy.pytorch.backends.default.moe_router:DefaultRouterNoauxTCImpl._forward_default",
+    why="it masks experts of other groups by 0, which beats negative scores",
+    when="always",
+    fingerprint="4c271a5b3a1a",
+)
+def other_groups_never_win(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def forward(
+        self: Any, scores: torch.Tensor, scores_for_choice: torch.Tensor, sequence_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from epbackend.engines.lmdeploy.routers import within_groups
+
+        best_two = scores_for_choice.unflatten(-1, (self.n_group, -1)).topk(2).values
+        choosable = within_groups(scores_for_choice, best_two.sum(-1), self.topk_group)
+        experts = choosable.topk(self.top_k).indices
+        return scores.gather(1, experts), experts
+
+    return forward
+
+
+@patch(
+    f"{MODELS}glm4_moe:Glm4MoE.__init__",
+    why="it routes by softmax, GLM-4.5 by sigmoid with a correction bias, which it loads and leaves unused",
+    when="always",
+    fingerprint="e9a3138970d6",
+)
+def glm4_moe_corrects_its_choice(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        from lmdeploy.pytorch.nn.moe.route import NoauxTCRouter
+
+        from epbackend.engines.lmdeploy.routers import CorrectedTopK
+
+        original(self, config, *args, **kwargs)
+        router = NoauxTCRouter(
+            "sigmoid",
+            top_k=self.top_k,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            n_routed_experts=self.num_experts,
+            routed_scaling_factor=1.0,  # the block scales
+            renormalize=self.renormalize,
+            router_n_groups=getattr(config, "router_n_groups", -1),
+        )
+        del self.softmax_topk
+        self.softmax_topk = CorrectedTopK(router, self.gate)
+
+    return init
+
+
+@patch(
+    f"{MODELS}qwen3_moe:Qwen3MoeMLP.forward",
+    why="dense layers (mlp_only_layers, decoder_sparse_step) are called with an argument of sparse ones",
+    when="always",
+    fingerprint="49944b884890",
+)
+def qwen3_moe_has_dense_layers(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def forward(self: Any, x: torch.Tensor, all_routed_experts: torch.Tensor | None = None) -> torch.Tensor:
+        return original(self, x)
+
+    return forward
+
+
+@patch(
+    f"{MODELS}qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration._load_weight_fused_experts",
+    why="it knows the releases' stacked experts only, [E, in, out], and transformers 5 saves [E, out, in]",
+    when="always",
+    fingerprint="3e09db54779a",
+)
+def qwen3_vl_moe_loads_either_way(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load(self: Any, name: str, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        text = self.config.text_config
+        inputs = text.moe_intermediate_size if name.endswith("down_proj") else text.hidden_size
+        # As transformers decides: by the shape alone, so a square one is taken as saved.
+        if loaded_weight.shape[2] == inputs:
+            loaded_weight = loaded_weight.transpose(1, 2)
+        return original(self, name, loaded_weight, *args, **kwargs)
+
+    return load
+
+
+@patch(
+    f"{MODELS}kimi_k25:KimiK25ForConditionalGeneration.rename_weight",
+    why="transformers 5 saves its layers under another name (blocks) than the releases",
+    when="always",
+    fingerprint="3a2423788aca",
+)
+def kimi_k25_has_layers(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def rename_weight(cls: type, name: str) -> str:
+        return original(cls, name).replace("language_model.model.blocks.", "language_model.model.layers.")
+
+    return rename_weight
+
+
+@patch(
+    "lmdeploy.tokenizer:GptOssTokenizer",
+    why="it needs openai_harmony to take an answer's channel marks away, also for who wants tokens or completions",
+    when="always",
+    fingerprint="d7cc5df0759b",
+)
+def gpt_oss_without_harmony(original: type) -> type:
+    if find_spec("openai_harmony") is not None:
+        return original
+    from lmdeploy.tokenizer import HuggingFaceTokenizer
+
+    class MarkedTokenizer(HuggingFaceTokenizer):
+        """Answers keep their channel marks."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            logger.warning(
+                "gpt-oss answers keep their channel marks: pip install openai-harmony takes them away"
+            )
+
+    return MarkedTokenizer
+
+
 PATCHES = (
+    # Who takes it from another comes first: it must be imported while that one has its original.
+    _as_released("draft-configs-as-released", "lmdeploy.pytorch.engine.config_builder"),
+    _as_released("configs-as-released", "lmdeploy.pytorch.transformers"),
+    _as_released("checked-configs-as-released", "lmdeploy.hf_configs"),
+    groups_limit_the_choice,
+    other_groups_never_win,
+    glm4_moe_corrects_its_choice,
+    qwen3_moe_has_dense_layers,
+    qwen3_vl_moe_loads_either_way,
+    kimi_k25_has_layers,
+    gpt_oss_without_harmony,
     # Qwen3.5-MoE and the models without shared experts respect expert parallelism and need no patch.
     _sums_once("deepseek-v2-sums-once", "deepseek_v2:DeepseekV2MoE", "shared_experts", "f0e43633d5f1"),
     _sums_once("deepseek-sums-once", "deepseek:DeepseekMoE", "shared_experts", "88804328d218"),
