@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 
 from epbackend.balance.board import PLACE
+from epbackend.config import EPConfig
 from epbackend.errors import EPError
+from epbackend.names import PHASES
 
 STATS_VARIABLE = "EPBACKEND_LOAD_BOARD"
 """Names the segment to worker processes, as `ranks:name`."""
@@ -48,7 +50,10 @@ RANK = np.dtype(
         ("layer", np.int64),  # the MoE layer that the step has come to; -1: none yet
         ("place", "S512"),  # where its main thread stands, once that lasts too long
         ("dispatchers", "S16384"),
+        ("telling", np.int64),  # in the first rank's row, by the parent: odd while `about` is written
+        ("about", "S8192"),
         ("experts", np.int64),
+        ("top_k", np.int64),
         ("asked", np.int64),  # by the reader: the number of its question
         ("answered", np.int64),  # by the writer: the number of the question that it saw before it wrote
         ("writer", np.int64),  # the process that answers; 0: none does
@@ -88,6 +93,8 @@ class LoadReport:
     step_imbalance_Y: np.ndarray
     """As `imbalance_Y`, but each step by itself, since in each the ranks wait for the busiest: the sum of the steps'
     maxima over the sum of their means, in the last thousand steps."""
+    top_k: int = 0
+    """Experts that compute a token in each layer; 0: no layer is there yet."""
 
     @property
     def tokens_per_rank(self) -> list[int]:
@@ -120,16 +127,73 @@ class LoadReport:
             self.rounds,
             self.dispatchers,
             self.step_imbalance_Y,
+            self.top_k,
         )
 
 
-class SharedStats:
+class StatsReader:
+    """Looks at the segment of an engine of this machine, from any process, and changes nothing."""
+
+    def __init__(self, ranks: np.ndarray) -> None:
+        """`ranks`: the segment, an array of RANK."""
+        self._ranks = ranks
+
+    @classmethod
+    def attach(cls, variable: str) -> StatsReader:
+        """Raises EPError where the segment that a value of STATS_VARIABLE names is not there, or of another release."""
+        ranks, _, name = variable.partition(":")
+        path = Path("/dev/shm") / name
+        try:
+            if not 0 <= path.stat().st_size - int(ranks) * RANK.itemsize < os.sysconf("SC_PAGE_SIZE"):
+                raise EPError(f"{path} was not made by this release of epbackend")
+            return cls(np.memmap(path, RANK, mode="r", shape=int(ranks)))
+        except OSError as error:
+            raise EPError(f"{path} cannot be read: its engine has ended, or is another user's") from error
+
+    def latest(self) -> LoadReport:
+        """What running workers have written down by themselves: a quarter of a second old. Waits for none of them."""
+        layers = np.flatnonzero((self._ranks["layers"] & (self._ranks["steps"] > 0)[:, None]).any(axis=0))
+        experts = int(self._ranks["experts"].max())
+        ranks = [_read(row, layers, experts) for row in self._ranks]
+        notes = [json.loads(note) for note in self._ranks["dispatchers"] if note]
+        return LoadReport(
+            layers=tuple(layers.tolist()),
+            tokens_RYE=np.stack([rank.tokens_YE for rank in ranks]),
+            calls=max(rank.steps for rank in ranks),
+            passes=int(self._ranks["passes"].max()),
+            rounds=int(self._ranks["rounds"].max()),
+            dispatchers=notes[0] if notes else {},
+            step_imbalance_Y=_step_imbalance_Y(ranks),
+            top_k=int(self._ranks["top_k"].max()),
+        )
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the parent has told of the deployment; empty where it could not be read whole."""
+        row, deadline = self._ranks[0], time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            began, text = int(row["telling"]), bytes(row["about"])
+            if began == row["telling"] and not began % 2:
+                return json.loads(text) if text else {}
+            time.sleep(LOOK_S)
+        return {}
+
+
+class SharedStats(StatsReader):
     """The parent's end: makes the segment, reads it, removes it."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, **about: Any) -> None:
+        """`about`: what readers are told of the deployment, see `tell`."""
         self._memory = SharedMemory(create=True, size=ranks * RANK.itemsize)
-        self._ranks = np.ndarray(ranks, RANK, buffer=self._memory.buf)
-        self._asking = Lock()
+        super().__init__(np.ndarray(ranks, RANK, buffer=self._memory.buf))
+        self._asking, self._telling, self._about = Lock(), Lock(), dict[str, Any]()
+        self.tell(**about)
+
+    @classmethod
+    def of(cls, config: EPConfig) -> SharedStats:
+        """Of the deployment that this process is about to start."""
+        split = {phase: config.placement.split_of(phase) for phase in PHASES}
+        return cls(config.world_size, pid=os.getpid(), ep_size=config.ep_size, split=split)
 
     @property
     def variable(self) -> str:
@@ -140,19 +204,19 @@ class SharedStats:
         """What has been counted up to now: all steps that have ended are in it."""
         with self._asking:
             self._ask()
-            layers = np.flatnonzero((self._ranks["layers"] & (self._ranks["steps"] > 0)[:, None]).any(axis=0))
-            experts = int(self._ranks["experts"].max())
-            ranks = [_read(row, layers, experts) for row in self._ranks]
-        notes = [json.loads(note) for note in self._ranks["dispatchers"] if note]
-        return LoadReport(
-            layers=tuple(layers.tolist()),
-            tokens_RYE=np.stack([rank.tokens_YE for rank in ranks]),
-            calls=max(rank.steps for rank in ranks),
-            passes=int(self._ranks["passes"].max()),
-            rounds=int(self._ranks["rounds"].max()),
-            dispatchers=notes[0] if notes else {},
-            step_imbalance_Y=_step_imbalance_Y(ranks),
-        )
+            return self.latest()
+
+    def tell(self, **about: Any) -> None:
+        """Adds to what readers are told, or replaces it: anything that JSON can say, in 8 KB together."""
+        with self._telling:
+            self._about |= about
+            text = json.dumps(self._about).encode()
+            if len(text) > RANK["about"].itemsize:
+                raise EPError(f"the deployment is told in {len(text)} bytes of {RANK['about'].itemsize}")
+            row = self._ranks[0]
+            row["telling"] += 1
+            row["about"] = text
+            row["telling"] += 1
 
     @property
     def verdict(self) -> str | None:
