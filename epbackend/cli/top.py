@@ -213,13 +213,11 @@ def _facts(board: Board) -> list[tuple[str, str]]:
         return [*lines, ("balance", "off: experts stay where they are")]
     before, after = balance["imbalance_before"], balance["imbalance_after"]
     expected = "" if before is None else f" (expected {before:.3f} to {after:.3f})"
+    moved = f"{balance['slots_moved']} slots, {balance['bytes_moved'] / 1e6:,.1f} MB"
     lines += [
         ("balance", f"plan {balance['plans']}{expected}, {balance['windows']} windows looked at"),
-        (
-            "moves",
-            f"{balance['migrations']} migrations, {balance['slots_moved']} slots, {balance['bytes_moved'] / 1e6:,.1f} MB, "
-            f"longest flip {balance['longest_flip_ms']:.1f} ms, {balance['failed']} failed",
-        ),
+        ("moves", f"{balance['migrations']} migrations, {moved}, {balance['failed']} failed"),
+        ("flip", f"{balance['longest_flip_ms']:.1f} ms at most"),
         ("planner", f"{balance['planner_age_s']:,.0f} s old, {balance['planner_restarts']} restarts"),
     ]
     return [*lines, ("last error", balance["last_error"])] if balance["last_error"] else lines

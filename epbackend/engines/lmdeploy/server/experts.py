@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -38,19 +38,20 @@ class Experts:
     """Where they live at the start; None: in the model's order."""
     balancer: Balancer | None
 
-    def app(self, api_keys: Sequence[str]) -> Any:
+    def app(self, api_keys: Sequence[str]) -> Starlette:
         """The ASGI application. `api_keys`: of which a request must bring one, if there are any."""
-        from lmdeploy.serve.utils.server_utils import AuthenticationMiddleware
+        keys = []
+        if api_keys:
+            from lmdeploy.serve.utils.server_utils import AuthenticationMiddleware
 
+            keys.append(Middleware(AuthenticationMiddleware, tokens=list(api_keys)))
         # Functions that are not async run in threads, so that streams go on meanwhile.
-        app = Starlette(
-            routes=[
-                Route(f"{PREFIX}status", self._status),
-                Route(f"{PREFIX}placement", self._placement),
-                Route(f"{PREFIX}rebalance", self._rebalance, methods=["POST"]),
-            ]
-        )
-        return AuthenticationMiddleware(app, list(api_keys)) if api_keys else app
+        routes = [
+            Route(f"{PREFIX}status", self._status),
+            Route(f"{PREFIX}placement", self._placement),
+            Route(f"{PREFIX}rebalance", self._rebalance, methods=["POST"]),
+        ]
+        return Starlette(routes=routes, middleware=keys)
 
     def _status(self, request: Request) -> Response:
         return JSONResponse(status(self.stats))
