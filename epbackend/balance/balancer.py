@@ -23,7 +23,7 @@ from epbackend.balance.planner import Planner
 from epbackend.errors import EPError
 from epbackend.placement.placement import Layout, Placement
 
-POLL_S = 0.005
+POLL_S = 0.02
 START_POLL_S = 0.5
 GRACE_S = 2.0
 """Ranks that wait for one another fail on their own after a migration's timeout; this much later they are asked to."""
@@ -75,6 +75,8 @@ class BalanceReport:
     """The most that any migration has held a rank up between two steps."""
     number: int = 0
     """Of the last migration."""
+    moving: bool = False
+    """Whether one is under way."""
     imbalance_before: float | None = None
     """Of the last plan, as its planner expected it."""
     imbalance_after: float | None = None
@@ -236,7 +238,11 @@ class Balancer:
             options.timeout_s,
         )
         self._board.publish(migration)
-        self._await_end(migration)
+        self._note(moving=True)
+        try:
+            self._await_end(migration)
+        finally:
+            self._note(moving=False)
         if not self._board.flipped(migration.number):
             raise EPError("; ".join(self._board.errors()) or "it was given up")
         self._placement = with_layer(self._placement, layer, after)
