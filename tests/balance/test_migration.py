@@ -69,6 +69,17 @@ def test_slots_get_the_bytes_of_their_experts_and_results_stay(ranks, board_file
     assert len(counted_E) == EXPERTS
 
 
+@pytest.mark.slow
+def test_after_a_hundred_migrations_in_a_row_every_slot_is_right(ranks, board_file):
+    way = [WAY[0], *WAY[1:] * 25]
+    seen = ranks.run(2, migrate, board_file(2), WAY[0], plans(way), "bfloat16", 2, "level")
+    for each in seen:
+        assert each.errors == ()
+        assert each.flipped == tuple(range(1, 101))
+        assert each.steps == seen[0].steps
+        assert each.right_bytes
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [

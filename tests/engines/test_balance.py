@@ -16,16 +16,9 @@ from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
 from epbackend.errors import ConfigError, WorkerError
 from epbackend.placement.placement import Placement
 from tests.helpers.engine_models import EXPERTS, TOP_K, prompts
-from tests.helpers.engines import GREEDY, await_model, complete, config
+from tests.helpers.engines import GREEDY, await_model, balanced, complete, config
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import ROOT, engine_workers
-
-EAGER = {"on": True, "redundant_experts": 4, "window_steps": 8, "interval_s": 0.2, "threshold": 0.0}
-"""Plans anew whenever it can, on the load of a few steps."""
-
-
-def balanced(engine=None, balance=(), **settings):
-    return config(engine, balance={**EAGER, **dict(balance)}, **settings)
 
 
 def generate_until(pipe, expected, done):

@@ -23,7 +23,7 @@ import numpy as np
 
 from epbackend.balance.board import PLACE
 from epbackend.config import EPConfig
-from epbackend.errors import EPError
+from epbackend.errors import EPError, UnavailableError
 from epbackend.names import PHASES
 
 STATS_VARIABLE = "EPBACKEND_LOAD_BOARD"
@@ -38,7 +38,7 @@ PATIENCE_S = 2.0
 """How long a reader waits for a running worker that does not answer: it may be loading or capturing."""
 LOOK_S = 0.001
 
-# The segment is an array of these, one a rank. Memory is used only where something is written.
+# The segment is an array of these, one a rank: 5 MB each.
 RANK = np.dtype(
     [
         ("error", "S4096"),
@@ -183,8 +183,13 @@ class SharedStats(StatsReader):
     """The parent's end: makes the segment, reads it, removes it."""
 
     def __init__(self, ranks: int, **about: Any) -> None:
-        """`about`: what readers are told of the deployment, see `tell`."""
+        """`about`: what readers are told of the deployment, see `tell`.
+
+        Raises:
+            UnavailableError: shared memory has no room for it.
+        """
         self._memory = SharedMemory(create=True, size=ranks * RANK.itemsize)
+        self._take_room()
         super().__init__(np.ndarray(ranks, RANK, buffer=self._memory.buf))
         self._asking, self._telling, self._about = Lock(), Lock(), dict[str, Any]()
         self.tell(**about)
@@ -199,6 +204,20 @@ class SharedStats(StatsReader):
     def variable(self) -> str:
         """The value of STATS_VARIABLE for workers."""
         return f"{len(self._ranks)}:{self._memory.name}"
+
+    def _take_room(self) -> None:
+        # Pages that are missing later, once others have filled it, would kill whoever writes there (SIGBUS).
+        path, size = Path("/dev/shm") / self._memory.name, self._memory.size
+        try:
+            with path.open("r+b") as segment:
+                os.posix_fallocate(segment.fileno(), 0, size)
+        except OSError as error:
+            self._memory.close()
+            self._memory.unlink()
+            raise UnavailableError(
+                f"/dev/shm has no room for the load report, {size / 1e6:.0f} MB ({error.strerror}): free some, or give "
+                "the container more (docker: --shm-size; Kubernetes: an emptyDir with medium Memory)"
+            ) from error
 
     def report(self) -> LoadReport:
         """What has been counted up to now: all steps that have ended are in it."""
