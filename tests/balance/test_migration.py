@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from epbackend.balance.board import PLACE
-from epbackend.balance.moves import Migration, route
-from tests.helpers.migrating import BROKEN, DAMAGED, EXPERTS, LATE, TOKENS, TOP_K, layouts, migrate
+from tests.helpers.migrating import BROKEN, DAMAGED, EXPERTS, LATE, TOKENS, TOP_K, WAY, migrate, plans
 
 pytestmark = pytest.mark.cpu
-# Two replicas, of 0 and 1; then a swap between ranks, a new replica, places that change on a rank, and back.
-WAY = layouts(
-    ((0, 1, 2, 3, 0), (4, 5, 6, 7, 1)),
-    ((0, 1, 7, 3, 0), (4, 5, 6, 2, 1)),
-    ((0, 1, 7, 3, 5), (4, 5, 6, 2, 4)),
-    ((1, 0, 7, 3, 5), (4, 5, 6, 2, 0)),
-    ((0, 1, 2, 3, 0), (4, 5, 6, 7, 1)),
-)
-
-
-def plans(way, **options):
-    return [
-        Migration(number, 0, before, after, route(before, after), **options)
-        for number, (before, after) in enumerate(pairwise(way), start=1)
-    ]
 
 
 @pytest.fixture

@@ -58,24 +58,22 @@ SENDER = f"""
 pack = transfer._pack
 def killed(migration, move, *more):
     pack(migration, move, *more)
-    if migration.number >= 2 and move.source != move.target:
+    if os.path.exists("go") and move.source != move.target:
         {KILL}
 transfer._pack = killed
 """
 RECEIVER = f"""
 opened = transfer._opened
 def killed(migration, move, message):
-    if migration.number >= 2 and move.source != move.target:
+    if os.path.exists("go") and move.source != move.target:
         {KILL}
     return opened(migration, move, message)
 transfer._opened = killed
 """
 IN_COLLECTIVE = f"""
-add_rows, calls = LayerStats.add_rows, 0
+add_rows = LayerStats.add_rows
 def killed(self, counts_L):
-    global calls
-    calls += 1
-    if calls > 2000 and 0 in self.local_experts:
+    if os.path.exists("go") and 0 in self.local_experts:
         {KILL}  # the other rank waits for its rows
     add_rows(self, counts_L)
 LayerStats.add_rows = killed
@@ -109,6 +107,7 @@ def test_a_rank_that_is_killed_at_the_worst_moment_ends_the_call_by_its_name(
 ):
     settings = balanced(ep_size=2, ep_level=2, timeout_s=30)
     running = start_process(asking(fault), str(checkpoint("qwen3-moe")), settings.to_json(), "1000")
+    (tmp_path / "go").touch()
     assert running.process.wait(timeout=PATIENCE_S) != 0
     running.assert_nothing_left()
     log = (tmp_path / "log").read_text()
