@@ -23,6 +23,7 @@ from epbackend.kernels.int8 import Int8Weights
 from epbackend.moe import ExpertParallelMoE
 from epbackend.placement.placement import Layout
 from epbackend.replica_split import SlotMap
+from tests.helpers.layer_case import place_of
 from tests.helpers.patience import PATIENCE_S
 
 EXPERTS, TOKENS, TOP_K = 8, 6, 3
@@ -108,7 +109,7 @@ def migrate(
     """
     ranks = groups[1]
     places = np.memmap(board_file, PLACE, mode="r+", shape=ranks.size)
-    place = get_device(device).torch_device(0)
+    place = place_of(get_device(device), ranks.rank)
     gate_up, down = (on(place, each) for each in weights(form))
     bias_E2F = torch.arange(EXPERTS).float()[:, None].expand(-1, down_width(down) * 2)
 
@@ -160,7 +161,7 @@ def migrate(
             out = layer(tokens.to(place), ids.to(place), share.to(place), phase="decode").float()
             first = out if first is None else first
             worst = max(worst, float((out - first).abs().max() / first.abs().max()))
-            flag = torch.tensor([over])
+            flag = torch.tensor([over], device=place)
             dist.broadcast(flag, 0, group=ranks.group)
             over = bool(flag)
             time.sleep(0.002)
