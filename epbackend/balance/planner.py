@@ -6,6 +6,7 @@ made by `multiprocessing`, which would have it import the user's program, and wi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -39,7 +40,7 @@ class Planner:
         self._placement, self._policy, self._timeout_s, self._stop = placement, policy, timeout_s, stop
         self.restarts = 0
         self.pid: int | None = None
-        self._started_at = 0.0
+        self._started_at, self._told = 0.0, False
         self._start()
 
     @property
@@ -110,23 +111,17 @@ def main(file: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
     os.nice(5)
     connection = Connection(file)
-    rebalancer: Rebalancer | None = None
-    while True:
-        try:
-            message = connection.recv()
-        except (EOFError, OSError):
-            return
-        if rebalancer is None:
-            rebalancer = Rebalancer(*message)
-            continue
-        what, value = message
-        answer: Any = None
-        try:
-            if what == "accept":
-                rebalancer.accept(value)
-            else:
-                rebalancer.observe(value)
-                answer = rebalancer.propose()
-        except Exception as error:
-            answer = f"{type(error).__name__}: {error}"
-        connection.send(answer)
+    with contextlib.suppress(EOFError, OSError):
+        rebalancer = Rebalancer(*connection.recv())
+        while True:
+            what, value = connection.recv()
+            answer: Any = None
+            try:
+                if what == "accept":
+                    rebalancer.accept(value)
+                else:
+                    rebalancer.observe(value)
+                    answer = rebalancer.propose()
+            except Exception as error:
+                answer = f"{type(error).__name__}: {error}"
+            connection.send(answer)

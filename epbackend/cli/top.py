@@ -2,7 +2,6 @@
 
 import json
 import os
-import ssl
 import time
 import urllib.error
 import urllib.request
@@ -144,7 +143,7 @@ def server(url: str, api_key: str | None) -> Source:
                 reasons.get(error.code) or f"HTTP {error.code}: {error.read()[:300].decode(errors='replace')}"
             )
             raise ConfigError(f"{url}: {said}") from None
-        except (OSError, ValueError, ssl.SSLError) as error:
+        except (OSError, ValueError) as error:
             raise UnavailableError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
 
     return look
