@@ -19,10 +19,11 @@ CUDA_TESTS := tests/cuda tests/symmetric tests/contract
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) $(CUDA_TESTS) tests/engines --hypothesis-profile interpreter
 # Where the Ascend tests run: an emulated A3 or A2, or npu for real ones.
 DEVICE ?= A3
+MINUTES ?= 20
 RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-cuda e2e-cuda gpu test-ascend test-full lint bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
+.PHONY: help setup demo test test-cpu test-cuda e2e-cuda gpu test-ascend test-full lint soak bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -93,6 +94,9 @@ lint: setup ## ruff, mypy, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+soak: setup ## experts move every few seconds under mixed requests: same answers, flat memory, nothing left; MINUTES=20 SOAK="--ep 4"
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(SOAK)
 
 bench: setup ## the MoE layer and the planner beside their peers, and each dispatcher; tables, JSON and pictures in benchmarks/results
 	$(BIN)/python -m benchmarks.moe_layer

@@ -172,7 +172,7 @@ class ExpertParallelMoE:
         """
         if slot_map.ranks != ranks.size:
             raise ConfigError(f"slot_map is for {slot_map.ranks} ranks, but {ranks.size} share the experts")
-        self.slot_map, self.ranks, self.layer = slot_map, ranks, layer
+        self.slot_map, self.ranks, self.top_k, self.layer = slot_map, ranks, top_k, layer
         self.context, self._owns_context, self._closed = context or GroupContext(), context is None, False
         """What it shares on its process groups; `context.watch` watches replays of its CUDA graphs."""
         found = get_device(device)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from epbackend.balance.planner import Planner
 from epbackend.errors import EPError
 from epbackend.placement.placement import Layout, Placement
 
-POLL_S = 0.005
+POLL_S = 0.02
 START_POLL_S = 0.5
 GRACE_S = 2.0
 """Ranks that wait for one another fail on their own after a migration's timeout; this much later they are asked to."""
@@ -74,6 +75,8 @@ class BalanceReport:
     """The most that any migration has held a rank up between two steps."""
     number: int = 0
     """Of the last migration."""
+    moving: bool = False
+    """Whether one is under way."""
     imbalance_before: float | None = None
     """Of the last plan, as its planner expected it."""
     imbalance_after: float | None = None
@@ -92,14 +95,16 @@ class Balancer:
         read: Callable[[], Reading],
         options: Options,
         placement: Placement,
+        tell: Callable[[BalanceReport], None] = lambda report: None,
     ) -> None:
-        """`placement`: where the experts live at the start."""
-        self._board, self._read, self._options = board, read, options
+        """`placement`: where the experts live at the start. `tell` gets each report that differs from the last."""
+        self._board, self._read, self._options, self._tell = board, read, options, tell
         self._placement = placement
         self._report = BalanceReport()
         self._number = self._connection = 0
         self._planner: Planner | None = None
         self._stop = threading.Event()
+        self._looks = _Looks()
         self._thread = threading.Thread(target=self._run, name="epbackend balance", daemon=True)
         self._thread.start()
 
@@ -118,9 +123,20 @@ class Balancer:
     def planner_pid(self) -> int | None:
         return self._planner.pid if self._planner else None
 
+    def rebalance(self, timeout_s: float) -> bool:
+        """Looks at once, whatever the interval and the window are; the threshold and the budgets hold.
+
+        Returns whether that look, and what it moved, was over within `timeout_s`.
+
+        Raises:
+            EPError: balancing has ended.
+        """
+        return self._looks.ask(timeout_s)
+
     def close(self) -> None:
         """Returns when the thread has ended; a migration that is under way is left to the ranks."""
         self._stop.set()
+        self._looks.end()
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._board.close()
@@ -140,6 +156,7 @@ class Balancer:
                 split=options.split,
             )
             self._planner = Planner(self._placement, policy, options.timeout_s, self._stop)
+            self._note()
             try:
                 self._watch(self._planner, expert_bytes)
             finally:
@@ -148,17 +165,22 @@ class Balancer:
             if not self._stop.is_set():
                 logger.exception("balancing has ended; the engine goes on as it is")
                 self._fails(error)
+        finally:
+            self._looks.end()
 
     def _watch(self, planner: Planner, expert_bytes: int) -> None:
         last = self._read()
-        while not self._stop.wait(self._options.interval_s):
+        while True:
+            asked = self._looks.wait(self._options.interval_s)
+            if self._stop.is_set():
+                return
             now = self._read()
-            if now.steps - last.steps < self._options.window_steps:
+            if now.steps - last.steps < (1 if asked else self._options.window_steps):
                 continue
             window_RYE, last = now.tokens_RYE - last.tokens_RYE, now
             if not window_RYE.any():
                 continue
-            self._report = replace(self._report, windows=self._report.windows + 1)
+            self._note(windows=self._report.windows + 1)
             try:
                 proposal = planner.propose(window_RYE.sum(axis=0))
                 if proposal is None:
@@ -172,8 +194,7 @@ class Balancer:
 
     def _follow(self, proposal: Proposal, tokens_RY: np.ndarray, expert_bytes: int) -> None:
         """Layer by layer. The placement that is then in use is in whole or in part that of the proposal."""
-        self._report = replace(
-            self._report,
+        self._note(
             plans=self._report.plans + 1,
             imbalance_before=proposal.imbalance_before,
             imbalance_after=proposal.imbalance_after,
@@ -197,7 +218,7 @@ class Balancer:
                 if self._stop.is_set():
                     return
                 logger.warning("balance: layer %d stays as it is: %s", layer, error)
-                self._report = replace(self._report, failed=self._report.failed + 1)
+                self._note(failed=self._report.failed + 1)
                 self._fails(error)
                 self._connection += 1
 
@@ -217,14 +238,17 @@ class Balancer:
             options.timeout_s,
         )
         self._board.publish(migration)
-        self._await_end(migration)
+        self._note(moving=True)
+        try:
+            self._await_end(migration)
+        finally:
+            self._note(moving=False)
         if not self._board.flipped(migration.number):
             raise EPError("; ".join(self._board.errors()) or "it was given up")
         self._placement = with_layer(self._placement, layer, after)
         travelled = sum(move.source != move.target for move in moves) * expert_bytes
         report = self._report
-        self._report = replace(
-            report,
+        self._note(
             migrations=report.migrations + 1,
             slots_moved=report.slots_moved + len(changes(before, after)),
             bytes_moved=report.bytes_moved + travelled,
@@ -262,4 +286,42 @@ class Balancer:
                 cancelled = True
 
     def _fails(self, error: Exception) -> None:
-        self._report = replace(self._report, last_error=str(error))
+        self._note(last_error=str(error))
+
+    def _note(self, **changes: Any) -> None:
+        self._report = replace(self._report, **changes)
+        self._tell(self.report())
+
+
+class _Looks:
+    """Who asks for a look, and the thread that looks; every wait for it ends with the thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._asked = self._begun = self._done = 0
+        self._ended = False
+
+    def ask(self, timeout_s: float) -> bool:
+        """Whether a look that began after the call is over within that time. Raises EPError where there is none."""
+        with self._changed:
+            self._asked += 1
+            number = self._asked
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended or self._done >= number, timeout_s)
+            if self._ended and self._done < number:
+                raise EPError("balancing has ended")
+            return self._done >= number
+
+    def wait(self, timeout_s: float) -> bool:
+        """The look before is over. Returns when the next begins: whether it was asked for."""
+        with self._changed:
+            self._done = self._begun
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended or self._asked > self._done, timeout_s)
+            self._begun = self._asked
+            return self._begun > self._done
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()

@@ -76,7 +76,9 @@ class Board:
         return int(self._places["expert_bytes"].max())
 
     def publish(self, migration: Migration) -> None:
-        """Raises EPError where the order is too long for the board."""
+        """Raises EPError where another migration is under way, or the order is too long for the board."""
+        if not self.ended(int(self._places["order"].max())):
+            raise EPError(f"migration {migration.number}: the one before it is still under way")
         text = migration.to_json().encode()
         if len(text) > MAX_TEXT:
             raise EPError(
@@ -134,9 +136,14 @@ class Seat:
         self._mine["expert_bytes"] = max(int(self._mine["expert_bytes"]), expert_bytes)
         self._mine["layers"] += 1
 
+    @property
+    def ordered(self) -> int:
+        """The number of the migration that is published."""
+        return int(self._mine["order"])
+
     def order(self, after: int) -> Migration | None:
         """The migration that is published, if its number is higher than that."""
-        number = int(self._mine["order"])
+        number = self.ordered
         if number <= after:
             return None
         text = self._mine["text"][: int(self._mine["length"])].tobytes()
@@ -193,7 +200,7 @@ class Seat:
         return Verdict.FLIP
 
     def _decide(self) -> None:
-        number = int(self._mine["order"])
+        number = self.ordered
         if number <= self._decided:
             return
         answers_R = self._places["answer"]

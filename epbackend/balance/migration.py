@@ -1,6 +1,6 @@
 """A rank's part in migrations: a thread stages experts, and the serving thread flips them between two steps.
 
-The serving thread does nothing else for it: when a step begins it writes the step's number down and reads a word.
+The serving thread does nothing else for it: when a step begins it writes the step's number down and reads two words.
 Weights and map change there alone, and only when every rank has staged all that comes to it (`board`). Until then any
 failure leaves both as they are.
 """
@@ -25,8 +25,8 @@ from epbackend.errors import EPError
 from epbackend.moe import ExpertParallelMoE, Relocation
 from epbackend.replica_split import SlotMap
 
-LOOK_S = 0.01
-"""How often the thread looks for an order."""
+LOOK_S = 0.25
+"""How often the thread looks for an order by itself; while steps are made, the serving thread wakes it."""
 
 logger = logging.getLogger("epbackend")
 
@@ -60,7 +60,9 @@ class Migrator:
         self._staging_bytes, self._recount = staging_bytes, recount
         self._layers: dict[int, tuple[ExpertParallelMoE, torch.device]] = {}
         self._staged: _Staged | None = None
-        self._ended = threading.Event()
+        self._seen = 0
+        """The last order that the thread has taken up."""
+        self._ended, self._wake = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def watch(self, number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
@@ -87,6 +89,8 @@ class Migrator:
         if self._thread is None:
             self._thread = threading.Thread(target=self._stand_by, name="epbackend migration", daemon=True)
             self._thread.start()
+        if self._seat.ordered > self._seen:
+            self._wake.set()
         staged = self._staged
         verdict = self._seat.begin_step(staged.migration.number if staged else 0)
         if staged is None or verdict is Verdict.WAIT:
@@ -101,6 +105,7 @@ class Migrator:
     def close(self) -> None:
         """Ends the thread; what is staged is forgotten. Does not wait for a rank that is gone."""
         self._ended.set()
+        self._wake.set()
 
     @torch.inference_mode()
     def _flip(self, staged: _Staged) -> None:
@@ -113,20 +118,24 @@ class Migrator:
             layer.relocate(staged.relocation)
 
     def _stand_by(self) -> None:
-        seen = 0
-        while not self._ended.wait(LOOK_S):
-            migration = self._seat.order(seen)
+        # Often awake, it would take the interpreter from the serving thread each time.
+        while True:
+            self._wake.wait(LOOK_S)
+            self._wake.clear()
+            if self._ended.is_set():
+                return
+            migration = self._seat.order(self._seen)
             if migration is None:
                 continue
-            seen = migration.number
+            self._seen = migration.number
             try:
                 self._staged = self._stage(migration)
             except Exception as error:
                 self._connections.drop()
                 logger.warning("rank %d staged nothing of layer %d: %s", self._rank, migration.layer, error)
-                self._seat.answer_failed(seen, f"{type(error).__name__}: {error}")
+                self._seat.answer_failed(migration.number, f"{type(error).__name__}: {error}")
             else:
-                self._seat.answer_staged(seen)
+                self._seat.answer_staged(migration.number)
 
     def _stage(self, migration: Migration) -> _Staged:
         """Raises what `stage` raises, and EPError for an order that is not for the experts that are here."""

@@ -1,15 +1,19 @@
 """The planner in a process of its own: planning takes a core for a while, and no rank or scheduler gives it one.
 
-A planner that ends, or does not answer in time, is replaced; the new one starts from the placement in use.
+A planner that ends, or does not answer in time, is replaced; the new one starts from the placement in use. It is not
+made by `multiprocessing`, which would have it import the user's program, and with that torch and LMDeploy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from threading import Event
 from typing import Any
@@ -36,7 +40,7 @@ class Planner:
         self._placement, self._policy, self._timeout_s, self._stop = placement, policy, timeout_s, stop
         self.restarts = 0
         self.pid: int | None = None
-        self._started_at = 0.0
+        self._started_at, self._told = 0.0, False
         self._start()
 
     @property
@@ -62,13 +66,17 @@ class Planner:
 
     def close(self) -> None:
         self._connection.close()
-        self._process.join(ENDING_S)
-        if self._process.is_alive():
+        try:
+            self._process.wait(ENDING_S)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.join()
+            self._process.wait()
 
     def _ask(self, what: str, value: Any) -> Any:
         try:
+            if not self._told:
+                self._connection.send((self._placement, self._policy))
+                self._told = True
             self._connection.send((what, value))
             deadline = time.monotonic() + START_S + self._timeout_s
             while not self._connection.poll(POLL_S):
@@ -87,33 +95,33 @@ class Planner:
             raise EPError(f"the planner was started anew: {reason}") from error
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_plan, args=(theirs, self._placement, self._policy), name="epbackend-planner", daemon=True
+        self._connection, theirs = Pipe()
+        program = (
+            f"import sys; sys.path[:] = {sys.path!r}; from epbackend.balance.planner import main; "
+            f"main({theirs.fileno()})"
         )
-        self._process.start()
+        self._process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()])
         theirs.close()
+        self._told = False
         self.pid, self._started_at = self._process.pid, time.monotonic()
 
 
-def _plan(connection: Connection, placement: Placement, policy: Policy) -> None:
-    """The process: answers until the parent closes the connection, or ends."""
+def main(file: int) -> None:
+    """The process: answers at the other end of the connection until the parent closes it, or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
     os.nice(5)
-    rebalancer = Rebalancer(placement, policy)
-    while True:
-        try:
+    connection = Connection(file)
+    with contextlib.suppress(EOFError, OSError):
+        rebalancer = Rebalancer(*connection.recv())
+        while True:
             what, value = connection.recv()
-        except (EOFError, OSError):
-            return
-        answer: Any = None
-        try:
-            if what == "accept":
-                rebalancer.accept(value)
-            else:
-                rebalancer.observe(value)
-                answer = rebalancer.propose()
-        except Exception as error:
-            answer = f"{type(error).__name__}: {error}"
-        connection.send(answer)
+            answer: Any = None
+            try:
+                if what == "accept":
+                    rebalancer.accept(value)
+                else:
+                    rebalancer.observe(value)
+                    answer = rebalancer.propose()
+            except Exception as error:
+                answer = f"{type(error).__name__}: {error}"
+            connection.send(answer)

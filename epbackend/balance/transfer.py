@@ -127,7 +127,8 @@ def _left(deadline: float) -> timedelta:
 
 def _pack(migration: Migration, move: Move, memory: list[Tensor], message: Tensor) -> None:
     body = message[: -SEAL.itemsize]
-    torch.cat(memory, out=body)
+    for part, here in zip(memory, body.split([len(each) for each in memory]), strict=True):
+        here.copy_(part)  # from the experts' device
     seal = _seal_of(message)
     seal["number"], seal["layer"], seal["expert"] = migration.number, migration.layer, move.expert
     seal["checksum"] = zlib.crc32(body.numpy().data) if migration.checksums else 0

@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": "Talk with a model.",
     "serve": "Serve a model by LMDeploy's OpenAI-compatible server.",
     "run": "Run lmdeploy, or a script of yours, with expert parallelism.",
+    "top": "Watch the experts of a running engine: load, balance, moves.",
     "record": "Answer prompts and record what the experts did, to plan on.",
     "plan": "Decide where the experts live, from recorded loads.",
     "compare": "All planning algorithms and token splits beside each other.",

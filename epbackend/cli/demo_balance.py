@@ -5,6 +5,7 @@ decides how long a topic lasts: until a plan made for it is in use. The second r
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,15 @@ JUDGED_ROUNDS = 2
 
 
 @dataclass(frozen=True)
+class Step:
+    """From one token of an answer to its next, as who reads the stream sees it."""
+
+    seconds: float
+    moving: bool
+    """Whether a migration was under way, or flipped."""
+
+
+@dataclass(frozen=True)
 class Run:
     """All rounds of one engine."""
 
@@ -51,6 +61,7 @@ class Run:
     token_ids: list[list[int]]
     seconds: list[float]
     """Of each round."""
+    steps: "list[Step]"
     imbalance: list[float]
     """The busiest rank over the mean of each round, the mean of the layers."""
     report: "BalanceReport"
@@ -89,6 +100,8 @@ def balance_demo(model: str, settings: dict[str, Any], out: Path, *, talk: bool)
         "bytes_moved": report.bytes_moved,
         "imbalance_before": round(without.judged, 4),
         "imbalance_after": round(with_balance.judged, 4),
+        "step_ms": step_times(with_balance.steps),
+        "step_ms_without": step_times(without.steps),
         "throughput_ratio": round(with_balance.tokens_per_second / without.tokens_per_second, 4),
         "ranks": moving.ep_size,
         "model": model,
@@ -124,6 +137,7 @@ def _run(model: str, config: EPConfig, talk: bool, rounds: tuple[int, ...] = ())
 
     greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True)
     token_ids, imbalance, seconds, done = [], [], [], []
+    steps: list[Step] = []
     with running(model, config) as pipe:
         report = pipe.balance if config.balance.on else BalanceReport
         before = pipe.load()
@@ -131,9 +145,8 @@ def _run(model: str, config: EPConfig, talk: bool, rounds: tuple[int, ...] = ())
             began, plans, last, count = time.perf_counter(), report().plans, 0, 0
             while count < rounds[topic] if rounds else not last or count < last:
                 start = time.perf_counter()
-                answers = pipe([*prompts], gen_config=greedy, do_preprocess=False)
+                token_ids += _answers(pipe, prompts, greedy, report, steps)
                 seconds.append(time.perf_counter() - start)
-                token_ids += [answer.token_ids for answer in answers]
                 now, count = pipe.load(), count + 1
                 imbalance.append(float(now.since(before).imbalance_Y.mean()))
                 before = now
@@ -149,7 +162,36 @@ def _run(model: str, config: EPConfig, talk: bool, rounds: tuple[int, ...] = ())
                         highlight=False,
                     )
             done.append(count)
-        return Run(tuple(done), token_ids, seconds, imbalance, report())
+        return Run(tuple(done), token_ids, seconds, steps, imbalance, report())
+
+
+def _answers(
+    pipe: Any, prompts: tuple[str, ...], generation: Any, report: Callable[[], Any], steps: list[Step]
+) -> list[list[int]]:
+    """Token ids of the answers; the steps are told by the stream of the first one."""
+    token_ids: list[list[int]] = [[] for _ in prompts]
+    last, before = 0.0, report()
+    for part in pipe.stream_infer([*prompts], gen_config=generation, do_preprocess=False):
+        token_ids[part.index] += part.token_ids
+        if part.index == 0 and part.token_ids:
+            now, after = time.perf_counter(), report()
+            if last:
+                moving = before.moving or after.moving or before.migrations != after.migrations
+                steps.append(Step(now - last, moving))
+            last, before = now, after
+    return token_ids
+
+
+def step_times(steps: list[Step]) -> dict[str, Any]:
+    """In ms: the median of all, and the worst of those with a migration and without; None where there are none."""
+    median = float(np.median([step.seconds for step in steps]))
+    found: dict[str, Any] = {"median": round(1e3 * median, 3)}
+    for name, moving in (("still", False), ("moving", True)):
+        seconds = [step.seconds for step in steps if step.moving == moving]
+        found[f"steps_{name}"] = len(seconds)
+        found[f"worst_{name}"] = round(1e3 * max(seconds), 3) if seconds else None
+        found[f"over_twice_the_median_{name}"] = sum(each > 2 * median for each in seconds)
+    return found
 
 
 def _rounded(value: Any) -> Any:
@@ -167,6 +209,12 @@ def _tell(result: dict[str, Any]) -> None:
     console.print(
         f"busiest rank at the end of each topic: {result['imbalance_before']:.3f} times the mean where experts stay, "
         f"{result['imbalance_after']:.3f} where they move; tokens/s {result['throughput_ratio']:.2f} times",
+        highlight=False,
+    )
+    times = result["step_ms"]
+    console.print(
+        f"a step takes {times['median']} ms (median); the longest {times['worst_still']} ms, "
+        f"and {times['worst_moving']} ms of those in which experts moved",
         highlight=False,
     )
     console.print(f"picture: {result['picture']}; all in {result['seconds']} s", highlight=False)

@@ -33,6 +33,8 @@ class LoadReport:
     step_imbalance_Y: np.ndarray
     """As `imbalance_Y`, but each step by itself, since in each the ranks wait for the busiest: the sum of the steps'
     maxima over the sum of their means, in the last thousand steps."""
+    top_k: int = 0
+    """Experts that compute a token in each layer; 0: no layer is there yet."""
 
     @property
     def tokens_per_rank(self) -> list[int]:
@@ -65,6 +67,7 @@ class LoadReport:
             self.rounds,
             self.dispatchers,
             self.step_imbalance_Y,
+            self.top_k,
         )
 
 

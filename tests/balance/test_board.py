@@ -142,6 +142,21 @@ def test_a_missed_flip_is_an_error_and_not_a_wrong_token():
         cluster.seats[1].begin_step(1)
 
 
+def test_of_two_plans_that_race_the_second_is_refused():
+    """Also by another parent of the same board; the first flips on all ranks, and then there is room for the next."""
+    cluster = Cluster()
+    cluster.board.publish(order(1))
+    for parent in (cluster.board, Board(cluster.board._places)):
+        with pytest.raises(EPError, match="still under way"):
+            parent.publish(order(2))
+    for rank in range(RANKS):
+        cluster.stage(rank, fails=False)
+    for rank in [*range(RANKS)] * 2:
+        cluster.begin_step(rank)
+    assert cluster.board.flipped(1)
+    cluster.board.publish(order(2))
+
+
 def test_an_order_that_is_half_written_is_not_read():
     places = np.zeros(1, PLACE)
     Board(places).publish(order(1))

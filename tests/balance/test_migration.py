@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from epbackend.balance.board import PLACE
-from epbackend.balance.moves import Migration, route
-from tests.helpers.migrating import BROKEN, DAMAGED, EXPERTS, LATE, TOKENS, TOP_K, layouts, migrate
+from tests.helpers.migrating import BROKEN, DAMAGED, EXPERTS, LATE, TOKENS, TOP_K, WAY, migrate, plans
 
 pytestmark = pytest.mark.cpu
-# Two replicas, of 0 and 1; then a swap between ranks, a new replica, places that change on a rank, and back.
-WAY = layouts(
-    ((0, 1, 2, 3, 0), (4, 5, 6, 7, 1)),
-    ((0, 1, 7, 3, 0), (4, 5, 6, 2, 1)),
-    ((0, 1, 7, 3, 5), (4, 5, 6, 2, 4)),
-    ((1, 0, 7, 3, 5), (4, 5, 6, 2, 0)),
-    ((0, 1, 2, 3, 0), (4, 5, 6, 7, 1)),
-)
-
-
-def plans(way, **options):
-    return [
-        Migration(number, 0, before, after, route(before, after), **options)
-        for number, (before, after) in enumerate(pairwise(way), start=1)
-    ]
 
 
 @pytest.fixture
@@ -67,6 +50,17 @@ def test_slots_get_the_bytes_of_their_experts_and_results_stay(ranks, board_file
     assert counted_E.sum() == 2 * TOKENS * TOP_K * seen[0].calls
     assert not (counted_E % seen[0].calls).any()
     assert len(counted_E) == EXPERTS
+
+
+@pytest.mark.slow
+def test_after_a_hundred_migrations_in_a_row_every_slot_is_right(ranks, board_file):
+    way = [WAY[0], *WAY[1:] * 25]
+    seen = ranks.run(2, migrate, board_file(2), WAY[0], plans(way), "bfloat16", 2, "level")
+    for each in seen:
+        assert each.errors == ()
+        assert each.flipped == tuple(range(1, 101))
+        assert each.steps == seen[0].steps
+        assert each.right_bytes
 
 
 @pytest.mark.parametrize(

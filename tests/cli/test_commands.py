@@ -90,6 +90,8 @@ def test_demo_of_balance_moves_experts_and_keeps_the_tokens(tmp_path):
     assert said["imbalance_after"] < said["imbalance_before"]
     assert said["throughput_ratio"] > 0
     assert said["balance"]["failed"] == 0
+    assert said["step_ms"]["steps_moving"] > 0
+    assert said["step_ms_without"]["steps_moving"] == 0
     assert drawn_share(tmp_path / said["picture"], left=0.1, right=0.9, top=0.2, bottom=0.8) > 0.001
     assert left_memory() <= before
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 
 import openai
 import pytest
+import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from epbackend.cli import app as command
 from epbackend.models import resolve
 from tests.helpers.api import SESSION_LEN, Server, served
+from tests.helpers.patience import PATIENCE_S
 
 PROMPTS = ["def main(", "The ship was", "for index, book in"]
 TOKENS = 12
@@ -311,3 +316,17 @@ def _streamed(client, **options) -> list[str]:
             ended += [choice.index] if choice.finish_reason else []
     assert sorted(ended) == sorted(texts)
     return [texts[index] for index in sorted(texts)]
+
+
+def test_the_server_shows_what_its_experts_do(server):
+    """The same in its status, its metrics, and on the board of `epbackend top`, by its URL."""
+    server.greedy()
+    shown = CliRunner().invoke(command, ["top", server.url, "--json", "--interval", "0.5"])
+    state = json.loads(shown.stdout)
+    assert (state["ep_size"], state["top_k"], state["balance"]) == (2, 4, None)
+    assert state["steps"] > 0
+    assert all(len(tokens_Y) == len(state["layers"]) and sum(tokens_Y) > 0 for tokens_Y in state["tokens_RY"])
+    metrics = requests.get(f"{server.url}/metrics", timeout=PATIENCE_S).text
+    assert f"epbackend_steps_total {float(state['steps'])}" in metrics
+    assert "lmdeploy:" in metrics
+    assert server.post("/epbackend/rebalance", {}).status_code == 409

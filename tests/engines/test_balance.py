@@ -6,23 +6,19 @@ import os
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 
 import epbackend
-from epbackend.engines.lmdeploy.processes import free_port
+from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
 from epbackend.errors import ConfigError, WorkerError
+from epbackend.placement.placement import Placement
 from tests.helpers.engine_models import EXPERTS, TOP_K, prompts
-from tests.helpers.engines import GREEDY, await_model, complete, config
+from tests.helpers.engines import GREEDY, await_model, balanced, complete, config
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import ROOT, engine_workers
-
-EAGER = {"on": True, "redundant_experts": 4, "window_steps": 8, "interval_s": 0.2, "threshold": 0.0}
-"""Plans anew whenever it can, on the load of a few steps."""
-
-
-def balanced(engine=None, balance=(), **settings):
-    return config(engine, balance={**EAGER, **dict(balance)}, **settings)
 
 
 def generate_until(pipe, expected, done):
@@ -136,8 +132,7 @@ def test_a_rank_that_is_killed_while_experts_move_ends_the_call_by_name_and_leav
     settings = balanced(ep_size=2, ep_level=2)
     running = start_process(MOVING, str(checkpoint("qwen3-moe")), settings.to_json())
     running.look()
-    workers = [each for each in running.workers() if "epbackend-planner" not in " ".join(each.cmdline())]
-    workers[rank].kill()
+    running.workers()[rank].kill()
     assert running.process.wait(timeout=PATIENCE_S) != 0
     running.assert_nothing_left()
     assert WorkerError.__name__ in (tmp_path / "log").read_text()
@@ -155,19 +150,29 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_a_server_moves_experts_while_it_answers_and_leaves_nothing(checkpoint, start_process, tmp_path):
-    """Told by its log."""
+@pytest.mark.parametrize("dp", [1, 2])
+def test_a_server_moves_experts_while_it_answers_and_leaves_nothing(dp, checkpoint, start_process):
+    """By itself, and at once when a client asks; a start with the placement that it then has is possible."""
     port = free_port()
-    settings = balanced({"log_level": "INFO"}, ep_size=2, ep_level=2)
+    settings = balanced({"dp": dp}, ep_size=2, ep_level=2)
     running = start_process(SERVING, str(checkpoint("qwen3-moe")), settings.to_json(), str(port), ready="")
     await_model(port)
-    texts, first = prompts()[:6], {}
+    url, texts, first = f"http://{LOOPBACK}:{port}/epbackend", prompts()[:6], {}
     deadline = time.monotonic() + PATIENCE_S
-    while (log := (tmp_path / "log").read_text()).count("balance: migration") < 3:
-        assert time.monotonic() < deadline, log
+    while (report := requests.get(f"{url}/status", timeout=PATIENCE_S).json()["balance"])["migrations"] < 3:
+        assert time.monotonic() < deadline, report
         for text in texts:
             answer = complete(port, text)
             assert first.setdefault(text, answer) == answer
+    assert report["failed"] == 0
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(complete, port, text) for text in texts]
+        asked = requests.post(f"{url}/rebalance", timeout=PATIENCE_S)
+        assert [answer.result() for answer in answers] == [first[text] for text in texts]
+    assert asked.status_code in (200, 202)
+    assert asked.json()["windows"] > report["windows"]
+    placement = Placement.from_json(requests.get(f"{url}/placement", timeout=PATIENCE_S).text)
+    assert placement != Placement.even(len(placement.layers), EXPERTS, 2, EXPERTS + 4)
     running.look()
     os.kill(running.process.pid, signal.SIGTERM)
     running.process.wait(timeout=PATIENCE_S)
@@ -195,11 +200,6 @@ def test_nothing_is_left_when_the_parent_is_killed_while_experts_move(checkpoint
 def test_what_cannot_move_is_said_before_anything_is_started(settings, said, checkpoint):
     with pytest.raises(ConfigError, match=said):
         epbackend.pipeline(str(checkpoint("qwen3-moe")), config(**{"ep_size": 4, **settings}))
-
-
-def test_a_server_of_several_engines_is_refused(checkpoint):
-    with pytest.raises(ConfigError, match=r"balance\.on: is for servers with engine\.dp: 1"):
-        epbackend.serve(str(checkpoint("qwen3-moe")), balanced({"dp": 2}, ep_size=2))
 
 
 def test_without_balance_there_is_no_report_and_by_hand_the_model_is_missing(monkeypatch):

@@ -49,7 +49,7 @@ class Layer:
         local = experts if experts is not None else tuple(range(len(tokens_L)))
         self.load = LayerStats(local, len(tokens_L))
         self.slot_map = SimpleNamespace(experts=len(tokens_L))
-        self.dispatchers = {"decode": Decision("alltoall", "it suits")}
+        self.dispatchers, self.top_k = {"decode": Decision("alltoall", "it suits")}, 2
         self.call(tokens_L, passes, rounds)
 
     def call(self, tokens_L, passes=1, rounds=1) -> None:

@@ -15,11 +15,21 @@ from tests.helpers.patience import PATIENCE_S
 
 GREEDY = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True)
 
+EAGER = {"on": True, "redundant_experts": 4, "window_steps": 8, "interval_s": 0.2, "threshold": 0.0}
+"""Plans anew whenever it can, on the load of a few steps."""
+
 
 def config(engine: dict[str, Any] | None = None, **settings: Any) -> EPConfig:
     """Settings of an engine on the CPU, quiet and with short sessions."""
     common = {"log_level": "ERROR", "session_len": 400}
     return EPConfig.load({"device": "cpu", "engine": common | (engine or {})} | settings)
+
+
+def balanced(
+    engine: dict[str, Any] | None = None, balance: dict[str, Any] | None = None, **settings: Any
+) -> EPConfig:
+    """Settings of an engine whose experts move."""
+    return config(engine, balance=EAGER | (balance or {}), **settings)
 
 
 def await_model(port: int, host: str = LOOPBACK) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -14,13 +15,15 @@ from torch import Tensor
 from epbackend.balance import migration, transfer
 from epbackend.balance.board import PLACE, Board
 from epbackend.balance.migration import Migrator
-from epbackend.balance.moves import Migration
+from epbackend.balance.moves import Migration, route
+from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels.fp8 import BLOCK, Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.moe import ExpertParallelMoE
 from epbackend.placement.placement import Layout
 from epbackend.replica_split import SlotMap
+from tests.helpers.layer_case import place_of
 from tests.helpers.patience import PATIENCE_S
 
 EXPERTS, TOKENS, TOP_K = 8, 6, 3
@@ -79,6 +82,15 @@ def of_slots(matrices: object, experts: tuple[int, ...]) -> object:
     return matrices[picked]
 
 
+def on(place: torch.device, matrices: object) -> object:
+    """The matrices there."""
+    if isinstance(matrices, Fp8Blocks):
+        return Fp8Blocks(matrices.values_LNK.to(place), matrices.scale_LBB.to(place))
+    if isinstance(matrices, Int8Weights):
+        return Int8Weights(matrices.values_LNK.to(place), matrices.scale_LN.to(place))
+    return matrices.to(place)
+
+
 def migrate(
     groups: dict[int, RankGroup],
     board_file: str,
@@ -89,6 +101,7 @@ def migrate(
     split: str = "even",
     fault: str | None = None,
     faulty: int = 1,
+    device: str = "cpu",
 ) -> Moved:
     """On every rank: calls of one layer until each plan has ended, one after the other; rank 0 is the parent, too.
 
@@ -96,7 +109,8 @@ def migrate(
     """
     ranks = groups[1]
     places = np.memmap(board_file, PLACE, mode="r+", shape=ranks.size)
-    gate_up, down = weights(form)
+    place = place_of(get_device(device), ranks.rank)
+    gate_up, down = (on(place, each) for each in weights(form))
     bias_E2F = torch.arange(EXPERTS).float()[:, None].expand(-1, down_width(down) * 2)
 
     def build(slot_map: SlotMap) -> ExpertParallelMoE:
@@ -109,12 +123,13 @@ def migrate(
             settings=DispatchSettings(level=level, timeout_s=60),
             top_k=TOP_K,
             split=split,
-            gate_up_bias_L2F=bias_E2F[list(mine)].clone() if form == "float32" else None,
+            device=device,
+            gate_up_bias_L2F=bias_E2F[list(mine)].to(place, copy=True) if form == "float32" else None,
         )
 
     layer = build(SlotMap(start))
     migrator = Migrator(places, ranks.rank, staging_bytes=1 << 24)
-    migrator.watch(0, layer, torch.device("cpu"))
+    migrator.watch(0, layer, place)
     board = Board(places)
     generator = torch.Generator().manual_seed(ranks.rank)
     hidden = down_hidden(down)
@@ -143,10 +158,10 @@ def migrate(
             if layer.slot_map is not before:
                 flipped.append(int(places[0]["order"]))
                 steps.append(calls)
-            out = layer(tokens, ids, share, phase="decode").float()
+            out = layer(tokens.to(place), ids.to(place), share.to(place), phase="decode").float()
             first = out if first is None else first
             worst = max(worst, float((out - first).abs().max() / first.abs().max()))
-            flag = torch.tensor([over])
+            flag = torch.tensor([over], device=place)
             dist.broadcast(flag, 0, group=ranks.group)
             over = bool(flag)
             time.sleep(0.002)
@@ -172,6 +187,24 @@ def migrate(
 
 def layouts(*held: tuple[tuple[int, ...], ...]) -> list[Layout]:
     return [Layout(each, EXPERTS) for each in held]
+
+
+# Two replicas, of 0 and 1; then a swap between ranks, a new replica, places that change on a rank, and back.
+WAY = layouts(
+    ((0, 1, 2, 3, 0), (4, 5, 6, 7, 1)),
+    ((0, 1, 7, 3, 0), (4, 5, 6, 2, 1)),
+    ((0, 1, 7, 3, 5), (4, 5, 6, 2, 4)),
+    ((1, 0, 7, 3, 5), (4, 5, 6, 2, 0)),
+    ((0, 1, 2, 3, 0), (4, 5, 6, 7, 1)),
+)
+
+
+def plans(way: list[Layout], **options: object) -> list[Migration]:
+    """A migration from each layout to the next."""
+    return [
+        Migration(number, 0, before, after, route(before, after), **options)
+        for number, (before, after) in enumerate(pairwise(way), start=1)
+    ]
 
 
 def down_width(down: object) -> int:

@@ -124,9 +124,7 @@ def _checked(model: str, config: EPConfig, *, serving: bool) -> tuple[str, Place
     check_version()
     path = locate(model)
     check_checkpoint(path, weights=not config.engine.extra.get("empty_init"))
-    from epbackend.engines.lmdeploy.balance import check_server, starting_placement
+    from epbackend.engines.lmdeploy.balance import starting_placement
     from epbackend.engines.lmdeploy.checks import check_deployment
 
-    if serving:
-        check_server(config)
     return path, starting_placement(path, config, check_deployment(path, config, serving=serving))

@@ -6,13 +6,15 @@ dp > 1 the ranks agree on each before they make it (`_prepare_dp_v1`), and every
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from epbackend.balance.balancer import Balancer, Options, Reading
+from epbackend.balance.balancer import Balancer, BalanceReport, Options, Reading
 from epbackend.balance.board import Board
 from epbackend.balance.migration import Migrator
 from epbackend.config import EPConfig
@@ -27,20 +29,14 @@ from epbackend.names import PHASES
 from epbackend.placement.placement import Placement
 
 MB = 1_000_000
+MAX_ERROR = 1000
+"""Characters of the last error that readers of the load report are told."""
 
 
 def check_device(config: EPConfig, device: str) -> None:
     """Raises ConfigError where experts do not move on the device that `auto` stands for."""
     if config.balance.on and device != "cpu":
         raise ConfigError(f"balance.on: {not_balanced(device)}")
-
-
-def check_server(config: EPConfig) -> None:
-    """Raises ConfigError for a server of several engines, in which no expert has been seen to move yet."""
-    if config.balance.on and config.engine.dp > 1:
-        raise ConfigError(
-            "balance.on: is for servers with engine.dp: 1 so far; remove it, or use epbackend.pipeline"
-        )
 
 
 def starting_placement(path: str, config: EPConfig, placement: Placement | None) -> Placement | None:
@@ -117,7 +113,13 @@ def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> 
         objective=config.placement.objective,
         split="level" if splits == {"level"} else "even",
     )
-    return Balancer(Board(stats.places), read, options, placement)
+
+    def tell(report: BalanceReport) -> None:
+        error = report.last_error and report.last_error[:MAX_ERROR]
+        stats.tell(balance=asdict(replace(report, last_error=error)), balance_at=time.monotonic())
+
+    tell(BalanceReport())
+    return Balancer(Board(stats.places), read, options, placement, tell)
 
 
 def watch(number: int, layer: ExpertParallelMoE, place: torch.device) -> None:

@@ -48,7 +48,7 @@ class ReplicatedPipeline:
         self, model_path: str, config: EPConfig, placement: Placement | None = None, **kwargs: Any
     ) -> None:
         warm_splits(config)
-        self._board: SharedStats | None = SharedStats(config.world_size)
+        self._board: SharedStats | None = SharedStats.of(config)
         self._balancer = balance.start(config, self._board, placement)
         self._broken = False
         ends = [Pipe() for _ in range(config.engine.dp)]

@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 
 from epbackend.balance.board import PLACE
+from epbackend.config import EPConfig
 from epbackend.engines.load_report import STEPS, LoadReport, step_imbalance_Y
-from epbackend.errors import EPError
+from epbackend.errors import EPError, UnavailableError
+from epbackend.names import PHASES
 
 STATS_VARIABLE = "EPBACKEND_LOAD_BOARD"
 """Names the segment to worker processes, as `ranks:name`."""
@@ -36,7 +38,7 @@ PATIENCE_S = 2.0
 """How long a reader waits for a running worker that does not answer: it may be loading or capturing."""
 LOOK_S = 0.001
 
-# The segment is an array of these, one a rank. Memory is used only where something is written.
+# The segment is an array of these, one a rank: 5 MB each.
 RANK = np.dtype(
     [
         ("error", "S4096"),
@@ -48,7 +50,10 @@ RANK = np.dtype(
         ("layer", np.int64),  # the MoE layer that the step has come to; -1: none yet
         ("place", "S512"),  # where its main thread stands, once that lasts too long
         ("dispatchers", "S16384"),
+        ("telling", np.int64),  # in the first rank's row, by the parent: odd while `about` is written
+        ("about", "S8192"),
         ("experts", np.int64),
+        ("top_k", np.int64),
         ("asked", np.int64),  # by the reader: the number of its question
         ("answered", np.int64),  # by the writer: the number of the question that it saw before it wrote
         ("writer", np.int64),  # the process that answers; 0: none does
@@ -69,26 +74,30 @@ PULSE_PHASES = ("", "prefill", "decode")
 logger = logging.getLogger("epbackend")
 
 
-class SharedStats:
-    """The parent's end: makes the segment, reads it, removes it."""
+class StatsReader:
+    """Looks at the segment of an engine of this machine, from any process, and changes nothing."""
 
-    def __init__(self, ranks: int) -> None:
-        self._memory = SharedMemory(create=True, size=ranks * RANK.itemsize)
-        self._ranks = np.ndarray(ranks, RANK, buffer=self._memory.buf)
-        self._asking = Lock()
+    def __init__(self, ranks: np.ndarray) -> None:
+        """`ranks`: the segment, an array of RANK."""
+        self._ranks = ranks
 
-    @property
-    def variable(self) -> str:
-        """The value of STATS_VARIABLE for workers."""
-        return f"{len(self._ranks)}:{self._memory.name}"
+    @classmethod
+    def attach(cls, variable: str) -> StatsReader:
+        """Raises EPError where the segment that a value of STATS_VARIABLE names is not there, or of another release."""
+        ranks, _, name = variable.partition(":")
+        path = Path("/dev/shm") / name
+        try:
+            if not 0 <= path.stat().st_size - int(ranks) * RANK.itemsize < os.sysconf("SC_PAGE_SIZE"):
+                raise EPError(f"{path} was not made by this release of epbackend")
+            return cls(np.memmap(path, RANK, mode="r", shape=int(ranks)))
+        except OSError as error:
+            raise EPError(f"{path} cannot be read: its engine has ended, or is another user's") from error
 
-    def report(self) -> LoadReport:
-        """What has been counted up to now: all steps that have ended are in it."""
-        with self._asking:
-            self._ask()
-            layers = np.flatnonzero((self._ranks["layers"] & (self._ranks["steps"] > 0)[:, None]).any(axis=0))
-            experts = int(self._ranks["experts"].max())
-            ranks = [_read(row, layers, experts) for row in self._ranks]
+    def latest(self) -> LoadReport:
+        """What running workers have written down by themselves: a quarter of a second old. Waits for none of them."""
+        layers = np.flatnonzero((self._ranks["layers"] & (self._ranks["steps"] > 0)[:, None]).any(axis=0))
+        experts = int(self._ranks["experts"].max())
+        ranks = [_read(row, layers, experts) for row in self._ranks]
         notes = [json.loads(note) for note in self._ranks["dispatchers"] if note]
         return LoadReport(
             layers=tuple(layers.tolist()),
@@ -98,7 +107,78 @@ class SharedStats:
             rounds=int(self._ranks["rounds"].max()),
             dispatchers=notes[0] if notes else {},
             step_imbalance_Y=_step_imbalance_Y(ranks),
+            top_k=int(self._ranks["top_k"].max()),
         )
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the parent has told of the deployment; empty where it could not be read whole."""
+        row, deadline = self._ranks[0], time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            began, text = int(row["telling"]), bytes(row["about"])
+            if began == row["telling"] and not began % 2:
+                return json.loads(text) if text else {}
+            time.sleep(LOOK_S)
+        return {}
+
+
+class SharedStats(StatsReader):
+    """The parent's end: makes the segment, reads it, removes it."""
+
+    def __init__(self, ranks: int, **about: Any) -> None:
+        """`about`: what readers are told of the deployment, see `tell`.
+
+        Raises:
+            UnavailableError: shared memory has no room for it.
+        """
+        self._memory = SharedMemory(create=True, size=ranks * RANK.itemsize)
+        self._take_room()
+        super().__init__(np.ndarray(ranks, RANK, buffer=self._memory.buf))
+        self._asking, self._telling, self._about = Lock(), Lock(), dict[str, Any]()
+        self.tell(**about)
+
+    @classmethod
+    def of(cls, config: EPConfig) -> SharedStats:
+        """Of the deployment that this process is about to start."""
+        split = {phase: config.placement.split_of(phase) for phase in PHASES}
+        return cls(config.world_size, pid=os.getpid(), ep_size=config.ep_size, split=split)
+
+    @property
+    def variable(self) -> str:
+        """The value of STATS_VARIABLE for workers."""
+        return f"{len(self._ranks)}:{self._memory.name}"
+
+    def _take_room(self) -> None:
+        # Pages that are missing later, once others have filled it, would kill whoever writes there (SIGBUS).
+        path, size = Path("/dev/shm") / self._memory.name, self._memory.size
+        try:
+            with path.open("r+b") as segment:
+                os.posix_fallocate(segment.fileno(), 0, size)
+        except OSError as error:
+            self._memory.close()
+            self._memory.unlink()
+            raise UnavailableError(
+                f"/dev/shm has no room for the load report, {size / 1e6:.0f} MB ({error.strerror}): free some, or give "
+                "the container more (docker: --shm-size; Kubernetes: an emptyDir with medium Memory)"
+            ) from error
+
+    def report(self) -> LoadReport:
+        """What has been counted up to now: all steps that have ended are in it."""
+        with self._asking:
+            self._ask()
+            return self.latest()
+
+    def tell(self, **about: Any) -> None:
+        """Adds to what readers are told, or replaces it: anything that JSON can say, in 8 KB together."""
+        with self._telling:
+            self._about |= about
+            text = json.dumps(self._about).encode()
+            if len(text) > RANK["about"].itemsize:
+                raise EPError(f"the deployment is told in {len(text)} bytes of {RANK['about'].itemsize}")
+            row = self._ranks[0]
+            row["telling"] += 1
+            row["about"] = text
+            row["telling"] += 1
 
     @property
     def verdict(self) -> str | None:

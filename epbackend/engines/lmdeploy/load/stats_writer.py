@@ -239,6 +239,7 @@ class StatsWriter:
             self._layers[number], self._allocated[number], self._map = layer, _Lines(lines, experts_L), None
             self._row["layers"][number] = True
             self._row["experts"] = max(self._row["experts"], layer.slot_map.experts)
+            self._row["top_k"] = layer.top_k
             self._row["dispatchers"] = _note(
                 {phase: asdict(choice) for phase, choice in layer.dispatchers.items()}
             )

@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from epbackend.engines.lmdeploy.patching import Patch, Patches
+from epbackend.engines.lmdeploy.server.experts import PREFIX
 from epbackend.engines.lmdeploy.workers.process_guard import descendants, kill_all
 from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, STOPPED, process_state
 
@@ -74,6 +75,8 @@ class Guard:
         self._failed = asyncio.Event()
         self.app: Any = None
         """The application behind it."""
+        self.experts: Any = None
+        """The application that answers below `/epbackend/`; None: `app` does, which knows no such path."""
 
     @property
     def serving(self) -> bool:
@@ -132,6 +135,8 @@ class Guard:
             await self._say_failure(path, send)
         elif path == "/ready":
             await self._say_ready(scope, send)
+        elif self.experts is not None and path.startswith(PREFIX):
+            await self.experts(scope, receive, send)
         elif reason := _refused(path, scope):
             await _answer(send, 501, _error(f"{path}: {reason}", "not_implemented_error"))
         else:

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -31,9 +32,10 @@ FOR_ALL = ("/sleep", "/wakeup", "/abort_request")
 class ReverseProxy:
     """Requests under way at each engine."""
 
-    def __init__(self, engines: Sequence[str]) -> None:
-        """`engines` are URLs."""
+    def __init__(self, engines: Sequence[str], metrics: Collector | None = None) -> None:
+        """`engines` are URLs, `metrics` are those of the whole deployment, which no engine has."""
         self._under_way = dict.fromkeys(engines, 0)
+        self._own_metrics = metrics
         self._session: aiohttp.ClientSession | None = None
 
     def app(self) -> Starlette:
@@ -89,8 +91,13 @@ class ReverseProxy:
 
     async def _metrics(self, request: Request) -> Response:
         answers = await self._ask_all(request, {"accept-encoding": "identity"})
+        texts = [bytes(each.body).decode() for each in answers if each.status_code == 200]
+        if not texts:  # no key, or no metrics
+            return answers[0]
         registry = CollectorRegistry()
-        registry.register(_Merged([bytes(each.body).decode() for each in answers if each.status_code == 200]))
+        registry.register(_Merged(texts))
+        if self._own_metrics is not None:
+            registry.register(self._own_metrics)
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
     async def _ask_all(self, request: Request, headers: Mapping[str, str] = NOTHING) -> list[Response]:

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy import plug
+from epbackend.engines.lmdeploy import balance, plug
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load.recording import Recording, recording_server
 from epbackend.engines.lmdeploy.load.report import SharedStats, last_error
@@ -29,8 +29,10 @@ from epbackend.engines.lmdeploy.processes import (
     start_server,
     stop_engines,
 )
+from epbackend.engines.lmdeploy.server.experts import Experts
 from epbackend.engines.lmdeploy.server.front import Front
 from epbackend.engines.lmdeploy.server.guard import Guard, looking_out, signals_unwind
+from epbackend.engines.lmdeploy.server.metrics import ExpertMetrics
 from epbackend.engines.lmdeploy.state import active
 from epbackend.engines.placement import warm_splits
 from epbackend.errors import ENGINE_FAILED, EngineFailedError, WorkerError
@@ -122,7 +124,10 @@ def _serve_once(
             if config.engine.dp == 1:
                 plug.enable(config, placement)
                 try:
-                    with recording_server(recording, active().load_report, [(host, port)]):
+                    stats, balancer = active().board, active().balancer
+                    assert stats is not None, "it is this process that starts the engine"
+                    guard.experts = Experts(stats, placement, balancer).app(front.api_keys)
+                    with ExpertMetrics(stats), recording_server(recording, stats.report, [(host, port)]):
                         _serve_engine(model_path, config, 0, host, port, guard, kwargs)
                 finally:
                     plug.disable()
@@ -186,7 +191,9 @@ def _serve_balanced(
     if kwargs.pop("ssl", False):  # here, and not between us and the engines
         tls = {"ssl_keyfile": os.environ["SSL_KEYFILE"], "ssl_certfile": os.environ["SSL_CERTFILE"]}
     behind = replace(front, root_path="", access_log=False, ssl_keyfile=None, ssl_certfile=None)
-    board = SharedStats(config.world_size)
+    board = SharedStats.of(config)
+    balancer = balance.start(config, board, placement)
+    guard.experts = Experts(board, placement, balancer).app(front.api_keys)
     ports = [free_port() for _ in range(config.engine.dp)]
     processes = start_engines(
         config,
@@ -200,7 +207,8 @@ def _serve_balanced(
     addresses = [(LOOPBACK, each) for each in ports]
     try:
         _await_engines(processes, addresses, board)
-        app = ReverseProxy([f"http://{LOOPBACK}:{each}" for each in ports]).app()
+        engines = [f"http://{LOOPBACK}:{each}" for each in ports]
+        app = ReverseProxy(engines, ExpertMetrics(board)).app()
         with (
             recording_server(recording, board.report, addresses),
             guard.in_place(),
@@ -210,6 +218,8 @@ def _serve_balanced(
                 app, host=host, port=port, log_level=os.getenv("UVICORN_LOG_LEVEL", "info").lower(), **tls
             )
     finally:
+        if balancer is not None:
+            balancer.close()
         # Of engines that have failed nothing can be closed in order, and a stopped process would be waited for.
         stop_engines(processes, at_once=guard.failure is not None)
         board.remove()

@@ -1,0 +1,246 @@
+"""`epbackend top`: what the experts of a running engine do, as a live board in the terminal."""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from epbackend.cli.output import JsonOption, console
+from epbackend.errors import ConfigError, UnavailableError
+
+ANSWER_S = 10.0
+WIDTH = 6
+"""Columns of a cell of the heat map."""
+SHADES = ((0.8, "black on deep_sky_blue3"), (1.05, "black on green3"), (1.2, "black on yellow3"))
+"""Up to which load over the mean; beyond: too hot."""
+TOO_HOT = "white on red3"
+
+Source = Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Board:
+    """What happened between two looks; where nothing did, since the engine's start."""
+
+    state: dict[str, Any]
+    """As `GET /epbackend/status` answers."""
+    tokens_RY: np.ndarray
+    seconds: float
+    steps: int
+    idle: bool
+    """Whether there was no step between the looks."""
+
+    @classmethod
+    def between(cls, before: dict[str, Any], now: dict[str, Any]) -> "Board":
+        """Of two answers of one engine; one that was started anew in between counts from its start."""
+        tokens_RY = np.array(now["tokens_RY"], dtype=np.int64)
+        steps, seconds = now["steps"] - before["steps"], now["at_s"] - before["at_s"]
+        if steps > 0 and before["layers"] == now["layers"]:
+            tokens_RY = tokens_RY - np.array(before["tokens_RY"], dtype=np.int64)
+        return cls(now, tokens_RY, seconds, max(steps, 0), idle=steps <= 0)
+
+    @property
+    def load_RY(self) -> np.ndarray:
+        """Each rank's tokens over the ranks' mean; 1 where a layer has none."""
+        mean_Y = self.tokens_RY.mean(axis=0)
+        return np.where(mean_Y > 0, self.tokens_RY / np.maximum(mean_Y, 1e-9), 1.0)
+
+    @property
+    def imbalance(self) -> float:
+        """Busiest rank over the mean, the mean of the layers."""
+        return float(self.load_RY.max(axis=0).mean()) if self.load_RY.size else 1.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that went through the model: prompts and answers."""
+        if self.idle or not self.tokens_RY.size:
+            return 0.0
+        return float(self.tokens_RY.sum(axis=0).mean() / self.state["top_k"] / self.seconds)
+
+    def facts(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            **self.state,
+            "seconds": round(self.seconds, 3),
+            "steps_between": self.steps,
+            "tokens_per_second": round(self.tokens_per_second, 2),
+            "imbalance": round(self.imbalance, 4),
+            "load_RY": np.round(self.load_RY, 4).tolist(),
+        }
+
+
+def top(
+    engine: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[URL|PID]",
+            help="A server, as http://127.0.0.1:23333, or a process of this machine that runs an engine. "
+            "[default: the engine of this machine]",
+        ),
+    ] = None,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Two looks, then the board once.")] = False,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="EPBACKEND_API_KEY", show_envvar=True, help="The server's key."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the load of each rank and layer, how balanced it is, and what balancing does."""
+    look = server(engine, api_key) if engine and "://" in engine else local_engine(engine)
+    before = look()
+    if once or as_json:
+        time.sleep(interval)
+        board = Board.between(before, look())
+        if as_json:
+            print(json.dumps(board.facts()))
+        else:
+            console.print(drawn(board, console.width, None))
+        return
+    try:
+        with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+            while True:
+                time.sleep(interval)
+                now = look()
+                live.update(drawn(Board.between(before, now), console.width, console.height), refresh=True)
+                before = now
+    except KeyboardInterrupt:
+        return
+
+
+def server(url: str, api_key: str | None) -> Source:
+    """The state of the server at that URL, over HTTP.
+
+    Calling it raises UnavailableError where it does not answer, and ConfigError where it refuses.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{url} is no URL of a server; write it as http://127.0.0.1:23333")
+    key = next(iter((api_key or "").split()), None)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}/epbackend/status", headers=headers)
+
+    def look() -> dict[str, Any]:
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            reasons = {
+                401: "it wants an API key: --api-key or EPBACKEND_API_KEY",
+                404: "it is no epbackend server",
+            }
+            said = (
+                reasons.get(error.code) or f"HTTP {error.code}: {error.read()[:300].decode(errors='replace')}"
+            )
+            raise ConfigError(f"{url}: {said}") from None
+        except (OSError, ValueError) as error:
+            raise UnavailableError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
+
+    return look
+
+
+def local_engine(pid: str | None) -> Source:
+    """The state of an engine that runs on this machine, from the memory of its load report.
+
+    Raises:
+        ConfigError: there are several, and `pid` names none of them; or it is no number.
+        UnavailableError: there is none.
+    """
+    from epbackend.engines.lmdeploy.load.status import local_engines, status
+
+    if pid is not None and not pid.isdecimal():
+        raise ConfigError(f"{pid} is neither a URL, as http://127.0.0.1:23333, nor the number of a process")
+    engines = local_engines()
+    if not engines:
+        raise UnavailableError("no engine of epbackend runs here as this user; give the URL of a server")
+    if pid is None and len(engines) > 1:
+        raise ConfigError(
+            f"several engines run here: give one of the processes {', '.join(map(str, engines))}"
+        )
+    owner = int(pid) if pid else next(iter(engines))
+    if owner not in engines:
+        raise ConfigError(f"process {owner} runs no engine; one of {', '.join(map(str, engines))} does")
+
+    def look() -> dict[str, Any]:
+        if not os.path.exists(f"/proc/{owner}"):
+            raise UnavailableError(f"the engine of process {owner} has ended")
+        return status(engines[owner])
+
+    return look
+
+
+def drawn(board: Board, width: int, height: int | None) -> RenderableType:
+    """The board for a terminal of so many columns and lines (None: any number)."""
+    state = board.state
+    if not state["layers"]:
+        return Text(f"{state['ep_size']} ranks; no step yet")
+    head = Table.grid(padding=(0, 2))
+    for line in _facts(board):
+        head.add_row(*line)
+    ranks = max(1, min(state["ep_size"], (width - WIDTH - 4) // WIDTH))
+    rows = len(state["layers"]) if height is None else max(1, height - head.row_count - 5)
+    return Group(head, Text(), _heat_map(board, ranks, rows))
+
+
+def _facts(board: Board) -> list[tuple[str, str]]:
+    state, balance = board.state, board.state["balance"]
+    since = "since its start, idle now" if board.idle else f"in the last {board.seconds:.1f} s"
+    splits, ways = (" / ".join(dict.fromkeys(state[name].values())) for name in ("split", "dispatchers"))
+    lines = [
+        (
+            "throughput",
+            f"{board.tokens_per_second:,.0f} tokens/s, {board.steps / board.seconds:,.1f} steps/s",
+        ),
+        ("imbalance", f"{board.imbalance:.3f} times the mean, {since}"),
+        (
+            "steps",
+            f"{np.mean(state['step_imbalance_Y']):.3f} times the mean, each of the last thousand by itself",
+        ),
+        ("ways", f"split {splits}, dispatcher {ways}, {state['ep_size']} ranks, {state['experts']} experts"),
+    ]
+    if balance is None:
+        return [*lines, ("balance", "off: experts stay where they are")]
+    before, after = balance["imbalance_before"], balance["imbalance_after"]
+    expected = "" if before is None else f" (expected {before:.3f} to {after:.3f})"
+    moved = f"{balance['slots_moved']} slots, {balance['bytes_moved'] / 1e6:,.1f} MB"
+    lines += [
+        ("balance", f"plan {balance['plans']}{expected}, {balance['windows']} windows looked at"),
+        ("moves", f"{balance['migrations']} migrations, {moved}, {balance['failed']} failed"),
+        ("flip", f"{balance['longest_flip_ms']:.1f} ms at most"),
+        ("planner", f"{balance['planner_age_s']:,.0f} s old, {balance['planner_restarts']} restarts"),
+    ]
+    return [*lines, ("last error", balance["last_error"])] if balance["last_error"] else lines
+
+
+def _heat_map(board: Board, ranks: int, rows: int) -> Table:
+    """Load over the mean, layers down and ranks across; where there is no room, of the worst of neighbours."""
+    layers = np.array(board.state["layers"])
+    columns = np.array_split(np.arange(board.state["ep_size"]), ranks)
+    lines = np.array_split(np.arange(len(layers)), min(rows, len(layers)))
+    table = Table(box=None, padding=0, title="load of a rank over the ranks' mean", title_justify="left")
+    table.add_column("layer", justify="right", width=WIDTH + 2)
+    for column in columns:
+        table.add_column(_span(column), justify="right", width=WIDTH)
+    for line in lines:
+        worst = [float(board.load_RY[np.ix_(column, line)].max()) for column in columns]
+        table.add_row(_span(layers[line]), *(Text(f"{load:.2f} ", style=_shade(load)) for load in worst))
+    return table
+
+
+def _span(numbers: np.ndarray) -> str:
+    first, last = int(numbers[0]), int(numbers[-1])
+    return f"{first} " if first == last else f"{first}-{last} "
+
+
+def _shade(load: float) -> str:
+    return next((style for limit, style in SHADES if load <= limit), TOO_HOT)

@@ -1,0 +1,41 @@
+"""The planner's process: it plans, is replaced when it ends, and is small."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import psutil
+import pytest
+
+from epbackend.balance.decision import Policy
+from epbackend.balance.planner import Planner
+from epbackend.errors import EPError
+from epbackend.placement.placement import Placement
+
+pytestmark = pytest.mark.cpu
+START = Placement.even(2, 8, 2, 10)
+SKEWED_YE = np.array([[100, 90, 90, 80, 10, 10, 10, 10]] * 2) * 10
+
+
+def test_a_planner_that_is_killed_is_replaced_and_goes_on_from_the_placement_in_use():
+    """It has nothing of torch, though this program may, and it ends with its connection."""
+    planner = Planner(START, Policy(0.0, None, None, expert_bytes=1), timeout_s=60.0, stop=Event())
+    try:
+        first = planner.propose(SKEWED_YE)
+        assert first.imbalance_after < first.imbalance_before
+        assert "libtorch" not in Path(f"/proc/{planner.pid}/maps").read_text()
+        planner.accept(first.placement)
+        os.kill(planner.pid, signal.SIGKILL)
+        with pytest.raises(EPError, match="started anew: it ended"):
+            planner.propose(SKEWED_YE)
+        assert planner.restarts == 1
+        assert planner.propose(SKEWED_YE) is None  # level already
+        with pytest.raises(EPError, match="the planner failed: ConfigError"):
+            planner.propose(SKEWED_YE[:1])
+    finally:
+        planner.close()
+    assert not psutil.pid_exists(planner.pid)
