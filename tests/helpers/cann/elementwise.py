@@ -51,3 +51,32 @@ def aclnnInplaceOne(tensor: Tensor) -> None:
 @aclnn("tensor:T value:S")
 def aclnnInplaceFillScalar(tensor: Tensor, value: float) -> None:
     tensor.fill_(value)
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _normed(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    require(x.dtype in FLOATS and x.numel() > 0, f"x is {x.dtype} {tuple(x.shape)}")
+    require(gamma.dtype in (x.dtype, torch.float32), f"gamma is {gamma.dtype} beside x of {x.dtype}")
+    require(gamma.shape == x.shape[x.dim() - gamma.dim() :], f"gamma {tuple(gamma.shape)} of {tuple(x.shape)}")
+    axes = tuple(range(x.dim() - gamma.dim(), x.dim()))
+    scale = (x.float().pow(2).mean(axes, keepdim=True) + epsilon).rsqrt()
+    return x.float() * scale * gamma.float(), scale
+
+
+@aclnn("x:T gamma:T epsilon:d", "y:T rstd:T")
+def aclnnRmsNorm(x, gamma, epsilon, y, rstd) -> None:
+    normed, scale = _normed(x, gamma, epsilon)
+    y.copy_(normed)
+    rstd.copy_(scale)
+
+
+@aclnn("x1:T x2:T gamma:T epsilon:d", "y:T rstd:T x:T")
+def aclnnAddRmsNorm(x1, x2, gamma, epsilon, y, rstd, x) -> None:
+    require(x1.dtype == x2.dtype and x1.shape == x2.shape, "x1 and x2 must be alike")
+    total = x1.float() + x2.float()
+    x.copy_(total)
+    normed, scale = _normed(total.to(x1.dtype), gamma, epsilon)
+    y.copy_(normed)
+    rstd.copy_(scale)

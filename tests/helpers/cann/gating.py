@@ -55,3 +55,14 @@ def aclnnMoeGatingTopK(
     expert_idx.copy_(chosen)
     if out_flag:
         norm_out.copy_(scores)
+
+
+@aclnn("x:T finished:T k:i", "y:T expert_idx:T row_idx:T")
+def aclnnMoeGatingTopKSoftmax(x, finished, k, y, expert_idx, row_idx) -> None:
+    require(x.dim() == 2 and x.dtype in FLOATS, "x must be float, [T, E]")
+    require(finished is None, "finished rows are not emulated")
+    require(0 < k <= min(x.shape[1], 1024), f"k {k} is not within {x.shape[1]} experts")
+    chosen = x.float().softmax(1).sort(dim=1, descending=True, stable=True)
+    y.copy_(chosen.values[:, :k])
+    expert_idx.copy_(chosen.indices[:, :k])
+    row_idx.copy_(torch.arange(len(x) * k).view(k, -1).T)

@@ -1,0 +1,80 @@
+"""LMDeploy's Ascend backend above the dlinfer that can be installed: each patch bridges what that one lacks.
+
+Where dlinfer has the real thing a patch stays out (`only_if`). See `devices/dlinfer_package.py` for all that is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from epbackend.engines.lmdeploy.devices import dlinfer_package
+from epbackend.engines.lmdeploy.patching import Patch, patch, replaced_by
+
+_KERNELS = "lmdeploy.pytorch.kernels.dlinfer.pagedattention"
+_ATTENTION = "epbackend.engines.lmdeploy.devices.ascend_attention"
+
+
+def _lacking(gap: str) -> Callable[[], bool]:
+    return functools.partial(dlinfer_package.lacks, gap)
+
+
+@patch(
+    "lmdeploy.utils:try_import_deeplink",
+    why="a dlinfer that fails to import ends the process; and an older one would put its own, for an older LMDeploy, in "
+    "the place of LMDeploy's sampling, cache and inputs as soon as it is imported",
+    when="ascend",
+    fingerprint="4fede1a761fc",
+)
+def dlinfer_loaded(original: Callable) -> Callable:
+    dlinfer_package.load()
+
+    def try_import_deeplink(device_type: str) -> None:
+        if device_type != "ascend":
+            original(device_type)
+
+    return try_import_deeplink
+
+
+@patch(
+    "lmdeploy.pytorch.backends.dlinfer.ascend.op_backend:AscendOpsBackend.init",
+    why="it imports a check of versions that dlinfer 0.2.7 does not have",
+    when="ascend",
+    fingerprint="f6f1ba467a50",
+    only_if=_lacking("runtime"),
+)
+def ascend_runtime_unchecked(original: Callable) -> Callable:
+    def init() -> None:
+        with dlinfer_package.placeholder(dlinfer_package.RUNTIME, ensure_ascend_runtime=lambda: None):
+            original()
+
+    return init
+
+
+prefill_with_lengths = Patch(
+    "ascend-prefill",
+    f"{_KERNELS}:prefill_attention",
+    "dlinfer 0.2.7 has neither its arguments nor prefill of several tokens beside a cache",
+    "ascend",
+    replaced_by(f"{_ATTENTION}:prefill_attention"),
+    "db9ec7ccabe2",
+    _lacking("prefill"),
+)
+decode_with_lengths = Patch(
+    "ascend-decode",
+    f"{_KERNELS}:paged_token_attention",
+    "dlinfer 0.2.7 takes other arguments",
+    "ascend",
+    replaced_by(f"{_ATTENTION}:paged_token_attention"),
+    "6614af2ab41f",
+    _lacking("decode"),
+)
+
+PATCHES: tuple[Patch, ...] = (
+    # First: the targets of the others are found by importing dlinfer.
+    dlinfer_loaded,
+    ascend_runtime_unchecked,
+    prefill_with_lengths,
+    decode_with_lengths,
+)
