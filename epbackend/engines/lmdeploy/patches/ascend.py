@@ -71,10 +71,24 @@ decode_with_lengths = Patch(
     _lacking("decode"),
 )
 
+@patch(
+    "torch.cuda:get_device_capability",
+    why="LMDeploy makes torch.cuda a name of torch.npu, torch's broadcast asks it for a compute capability, and torch-npu "
+    "answers None",
+    when="ascend",
+)
+def npu_has_no_capability(original: Callable) -> Callable:
+    def get_device_capability(device: Any = None) -> tuple[int, int]:
+        return 0, 0
+
+    return get_device_capability
+
+
 PATCHES: tuple[Patch, ...] = (
     # First: the targets of the others are found by importing dlinfer.
     dlinfer_loaded,
     ascend_runtime_unchecked,
     prefill_with_lengths,
     decode_with_lengths,
+    npu_has_no_capability,
 )
