@@ -91,7 +91,7 @@ def demo(
 def _demo(model: str, config: EPConfig, max_new_tokens: int, out: Path, *, talk: bool) -> dict[str, Any]:
     """The demo's results as one object; with `talk` they are shown as they come."""
     start = time.perf_counter()
-    run = _run(model, config, max_new_tokens, talk)
+    run = run_engine(model, config, max_new_tokens, talk)
     picture = save_load(run.load, out / "expert-load.png", title=f"{model}, {config.ep_size} ranks")
     expected = greedy_tokens(resolve(model), PROMPTS, max_new_tokens)
     identical = run.token_ids == expected
@@ -130,7 +130,7 @@ def _placed(
     Recording.of(recorded, resolve(model), config.ep_size).write(before.load)
     placement = {"loads": str(recorded), "redundant_experts": REDUNDANT_EXPERTS, "split": "level"}
     placed = EPConfig.load({**SETTINGS, "ep_size": config.ep_size, "placement": placement})
-    after = _run(model, placed, max_new_tokens, talk=False)
+    after = run_engine(model, placed, max_new_tokens, talk=False)
     identical = after.token_ids == before.token_ids
     picture = save_imbalance(
         {"experts in order": before.load, "placed and levelled": after.load},
@@ -156,7 +156,7 @@ def _placed(
     }
 
 
-def _run(model: str, config: EPConfig, max_new_tokens: int, talk: bool) -> Run:
+def run_engine(model: str, config: EPConfig, max_new_tokens: int, talk: bool) -> Run:
     start = time.perf_counter()
     with running(model, config) as pipe:
         start_seconds = time.perf_counter() - start

@@ -19,6 +19,7 @@ def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @aclnn("x:T dim:i", "out:T")
 def aclnnSwiGlu(x: Tensor, dim: int, out: Tensor) -> None:
+    require(x.numel() > 0, "empty tensors are not supported (aclnnSwiGlu, CANN 8.0 to 8.5)")
     require(x.shape[dim] % 2 == 0, f"dimension {dim} of {tuple(x.shape)} cannot be halved")
     gate, up = x.float().chunk(2, dim)
     out.copy_(silu(gate) * up)
@@ -28,6 +29,8 @@ def aclnnSwiGlu(x: Tensor, dim: int, out: Tensor) -> None:
 def aclnnDynamicQuantV2(x, smooth_scales, group_index, dst_type, y, scale, offset) -> None:
     require(x.dtype in (torch.float16, torch.bfloat16), f"x is {x.dtype}, must be float16 or bfloat16")
     require(smooth_scales is None and group_index is None, "smooth scales are not emulated")
+    require(offset is None, "asymmetric quantization is not emulated")
+    require(x.numel() > 0, "x is empty")
     rows, scales = quantize(x)
     y.copy_(rows)
     scale.copy_(scales)
