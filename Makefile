@@ -81,7 +81,7 @@ gpu: ## tests and benchmarks for a GPU that is there for ten minutes, the most i
 	$(CUDA_PYTHON) -m benchmarks.cuda.session $(GPU)
 
 test-ascend: setup $(NPU_WHEEL)/.ready ## the suite of the ascend device on an emulated A3; DEVICE=A2 for that chip, DEVICE=npu for four real NPUs
-	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend $(DEVICE)
+	$(BIN)/python -m pytest tests/contract tests/ascend -m "ascend and not slow" --ascend $(DEVICE)
 
 bench-ascend: ## milliseconds of a MoE layer on RANKS real NPUs, for each dispatcher (with the Python of your NPU environment)
 	$(PYTHON) -m torch.distributed.run --nproc-per-node $(RANKS) -m benchmarks.ascend_layer

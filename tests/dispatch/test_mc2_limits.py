@@ -116,12 +116,12 @@ def test_layers_of_different_sizes_share_what_the_largest_needs():
     """The operators' document wants the same group in all layers of a model."""
     context = GroupContext()
     group = RankGroup(mock.Mock(), 0, 32, None, 0, 1)
-    small, large = (
-        replace(spec(slots=slots, tokens=64), ranks=group, context=context) for slots in (8, 12)
-    )
+    small, large = (replace(spec(slots=slots, tokens=64), ranks=group, context=context) for slots in (8, 12))
     layers = [Mc2(small), Mc2(large)]
     made = []
-    with mock.patch.object(mc2, "FusedCommunicator", lambda group, buffer: made.append(buffer) or mock.Mock()):
+    with mock.patch.object(
+        mc2, "FusedCommunicator", lambda group, buffer: made.append(buffer) or mock.Mock()
+    ):
         for layer in layers:
             layer.begin(torch.empty(1, 7168).bfloat16(), torch.zeros(1, 8), torch.zeros(1, 8))
         assert set(made) == {buffer_mb("A3", ranks=32, slots=12, top_k=8, tokens=64, hidden=7168)}

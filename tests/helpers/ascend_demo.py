@@ -67,7 +67,9 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=ascend.PLATFORMS, default="A2")
     parser.add_argument("--model", default="tiny-qwen3-moe")
     parser.add_argument("--ranks", type=int, default=2)

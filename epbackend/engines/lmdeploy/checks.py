@@ -108,7 +108,9 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
     older = dlinfer_package.lacks("prefill")
     chip = get_device(config.device).chip
     if chip not in ASCEND_CHIPS:
-        raise UnavailableError(f"device ascend is for the chips {' and '.join(ASCEND_CHIPS)}, and this one is {chip}")
+        raise UnavailableError(
+            f"device ascend is for the chips {' and '.join(ASCEND_CHIPS)}, and this one is {chip}"
+        )
     devices, ranks = torch.get_device_module("npu").device_count(), config.world_size
     if executor(config) != "ray" and ranks > devices:
         raise UnavailableError(

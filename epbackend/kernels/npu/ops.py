@@ -134,7 +134,9 @@ def dequant_swiglu_quant(
     return _npu().npu_dequant_swiglu_quant(
         sums_S2F,
         weight_scale=scale_L2F,
-        activation_scale=scale_S.unsqueeze(1),  # [tokens, 1] (op-plugin 26.0.0); before, any shape of that many
+        activation_scale=scale_S.unsqueeze(
+            1
+        ),  # [tokens, 1] (op-plugin 26.0.0); before, any shape of that many
         group_index=counts_L,
         activate_left=True,  # the first half is the gate
         quant_mode=1,  # a scale for each row
@@ -257,13 +259,15 @@ def moe_dispatch(
     `active_T` is True first, then False. With `int8` each row travels quantized, with a scale. Limits:
     `epbackend.dispatch.mc2`.
     """
-    rows_SD, scale_S, assist_info, counts_L, arrived, _, expand_scales = _npu().npu_moe_distribute_dispatch_v2(
-        x=hidden_TD,
-        expert_ids=ids_TK,
-        x_active_mask=active_T,
-        quant_mode=2 if int8 else 0,
-        expert_token_nums_type=1,  # counts, not sums
-        **group.arguments(),
+    rows_SD, scale_S, assist_info, counts_L, arrived, _, expand_scales = (
+        _npu().npu_moe_distribute_dispatch_v2(
+            x=hidden_TD,
+            expert_ids=ids_TK,
+            x_active_mask=active_T,
+            quant_mode=2 if int8 else 0,
+            expert_token_nums_type=1,  # counts, not sums
+            **group.arguments(),
+        )
     )
     return FusedRows(rows_SD, counts_L, assist_info, arrived, scale_S if int8 else None, expand_scales)
 

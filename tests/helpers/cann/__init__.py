@@ -24,7 +24,16 @@ WHEEL = Path(__file__).parents[3] / ".torch-npu"
 """Where `make test-ascend` unpacks the wheel: aside, because torch imports a torch_npu that it finds beside itself."""
 
 CHIPS = {"A2": "Ascend910B1", "A3": "Ascend910_9391"}
-OPERATORS = ("elementwise", "formats", "matmul", "swiglu_quant", "routing", "fused_dispatch", "gating", "attention")
+OPERATORS = (
+    "elementwise",
+    "formats",
+    "matmul",
+    "swiglu_quant",
+    "routing",
+    "fused_dispatch",
+    "gating",
+    "attention",
+)
 
 
 def missing() -> str | None:
@@ -47,9 +56,7 @@ def load_libraries(chip: str, devices: int) -> None:
     for module in OPERATORS:
         importlib.import_module(f"tests.helpers.cann.{module}")
     # torch_npu would queue operators to a thread of its own, which Python's emulations cannot serve.
-    os.environ.update(
-        TASK_QUEUE_ENABLE="0", EMULATED_NPU_CHIP=CHIPS[chip], EMULATED_NPU_COUNT=str(devices)
-    )
+    os.environ.update(TASK_QUEUE_ENABLE="0", EMULATED_NPU_CHIP=CHIPS[chip], EMULATED_NPU_COUNT=str(devices))
     folder = build.build(WHEEL, registry.OPERATORS)
     # The loader takes a library that is already there by its name, so nothing needs LD_LIBRARY_PATH.
     libraries = {name: ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in build.LIBRARIES}

@@ -101,7 +101,9 @@ def aclnnFusedInferAttentionScoreV3(
             atten_mask is not None and atten_mask.shape == (CAUSAL, CAUSAL),
             f"sparse_mode 3 needs atten_mask [{CAUSAL}, {CAUSAL}]",
         )
-        require(atten_mask.dtype in (torch.bool, torch.int8, torch.uint8), f"atten_mask is {atten_mask.dtype}")
+        require(
+            atten_mask.dtype in (torch.bool, torch.int8, torch.uint8), f"atten_mask is {atten_mask.dtype}"
+        )
         require(
             torch.equal(atten_mask.bool(), torch.ones(CAUSAL, CAUSAL, dtype=torch.bool).triu(1)),
             "atten_mask is not zero on and below its diagonal, and one above",
@@ -110,7 +112,9 @@ def aclnnFusedInferAttentionScoreV3(
         require(len(key) == batch, "key must have the batch of query")
         lengths = actual_seq_lengths_kv or [key.shape[1]] * batch
     else:
-        require(block_table.dtype == torch.int32 and block_table.shape[0] == batch, "block_table is int32 [B, -]")
+        require(
+            block_table.dtype == torch.int32 and block_table.shape[0] == batch, "block_table is int32 [B, -]"
+        )
         least = 128 if queries > 1 else 16
         require(
             least <= block_size <= 512 and block_size % least == 0,

@@ -62,7 +62,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 def _normed(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     require(x.dtype in FLOATS and x.numel() > 0, f"x is {x.dtype} {tuple(x.shape)}")
     require(gamma.dtype in (x.dtype, torch.float32), f"gamma is {gamma.dtype} beside x of {x.dtype}")
-    require(gamma.shape == x.shape[x.dim() - gamma.dim() :], f"gamma {tuple(gamma.shape)} of {tuple(x.shape)}")
+    require(
+        gamma.shape == x.shape[x.dim() - gamma.dim() :], f"gamma {tuple(gamma.shape)} of {tuple(x.shape)}"
+    )
     axes = tuple(range(x.dim() - gamma.dim(), x.dim()))
     scale = (x.float().pow(2).mean(axes, keepdim=True) + epsilon).rsqrt()
     return x.float() * scale * gamma.float(), scale

@@ -50,7 +50,9 @@ def _communicator(group: dict, tokens: int, hidden: int, top_k: int) -> tuple[Co
         require(group["comm_alg"] == "", "only the default comm_alg is emulated on A3")
     communicator = Communicator(group["group_ep"], size, group["ep_rank_id"])
     others = {name for name in _used if name != group["group_ep"] and Communicator.alive(name)}
-    require(not others, f"group_ep must be the same in all layers (op-plugin 7.2.0), and {others} served others")
+    require(
+        not others, f"group_ep must be the same in all layers (op-plugin 7.2.0), and {others} served others"
+    )
     _used.add(group["group_ep"])
     said = communicator.all_gather([tokens, hidden, top_k, experts, group["global_bs"]])
     require(all(other == said[0] for other in said), f"the ranks call with different sizes: {said}")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tests.helpers.cann.registry import aclnn, require
 
+
 def best(scores: Tensor, count: int) -> Tensor:
     """The places of the `count` largest of each row, the lower of equal ones first."""
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]

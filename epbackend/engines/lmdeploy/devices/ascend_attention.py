@@ -102,7 +102,9 @@ def paged_token_attention(
     from dlinfer import ops
 
     if len(q) != len(block_offsets):
-        raise ConfigError("several tokens of a request in one decode step need a newer dlinfer: no speculation")
+        raise ConfigError(
+            "several tokens of a request in one decode step need a newer dlinfer: no speculation"
+        )
     return ops.paged_decode_attention(
         q,
         k_cache,

@@ -77,7 +77,11 @@ GAPS = {
         _OPS, "linear_w8a8_static", None, False, "W8A8 checkpoints with static activation scales do not run"
     ),
     "interleaved rotary": Gap(
-        _OPS, "apply_rotary_pos_emb_interleaved", None, False, "models with interleaved rotary pairs do not run"
+        _OPS,
+        "apply_rotary_pos_emb_interleaved",
+        None,
+        False,
+        "models with interleaved rotary pairs do not run",
     ),
     "indexer": Gap(
         _OPS, "lightning_indexer", None, False, "models with sparse attention (DeepSeek-V3.2) do not run"

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from epbackend.engines.lmdeploy.patches import ascend, cpu, cuda, engine, executors, handover, models, requests
+from epbackend.engines.lmdeploy.patches import (
+    ascend,
+    cpu,
+    cuda,
+    engine,
+    executors,
+    handover,
+    models,
+    requests,
+)
 from epbackend.engines.lmdeploy.patching import Patch
 
 # The CPU's and Ascend's come first: one of each must be applied before the targets of the others are imported.

@@ -71,6 +71,7 @@ decode_with_lengths = Patch(
     _lacking("decode"),
 )
 
+
 @patch(
     "torch.cuda:get_device_capability",
     why="LMDeploy makes torch.cuda a name of torch.npu, torch's broadcast asks it for a compute capability, and torch-npu "
