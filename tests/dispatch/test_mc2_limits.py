@@ -126,5 +126,5 @@ def test_layers_of_different_sizes_share_what_the_largest_needs():
             layer.begin(torch.empty(1, 7168).bfloat16(), torch.zeros(1, 8), torch.zeros(1, 8))
         assert set(made) == {buffer_mb("A3", ranks=32, slots=12, top_k=8, tokens=64, hidden=7168)}
         late = Mc2(replace(small, slots=16))
-        with pytest.raises(ConfigError, match="made after the first call.*make all layers first"):
+        with pytest.raises(ConfigError, match=r"made after the first call.*make all layers first"):
             late.begin(torch.empty(1, 7168).bfloat16(), torch.zeros(1, 8), torch.zeros(1, 8))

@@ -1,7 +1,7 @@
 """`make demo-ascend`: the demo's prompts, answered by a LMDeploy pipeline on NPUs, emulated or real.
 
-LMDeploy and its Ascend backend, dlinfer and torch-npu are the unmodified packages; only CANN is ours, unless the device is
-npu. Every token is set against Hugging Face's own float32 `generate`. The last line is one JSON object.
+LMDeploy and its Ascend backend, dlinfer and torch-npu are the unmodified packages; only CANN is ours, unless the device
+is npu. Every token is set against Hugging Face's own float32 `generate`. The last line is one JSON object.
 
     python -m tests.helpers.ascend_demo --device A2 --ranks 2 --level 2 --dispatcher mc2
 """

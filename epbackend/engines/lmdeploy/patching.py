@@ -3,17 +3,27 @@
 A `Patch` names one attribute of LMDeploy (or of torch), says why it must change and when, and builds the replacement
 from the original. Each is checked against the LMDeploy release this package was written for, by the fingerprint of the
 source it replaces; where one does not match, all that was changed is put back.
+
+What costs seconds to import and is seldom needed, a model's module, is checked in its file and patched when LMDeploy
+imports it.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import resolve_name
+from types import ModuleType
 from typing import Any, Literal
 
 from epbackend.errors import EPError, UnavailableError
@@ -40,8 +50,20 @@ class Patch:
     """Makes the replacement from the original."""
     fingerprint: str | None = None
     """Of the original's source in LMDeploy 0.18.0; None for what is not LMDeploy's own and only has to exist."""
+    on_import: bool = False
+    """Applied when the module is imported, for one that few processes import and that costs seconds. It must define the
+    class or function itself."""
     only_if: Callable[[], bool] = field(default=lambda: True, repr=False)
     """Asked where the patch would be applied: whether what is installed beside LMDeploy needs it."""
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+    @property
+    def waits(self) -> bool:
+        """Whether it can only be applied later."""
+        return self.on_import and self.module not in sys.modules
 
     def find(self) -> tuple[Any, str]:
         """The object that holds the attribute, and the attribute's name.
@@ -49,10 +71,9 @@ class Patch:
         Raises:
             UnavailableError: there is no such attribute.
         """
-        module, _, path = self.target.partition(":")
-        *parents, name = path.split(".")
+        *parents, name = self.target.partition(":")[2].split(".")
         try:
-            owner: Any = import_module(module)
+            owner: Any = import_module(self.module)
             for parent in parents:
                 owner = getattr(owner, parent)
             inspect.getattr_static(owner, name)
@@ -62,8 +83,16 @@ class Patch:
 
     def check(self) -> None:
         """Raises UnavailableError, naming this patch, where the attribute is not the one it was written for."""
-        owner, name = self.find()
-        if self.fingerprint is not None and fingerprint(getattr(owner, name)) != self.fingerprint:
+        if self.waits:
+            source = source_in_file(self.target)
+            if source is None:
+                raise UnavailableError(f"{_moved(self)}: there is no such source")
+        else:
+            owner, name = self.find()
+            if self.fingerprint is None:
+                return
+            source = inspect.getsource(getattr(owner, name))
+        if fingerprint(source) != self.fingerprint:
             raise UnavailableError(f"{_moved(self)}: its source is another one")
 
 
@@ -78,7 +107,7 @@ def patch(
     """Decorator: the function below, which makes a replacement from the original, becomes the Patch of its name."""
 
     def make(build: Build) -> Patch:
-        return Patch(build.__name__.replace("_", "-"), target, why, when, build, fingerprint, only_if)
+        return Patch(build.__name__.replace("_", "-"), target, why, when, build, fingerprint, only_if=only_if)
 
     return make
 
@@ -96,9 +125,26 @@ def built_by(name: str) -> Build:
     return lambda original: resolve_name(name)(original)
 
 
-def fingerprint(function_or_class: Any) -> str:
-    """Twelve hex digits of the SHA-256 of the source."""
-    return hashlib.sha256(inspect.getsource(function_or_class).encode()).hexdigest()[:12]
+def fingerprint(source: str) -> str:
+    """Twelve hex digits of the SHA-256 of a function's or class's source."""
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+def source_in_file(target: str) -> str | None:
+    """The lines of the class or function at `module:path`, whose module is not imported; None where it has none."""
+    module, _, path = target.partition(":")
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        return None
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    node: Any = ast.parse(text)
+    for name in path.split("."):
+        named = [each for each in node.body if getattr(each, "name", None) == name]
+        if not named:
+            return None
+        node = named[-1]
+    first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+    return "".join(text.splitlines(keepends=True)[first - 1 : node.end_lineno])
 
 
 def check_version() -> None:
@@ -120,6 +166,7 @@ class Patches:
 
     def __init__(self) -> None:
         self._replaced: list[tuple[Patch, Any, str, Any]] = []
+        self._hook = _ImportHook(self._replace)
 
     @property
     def applied(self) -> bool:
@@ -128,24 +175,32 @@ class Patches:
 
     def apply(self, patches: Iterable[Patch], *, check: bool = True) -> None:
         """Replaces every target in order, or none of them where a check or a replacement fails."""
+        if self._hook not in sys.meta_path:
+            sys.meta_path.insert(0, self._hook)
         try:
             for each in patches:
                 if not each.only_if():
                     continue
                 if check:
                     each.check()
-                self._replace(each)
+                if each.waits:
+                    self._hook.waiting.append(each)
+                else:
+                    self._replace(each)
         except BaseException:
             self.restore()
             raise
 
     def apply_once(self, patches: Iterable[Patch]) -> None:
         """As `apply`, for those that are not applied yet."""
-        applied = [each for each, *_ in self._replaced]
+        applied = [*(each for each, *_ in self._replaced), *self._hook.waiting]
         self.apply([each for each in patches if each not in applied])
 
     def restore(self) -> None:
         """Puts back every original, the very object, last replaced first."""
+        self._hook.waiting.clear()
+        if self._hook in sys.meta_path:
+            sys.meta_path.remove(self._hook)
         while self._replaced:
             _, owner, name, original = self._replaced.pop()
             setattr(owner, name, original)
@@ -166,6 +221,32 @@ class Patches:
             replacement = each.build(original)
         setattr(owner, name, replacement)
         self._replaced.append((each, owner, name, original))
+
+
+class _ImportHook(MetaPathFinder):
+    """Hands each of its patches to `apply` when the patch's module has been imported."""
+
+    def __init__(self, apply: Callable[[Patch], None]) -> None:
+        self.waiting: list[Patch] = []
+        self._apply = apply
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if all(each.module != name for each in self.waiting):
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((each for each in specs if each is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                for each in [each for each in self.waiting if each.module == name]:
+                    self.waiting.remove(each)
+                    self._apply(each)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def _moved(each: Patch) -> str:

@@ -61,8 +61,8 @@ def init_routing(
 def token_unpermute(rows_SD: Tensor, row_of_choice: Tensor, weights_TK: Tensor) -> Tensor:
     """out_TD: for each token the weighted sum of its K rows. `row_of_choice` is int32 [T * K]; S > 0 and T > 0.
 
-    Outside the document, which wants S = T * K rows and none named twice (op-plugin 7.2.0): there may be fewer rows, and
-    one of them named again with a weight of 0. The kernel reads the row of each choice by itself.
+    Outside the document, which wants S = T * K rows and none named twice (op-plugin 7.2.0): there may be fewer rows,
+    and one of them named again with a weight of 0. The kernel reads the row of each choice by itself.
     """
     return _npu().npu_moe_token_unpermute(rows_SD, row_of_choice, probs=weights_TK)
 

@@ -1,7 +1,7 @@
-"""Emulated NPUs for every process that Python starts with this folder in PYTHONPATH, as a machine with CANN has real ones.
+"""Emulated NPUs for every process that Python starts with this folder in PYTHONPATH, as if they were in the machine.
 
-The first import of torch_npu starts the emulation (`tests.helpers.cann`), which then imports the wheel. Until then
-nothing is loaded: a process that never asks for an NPU pays nothing. EMULATED_NPUS says which chip and how many: "A3:2".
+The first import of torch_npu, which torch itself makes where it finds one, loads the emulated CANN before the wheel
+(`tests.helpers.cann`). EMULATED_NPUS says which chip and how many: "A3:2".
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from importlib.abc import MetaPathFinder
-from pathlib import Path
-
-ROOT = Path(__file__).parents[3]
 
 
 class EmulationFirst(MetaPathFinder):

@@ -1,6 +1,6 @@
 """LMDeploy's Ascend backend above the dlinfer that can be installed: each patch bridges what that one lacks.
 
-Where dlinfer has the real thing a patch stays out (`only_if`). See `devices/dlinfer_package.py` for all that is missing.
+Where dlinfer has the real thing a patch stays out (`only_if`). `devices/dlinfer_package.py` has all that is missing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def _lacking(gap: str) -> Callable[[], bool]:
 
 @patch(
     "lmdeploy.utils:try_import_deeplink",
-    why="a dlinfer that fails to import ends the process; and an older one would put its own, for an older LMDeploy, in "
-    "the place of LMDeploy's sampling, cache and inputs as soon as it is imported",
+    why="a dlinfer that fails to import ends the process, and an older one puts code for an older LMDeploy in the place "
+    "of its sampling, cache and inputs",
     when="ascend",
     fingerprint="4fede1a761fc",
 )
@@ -59,7 +59,7 @@ prefill_with_lengths = Patch(
     "ascend",
     replaced_by(f"{_ATTENTION}:prefill_attention"),
     "db9ec7ccabe2",
-    _lacking("prefill"),
+    only_if=_lacking("prefill"),
 )
 decode_with_lengths = Patch(
     "ascend-decode",
@@ -68,14 +68,14 @@ decode_with_lengths = Patch(
     "ascend",
     replaced_by(f"{_ATTENTION}:paged_token_attention"),
     "6614af2ab41f",
-    _lacking("decode"),
+    only_if=_lacking("decode"),
 )
 
 
 @patch(
     "torch.cuda:get_device_capability",
-    why="LMDeploy makes torch.cuda a name of torch.npu, torch's broadcast asks it for a compute capability, and torch-npu "
-    "answers None",
+    why="LMDeploy makes torch.cuda a name of torch.npu; torch's broadcast asks that for a compute capability, which is "
+    "None",
     when="ascend",
 )
 def npu_has_no_capability(original: Callable) -> Callable:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from epbackend.engines.lmdeploy.patching import Patch
+from epbackend.engines.lmdeploy.patching import Build, Patch, When
 
 SUMMED_TWICE = "it sums the routed experts' output over all ranks, though each rank has the whole sum already"
 NO_OWN_SUM = {"_all_reduce": False}
@@ -37,7 +37,7 @@ def _sums_once(
 
         return init
 
-    return Patch(name, f"lmdeploy.pytorch.models.{target}.__init__", why, "ep", build, fingerprint)
+    return _of_model(name, target, why, "ep", build, fingerprint)
 
 
 def _tells_its_layer(name: str, target: str, fingerprint: str) -> Patch:
@@ -55,7 +55,13 @@ def _tells_its_layer(name: str, target: str, fingerprint: str) -> Patch:
         return init
 
     why = "its experts do not get the number of their layer, on which their slots and the load report depend"
-    return Patch(name, f"lmdeploy.pytorch.models.{target}.__init__", why, "always", build, fingerprint)
+    return _of_model(name, target, why, "always", build, fingerprint)
+
+
+def _of_model(name: str, target: str, why: str, when: When, build: Build, fingerprint: str) -> Patch:
+    """A patch of a class of one model, whose module LMDeploy imports only to serve that model."""
+    target = f"lmdeploy.pytorch.models.{target}.__init__"
+    return Patch(name, target, why, when, build, fingerprint, on_import=True)
 
 
 def _hands_extras_over(name: str, target: str, fingerprint: str) -> Patch:

@@ -146,7 +146,7 @@ def limit_groups(timeout_s: float) -> None:
         )  # backends that have no such setting are watched by the steps' age alone
         for group in list(c10d._world.pg_map):
             if dist.get_backend(group) == "gloo":
-                # Torch's function would ask for the group's "cuda", which LMDeploy on Ascend has made a name of the NPU.
+                # Torch's function would ask for the group's "cuda", which LMDeploy on Ascend makes a name of the NPU.
                 group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=timeout_s))
             else:
                 c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
