@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,11 +119,9 @@ def load() -> None:
     """
     outdated = lacks("runtime")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that torch.cuda is torch.npu from now on, which LMDeploy wants
-            if outdated:
-                sys.modules.setdefault(EXTENSIONS, ModuleType(EXTENSIONS))
-            import_module("dlinfer.ops")
+        if outdated:
+            sys.modules.setdefault(EXTENSIONS, ModuleType(EXTENSIONS))
+        import_module("dlinfer.ops")
     except (ImportError, OSError, RuntimeError) as error:
         raise UnavailableError(
             f"dlinfer cannot be imported ({type(error).__name__}: {error}); it needs torch-npu, CANN and its NNAL "

@@ -22,8 +22,8 @@ def _lacking(gap: str) -> Callable[[], bool]:
 
 @patch(
     "lmdeploy.utils:try_import_deeplink",
-    why="a dlinfer that fails to import ends the process, and an older one puts code for an older LMDeploy in the place "
-    "of its sampling, cache and inputs",
+    why="a dlinfer that fails to import ends the process, and an older one puts code for an older LMDeploy in the "
+    "place of its sampling, cache and inputs",
     when="ascend",
     fingerprint="4fede1a761fc",
 )
