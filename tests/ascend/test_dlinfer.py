@@ -36,7 +36,6 @@ def test_what_is_missing_is_read_from_the_package():
     assert {gap.name for gap in dlinfer_package.GAPS.values() if gap.bridged} == {
         "vendor/ascend/version.py",
         "prefill_attention(actual_seq_lengths_cpu)",
-        "paged_decode_attention(kv_seqlens_cpu)",
         "fused_moe_w8a8",
     }
 

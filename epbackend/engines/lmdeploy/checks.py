@@ -105,7 +105,7 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
         UnavailableError: dlinfer is missing, the chip is another one, or there are more ranks than NPUs.
         ConfigError: attention of this model, or blocks of this size, are beyond that dlinfer.
     """
-    older = dlinfer_package.lacks("prefill")
+    older = dlinfer_package.lacks("attention")
     chip = get_device(config.device).chip
     if chip not in ASCEND_CHIPS:
         raise UnavailableError(

@@ -57,19 +57,13 @@ GAPS = {
         True,
         "it starts without its check of versions, and its changes to an older LMDeploy stay out",
     ),
-    "prefill": Gap(
+    "attention": Gap(
         _OPS,
         "prefill_attention",
         "actual_seq_lengths_cpu",
         True,
-        "prefill calls npu_fused_infer_attention_score itself, once for each request",
-    ),
-    "decode": Gap(
-        _OPS,
-        "paged_decode_attention",
-        "kv_seqlens_cpu",
-        True,
-        "decode gives dlinfer its older arguments; one token a request",
+        "prefill calls npu_fused_infer_attention_score itself, once for each request; decode gives dlinfer its older "
+        "arguments, and takes one token a request",
     ),
     "moe w8a8": Gap(_OPS, "fused_moe_w8a8", None, True, "epbackend's experts stand in its place"),
     "static w8a8": Gap(

@@ -59,7 +59,7 @@ prefill_with_lengths = Patch(
     "ascend",
     replaced_by(f"{_ATTENTION}:prefill_attention"),
     "db9ec7ccabe2",
-    only_if=_lacking("prefill"),
+    only_if=_lacking("attention"),
 )
 decode_with_lengths = Patch(
     "ascend-decode",
@@ -68,7 +68,7 @@ decode_with_lengths = Patch(
     "ascend",
     replaced_by(f"{_ATTENTION}:paged_token_attention"),
     "6614af2ab41f",
-    only_if=_lacking("decode"),
+    only_if=_lacking("attention"),
 )
 
 
