@@ -23,7 +23,7 @@ MINUTES ?= 20
 RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-cuda e2e-cuda gpu test-ascend test-full lint soak bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
+.PHONY: help setup demo demo-ascend test test-cpu test-cuda e2e-cuda gpu test-ascend test-full lint soak bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,14 +48,19 @@ $(READY): $(PINS) scripts/check_setup.py
 	@touch $@
 
 $(NPU_WHEEL)/.ready: requirements/ascend.txt $(READY)
-	@echo "== torch-npu, unpacked aside for the Ascend tests"
+	@echo "== torch-npu and dlinfer, unpacked aside for the Ascend tests"
 	rm -rf $(NPU_WHEEL) && mkdir $(NPU_WHEEL)
-	$(PIP) install --quiet --no-deps --target $(NPU_WHEEL) -r requirements/ascend.txt || \
+	$(PIP) install --quiet --no-deps --target $(NPU_WHEEL) $$(grep '^torch-npu==' requirements/ascend.txt) || \
 	  echo "torch-npu has no wheel for this machine: make test-ascend will skip"
+	$(PIP) install --quiet --no-deps --target $(NPU_WHEEL) --only-binary :all: --python-version 3.11 \
+	  --platform manylinux2014_aarch64 $$(grep '^dlinfer-ascend==' requirements/ascend.txt)
 	@touch $@
 
 demo: setup ## the main job: a LMDeploy pipeline whose experts live in two processes
 	$(BIN)/epbackend demo
+
+demo-ascend: setup $(NPU_WHEEL)/.ready ## the same on two emulated NPUs, with LMDeploy's, dlinfer's and torch-npu's own code; DEVICE=npu for real ones
+	$(BIN)/python -m tests.helpers.ascend_demo --device $(or $(filter-out A3,$(DEVICE)),A2) --dispatcher mc2
 
 test: setup lint test-cpu test-ascend ## everything that this machine can check
 
@@ -78,7 +83,7 @@ gpu: ## tests and benchmarks for a GPU that is there for ten minutes, the most i
 	$(CUDA_PYTHON) -m benchmarks.cuda.session $(GPU)
 
 test-ascend: setup $(NPU_WHEEL)/.ready ## the suite of the ascend device on an emulated A3; DEVICE=A2 for that chip, DEVICE=npu for four real NPUs
-	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend $(DEVICE)
+	$(BIN)/python -m pytest tests/contract tests/ascend -m "ascend and not slow" --ascend $(DEVICE)
 
 bench-ascend: ## milliseconds of a MoE layer on RANKS real NPUs, for each dispatcher (with the Python of your NPU environment)
 	$(PYTHON) -m torch.distributed.run --nproc-per-node $(RANKS) -m benchmarks.ascend_layer

@@ -174,7 +174,7 @@ def _compared(model: str, before: Run, after: Run, ranks: int, out: Path, talk: 
     }
 
 
-def _run_lmdeploy(model: str, config: EPConfig, max_new_tokens: int, talk: bool) -> Run:
+def run_lmdeploy(model: str, config: EPConfig, max_new_tokens: int, talk: bool) -> Run:
     start = time.perf_counter()
     with running(model, config) as pipe:
         start_seconds = time.perf_counter() - start
@@ -199,7 +199,7 @@ def _run_transformers(model: str, config: EPConfig, max_new_tokens: int, talk: b
     return Run(answers, done.load, start_seconds)
 
 
-RUNS = {"lmdeploy": _run_lmdeploy, "transformers": _run_transformers}
+RUNS = {"lmdeploy": run_lmdeploy, "transformers": _run_transformers}
 """Who answers the prompts, for each engine."""
 
 

@@ -26,6 +26,7 @@ NEEDED_FOR = {
     "fastapi": "epbackend serve: pip install 'epbackend[serve]'",
     "triton": "device cuda: pip install 'epbackend[cuda]'",
     "torch-npu": "device ascend: pip install 'epbackend[ascend]'",
+    "dlinfer-ascend": "device ascend in LMDeploy: pip install --no-deps dlinfer-ascend==0.2.7",
 }
 
 
@@ -118,6 +119,8 @@ def examine() -> Iterator[tuple[str, Any]]:
             for each in dispatchers()
         },
     )
+    if _version("dlinfer-ascend"):
+        yield "dlinfer", _dlinfer()
     yield "engine", _finding(_engine_trouble())
 
 
@@ -135,6 +138,17 @@ def _finding(reason: str | None) -> dict[str, Any]:
     return {"usable": reason is None, "reason": reason}
 
 
+def _dlinfer() -> list[dict[str, Any]]:
+    """What LMDeploy asks of the dlinfer that is there in vain, whether the plug bridges that, and what follows."""
+    from epbackend.engines.lmdeploy.devices import dlinfer_package
+
+    return [
+        {"lacks": gap.name, "bridged": gap.bridged, "follows": gap.follows}
+        for name, gap in dlinfer_package.GAPS.items()
+        if dlinfer_package.lacks(name)
+    ]
+
+
 def _engine_trouble() -> str | None:
     """Why the plug would refuse this LMDeploy; None if every hook is where it must be."""
     from epbackend.device import devices
@@ -143,11 +157,16 @@ def _engine_trouble() -> str | None:
     try:
         check_version()
         # Imported late: the table imports LMDeploy, whose release has to be checked first.
+        from epbackend.engines.lmdeploy.devices import dlinfer_package
         from epbackend.engines.lmdeploy.patches import every_patch, needed
 
         executor = "ray" if _version("ray") else "mp"
-        for device in devices():
-            for patch in needed(device, ep_size=2, executor=executor):
+        for name, device in devices().items():
+            if name == "ascend":
+                if device.unavailable():
+                    continue  # its hooks cannot be imported
+                dlinfer_package.load()
+            for patch in needed(name, ep_size=2, executor=executor):
                 patch.check()
         for patch in every_patch():
             if patch.when == "server":
@@ -174,6 +193,10 @@ def _show(part: str, found: Any) -> None:
         for name, version_found in found.items():
             shown = version_found or "[yellow]missing[/yellow]"
             table.add_row(f"package {name}", shown, escape(f"for {NEEDED_FOR[name]}"))
+    elif part == "dlinfer":
+        for gap in found:
+            mark = "[green]bridged[/green]" if gap["bridged"] else "[yellow]no[/yellow]"
+            table.add_row("dlinfer lacks", mark, escape(f"{gap['lacks']}: {gap['follows']}"))
     elif part == "devices":
         for name, device in found.items():
             alone = f"; one rank only: {device['no_collectives']}" if device["no_collectives"] else ""

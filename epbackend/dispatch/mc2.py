@@ -6,12 +6,14 @@ them when the first call shows the hidden size; the operators communicate by the
 traffic may use.
 
 The limits of each chip, and the buffer that is needed, are from the documentation of npu_moe_distribute_dispatch_v2
-(https://gitcode.com/Ascend/op-plugin, docs/context). On A2 they are those of the algorithm "fullmesh", which serves any
-number of servers; "hierarchy" would need a newer driver.
+(https://gitcode.com/Ascend/op-plugin, docs/context), release 7.2.0 where nothing else is said. On A2 they are those of
+the algorithm "fullmesh", which serves any number of servers; "hierarchy" would need a newer driver. The same document
+wants one communicator for the layers of a model, so its buffer is sized for the largest of them (`LargestLayer`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
@@ -27,6 +29,8 @@ from epbackend.dispatch.settings import UNBOUNDED
 from epbackend.errors import ConfigError
 from epbackend.kernels.int8 import Int8Rows
 from epbackend.kernels.npu import ops
+
+log = logging.getLogger(__name__)
 
 MOST_EXPERTS = 1024
 MEGABYTE = 1 << 20
@@ -56,7 +60,7 @@ LIMITS = {
         algorithm="fullmesh",
         ranks=(2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128, 256),
         ranks_in_words="2 to 8, 16, 32, 64, 128 or 256",
-        slots=24,
+        slots=24,  # since 26.0.0 there is no such limit; an older CANN may be here
         top_k=16,
         tokens=256,
         hidden=range(32, 7169, 32),
@@ -67,7 +71,7 @@ LIMITS = {
         ranks=range(2, 769),
         ranks_in_words="2 to 768",
         slots=MOST_EXPERTS,
-        top_k=12,
+        top_k=16,  # 12 is for the algorithm fullmesh_v2
         tokens=512,
         hidden=range(1024, 8193),
         hidden_in_words="1024 to 8192",
@@ -130,6 +134,27 @@ def _align(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
+@dataclass(eq=False)
+class LargestLayer:
+    """What any layer on a group needs at most. Layers are made before the first call, which makes the communicator."""
+
+    group: dist.ProcessGroup
+    slots: int = 0
+    top_k: int = 0
+    tokens: int = 0
+    buffer_mb: int = 0
+    """Of the communicator, once that is made."""
+
+    @classmethod
+    def on(cls, spec: LayerSpec) -> LargestLayer:
+        assert spec.ranks.group is not None
+        return spec.context.get(cls, spec.ranks.group)
+
+    def include(self, slots: int, top_k: int, tokens: int) -> None:
+        self.slots, self.top_k = max(self.slots, slots), max(self.top_k, top_k)
+        self.tokens = max(self.tokens, tokens)
+
+
 class FusedCommunicator:
     """A new HCCL communicator among the ranks of `group`, which make it together, with a buffer of `buffer_mb`."""
 
@@ -189,6 +214,10 @@ class Mc2(Dispatcher):
         most, tokens = LIMITS[chip].tokens, spec.most_tokens
         return f"{cls.summary}: {chip} takes {most} tokens a rank, and {tokens} are sent{form}"
 
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        LargestLayer.on(spec).include(spec.slots, spec.top_k, spec.most_tokens or 0)
+
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:
         """See `Dispatcher.begin`. A token must choose each slot at most once, which the router's top-k sees to.
 
@@ -237,8 +266,22 @@ def _group(spec: LayerSpec, hidden: int, tokens: int) -> ops.FusedGroup:
     ranks, chip = spec.ranks, spec.device.chip
     assert chip is not None  # else `unsupported` gave a reason
     assert ranks.group is not None
-    buffer = buffer_mb(chip, ranks.size, spec.slots, spec.top_k, tokens, hidden)
-    communicator = spec.context.get(FusedCommunicator, ranks.group, buffer).name
+    largest = LargestLayer.on(spec)
+    needed = buffer_mb(chip, ranks.size, largest.slots, largest.top_k, largest.tokens, hidden)
+    if not largest.buffer_mb:
+        largest.buffer_mb = needed
+        log.info(
+            "dispatcher mc2: a communicator with a buffer of %d MB; where the operators find it too small, "
+            "export HCCL_BUFFSIZE=%d before the start",
+            needed,
+            needed,
+        )
+    elif needed > largest.buffer_mb:
+        raise ConfigError(
+            f"dispatcher mc2: a layer was made after the first call, and needs a buffer of {needed} MB where the "
+            f"communicator of all has {largest.buffer_mb} MB: make all layers first, or give it a context of its own"
+        )
+    communicator = spec.context.get(FusedCommunicator, ranks.group, largest.buffer_mb).name
     algorithm = LIMITS[chip].algorithm
     return ops.FusedGroup(communicator, ranks.rank, ranks.size, spec.slots, tokens, algorithm)
 

@@ -33,7 +33,7 @@ class LoadReport:
     step_imbalance_Y: np.ndarray
     """As `imbalance_Y`, but each step by itself, since in each the ranks wait for the busiest: the sum of the steps'
     maxima over the sum of their means, in the last thousand steps."""
-    top_k: int = 0
+    top_k: int
     """Experts that compute a token in each layer; 0: no layer is there yet."""
 
     @property

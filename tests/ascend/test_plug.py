@@ -1,13 +1,10 @@
 """The Ascend plug: LMDeploy's own modules of experts with our operators, on npu tensors and over HCCL.
 
-LMDeploy's Ascend backend is the real one; below it stands a stand-in for dlinfer, which computes nothing. What only
-dlinfer can run is not shown here: attention, norms, the router, and so a whole engine.
+LMDeploy's Ascend backend and dlinfer are the real ones. Whole engines: test_pipeline.py.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,20 +12,21 @@ import torch
 
 pytest.importorskip("lmdeploy", reason="LMDeploy is not installed")
 
+from epbackend.engines.lmdeploy.devices import dlinfer_package
+
 pytestmark = pytest.mark.ascend
 
-STAND_IN = Path(__file__).parent / "dlinfer_stand_in"
 COMPUTED = {"float": torch.bfloat16, "w8a8": torch.bfloat16}
 
 
 @pytest.fixture(autouse=True)
 def _dlinfer(npu):
-    """dlinfer, the real one where it is installed; the ranks get the path along with their work."""
-    sys.path.append(str(STAND_IN))
+    dlinfer_package.load()
 
 
 def equals_reference(groups, settings):
     """`modules.module_equals_reference`, which imports LMDeploy, in a rank."""
+    dlinfer_package.load()
     from tests.helpers.moe_modules import Case, module_equals_reference
 
     return module_equals_reference(groups, Case(device="ascend", **settings))
@@ -63,6 +61,7 @@ def host_waits(groups, settings):
     from tests.helpers.cann import aten
     from tests.helpers.moe_modules import Case, batch_of, built_for, load_module
 
+    dlinfer_package.load()
     case = Case(device="ascend", dtype=torch.bfloat16, form="float", **settings)
     ranks = groups[case.size // case.dp]
     place = torch.device("npu", ranks.rank)

@@ -18,7 +18,7 @@ SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text())
 HIDDEN, IDS, FLAT = torch.empty(4, 8), torch.empty(4, 2, dtype=torch.int32), torch.empty(8, dtype=torch.int32)
 WEIGHT, ENDS, SCALES = torch.empty(2, 8, 6), torch.empty(2, dtype=torch.int64), torch.empty(2, 6)
 GROUP = ops.FusedGroup("name", rank=0, size=2, slots=4, tokens=4, algorithm="")
-SENT = ops.FusedRows(HIDDEN, ENDS, FLAT, FLAT, None)
+SENT = ops.FusedRows(HIDDEN, ENDS, FLAT, FLAT, None, HIDDEN[0])
 CALLS = {
     "npu_moe_init_routing_v2": lambda: ops.init_routing(HIDDEN, IDS, 5, 4),
     "npu_moe_token_unpermute": lambda: ops.token_unpermute(HIDDEN, FLAT, HIDDEN),

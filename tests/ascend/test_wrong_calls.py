@@ -130,6 +130,15 @@ WRONG = {
         ),
         "10272 columns are more than 10240",
     ),
+    "swiglu takes no empty tensor": (lambda: ops.swiglu(npu_tensor(0, 8)), "empty tensors are not supported"),
+    "tiles are emulated for int8 alone": (
+        lambda: ops.fractal_nz(npu_tensor(1, 16, 32, dtype=INT32)),
+        "FRACTAL_NZ is emulated for int8 alone",
+    ),
+    "asymmetric quantization is not emulated": (
+        lambda: torch.ops.npu.npu_dynamic_quant_asymmetric(npu_tensor(4, 8)),
+        "asymmetric quantization is not emulated",
+    ),
     "unpermute's indices are rows": (
         lambda: ops.token_unpermute(npu_tensor(2, 8), npu_tensor(8, dtype=INT32) + 2, npu_tensor(4, 2)),
         "outside permuted_tokens",

@@ -8,8 +8,10 @@ from unittest import mock
 import pytest
 import torch
 
+from epbackend.dispatch import mc2
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import choose
+from epbackend.dispatch.context import GroupContext
 from epbackend.dispatch.mc2 import Mc2, broken, buffer_mb
 from epbackend.errors import ConfigError
 
@@ -39,7 +41,7 @@ def spec(
         ({"size": 1}, "there is one rank"),
         ({"chip": "A2", "slots": 25}, "a rank may hold 24 experts, and holds 25: raise ep_size"),
         ({"size": 64, "slots": 17}, "1024 experts with their replicas, and there are 1088"),
-        ({"top_k": 13}, "may choose 12 experts, and this model's chooses 13"),
+        ({"top_k": 17}, "may choose 16 experts, and this model's chooses 17"),
         ({"chip": "A2", "top_k": 17}, "may choose 16 experts"),
         ({"tokens": None}, "decode is bounded by engine.max_batch_size"),
         ({"tokens": 513}, "may send 512 tokens, and engine.max_batch_size allows 513"),
@@ -100,7 +102,7 @@ def test_ranks_with_the_same_tokens_send_a_slice_each():
 
 @pytest.mark.parametrize("chip", ["A2", "A3"])
 def test_the_limits_themselves_are_allowed(chip):
-    ranks, slots, top_k, tokens = {"A2": (256, 4, 16, 256), "A3": (512, 2, 12, 512)}[chip]
+    ranks, slots, top_k, tokens = {"A2": (256, 4, 16, 256), "A3": (512, 2, 16, 512)}[chip]
     assert broken(chip, ranks, slots, top_k, tokens) is None
 
 
@@ -108,3 +110,21 @@ def test_buffers_have_the_documented_size():
     assert buffer_mb("A3", ranks=2, slots=4, top_k=2, tokens=1, hidden=1024) == 200  # HCCL's own is enough
     assert buffer_mb("A2", ranks=16, slots=16, top_k=8, tokens=128, hidden=7168) == 452
     assert buffer_mb("A3", ranks=32, slots=8, top_k=8, tokens=64, hidden=7168) == 480
+
+
+def test_layers_of_different_sizes_share_what_the_largest_needs():
+    """The operators' document wants the same group in all layers of a model."""
+    context = GroupContext()
+    group = RankGroup(mock.Mock(), 0, 32, None, 0, 1)
+    small, large = (replace(spec(slots=slots, tokens=64), ranks=group, context=context) for slots in (8, 12))
+    layers = [Mc2(small), Mc2(large)]
+    made = []
+    with mock.patch.object(
+        mc2, "FusedCommunicator", lambda group, buffer: made.append(buffer) or mock.Mock()
+    ):
+        for layer in layers:
+            layer.begin(torch.empty(1, 7168).bfloat16(), torch.zeros(1, 8), torch.zeros(1, 8))
+        assert set(made) == {buffer_mb("A3", ranks=32, slots=12, top_k=8, tokens=64, hidden=7168)}
+        late = Mc2(replace(small, slots=16))
+        with pytest.raises(ConfigError, match=r"made after the first call.*make all layers first"):
+            late.begin(torch.empty(1, 7168).bfloat16(), torch.zeros(1, 8), torch.zeros(1, 8))

@@ -306,7 +306,7 @@ def test_steps_without_tokens():
 
 
 def report(tokens_RYE, layers):
-    return LoadReport(layers, np.array(tokens_RYE), 1, 1, 1, {}, np.ones(len(layers)))
+    return LoadReport(layers, np.array(tokens_RYE), 1, 1, 1, {}, np.ones(len(layers)), top_k=2)
 
 
 def test_imbalance_is_the_busiest_rank_over_the_mean():

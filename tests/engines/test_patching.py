@@ -29,7 +29,9 @@ RAY = EPConfig.load({"device": "cpu", "ep_size": 2, "engine": {"dp": 2}})
 MP = EPConfig.load({"device": "cpu", "ep_size": 2})
 
 
-@pytest.mark.parametrize("each", every_patch(), ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "each", [each for each in every_patch() if each.when != "ascend"], ids=lambda each: each.name
+)
 def test_every_hook_is_the_one_it_was_written_for(each):
     each.check()
     owner, name = each.find()
@@ -105,7 +107,7 @@ def test_our_log_has_the_level_of_the_engines():
 
 @pytest.mark.parametrize("config", [MP, RAY], ids=["mp", "ray"])
 def test_disable_puts_back_every_object(config):
-    places = [(each, *each.find()) for each in PATCHES]
+    places = [(each, *each.find()) for each in PATCHES if each.when != "ascend"]
     originals = [inspect.getattr_static(owner, name) for _, owner, name in places]
     code = [getattr(original, "__code__", None) for original in originals]
     environment = dict(os.environ)

@@ -7,8 +7,10 @@ whole process and belongs into a run of its own (`make test-ascend`).
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -20,10 +22,26 @@ PLATFORMS = ("A3", "A2", REAL)
 
 DEVICES = 4
 
+ROOT = Path(__file__).parents[2]
+MARK = "EMULATED_NPUS"
+"""Variable that says which NPUs a process and its children have; see emulated_npu/sitecustomize.py."""
+
 
 def missing(platform: str) -> str | None:
     """Why the tests cannot run on a platform; None if they can."""
     return None if platform == REAL else cann.missing()
+
+
+def environment(chip: str, devices: int) -> dict[str, str]:
+    """Variables with which Python finds emulated NPUs, torch-npu and dlinfer, as it finds real ones where those are."""
+    folders = [ROOT / "tests" / "helpers" / "emulated_npu", ROOT, cann.WHEEL]
+    path = [*map(str, folders), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {
+        MARK: f"{chip}:{devices}",
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "OMP_NUM_THREADS": "1",  # ranks share the cores
+        "LMDEPLOY_SKIP_WARMUP": "1",
+    }
 
 
 def start(platform: str, rank: int = 0) -> None:

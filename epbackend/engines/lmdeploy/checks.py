@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from epbackend.config import EPConfig
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy.architectures import why_not
@@ -16,6 +18,7 @@ from epbackend.engines.lmdeploy.checkpoint import (
     quantization,
     read_model_config,
 )
+from epbackend.engines.lmdeploy.devices import dlinfer_package
 from epbackend.engines.lmdeploy.lmdeploy_config import executor
 from epbackend.engines.placement import finished_placement
 from epbackend.errors import ConfigError, UnavailableError
@@ -31,6 +34,9 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCKED_FP8, W8A8 = "blocked FP8", "W8A8"
 SPREAD: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (BLOCKED_FP8, W8A8), "ascend": (W8A8,)}
 """device -> the quantized forms of experts that our operators have there."""
+ASCEND_CHIPS = ("A2", "A3")
+FIA_BLOCK, FIA_MOST = 128, 512
+"""Blocks of the cache that a prefill of several tokens reads are multiples of the one, up to the other."""
 
 
 def check_deployment(path: str, config: EPConfig, *, serving: bool) -> Placement | None:
@@ -45,6 +51,8 @@ def check_deployment(path: str, config: EPConfig, *, serving: bool) -> Placement
     placement = finished_placement(config, layer_count(settings), dense_layers(settings), renumbering)
     check_model(path, config, placement)
     check_packages(config, serving=serving)
+    if get_device(config.device).name == "ascend":
+        check_ascend(settings, config)
     check_cache(config)
     return placement
 
@@ -104,6 +112,38 @@ def check_packages(config: EPConfig, *, serving: bool) -> None:
         needed += ["uvicorn", "fastapi", "openai", "aiohttp"]
     if missing := [name for name in needed if find_spec(name) is None]:
         raise UnavailableError(f"{', '.join(missing)} must be installed: pip install 'epbackend[serve]'")
+
+
+def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
+    """Raises an error for what NPUs, or the dlinfer that is there, cannot serve of a model's config.json.
+
+    Raises:
+        UnavailableError: dlinfer is missing, the chip is another one, or there are more ranks than NPUs.
+        ConfigError: attention of this model, or blocks of this size, are beyond that dlinfer.
+    """
+    older = dlinfer_package.lacks("attention")
+    chip = get_device(config.device).chip
+    if chip not in ASCEND_CHIPS:
+        raise UnavailableError(
+            f"device ascend is for the chips {' and '.join(ASCEND_CHIPS)}, and this one is {chip}"
+        )
+    devices, ranks = torch.get_device_module("npu").device_count(), config.world_size
+    if executor(config) != "ray" and ranks > devices:
+        raise UnavailableError(
+            f"ep_size: {config.ep_size} takes {ranks} NPUs, and there are {devices} "
+            "(ASCEND_RT_VISIBLE_DEVICES may hide some): lower it"
+        )
+    if older and settings.get("kv_lora_rank"):
+        raise ConfigError(
+            f"device ascend: {dlinfer_package.PACKAGE} {dlinfer_package.installed()} has no prefill for MLA "
+            f"({_architecture(settings)}); take a model with ordinary attention, or a newer dlinfer"
+        )
+    block = config.engine.block_size
+    if older and not (block % FIA_BLOCK == 0 and block <= FIA_MOST):
+        raise ConfigError(
+            f"engine.block_size: {block}, but on device ascend a prefill beside its cache takes {FIA_BLOCK} to "
+            f"{FIA_MOST} (npu_fused_infer_attention_score): set engine.block_size: {FIA_BLOCK}"
+        )
 
 
 def check_cache(config: EPConfig) -> None:

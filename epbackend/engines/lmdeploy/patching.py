@@ -53,6 +53,8 @@ class Patch:
     """Makes the replacement from the original."""
     fingerprint: str | None = None
     """Of the original's source in LMDeploy 0.18.0; None for what is not LMDeploy's own and only has to exist."""
+    only_if: Callable[[], bool] = field(default=lambda: True, repr=False)
+    """Asked where the patch would be applied: whether what is installed beside LMDeploy needs it."""
 
     @property
     def module(self) -> str:
@@ -94,11 +96,18 @@ class Patch:
             raise UnavailableError(f"{_moved(self)}: its source is another one")
 
 
-def patch(target: str, *, why: str, when: When, fingerprint: str | None = None) -> Callable[[Build], Patch]:
+def patch(
+    target: str,
+    *,
+    why: str,
+    when: When,
+    fingerprint: str | None = None,
+    only_if: Callable[[], bool] = lambda: True,
+) -> Callable[[Build], Patch]:
     """Decorator: the function below, which makes a replacement from the original, becomes the Patch of its name."""
 
     def make(build: Build) -> Patch:
-        return Patch(build.__name__.replace("_", "-"), target, why, when, build, fingerprint)
+        return Patch(build.__name__.replace("_", "-"), target, why, when, build, fingerprint, only_if=only_if)
 
     return make
 
@@ -181,6 +190,8 @@ class Patches:
             sys.meta_path.insert(0, self._hook)
         try:
             for each in patches:
+                if not each.only_if():
+                    continue
                 if check:
                     each.check()
                 if each.waits:

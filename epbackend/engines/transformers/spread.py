@@ -161,6 +161,7 @@ class SpreadExperts:
             rounds=max(rank[2] for rank in ranks),
             dispatchers={phase: asdict(choice) for phase, choice in self.layers[0].dispatchers.items()},
             step_imbalance_Y=step_imbalance_Y(np.stack([rank[3] for rank in ranks])),
+            top_k=self._top_k,
         )
 
     def close(self) -> None:

@@ -178,6 +178,8 @@ class NpuKernels(TorchSplits, TorchQuantization, SlotMemory):
         scale_TB.copy_(scale_T.unsqueeze(1))
 
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
+        if not len(rows_S2F):
+            return rows_S2F.new_empty(0, rows_S2F.shape[1] // 2)
         return ops.swiglu(rows_S2F)
 
     def expert_mlp(

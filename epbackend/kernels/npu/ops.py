@@ -59,7 +59,11 @@ def init_routing(
 
 
 def token_unpermute(rows_SD: Tensor, row_of_choice: Tensor, weights_TK: Tensor) -> Tensor:
-    """out_TD: for each token the weighted sum of its K rows. `row_of_choice` is int32 [T * K]; S > 0 and T > 0."""
+    """out_TD: for each token the weighted sum of its K rows. `row_of_choice` is int32 [T * K]; S > 0 and T > 0.
+
+    Outside the document, which wants S = T * K rows and none named twice (op-plugin 7.2.0): there may be fewer rows,
+    and one of them named again with a weight of 0. The kernel reads the row of each choice by itself.
+    """
     return _npu().npu_moe_token_unpermute(rows_SD, row_of_choice, probs=weights_TK)
 
 
@@ -69,6 +73,9 @@ def grouped_matmul(
     """rows_SN: rows ends[l - 1] to ends[l] times weight[l]; rows past the last end are garbage.
 
     At most 1024 groups; K and N below 65536. `weight_LKN` may be a transposed view. int8 rows give int32 sums.
+
+    Outside the document, which wants the last end to be the number of rows (op-plugin 7.2.0): it may come before that,
+    as vllm-ascend has it too.
     """
     return _npu().npu_grouped_matmul(
         [rows_SK],
@@ -108,7 +115,7 @@ def grouped_matmul_scaled(
 
 
 def swiglu(rows_S2F: Tensor) -> Tensor:
-    """rows_SF: silu(first half) * second half."""
+    """rows_SF: silu(first half) * second half; S > 0 (aclnnSwiGlu, CANN 8.0 to 8.5: no empty tensors)."""
     return _npu().npu_swiglu(rows_S2F, dim=-1)
 
 
@@ -127,7 +134,9 @@ def dequant_swiglu_quant(
     return _npu().npu_dequant_swiglu_quant(
         sums_S2F,
         weight_scale=scale_L2F,
-        activation_scale=scale_S,
+        activation_scale=scale_S.unsqueeze(
+            1
+        ),  # [tokens, 1] (op-plugin 26.0.0); before, any shape of that many
         group_index=counts_L,
         activate_left=True,  # the first half is the gate
         quant_mode=1,  # a scale for each row
@@ -238,6 +247,8 @@ class FusedRows:
     arrived: Tensor
     scale_S: Tensor | None
     """Of rows that traveled as int8."""
+    expand_scales: Tensor
+    """The choices' weights where dispatch brings them along; A2's combine wants it (op-plugin 7.2.0)."""
 
 
 def moe_dispatch(
@@ -248,15 +259,17 @@ def moe_dispatch(
     `active_T` is True first, then False. With `int8` each row travels quantized, with a scale. Limits:
     `epbackend.dispatch.mc2`.
     """
-    rows_SD, scale_S, assist_info, counts_L, arrived, _, _ = _npu().npu_moe_distribute_dispatch_v2(
-        x=hidden_TD,
-        expert_ids=ids_TK,
-        x_active_mask=active_T,
-        quant_mode=2 if int8 else 0,
-        expert_token_nums_type=1,  # counts, not sums
-        **group.arguments(),
+    rows_SD, scale_S, assist_info, counts_L, arrived, _, expand_scales = (
+        _npu().npu_moe_distribute_dispatch_v2(
+            x=hidden_TD,
+            expert_ids=ids_TK,
+            x_active_mask=active_T,
+            quant_mode=2 if int8 else 0,
+            expert_token_nums_type=1,  # counts, not sums
+            **group.arguments(),
+        )
     )
-    return FusedRows(rows_SD, counts_L, assist_info, arrived, scale_S if int8 else None)
+    return FusedRows(rows_SD, counts_L, assist_info, arrived, scale_S if int8 else None, expand_scales)
 
 
 def moe_combine(
@@ -270,6 +283,7 @@ def moe_combine(
         ep_send_counts=sent.arrived,
         expert_scales=weights_TK,
         x_active_mask=active_T,
+        expand_scales=sent.expand_scales,
         **group.arguments(),
     )
 

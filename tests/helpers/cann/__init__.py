@@ -18,13 +18,22 @@ import os
 import sys
 from pathlib import Path
 
-from tests.helpers.cann import build, registry
+from tests.helpers.cann import aten, build, registry
 
 WHEEL = Path(__file__).parents[3] / ".torch-npu"
 """Where `make test-ascend` unpacks the wheel: aside, because torch imports a torch_npu that it finds beside itself."""
 
 CHIPS = {"A2": "Ascend910B1", "A3": "Ascend910_9391"}
-OPERATORS = ("elementwise", "formats", "matmul", "swiglu_quant", "routing", "fused_dispatch", "gating")
+OPERATORS = (
+    "elementwise",
+    "formats",
+    "matmul",
+    "swiglu_quant",
+    "routing",
+    "fused_dispatch",
+    "gating",
+    "attention",
+)
 
 
 def missing() -> str | None:
@@ -36,21 +45,20 @@ def missing() -> str | None:
 
 def start(chip: str = "A3", devices: int = 1) -> None:
     """Make `torch.npu` work in this process, on `devices` emulated NPUs. There is no way back."""
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    sys.path.append(str(WHEEL))
+    load_libraries(chip, devices)
+    importlib.import_module("torch_npu")
+
+
+def load_libraries(chip: str, devices: int) -> None:
+    """Load what the wheel is linked with, before it is imported, and compute for it in every thread."""
     for module in OPERATORS:
         importlib.import_module(f"tests.helpers.cann.{module}")
     # torch_npu would queue operators to a thread of its own, which Python's emulations cannot serve.
-    os.environ.update(
-        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
-        TASK_QUEUE_ENABLE="0",
-        EMULATED_NPU_CHIP=CHIPS[chip],
-        EMULATED_NPU_COUNT=str(devices),
-    )
+    os.environ.update(TASK_QUEUE_ENABLE="0", EMULATED_NPU_CHIP=CHIPS[chip], EMULATED_NPU_COUNT=str(devices))
     folder = build.build(WHEEL, registry.OPERATORS)
     # The loader takes a library that is already there by its name, so nothing needs LD_LIBRARY_PATH.
     libraries = {name: ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in build.LIBRARIES}
     registry.install(libraries["libopapi.so"], libraries["libascendcl.so"])
-    sys.path.append(str(WHEEL))
-    importlib.import_module("torch_npu")
-    from tests.helpers.cann.aten import AtenOnCpu
-
-    AtenOnCpu().__enter__()
+    aten.compute_on_cpu()

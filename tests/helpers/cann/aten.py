@@ -7,6 +7,7 @@ real NPU stop and wait for its results on the host, which a decode step should n
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tests.helpers.cann.handles import over_bytes
-from tests.helpers.cann.registry import calls, in_short
+from tests.helpers.cann import atb
+from tests.helpers.cann.handles import RefusedError, over_bytes
+from tests.helpers.cann.registry import calls, in_short, require
 
 ALLOCATE = {"aten::empty.memory_format", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 NATIVE = {
@@ -42,6 +44,18 @@ host_waits: list[str] = []
 """What has made the host wait for the device so far."""
 
 
+def compute_on_cpu() -> None:
+    """Compute in this thread from now on, and in all that are started; torch's modes are of one thread each."""
+    AtenOnCpu().__enter__()
+    bootstrap = threading.Thread._bootstrap_inner
+
+    def bootstrap_in_mode(thread: threading.Thread) -> None:
+        with AtenOnCpu():
+            bootstrap(thread)
+
+    threading.Thread._bootstrap_inner = bootstrap_in_mode
+
+
 class AtenOnCpu(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -49,6 +63,8 @@ class AtenOnCpu(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         if operator.namespace == "c10d":
             calls.append((name, {"": _shapes(args)}))
+        if operator.namespace == "atb":
+            return _atb(operator, args, kwargs)
         if operator.namespace != "aten" or not any(map(_is_npu, leaves)):
             return operator(*args, **kwargs)
         _note_wait(name, args, kwargs)
@@ -56,6 +72,26 @@ class AtenOnCpu(TorchDispatchMode):
             result = operator(*args, **kwargs)
             return _poisoned(result) if name in ALLOCATE else result
         return _on_cpu(operator, args, kwargs)
+
+
+def _atb(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """An operator that writes into its arguments; refused like any other of CANN."""
+    name = operator.name()
+    if name not in atb.OPERATORS:
+        raise RuntimeError(f"[emulated CANN] {name} is not emulated")
+    names = [argument.name for argument in operator._schema.arguments]
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    calls.append((name, {name: in_short(value) for name, value in arguments.items()}))
+    try:
+        for place in atb.ON_THE_HOST & arguments.keys():
+            require(not _is_npu(arguments[place]), f"{place} must be on the host")
+        lowered = {
+            name: host_view(value) if isinstance(value, Tensor) and _is_npu(value) else value
+            for name, value in arguments.items()
+        }
+        return atb.OPERATORS[name](**lowered)
+    except RefusedError as error:
+        raise RuntimeError(f"{name}: {error}") from None
 
 
 def _shapes(args: tuple) -> list[str]:

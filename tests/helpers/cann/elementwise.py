@@ -19,6 +19,7 @@ def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @aclnn("x:T dim:i", "out:T")
 def aclnnSwiGlu(x: Tensor, dim: int, out: Tensor) -> None:
+    require(x.numel() > 0, "empty tensors are not supported (aclnnSwiGlu, CANN 8.0 to 8.5)")
     require(x.shape[dim] % 2 == 0, f"dimension {dim} of {tuple(x.shape)} cannot be halved")
     gate, up = x.float().chunk(2, dim)
     out.copy_(silu(gate) * up)
@@ -28,6 +29,8 @@ def aclnnSwiGlu(x: Tensor, dim: int, out: Tensor) -> None:
 def aclnnDynamicQuantV2(x, smooth_scales, group_index, dst_type, y, scale, offset) -> None:
     require(x.dtype in (torch.float16, torch.bfloat16), f"x is {x.dtype}, must be float16 or bfloat16")
     require(smooth_scales is None and group_index is None, "smooth scales are not emulated")
+    require(offset is None, "asymmetric quantization is not emulated")
+    require(x.numel() > 0, "x is empty")
     rows, scales = quantize(x)
     y.copy_(rows)
     scale.copy_(scales)
@@ -51,3 +54,34 @@ def aclnnInplaceOne(tensor: Tensor) -> None:
 @aclnn("tensor:T value:S")
 def aclnnInplaceFillScalar(tensor: Tensor, value: float) -> None:
     tensor.fill_(value)
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _normed(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    require(x.dtype in FLOATS and x.numel() > 0, f"x is {x.dtype} {tuple(x.shape)}")
+    require(gamma.dtype in (x.dtype, torch.float32), f"gamma is {gamma.dtype} beside x of {x.dtype}")
+    require(
+        gamma.shape == x.shape[x.dim() - gamma.dim() :], f"gamma {tuple(gamma.shape)} of {tuple(x.shape)}"
+    )
+    axes = tuple(range(x.dim() - gamma.dim(), x.dim()))
+    scale = (x.float().pow(2).mean(axes, keepdim=True) + epsilon).rsqrt()
+    return x.float() * scale * gamma.float(), scale
+
+
+@aclnn("x:T gamma:T epsilon:d", "y:T rstd:T")
+def aclnnRmsNorm(x, gamma, epsilon, y, rstd) -> None:
+    normed, scale = _normed(x, gamma, epsilon)
+    y.copy_(normed)
+    rstd.copy_(scale)
+
+
+@aclnn("x1:T x2:T gamma:T epsilon:d", "y:T rstd:T x:T")
+def aclnnAddRmsNorm(x1, x2, gamma, epsilon, y, rstd, x) -> None:
+    require(x1.dtype == x2.dtype and x1.shape == x2.shape, "x1 and x2 must be alike")
+    total = x1.float() + x2.float()
+    x.copy_(total)
+    normed, scale = _normed(total.to(x1.dtype), gamma, epsilon)
+    y.copy_(normed)
+    rstd.copy_(scale)

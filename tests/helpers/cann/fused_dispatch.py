@@ -20,6 +20,10 @@ _GROUP = (
 _OTHER_EXPERTS = "zero_expert_num:i copy_expert_num:i const_expert_num:i"
 
 
+_used: set[str] = set()
+"""Communicators of the calls so far; those of an engine that is closed are gone."""
+
+
 def _communicator(group: dict, tokens: int, hidden: int, top_k: int) -> tuple[Communicator, int]:
     """The communicator of a call that keeps all limits, and the experts of a rank."""
     size, experts = group["ep_world_size"], group["moe_expert_num"]
@@ -31,6 +35,7 @@ def _communicator(group: dict, tokens: int, hidden: int, top_k: int) -> tuple[Co
     slots = experts // size
     if chip() == "A2":
         require(size in (*range(2, 9), 16, 32, 64, 128, 256), f"ep_world_size {size}")
+        # Op-plugin 7.2.0; since 26.0.0 the document has no such limit.
         require(slots <= 24, f"{slots} experts a rank, more than 24")
         require(0 < tokens <= 256, f"{tokens} tokens are not in 1 to 256")
         require(0 < hidden <= 7168 and hidden % 32 == 0, f"hidden size {hidden}")
@@ -40,9 +45,15 @@ def _communicator(group: dict, tokens: int, hidden: int, top_k: int) -> tuple[Co
         require(2 <= size <= 768, f"ep_world_size {size}")
         require(0 < tokens <= 512, f"{tokens} tokens are not in 1 to 512")
         require(1024 <= hidden <= 8192, f"hidden size {hidden} is not in 1024 to 8192")
-        require(top_k <= 12, f"top-k {top_k} is above 12")
+        # 12 is the limit of comm_alg fullmesh_v2 (op-plugin 7.2.0 to master).
+        require(top_k <= 16, f"top-k {top_k} is above 16")
         require(group["comm_alg"] == "", "only the default comm_alg is emulated on A3")
     communicator = Communicator(group["group_ep"], size, group["ep_rank_id"])
+    others = {name for name in _used if name != group["group_ep"] and Communicator.alive(name)}
+    require(
+        not others, f"group_ep must be the same in all layers (op-plugin 7.2.0), and {others} served others"
+    )
+    _used.add(group["group_ep"])
     said = communicator.all_gather([tokens, hidden, top_k, experts, group["global_bs"]])
     require(all(other == said[0] for other in said), f"the ranks call with different sizes: {said}")
     needed = _buffer_bytes(tokens, size, slots, hidden, top_k, group["shared_expert_num"])

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tests.helpers.cann.registry import aclnn, require
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """The places of the `count` largest of each row, the lower of equal ones first."""
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -47,11 +54,24 @@ def aclnnMoeGatingTopK(
     require(1 <= k_group <= group_count and 1 <= k <= k_group * size, f"k {k} of {k_group} groups of {size}")
     scores = x.float().sigmoid()
     by_group = (scores + bias.float()).view(tokens, group_count, size)
-    kept = by_group.topk(2).values.sum(2).topk(k_group).indices
+    # Of equal scores the one with the lower number comes first, as in the vendor's own tests.
+    kept = best(by_group.topk(2).values.sum(2), k_group)
     left_out = torch.ones(tokens, group_count, dtype=torch.bool).scatter_(1, kept, False)
-    chosen = by_group.masked_fill(left_out[:, :, None], -torch.inf).view(tokens, experts).topk(k).indices
+    chosen = best(by_group.masked_fill(left_out[:, :, None], -torch.inf).view(tokens, experts), k)
     weights = scores.gather(1, chosen)
     y.copy_(weights / (weights.sum(1, keepdim=True) + eps) * routed_scaling_factor)
     expert_idx.copy_(chosen)
     if out_flag:
         norm_out.copy_(scores)
+
+
+@aclnn("x:T finished:T k:i", "y:T expert_idx:T row_idx:T")
+def aclnnMoeGatingTopKSoftmax(x, finished, k, y, expert_idx, row_idx) -> None:
+    require(x.dim() == 2 and x.dtype in FLOATS, "x must be float, [T, E]")
+    require(finished is None, "finished rows are not emulated")
+    require(0 < k <= min(x.shape[1], 1024), f"k {k} is not within {x.shape[1]} experts")
+    scores = x.float().softmax(1)
+    chosen = best(scores, k)
+    y.copy_(scores.gather(1, chosen))
+    expert_idx.copy_(chosen)
+    row_idx.copy_(torch.arange(len(x) * k).view(k, -1).T)

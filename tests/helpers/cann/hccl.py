@@ -17,10 +17,13 @@ INT64, UINT8 = 5, 7
 class Communicator:
     """The communicator of that name, whose rank and size must be as the call says."""
 
+    @staticmethod
+    def alive(name: str) -> bool:
+        """Whether there is a communicator of that name."""
+        return bool(_library().emulation_communicator(name.encode()))
+
     def __init__(self, name: str, size: int, rank: int) -> None:
-        self._hccl = ctypes.CDLL("libhccl.so")
-        self._hccl.emulation_communicator.restype = c_void_p
-        self._hccl.emulation_communicator.argtypes = [c_char_p]
+        self._hccl = _library()
         self._hccl.emulation_buffer_mb.argtypes = [c_void_p]
         handle = self._hccl.emulation_communicator(name.encode())
         require(bool(handle), f"no communicator is called {name!r}")
@@ -68,6 +71,13 @@ class Communicator:
         )
         require(done == 0, "the ranks disagree about what they send each other")
         return list(received.split(receive_R))
+
+
+def _library() -> ctypes.CDLL:
+    hccl = ctypes.CDLL("libhccl.so")
+    hccl.emulation_communicator.restype = c_void_p
+    hccl.emulation_communicator.argtypes = [c_char_p]
+    return hccl
 
 
 def _counts_and_offsets(rows_R: list[int], width: int) -> tuple[ctypes.Array, ctypes.Array]:

@@ -58,6 +58,7 @@ def aclnnDequantSwigluQuant(
         activation_scale.dtype == torch.float32,
         f"activation_scale is {activation_scale.dtype}, must be float32",
     )
+    require(activation_scale.shape == (len(x), 1), "activation_scale must be [tokens, 1] (op-plugin 26.0.0)")
     ends = group_ends(group_index, 1, len(x)) if len(group_index) > 1 else group_ends(group_index, 0, len(x))
     require(weight_scale.shape == (len(ends), x.shape[1]), "weight_scale must be [groups, 2F]")
     _swiglu_quant(x, weight_scale, activation_scale, ends, y, scale)

@@ -7,6 +7,7 @@ from typing import Any
 from lmdeploy.pytorch.backends.base import BuildSpec, ImplT
 from lmdeploy.pytorch.backends.dlinfer.ascend import AscendOpsBackend
 from lmdeploy.pytorch.backends.dlinfer.ascend.op_backend import DistMeta
+from lmdeploy.pytorch.backends.graph_runner import GraphRunner
 from lmdeploy.pytorch.backends.moe_router import RouterNoauxTCBuildSpec
 
 from epbackend.engines.lmdeploy.operators import ExpertsMixin, NpuRouter
@@ -26,3 +27,8 @@ class AscendBackend(ExpertsMixin, AscendOpsBackend):
         if isinstance(spec, RouterNoauxTCBuildSpec) and NpuRouter.fits(spec):
             return NpuRouter(spec)
         return super().build_op(spec, enable_deterministic=enable_deterministic)
+
+    @staticmethod
+    def build_graph_runner(model: Any, **kwargs: Any) -> GraphRunner:
+        """LMDeploy's runner without captured graphs: the engine is eager here, and dlinfer's has other arguments."""
+        return GraphRunner(model, **kwargs)

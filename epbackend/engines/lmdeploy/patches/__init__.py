@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from epbackend.engines.lmdeploy.patches import cpu, cuda, engine, executors, handover, models, requests
+from epbackend.engines.lmdeploy.patches import (
+    ascend,
+    cpu,
+    cuda,
+    engine,
+    executors,
+    handover,
+    models,
+    requests,
+)
 from epbackend.engines.lmdeploy.patching import Patch
 
-# The CPU's come first: one of them must be applied before the targets of the others are imported.
+# The CPU's and Ascend's come first: one of each must be applied before the targets of the others are imported.
 PATCHES: tuple[Patch, ...] = (
     *cpu.PATCHES,
+    *ascend.PATCHES,
     *cuda.PATCHES,
     *engine.PATCHES,
     *executors.PATCHES,

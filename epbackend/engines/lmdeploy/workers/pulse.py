@@ -25,6 +25,7 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
@@ -144,7 +145,11 @@ def limit_groups(timeout_s: float) -> None:
             "ignore"
         )  # backends that have no such setting are watched by the steps' age alone
         for group in list(c10d._world.pg_map):
-            c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+            if dist.get_backend(group) == "gloo":
+                # Torch's function would ask for the group's "cuda", which LMDeploy on Ascend makes a name of the NPU.
+                group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=timeout_s))
+            else:
+                c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def _short(path: str) -> str:

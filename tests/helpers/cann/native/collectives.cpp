@@ -48,8 +48,29 @@ void add(void *sum, const void *part, uint64_t count) {
   for (uint64_t i = 0; i < count; i++) static_cast<T *>(sum)[i] += static_cast<const T *>(part)[i];
 }
 
+// The upper half of a float32, rounded to the nearest even.
+struct BFloat16 {
+  uint16_t bits;
+  float wide() const {
+    const uint32_t whole = uint32_t{bits} << 16;
+    float value;
+    memcpy(&value, &whole, sizeof value);
+    return value;
+  }
+  BFloat16 &operator+=(const BFloat16 &other) {
+    const float value = wide() + other.wide();
+    uint32_t whole;
+    memcpy(&whole, &value, sizeof whole);
+    if (value == value) whole += 0x7FFF + ((whole >> 16) & 1);
+    bits = whole >> 16;
+    return *this;
+  }
+};
+
 void accumulate(void *sum, const void *part, uint64_t count, HcclDataType type, HcclReduceOp op) {
   if (op == HCCL_REDUCE_SUM && type == HCCL_DATA_TYPE_FP32) return add<float>(sum, part, count);
+  if (op == HCCL_REDUCE_SUM && type == HCCL_DATA_TYPE_FP16) return add<_Float16>(sum, part, count);
+  if (op == HCCL_REDUCE_SUM && type == HCCL_DATA_TYPE_BFP16) return add<BFloat16>(sum, part, count);
   if (op == HCCL_REDUCE_SUM && type == HCCL_DATA_TYPE_INT32) return add<int32_t>(sum, part, count);
   if (op == HCCL_REDUCE_SUM && type == HCCL_DATA_TYPE_INT64) return add<int64_t>(sum, part, count);
   fprintf(stderr, "[emulated HCCL] reduction %d of type %d is not emulated\n", op, type);

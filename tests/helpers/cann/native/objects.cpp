@@ -54,6 +54,8 @@ void *make_list(const void *const *items, uint64_t n) {
 
 extern "C" {
 
+void emulation_set_error(const char *message);  // runtime.cpp, in libascendcl
+
 void *aclCreateTensor(const int64_t *shape, uint64_t dims, int32_t dtype, const int64_t *strides, int64_t offset,
                       int32_t format, const int64_t *storage, uint64_t storage_dims, void *data) {
   return new Tensor{{kTensor}, {shape, shape + dims}, {strides, strides + dims}, {storage, storage + storage_dims},
@@ -100,8 +102,13 @@ int aclGetViewShape(const void *object, int64_t **shape, uint64_t *dims) {
 int aclnnNpuFormatCastCalculateSizeAndFormat(const void *source, int format, int, int64_t **shape, uint64_t *dims,
                                              int *found) {
   const auto &values = tensor(source).shape;
-    if (format != kNz || tensor(source).dtype != kInt8 || values.size() != 3) return kRefused;
-  if (values[1] % kTileRows || values[2] % kTileBytes) return kRefused;
+  const auto refuse = [](const char *why) { emulation_set_error(why); return kRefused; };
+  if (format != kNz) return refuse("aclnnNpuFormatCast: only FRACTAL_NZ is emulated");
+  if (tensor(source).dtype != kInt8) return refuse("aclnnNpuFormatCast: FRACTAL_NZ is emulated for int8 alone");
+  if (values.size() != 3) return refuse("aclnnNpuFormatCast: FRACTAL_NZ is emulated for three dimensions alone");
+  if (values[1] % kTileRows || values[2] % kTileBytes) {
+    return refuse("aclnnNpuFormatCast: FRACTAL_NZ is emulated for whole tiles alone");
+  }
   *shape = new int64_t[5]{values[0], values[2] / kTileBytes, values[1] / kTileRows, kTileRows, kTileBytes};
   *dims = 5;
   *found = format;

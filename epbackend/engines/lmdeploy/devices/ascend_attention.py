@@ -1,0 +1,129 @@
+"""Attention on Ascend for LMDeploy 0.18.0 above a dlinfer that belongs to an older one.
+
+LMDeploy hands over the lengths of all requests on the host, and a causal mask for `sparse_mode` 3. dlinfer 0.2.7 takes
+other arguments: its prefill wants a mask of the batch's own size, its prefill beside a cache one query a request.
+Letters: T tokens, N heads, D size of a head, B blocks, S places of a block, R requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epbackend.errors import ConfigError, UnavailableError
+
+
+def prefill_attention(
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    attn_output: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_offsets: Tensor,
+    q_seqlens: Tensor,
+    kv_seqlens: Tensor,
+    max_q_seq_len: int,
+    max_kv_seq_len: int,
+    block_size: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_size_v: int,
+    attn_mask: Sequence[Tensor | None],
+    softmax_scale: float | None,
+    is_prefill_no_cache: bool | None,
+    *,
+    cu_seqlens_q_cpu: Tensor,
+    kv_seqlens_cpu: Tensor,
+    **_: Any,
+) -> Tensor:
+    """LMDeploy's `prefill_attention`: [T, N, D] into `attn_output`, each token beside those before it.
+
+    One call a request, in the layout BSH: what its document allows there has been the same in every release, while
+    the packed layout (TND) took these heads in none before CANN 8.3.
+    """
+    if query_states.shape[-1] != head_size_v:
+        raise UnavailableError(
+            "the dlinfer here has no prefill for heads whose keys and values differ in size (MLA): take a model with "
+            "ordinary attention"
+        )
+    ends = cu_seqlens_q_cpu.tolist()
+    for request, (first, end) in enumerate(pairwise(ends)):
+        rows = slice(first, end)
+        if is_prefill_no_cache:
+            keys, values, blocks = _flat(key_states[rows]), _flat(value_states[rows]), {}
+        else:
+            keys, values = key_cache.flatten(2), value_cache.flatten(2)
+            blocks = {
+                "block_table": block_offsets[request : request + 1],
+                "block_size": block_size,
+                "actual_seq_lengths_kv": [int(kv_seqlens_cpu[request])],
+            }
+        alone = end - first == 1
+        out_1TH, _ = torch.ops.npu.npu_fused_infer_attention_score(
+            query=_flat(query_states[rows]),
+            key=keys,
+            value=values,
+            atten_mask=None if alone else attn_mask[0],
+            num_heads=num_q_heads,
+            num_key_value_heads=num_kv_heads,
+            scale=softmax_scale or query_states.shape[-1] ** -0.5,
+            input_layout="BSH",
+            sparse_mode=0 if alone else 3,
+            **blocks,
+        )
+        attn_output[rows] = out_1TH.view_as(attn_output[rows])
+    return attn_output
+
+
+def paged_token_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    attn_output: Tensor,
+    actual_q_seqlens_cpu: Tensor,
+    kv_seqlens_cpu: Tensor,
+    max_kv_seq_len: int,
+    block_offsets: Tensor,
+    block_size: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_size_v: int,
+    softmax_scale: float | None,
+    kv_scales: Tensor | None,
+    kv_zeros: Tensor | None,
+    quant_bits: int | None,
+) -> Tensor:
+    """LMDeploy's `paged_token_attention`, by dlinfer's older `paged_decode_attention`: one token of each request."""
+    from dlinfer import ops
+
+    if len(q) != len(block_offsets):
+        raise ConfigError(
+            "several tokens of a request in one decode step need a newer dlinfer: no speculation"
+        )
+    return ops.paged_decode_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_offsets,
+        block_size,
+        kv_seqlens_cpu,
+        max_kv_seq_len,
+        num_q_heads,
+        num_kv_heads,
+        softmax_scale=softmax_scale,
+        alibi_slopes=None,
+        attn_output=attn_output,
+        kv_scales=kv_scales,
+        kv_zeros=kv_zeros,
+        quant_bits=quant_bits,
+    )
+
+
+def _flat(rows_TND: Tensor) -> Tensor:
+    """[1, T, N * D], in one piece."""
+    return rows_TND.flatten(1).contiguous().unsqueeze(0)
