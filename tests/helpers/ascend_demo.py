@@ -57,7 +57,11 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype": arguments.dtype,
         "chip": arguments.device,
         "dlinfer": dlinfer_package.installed(),
-        "bridged": [gap.name for name, gap in dlinfer_package.GAPS.items() if dlinfer_package.lacks(name)],
+        "bridged": [
+            gap.name
+            for name, gap in dlinfer_package.GAPS.items()
+            if gap.bridged and dlinfer_package.lacks(name)
+        ],
         "torch_npu": version("torch-npu"),
         "torch": version("torch"),
         "lmdeploy": version("lmdeploy"),
