@@ -12,6 +12,8 @@ import pytest
 import requests
 
 import epbackend
+from benchmarks.faults import Case
+from benchmarks.soak import soak
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
 from epbackend.errors import ConfigError, WorkerError
 from epbackend.placement.placement import Placement
@@ -177,6 +179,12 @@ def test_a_server_moves_experts_while_it_answers_and_leaves_nothing(dp, checkpoi
     os.kill(running.process.pid, signal.SIGTERM)
     running.process.wait(timeout=PATIENCE_S)
     running.assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_half_a_minute_of_the_soak_passes():
+    """Of `make soak`: mixed requests at a server whose experts move, beside those at one where nothing moves."""
+    assert soak(Case(ep=2, timeout_s=120.0), minutes=0.5).faults() == []
 
 
 @pytest.mark.slow

@@ -138,17 +138,6 @@ def test_sigterm_during_a_migration_ends_the_server_in_order(checkpoint, start_p
     running.assert_nothing_left()
 
 
-def test_experts_move_while_one_of_the_engines_has_no_request_at_all(checkpoint, start_process, tmp_path):
-    """dp 2, one prompt at a time: whole windows pass in which a rank brings no token."""
-    script = asking().replace("* 4", "* 1")
-    settings = balanced({"dp": 2}, ep_size=2, ep_level=2)
-    running = start_process(script, str(checkpoint("qwen3-moe")), settings.to_json(), "5")
-    assert running.process.wait(timeout=PATIENCE_S) == 0
-    log = (tmp_path / "log").read_text()
-    assert "ALL MOVED" in log
-    assert "WRONG" not in log
-
-
 def test_shared_memory_without_room_is_said_at_once(checkpoint, start_process, tmp_path, monkeypatch):
     monkeypatch.setenv("SHM_MB", "4")
     settings = balanced(ep_size=2, ep_level=2).to_json()
