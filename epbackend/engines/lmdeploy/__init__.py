@@ -127,4 +127,6 @@ def _checked(model: str, config: EPConfig, *, serving: bool) -> tuple[str, Place
     from epbackend.engines.lmdeploy.balance import starting_placement
     from epbackend.engines.lmdeploy.checks import check_deployment
 
-    return path, starting_placement(path, config, check_deployment(path, config, serving=serving))
+    custom = bool(config.engine.extra.get("custom_module_map"))
+    placement = check_deployment(path, config, serving=serving, custom_models=custom)
+    return path, starting_placement(path, config, placement)

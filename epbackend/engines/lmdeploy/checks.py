@@ -39,14 +39,21 @@ FIA_BLOCK, FIA_MOST = 128, 512
 """Blocks of the cache that a prefill of several tokens reads are multiples of the one, up to the other."""
 
 
-def check_deployment(path: str, config: EPConfig, *, serving: bool) -> Placement | None:
+def check_deployment(
+    path: str, config: EPConfig, *, serving: bool, custom_models: bool = False
+) -> Placement | None:
     """The finished placement, once all is known to be right that can be known before any process is started.
+
+    `custom_models`: LMDeploy is told of models beside its own (custom_module_map).
 
     Raises:
         UnavailableError: the model, or a package or device that is needed, is not there.
         ConfigError: model, settings and placement do not suit each other, or memory does not suffice.
     """
     settings = read_model_config(Path(path))
+    reason = why_not(settings, get_device(config.device).name)
+    if reason and not custom_models:
+        raise ConfigError(f"{path}: {reason}")
     renumbering = Renumbering.beside(path)
     placement = finished_placement(config, layer_count(settings), dense_layers(settings), renumbering)
     check_model(path, config, placement)
@@ -66,9 +73,6 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
     """
     settings = read_model_config(Path(path))
     experts = expert_count(settings)
-    device = get_device(config.device).name
-    if (reason := why_not(settings, device)) and not config.engine.extra.get("custom_module_map"):
-        raise ConfigError(f"{path}: {reason}")
     check_adapters(config, config.engine.extra.get("adapters"))
     if config.ep_size > 1:
         if own := UNPATCHABLE_MODELS.intersection(settings.get("architectures") or []):

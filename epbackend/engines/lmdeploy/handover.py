@@ -134,7 +134,8 @@ def plug_in(model_path: str, theirs: PytorchEngineConfig | None) -> None:
     config = combined(_settings(), theirs)
     check_checkpoint(model_path, weights=not theirs.empty_init)
     check_adapters(config, theirs.adapters)
-    placement = check_deployment(model_path, config, serving=False)
+    custom = theirs.custom_module_map is not None
+    placement = check_deployment(model_path, config, serving=False, custom_models=custom)
     plug.enable(config, placement)
     _engines += 1
     ours = engine_config(config, theirs.dp_rank)
