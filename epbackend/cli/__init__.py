@@ -29,7 +29,7 @@ COMMANDS = {
     "simulate": "What rebalancing while serving would bring, and cost, on up to hundreds of ranks.",
     "show": "What a placement does to the load of each rank.",
     "convert": "Loads and placements to and from the formats of other programs.",
-    "renumber": "Number the experts of a checkpoint anew, so that contiguous blocks of them are balanced.",
+    "renumber": "Renumber the experts of a checkpoint, so that contiguous blocks of them are balanced.",
     "tune": "Find the best kernel tiles for a model on this CUDA GPU.",
     "doctor": "What this machine can do, and what it lacks.",
     "config": "Check, show and describe configurations.",

@@ -35,7 +35,7 @@ def renumber(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write MODEL with its experts numbered anew: the same function, and a balanced block for each rank."""
+    """Write MODEL with its experts renumbered: the same function, and a balanced block for each rank."""
     if undo:
         if loads or ranks:
             raise ConfigError("undo: needs neither --loads nor --ranks; leave them out")
@@ -95,7 +95,7 @@ def _print_plan(plan: renumbering.Plan) -> None:
     say(
         console,
         f"{checkpoint.path}: {checkpoint.experts} experts{groups}, {len(plan.changed)} of {checkpoint.layers} layers "
-        "are numbered anew",
+        "are renumbered",
         "bold",
     )
     if plan.before is None or plan.after is None:

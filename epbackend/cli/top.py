@@ -43,7 +43,7 @@ class Board:
 
     @classmethod
     def between(cls, before: dict[str, Any], now: dict[str, Any]) -> "Board":
-        """Of two answers of one engine; one that was started anew in between counts from its start."""
+        """Of two answers of one engine; one that was restarted in between counts from its start."""
         tokens_RY = np.array(now["tokens_RY"], dtype=np.int64)
         steps, seconds = now["steps"] - before["steps"], now["at_s"] - before["at_s"]
         if steps > 0 and before["layers"] == now["layers"]:

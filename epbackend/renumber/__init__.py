@@ -1,4 +1,4 @@
-"""A checkpoint whose experts are numbered anew: contiguous blocks of them are then a planned placement, for any engine.
+"""A checkpoint whose experts are renumbered: contiguous blocks of them are then a planned placement, for any engine.
 
     plan = plan_renumbering("MODEL", read_loads("loads.json"), ranks=8)
     print(plan.before.imbalance_mean, plan.after.imbalance_mean)

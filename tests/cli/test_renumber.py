@@ -61,7 +61,7 @@ def test_it_says_what_is_gained_and_what_it_wrote(run, recorded, tmp_path):
 def test_people_see_both_balances(run, recorded, tmp_path):
     result = run(QWEN, "--loads", recorded, "--ranks", 2, "--out", tmp_path / "new")
     assert result.exit_code == 0, result.output
-    assert "32 experts, 4 of 4 layers are numbered anew" in result.stdout
+    assert "32 experts, 4 of 4 layers are renumbered" in result.stdout
     assert "mean of 4 layers" in result.stdout
     assert "1 weight files written" in result.stdout
 
