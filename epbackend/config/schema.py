@@ -304,9 +304,9 @@ class EngineSettings(Section):
         default=0.8,
         description="Share of free accelerator memory for the KV cache. Not used on the CPU.",
     )
-    block_size: Annotated[int, Field(ge=16)] = Field(
-        default=64,
-        description="Tokens in a block of the KV cache, a power of two.",
+    block_size: Annotated[int, Field(ge=16)] | None = Field(
+        default=None,
+        description="Tokens in a block of the KV cache, a power of two. Unset: 64, on Ascend 128.",
     )
     enable_prefix_caching: bool = Field(
         default=False,
@@ -336,8 +336,8 @@ class EngineSettings(Section):
 
     @field_validator("block_size")
     @classmethod
-    def _power_of_two(cls, block_size: int) -> int:
-        if block_size & (block_size - 1):
+    def _power_of_two(cls, block_size: int | None) -> int | None:
+        if block_size and block_size & (block_size - 1):
             raise ValueError("must be a power of two, for example 16, 64 or 128")
         return block_size
 

@@ -189,7 +189,7 @@ def test_an_operator_of_atb_that_is_not_emulated_says_its_name(npu):
 @pytest.mark.parametrize(
     ("settings", "engine", "message"),
     [
-        ({}, {}, "engine.block_size: 64, but on device ascend .* set engine.block_size: 128"),
+        ({}, {"block_size": 64}, "engine.block_size: 64, but on device ascend .* set engine.block_size: 128"),
         ({"kv_lora_rank": 64}, {"block_size": 128}, "0.2.7 has no prefill for MLA"),
     ],
 )
@@ -207,4 +207,4 @@ def test_more_ranks_than_npus_are_refused():
     from epbackend.errors import UnavailableError
 
     with pytest.raises(UnavailableError, match="ep_size: 64 takes 64 NPUs, and there are"):
-        check_ascend({}, EPConfig.load({"device": "ascend", "ep_size": 64, "engine": {"block_size": 128}}))
+        check_ascend({}, EPConfig.load({"device": "ascend", "ep_size": 64}))

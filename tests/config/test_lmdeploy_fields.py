@@ -6,6 +6,7 @@ import pytest
 
 from epbackend.config import EngineSettings, EPConfig
 from epbackend.config import lmdeploy_fields as ours
+from epbackend.engines.lmdeploy.lmdeploy_config import block_size
 from epbackend.errors import ConfigError
 
 pytestmark = pytest.mark.engine
@@ -29,10 +30,17 @@ def test_fields_that_we_set_exist_on_both_sides(theirs):
 
 @pytest.mark.parametrize(
     "name",
-    ["tp", "dp", "dtype", "block_size", "cache_max_entry_count", "max_prefill_token_num", "eager_mode"],
+    ["tp", "dp", "dtype", "cache_max_entry_count", "max_prefill_token_num", "eager_mode"],
 )
 def test_defaults_are_lmdeploys(theirs, name):
     assert getattr(EngineSettings(), name) == theirs[name]
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 64), ("cuda", 64), ("ascend", 128)])
+def test_a_block_of_the_cache_suits_the_device(theirs, device, tokens):
+    assert block_size(EPConfig(device=device)) == tokens
+    assert theirs["block_size"] == 64
+    assert block_size(EPConfig(device=device, engine={"block_size": 256})) == 256
 
 
 def test_extra_passes_known_fields_and_refuses_others(theirs):

@@ -26,7 +26,6 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "session_len": 512,
         "max_batch_size": 8,
         "cache_gb": 0.1,
-        "block_size": 128,
         "log_level": "ERROR",
     }
     return {

@@ -19,7 +19,7 @@ from epbackend.engines.lmdeploy.checkpoint import (
     read_model_config,
 )
 from epbackend.engines.lmdeploy.devices import dlinfer_package
-from epbackend.engines.lmdeploy.lmdeploy_config import executor
+from epbackend.engines.lmdeploy.lmdeploy_config import block_size, executor
 from epbackend.engines.placement import finished_placement
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.placement.placement import Placement
@@ -142,7 +142,7 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
             f"device ascend: {dlinfer_package.PACKAGE} {dlinfer_package.installed()} has no prefill for MLA "
             f"({_architecture(settings)}); take a model with ordinary attention, or a newer dlinfer"
         )
-    block = config.engine.block_size
+    block = block_size(config)
     if older and not (block % FIA_BLOCK == 0 and block <= FIA_MOST):
         raise ConfigError(
             f"engine.block_size: {block}, but on device ascend a prefill beside its cache takes {FIA_BLOCK} to "

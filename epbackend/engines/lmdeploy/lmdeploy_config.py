@@ -49,7 +49,7 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
         "max_prefill_token_num": engine.max_prefill_token_num,
         "cache_max_entry_count": engine.cache_max_entry_count,
         "num_gpu_blocks": engine.cache_blocks or 0,
-        "block_size": engine.block_size,
+        "block_size": block_size(config),
         "enable_prefix_caching": engine.enable_prefix_caching,
         # Our dispatch has not been captured on Ascend yet.
         "eager_mode": engine.eager_mode or device == "ascend",
@@ -58,6 +58,11 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
         "logprobs_mode": engine.extra.get("logprobs_mode", "raw_logprobs"),
     }
     return PytorchEngineConfig(**settings | engine.extra)
+
+
+def block_size(config: EPConfig) -> int:
+    """Tokens in a block of the KV cache: what is set, or what suits the device's attention."""
+    return config.engine.block_size or (128 if get_device(config.device).name == "ascend" else 64)
 
 
 def executor(config: EPConfig) -> str:

@@ -30,6 +30,7 @@ from epbackend.errors import ConfigError, EPError, UnavailableError
 from epbackend.moe import ExpertParallelMoE
 from epbackend.names import PHASES, Phase
 from epbackend.placement.placement import Placement
+from epbackend.placement.renumbering import Renumbering
 
 
 class SpreadExperts:
@@ -212,7 +213,7 @@ def _agreed_placement(
     found: Placement | ConfigError | UnavailableError | None = None
     if ranks.rank == 0:
         try:
-            found = finished_placement(config, layers, dense)
+            found = finished_placement(config, layers, dense, Renumbering.beside(model.name_or_path))
             warm_splits(config)
         except (ConfigError, UnavailableError) as error:
             found = error

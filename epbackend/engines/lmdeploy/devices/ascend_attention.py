@@ -43,8 +43,7 @@ def prefill_attention(
 ) -> Tensor:
     """LMDeploy's `prefill_attention`: [T, N, D] into `attn_output`, each token beside those before it.
 
-    One call a request, in the layout BSH: what its document allows there has been the same in every release, while
-    the packed layout (TND) took these heads in none before CANN 8.3.
+    One call a request, in the layout BSH: the packed one (TND) is documented for such heads in newer releases alone.
     """
     if query_states.shape[-1] != head_size_v:
         raise UnavailableError(

@@ -37,6 +37,8 @@ AHEAD = 8
 PATIENCE_S = 2.0
 """How long a reader waits for a running worker that does not answer: it may be loading or capturing."""
 LOOK_S = 0.001
+SETTLE_S = 0.25
+"""How long a reader waits for ranks to have counted the same steps: busy ones never have for long."""
 
 # The segment is an array of these, one a rank: 5 MB each.
 RANK = np.dtype(
@@ -163,10 +165,20 @@ class SharedStats(StatsReader):
             ) from error
 
     def report(self) -> LoadReport:
-        """What has been counted up to now: all steps that have ended are in it."""
+        """What has been counted: all steps that have ended, and on an idle engine the same ones of all ranks."""
+        deadline = time.monotonic() + SETTLE_S
         with self._asking:
             self._ask()
+            # A client has its answer when the first rank has: the others end the same step a moment later.
+            while self._apart() and time.monotonic() < deadline:
+                time.sleep(LOOK_S)
+                self._ask()
             return self.latest()
+
+    def _apart(self) -> bool:
+        """Whether ranks that step together have counted different steps."""
+        steps = self._ranks["steps"][self._ranks["writer"] > 0]
+        return self._about.get("ep_size", 1) > 1 and bool((steps != steps[:1]).any())
 
     def tell(self, **about: Any) -> None:
         """Adds to what readers are told, or replaces it: anything that JSON can say, in 8 KB together."""
