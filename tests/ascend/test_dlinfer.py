@@ -201,6 +201,14 @@ def test_what_this_dlinfer_cannot_serve_is_refused_before_weights_are_loaded(set
         check_ascend(settings, EPConfig.load({"device": "ascend", "engine": engine}))
 
 
+def test_a_block_of_the_cache_suits_its_attention_unless_it_is_set():
+    from epbackend import EPConfig
+    from epbackend.engines.lmdeploy.lmdeploy_config import block_size
+
+    assert block_size(EPConfig.load({"device": "ascend"})) == 128
+    assert block_size(EPConfig.load({"device": "ascend", "engine": {"block_size": 256}})) == 256
+
+
 def test_more_ranks_than_npus_are_refused():
     from epbackend import EPConfig
     from epbackend.engines.lmdeploy.checks import check_ascend

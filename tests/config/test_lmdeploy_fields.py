@@ -36,11 +36,9 @@ def test_defaults_are_lmdeploys(theirs, name):
     assert getattr(EngineSettings(), name) == theirs[name]
 
 
-@pytest.mark.parametrize(("device", "tokens"), [("cpu", 64), ("cuda", 64), ("ascend", 128)])
-def test_a_block_of_the_cache_suits_the_device(theirs, device, tokens):
-    assert block_size(EPConfig(device=device)) == tokens
-    assert theirs["block_size"] == 64
-    assert block_size(EPConfig(device=device, engine={"block_size": 256})) == 256
+def test_a_block_of_the_cache_is_lmdeploys_unless_it_is_set(theirs):
+    assert block_size(EPConfig(device="cpu")) == theirs["block_size"]
+    assert block_size(EPConfig(device="cpu", engine={"block_size": 256})) == 256
 
 
 def test_extra_passes_known_fields_and_refuses_others(theirs):
