@@ -226,7 +226,7 @@ class Patches:
     def _replace(self, each: Patch) -> None:
         owner, name = each.find()
         original = inspect.getattr_static(owner, name)
-        if isinstance(original, staticmethod | classmethod):
+        if isinstance(original, staticmethod | classmethod):  # the build sees the function
             replacement: Any = type(original)(each.build(original.__func__))
         else:
             replacement = each.build(original)

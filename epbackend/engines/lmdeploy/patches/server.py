@@ -145,15 +145,13 @@ def chats_have_penalties(original: Callable) -> Callable:
     fingerprint="c831a9bb1b43",
 )
 def chats_show_what_was_asked(original: Callable) -> Callable:
-    function = original.__func__  # type: ignore[attr-defined]
-
-    @functools.wraps(function)
+    @functools.wraps(original)
     async def prepare(cls: type, *args: Any, **kwargs: Any) -> Any:
-        runner = await function(cls, *args, **kwargs)
+        runner = await original(cls, *args, **kwargs)
         runner.result_generator = _shown(runner.result_generator, runner.request.top_logprobs or 0)
         return runner
 
-    return classmethod(prepare)  # type: ignore[return-value]
+    return prepare
 
 
 async def _shown(parts: Any, count: int) -> Any:
