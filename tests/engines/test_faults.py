@@ -17,7 +17,7 @@ from epbackend.errors import ENGINE_FAILED
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        (Case(victim="rank 1", signal="SIGSTOP", phase="decode"), "rank 1 is stopped .*in a decode step"),
+        (Case(victim="rank 1", signal="SIGSTOP", phase="decode"), "rank 1 is stopped"),
         pytest.param(
             Case(ep=4, victim="rank 3", signal="SIGSTOP", phase="prefill"),
             "rank 3 is stopped",
