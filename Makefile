@@ -83,7 +83,7 @@ gpu: ## tests and benchmarks for a GPU that is there for ten minutes, the most i
 	$(CUDA_PYTHON) -m benchmarks.cuda.session $(GPU)
 
 test-ascend: setup $(NPU_WHEEL)/.ready ## the suite of the ascend device on an emulated A3; DEVICE=A2 for that chip, DEVICE=npu for four real NPUs
-	$(BIN)/python -m pytest tests/contract tests/ascend -m "ascend and not slow" --ascend $(DEVICE)
+	$(if $(filter npu,$(DEVICE)),$(BIN)/python -m pytest,$(PYTEST)) tests/contract tests/ascend -m "ascend and not slow" --ascend $(DEVICE)
 
 bench-ascend: ## milliseconds of a MoE layer on RANKS real NPUs, for each dispatcher (with the Python of your NPU environment)
 	$(PYTHON) -m torch.distributed.run --nproc-per-node $(RANKS) -m benchmarks.ascend_layer
@@ -91,8 +91,8 @@ bench-ascend: ## milliseconds of a MoE layer on RANKS real NPUs, for each dispat
 test-full: setup lint ## with the rarer combinations too
 	$(PYTEST)
 	$(INTERPRETED) -m "cuda and not layer"
-	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend A3
-	$(BIN)/python -m pytest tests/contract tests/ascend -m ascend --ascend A2
+	$(PYTEST) tests/contract tests/ascend -m ascend --ascend A3
+	$(PYTEST) tests/contract tests/ascend -m ascend --ascend A2
 
 lint: setup ## ruff, mypy, layers
 	$(BIN)/ruff check .

@@ -126,8 +126,11 @@ def _note_wait(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
 def _on_cpu(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run on CPU tensors that share the bytes; results become NPU tensors, in-place results the tensors they were."""
     lowered: dict[int, tuple[Tensor, Tensor]] = {}
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and _is_npu(leaf)]
-    place = tensors[0].device if tensors else torch.device("npu", torch.npu.current_device())
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if _is_npu(leaf)]
+    places = [leaf.device for leaf in leaves if isinstance(leaf, Tensor)]
+    places += [leaf for leaf in leaves if isinstance(leaf, torch.device) and leaf.index is not None]
+    # A thread's current device is the first one, whatever that of the thread that started it.
+    place = next(iter(places), torch.device("npu", torch.npu.current_device()))
     to_host = "device" in kwargs and not _is_npu(kwargs["device"])
 
     def lower(value: Any) -> Any:
