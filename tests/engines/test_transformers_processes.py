@@ -8,10 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from epbackend import renumber
+from epbackend.cli.demo import engine_settings
+from epbackend.config import EPConfig
+from epbackend.engines.transformers.ranks import generate
+from epbackend.models import resolve
+from epbackend.placement.formats import write
+from epbackend.placement.loads import ORIGINAL, Loads
+from epbackend.placement.renumbering import Renumbering
 from tests.helpers.patience import PATIENCE_S
 
+MODEL, LAYERS, EXPERTS = "tiny-qwen3-moe", 4, 32
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
@@ -39,6 +49,31 @@ def test_the_demo_by_transformers_places_experts_and_keeps_the_tokens(ranks, tmp
     assert said["placement"]["tokens_identical"] is True
     before, after = said["placement"]["before"], said["placement"]["after"]
     assert after["step_imbalance_mean"] < before["step_imbalance_mean"]
+
+
+@pytest.mark.slow
+def test_a_placement_of_the_original_places_the_experts_of_a_renumbered_checkpoint(tmp_path):
+    """Each rank holds the same experts as it would of the original, by their other numbers."""
+    prompts = ["In the year 1861", "class Parser:"]
+    loads = Loads.of(np.arange(1.0, 1 + LAYERS * EXPERTS).reshape(LAYERS, EXPERTS) ** 2, numbering=ORIGINAL)
+    write(loads, file := tmp_path / "loads.json", "sglang")
+    placement = tmp_path / "placement.json"
+    options = ("--ranks", "2", "--slots", str(EXPERTS), "--out", str(placement))
+    planned = run("epbackend", "plan", str(file), *options, cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    settings = {"placement": {"file": str(placement)}}
+    config = EPConfig.load(engine_settings("transformers", 2) | settings)
+    renumber.write(renumber.plan_renumbering(MODEL, loads, ranks=2), tmp_path / "renumbered")
+    original = generate(resolve(MODEL), config, prompts, 8)
+    renumbered = generate(str(tmp_path / "renumbered"), config, prompts, 8)
+    assert renumbered.token_ids == original.token_ids
+    made = Renumbering.beside(tmp_path / "renumbered")
+    assert made
+    assert made.changed == tuple(range(LAYERS))
+    for rank in range(2):
+        by_old_number = np.empty((LAYERS, EXPERTS), dtype=np.int64)
+        np.put_along_axis(by_old_number, made.old_YE, renumbered.load.tokens_RYE[rank], axis=1)
+        assert np.array_equal(by_old_number, original.load.tokens_RYE[rank])
 
 
 @pytest.mark.slow
