@@ -103,11 +103,13 @@ lint: setup ## ruff, mypy, layers
 soak: setup ## experts move every few seconds under mixed requests: same answers, flat memory, nothing left; MINUTES=20 SOAK="--ep 4"
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) $(SOAK)
 
-bench: setup ## the MoE layer and the planner beside their peers, and each dispatcher; tables, JSON and pictures in benchmarks/results
+bench: setup ## the MoE layer, the planner, renumbering and transformers beside their peers, and each dispatcher; tables, JSON and pictures in benchmarks/results
 	$(BIN)/python -m benchmarks.moe_layer
 	$(BIN)/python -m benchmarks.dispatchers
 	$(BIN)/python -m benchmarks.placement
 	$(BIN)/python -m benchmarks.rebalance
+	$(BIN)/python -m benchmarks.renumber
+	$(BIN)/python -m benchmarks.transformers_engine
 
 bench-cuda: ## the CUDA kernels beside their peers on a GPU; LMDEPLOY=folder of an unpacked wheel adds LMDeploy's
 	$(CUDA_PYTHON) -m benchmarks.cuda $(if $(LMDEPLOY),--lmdeploy $(LMDEPLOY))

@@ -58,6 +58,7 @@ class Patch:
 
     @property
     def module(self) -> str:
+        """The name of the target's module."""
         return self.target.partition(":")[0]
 
     @property
