@@ -22,7 +22,7 @@ from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import choose
 from epbackend.kernels import ExpertWeights
-from epbackend.kernels.cpu import CpuKernels
+from epbackend.kernels.cpu.kernels import CpuKernels
 
 E, D, F, K = 32, 1024, 512, 4
 TOKENS = (1, 16, 256, 2048)

@@ -253,6 +253,12 @@ class ExpertParallelMoE:
         biases = [bias for bias in (weights.gate_up_bias_L2F, weights.down_bias_LD) if bias is not None]
         return [*memory, *(bias[slot].view(-1).view(torch.uint8) for bias in biases)]
 
+    @property
+    def slot_layout(self) -> str:
+        """How `slot_memory` is arranged; only ranks that have the same may exchange it."""
+        both = self._weights.gate_up, self._weights.down
+        return ", ".join(self._kernels.slot_layout(each) for each in both)
+
     def prepare(self, slot_map: SlotMap, device: torch.device) -> Relocation:
         """The tables for other experts in the same slots, ready for `relocate`; from any thread, on no other's time.
 

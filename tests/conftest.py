@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from functools import partial
 from importlib.util import find_spec
@@ -48,6 +49,8 @@ class FailuresAtOnce:
 def pytest_configure(config):
     if terminal := config.pluginmanager.get_plugin("terminalreporter"):
         config.pluginmanager.register(FailuresAtOnce(terminal))
+    # Pinned, so that no test depends on what this processor is fast at; its own tests try each product.
+    os.environ.setdefault("EPBACKEND_CPU_PRODUCT", "onednn")
     platform = config.getoption("--ascend")
     if platform is None:
         return

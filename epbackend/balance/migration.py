@@ -152,7 +152,12 @@ class Migrator:
             )
         relocation = layer.prepare(SlotMap(migration.after, layer.slot_map.node_size), device)
         experts = stage(
-            migration, self._rank, lambda: self._connections.group(migration), layer.slot_memory, length
+            migration,
+            self._rank,
+            lambda: self._connections.group(migration),
+            layer.slot_memory,
+            length,
+            layer.slot_layout,
         )
         return _Staged(migration, layer, experts, relocation)
 

@@ -26,7 +26,15 @@ from epbackend.errors import EPError
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.005
 
-SEAL = np.dtype([("number", np.int64), ("layer", np.int64), ("expert", np.int64), ("checksum", np.int64)])
+SEAL = np.dtype(
+    [
+        ("number", np.int64),
+        ("layer", np.int64),
+        ("expert", np.int64),
+        ("checksum", np.int64),
+        ("layout", np.int64),
+    ]
+)
 
 
 class Connections:
@@ -81,11 +89,12 @@ def stage(
     connect: Callable[[], dist.ProcessGroupGloo],
     read: Callable[[int], list[Tensor]],
     length: int,
+    layout: str,
 ) -> dict[int, Tensor]:
     """Bring this rank's part: place -> the bytes of the expert that comes there, checked.
 
-    `read(place)` gives the memory of a slot, `length` bytes in all. Nothing is changed. It holds as many experts as
-    come to this rank, and one more while it sends.
+    `read(place)` gives the memory of a slot, `length` bytes in all, arranged as `layout` says. Nothing is changed. It
+    holds as many experts as come to this rank, and one more while it sends.
 
     Raises:
         EPError: an expert did not arrive as it was sent.
@@ -110,31 +119,35 @@ def stage(
     ]
     sent = torch.empty(length + SEAL.itemsize if outgoing else 0, dtype=torch.uint8)
     for index, move in outgoing.items():
-        _pack(migration, move, read(move.source_place), sent)
+        _pack(migration, move, read(move.source_place), layout, sent)
         assert group is not None
         group.send([sent], move.target, index).wait(_left(deadline))  # type: ignore[attr-defined]
     for index, move in incoming.items():
         if move.source == rank:
-            _pack(migration, move, read(move.source_place), messages[index])
+            _pack(migration, move, read(move.source_place), layout, messages[index])
     for arrival in arrivals:
         arrival.wait(_left(deadline))
-    return {move.target_place: _opened(migration, move, messages[index]) for index, move in incoming.items()}
+    return {
+        move.target_place: _opened(migration, move, messages[index], layout)
+        for index, move in incoming.items()
+    }
 
 
 def _left(deadline: float) -> timedelta:
     return timedelta(seconds=max(deadline - time.monotonic(), 0.001))
 
 
-def _pack(migration: Migration, move: Move, memory: list[Tensor], message: Tensor) -> None:
+def _pack(migration: Migration, move: Move, memory: list[Tensor], layout: str, message: Tensor) -> None:
     body = message[: -SEAL.itemsize]
     for part, here in zip(memory, body.split([len(each) for each in memory]), strict=True):
         here.copy_(part)  # from the experts' device
     seal = _seal_of(message)
     seal["number"], seal["layer"], seal["expert"] = migration.number, migration.layer, move.expert
+    seal["layout"] = zlib.crc32(layout.encode())
     seal["checksum"] = zlib.crc32(body.numpy().data) if migration.checksums else 0
 
 
-def _opened(migration: Migration, move: Move, message: Tensor) -> Tensor:
+def _opened(migration: Migration, move: Move, message: Tensor, layout: str) -> Tensor:
     """The expert's bytes. Raises EPError where they are not what was sent."""
     body, seal = message[: -SEAL.itemsize], _seal_of(message)
     came = int(seal["number"]), int(seal["layer"]), int(seal["expert"])
@@ -142,6 +155,11 @@ def _opened(migration: Migration, move: Move, message: Tensor) -> Tensor:
         raise EPError(
             f"rank {move.source} sent (migration, layer, expert) {came}, "
             f"not {(migration.number, migration.layer, move.expert)}"
+        )
+    if int(seal["layout"]) != zlib.crc32(layout.encode()):
+        raise EPError(
+            f"rank {move.source} stores the experts of layer {migration.layer} otherwise than this one ({layout}): set "
+            "EPBACKEND_CPU_PRODUCT to the same for all ranks, or let them write to the same cache"
         )
     if migration.checksums and zlib.crc32(body.numpy().data) != int(seal["checksum"]):
         raise EPError(f"expert {move.expert} of layer {migration.layer} came damaged from rank {move.source}")

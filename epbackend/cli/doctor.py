@@ -110,6 +110,9 @@ def examine() -> Iterator[tuple[str, Any]]:
             for name, device in devices().items()
         },
     )
+    from epbackend.kernels.cpu import choice
+
+    yield "processor", choice.report()
     from epbackend.dispatch.choose import dispatchers
 
     yield (
@@ -203,12 +206,37 @@ def _show(part: str, found: Any) -> None:
             table.add_row(
                 f"device {name}", *_verdict(device, f"kernels {', '.join(device['kernels'])}{alone}")
             )
+    elif part == "processor":
+        _show_processor(table, found)
     elif part == "dispatchers":
         for name, dispatcher in found.items():
             table.add_row(f"dispatcher {name}", *_verdict(dispatcher, dispatcher["summary"]))
     else:
         table.add_row("engine LMDeploy", *_verdict(found, "every hook is in place"))
     console.print(table)
+
+
+def _show_processor(table: Table, found: dict[str, Any]) -> None:
+    """How experts are multiplied on the CPU, and why so."""
+    onednn = ", ".join(found["onednn"]) or "nothing"
+    threads = f"{found['threads']} threads" + (
+        f" on {found['cores']} cores: set OMP_NUM_THREADS={found['cores']}"
+        if found["threads"] > found["cores"]
+        else ""
+    )
+    table.add_row("processor", threads, escape(f"{found['processor']}; oneDNN takes {onednn}"))
+    if found["forced"]:
+        table.add_row("experts' product", escape(found["forced"]), "EPBACKEND_CPU_PRODUCT is set")
+        return
+    for name, entry in found["measured"].items():
+        few, many = (
+            ", ".join(f"{product} {times[rows]:.0f}" for product, times in entry["us"].items())
+            for rows in ("1", "64")
+        )
+        remark = f"measured on {entry['date']}, us a matrix with 1 row: {few}; with 64: {many}"
+        table.add_row(f"experts in {name}", escape(entry["product"]), remark)
+    if not found["measured"]:
+        table.add_row("experts' product", "", "measured when the first experts are packed")
 
 
 def _show_decisions(chosen: dict[str, dict[str, Any]]) -> None:

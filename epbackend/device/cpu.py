@@ -9,7 +9,7 @@ import torch
 
 from epbackend.device.base import Device, Memory
 from epbackend.kernels import Kernels
-from epbackend.kernels.cpu import CpuKernels
+from epbackend.kernels.cpu.kernels import CpuKernels
 
 
 class CpuDevice(Device):

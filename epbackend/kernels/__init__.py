@@ -32,7 +32,7 @@ Prepacked = Any
 """The matrices of L slots as `prepack` stores them; only the kernels that made them read them.
 
 reference    one tensor [L, N, K], `Fp8Blocks` or `Int8Weights`
-cpu          a list of oneDNN's blocked tensors, one a slot; quantized experts as in the reference
+cpu          `cpu.kernels.Packed`, one matrix a slot, plain or in oneDNN's layout; quantized as in the reference
 triton       as in the reference
 grouped_mm   one tensor [L, N, K]
 ascend       one tensor [L, N, K], `Int8Weights`, or `npu.kernels.Tiled` (int8 in CANN's FRACTAL_NZ)
@@ -98,8 +98,11 @@ class Kernels(Protocol):
     def slot_memory(self, packed: Prepacked, slot: int) -> list[Tensor]:
         """The bytes of one slot's matrix as they are stored, in a fixed order: uint8 views, to be read and replaced.
 
-        What slots of one layer hold is interchangeable between ranks of one kind of device.
+        What slots of one layer hold is interchangeable between ranks whose `slot_layout` is the same.
         """
+
+    def slot_layout(self, packed: Prepacked) -> str:
+        """How the bytes of a slot are arranged: two ranks of one kind of device may have chosen differently."""
 
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Prepacked, counts_L: Tensor, bias_LN: Tensor | None = None

@@ -68,14 +68,18 @@ def quantize_rows(rows_SK: Tensor) -> tuple[Tensor, Tensor]:
     return (blocks / scale_SB.unsqueeze(2)).flatten(1)[:, :depth].to(FP8), scale_SB
 
 
+def rounded(rows_SK: Tensor) -> Tensor:
+    """Rows (float32) as they are once they were quantized."""
+    values_SK, scale_SB = quantize_rows(rows_SK)
+    return values_SK.float() * scale_SB.repeat_interleave(BLOCK, 1)[:, : rows_SK.shape[1]]
+
+
 def grouped_matmul(
     rows_SK: Tensor, weights: Fp8Blocks, counts_L: Tensor, bias_LN: Tensor | None = None
 ) -> Tensor:
     """rows_SN in the type of `rows_SK`: the reference of `Kernels.grouped_matmul` for float8 weights."""
-    _, columns, depth = weights.values_LNK.shape
-    values_SK, scale_SB = quantize_rows(rows_SK)
-    rounded_SK = values_SK.float() * scale_SB.repeat_interleave(BLOCK, 1)[:, :depth]
-    rows_SN = rows_SK.new_empty(len(rows_SK), columns)
+    rounded_SK = rounded(rows_SK)
+    rows_SN = rows_SK.new_empty(len(rows_SK), weights.values_LNK.shape[1])
     first = 0
     for slot, count in enumerate(counts_L.tolist()):
         part, only = slice(first, first + count), slice(slot, slot + 1)

@@ -42,7 +42,7 @@ def stacked(matrices: Matrices) -> Experts:
 
 
 class SlotMemory:
-    """`slot_memory` of `epbackend.kernels.Kernels`, for kernels that keep experts as they are given."""
+    """`slot_memory` and `slot_layout` of `epbackend.kernels.Kernels`, where experts are kept as they are given."""
 
     def slot_memory(self, packed: Any, slot: int) -> list[Tensor]:
         parts: tuple[Tensor, ...]
@@ -57,3 +57,6 @@ class SlotMemory:
                 f"experts stored as {type(packed).__name__} cannot be replaced one by one: set balance.on: false"
             )
         return [part[slot].view(-1).view(torch.uint8) for part in parts]
+
+    def slot_layout(self, packed: Any) -> str:
+        return "plain"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.errors import ConfigError
-from epbackend.kernels.cpu import CpuKernels
+from epbackend.kernels.cpu.kernels import CpuKernels
 from epbackend.placement import replica_split as on_arrays
 from epbackend.placement.placement import Layout
 from epbackend.replica_split import SlotMap, TokenSplit

@@ -1,0 +1,132 @@
+"""Experts on a CPU: the reference, with the products that are fastest on this processor.
+
+Prepacked matrices of floats are `Packed`; quantized ones stay as they are given, and their products are `compiled`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epbackend.kernels import Prepacked, fp8, int8
+from epbackend.kernels.cpu import products
+from epbackend.kernels.cpu.choice import Choice, choose, compiler_trouble
+from epbackend.kernels.cpu.products import EXACT_K, FLOAT8_UNIT, Scales
+from epbackend.kernels.reference import ReferenceKernels
+from epbackend.kernels.weight_formats import Matrices, stacked
+
+BLOCK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The matrices of L slots, in the layout of a choice: each memory of its own, so that one slot can be replaced."""
+
+    matrices_L: list[Tensor]
+    choice: Choice
+    at_L: np.ndarray
+    """Their addresses (int64), in the plain layout."""
+
+    def __len__(self) -> int:
+        return len(self.matrices_L)
+
+
+class CpuKernels(ReferenceKernels):
+    """Faster than the reference, and right on every processor: what it has no fast product of, it widens to float32."""
+
+    def __init__(self, product: str = "auto") -> None:
+        """`product` is one of `choice.PRODUCTS`, or "auto": the one that was the fastest in a measurement here."""
+        self._product = product
+
+    def prepack(self, weights_LNK: Matrices) -> Prepacked:
+        if isinstance(weights_LNK, fp8.Fp8Blocks | int8.Int8Weights):
+            return stacked(weights_LNK)
+        # Slots that share memory could not be replaced one by one.
+        in_place = isinstance(weights_LNK, Tensor) and weights_LNK.is_contiguous()
+        choice: Choice | None = None
+        packed: list[Tensor] = []
+        for weight in (matrices := iter(weights_LNK)):
+            if isinstance(weight, int8.Int8Matrix):
+                return stacked([weight, *matrices])
+            choice = choice or choose(weight.dtype, self._product)
+            packed.append(_packed(weight.detach(), choice, in_place))
+        at_L = [0 if weight_NK.is_mkldnn else weight_NK.data_ptr() for weight_NK in packed]
+        return Packed(packed, choice or Choice.of("library"), np.array(at_L, np.int64))
+
+    def slot_memory(self, packed: Prepacked, slot: int) -> list[Tensor]:
+        if isinstance(packed, Packed):
+            return [products.bytes_of(packed.matrices_L[slot])]
+        return super().slot_memory(packed, slot)
+
+    def slot_layout(self, packed: Prepacked) -> str:
+        return packed.choice.layout if isinstance(packed, Packed) else super().slot_layout(packed)
+
+    def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
+        """Block by block: a float32 copy of all rows at once costs page faults, and memory that no cutoff bounds."""
+        blocks = zip(rows_SD.split(BLOCK_ROWS), choice_of_row_S.split(BLOCK_ROWS), strict=True)
+        for rows_MD, choice_of_row_M in blocks:
+            super().unpermute(rows_MD, choice_of_row_M, weights_TK, out_TD)
+
+    def grouped_matmul(
+        self, rows_SK: Tensor, packed: Prepacked, counts_L: Tensor, bias_LN: Tensor | None = None
+    ) -> Tensor:
+        if not isinstance(packed, Packed) and compiler_trouble():
+            return super().grouped_matmul(rows_SK, packed, counts_L, bias_LN)
+        last_L = counts_L.cumsum(0).numpy()
+        first_L = last_L - counts_L.numpy()
+        if isinstance(packed, Packed):
+            out_SN = _products(rows_SK, packed, first_L, last_L)
+        else:
+            out_SN = _quantized_products(rows_SK, packed, first_L, last_L)
+        if bias_LN is not None:
+            out_SN[: last_L[-1]] += bias_LN.repeat_interleave(counts_L, 0)
+        return out_SN.to(rows_SK.dtype)
+
+
+def _packed(weight_NK: Tensor, choice: Choice, in_place: bool) -> Tensor:
+    if choice.layout == "onednn":
+        return products.reordered(weight_NK)
+    # A matrix that comes alone may be a view of memory that its owner frees.
+    weight_NK = weight_NK if in_place else weight_NK.clone(memory_format=torch.contiguous_format)
+    products.use_huge_pages(weight_NK.data_ptr(), weight_NK.nbytes)
+    return weight_NK
+
+
+def _products(rows_SK: Tensor, packed: Packed, first_L: np.ndarray, last_L: np.ndarray) -> Tensor:
+    """rows_SN, in the dtype of the rows or in float32; each slot by the product that its number of rows asks for."""
+    choice, matrices_L = packed.choice, packed.matrices_L
+    outputs = matrices_L[0].shape[0]
+    if choice.layout == "onednn":
+        out_SN = rows_SK.new_empty(len(rows_SK), outputs)
+        products.onednn(rows_SK, matrices_L, first_L, last_L, out_SN, choice.fewest_rows)
+        return out_SN
+    takes_L = choice.compiled(last_L - first_L)
+    if not takes_L.any():
+        out_SN = rows_SK.new_empty(len(rows_SK), outputs)
+    else:
+        dtype, ends_L = matrices_L[0].dtype, np.where(takes_L, last_L, first_L)
+        at_L = packed.at_L[: len(first_L)]
+        out_SN = products.compiled(rows_SK, at_L, first_L, ends_L, dtype, outputs)
+    if not takes_L.all():
+        out_SN = out_SN.to(rows_SK.dtype)
+        products.library(rows_SK, matrices_L, np.where(takes_L, last_L, first_L), last_L, out_SN)
+    return out_SN
+
+
+def _quantized_products(
+    rows_SK: Tensor, packed: fp8.Fp8Blocks | int8.Int8Weights, first_L: np.ndarray, last_L: np.ndarray
+) -> Tensor:
+    """rows_SN (float32) as the reference of the format has it; float8's sums are of another order."""
+    values_LNK = packed.values_LNK
+    slots, outputs, depth = values_LNK.shape
+    at_L = values_LNK.data_ptr() + np.arange(slots, dtype=np.int64) * (outputs * depth)
+    where = at_L[: len(first_L)], first_L, last_L, values_LNK.dtype, outputs
+    if isinstance(packed, int8.Int8Weights):
+        values_SK, scale_S = int8.quantize_rows(rows_SK)
+        scales = Scales(packed.scale_LN.unsqueeze(2), 1, EXACT_K)
+        return products.compiled(values_SK, *where, scales).mul_(scale_S.unsqueeze(1))
+    rounded_SK = fp8.rounded(rows_SK)
+    return products.compiled(rounded_SK, *where, Scales(packed.scale_LBB * FLOAT8_UNIT, fp8.BLOCK, fp8.BLOCK))
