@@ -16,7 +16,6 @@ from epbackend.device.cuda import CudaDevice
 from epbackend.engines.lmdeploy import disable
 from tests.helpers import engine_models as models
 from tests.helpers import processes
-from tests.helpers.forked_engines import forked_engines
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,13 +45,6 @@ def cuda() -> CudaDevice:
     if reason := device.unavailable():
         pytest.skip(f"cuda: {reason}")
     return device
-
-
-@pytest.fixture(scope="module")
-def forked_ranks() -> Iterator[None]:
-    """For modules that start many engines in this process: what happens in their ranks, not how those are started."""
-    with forked_engines():
-        yield
 
 
 @pytest.fixture

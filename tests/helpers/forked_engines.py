@@ -1,7 +1,7 @@
 """Engines of this process whose ranks are forks of one process that has loaded LMDeploy, as those of `ranks` are.
 
-A user's ranks are started by `spawn`, and each imports torch, transformers and LMDeploy: 4 s of a core. What a rank does
-is the same either way; how it is started, and how it ends, is for tests of whole processes.
+A user's ranks are started by `spawn`, and each imports torch, transformers and LMDeploy: 4 s of a core. What a rank
+does is the same either way; how it is started, and how it ends, is for tests of whole processes.
 """
 
 from __future__ import annotations

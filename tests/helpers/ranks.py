@@ -38,7 +38,7 @@ def forking() -> multiprocessing.context.ForkServerContext:
     Where tests of engines run as well it has loaded LMDeploy with the plug, for the ranks of `forked_engines`.
     """
     loaded = ["epbackend.moe", "tests.helpers.layer_case"]
-    if "tests.engines.conftest" in sys.modules:
+    if {"tests.engines.conftest", "tests.helpers.forked_engines"} & sys.modules.keys():
         loaded += ["epbackend.engines.lmdeploy.workers.mp", "epbackend.engines.lmdeploy.patches"]
     if os.environ.get("TRITON_INTERPRET") and "tests.helpers.moe_modules" in sys.modules:
         loaded.append("tests.helpers.moe_modules")  # the ranks of tests/engines/test_cuda_plug.py
