@@ -11,12 +11,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := requirements/cpu.txt requirements/lmdeploy.txt pyproject.toml
 READY := $(VENV)/.ready
 NPU_WHEEL := .torch-npu
-# Two workers, each with a file at a time: tests start engines of up to four processes themselves. A thread each: more
-# than there are cores would burn them by waiting for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Each worker takes a file at a time: tests start engines of up to four processes themselves. A thread each: more than
+# there are cores would burn them by waiting for each other. Bytecode is kept whatever the environment says: every
+# process that a test starts would compile the package again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
+# Two workers compute all the time. Those of engines wait for them as well: a third has work for the cores meanwhile.
+SUITE := $(PYTEST) 3
 CUDA_TESTS := tests/cuda tests/symmetric tests/contract
 # Triton decides when a kernel is defined whether it will be interpreted, so this is a run of its own.
-INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) $(CUDA_TESTS) tests/engines --hypothesis-profile interpreter
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) 2 $(CUDA_TESTS) tests/engines --hypothesis-profile interpreter
 # Where the Ascend tests run: an emulated A3 or A2, or npu for real ones.
 DEVICE ?= A3
 MINUTES ?= 20
@@ -62,10 +65,12 @@ demo: setup ## the main job: a LMDeploy pipeline whose experts live in two proce
 demo-ascend: setup $(NPU_WHEEL)/.ready ## the same on two emulated NPUs, with LMDeploy's, dlinfer's and torch-npu's own code; DEVICE=npu for real ones
 	$(BIN)/python -m tests.helpers.ascend_demo --device $(or $(filter-out A3,$(DEVICE)),A2) --dispatcher mc2
 
-test: setup lint test-cpu test-ascend ## everything that this machine can check
+test: setup ## everything that this machine can check, lint beside the first tests
+	@$(MAKE) --no-print-directory --jobs 2 lint test-cpu
+	@$(MAKE) --no-print-directory test-ascend
 
 test-cpu: setup ## the suite on the CPU, the CUDA kernels in Triton's interpreter; tests of a device that is missing skip with the reason
-	$(PYTEST) -m "not slow"
+	$(SUITE) -m "not slow"
 	$(INTERPRETED) -m "cuda and not layer and not slow"
 
 # A machine with a GPU brings its own Python with torch, triton and pytest; nothing is installed there.
@@ -83,16 +88,16 @@ gpu: ## tests and benchmarks for a GPU that is there for ten minutes, the most i
 	$(CUDA_PYTHON) -m benchmarks.cuda.session $(GPU)
 
 test-ascend: setup $(NPU_WHEEL)/.ready ## the suite of the ascend device on an emulated A3; DEVICE=A2 for that chip, DEVICE=npu for four real NPUs
-	$(if $(filter npu,$(DEVICE)),$(BIN)/python -m pytest,$(PYTEST)) tests/contract tests/ascend -m "ascend and not slow" --ascend $(DEVICE)
+	$(if $(filter npu,$(DEVICE)),$(BIN)/python -m pytest,$(PYTEST) 2) tests/contract tests/ascend -m "ascend and not slow" --ascend $(DEVICE)
 
 bench-ascend: ## milliseconds of a MoE layer on RANKS real NPUs, for each dispatcher (with the Python of your NPU environment)
 	$(PYTHON) -m torch.distributed.run --nproc-per-node $(RANKS) -m benchmarks.ascend_layer
 
 test-full: setup lint ## with the rarer combinations too
-	$(PYTEST)
+	$(SUITE)
 	$(INTERPRETED) -m "cuda and not layer"
-	$(PYTEST) tests/contract tests/ascend -m ascend --ascend A3
-	$(PYTEST) tests/contract tests/ascend -m ascend --ascend A2
+	$(PYTEST) 2 tests/contract tests/ascend -m ascend --ascend A3
+	$(PYTEST) 2 tests/contract tests/ascend -m ascend --ascend A2
 
 lint: setup ## ruff, mypy, layers
 	$(BIN)/ruff check .

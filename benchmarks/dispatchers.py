@@ -17,7 +17,7 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from benchmarks.local_ranks import run_on_ranks
-from benchmarks.report import print_table, save
+from benchmarks.report import command_line, print_table, save
 from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import choose
@@ -188,4 +188,5 @@ def _slowest(answers: list[dict]) -> dict:
 
 
 if __name__ == "__main__":
+    command_line(__doc__).parse_args()
     main()

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from benchmarks.report import OURS, PEER, print_table, save
+from benchmarks.report import OURS, PEER, command_line, print_table, save
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
@@ -156,4 +156,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    command_line(__doc__).parse_args()
     main()

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.report import OURS, PEER, print_table, save
+from benchmarks.report import OURS, PEER, command_line, print_table, save
 from epbackend.placement import Loads, Placement, count_moves, plan, read_loads, synthetic_loads
 from epbackend.placement.compare import mean_imbalance
 from epbackend.placement.replica_split import level_shares
@@ -260,9 +259,12 @@ def picture(placed: Rows, split: Rows) -> Figure:
 
 
 def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("loads", nargs="*", help="files of recorded loads")
+    files = parser.parse_args().loads
     warm_up()
     torch.set_num_threads(1)
-    loads = read_loads(sys.argv[1:]) if sys.argv[1:] else synthetic_loads(windows=3)
+    loads = read_loads(files) if files else synthetic_loads(windows=3)
     tables = {
         "Placement: (ok or MISSED: target)": placements(loads),
         "EP144/288: few slots a rank": budgets(loads),
@@ -274,7 +276,7 @@ def main() -> None:
         if rows:
             print_table(title, rows)
     placed, *_, split, _ = tables.values()
-    save("placement-recorded" if sys.argv[1:] else "placement", tables, picture(placed, split))
+    save("placement-recorded" if files else "placement", tables, picture(placed, split))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ measured on one thread. Results go to `rebalance`, those on files to `rebalance-
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.report import OURS, PEER, print_table, save
+from benchmarks.report import OURS, PEER, command_line, print_table, save
 from epbackend.balance.cost import H100, MODELS, CostModel
 from epbackend.balance.simulation import Simulation, sequence, simulate
 from epbackend.placement import Loads, read_loads, synthetic_loads
@@ -99,18 +98,19 @@ def picture(rows: Rows) -> Figure:
 
 
 def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("loads", nargs="*", help="files of DeepSeek-V3's recorded loads")
+    files = parser.parse_args().loads
     warm_up()
     kimi = MODELS["kimi-k2"]
     loads = {
-        "deepseek-v3": read_loads(sys.argv[1:])
-        if sys.argv[1:]
-        else synthetic_loads(61, dense_layers=3, windows=4),
+        "deepseek-v3": read_loads(files) if files else synthetic_loads(61, dense_layers=3, windows=4),
         "kimi-k2": synthetic_loads(kimi.layers, kimi.experts, dense_layers=kimi.dense_layers, windows=4),
     }
     rows = [row(cycles, found) for cycles, found in simulations(loads)]
     title = "Balance while serving, a mean cycle: (ok or MISSED: target)"
     print_table(title, rows)
-    save("rebalance-recorded" if sys.argv[1:] else "rebalance", {title: rows}, picture(rows))
+    save("rebalance-recorded" if files else "rebalance", {title: rows}, picture(rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
-from benchmarks.report import OURS, PEER, print_table, save
+from benchmarks.report import OURS, PEER, command_line, print_table, save
 from epbackend.placement.loads import Loads
 from epbackend.placement.warmup import warm_up
 from epbackend.renumber import plan_renumbering, write
@@ -113,4 +112,10 @@ def _drawn(draw: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 2.0, sys.argv[2] if len(sys.argv) > 2 else None)
+    parser = command_line(__doc__)
+    parser.add_argument("gigabytes", nargs="?", type=float, default=2.0, help="size of each checkpoint")
+    parser.add_argument(
+        "folder", nargs="?", help="whose file system is measured, instead of that of temporary files"
+    )
+    given = parser.parse_args()
+    main(given.gigabytes, given.folder)

@@ -1,7 +1,8 @@
-"""What every measurement does with its figures: machine, table, JSON, picture."""
+"""What every measurement does: its command line, and with its figures machine, table, JSON, picture."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -16,6 +17,11 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 OURS, PEER = "#1b6ca8", "#b9c0c7"
+
+
+def command_line(what: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help shows `what`, the docstring of the benchmark, as it is written."""
+    return argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def machine() -> dict[str, Any]:

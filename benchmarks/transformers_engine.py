@@ -25,7 +25,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from benchmarks.local_ranks import run_on_ranks
-from benchmarks.report import OURS, PEER, print_table, save
+from benchmarks.report import OURS, PEER, command_line, print_table, save
 from epbackend.config import EPConfig
 from epbackend.dispatch.base import RankGroup
 from epbackend.engines.transformers import distributed_config, spread_experts
@@ -173,4 +173,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    command_line(__doc__).parse_args()
     main()

@@ -79,3 +79,12 @@ def ranks(request):
     pool = RankPool("hccl", partial(ascend.start, platform)) if platform else RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def forked_ranks():
+    """For modules that start many engines in this process: what happens in their ranks, not how those are started."""
+    from tests.helpers.forked_engines import forked_engines  # LMDeploy, which a machine with a GPU may lack
+
+    with forked_engines():
+        yield

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ tomllib = pytest.importorskip("tomllib")
 ROOT = Path(__file__).parents[1]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 CHINESE = ROOT / "README.zh-CN.md"
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 DOCUMENTS = [
     ROOT / "README.md",
     CHINESE,
@@ -56,9 +59,7 @@ def test_files_that_are_named_exist(document):
 
 
 def test_make_targets_that_are_named_exist():
-    targets = set(
-        re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    targets = set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
     for document in DOCUMENTS:
         assert set(re.findall(r"`make ([a-z0-9-]+)", document.read_text(encoding="utf-8"))) <= targets
 
@@ -81,9 +82,8 @@ def test_the_readme_names_the_commands_and_options_that_there_are():
 def test_an_image_is_set_up_by_a_target_or_extras_that_there_are_and_runs_as_another_user(file):
     text = file.read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"RUN make ([a-z-]+)", text):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
     for extras in re.findall(r"\.\[([a-z,]+)\]", text):
         assert set(extras.split(",")) <= set(project["optional-dependencies"])
     assert "\nUSER 65534\n" in text
@@ -227,3 +227,16 @@ def names(tree: ast.AST) -> set[str]:
             case ast.keyword(arg=str(name)):
                 found.add(name)
     return found
+
+
+@pytest.mark.parametrize(
+    "module", re.findall(r"^\t\$\(BIN\)/python -m (benchmarks\.\w+)", MAKEFILE, re.MULTILINE)
+)
+def test_a_benchmark_says_what_it_measures_before_it_starts(module, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert len(said.split("options:")[0]) > 200, said

@@ -1,6 +1,11 @@
-"""The commands as a person runs them: real processes, real engines."""
+"""The commands as a person runs them, with real engines.
+
+In processes of their own, as far as the process matters: what it prints beside its ranks, Ctrl-C, what it leaves. The
+others run in this process, which has loaded what each would load first, for 5 s of a core.
+"""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -13,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from epbackend.cli import main
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.pictures import drawn_share
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("forked_ranks")]
 
 EPBACKEND = str(Path(sys.executable).with_name("epbackend"))
 TWO_RANKS = {
@@ -36,6 +42,28 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
         timeout=PATIENCE_S,
         check=False,
     )
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """Like `run`, in this process; `typed` is what a person types."""
+
+    def run_here(
+        *arguments: object, cwd: Path | None = None, typed: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr("sys.argv", ["epbackend", *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        if cwd:
+            monkeypatch.chdir(cwd)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, ended.value.code or 0, said.out, said.err)
+
+    heeded = signal.getsignal(signal.SIGTERM)
+    yield run_here
+    signal.signal(signal.SIGTERM, heeded)
 
 
 def left_memory() -> set[str]:
@@ -96,16 +124,18 @@ def test_demo_of_balance_moves_experts_and_keeps_the_tokens(tmp_path):
     assert left_memory() <= before
 
 
-def test_demo_shows_dispatcher_load_and_verdict(tmp_path):
-    result = run("demo", "--ranks", 1, "--model", "tiny-deepseek-v3", "--max-new-tokens", 4, cwd=tmp_path)
+def test_demo_shows_dispatcher_load_and_verdict(tmp_path, run_here):
+    result = run_here(
+        "demo", "--ranks", 1, "--model", "tiny-deepseek-v3", "--max-new-tokens", 4, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert "replicated" in result.stdout
     assert "load of the ranks" in result.stdout
     assert "12 tokens beside Hugging Face's own generate: identical" in result.stdout
 
 
-def test_generate_prints_one_object(config_file):
-    result = run(
+def test_generate_prints_one_object(config_file, run_here):
+    result = run_here(
         "generate", "tiny-deepseek-v3", "--config", config_file(ep_level=1), "--prompt", "The", "--max-new-tokens", 5,
         "--json",
     )  # fmt: skip
@@ -121,8 +151,8 @@ def test_generate_prints_one_object(config_file):
     assert said["tokens_per_second"] > 0
 
 
-def test_generate_streams_text(config_file):
-    result = run(
+def test_generate_streams_text(config_file, run_here):
+    result = run_here(
         "generate",
         "tiny-qwen3-moe",
         "-c",
@@ -137,11 +167,9 @@ def test_generate_streams_text(config_file):
     assert "load of the ranks" in result.stdout
 
 
-def test_chat_answers_until_the_input_ends(config_file):
-    talk = subprocess.run(
-        [EPBACKEND, "chat", "tiny-qwen3-moe", "-c", str(config_file()), "--max-new-tokens", "4"],
-        input="The whale\n/new\nThe ship\n\n", capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-    )  # fmt: skip
+def test_chat_answers_until_the_input_ends(config_file, run_here):
+    typed = "The whale\n/new\nThe ship\n\n"
+    talk = run_here("chat", "tiny-qwen3-moe", "-c", config_file(), "--max-new-tokens", 4, typed=typed)
     assert talk.returncode == 0, talk.stderr
     assert talk.stdout.count("you:") == 4
 
@@ -189,12 +217,14 @@ def read_until(stream, mark: bytes) -> bytes:
         ({"engine": {"cache_gb": 1e6}}, "tiny-qwen3-moe", "cache_gb"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_anything_starts(config_file, settings, model, message):
+def test_settings_that_cannot_work_are_refused_before_anything_starts(
+    config_file, settings, model, message, run_here
+):
     if settings.get("device") == "cuda":
         torch = pytest.importorskip("torch")
         if torch.cuda.is_available():
             pytest.skip("this machine has CUDA")
-    result = run("generate", model, "--config", config_file(**settings), "--prompt", "x", "--json")
+    result = run_here("generate", model, "--config", config_file(**settings), "--prompt", "x", "--json")
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -208,9 +238,9 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(config_fil
         pytest.param('["The whale", "The ship"]', id="json"),
     ],
 )
-def test_record_writes_the_loads_of_every_layer(config_file, tmp_path, prompts):
+def test_record_writes_the_loads_of_every_layer(config_file, tmp_path, prompts, run_here):
     (tmp_path / "prompts").write_text(prompts)
-    result = run(
+    result = run_here(
         "record", "tiny-deepseek-v3", "--config", config_file(), "--prompts", "prompts", "--out", "loads.json",
         "--max-new-tokens", 4, "--json", cwd=tmp_path,
     )  # fmt: skip
@@ -233,17 +263,17 @@ def test_record_writes_the_loads_of_every_layer(config_file, tmp_path, prompts):
         ("[", "neither text nor JSON"),
     ],
 )
-def test_record_refuses_a_file_without_prompts(tmp_path, prompts, message):
+def test_record_refuses_a_file_without_prompts(tmp_path, prompts, message, run_here):
     if prompts is not None:
         (tmp_path / "prompts").write_text(prompts)
-    result = run("record", "tiny-qwen3-moe", "--prompts", "prompts", "--out", "loads.json", cwd=tmp_path)
+    result = run_here("record", "tiny-qwen3-moe", "--prompts", "prompts", "--out", "loads.json", cwd=tmp_path)
     assert result.returncode == 2
     assert "error: prompts: prompts" in result.stderr
     assert message in result.stderr
 
 
-def test_doctor_lists_every_device_and_dispatcher():
-    result = run("doctor", "--json")
+def test_doctor_lists_every_device_and_dispatcher(run_here):
+    result = run_here("doctor", "--json")
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     cpu = {"usable": True, "reason": None, "no_collectives": None, "kernels": ["auto", "reference"]}

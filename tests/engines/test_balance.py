@@ -22,6 +22,8 @@ from tests.helpers.engines import GREEDY, await_model, balanced, complete, confi
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import ROOT, engine_workers
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 
 def generate_until(pipe, expected, done):
     """Answers prompts whose loads differ from round to round until `done(report)`; every answer must be right."""

@@ -166,6 +166,7 @@ def test_lmdeploys_check_of_ranks_does_not_demand_deep_ep(cuda):
         check(executor="threads")
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_greedy_tokens_of_a_pipeline_with_cuda_experts(cuda, checkpoint, monkeypatch):
     """Two ranks, both levels. Attention and the rest are the CPU's, the experts are the CUDA kernels'."""
     if not cuda.emulated:

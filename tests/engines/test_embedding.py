@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from epbackend.errors import ConfigError
 from tests.helpers.engine_models import prompts
 from tests.helpers.engines import GREEDY, config
 from tests.helpers.patience import PATIENCE_S
+from tests.helpers.ranks import forking
 
 pytestmark = [pytest.mark.cpu, pytest.mark.engine]
 SCRIPT = """
@@ -39,7 +39,7 @@ def test_a_thread_builds_a_pipeline(checkpoint, reference):
 
 
 def test_a_daemonic_process_is_told_that_it_may_not():
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     theirs, ours = context.Pipe()
     process = context.Process(target=_refused, args=(ours,), daemon=True)
     process.start()

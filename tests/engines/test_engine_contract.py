@@ -16,6 +16,8 @@ from epbackend.engines.transformers.ranks import generate
 from epbackend.models import resolve
 from epbackend.placement.placement import Layout, Placement
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 MODEL, LAYERS, EXPERTS, TOP_K = "tiny-qwen3-moe", 4, 32, 4
 NEW_TOKENS = 10
 HELD = (tuple(range(20)), (*range(20, 32), 0, 1, 2))

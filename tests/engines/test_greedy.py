@@ -9,6 +9,8 @@ import epbackend
 from tests.helpers.engine_models import EXPERTS, NEW_TOKENS, TOP_K, prompts
 from tests.helpers.engines import GREEDY, config
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 # Small enough that the twelve prompts wait in line, the long ones are cut in chunks, and shared beginnings are found.
 CROWDED = {
     "max_batch_size": 4,

@@ -17,6 +17,8 @@ from epbackend.errors import ConfigError
 from tests.helpers.engine_models import prompts
 from tests.helpers.engines import GREEDY, config
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 
 @pytest.fixture(scope="module")
 def pipe(checkpoint: Callable[[str], Path]) -> Iterator[Any]:

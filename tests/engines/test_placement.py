@@ -20,6 +20,8 @@ from tests.helpers.engine_models import greedy_tokens, prompts
 from tests.helpers.engines import GREEDY, config
 from tests.helpers.processes import engine_workers
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 EXPERTS, LAYERS = 32, 4
 FLOAT32 = {"dtype": "float32"}
 DENSE = {"tiny-qwen3-moe": (), "tiny-deepseek-v3": (0,)}

@@ -74,6 +74,7 @@ def test_a_worker_killed_at_start_fails_the_start(checkpoint):
     assert engine_workers() == []
 
 
+@pytest.mark.slow  # the default run has it in test_weight_check.py and, in a server, in test_server.py
 def test_the_error_of_a_failed_worker_is_quoted(checkpoint):
     """The weights do not have the shape that the settings claim: found by the workers, told by the parent."""
     broken = EPConfig.load(

@@ -16,7 +16,7 @@ import epbackend
 from epbackend.errors import ConfigError, WorkerError
 from tests.helpers.engines import config
 
-pytestmark = [pytest.mark.cpu, pytest.mark.engine]
+pytestmark = [pytest.mark.cpu, pytest.mark.engine, pytest.mark.usefixtures("forked_ranks")]
 LAYER = "model.layers.1.mlp"
 EXPERT = f"{LAYER}.experts.5"
 

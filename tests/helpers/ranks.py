@@ -33,10 +33,15 @@ SIZES = (1, 2, 4)
 
 
 def forking() -> multiprocessing.context.ForkServerContext:
-    """Starts processes as forks of one that has loaded torch and the layer: in no time instead of 3 s each."""
+    """Starts processes as forks of one that has loaded torch and the layer: in no time instead of 3 s each.
+
+    Where tests of engines run as well it has loaded LMDeploy with the plug, for the ranks of `forked_engines`.
+    """
     loaded = ["epbackend.moe", "tests.helpers.layer_case"]
+    if {"tests.engines.conftest", "tests.helpers.forked_engines"} & sys.modules.keys():
+        loaded += ["epbackend.engines.lmdeploy.workers.mp", "epbackend.engines.lmdeploy.patches"]
     if os.environ.get("TRITON_INTERPRET") and "tests.helpers.moe_modules" in sys.modules:
-        loaded.append("tests.helpers.moe_modules")  # LMDeploy: the ranks of tests/engines/test_cuda_plug.py
+        loaded.append("tests.helpers.moe_modules")  # the ranks of tests/engines/test_cuda_plug.py
     multiprocessing.set_forkserver_preload(loaded)
     return multiprocessing.get_context("forkserver")
 
