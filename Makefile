@@ -46,8 +46,9 @@ $(READY): $(PINS) scripts/check_setup.py
 	@echo "== 4/5 epbackend"
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/python scripts/check_setup.py
-	@echo "== 5/5 the planner, compiled once"
+	@echo "== 5/5 the planner, compiled once, and what this processor multiplies fastest"
 	$(BIN)/python -m epbackend.placement.warmup
+	$(BIN)/python -m epbackend.kernels.cpu.choice
 	@touch $@
 
 $(NPU_WHEEL)/.ready: requirements/ascend.txt $(READY)

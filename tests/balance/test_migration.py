@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from epbackend.balance.board import PLACE
-from tests.helpers.migrating import BROKEN, DAMAGED, EXPERTS, LATE, TOKENS, TOP_K, WAY, migrate, plans
+from tests.helpers.migrating import (
+    BROKEN,
+    DAMAGED,
+    EXPERTS,
+    LATE,
+    OTHER_LAYOUT,
+    TOKENS,
+    TOP_K,
+    WAY,
+    migrate,
+    plans,
+)
 
 pytestmark = pytest.mark.cpu
 
@@ -67,6 +78,7 @@ def test_after_a_hundred_migrations_in_a_row_every_slot_is_right(ranks, board_fi
     ("fault", "said"),
     [
         (DAMAGED, "came damaged from rank 1"),
+        (OTHER_LAYOUT, "rank 1 stores the experts of layer 0 otherwise"),
         pytest.param(BROKEN, "no memory", marks=pytest.mark.slow),
         pytest.param(LATE, "rank 0", marks=pytest.mark.slow),
     ],

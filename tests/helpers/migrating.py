@@ -27,7 +27,7 @@ from tests.helpers.layer_case import place_of
 from tests.helpers.patience import PATIENCE_S
 
 EXPERTS, TOKENS, TOP_K = 8, 6, 3
-DAMAGED, LATE, BROKEN = "damaged", "late", "broken"
+DAMAGED, OTHER_LAYOUT, LATE, BROKEN = "damaged", "other layout", "late", "broken"
 
 
 @dataclass(frozen=True)
@@ -222,10 +222,15 @@ def _values(matrices: object) -> Tensor:
 def _fault(fault: str | None):
     pack, stage = transfer._pack, migration.stage
 
-    def damage(plan: Migration, move: object, memory: list[Tensor], message: Tensor) -> None:
-        pack(plan, move, memory, message)
+    def damage(plan: Migration, move: object, memory: list[Tensor], layout: str, message: Tensor) -> None:
+        pack(plan, move, memory, layout, message)
         if plan.number == 1:
             message[0] ^= 1
+
+    def other_layout(
+        plan: Migration, move: object, memory: list[Tensor], layout: str, message: Tensor
+    ) -> None:
+        pack(plan, move, memory, "other" if plan.number == 1 else layout, message)
 
     def late(plan: Migration, *args: object) -> object:
         if plan.number == 1:
@@ -237,6 +242,6 @@ def _fault(fault: str | None):
             raise OSError("no memory")
         return stage(plan, *args)
 
-    if fault == DAMAGED:
-        return mock.patch.object(transfer, "_pack", damage)
+    if fault in (DAMAGED, OTHER_LAYOUT):
+        return mock.patch.object(transfer, "_pack", {DAMAGED: damage, OTHER_LAYOUT: other_layout}[fault])
     return mock.patch.object(migration, "stage", {LATE: late, BROKEN: broken}.get(fault, stage))
