@@ -1,6 +1,6 @@
 """The math on one device: the contract that every device's kernels keep.
 
-`reference.py` is the contract in plain torch and the oracle of the tests; `cpu.py`, `triton/`, `torch_grouped_mm.py`
+`reference.py` is the contract in plain torch and the oracle of the tests; `cpu/`, `triton/`, `torch_grouped_mm.py`
 and `npu/` are faster. A tensor's name ends in its shape:
 
     T  tokens                      D  hidden size               S  expanded rows: one for each choice of a token

@@ -266,8 +266,13 @@ def processor() -> str:
 
 
 def main() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        print(f"the fastest product of {dtype} on {processor()}: {choose(dtype)}")
+    """Measures with all threads and with one, as ranks that share a machine have."""
+    print(f"experts on {processor()}")
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        for dtype in (torch.float32, torch.bfloat16):
+            print(f"  {dtype}, {threads} threads: {choose(dtype)}", flush=True)
+        choose.cache_clear()
 
 
 if __name__ == "__main__":
