@@ -192,7 +192,11 @@ def _kept_or_measured(dtype: torch.dtype) -> dict[str, Any]:
         lock = FileLock(path.with_suffix(".lock"))
         lock.acquire()  # ranks start together: one measures, and the others wait instead of disturbing it
     except OSError as error:
-        logger.info("what is measured of the CPU is not kept: %s", error)
+        logger.warning(
+            "experts' products are compiled and measured in each process, about 5 s, as nothing can be kept (%s): set "
+            "XDG_CACHE_HOME and NUMBA_CACHE_DIR to a folder that can be written",
+            error,
+        )
         return _measured(dtype)
     with lock:
         if name in (entries := known()):

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,14 @@ STORED: dict[torch.dtype, Any] = {
 }
 """How numba sees the bits of each format. Each has a type of its own, by which `widened` knows it."""
 
-# Sums in any order, fused; but NaN and infinity count, as the rows and weights of a user may have them.
-compiled: Any = njit(error_model="numpy", fastmath={"reassoc", "contract", "nsz"}, cache=True)
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Decorator of what the threads run. Sums are fused and of any order, but NaN and infinity count."""
+    # Where numba finds no place that it may write to, as in a container, each process compiles for itself.
+    made = njit(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})(function)
+    with suppress(RuntimeError):
+        made.enable_caching()
+    return made
 
 
 def instruction(function: Callable[..., Any]) -> Any:
@@ -225,7 +232,11 @@ def threads_part(dtype: torch.dtype) -> Any:
                 min(call.outputs, (block + 1) * BLOCK_N),
             )
 
-    return cfunc(types.void(types.voidptr), error_model="numpy", cache=True)(draw_tasks)
+    made = partial(cfunc, types.void(types.voidptr), error_model="numpy")
+    try:
+        return made(cache=True)(draw_tasks)
+    except RuntimeError:  # as in `compiled`
+        return made()(draw_tasks)
 
 
 def grouped_product(
