@@ -13,9 +13,9 @@ imbalance than the limit allows, under the split `nearest`, which the visits sup
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,7 +46,11 @@ class Affinity:
     """The busiest rank over the mean, under `nearest`, that a layer may have for fewer visits."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.limit, bool) or not isinstance(self.limit, (int, float)) or not 1 <= self.limit < 100:
+        if (
+            isinstance(self.limit, bool)
+            or not isinstance(self.limit, (int, float))
+            or not 1 <= self.limit < 100
+        ):
             raise ConfigError(
                 f"affinity: the limit {self.limit!r} must be a number of 1 or more, such as {LIMIT}: the busiest rank "
                 "over the mean"
@@ -55,6 +59,20 @@ class Affinity:
     def check(self, loads: Loads) -> None:
         """Raises ConfigError where the pairs are of another model than the loads."""
         check_same_model(self.pairs, loads.layers, loads.experts, "loads", loads.numbering)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a placement says of it: the pairs by name and digest, not their counts."""
+        return {"affinity": self.limit, "pairs": f"{self.pairs.name} {self.pairs.digest}"}
+
+    def gather_layers(self, layouts: Sequence[Layout], loads: Loads, node_size: int) -> tuple[Layout, ...]:
+        """All layers of a model; those without loads or pairs stay as they are."""
+        return tuple(
+            self.gather(layer, layout, tokens_WE[tokens_WE.any(axis=1)], node_size)
+            if (tokens_WE := loads.tokens_WYE[:, layer]).any()
+            else layout
+            for layer, layout in enumerate(layouts)
+        )
 
     def gather(self, layer: int, layout: Layout, tokens_WE: np.ndarray, node_size: int) -> Layout:
         """The layer with fewer visits, or as it is. tokens_WE: the windows of loads that it is planned for."""
@@ -96,12 +114,17 @@ class Affinity:
 
         share_E = (tokens_WE / tokens_WE.sum(axis=1, keepdims=True)).mean(axis=0)
         topk = self.pairs.topk
-        both_EE = self.pairs.tokens_YEE[layer] / (self.pairs.loads_YE[layer].sum() / topk)
+        both_EE = self.pairs.beyond_noise(layer)
         chance_E = np.diagonal(both_EE).copy()
         np.fill_diagonal(both_EE, 0.0)
         node_R = np.arange(layout.ranks) // (node_size or layout.ranks)
         return Gathering(
-            share_E, chance_E, both_EE, layout.rank_of_slot_P.copy(), node_R, _price(topk, int(node_R[-1]) + 1)
+            share_E,
+            chance_E,
+            both_EE,
+            layout.rank_of_slot_P.copy(),
+            node_R,
+            _price(topk, int(node_R[-1]) + 1),
         )
 
 

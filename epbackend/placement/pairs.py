@@ -43,8 +43,14 @@ class Pairs:
         diagonal_YE = np.diagonal(tokens_YEE, axis1=1, axis2=2)
         for bad_YEE, what in (
             (~((tokens_YEE >= 0) & (tokens_YEE <= MOST_TOKENS)), f"is no count from 0 to {MOST_TOKENS}"),
-            (tokens_YEE != tokens_YEE.transpose(0, 2, 1), "differs from that of the same two in the other order"),
-            (tokens_YEE > diagonal_YE[:, :, None], "is more than the tokens of the first one alone (the diagonal)"),
+            (
+                tokens_YEE != tokens_YEE.transpose(0, 2, 1),
+                "differs from that of the same two in the other order",
+            ),
+            (
+                tokens_YEE > diagonal_YE[:, :, None],
+                "is more than the tokens of the first one alone (the diagonal)",
+            ),
         ):
             if bad_YEE.any():
                 layer, expert, other = np.argwhere(bad_YEE)[0]
@@ -80,6 +86,26 @@ class Pairs:
         """K, the experts of a token: each token counts K times on the diagonal, and K * K times in all."""
         return max(1, round(self.tokens_YEE.sum() / max(self.loads_YE.sum(), 1.0)))
 
+    def beyond_noise(self, layer: int) -> np.ndarray:
+        """The chance that a token chooses both experts, float64 [E, E]; on the diagonal, that it chooses the expert.
+
+        Counts differ from those of independent choices by chance alone, too, and a search finds the largest such
+        differences. So each is made smaller by the part that chance explains over all pairs (as James and Stein do).
+        """
+        chance_E = self.loads_YE[layer] / max(self.loads_YE[layer].sum() / self.topk, 1e-300)
+        both_EE = self.tokens_YEE[layer] / max(self.loads_YE[layer].sum() / self.topk, 1e-300)
+        np.fill_diagonal(both_EE, 0.0)
+        alone_EE = np.outer(chance_E, chance_E)
+        np.fill_diagonal(alone_EE, 0.0)
+        alone_EE *= both_EE.sum() / max(alone_EE.sum(), 1e-300)
+        tokens = self.loads_YE[layer].sum() / self.topk
+        possible_EE = alone_EE > 0
+        chi_squared = tokens * ((both_EE - alone_EE)[possible_EE] ** 2 / alone_EE[possible_EE]).sum()
+        real = max(0.0, 1 - possible_EE.sum() / max(chi_squared, 1e-300))
+        both_EE = alone_EE + real * (both_EE - alone_EE)
+        np.fill_diagonal(both_EE, chance_E)
+        return both_EE
+
     @cached_property
     def digest(self) -> str:
         """The same for the same counts: by it a placement names them."""
@@ -97,9 +123,13 @@ def count_pairs(topk_ids_TK: np.ndarray, experts: int) -> np.ndarray:
     """
     ids_TK = np.asarray(topk_ids_TK)
     if ids_TK.ndim != 2 or ids_TK.dtype.kind not in "iu":
-        raise ConfigError(f"routes: must be whole numbers [tokens, K], not {ids_TK.dtype} of shape {ids_TK.shape}")
+        raise ConfigError(
+            f"routes: must be whole numbers [tokens, K], not {ids_TK.dtype} of shape {ids_TK.shape}"
+        )
     if ids_TK.size and not 0 <= ids_TK.min() <= ids_TK.max() < experts:
-        raise ConfigError(f"routes: they name expert {ids_TK.max()}, but a layer has experts 0 to {experts - 1}")
+        raise ConfigError(
+            f"routes: they name expert {ids_TK.max()}, but a layer has experts 0 to {experts - 1}"
+        )
     ids_TK = ids_TK.astype(np.int64)
     both_S = (ids_TK[:, :, None] * experts + ids_TK[:, None, :]).reshape(-1)
     return np.bincount(both_S, minlength=experts * experts).reshape(experts, experts)

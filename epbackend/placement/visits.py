@@ -122,9 +122,7 @@ def expected_visits(pair_EE: np.ndarray, topk: int, layout: Layout, node_size: i
         for first_X, node_X in ((first_R, node_R), (first_R[::size].copy(), np.arange(nodes)))
     )
     ranks_MM = ranks_MR.reshape(nodes, nodes, size).sum(axis=2)
-    return Visits(
-        float(ranks_MR.sum(axis=1).mean()), float(nodes_MM.sum(axis=1).mean()), nodes_MM, ranks_MM
-    )
+    return Visits(float(ranks_MR.sum(axis=1).mean()), float(nodes_MM.sum(axis=1).mean()), nodes_MM, ranks_MM)
 
 
 def chance_of_none(mean: np.ndarray, twice: np.ndarray, topk: int) -> np.ndarray:

@@ -158,7 +158,15 @@ def gather_on_nodes(problem, expert_P, first_M, most_load, sweeps):
             for slot in range(first_M[home], first_M[home + 1]):
                 for away in range(nodes):
                     gain = _moved_gain(
-                        problem, expert_P[slot], home, away, held_EM, holders_E, with_EMM, arrive_EM, change_MM
+                        problem,
+                        expert_P[slot],
+                        home,
+                        away,
+                        held_EM,
+                        holders_E,
+                        with_EMM,
+                        arrive_EM,
+                        change_MM,
                     )
                     move_PM[slot, away] = gain
                     top_MM[home, away] = max(top_MM[home, away], gain)
@@ -184,15 +192,28 @@ def gather_on_nodes(problem, expert_P, first_M, most_load, sweeps):
                             gain > best_gain
                             and partner != expert
                             and _fits(
-                                problem, expert, partner, home, away, held_EM, holders_E, load_M, most_load, ranks
+                                problem,
+                                expert,
+                                partner,
+                                home,
+                                away,
+                                held_EM,
+                                holders_E,
+                                load_M,
+                                most_load,
+                                ranks,
                             )
                         ):
                             best, best_away, best_gain = other, away, gain
                 if best < 0:
                     continue
                 partner, away = expert_P[best], best_away
-                gain = _moved_gain(problem, expert, home, away, held_EM, holders_E, with_EMM, arrive_EM, change_MM)
-                gain += _moved_gain(problem, partner, away, home, held_EM, holders_E, with_EMM, arrive_EM, other_MM)
+                gain = _moved_gain(
+                    problem, expert, home, away, held_EM, holders_E, with_EMM, arrive_EM, change_MM
+                )
+                gain += _moved_gain(
+                    problem, partner, away, home, held_EM, holders_E, with_EMM, arrive_EM, other_MM
+                )
                 _change(held_EM, expert, holders_E[expert], home, away, change_MM)
                 _change(held_EM, partner, holders_E[partner], away, home, other_MM)
                 for source in range(nodes):
