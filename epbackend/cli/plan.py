@@ -31,7 +31,7 @@ from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
 from epbackend.placement.score import Score, score
 from epbackend.placement.visits import placement_visits
-from epbackend.placement.warmup import warm_up
+from epbackend.placement.warmup import warm_up, warm_up_affinity
 
 COMPILED = ("refined", "incremental")
 """Planners that numba compiles."""
@@ -86,7 +86,9 @@ def plan(
     recorded = load_windows(loads).with_dense(layer_numbers(dense_layers))
     before = read_placement(current, ReadOptions(ranks=ranks)) if current else None
     counted, gathering = load_pairs(pairs, affinity)
-    if algorithm in COMPILED or counted:
+    if gathering:
+        warm_up_affinity()
+    if algorithm in COMPILED:
         warm_up()  # so that the seconds below are of planning, not of loading machine code
     with watching("planning") as progress:
         start = time.perf_counter()

@@ -1,6 +1,7 @@
 """`epbackend record`: the loads of a real run, to plan a placement on."""
 
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,6 +77,8 @@ def _run(
     from epbackend.placement.formats.pairs import write_pairs
 
     recording = Recording.of(out, locate(model), config.ep_size)
+    if pairs is not None and not os.access(pairs.parent, os.W_OK):
+        raise ConfigError(f"pairs: {pairs} cannot be written; name a file in a folder that exists")
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
     with ExitStack() as stack:
         if pairs is not None:

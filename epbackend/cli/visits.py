@@ -38,7 +38,7 @@ def load_pairs(pairs: Path | None, affinity: float | None) -> tuple[Pairs | None
     if pairs is None:
         if affinity is not None:
             raise ConfigError(
-                "affinity: needs --pairs FILE, which experts are chosen together; record them (epbackend record --pairs)"
+                "affinity: needs --pairs FILE, which experts are chosen together; record it (epbackend record --pairs)"
             )
         return None, None
     recorded = read_pairs(pairs)

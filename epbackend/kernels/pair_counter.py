@@ -18,12 +18,14 @@ class PairCounter:
     """Adds up the pairs of one layer."""
 
     def __init__(self, experts: int, device: torch.device) -> None:
-        with torch.inference_mode(False):  # models are loaded in it, and its tensors cannot be changed outside of it
+        with torch.inference_mode(
+            False
+        ):  # models are loaded in it, and its tensors cannot be changed outside of it
             self._tokens_S = torch.zeros(experts * experts, dtype=torch.int64, device=device)
         self._experts, self._calls = experts, 0
 
     def add(self, topk_ids_TK: Tensor) -> None:
-        """Every EVERY-th call counts. Waits for nothing; a CUDA graph holds none of it, so that its replays count nothing."""
+        """Looks at every EVERY-th call and waits for nothing. A CUDA graph holds none of it: replays count nothing."""
         if topk_ids_TK.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         self._calls += 1
@@ -42,5 +44,5 @@ class PairCounter:
 
     @property
     def tokens_EE(self) -> Tensor:
-        """Counted tokens that chose both experts (int64, on the CPU); on the diagonal, the expert. It waits for them."""
+        """Counted tokens that chose both experts (int64, on the CPU); on the diagonal, the expert. Waits for them."""
         return self._tokens_S.cpu().view(self._experts, self._experts)

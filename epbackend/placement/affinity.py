@@ -67,6 +67,10 @@ class Affinity:
 
     def gather_layers(self, layouts: Sequence[Layout], loads: Loads, node_size: int) -> tuple[Layout, ...]:
         """All layers of a model; those without loads or pairs stay as they are."""
+        from epbackend.placement.search.affinity_search import gather_on_nodes
+        from epbackend.placement.search.compiled import announce
+
+        announce(gather_on_nodes)
         return tuple(
             self.gather(layer, layout, tokens_WE[tokens_WE.any(axis=1)], node_size)
             if (tokens_WE := loads.tokens_WYE[:, layer]).any()

@@ -109,7 +109,7 @@ class Pairs:
     @cached_property
     def digest(self) -> str:
         """The same for the same counts: by it a placement names them."""
-        return sha256(np.ascontiguousarray(self.tokens_YEE)).hexdigest()[:12]
+        return sha256(self.tokens_YEE.tobytes()).hexdigest()[:12]
 
 
 def count_pairs(topk_ids_TK: np.ndarray, experts: int) -> np.ndarray:

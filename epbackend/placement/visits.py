@@ -98,8 +98,8 @@ def visits_of_routes(topk_ids_TK: np.ndarray, layout: Layout, node_size: int = 0
 def expected_visits(pair_EE: np.ndarray, topk: int, layout: Layout, node_size: int = 0) -> Visits:
     """An estimate from pairs alone, which say how many of a token's experts a rank holds on average, and the variance.
 
-    The chance that it is none is that of the Pólya distribution with these two moments: of K draws, where each raises or
-    lowers the chance of the next. Independent choices are its special case, and choices that never come together too.
+    The chance that it is none is that of the Pólya distribution with these two moments: of K draws, where each raises
+    or lowers the chance of the next. Choices that are independent, or never come together, are special cases.
 
     Args:
         pair_EE: tokens that chose both experts; on the diagonal, that chose the expert (see `Pairs`).

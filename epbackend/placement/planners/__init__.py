@@ -50,7 +50,7 @@ def plan(
         search_ms: milliseconds that each layer may be searched beyond the first answer.
         seed: of all random numbers.
         current: the placement in use, from which some planners start.
-        affinity: for fewer nodes and ranks that a token visits, at a limited loss of balance; of every planner's layers.
+        affinity: of any planner's layers: fewer nodes and ranks that a token visits, at a limited loss of balance.
         progress: called with (layers done, layers in all).
         options: options of this planner alone; its module lists them.
 

@@ -347,15 +347,15 @@ def pack_ranks(problem, expert_P, first_R):
 
 @inner
 def _holds(expert_P, first_R, rank, expert):
+    held = False
     for slot in range(first_R[rank], first_R[rank + 1]):
-        if expert_P[slot] == expert:
-            return True
-    return False
+        held |= expert_P[slot] == expert
+    return held
 
 
 @inner
 def _relieve_node(expert_P, weight_P, load_R, first_R, begin, end):
-    """Swaps a slot of the fullest rank from `begin` to `end` with one of another, the best each time, until none helps."""
+    """Swaps a slot of the fullest rank, of those from `begin` to `end`, with one of another, until none helps."""
     for _ in range(4 * (first_R[end] - first_R[begin])):
         full = begin
         for rank in range(begin, end):

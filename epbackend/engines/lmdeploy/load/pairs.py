@@ -19,7 +19,9 @@ PAIRS_VARIABLE = "EPBACKEND_PAIRS"
 
 
 @contextmanager
-def counting_pairs(ranks: int, layers: int, name: str, numbering: str | None) -> Iterator[Callable[[], Pairs]]:
+def counting_pairs(
+    ranks: int, layers: int, name: str, numbering: str | None
+) -> Iterator[Callable[[], Pairs]]:
     """Engines that are started inside count pairs; once they have ended, the call that is given says which.
 
     Args:
@@ -44,7 +46,9 @@ def write_down(counters: Mapping[int, PairCounter]) -> None:
     """Leaves this worker's file, with the pairs of each layer by its number."""
     folder = Path(os.environ[PAIRS_VARIABLE])
     unfinished = folder / f".{os.getpid()}.npz"
-    np.savez_compressed(unfinished, **{str(layer): each.tokens_EE.numpy() for layer, each in counters.items()})
+    np.savez_compressed(
+        unfinished, **{str(layer): each.tokens_EE.numpy() for layer, each in counters.items()}
+    )
     unfinished.replace(folder / f"{os.getpid()}.npz")
 
 
