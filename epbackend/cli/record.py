@@ -41,8 +41,8 @@ def record(
         return
     load = _run(model, settings, texts, out, max_new_tokens, pairs)
     print_load(load)
-    also = "" if pairs is None else f"; pairs: {pairs}"
-    console.print(f"{len(texts)} prompts; loads: {out}{also}", highlight=False)
+    beside = "" if pairs is None else f"; pairs: {pairs}"
+    console.print(f"{len(texts)} prompts; loads: {out}{beside}", highlight=False)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -117,10 +117,9 @@ def expected_visits(pair_EE: np.ndarray, topk: int, layout: Layout, node_size: i
     np.add.at(held_EM, (expert_P, node_R[layout.rank_of_slot_P]), 1)
     first_R = np.append(0, np.cumsum(layout.slots_R))
     both_EE = pair_EE / max(np.trace(pair_EE) / topk, 1e-300)
-    ranks_MR, nodes_MM = (
-        1.0 - chance_of_none(*visit_moments(expert_P, first_X, node_X, held_EM, both_EE), topk)
-        for first_X, node_X in ((first_R, node_R), (first_R[::size].copy(), np.arange(nodes)))
-    )
+    places = (first_R, node_R), (first_R[::size].copy(), np.arange(nodes))
+    moments = (visit_moments(expert_P, *each, held_EM, both_EE) for each in places)
+    ranks_MR, nodes_MM = (1.0 - chance_of_none(mean, twice, topk) for mean, twice in moments)
     ranks_MM = ranks_MR.reshape(nodes, nodes, size).sum(axis=2)
     return Visits(float(ranks_MR.sum(axis=1).mean()), float(nodes_MM.sum(axis=1).mean()), nodes_MM, ranks_MM)
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,9 +47,8 @@ def write_down(counters: Mapping[int, PairCounter]) -> None:
     """Leaves this worker's file, with the pairs of each layer by its number."""
     folder = Path(os.environ[PAIRS_VARIABLE])
     unfinished = folder / f".{os.getpid()}.npz"
-    np.savez_compressed(
-        unfinished, **{str(layer): each.tokens_EE.numpy() for layer, each in counters.items()}
-    )
+    arrays: dict[str, Any] = {str(layer): each.tokens_EE.numpy() for layer, each in counters.items()}
+    np.savez_compressed(unfinished, **arrays)
     unfinished.replace(folder / f"{os.getpid()}.npz")
 
 
