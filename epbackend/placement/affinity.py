@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LIMIT = 1.02
 SWEEPS = 3
-"""Passes over all slots, unless one changes nothing; six more lower the visits by another tenth of a percent."""
+"""Passes over all slots, unless one changes nothing; three more lower the visits by another tenth of a percent."""
 NODE_PARTS = (0.5, 0.1)
 """The part of the limit that nodes may use up, tried in turn until their ranks can keep within the limit."""
 

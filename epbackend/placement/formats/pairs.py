@@ -1,6 +1,6 @@
 """Pairs in files: JSON with `logical_pairs`, [layers][experts][experts], beside SGLang's `logical_count`; or npz.
 
-The npz holds the same under `logical_pairs`, and is small: most layers compress to a tenth. Both say by whose numbers
+The npz holds the same under `logical_pairs`, compressed. Both say by whose numbers
 experts are counted (`numbering`), where that is known.
 """
 
