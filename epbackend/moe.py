@@ -33,6 +33,7 @@ from epbackend.dispatch.choose import Decision, choose
 from epbackend.dispatch.context import GroupContext
 from epbackend.errors import ConfigError, EPError
 from epbackend.kernels import ExpertWeights
+from epbackend.kernels.pair_counter import PairCounter
 from epbackend.kernels.weight_formats import Matrices, outputs
 from epbackend.names import PHASES
 from epbackend.replica_split import SlotMap, TokenSplit
@@ -68,6 +69,8 @@ class LayerStats:
         self._experts_L, self._experts = torch.tensor(local_experts), experts
         self.credit_E = torch.zeros(experts, dtype=torch.int64)
         """Added to each expert's tokens: what slots counted for an expert that they no longer hold."""
+        self.pairs: PairCounter | None = None
+        """Where it is set, which experts tokens choose together is counted too."""
 
     def count_in(self, rows_L: Tensor) -> None:
         """Go on counting there, on the experts' device, so that one allocation can hold the rows of all layers.
@@ -93,6 +96,8 @@ class LayerStats:
         self.calls, self.passes, self.rounds = 0, Counter(), Counter()
         self.rows_L.zero_()
         self.credit_E = torch.zeros_like(self.credit_E)
+        if self.pairs is not None:
+            self.pairs.start_over()
 
     def replace_experts(self, local_experts: tuple[int, ...]) -> None:
         """From now on these experts are in the slots. What was counted, for which it waits, stays with the old ones."""
@@ -227,6 +232,8 @@ class ExpertParallelMoE:
             raise EPError(f"MoE layer {self.layer} is closed: make another one")
         if phase not in PHASES:
             raise ConfigError(f"phase {phase!r} is unknown; it is one of {', '.join(PHASES)}")
+        if self.load.pairs is not None:
+            self.load.pairs.add(topk_ids_TK)
         exchange = self._dispatchers[phase].begin(
             hidden_TD, self._splits[phase](topk_ids_TK), topk_weights_TK
         )

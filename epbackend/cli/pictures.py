@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from epbackend.balance.simulation import Simulation
     from epbackend.engines.lmdeploy import LoadReport
     from epbackend.placement.compare import ScoreTable
+    from epbackend.placement.visits import Visits
 
 LABEL, TITLE = 13, 17
 """Sizes of the letters, in points."""
@@ -152,6 +153,42 @@ def save_before_after(before: Placement, after: Placement, loads: Loads, path: P
     was, now = (_times(worst_Y.mean()) for worst_Y in busiest)
     figure.suptitle(
         f"Busiest of {after.ranks} ranks: from {was} to {now} the mean load",
+        fontsize=TITLE,
+        fontweight="bold",
+    )
+    return _save(figure, path)
+
+
+def save_traffic(named: dict[str, Visits], path: Path) -> Path:
+    """How many tokens of each node visit each other node, under two placements, on one scale of colours."""
+    from matplotlib.figure import Figure
+
+    nodes = len(next(iter(named.values())).nodes_MM)
+    figure = Figure(figsize=(13.3, 6.4), layout="constrained")
+    panels = figure.subplots(1, len(named), sharey=True)
+    for axes, (name, visits) in zip(panels, named.items(), strict=True):
+        shown_MM = np.where(np.eye(nodes, dtype=bool), np.nan, 100 * visits.nodes_MM)
+        image = axes.imshow(shown_MM, cmap="cividis", vmin=0, vmax=100)
+        for (source, node), percent in np.ndenumerate(shown_MM):
+            if source != node and nodes**2 <= MOST_NUMBERS:
+                colour = "black" if percent > 55 else "white"
+                axes.text(
+                    node, source, f"{percent:.0f}", color=colour, ha="center", va="center", fontsize=LABEL
+                )
+        axes.set_title(
+            f"{name}\na token visits {visits.other_nodes:.2f} other nodes, {visits.ranks:.2f} ranks",
+            fontsize=LABEL,
+        )
+        axes.set_xlabel("to node", fontsize=LABEL)
+        axes.set_xticks(range(nodes))
+        axes.set_yticks(range(nodes))
+        axes.tick_params(labelsize=LABEL - 1)
+    panels[0].set_ylabel("tokens of node", fontsize=LABEL)
+    bar = figure.colorbar(image, ax=panels.tolist())
+    bar.set_label("tokens that go there (%)", fontsize=LABEL)
+    was, now = (visits.other_nodes for visits in named.values())
+    figure.suptitle(
+        f"Nodes that a token visits besides its own: from {was:.2f} to {now:.2f}",
         fontsize=TITLE,
         fontweight="bold",
     )

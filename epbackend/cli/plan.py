@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from epbackend.cli.inputs import (
     unplanned,
 )
 from epbackend.cli.output import JsonOption, console, say, watching
+from epbackend.cli.visits import AffinityOption, PairsOption, load_pairs, visit_facts, visits_table
 from epbackend.errors import ConfigError
 from epbackend.names import PLANNERS
 from epbackend.placement import planners
@@ -28,7 +30,8 @@ from epbackend.placement.formats import ReadOptions, read_placement, write
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
 from epbackend.placement.score import Score, score
-from epbackend.placement.warmup import warm_up
+from epbackend.placement.visits import placement_visits
+from epbackend.placement.warmup import warm_up, warm_up_affinity
 
 COMPILED = ("refined", "incremental")
 """Planners that numba compiles."""
@@ -62,6 +65,8 @@ def plan(
             "--option", metavar="NAME=VALUE", help="An option of this algorithm alone: topology=ring."
         ),
     ] = None,
+    pairs: PairsOption = None,
+    affinity: AffinityOption = None,
     dense_layers: DenseOption = "",
     out: Annotated[Path | None, typer.Option(help="Where the placement goes.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where a heat map goes: load by layer and rank.")] = None,
@@ -80,18 +85,34 @@ def plan(
     }
     recorded = load_windows(loads).with_dense(layer_numbers(dense_layers))
     before = read_placement(current, ReadOptions(ranks=ranks)) if current else None
+    counted, gathering = load_pairs(pairs, affinity)
+    if gathering:
+        warm_up_affinity()
     if algorithm in COMPILED:
         warm_up()  # so that the seconds below are of planning, not of loading machine code
     with watching("planning") as progress:
         start = time.perf_counter()
         placement = planners.plan(
-            recorded, **asked, current=before, progress=progress, **_options(extra, asked)
+            recorded, **asked, current=before, affinity=gathering, progress=progress, **_options(extra, asked)
         )
         seconds = time.perf_counter() - start
 
     reference = before or unplanned(recorded, ranks)
     judged = score(placement, recorded, objective=objective, baseline=before)
     result = {**judged.to_dict(), **_more(placement, recorded), "seconds": round(seconds, 4)}
+    visits = {}
+    if counted:
+        # On the nodes that are asked for, whatever the placement before was made for.
+        named = {algorithm_in_words(reference): replace(reference, node_size=node_size)}
+        if gathering:
+            with watching("planning without affinity") as progress:
+                plain = planners.plan(
+                    recorded, **asked, current=before, progress=progress, **_options(extra, asked)
+                )
+            named["balanced"] = plain
+        named["planned"] = placement
+        visits = {name: placement_visits(each, counted) for name, each in named.items()}
+        result["visits"] = {name: visit_facts(each, placement.experts) for name, each in visits.items()}
     if out:
         write(placement, out, "epbackend")
         result["out"] = str(out)
@@ -104,6 +125,8 @@ def plan(
         print(json.dumps(result))
     else:
         _print(result, placement, reference, score(reference, recorded, objective=objective))
+        if visits:
+            console.print(visits_table(visits, placement.experts))
 
 
 def _options(extra: list[str] | None, asked: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """`epbackend record`: the loads of a real run, to plan a placement on."""
 
 import json
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,18 +22,27 @@ def record(
     out: Annotated[Path, typer.Option(help="JSON for the loads of every layer: what plan and SGLang read.")],
     settings: EPConfig,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 64,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON or npz for which experts are chosen together, counted on some of the tokens: plan --affinity "
+            "reads it."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer prompts, and write down how many tokens each expert of each layer got."""
     texts = read_prompts(prompts)
     if as_json:
         with json_stdout() as print_json:
-            load = _run(model, settings, texts, out, max_new_tokens)
-            print_json({"loads": str(out), "prompts": len(texts), **facts(settings, load)})
+            load = _run(model, settings, texts, out, max_new_tokens, pairs)
+            also = {} if pairs is None else {"pairs": str(pairs)}
+            print_json({"loads": str(out), **also, "prompts": len(texts), **facts(settings, load)})
         return
-    load = _run(model, settings, texts, out, max_new_tokens)
+    load = _run(model, settings, texts, out, max_new_tokens, pairs)
     print_load(load)
-    console.print(f"{len(texts)} prompts; loads: {out}", highlight=False)
+    beside = "" if pairs is None else f"; pairs: {pairs}"
+    console.print(f"{len(texts)} prompts; loads: {out}{beside}", highlight=False)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -54,20 +65,33 @@ def read_prompts(path: Path) -> list[str]:
     return found
 
 
-def _run(model: str, config: EPConfig, prompts: list[str], out: Path, max_new_tokens: int) -> Any:
-    """The load of answering the prompts, written to `out`."""
+def _run(
+    model: str, config: EPConfig, prompts: list[str], out: Path, max_new_tokens: int, pairs: Path | None
+) -> Any:
+    """The load of answering the prompts, written to `out`; and their pairs to `pairs`."""
     from lmdeploy import GenerationConfig
 
     from epbackend.engines.lmdeploy.checkpoint import locate
+    from epbackend.engines.lmdeploy.load.pairs import counting_pairs
     from epbackend.engines.lmdeploy.load.recording import Recording
+    from epbackend.placement.formats.pairs import write_pairs
 
     recording = Recording.of(out, locate(model), config.ep_size)
+    if pairs is not None and not os.access(pairs.parent, os.W_OK):
+        raise ConfigError(f"pairs: {pairs} cannot be written; name a file in a folder that exists")
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
-    with running(model, config) as pipe:
-        before = pipe.load()
-        answers = pipe.infer(prompts, gen_config=generation, do_preprocess=False)
-        load = pipe.load().since(before)
-    if failed := [answer for answer in answers if answer.finish_reason == "error"]:
-        raise EPError(f"the engine failed: {failed[0].error_message} (its log above says more)")
-    recording.write(load)
+    with ExitStack() as stack:
+        if pairs is not None:
+            counted = stack.enter_context(
+                counting_pairs(config.world_size, recording.layers, pairs.stem, recording.numbering)
+            )
+        with running(model, config) as pipe:
+            before = pipe.load()
+            answers = pipe.infer(prompts, gen_config=generation, do_preprocess=False)
+            load = pipe.load().since(before)
+        if failed := [answer for answer in answers if answer.finish_reason == "error"]:
+            raise EPError(f"the engine failed: {failed[0].error_message} (its log above says more)")
+        recording.write(load)
+        if pairs is not None:
+            write_pairs(counted(), pairs)
     return load

@@ -1,5 +1,6 @@
 """`epbackend show`: what a placement holds, and what it does to the load of each rank."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -7,13 +8,16 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from epbackend.cli.inputs import LoadsOption, described, load_windows, unplanned
+from epbackend.cli.inputs import LoadsOption, algorithm_in_words, described, load_windows, unplanned
 from epbackend.cli.output import console, say
-from epbackend.cli.pictures import rank_loads_YR, save_before_after
+from epbackend.cli.pictures import rank_loads_YR, save_before_after, save_traffic
+from epbackend.cli.visits import PairsOption, load_pairs, visits_table
 from epbackend.errors import ConfigError
 from epbackend.placement.formats import ReadOptions, read_placement
 from epbackend.placement.loads import Loads
+from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement
+from epbackend.placement.visits import placement_visits
 
 WORST = 5
 """Layers in the table."""
@@ -31,12 +35,20 @@ def show(
         ),
     ] = Path("out/placement.png"),
     ranks: Annotated[int | None, typer.Option(help="Ranks, where the file does not say (sglang).")] = None,
+    pairs: PairsOption = None,
+    traffic: Annotated[
+        Path,
+        typer.Option(help="Where the picture of the traffic between nodes goes, if there are pairs."),
+    ] = Path("out/traffic.png"),
 ) -> None:
     """Show a placement; with LOADS, the load of each rank without it and with it."""
     found = read_placement(placement, ReadOptions(ranks=ranks))
     say(console, f"{placement}: {described(found)}", "bold")
     say(console, _origin(found), "")
     say(console, _replicas(found), "")
+    counted, _ = load_pairs(pairs, None)
+    if counted:
+        _show_visits(found, counted, traffic)
     if not loads:
         say(console, "Give recorded LOADS as well to see what it does to them.", "dim")
         return
@@ -51,6 +63,19 @@ def show(
     before = unplanned(recorded, found.ranks)
     console.print(_table(before, found, recorded))
     say(console, f"heat map: {save_before_after(before, found, recorded, plot)}", "")
+
+
+def _show_visits(placement: Placement, pairs: Pairs, path: Path) -> None:
+    """Beside those of the experts in order, on the same nodes."""
+    in_order = unplanned(Loads.of(pairs.loads_YE), placement.ranks)
+    before = replace(in_order, node_size=placement.node_size)
+    named = {
+        algorithm_in_words(before): placement_visits(before, pairs),
+        placement.provenance.algorithm: placement_visits(placement, pairs),
+    }
+    console.print(visits_table(named, placement.experts))
+    if placement.node_size not in (0, placement.ranks):
+        say(console, f"traffic between nodes: {save_traffic(named, path)}", "")
 
 
 def _origin(placement: Placement) -> str:

@@ -10,6 +10,7 @@ Needs NumPy, and numba for what is compiled; no torch and no device. Where to lo
 
 - `placement` (a layout for each layer) and `loads` (what it is planned on), `formats` (the files of both), `synthetic`;
 - `planners` (`plan`), with `budget` and the compiled `search`; `objectives`: what they balance;
+- `pairs`, `visits`, `affinity`: which experts are chosen together, what that makes tokens visit, plans for less of it;
 - `replica_split`: which replica a token takes, batch by batch; `score` and `compare`: how good a placement is.
 
 Letters in names of arrays, as in the whole project:
@@ -29,10 +30,12 @@ from typing import Any
 
 # Loaded on first use: reading a placement needs no planner, and a plan by EPLB no compiled code.
 _HOME = {
+    "Affinity": "affinity",
     "Layout": "placement",
     "Loads": "loads",
     "Moves": "score",
     "Objective": "objectives",
+    "Pairs": "pairs",
     "Placement": "placement",
     "Provenance": "placement",
     "Score": "score",
@@ -52,10 +55,12 @@ _HOME = {
 }
 
 __all__ = [
+    "Affinity",
     "Layout",
     "Loads",
     "Moves",
     "Objective",
+    "Pairs",
     "Placement",
     "Provenance",
     "Score",

@@ -163,3 +163,39 @@ def draw_batches(
             chance_BE /= chance_BE.sum(axis=1, keepdims=True)
         counts_YBE[index] = random.multinomial(choices, chance_BE)
     return counts_YBE
+
+
+# Routes
+
+
+def synthetic_routes(
+    tokens: int,
+    experts: int,
+    topk: int,
+    *,
+    topics: int = 16,
+    strength: float = 1.5,
+    skew: float = 0.6,
+    seed: int = 0,
+    sample: int = 0,
+) -> np.ndarray:
+    """topk_ids_TK (int64) of one layer, as of tokens about several topics, each of which prefers experts of its own.
+
+    A token's experts are drawn without replacement (Gumbel top-k), by scores that are the sum of an expert's popularity
+    and of what its topic prefers.
+
+    Args:
+        tokens: T.
+        experts: E.
+        topk: K.
+        topics: what tokens may be about, all equally often.
+        strength: the standard deviation of a topic's preferences; 0: experts are chosen independently.
+        skew: the standard deviation of the logarithm of an expert's popularity.
+        seed: of the experts' popularity and the topics' preferences.
+        sample: of the tokens: another one gives other tokens of the same model.
+    """
+    model, random = np.random.default_rng(seed), np.random.default_rng((seed, sample))
+    score_E = skew * model.standard_normal(experts)
+    score_XE = score_E + strength * model.standard_normal((topics, experts))
+    score_TE = score_XE[random.integers(topics, size=tokens)] + random.gumbel(size=(tokens, experts))
+    return np.argsort(-score_TE, axis=1)[:, :topk]

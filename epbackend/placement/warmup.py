@@ -9,9 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from epbackend.placement.affinity import Affinity
 from epbackend.placement.loads import Loads
 from epbackend.placement.objectives import TOKENS
+from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement
+from epbackend.placement.planners import plan
 from epbackend.placement.planners.base import Task
 from epbackend.placement.planners.incremental import plan_layers as incremental
 from epbackend.placement.planners.refined import plan_layers as refined
@@ -29,5 +32,13 @@ def warm_up(say: Callable[[str], None] = lambda text: None) -> None:
     own_quota(counts_RE, level_shares(counts_RE.sum(axis=0), layout), layout, source_rank=0)
 
 
+def warm_up_affinity() -> None:
+    """The same for plans with `affinity` and for estimates of visits, which most plans do without."""
+    pairs = Pairs.of_routes([np.array([[0, 1], [2, 3], [0, 1], [0, 2]])], 4)
+    asked = {"ranks": 4, "slots": 8, "node_size": 2}
+    plan(Loads.of(pairs.loads_YE), **asked, affinity=Affinity(pairs))  # type: ignore[arg-type]
+
+
 if __name__ == "__main__":
     warm_up(print)
+    warm_up_affinity()

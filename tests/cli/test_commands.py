@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from epbackend.cli import main
+from epbackend.placement.formats.pairs import read_pairs
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.pictures import drawn_share
 
@@ -242,16 +243,22 @@ def test_record_writes_the_loads_of_every_layer(config_file, tmp_path, prompts, 
     (tmp_path / "prompts").write_text(prompts)
     result = run_here(
         "record", "tiny-deepseek-v3", "--config", config_file(), "--prompts", "prompts", "--out", "loads.json",
-        "--max-new-tokens", 4, "--json", cwd=tmp_path,
+        "--max-new-tokens", 4, "--pairs", "pairs.npz", "--json", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
-    assert (said["loads"], said["prompts"]) == ("loads.json", 2)
+    assert (said["loads"], said["pairs"], said["prompts"]) == ("loads.json", "pairs.npz", 2)
     counts = json.loads((tmp_path / "loads.json").read_text())["logical_count"]
     totals = [sum(layer) for layer in counts]
     assert totals[0] == 0  # a dense layer
     assert totals[1] == totals[2] == totals[3] > 0
     assert sum(totals) == sum(said["expert_tokens_per_rank"])
+    pairs = read_pairs(tmp_path / "pairs.npz")
+    assert pairs.loads_YE[0].sum() == 0
+    assert (pairs.loads_YE[1:].sum(axis=1) == pairs.loads_YE[1].sum()).all()
+    assert 0 < pairs.loads_YE[1].sum() <= totals[1]
+    assert pairs.tokens_YEE[1:].sum() == pairs.topk * pairs.loads_YE[1:].sum()
+    assert (pairs.loads_YE <= counts).all()
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from epbackend.cli import COMMANDS, app
 from epbackend.cli.inputs import layer_numbers
 from epbackend.errors import ConfigError
 from epbackend.placement.formats import read_placement, write
+from epbackend.placement.formats.pairs import write_pairs
 from epbackend.placement.loads import Loads
+from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement
-from epbackend.placement.synthetic import synthetic_loads
+from epbackend.placement.synthetic import synthetic_loads, synthetic_routes
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.pictures import drawn_share
 
@@ -222,3 +224,32 @@ def test_command_without_its_packages_names_what_to_install(tmp_path):
     assert (
         "torch is not installed, which epbackend doctor needs: pip install 'epbackend[cpu]'" in result.stderr
     )
+
+
+@pytest.fixture
+def counted(tmp_path):
+    """Loads and pairs of the same tokens of a model with 2 layers of 16 experts."""
+    routes = [synthetic_routes(2000, 16, 4, topics=4, seed=layer) for layer in range(2)]
+    pairs = Pairs.of_routes(routes, 16)
+    write_pairs(pairs, tmp_path / "pairs.npz")
+    write(Loads.of(pairs.loads_YE), tmp_path / "counted.json", "sglang")
+    return tmp_path / "counted.json", tmp_path / "pairs.npz"
+
+
+def test_plan_with_affinity_visits_less_and_show_draws_the_traffic(run, tmp_path, counted):
+    loads, pairs = counted
+    out, traffic = tmp_path / "placement.json", tmp_path / "traffic.png"
+    asked = ("plan", loads, "--ranks", 8, "--slots", 24, "--node-size", 2, "--pairs", pairs)
+    said = json.loads(run(*asked, "--affinity", 1.1, "--out", out, "--json").stdout)
+    assert said["visits"]["planned"]["other_nodes"] < said["visits"]["balanced"]["other_nodes"]
+    assert said["visits"]["planned"]["bytes_across"] < said["visits"]["balanced"]["bytes_across"]
+    table = run(*asked).stdout
+    assert "nodes besides its own" in table
+    shown = run("show", out, loads, "--pairs", pairs, "--traffic", traffic, "--plot", tmp_path / "load.png")
+    assert shown.exit_code == 0, shown.output
+    assert "affinity 1.1" in shown.stdout
+    assert "KB to other nodes" in shown.stdout
+    assert drawn_share(traffic, left=0.1, right=0.8, top=0.3, bottom=0.7) > 0.5
+    without = run("plan", loads, "--ranks", 8, "--affinity", 1.1)
+    assert without.exit_code == 2
+    assert "affinity: needs --pairs FILE" in str(without.exception) + without.output

@@ -11,6 +11,7 @@ import numpy as np
 from epbackend import __version__
 from epbackend.errors import ConfigError
 from epbackend.names import PLANNERS
+from epbackend.placement.affinity import Affinity
 from epbackend.placement.loads import NUMBERING, Loads, real_number, whole_number
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Placement, Provenance
@@ -31,6 +32,7 @@ def plan(
     search_ms: float = 0.0,
     seed: int = 0,
     current: Placement | None = None,
+    affinity: Affinity | None = None,
     progress: Progress = silent,
     **options: Any,
 ) -> Placement:
@@ -48,6 +50,7 @@ def plan(
         search_ms: milliseconds that each layer may be searched beyond the first answer.
         seed: of all random numbers.
         current: the placement in use, from which some planners start.
+        affinity: of any planner's layers: fewer nodes and ranks that a token visits, at a limited loss of balance.
         progress: called with (layers done, layers in all).
         options: options of this planner alone; its module lists them.
 
@@ -74,9 +77,19 @@ def plan(
         progress=progress,
     )
     check_task(task)
+    if affinity is not None:
+        affinity.check(loads)
+        if task.objective != TOKENS:
+            raise ConfigError(
+                f"affinity: its limit is of tokens, not {task.objective.name}; use objective tokens"
+            )
     layers = check_answer(algorithm, find_planner(algorithm)(task), task)
+    asked = _asked(task)
+    if affinity is not None:
+        layers = affinity.gather_layers(layers, loads, task.node_size)
+        asked = tuple(sorted({**dict(asked), **affinity.provenance}.items()))
     progress(loads.layers, loads.layers)
-    return Placement(layers, task.node_size, Provenance(algorithm, loads.names, __version__, _asked(task)))
+    return Placement(layers, task.node_size, Provenance(algorithm, loads.names, __version__, asked))
 
 
 def planner_names() -> tuple[str, ...]:

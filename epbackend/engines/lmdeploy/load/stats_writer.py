@@ -25,7 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from epbackend.engines.lmdeploy.load import pairs
+from epbackend.engines.lmdeploy.load.pairs import PAIRS_VARIABLE
 from epbackend.engines.lmdeploy.load.report import MAX_LAYERS, RANK, STEPS, rank_row
+from epbackend.kernels.pair_counter import PairCounter
 from epbackend.moe import ExpertParallelMoE
 
 LINES = MAX_LAYERS
@@ -209,6 +212,8 @@ class StatsWriter:
         self._row: Any = None
         self._counters: Counters | None = None
         self._allocated: dict[int, _Lines] = {}
+        self._pairs: dict[int, PairCounter] | None = {} if PAIRS_VARIABLE in os.environ else None
+        """Of each layer, where they are recorded; None: they are not, or are written down."""
         self._map: _Map | None = None
         self._lock = Lock()
         """Held while lines are allocated or written down."""
@@ -236,6 +241,8 @@ class StatsWriter:
                 counters = self._begin(Counters(place, len(experts_L)))
             lines, rows_L = counters.allocate(len(experts_L))
             layer.load.count_in(rows_L)
+            if self._pairs is not None and layer.ranks.token_rank == 0:  # the others hold the same tokens
+                layer.load.pairs = self._pairs[number] = PairCounter(layer.slot_map.experts, place)
             self._layers[number], self._allocated[number], self._map = layer, _Lines(lines, experts_L), None
             self._row["layers"][number] = True
             self._row["experts"] = max(self._row["experts"], layer.slot_map.experts)
@@ -279,6 +286,9 @@ class StatsWriter:
 
     def close(self) -> None:
         """Returns when all is written down. Steps after it are not counted."""
+        if self._row is not None and self._pairs is not None:
+            pairs.write_down(self._pairs)
+            self._pairs = None
         counters, self._counters = self._counters, None
         if counters is None or self._thread is None:
             return

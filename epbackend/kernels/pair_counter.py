@@ -1,0 +1,48 @@
+"""Counts which experts tokens choose together, on their device, and of so few tokens that a step takes no longer.
+
+Letters: T tokens, K their experts, E experts, S pairs, flat.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EVERY = 8
+"""Calls from one that is looked at to the next: a few small operations then cost well under 1% of a layer."""
+MOST_TOKENS = 256
+"""Of a call, at equal distances: a long prompt is not looked at token by token."""
+
+
+class PairCounter:
+    """Adds up the pairs of one layer."""
+
+    def __init__(self, experts: int, device: torch.device) -> None:
+        with torch.inference_mode(
+            False
+        ):  # models are loaded in it, and its tensors cannot be changed outside of it
+            self._tokens_S = torch.zeros(experts * experts, dtype=torch.int64, device=device)
+        self._experts, self._calls = experts, 0
+
+    def add(self, topk_ids_TK: Tensor) -> None:
+        """Looks at every EVERY-th call and waits for nothing. A CUDA graph holds none of it: replays count nothing."""
+        if topk_ids_TK.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._calls += 1
+        if self._calls % EVERY != 1:
+            return
+        ids_TK = topk_ids_TK[:: -(-len(topk_ids_TK) // MOST_TOKENS) or 1].long()
+        # On other devices than the CPU an id of no expert is found only later.
+        ids_TK = ids_TK.clamp(0, self._experts - 1)
+        both_S = (ids_TK[:, :, None] * self._experts + ids_TK[:, None, :]).reshape(-1)
+        self._tokens_S.scatter_add_(0, both_S, torch.ones_like(both_S))
+
+    def start_over(self) -> None:
+        """Forget what was counted."""
+        self._tokens_S.zero_()
+        self._calls = 0
+
+    @property
+    def tokens_EE(self) -> Tensor:
+        """Counted tokens that chose both experts (int64, on the CPU); on the diagonal, the expert. Waits for them."""
+        return self._tokens_S.cpu().view(self._experts, self._experts)

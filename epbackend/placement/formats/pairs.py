@@ -1,0 +1,99 @@
+"""Pairs in files: JSON with `logical_pairs`, [layers][experts][experts], beside SGLang's `logical_count`; or npz.
+
+The npz holds the same under `logical_pairs`, compressed. Both say by whose numbers
+experts are counted (`numbering`), where that is known.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from epbackend.errors import ConfigError
+from epbackend.placement.formats.file import MAX_VALUES, ZIP, File, json_rows, number_array
+from epbackend.placement.loads import NUMBERING
+from epbackend.placement.pairs import Pairs
+
+PAIRS = "logical_pairs"
+
+
+def read_pairs(path: str | Path) -> Pairs:
+    """The pairs of a file, JSON or npz by content; it is untrusted input, as all files are.
+
+    Raises:
+        ConfigError: it holds no pairs, or such as cannot be.
+    """
+    file = File(Path(path))
+    try:
+        if file.kind == ZIP:
+            tokens_YEE, numbering = _from_npz(file)
+        elif PAIRS in file.keys:
+            tokens_YEE = number_array(file.json[PAIRS], PAIRS, "[layers][experts][experts]", dims=(3,))
+            numbering = file.json.get(NUMBERING)
+        else:
+            raise ConfigError(
+                f'pairs: holds none: JSON needs "{PAIRS}", npz an array of that name; record them '
+                "(epbackend record --pairs)"
+            )
+        if numbering is not None and not isinstance(numbering, str):
+            raise ConfigError(f"{NUMBERING}: must be a text")
+        return Pairs(tokens_YEE, file.name, numbering)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def write_pairs(pairs: Pairs, path: str | Path) -> None:
+    """Writes npz to a path that ends in .npz, JSON to any other. Equal pairs give equal bytes.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    content = _npz_bytes(pairs) if Path(path).suffix == ".npz" else _json_bytes(pairs)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _from_npz(file: File) -> tuple[np.ndarray, str | None]:
+    try:
+        with zipfile.ZipFile(file.path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > 8 * MAX_VALUES:
+                raise ConfigError(
+                    f"unpacks to {unpacked >> 20} MiB, more than the {8 * MAX_VALUES >> 20} MiB that are read"
+                )
+        with np.load(file.path, allow_pickle=False) as arrays:
+            if PAIRS not in arrays.files:
+                raise ConfigError(
+                    f"pairs: the npz has no array {PAIRS}; record them (epbackend record --pairs)"
+                )
+            tokens_YEE = arrays[PAIRS]
+            numbering = str(arrays[NUMBERING]) if NUMBERING in arrays.files else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"is a broken npz: {error}") from None
+    if tokens_YEE.dtype.kind not in "iuf":
+        raise ConfigError(f"{PAIRS}: holds {tokens_YEE.dtype}, not numbers")
+    return tokens_YEE, numbering
+
+
+def _json_bytes(pairs: Pairs) -> bytes:
+    head = "" if pairs.numbering is None else f'"{NUMBERING}": {json.dumps(pairs.numbering)},\n'
+    layers = ",\n".join(json_rows(tokens_EE) for tokens_EE in pairs.tokens_YEE)
+    return f'{{{head}"{PAIRS}": [{layers}]}}\n'.encode()
+
+
+def _npz_bytes(pairs: Pairs) -> bytes:
+    arrays = {PAIRS: pairs.tokens_YEE}
+    if (pairs.tokens_YEE % 1 == 0).all():
+        arrays[PAIRS] = pairs.tokens_YEE.astype(np.int64)
+    if pairs.numbering is not None:
+        arrays[NUMBERING] = np.array(pairs.numbering)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
