@@ -246,11 +246,11 @@ def _sweep(
 @triton.jit
 def _part(total, weight, of, weights):
     """The part of a total that is due to a rank, of // weight of it, rounded down; equal parts where weights is None."""
-    if weights is None:
-        return total // of
-    level = total // of
-    # The rest is less than `of`, so that 64 bits hold its product, and the quotient needs 32.
-    return level * weight + ((total - level * of).to(tl.int64) * weight // of).to(tl.int32)
+    part = total // of
+    if weights is not None:
+        # The rest is less than `of`, so that 64 bits hold its product, and the quotient needs 32.
+        part = part * weight + ((total - part * of).to(tl.int64) * weight // of).to(tl.int32)
+    return part
 
 
 @triton.jit
@@ -279,8 +279,10 @@ def _sums(tokens, load, weight, under):
     """What the ranks under the water share, and their weight."""
     total = tokens + tl.sum(tl.where(under, load, 0))
     if weight is None:
-        return total, tl.sum(under.to(tl.int32))
-    return total, tl.sum(tl.where(under, weight, 0))
+        of = tl.sum(under.to(tl.int32))
+    else:
+        of = tl.sum(tl.where(under, weight, 0))
+    return total, of
 
 
 @triton.jit
@@ -325,8 +327,10 @@ def _grow_tree(loads, weights, shares, ranks_XC, X, C, XS: tl.constexpr, CS: tl.
 def _tree_weight(size, order, weights):
     """The weight of the tree's ranks."""
     if weights is None:
-        return size
-    return tl.sum(tl.where(order >= 0, weights, 0))
+        of = size
+    else:
+        of = tl.sum(tl.where(order >= 0, weights, 0))
+    return of
 
 
 @triton.jit
@@ -334,10 +338,12 @@ def _bound(total, size, order, weights):
     """The root's part of the tree's load, rounded up."""
     of = _tree_weight(size, order, weights)
     if weights is None:
-        return (total + of - 1) // of
-    weight = tl.sum(tl.where(order == 0, weights, 0))
-    level = total // of
-    return level * weight + (((total - level * of).to(tl.int64) * weight + of - 1) // of).to(tl.int32)
+        bound = (total + of - 1) // of
+    else:
+        weight = tl.sum(tl.where(order == 0, weights, 0))
+        level = total // of
+        bound = level * weight + (((total - level * of).to(tl.int64) * weight + of - 1) // of).to(tl.int32)
+    return bound
 
 
 @triton.jit
