@@ -180,6 +180,12 @@ class PlacementSettings(Section):
         default="tokens",
         description="What planning balances: tokens, activated, or a JSON file with measured times.",
     )
+    rank_speed: tuple[float, ...] = Field(
+        default=(),
+        examples=[(1, 1, 0.5, 1)],
+        description="How fast each rank is, in any unit: planning and the split level balance times, load over speed. "
+        "Unset: those that the file was planned for, or all alike.",
+    )
     search_ms: Annotated[float, Field(ge=0)] = Field(
         default=0.0,
         description="Milliseconds that planning may search on for in each layer.",

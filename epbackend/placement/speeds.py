@@ -30,7 +30,11 @@ def checked_speeds(speeds: Sequence[float] | None, ranks: int) -> tuple[float, .
     Raises:
         ConfigError: another number than the ranks, or a speed that is none.
     """
-    if speeds is None or not len(speeds):
+    if speeds is None:
+        return ()
+    if not isinstance(speeds, (list, tuple)):
+        raise ConfigError(f"rank_speed: must be a list of numbers, one for each rank, not {speeds!r:.80}")
+    if not speeds:
         return ()
     if len(speeds) != ranks:
         raise ConfigError(

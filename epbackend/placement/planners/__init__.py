@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any
@@ -14,7 +15,16 @@ from epbackend.names import PLANNERS
 from epbackend.placement.loads import NUMBERING, Loads, real_number, whole_number
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Placement, Provenance
-from epbackend.placement.planners.base import Planner, Progress, Task, check_answer, check_task, silent
+from epbackend.placement.planners.base import (
+    Planner,
+    Progress,
+    Task,
+    check_answer,
+    check_task,
+    checked_rank_slots,
+    silent,
+)
+from epbackend.placement.speeds import RANK_SPEED, checked_speeds
 
 __all__ = ["find_planner", "plan", "planner_names"]
 
@@ -32,6 +42,8 @@ def plan(
     seed: int = 0,
     current: Placement | None = None,
     progress: Progress = silent,
+    rank_speed: Sequence[float] | None = None,
+    rank_slots: Sequence[int] | None = None,
     **options: Any,
 ) -> Placement:
     """Decides where the experts of every layer live. The same arguments give the same placement, unless it searches.
@@ -49,6 +61,8 @@ def plan(
         seed: of all random numbers.
         current: the placement in use, from which some planners start.
         progress: called with (layers done, layers in all).
+        rank_speed: how fast each rank is, in any unit; unless given, those of `current`, or all alike.
+        rank_slots: slots of each rank in every layer, where their memories differ; instead of `slots` and `budget`.
         options: options of this planner alone; its module lists them.
 
     Raises:
@@ -60,9 +74,15 @@ def plan(
         raise ConfigError(
             "slots: cannot be given beside budget; slots are for every layer, a budget is for all layers"
         )
+    whole_number("ranks", ranks, 1)
+    if rank_speed is None and current is not None:
+        rank_speed = current.rank_speed
+    slots_R = checked_rank_slots(rank_slots, ranks, slots, budget)
+    if slots_R:
+        slots = sum(slots_R)
     task = Task(
         loads=loads,
-        ranks=whole_number("ranks", ranks, 1),
+        ranks=ranks,
         slots=whole_number("slots", slots, 1) if slots is not None else _usual_slots(loads, budget, current),
         objective=parse_objective(objective),
         node_size=whole_number("node_size", node_size),
@@ -72,6 +92,8 @@ def plan(
         current=current,
         options=MappingProxyType(options),
         progress=progress,
+        rank_speed=checked_speeds(rank_speed, ranks),
+        slots_R=slots_R,
     )
     check_task(task)
     layers = check_answer(algorithm, find_planner(algorithm)(task), task)
@@ -108,6 +130,8 @@ def _asked(task: Task) -> tuple[tuple[str, Any], ...]:
     changed = {name: value for name, value in asked.items() if value != getattr(usual, name)}
     if task.objective != TOKENS:
         changed["objective"] = task.objective.name
+    if task.rank_speed:
+        changed[RANK_SPEED] = list(task.rank_speed)
     if task.loads.numbering is not None:
         changed[NUMBERING] = task.loads.numbering
     return tuple(sorted({**changed, **{name: _plain(value) for name, value in task.options.items()}}.items()))

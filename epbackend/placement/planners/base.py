@@ -7,7 +7,7 @@ built-in planners have a module of their name here, and in it the function `plan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from epbackend.errors import ConfigError, did_you_mean
-from epbackend.placement.loads import Loads
+from epbackend.placement.loads import Loads, whole_number
 from epbackend.placement.objectives import TOKENS, Objective
 from epbackend.placement.placement import Layout, Placement, check_ranks
 
@@ -76,6 +76,29 @@ def all_layers(task: Task, planned: Mapping[int, Layout]) -> tuple[Layout, ...]:
     in_use = task.current
     idle = in_use.layers if in_use is not None and in_use.slots == task.slots else (even,) * task.loads.layers
     return tuple(planned.get(layer, idle[layer]) for layer in range(task.loads.layers))
+
+
+def checked_rank_slots(
+    rank_slots: Sequence[int] | None, ranks: int, slots: int | None, budget: int | None
+) -> tuple[int, ...]:
+    """Slots of each rank; empty where they are equal, as in plans that do not name them one by one.
+
+    Raises:
+        ConfigError: another number than the ranks, one that is no number of slots, or others beside them.
+    """
+    if not rank_slots:
+        return ()
+    if len(rank_slots) != ranks:
+        raise ConfigError(
+            f"rank_slots: {len(rank_slots)} are given for {ranks} ranks; give one for each rank"
+        )
+    each = tuple(whole_number("rank_slots", count) for count in rank_slots)
+    if (slots is not None and slots != sum(each)) or budget is not None:
+        raise ConfigError(
+            f"rank_slots: they are {sum(each)} in every layer, and cannot be given beside other slots or a budget; "
+            "leave these out"
+        )
+    return each
 
 
 def check_task(task: Task) -> None:

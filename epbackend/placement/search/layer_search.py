@@ -468,7 +468,9 @@ def best_swap(problem, state, worst, table):
         rank = cheapest if step == 0 else step - (step <= cheapest)
         # No swap gets both below what they would take if they ended together. With a table, which may have any shape, the bound is only a guess.
         here, there, slow = load_RQ[worst, 0], load_RQ[rank, 0], slow_R[rank]
-        bound = here_slow * slow / (here_slow + slow) * (here + there) if table is None else state.cost_R[rank]
+        bound = (
+            here_slow * slow / (here_slow + slow) * (here + there) if table is None else state.cost_R[rank]
+        )
         if rank == worst or bound >= best:
             continue
         for slot in range(problem.first_R[worst], problem.first_R[worst + 1]):
@@ -867,9 +869,13 @@ def _most_relieving_replacement(problem, state, before_RE, worst, limit, more_EQ
             held = 1 if single else held_RE[rank, expert]
             if cost_R[rank] > limit:
                 relief_E[expert] += cost_R[rank] - limit
-                relief_E[expert] -= _excess(load_RQ, value_EQ, slow_R, rank, expert, held, more_EQ, table, limit)
+                relief_E[expert] -= _excess(
+                    load_RQ, value_EQ, slow_R, rank, expert, held, more_EQ, table, limit
+                )
             if replicas_E[expert] > 1:
-                burden_E[expert] += _excess(load_RQ, value_EQ, slow_R, rank, expert, held, fewer_EQ, table, limit)
+                burden_E[expert] += _excess(
+                    load_RQ, value_EQ, slow_R, rank, expert, held, fewer_EQ, table, limit
+                )
                 burden_E[expert] -= max(cost_R[rank] - limit, 0.0)
     with_Q = np.empty(value_EQ.shape[1])
     for slot in range(expert_P.size):

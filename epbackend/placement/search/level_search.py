@@ -165,7 +165,9 @@ def hill_climb(expert_P, first_R, slow_R, tokens_EB, weight_B, tries, seed):
             _replace(split, other, expert)
         else:
             moves = share_PB[slot, batch] - share_PB[other, batch]
-            fuller = (load_RB[rank, batch] + moves) * slow_R[rank] >= load_RB[fullest, batch] * slow_R[fullest]
+            fuller = (load_RB[rank, batch] + moves) * slow_R[rank] >= load_RB[fullest, batch] * slow_R[
+                fullest
+            ]
             alone = split.replicas_E[expert] == 1 and split.replicas_E[partner] == 1
             if (alone and (moves < 0.0 or fuller)) or _holds(split, fullest, partner):
                 continue
