@@ -115,8 +115,7 @@ def level_shares(tokens_E: np.ndarray, layout: Layout, rank_speed: tuple[float, 
 
     The largest load is above the optimum of the linear program that LPLB solves, rounded up to a whole token, by one
     part in 1024 at most. Of two slots of an expert on one rank the first takes everything. With speeds, as
-    `speeds.checked_speeds` gives them, the same holds for times instead of loads, if speeds are as `rank_weights` rounds
-    them.
+    `speeds.checked_speeds` gives them, the same holds for times, of speeds as `speeds.rank_weights` rounds them.
     """
     from epbackend.placement.search.level_split import level_shares as compiled
 

@@ -21,10 +21,11 @@ def level_shares(tokens_E: np.ndarray, layout: Layout, rank_speed: tuple[float, 
     """shares_P (int64) with the smallest largest rank time, load over speed.
 
     Block-coordinate descent on the sum of squared rank loads, each over its speed, whose optimum also has the smallest
-    maximum (as in every problem of fair division over a polymatroid). Speeds are whole numbers, the ranks' weights. A sweep reassigns the tokens of one expert after the other, by
-    water-filling over the ranks of its replicas. A few sweeps balance ranks that are near each other; along a chain of
-    ranks they are slow. So before every second sweep a tree of ranks is levelled, which also proves when the optimum is
-    reached. Only the first slot of an expert on a rank takes part: another one cannot change a rank's load.
+    maximum (as in every problem of fair division over a polymatroid). Speeds are whole numbers, the ranks' weights. A
+    sweep reassigns the tokens of one expert after the other, by water-filling over the ranks of its replicas. A few
+    sweeps balance ranks that are near each other; along a chain of ranks they are slow. So before every second sweep a
+    tree of ranks is levelled, which also proves when the optimum is reached. Only the first slot of an expert on a rank
+    takes part: another one cannot change a rank's load.
     """
     weight_R = rank_weights(rank_speed, layout.ranks)
     slots_of = [_one_slot_a_rank(layout, expert) for expert in range(layout.experts)]
@@ -120,8 +121,9 @@ def level_tree(
 ) -> None:
     """Moves tokens along the branches of the tree towards equal times, in place.
 
-    From the leaves to the root, each rank gives its parent what it has above its part of the tree's load, or takes what it lacks, as far
-    as the shares of the joining expert allow. The ranks that joined first get the remainder of the division.
+    From the leaves to the root, each rank gives its parent what it has above its part of the tree's load, or takes what
+    it lacks, as far as the shares of the joining expert allow. The ranks that joined first get the remainder of the
+    division.
     """
     ranks = list(tree)
     total = int(loads_R[ranks].sum())

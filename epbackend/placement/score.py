@@ -94,8 +94,8 @@ def score(
             tokens_WE, shares_WP, imbalances(shares_WP, layout, goal, speeds), strict=True
         ):
             mean = tokens_E.sum() / (sum(speeds) or layout.ranks)
-            bound = lower_bound(tokens_E, layout.slots, layout.ranks, speeds)
-            least = bound / mean if goal == TOKENS else 1.0
+            possible = lower_bound(tokens_E, layout.slots, layout.ranks, speeds)
+            least = possible / mean if goal == TOKENS else 1.0
             scored.append((worst, least, shares_P.max() / mean, layer))
     imbalance, bound, largest, of_layer = (np.array(values) for values in zip(*scored, strict=True))
     moves = count_moves(baseline, placement, loads.loaded_layers) if baseline else None

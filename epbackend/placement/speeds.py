@@ -71,7 +71,7 @@ def parse_speeds(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(
-            f"rank_speed: {text!r} must be a number for each rank, as 1,1,0.5, or the path of a .json file that has them"
+            f"rank_speed: {text!r} must be a number for each rank, as 1,1,0.5, or the path of a .json file with them"
         ) from None
 
 

@@ -245,7 +245,7 @@ def _sweep(
 
 @triton.jit
 def _part(total, weight, of, weights):
-    """The part of a total that is due to a rank, of // weight of it, rounded down; equal parts where weights is None."""
+    """A rank's part of a total, rounded down: its weight over `of`, that of all; 1 over `of` where weights is None."""
     part = total // of
     if weights is not None:
         # The rest is less than `of`, so that 64 bits hold its product, and the quotient needs 32.
@@ -278,11 +278,7 @@ def _fill(tokens, load, weight, here):
 def _sums(tokens, load, weight, under):
     """What the ranks under the water share, and their weight."""
     total = tokens + tl.sum(tl.where(under, load, 0))
-    if weight is None:
-        of = tl.sum(under.to(tl.int32))
-    else:
-        of = tl.sum(tl.where(under, weight, 0))
-    return total, of
+    return total, tl.sum(under.to(tl.int32)) if weight is None else tl.sum(tl.where(under, weight, 0))
 
 
 @triton.jit
@@ -326,11 +322,7 @@ def _grow_tree(loads, weights, shares, ranks_XC, X, C, XS: tl.constexpr, CS: tl.
 @triton.jit
 def _tree_weight(size, order, weights):
     """The weight of the tree's ranks."""
-    if weights is None:
-        of = size
-    else:
-        of = tl.sum(tl.where(order >= 0, weights, 0))
-    return of
+    return size if weights is None else tl.sum(tl.where(order >= 0, weights, 0))
 
 
 @triton.jit

@@ -184,7 +184,8 @@ def refuse_unknown(
     """For planners that balance tokens only, over ranks that are alike.
 
     Raises:
-        ConfigError: another objective, speeds or slots of ranks, a budget unless the planner knows it, or an option that it does not know.
+        ConfigError: another objective, speeds or slots of ranks, a budget unless the planner knows it, or an option
+            that it does not know.
     """
     if task.objective != TOKENS:
         raise ConfigError(

@@ -466,7 +466,8 @@ def best_swap(problem, state, worst, table):
     cheapest = np.argmin(state.cost_R)
     for step in range(state.cost_R.size):
         rank = cheapest if step == 0 else step - (step <= cheapest)
-        # No swap gets both below what they would take if they ended together. With a table, which may have any shape, the bound is only a guess.
+        # No swap gets both below what they would take if they ended together. With a table, which may have any shape,
+        # the bound is only a guess.
         here, there, slow = load_RQ[worst, 0], load_RQ[rank, 0], slow_R[rank]
         bound = (
             here_slow * slow / (here_slow + slow) * (here + there) if table is None else state.cost_R[rank]

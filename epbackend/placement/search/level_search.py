@@ -3,8 +3,8 @@
 Two ranks are neighbours if they hold replicas of the same expert: the split can move its tokens from one to the other,
 so an expert with replicas is an edge of a graph whose nodes are the ranks, and its tokens are the edge's capacity.
 `power_law_replicas` and `connect` build layers in which few edges lead from any rank to any other; `hill_climb`
-exchanges slots and replaces replicas as long as the batches it is given get more level. Where ranks differ in speed, what
-is levelled is their time.
+exchanges slots and replaces replicas as long as the batches it is given get more level. Where ranks differ in speed,
+what is levelled is their time.
 
 Letters: E experts, P slots of the layer over all ranks, R ranks, C replicas of an expert, B batches. Loads are in mean
 rank loads of their batch. All batches are split at once. `replica_split_reference` splits one, in whole tokens and over

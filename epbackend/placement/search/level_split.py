@@ -93,9 +93,9 @@ def _place_single(tokens_E, slots_EC, rank_of_slot_P, shares_P, loads_R, tokens_
 
 @inner
 def _part(level, rest, weight, of):
-    """A rank's part of a total, of // weight: total = level * of + rest.
+    """A rank's part of a total of level * of + rest: weight over `of`, the weight of all, rounded down.
 
-    Taken apart, so that no product is too large, and that equal ranks (weight 1) are spared the division.
+    The total comes in two parts, so that no product is too large, and equal ranks (weight 1) are spared the division.
     """
     return level if weight == 1 else level * weight + rest * weight // of
 
@@ -143,7 +143,7 @@ def _water_fill(loads_R, weight_R, tokens_V, replicas_V, ranks_VC, shares_VC):
 
 @entry
 def _grow_tree(loads_R, weight_R, replicas_V, ranks_VC, shares_VC, tree_R, joined_R3):
-    """Writes the ranks of the tree in order of joining, and by what each joined; returns their number, load and weight."""
+    """Writes the ranks of the tree in order of joining, and by what each joined; returns number, load and weight."""
     root = 0
     for rank in range(loads_R.size):
         joined_R3[rank, 0] = -1
