@@ -21,6 +21,7 @@ from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.moe import ExpertParallelMoE
 from epbackend.placement import Placement, plan
 from epbackend.placement.score import score
+from epbackend.placement.warmup import warm_up
 from epbackend.replica_split import SlotMap
 
 RANKS, SLOW = 4, 2
@@ -46,13 +47,13 @@ def placements(split: str) -> dict[str, Placement]:
     }
 
 
-def calls(ranks: RankGroup, split: str) -> tuple[dict[str, list[float]], float]:
+def calls(ranks: RankGroup, split: str, places: dict[str, Placement]) -> tuple[dict[str, list[float]], float]:
     """Seconds of each call by placement, and by how much the outputs differ at most."""
     draw = torch.Generator().manual_seed(1)
     gate_up = torch.randn(E, 2 * F, D, generator=draw) / D**0.5
     down = torch.randn(E, D, F, generator=draw) / F**0.5
     layers = {}
-    for name, placement in placements(split).items():
+    for name, placement in places.items():
         slot_map = SlotMap(placement.layers[0], rank_speed=placement.rank_speed)
         mine = list(slot_map.local_experts(ranks.rank))
         layers[name] = ExpertParallelMoE(
@@ -102,10 +103,11 @@ def _slow_down(layer: ExpertParallelMoE) -> None:
 
 def row(split: str) -> dict[str, Any]:
     """One line of the table: medians of the paired calls."""
-    seconds, differs = run_on_ranks(RANKS, calls, split)[0]
+    places = placements(split)
+    seconds, differs = run_on_ranks(RANKS, calls, split, places)[0]
     expected = {
         name: score(placement, chances_E()[None], split=split, rank_speed=SPEEDS).imbalance_mean
-        for name, placement in placements(split).items()
+        for name, placement in places.items()
     }
     ratio = np.array(seconds["without"]) / np.array(seconds["with"])
     return {
@@ -119,6 +121,7 @@ def row(split: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    warm_up()
     rows = [row(split) for split in ("even", "level")]
     print_table(f"{RANKS} ranks, rank {SLOW} at half the speed", rows)
 
