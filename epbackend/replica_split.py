@@ -40,6 +40,8 @@ class SlotMap:
     layout: Layout
     node_size: int = 0
     """Ranks of a node, whose ranks reach each other faster; 0: all ranks are one node."""
+    rank_speed: tuple[float, ...] = ()
+    """Speeds of the ranks beside the fastest one, which the split `level` heeds; empty: equally fast."""
 
     @classmethod
     def uniform(cls, experts: int, ranks: int) -> SlotMap:
@@ -132,7 +134,9 @@ def _replicas(name: str, slot_map: SlotMap, spec: LayerSpec) -> EvenReplicas | L
     if name == "nearest":
         return EvenReplicas(slot_ids_EC, _nearest(layout, ranks.source, node), ranks.source)
     gather = _gather(spec) if ranks.sources > 1 else None
-    return LevelReplicas(slot_ids_EC, slot_map.layout, layout, ranks.source, node, gather)
+    return LevelReplicas(
+        slot_ids_EC, slot_map.layout, layout, ranks.source, node, gather, slot_map.rank_speed
+    )
 
 
 def _gather(spec: LayerSpec) -> Callable[[Tensor], Tensor]:

@@ -21,12 +21,12 @@ from epbackend.errors import ConfigError, did_you_mean
 from epbackend.names import SPLITS
 from epbackend.placement.loads import Loads, real_number, whole_number
 from epbackend.placement.objectives import Objective, parse_objective
-from epbackend.placement.placement import Layout, Placement, Provenance
+from epbackend.placement.placement import Layout, Placement, Provenance, with_speeds
 from epbackend.placement.planners.base import Task
 from epbackend.placement.planners.incremental import with_experts
 from epbackend.placement.planners.search_inputs import SearchInputs
 from epbackend.placement.replica_split import expected_shares
-from epbackend.placement.score import count_moves, rank_costs
+from epbackend.placement.score import count_moves, imbalances, rank_costs
 
 TARGETS = {"even": 1.005, "nearest": 1.005, "level": 1.10}
 """What a layer is brought to once it is changed: the worst rank over the mean, where replicas share evenly. `level`
@@ -209,6 +209,7 @@ class Rebalancer:
             reason += f"; {left_out} more layers wait for the next cycle's budget"
         provenance = Provenance("rebalanced", options=(("from", self.placement.provenance.algorithm),))
         placement = Placement(layouts, self.placement.node_size, provenance)
+        placement = with_speeds(placement, self.placement.rank_speed)
         return Proposal(placement, tuple(changed), moved, before, after, reason)
 
 
@@ -221,7 +222,8 @@ class _Layers:
         self._placement, self._policy, self._forecast = placement, policy, forecast
         self._objective = parse_objective(policy.objective)
         self._price = policy.price(len(placement.layers))
-        task = Task(loads, placement.ranks, placement.layers[0].slots, self._objective)
+        slots, speeds = placement.layers[0].slots, placement.rank_speed
+        task = Task(loads, placement.ranks, slots, self._objective, rank_speed=speeds)
         self._inputs = SearchInputs.of(task)
         self._now: dict[int, tuple[float, float]] = {}
 
@@ -234,10 +236,11 @@ class _Layers:
     def expected(self, layer: int, layout: Layout) -> tuple[float, float]:
         """The busiest rank's cost in the unit of the objective, and over the mean, on the windows to judge by."""
         shares_BE, weight_B = self._forecast.judges(layer)
-        shares_BP = expected_shares(self._policy.split, shares_BE, layout, self._placement.node_size)
-        costs_BR = rank_costs(shares_BP, layout, self._objective)
-        busiest_B = costs_BR.max(axis=1)
-        return float(weight_B @ busiest_B), float(weight_B @ (busiest_B / costs_BR.mean(axis=1)))
+        speeds = self._placement.rank_speed
+        shares_BP = expected_shares(self._policy.split, shares_BE, layout, self._placement.node_size, speeds)
+        busiest_B = rank_costs(shares_BP, layout, self._objective, speeds).max(axis=1)
+        imbalance_B = imbalances(shares_BP, layout, self._objective, speeds)
+        return float(weight_B @ busiest_B), float(weight_B @ imbalance_B)
 
     def change(self, layer: int) -> _Change | None:
         """The change that brings most, if it brings as much as it has to."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from epbackend.balance.moves import Migration
 from epbackend.balance.transfer import Connections, stage
 from epbackend.errors import EPError
 from epbackend.moe import ExpertParallelMoE, Relocation
-from epbackend.replica_split import SlotMap
 
 LOOK_S = 0.25
 """How often the thread looks for an order by itself; while steps are made, the serving thread wakes it."""
@@ -150,7 +149,7 @@ class Migrator:
             raise EPError(
                 f"{incoming} experts of {length} bytes exceed the staging buffer of {self._staging_bytes}"
             )
-        relocation = layer.prepare(SlotMap(migration.after, layer.slot_map.node_size), device)
+        relocation = layer.prepare(replace(layer.slot_map, layout=migration.after), device)
         experts = stage(
             migration,
             self._rank,

@@ -9,7 +9,16 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from epbackend.cli.inputs import LoadsArgument, RanksOption, SlotsOption, load_windows
+from epbackend.cli.inputs import (
+    LoadsArgument,
+    RankSlotsOption,
+    RanksOption,
+    SlotsOption,
+    SpeedOption,
+    given_slots,
+    given_speeds,
+    load_windows,
+)
 from epbackend.cli.output import JsonOption, console, say, watching
 from epbackend.placement.compare import Row, ScoreTable, score_table
 from epbackend.placement.warmup import warm_up
@@ -26,6 +35,8 @@ def compare(
     node_size: Annotated[int, typer.Option(help="Ranks a node; 0: one node.")] = 0,
     search_ms: Annotated[float, typer.Option(help="Milliseconds a layer for algorithms that search.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of searches and of noisy batches.")] = 0,
+    rank_speed: SpeedOption = "",
+    rank_slots: RankSlotsOption = "",
     plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out/compare.png"),
     as_json: JsonOption = False,
 ) -> None:
@@ -43,6 +54,8 @@ def compare(
             node_size=node_size,
             search_ms=search_ms,
             seed=seed,
+            rank_speed=given_speeds(rank_speed),
+            rank_slots=given_slots(rank_slots),
             progress=progress,
         )
     picture = save_score_table(table, plot)
@@ -50,16 +63,16 @@ def compare(
         rows = [row.to_dict() for row in table.rows]
         print(json.dumps({"rows": rows, "left_out": dict(table.left_out), "plot": str(picture)}))
         return
-    console.print(_table(table))
+    console.print(_table(table, "time of the slowest rank" if rank_speed else "load of the busiest rank"))
     for algorithm, reason in table.left_out:
         say(console, f"left out: {algorithm}: {reason}", "dim")
     say(console, f"picture: {picture}", "")
 
 
-def _table(table: ScoreTable) -> Table:
+def _table(table: ScoreTable, what: str) -> Table:
     shown = Table(
         box=SIMPLE,
-        title="load of the busiest rank, over the mean",
+        title=f"{what}, over the mean",
         title_justify="left",
         pad_edge=False,
         collapse_padding=True,

@@ -11,6 +11,7 @@ from epbackend.errors import ConfigError
 from epbackend.placement.formats import common_numbering, read_loads
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
+from epbackend.placement.speeds import parse_speeds
 from epbackend.placement.synthetic import synthetic_loads
 
 SYNTHETIC = "synthetic"
@@ -29,12 +30,39 @@ SlotsOption = Annotated[
         help="Slots of each layer over all ranks; what exceeds the experts are replicas. [default: no replicas]"
     ),
 ]
+SpeedOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SPEEDS",
+        help="How fast each rank is, as 1,1,0.5,1, or a JSON file with the list. [default: all alike]",
+    ),
+]
+RankSlotsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SLOTS", help="Slots of each rank, as 9,9,5,9, where memories differ; instead of --slots."
+    ),
+]
 DenseOption = Annotated[
     str,
     typer.Option(
         metavar="LAYERS", help="Layers without experts, as 0-2 or 0,1,2, for formats that leave them out."
     ),
 ]
+
+
+def given_speeds(text: str) -> tuple[float, ...] | None:
+    """What `--rank-speed` says; None where it is not given."""
+    return parse_speeds(text) if text else None
+
+
+def given_slots(text: str) -> tuple[int, ...] | None:
+    """What `--rank-slots` says; None where it is not given. Raises ConfigError for other than whole numbers."""
+    if not text:
+        return None
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        raise ConfigError(f"rank_slots: {text!r} must be a whole number for each rank, as 9,9,5,9")
+    return tuple(map(int, text.split(",")))
 
 
 def load_windows(names: list[str], layers: int = 61, experts: int = 256, dense_layers: int = 3) -> Loads:

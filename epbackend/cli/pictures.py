@@ -103,7 +103,10 @@ def save_rounds(imbalance: dict[str, list[float]], shift: int, path: Path, *, ti
 
 
 def rank_loads_YR(placement: Placement, tokens_YE: np.ndarray) -> np.ndarray:
-    """Tokens of each rank in each layer over the mean of the layer (float64), where replicas share evenly."""
+    """Tokens of each rank in each layer over the mean of the layer (float64), where replicas share evenly.
+
+    Where ranks differ in speed it is their time, over what all would take if they ended together.
+    """
     loads_YR = np.array(
         [
             np.bincount(
@@ -114,6 +117,9 @@ def rank_loads_YR(placement: Placement, tokens_YE: np.ndarray) -> np.ndarray:
             for layer, tokens_E in zip(placement.layers, tokens_YE, strict=True)
         ]
     )
+    if placement.rank_speed:
+        total_Y1 = np.maximum(loads_YR.sum(axis=1, keepdims=True), np.finfo(float).tiny)
+        return loads_YR / placement.rank_speed / total_Y1 * sum(placement.rank_speed)
     return _over_mean(loads_YR)
 
 

@@ -13,10 +13,14 @@ from rich.table import Table
 from epbackend.cli.inputs import (
     DenseOption,
     LoadsArgument,
+    RankSlotsOption,
     RanksOption,
     SlotsOption,
+    SpeedOption,
     algorithm_in_words,
     described,
+    given_slots,
+    given_speeds,
     layer_numbers,
     load_windows,
     unplanned,
@@ -28,7 +32,7 @@ from epbackend.names import PLANNERS
 from epbackend.placement import planners
 from epbackend.placement.formats import ReadOptions, read_placement, write
 from epbackend.placement.loads import Loads
-from epbackend.placement.placement import Placement
+from epbackend.placement.placement import Placement, with_speeds
 from epbackend.placement.score import Score, score
 from epbackend.placement.visits import placement_visits
 from epbackend.placement.warmup import warm_up, warm_up_affinity
@@ -67,6 +71,8 @@ def plan(
     ] = None,
     pairs: PairsOption = None,
     affinity: AffinityOption = None,
+    rank_speed: SpeedOption = "",
+    rank_slots: RankSlotsOption = "",
     dense_layers: DenseOption = "",
     out: Annotated[Path | None, typer.Option(help="Where the placement goes.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where a heat map goes: load by layer and rank.")] = None,
@@ -82,6 +88,8 @@ def plan(
         "budget": budget,
         "search_ms": search_ms,
         "seed": seed,
+        "rank_speed": given_speeds(rank_speed),
+        "rank_slots": given_slots(rank_slots),
     }
     recorded = load_windows(loads).with_dense(layer_numbers(dense_layers))
     before = read_placement(current, ReadOptions(ranks=ranks)) if current else None
@@ -120,11 +128,13 @@ def plan(
         # Imported late: matplotlib takes longer to import than most plans take.
         from epbackend.cli.pictures import save_before_after
 
+        reference = with_speeds(reference, placement.rank_speed)
         result["plot"] = str(save_before_after(reference, placement, recorded, plot))
     if as_json:
         print(json.dumps(result))
     else:
-        _print(result, placement, reference, score(reference, recorded, objective=objective))
+        was = score(reference, recorded, objective=objective, rank_speed=placement.rank_speed)
+        _print(result, placement, reference, was)
         if visits:
             console.print(visits_table(visits, placement.experts))
 
@@ -157,7 +167,8 @@ def _more(placement: Placement, loads: Loads) -> dict[str, Any]:
 def _print(result: dict[str, Any], placement: Placement, before: Placement, was: Score) -> None:
     """The result for people, beside the score of the placement before."""
     say(console, f"{result['algorithm']}: {described(placement)}", "bold")
-    table = Table("busiest rank, over the mean", box=SIMPLE)
+    what = "time of the slowest rank" if placement.rank_speed else "busiest rank"
+    table = Table(f"{what}, over the mean", box=SIMPLE)
     for column in (algorithm_in_words(before), "planned", "lower bound"):
         table.add_column(column, justify="right")
     means = (was.imbalance_mean, result["imbalance_mean"], result["lower_bound_mean"])

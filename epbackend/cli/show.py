@@ -16,7 +16,7 @@ from epbackend.errors import ConfigError
 from epbackend.placement.formats import ReadOptions, read_placement
 from epbackend.placement.loads import Loads
 from epbackend.placement.pairs import Pairs
-from epbackend.placement.placement import Placement
+from epbackend.placement.placement import Placement, with_speeds
 from epbackend.placement.visits import placement_visits
 
 WORST = 5
@@ -61,6 +61,8 @@ def show(
     if not recorded.loaded_layers:
         raise ConfigError("loads: no expert has had a token: there is nothing to show; record a real run")
     before = unplanned(recorded, found.ranks)
+    if found.rank_speed:
+        before = with_speeds(before, found.rank_speed)
     console.print(_table(before, found, recorded))
     say(console, f"heat map: {save_before_after(before, found, recorded, plot)}", "")
 
@@ -105,7 +107,8 @@ def _table(before: Placement, after: Placement, loads: Loads) -> Table:
     layers = np.array(loads.loaded_layers)
     tokens_YE = loads.mixture_YE()
     was_Y, is_Y = (rank_loads_YR(each, tokens_YE)[layers].max(axis=1) for each in (before, after))
-    table = Table("layer", title="load of the busiest rank, over the mean", title_justify="left")
+    what = "time of the slowest" if after.rank_speed else "load of the busiest"
+    table = Table("layer", title=f"{what} rank, over the mean", title_justify="left")
     for name in ("experts in order", after.provenance.algorithm):
         table.add_column(name, justify="right")
     for index in np.argsort(-is_Y, kind="stable")[:WORST]:

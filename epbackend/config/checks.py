@@ -5,8 +5,9 @@ from __future__ import annotations
 from epbackend.config.issues import ConfigIssue
 from epbackend.config.schema import PhaseDispatchers, Section, Settings, of_phase
 from epbackend.dispatch.settings import DispatchSettings
-from epbackend.errors import UnavailableError
+from epbackend.errors import ConfigError, UnavailableError
 from epbackend.names import AUTO, PHASES, Phase, dispatcher_facts
+from epbackend.placement.speeds import checked_speeds
 
 CUDA_KERNELS = ("triton", "grouped_mm")
 PLANNING = ("algorithm", "redundant_experts", "budget", "objective", "search_ms")
@@ -182,6 +183,17 @@ def _placement(config: Settings) -> list[ConfigIssue]:
     if placement.node_size and config.ep_size % placement.node_size:
         reason = f"must divide ep_size {config.ep_size}"
         found.append(ConfigIssue("placement.node_size", reason, placement.node_size))
+    if placement.rank_speed:
+        if not placement.given and not config.balance.on:
+            reason = (
+                "says how fast ranks are, but nothing is placed by it: give placement.loads or placement.file"
+            )
+            found.append(ConfigIssue("placement.rank_speed", reason, placement.rank_speed))
+        try:
+            checked_speeds(placement.rank_speed, config.ep_size)
+        except ConfigError as error:
+            reason = str(error).removeprefix("rank_speed: ")
+            found.append(ConfigIssue("placement.rank_speed", reason, placement.rank_speed))
     return found
 
 

@@ -151,6 +151,11 @@ def _files(value: Any) -> Any:
     return tuple(value)
 
 
+def _numbers(value: Any) -> Any:
+    """A list, as files have it, is as good as a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class PlacementSettings(Section):
     """Where the experts live; without `file` and `loads` each has one place, in order of their numbers."""
 
@@ -179,6 +184,12 @@ class PlacementSettings(Section):
     objective: str = Field(
         default="tokens",
         description="What planning balances: tokens, activated, or a JSON file with measured times.",
+    )
+    rank_speed: Annotated[tuple[float, ...], BeforeValidator(_numbers)] = Field(
+        default=(),
+        examples=[(1, 1, 0.5, 1)],
+        description="How fast each rank is, in any unit: planning and the split level balance times, load over speed. "
+        "Unset: those that the file was planned for, or all alike.",
     )
     search_ms: Annotated[float, Field(ge=0)] = Field(
         default=0.0,

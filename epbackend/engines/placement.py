@@ -16,7 +16,7 @@ from epbackend.errors import ConfigError, UnavailableError
 from epbackend.names import PHASES
 from epbackend.placement.formats import ReadOptions, read_loads, read_placement
 from epbackend.placement.loads import Loads
-from epbackend.placement.placement import Layout, Placement
+from epbackend.placement.placement import Layout, Placement, with_speeds
 from epbackend.placement.planners import plan
 from epbackend.placement.renumbering import Renumbering, loads_for, placement_for
 from epbackend.placement.replica_split import level_shares, own_quota
@@ -48,7 +48,7 @@ def finished_placement(
         return None
     try:
         if settings.file is not None:
-            found = _read(settings.file, settings.node_size, config.ep_size, layers, dense_layers)
+            found = _read(settings, config.ep_size, layers, dense_layers)
             return found if layers is None else placement_for(renumbering, found)
         loads = read_loads(settings.loads)
         if layers == loads.layers + len(dense_layers):  # of layers with experts only
@@ -88,7 +88,7 @@ def slot_map_of(placement: Placement | None, layer: int, experts: int, ranks: in
         raise ConfigError(
             f"placement: it has {placement.experts} experts, but MoE layer {layer} has {experts}; plan one for it"
         )
-    return SlotMap(placement.layers[layer], placement.node_size)
+    return SlotMap(placement.layers[layer], placement.node_size, placement.rank_speed)
 
 
 def to_env(placement: Placement) -> str:
@@ -108,13 +108,15 @@ def from_env(text: str) -> Placement:
 
 
 def _read(
-    file: str, node_size: int, ranks: int, layers: int | None, dense_layers: tuple[int, ...]
+    settings: PlacementSettings, ranks: int, layers: int | None, dense_layers: tuple[int, ...]
 ) -> Placement:
-    """From a file; a node size of the config overrides the one in it."""
+    """From a file; node size and speeds of the config override those in it."""
+    file, node_size = str(settings.file), settings.node_size
     placement = read_placement(file, ReadOptions(ranks=ranks))
     if dense_layers and layers == len(placement.layers) + len(dense_layers):
         placement = read_placement(file, ReadOptions(ranks=ranks, dense_layers=dense_layers))
-    return replace(placement, node_size=node_size) if node_size else placement
+    placement = replace(placement, node_size=node_size) if node_size else placement
+    return with_speeds(placement, settings.rank_speed) if settings.rank_speed else placement
 
 
 def _check_dense(loads: Loads, dense_layers: tuple[int, ...]) -> None:
@@ -149,6 +151,7 @@ def _plan(settings: PlacementSettings, loads: Loads, ranks: int) -> Placement:
         objective=settings.objective,
         node_size=settings.node_size,
         search_ms=settings.search_ms,
+        rank_speed=settings.rank_speed or None,
         **asked,
     )
     logger.info("planned a placement by %s on %s", placement.provenance.algorithm, ", ".join(loads.names))

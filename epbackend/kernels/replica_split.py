@@ -69,6 +69,8 @@ class LevelReplicas:
     """Sources of a node, which share tokens among themselves first; 0: all are one node."""
     gather: Callable[[Tensor], Tensor] | None
     """counts_E of this source -> counts_GE of all; None: there is no other. All sources call it together."""
+    rank_speed: tuple[float, ...] = ()
+    """Speeds of the ranks, whose times are levelled, as `placement.speeds.checked_speeds` gives them."""
 
 
 Count = Callable[[Tensor, int], Tensor]
@@ -132,20 +134,17 @@ class LevelSplit:
         ids_TK = _clamped(topk_ids_TK, experts, self._id_check)
         counts_E = self._count(ids_TK, experts)
         counts_GE = replicas.gather(counts_E) if replicas.gather else counts_E[None]
-        quota_P = level_quota(
-            counts_GE, replicas.layout, replicas.by_source, replicas.source, replicas.node_sources
-        ).to(ids_TK.device)
+        quota_P = level_quota(counts_GE, replicas).to(ids_TK.device)
         quota_EC = quota_P[self._slots_EC.clamp(min=0)] * (self._slots_EC >= 0)
         return self._slot_ids_EC.take(assign(ids_TK, counts_E, quota_EC))
 
 
-def level_quota(
-    counts_GE: Tensor, layout: Layout, by_source: Layout, source: int, node_sources: int
-) -> Tensor:
-    """quota_P (int64, on the CPU) of a source: `own_quota` of `level_shares`."""
+def level_quota(counts_GE: Tensor, replicas: LevelReplicas) -> Tensor:
+    """quota_P (int64, on the CPU) of the source: `own_quota` of `level_shares`."""
     counts = counts_GE.cpu().contiguous().numpy()
-    shares_P = level_shares(counts.sum(axis=0), layout)
-    return torch.from_numpy(own_quota(counts, shares_P, by_source, source, node_sources))
+    shares_P = level_shares(counts.sum(axis=0), replicas.layout, replicas.rank_speed)
+    quota_P = own_quota(counts, shares_P, replicas.by_source, replicas.source, replicas.node_sources)
+    return torch.from_numpy(quota_P)
 
 
 def assign(ids_TK: Tensor, counts_E: Tensor, quota_EC: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from epbackend.placement.planners import plan, planner_names
 from epbackend.placement.planners.base import Progress, silent
 from epbackend.placement.replica_split import expected_shares
 from epbackend.placement.score import Score, imbalances, score
+from epbackend.placement.speeds import checked_speeds
 from epbackend.placement.synthetic import CONCENTRATION, draw_batches
 
 UNPLANNED = "unplanned"
@@ -68,6 +69,7 @@ def score_table(
     batches: int = 8,
     seed: int = 0,
     progress: Progress = silent,
+    rank_speed: Sequence[float] | None = None,
     **asked: Any,
 ) -> ScoreTable:
     """Plans with every algorithm, and scores each placement under every split.
@@ -82,7 +84,8 @@ def score_table(
         batches: noisy batches to draw for each layer.
         seed: of the planners and of the noisy batches.
         progress: called with (layers done, layers in all), summed over the algorithms.
-        asked: `slots`, `budget`, `node_size` and `search_ms`, as `plan` takes them.
+        rank_speed: how fast the ranks are: all rows are judged by them, and planned for them.
+        asked: `slots`, `rank_slots`, `budget`, `node_size` and `search_ms`, as `plan` takes them.
 
     Raises:
         ConfigError: the loads are all zero; or an algorithm that was named cannot do what is asked. Without names, such
@@ -95,7 +98,7 @@ def score_table(
     from epbackend.placement.warmup import warm_up
 
     warm_up()
-    asked |= {"ranks": ranks, "objective": goal, "current": baseline, "seed": seed}
+    asked |= {"ranks": ranks, "objective": goal, "current": baseline, "seed": seed, "rank_speed": rank_speed}
     default, *others = planner_names()
     chosen = algorithms if algorithms is not None else (UNPLANNED, default, FOR_LEVEL, *others)
     noises = [
@@ -124,14 +127,16 @@ def mean_imbalance(
     counts_YBE: np.ndarray,
     split: str,
     objective: Objective = TOKENS,
+    rank_speed: tuple[float, ...] = (),
 ) -> float:
     """The mean over layers and batches, under a split, of counts as `draw_batches` draws them for these layers."""
     layouts = [placement.layers[layer] for layer in layers]
     shares_YBP = (
-        expected_shares(split, counts_BE, layout, placement.node_size)
+        expected_shares(split, counts_BE, layout, placement.node_size, rank_speed)
         for counts_BE, layout in zip(counts_YBE, layouts, strict=True)
     )
-    return float(np.mean([imbalances(s, lay, objective) for s, lay in zip(shares_YBP, layouts, strict=True)]))
+    each = zip(shares_YBP, layouts, strict=True)
+    return float(np.mean([imbalances(s, lay, objective, rank_speed) for s, lay in each]))
 
 
 def _rows(
@@ -149,8 +154,16 @@ def _rows(
     drift = _drift(algorithm, loads, splits, objective, asked)
     rows = []
     for split in splits:
-        own = score(placement, loads, split=split, objective=objective, baseline=asked["current"])
-        noise = [mean_imbalance(placement, loads.loaded_layers, n, split, objective) for n in noises]
+        own = score(
+            placement,
+            loads,
+            split=split,
+            objective=objective,
+            baseline=asked["current"],
+            rank_speed=asked["rank_speed"],
+        )
+        speeds = checked_speeds(asked["rank_speed"], placement.ranks)
+        noise = [mean_imbalance(placement, loads.loaded_layers, n, split, objective, speeds) for n in noises]
         rows.append(Row(replace(own, algorithm=algorithm), seconds, noise[0], noise[1], drift.get(split)))
     return rows
 
@@ -165,7 +178,10 @@ def _drift(
     later = Loads(loads.tokens_WYE[1:], loads.names[1:])
     placement = _place(algorithm, first, asked)
     return {
-        split: score(placement, later, split=split, objective=objective).imbalance_mean for split in splits
+        split: score(
+            placement, later, split=split, objective=objective, rank_speed=asked["rank_speed"]
+        ).imbalance_mean
+        for split in splits
     }
 
 
@@ -175,5 +191,6 @@ def _place(algorithm: str, loads: Loads, asked: dict[str, Any]) -> Placement:
         return plan(loads, algorithm="refined", split="level", **asked)
     if algorithm != UNPLANNED:
         return plan(loads, algorithm=algorithm, **asked)
-    even = Placement.even(loads.layers, loads.experts, asked["ranks"], asked.get("slots"))
+    slots = sum(asked.get("rank_slots") or ()) or asked.get("slots")
+    even = Placement.even(loads.layers, loads.experts, asked["ranks"], slots)
     return Placement(even.layers, asked.get("node_size", 0), Provenance(UNPLANNED))

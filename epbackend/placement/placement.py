@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from epbackend.errors import ConfigError
+from epbackend.placement.speeds import RANK_SPEED, checked_speeds
 
 MOST_RANKS = 1 << 14
 """Far more than share the experts of any model; a larger number is a slip, and would take all memory."""
@@ -197,6 +198,7 @@ class Placement:
             raise ConfigError(
                 f"node_size: {self.node_size} ranks a node do not divide the {self.ranks} ranks; use a divisor, or 0"
             )
+        checked_speeds(self._given_speeds, self.ranks)
 
     @classmethod
     def even(cls, layers: int, experts: int, ranks: int, slots: int | None = None) -> Placement:
@@ -218,6 +220,15 @@ class Placement:
         """P: slots of each layer, or None where layers differ."""
         each = {layer.slots for layer in self.layers}
         return each.pop() if len(each) == 1 else None
+
+    @cached_property
+    def rank_speed(self) -> tuple[float, ...]:
+        """Speeds of the ranks that it was planned for, as parts of the fastest; empty: all are equally fast."""
+        return checked_speeds(self._given_speeds, self.ranks)
+
+    @property
+    def _given_speeds(self) -> Any:
+        return dict(self.provenance.options).get(RANK_SPEED)
 
     @property
     def duplicates_on_rank(self) -> int:
@@ -258,6 +269,20 @@ class Placement:
         if placement.ranks != data.get("ranks"):
             raise ConfigError(f"ranks: {data.get('ranks')!r}, but the layers hold {placement.ranks}")
         return placement
+
+
+def with_speeds(placement: Placement, rank_speed: Sequence[float]) -> Placement:
+    """The same layouts, for ranks of these speeds in any unit; the provenance keeps them.
+
+    Raises:
+        ConfigError: another number than the ranks, or a speed that is none.
+    """
+    speeds = checked_speeds(list(rank_speed), placement.ranks)
+    others = {name: value for name, value in placement.provenance.options if name != RANK_SPEED}
+    options = {**others, RANK_SPEED: list(speeds)} if speeds else others
+    return replace(
+        placement, provenance=replace(placement.provenance, options=tuple(sorted(options.items())))
+    )
 
 
 def _whole_number(data: dict[str, Any], name: str) -> int:

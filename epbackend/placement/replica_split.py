@@ -32,6 +32,7 @@ import numpy as np
 from epbackend.errors import ConfigError, did_you_mean
 from epbackend.names import SPLITS
 from epbackend.placement.placement import Layout
+from epbackend.placement.speeds import rank_weights
 
 __all__ = [
     "SPLITS",
@@ -109,16 +110,17 @@ def _shares(tokens_E: np.ndarray, layout: Layout, takers_E: np.ndarray, position
 # `level`: the fullest rank of the batch gets as little as possible
 
 
-def level_shares(tokens_E: np.ndarray, layout: Layout) -> np.ndarray:
+def level_shares(tokens_E: np.ndarray, layout: Layout, rank_speed: tuple[float, ...] = ()) -> np.ndarray:
     """shares_P (int64) that minimise the largest rank load; sums over an expert's slots are its tokens exactly.
 
     The largest load is above the optimum of the linear program that LPLB solves, rounded up to a whole token, by one
-    part in 1024 at most. Of two slots of an expert on one rank the first takes everything.
+    part in 1024 at most. Of two slots of an expert on one rank the first takes everything. With speeds, as
+    `speeds.checked_speeds` gives them, the same holds for times, of speeds as `speeds.rank_weights` rounds them.
     """
     from epbackend.placement.search.level_split import level_shares as compiled
 
     counts_E = checked_counts(tokens_E, layout)
-    return compiled(counts_E, layout.slots_EC, layout.rank_of_slot_P, layout.ranks)
+    return compiled(counts_E, layout.slots_EC, layout.rank_of_slot_P, rank_weights(rank_speed, layout.ranks))
 
 
 def own_quota(
@@ -213,17 +215,24 @@ WHOLE = 2**32
 """Whole tokens that the load of a layer is scaled to: as good as splitting a real number."""
 
 
-def expected_shares(split: str, tokens_BE: np.ndarray, layout: Layout, node_size: int = 0) -> np.ndarray:
+def expected_shares(
+    split: str,
+    tokens_BE: np.ndarray,
+    layout: Layout,
+    node_size: int = 0,
+    rank_speed: tuple[float, ...] = (),
+) -> np.ndarray:
     """shares_BP (float64): tokens of every slot in each of B batches, in the unit of `tokens_BE`.
 
     With `even` and `nearest` it is the expectation if all sources have equal parts of every expert's tokens. `level`
-    splits integer batches as it does when serving, in whole tokens, and real numbers without rounding.
+    splits integer batches as it does when serving, in whole tokens, and real numbers without rounding; it alone heeds
+    speeds.
 
     Raises:
         ConfigError: the split is unknown.
     """
     if split == "level":
-        return np.stack([_level(tokens_E, layout) for tokens_E in tokens_BE])
+        return np.stack([_level(tokens_E, layout, rank_speed) for tokens_E in tokens_BE])
     if split not in SPLITS:
         known = ", ".join(SPLITS)
         raise ConfigError(f"split: {split!r} is unknown{did_you_mean(split, SPLITS)}; known are {known}")
@@ -231,13 +240,13 @@ def expected_shares(split: str, tokens_BE: np.ndarray, layout: Layout, node_size
     return tokens_BE[:, layout.slot_to_expert_P] * part_P
 
 
-def _level(tokens_E: np.ndarray, layout: Layout) -> np.ndarray:
+def _level(tokens_E: np.ndarray, layout: Layout, rank_speed: tuple[float, ...]) -> np.ndarray:
     """`level_shares` of one batch, as float64."""
     total = tokens_E.sum()
     if tokens_E.dtype.kind in "iu" or not total:
-        return level_shares(tokens_E.astype(np.int64), layout).astype(np.float64)
+        return level_shares(tokens_E.astype(np.int64), layout, rank_speed).astype(np.float64)
     scale = WHOLE / total
-    return level_shares(np.rint(tokens_E * scale).astype(np.int64), layout) / scale
+    return level_shares(np.rint(tokens_E * scale).astype(np.int64), layout, rank_speed) / scale
 
 
 def _even_part(layout: Layout) -> np.ndarray:

@@ -10,69 +10,82 @@ import numpy as np
 
 from epbackend.placement.placement import Layout
 from epbackend.placement.search.level_split import GAP_BITS, MOST_SWEEPS
+from epbackend.placement.speeds import rank_weights
 
 Tree = dict[int, tuple[int, int, int]]
 """By rank, in the order of joining: the expert by which it joined, that expert's replica nearer to the root, and its
 replica on this rank."""
 
 
-def level_shares(tokens_E: np.ndarray, layout: Layout) -> np.ndarray:
-    """shares_P (int64) with the smallest largest rank load.
+def level_shares(tokens_E: np.ndarray, layout: Layout, rank_speed: tuple[float, ...] = ()) -> np.ndarray:
+    """shares_P (int64) with the smallest largest rank time, load over speed.
 
-    Block-coordinate descent on the sum of squared rank loads, whose optimum also has the smallest maximum (as in every
-    problem of fair division over a polymatroid). A sweep reassigns the tokens of one expert after the other, by
-    water-filling over the ranks of its replicas. A few sweeps balance ranks that are near each other; along a chain of
-    ranks they are slow. So before every second sweep a tree of ranks is levelled, which also proves when the optimum is
-    reached. Only the first slot of an expert on a rank takes part: another one cannot change a rank's load.
+    Block-coordinate descent on the sum of squared rank loads, each over its speed, whose optimum also has the smallest
+    maximum (as in every problem of fair division over a polymatroid). Speeds are whole numbers, the ranks' weights. A
+    sweep reassigns the tokens of one expert after the other, by water-filling over the ranks of its replicas. A few
+    sweeps balance ranks that are near each other; along a chain of ranks they are slow. So before every second sweep a
+    tree of ranks is levelled, which also proves when the optimum is reached. Only the first slot of an expert on a rank
+    takes part: another one cannot change a rank's load.
     """
+    weight_R = rank_weights(rank_speed, layout.ranks)
     slots_of = [_one_slot_a_rank(layout, expert) for expert in range(layout.experts)]
     ranks_of = [layout.rank_of_slot_P[slots] for slots in slots_of]
     shares_of = [
-        water_fill(int(t), np.zeros(len(s), np.int64)) for t, s in zip(tokens_E, slots_of, strict=True)
+        water_fill(int(t), np.zeros(len(r), np.int64), weight_R[r])
+        for t, r in zip(tokens_E, ranks_of, strict=True)
     ]
     loads_R = np.zeros(layout.ranks, dtype=np.int64)
     for ranks, shares in zip(ranks_of, shares_of, strict=True):
         loads_R[ranks] += shares
     for sweep in range(MOST_SWEEPS):
-        tree = grow_tree(loads_R, ranks_of, shares_of)
-        if is_level(loads_R, tree):
+        tree = grow_tree(loads_R, weight_R, ranks_of, shares_of)
+        if is_level(loads_R, weight_R, tree):
             break
         if sweep % 2:
-            level_tree(loads_R, ranks_of, shares_of, tree)
+            level_tree(loads_R, weight_R, ranks_of, shares_of, tree)
         for expert, ranks in enumerate(ranks_of):
             loads_R[ranks] -= shares_of[expert]
-            shares_of[expert] = water_fill(int(tokens_E[expert]), loads_R[ranks])
+            shares_of[expert] = water_fill(int(tokens_E[expert]), loads_R[ranks], weight_R[ranks])
             loads_R[ranks] += shares_of[expert]
     shares_P = np.zeros(layout.slots, dtype=np.int64)
     shares_P[np.concatenate(slots_of)] = np.concatenate(shares_of)
     return shares_P
 
 
-def water_fill(tokens: int, loads_C: np.ndarray) -> np.ndarray:
-    """Shares (int64 [C]) of `tokens` for ranks that carry `loads_C`: the ranks that get any end at the same load.
+def water_fill(tokens: int, loads_C: np.ndarray, weight_C: np.ndarray) -> np.ndarray:
+    """Shares (int64 [C]) of `tokens` for ranks that carry `loads_C`: the ranks that get any end at the same time.
 
     The remainder of the division goes to the first ones, one each.
 
-    >>> water_fill(5, np.array([5, 0, 1])).tolist()  # two ranks end at 3
+    >>> water_fill(5, np.array([5, 0, 1]), np.array([1, 1, 1])).tolist()  # two ranks end at 3
     [0, 3, 2]
+    >>> water_fill(5, np.array([5, 0, 1]), np.array([1, 2, 1])).tolist()  # at 4, with twice the weight, and at 2
+    [0, 4, 1]
     """
     under_C = np.ones(len(loads_C), dtype=bool)
     while True:
-        level, left = divmod(tokens + int(loads_C[under_C].sum()), int(under_C.sum()))
-        if (loads_C[under_C] <= level).all():
+        total, weight = tokens + int(loads_C[under_C].sum()), int(weight_C[under_C].sum())
+        level_C = total * weight_C // weight
+        if (loads_C[under_C] <= level_C[under_C]).all():
             break
-        under_C &= loads_C <= level
-    shares_C = np.where(under_C, level - loads_C, 0)
-    shares_C[np.flatnonzero(under_C)[:left]] += 1
+        under_C &= loads_C <= level_C
+    shares_C = np.where(under_C, level_C - loads_C, 0)
+    shares_C[np.flatnonzero(under_C)[: tokens - int(shares_C.sum())]] += 1
     return shares_C
 
 
-def grow_tree(loads_R: np.ndarray, ranks_of: list[np.ndarray], shares_of: list[np.ndarray]) -> Tree:
-    """The ranks that tokens of the fullest rank, the root, can reach in one step or several.
+def grow_tree(
+    loads_R: np.ndarray, weight_R: np.ndarray, ranks_of: list[np.ndarray], shares_of: list[np.ndarray]
+) -> Tree:
+    """The ranks that tokens of the rank with the largest time, the root, can reach in one step or several.
 
     An expert with a share on a rank of the tree adds its other ranks to the tree.
     """
-    tree: Tree = {int(loads_R.argmax()): (-1, -1, -1)}
+    root = 0
+    for rank in range(1, len(loads_R)):
+        if loads_R[rank] * weight_R[root] > loads_R[root] * weight_R[rank]:
+            root = rank
+    tree: Tree = {root: (-1, -1, -1)}
     grown = 0
     while len(tree) > grown:
         grown = len(tree)
@@ -88,28 +101,37 @@ def grow_tree(loads_R: np.ndarray, ranks_of: list[np.ndarray], shares_of: list[n
     return tree
 
 
-def is_level(loads_R: np.ndarray, tree: Tree) -> bool:
+def is_level(loads_R: np.ndarray, weight_R: np.ndarray, tree: Tree) -> bool:
     """Whether no split gets below the present maximum by more than 2^-GAP_BITS of it.
 
     The proof: every token now on the tree's ranks belongs to an expert without replicas elsewhere, so under any split
-    one of these ranks has at least their mean, rounded up.
+    one of these ranks takes at least as long as all of them if they ended together, rounded up to a token of the root.
     """
-    most = int(loads_R.max())
-    return most - (most >> GAP_BITS) <= -(-int(loads_R[list(tree)].sum()) // len(tree))
+    ranks = list(tree)
+    most, weight = int(loads_R[ranks[0]]), int(weight_R[ranks].sum())
+    return most - (most >> GAP_BITS) <= -(-int(loads_R[ranks].sum()) * int(weight_R[ranks[0]]) // weight)
 
 
 def level_tree(
-    loads_R: np.ndarray, ranks_of: list[np.ndarray], shares_of: list[np.ndarray], tree: Tree
+    loads_R: np.ndarray,
+    weight_R: np.ndarray,
+    ranks_of: list[np.ndarray],
+    shares_of: list[np.ndarray],
+    tree: Tree,
 ) -> None:
-    """Moves tokens along the branches of the tree towards its mean load, in place.
+    """Moves tokens along the branches of the tree towards equal times, in place.
 
-    From the leaves to the root, each rank gives its parent what it has above the mean, or takes what it lacks, as far
-    as the shares of the joining expert allow. The ranks that joined first get the remainder of the division.
+    From the leaves to the root, each rank gives its parent what it has above its part of the tree's load, or takes what
+    it lacks, as far as the shares of the joining expert allow. The ranks that joined first get the remainder of the
+    division.
     """
-    mean, left = divmod(int(loads_R[list(tree)].sum()), len(tree))
+    ranks = list(tree)
+    total = int(loads_R[ranks].sum())
+    parts = total * weight_R[ranks] // int(weight_R[ranks].sum())
+    left = total - int(parts.sum())
     for index, (rank, (expert, giver, replica)) in reversed(list(enumerate(tree.items()))[1:]):
         shares_C = shares_of[expert]
-        surplus = int(loads_R[rank]) - mean - (index < left)
+        surplus = int(loads_R[rank]) - int(parts[index]) - (index < left)
         surplus = max(min(surplus, int(shares_C[replica])), -int(shares_C[giver]))
         shares_C[replica] -= surplus
         shares_C[giver] += surplus

@@ -15,11 +15,15 @@ from epbackend.placement.loads import NUMBERING, Loads
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.replica_split import expected_shares
+from epbackend.placement.speeds import checked_speeds
 
 
 @dataclass(frozen=True)
 class Score:
-    """Imbalance is the largest rank cost over the mean one, of one layer in one window of loads; 1 is perfect."""
+    """Imbalance is the largest rank cost over the mean one, of one layer in one window of loads; 1 is perfect.
+
+    Where ranks differ in speed, costs are over speeds, and the mean is what all would cost if they ended together.
+    """
 
     algorithm: str
     """The algorithm that made the placement."""
@@ -60,6 +64,7 @@ def score(
     objective: str | Path | Objective = "tokens",
     baseline: Placement | None = None,
     expert_bytes: int | None = None,
+    rank_speed: Sequence[float] | None = None,
 ) -> Score:
     """Scores every layer that has loads, in every window.
 
@@ -70,6 +75,7 @@ def score(
         objective: what is balanced, see `objectives.parse_objective`.
         baseline: the placement in use, from which moves are counted.
         expert_bytes: bytes of the weights of one expert in one layer.
+        rank_speed: how fast the ranks are, in any unit; unless given, those that the placement was planned for.
 
     Raises:
         ConfigError: loads or a baseline of another model, loads without a token, or an unknown split.
@@ -77,17 +83,19 @@ def score(
     loads = loads if isinstance(loads, Loads) else Loads.of(loads)
     check_same_model(placement, loads)
     goal = parse_objective(objective)
+    speeds = placement.rank_speed if rank_speed is None else checked_speeds(rank_speed, placement.ranks)
     scored: list[tuple[float, float, float, int]] = []  # (imbalance, bound, largest replica, layer)
     for layer in loads.loaded_layers:
         layout = placement.layers[layer]
         tokens_WE = loads.tokens_WYE[:, layer]
         tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
-        shares_WP = expected_shares(split, tokens_WE, layout, placement.node_size)
+        shares_WP = expected_shares(split, tokens_WE, layout, placement.node_size, speeds)
         for tokens_E, shares_P, worst in zip(
-            tokens_WE, shares_WP, imbalances(shares_WP, layout, goal), strict=True
+            tokens_WE, shares_WP, imbalances(shares_WP, layout, goal, speeds), strict=True
         ):
-            mean = tokens_E.sum() / layout.ranks
-            least = lower_bound(tokens_E, layout.slots, layout.ranks) / mean if goal == TOKENS else 1.0
+            mean = tokens_E.sum() / (sum(speeds) or layout.ranks)
+            possible = lower_bound(tokens_E, layout.slots, layout.ranks, speeds)
+            least = possible / mean if goal == TOKENS else 1.0
             scored.append((worst, least, shares_P.max() / mean, layer))
     imbalance, bound, largest, of_layer = (np.array(values) for values in zip(*scored, strict=True))
     moves = count_moves(baseline, placement, loads.loaded_layers) if baseline else None
@@ -110,18 +118,37 @@ def score(
     )
 
 
-def imbalances(shares_BP: np.ndarray, layout: Layout, objective: Objective = TOKENS) -> np.ndarray:
+def imbalances(
+    shares_BP: np.ndarray,
+    layout: Layout,
+    objective: Objective = TOKENS,
+    rank_speed: tuple[float, ...] = (),
+) -> np.ndarray:
     """Largest rank cost over the mean, float64 [B], for the tokens that each slot gets in each of B batches."""
-    costs_BR = rank_costs(shares_BP, layout, objective)
-    return costs_BR.max(axis=1) / costs_BR.mean(axis=1)
+    costs_BR = rank_costs(shares_BP, layout, objective, rank_speed)
+    if not rank_speed:
+        return costs_BR.max(axis=1) / costs_BR.mean(axis=1)
+    return costs_BR.max(axis=1) / (costs_BR @ np.array(rank_speed) / sum(rank_speed))
 
 
-def rank_costs(shares_BP: np.ndarray, layout: Layout, objective: Objective = TOKENS) -> np.ndarray:
-    """The cost of each rank, float64 [B, R]: its tokens in the unit of the shares, or the objective's cost of them."""
+def rank_costs(
+    shares_BP: np.ndarray,
+    layout: Layout,
+    objective: Objective = TOKENS,
+    rank_speed: tuple[float, ...] = (),
+) -> np.ndarray:
+    """The cost of each rank, float64 [B, R]: its tokens in the unit of the shares, or the objective's cost of them.
+
+    Over its speed, where speeds are given.
+    """
     if objective == TOKENS:
         first_slot_R = np.cumsum(layout.slots_R) - layout.slots_R
-        return np.add.reduceat(shares_BP, first_slot_R, axis=1)
-    return np.stack([objective.rank_costs(s_P, layout.rank_of_slot_P, layout.ranks) for s_P in shares_BP])
+        costs_BR = np.add.reduceat(shares_BP, first_slot_R, axis=1)
+    else:
+        costs_BR = np.stack(
+            [objective.rank_costs(s_P, layout.rank_of_slot_P, layout.ranks) for s_P in shares_BP]
+        )
+    return costs_BR / rank_speed if rank_speed else costs_BR
 
 
 def check_same_model(placement: Placement, loads: Loads) -> None:
@@ -147,14 +174,15 @@ def check_same_model(placement: Placement, loads: Loads) -> None:
 # What no placement can beat
 
 
-def lower_bound(weight_E: np.ndarray, slots: int, ranks: int) -> float:
+def lower_bound(weight_E: np.ndarray, slots: int, ranks: int, rank_speed: tuple[float, ...] = ()) -> float:
     """Least possible load of the busiest rank, in the unit of the weights, if replicas share their expert evenly.
 
-    The larger of the mean rank load, and the least weight that the heaviest replica can have with so many slots.
+    The larger of the mean rank load, and the least weight that the heaviest replica can have with so many slots. With
+    speeds it is a time: that of all ranks if they end together, or of the heaviest replica on the fastest rank.
     """
     weight_E = np.asarray(weight_E, dtype=np.float64)
     replicas_E = optimal_replicas(weight_E, slots)
-    return float(max(weight_E.sum() / ranks, (weight_E / replicas_E).max()))
+    return float(max(weight_E.sum() / (sum(rank_speed) or ranks), (weight_E / replicas_E).max()))
 
 
 def optimal_replicas(weight_E: np.ndarray, slots: int, max_replicas: int | None = None) -> np.ndarray:

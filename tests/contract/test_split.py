@@ -31,8 +31,14 @@ def counts(ids: list[tuple[int, ...]]) -> np.ndarray:
     return np.bincount(np.array(ids).flatten(), minlength=E)
 
 
-def level_quota(counts_GE: np.ndarray, by_source: Layout, source: int, node_sources: int) -> np.ndarray:
-    shares_P = reference.level_shares(counts_GE.sum(axis=0), LAYOUT)
+def level_quota(
+    counts_GE: np.ndarray,
+    by_source: Layout,
+    source: int,
+    node_sources: int,
+    rank_speed: tuple[float, ...] = (),
+) -> np.ndarray:
+    shares_P = reference.level_shares(counts_GE.sum(axis=0), LAYOUT, rank_speed)
     return reference.own_quota(counts_GE, shares_P, by_source, source, node_sources)
 
 
@@ -57,17 +63,19 @@ def test_nearest_is_even_among_the_nearest_replicas(kernels, place, ids, rank):
 
 
 @given(ids=batches, others=st.lists(st.integers(0, 50), min_size=E, max_size=E), source=st.integers(0, 1))
-@pytest.mark.parametrize("node_sources", [0, 1])
-def test_level_with_two_sources_equals_the_reference(kernels, place, ids, others, source, node_sources):
+@pytest.mark.parametrize(("node_sources", "rank_speed"), [(0, ()), (1, (0.5, 1.0, 0.3, 1.0))])
+def test_level_with_two_sources_equals_the_reference(
+    kernels, place, ids, others, source, node_sources, rank_speed
+):
     gathered = np.array([counts(ids), others])[:: 1 - 2 * source]
 
     def gather(counts_E: torch.Tensor) -> torch.Tensor:
         assert counts_E.tolist() == counts(ids).tolist()
         return torch.from_numpy(gathered.repeat(2, axis=0)).to(place)[::2]  # a line for each rank
 
-    replicas = LevelReplicas(LAYOUT.slots_EC, LAYOUT, BY_SOURCE, source, node_sources, gather)
+    replicas = LevelReplicas(LAYOUT.slots_EC, LAYOUT, BY_SOURCE, source, node_sources, gather, rank_speed)
     found = kernels.level_split(replicas, place, None)(torch.tensor(ids, device=place))
-    quota_P = level_quota(gathered, BY_SOURCE, source, node_sources)
+    quota_P = level_quota(gathered, BY_SOURCE, source, node_sources, rank_speed)
     assert found.tolist() == splits.assign(np.array(ids), quota_P, LAYOUT).tolist()
 
 

@@ -12,6 +12,7 @@ split = pytest.importorskip("epbackend.placement.replica_split", reason="needs n
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas
 from epbackend.kernels.triton import even_split, permute
 from epbackend.placement.placement import Layout
+from epbackend.placement.speeds import checked_speeds
 
 pytestmark = pytest.mark.cuda
 
@@ -41,13 +42,23 @@ def way(request, monkeypatch):
             monkeypatch.setattr(module, "MOST_CHOICES", 0)
 
 
-def check(kernels, place, layout: Layout, ids_of: list[np.ndarray], node_size: int, step: int = 1) -> None:
+def check(
+    kernels,
+    place,
+    layout: Layout,
+    ids_of: list[np.ndarray],
+    node_size: int,
+    step: int = 1,
+    rank_speed: tuple[float, ...] = (),
+) -> None:
     """The split of every `step`-th source, beside the CPU's."""
     counts_RE = np.stack([np.bincount(ids.flatten(), minlength=layout.experts) for ids in ids_of])
-    shares_P = split.level_shares(counts_RE.sum(0), layout)
+    shares_P = split.level_shares(counts_RE.sum(0), layout, rank_speed)
     on_device = torch.from_numpy(counts_RE).to(place)
     for source, ids_TK in list(enumerate(ids_of))[::step]:
-        replicas = LevelReplicas(layout.slots_EC, layout, layout, source, node_size, lambda _: on_device)
+        replicas = LevelReplicas(
+            layout.slots_EC, layout, layout, source, node_size, lambda _: on_device, rank_speed
+        )
         quota_P = split.own_quota(counts_RE, shares_P, layout, source, node_size)
         expected = split.assign(ids_TK, quota_P, layout)
         found = kernels.level_split(replicas, place, None)(torch.from_numpy(ids_TK).to(place))
@@ -57,6 +68,13 @@ def check(kernels, place, layout: Layout, ids_of: list[np.ndarray], node_size: i
 @pytest.mark.parametrize(("name", "node_size"), [(name, n % 2 * 2) for n, name in enumerate(LAYOUTS)])
 def test_level_equals_the_cpu_integer_for_integer(way, kernels, place, name, node_size):
     check(kernels, place, LAYOUTS[name], draw(LAYOUTS[name], seed=len(name)), node_size)
+
+
+@pytest.mark.parametrize("name", ["a chain", "uneven ranks"])
+def test_level_equals_the_cpu_where_ranks_differ_in_speed(kernels, place, name):
+    layout = LAYOUTS[name]
+    rank_speed = checked_speeds([1 / (1 + rank % 3) for rank in range(layout.ranks)], layout.ranks)
+    check(kernels, place, layout, draw(layout, seed=len(name)), 0, step=3, rank_speed=rank_speed)
 
 
 @pytest.mark.parametrize("tokens", [500, 501])

@@ -11,6 +11,7 @@ from epbackend.errors import ConfigError
 from epbackend.placement import replica_split_reference as reference
 from epbackend.placement.placement import Layout
 from epbackend.placement.replica_split import even_shares, level_shares
+from epbackend.placement.speeds import checked_speeds
 from tests.helpers.linear_program import optimum
 from tests.helpers.placement_strategies import layouts
 
@@ -79,6 +80,20 @@ def test_within_the_promised_gap_of_the_linear_program(name, skew):
         assert within_the_gap(rank_loads(shares_P, layout).max(), optimum(tokens_E, layout))
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_times_are_within_two_thousandths_of_the_linear_program_where_ranks_differ_in_speed(name):
+    layout, random = LAYOUTS[name], np.random.default_rng(11)
+    rank_speed = checked_speeds(random.uniform(0.25, 1, layout.ranks).tolist(), layout.ranks)
+    for skew in SKEWS.values():
+        weight_E = skew(random, layout.experts)
+        tokens_E = random.multinomial(10**6, weight_E / weight_E.sum())
+        shares_P = level_shares(tokens_E, layout, rank_speed)
+        assert shares_P.tolist() == reference.level_shares(tokens_E, layout, rank_speed).tolist()
+        assert expert_sums(shares_P, layout) == tokens_E.tolist()
+        most = (rank_loads(shares_P, layout) / rank_speed).max()
+        assert most <= 1.002 * optimum(tokens_E, layout, rank_speed) + 1 / min(rank_speed)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_rounding_costs_less_than_half_a_point_at_1024_tokens(seed):
     layout, random = LAYOUTS["one ring"], np.random.default_rng(seed)
@@ -95,8 +110,10 @@ def test_compiled_and_reference_agree_to_the_token(layout, data):
     tokens_E = np.array(
         data.draw(st.lists(st.integers(0, 50), min_size=layout.experts, max_size=layout.experts))
     )
-    shares_P = level_shares(tokens_E, layout)
-    assert shares_P.tolist() == reference.level_shares(tokens_E, layout).tolist()
+    speeds = data.draw(st.lists(st.sampled_from([1, 0.5, 0.3]), min_size=layout.ranks, max_size=layout.ranks))
+    rank_speed = checked_speeds(speeds, layout.ranks)
+    shares_P = level_shares(tokens_E, layout, rank_speed)
+    assert shares_P.tolist() == reference.level_shares(tokens_E, layout, rank_speed).tolist()
     assert expert_sums(shares_P, layout) == tokens_E.tolist()
     assert shares_P.min() >= 0
 
@@ -160,12 +177,15 @@ def test_counts_that_cannot_be_are_refused(counts, problem):
         level_shares(np.array(counts), Layout.even(2, 2))
 
 
-@given(st.integers(0, 10**6), st.lists(st.integers(0, 10**4), min_size=1, max_size=6))
-def test_water_filling_levels_the_ranks_that_get_any(amount, loads):
-    loads_C = np.array(loads)
-    shares_C = reference.water_fill(amount, loads_C)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(0, 10**4), st.integers(1, 9)), min_size=1, max_size=6),
+)
+def test_water_filling_levels_the_ranks_that_get_any(amount, ranks):
+    loads_C, weight_C = np.array(ranks).T
+    shares_C = reference.water_fill(amount, loads_C, weight_C)
     assert shares_C.sum() == amount
     assert shares_C.min() >= 0
-    ends_C = loads_C + shares_C
     if amount:
-        assert ends_C[shares_C > 0].max() - ends_C.min() <= 1
+        most = ((loads_C + shares_C - 1) / weight_C)[shares_C > 0].max()
+        assert most <= ((loads_C + shares_C + 1) / weight_C).min()

@@ -26,7 +26,7 @@ from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError
 from epbackend.moe import ExpertParallelMoE
 from epbackend.names import PHASES
-from epbackend.placement.placement import Placement
+from epbackend.placement.placement import Placement, with_speeds
 
 MB = 1_000_000
 MAX_ERROR = 1000
@@ -60,6 +60,7 @@ def starting_placement(path: str, config: EPConfig, placement: Placement | None)
                 f"which {config.ep_size} ranks (ep_size) do not divide; use {balance.redundant_experts + short}"
             )
         placement = Placement.even(layers, experts, config.ep_size, slots)
+        placement = with_speeds(placement, config.placement.rank_speed)
     if all((layer.slots_R == 1).all() for layer in placement.layers):
         raise ConfigError(
             f"balance.on: each of the {config.ep_size} ranks has one expert, so that no move changes its load; set "

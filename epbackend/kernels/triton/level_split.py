@@ -41,6 +41,7 @@ from epbackend.kernels.triton.even_split import (
 from epbackend.kernels.triton.launch import named_launch
 from epbackend.kernels.triton.permute import load_slots
 from epbackend.kernels.triton.tiles import Chip, chip_of
+from epbackend.placement.speeds import rank_weights
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class LevelTable:
     """int32: the rank of each replica."""
     sources_XC: Tensor
     """int32: the source that the rank belongs to."""
+    weight_R: Tensor | None
+    """int32: speeds of the ranks as whole numbers; None where all are equally fast."""
 
     @classmethod
     def of(cls, replicas: LevelReplicas, device: torch.device) -> LevelTable:
@@ -92,6 +95,7 @@ class LevelTable:
             ),
             ranks_XC=on(np.where(here_XC, layout.rank_of_slot_P[slots_XC], -1)),
             sources_XC=on(np.where(here_XC, replicas.by_source.rank_of_slot_P[slots_XC], -1)),
+            weight_R=on(rank_weights(replicas.rank_speed, layout.ranks)) if replicas.rank_speed else None,
         )
 
 
@@ -113,6 +117,9 @@ MOST_SWEEPS = tl.constexpr(64)
 """When to stop, as in the reference: the fullest rank is within 1 / 2^GAP_BITS of the mean of the ranks that it can
 share with, or so many sweeps are done."""
 
+ORDER_BITS = tl.constexpr(24)
+"""Times in 2^-24 of a token for a weight of 1: quotients of whole numbers by weights up to 2^12 keep their order."""
+
 
 @triton.jit
 def level_shares(
@@ -120,6 +127,7 @@ def level_shares(
     single_RJ,
     expert_X,
     ranks_XC,
+    weight_R,
     R,
     J,
     X,
@@ -131,6 +139,8 @@ def level_shares(
 ):
     """shares [XS, CS], zero where a row has no replica; `tokens` has a lane for each expert.
 
+    Where weight_R is None all ranks have weight 1, and weights are no part of the program.
+
     Every step follows from the one before. Loads of all ranks and shares of all replicas stay in registers.
     """
     loads = _single_loads(tokens, single_RJ, R, J, RS, JS)
@@ -140,24 +150,33 @@ def level_shares(
     each_rank = tl.arange(0, RS)
     each, replica = nth[:, None], tl.arange(0, CS)[None, :]
     here = (each < X) & (replica < C)
-    here = here & (tl.load(ranks_XC + each * C + replica, mask=here, other=-1) >= 0)
-    replicas = tl.maximum(tl.sum(here.to(tl.int32), 1), 1)
-    more = (replica < (tokens_X % replicas)[:, None]).to(tl.int32)
-    shares = tl.where(here, (tokens_X // replicas)[:, None] + more, 0)
+    rank = tl.load(ranks_XC + each * C + replica, mask=here, other=-1)
+    here = here & (rank >= 0)
+    if weight_R is None:
+        weights = None
+        weight = here.to(tl.int32)
+    else:
+        weights = tl.load(weight_R + each_rank, mask=each_rank < R, other=1)
+        weight = tl.load(weight_R + rank, mask=here, other=0)
+    of = tl.maximum(tl.sum(weight, 1), 1)[:, None]
+    shares = tl.where(here, _part(tokens_X[:, None], weight, of, weights), 0)
+    left = tokens_X - tl.sum(shares, 1)
+    shares += (here & (replica < left[:, None])).to(tl.int32)
     for x in range(0, X):
         loads += _sum_by_rank(_row(shares, x, XS), _ranks(ranks_XC, x, C, CS), each_rank)
     sweep = tl.zeros((), tl.int32)
     going = sweep == 0
     while going:
         size, total, order, joined, from_replica, to_replica = _grow_tree(
-            loads, shares, ranks_XC, X, C, XS, CS, RS
+            loads, weights, shares, ranks_XC, X, C, XS, CS, RS
         )
-        most = tl.max(loads)
-        going = most - (most >> GAP_BITS) > (total + size - 1) // size
+        most = tl.sum(tl.where(order == 0, loads, 0))
+        going = most - (most >> GAP_BITS) > _bound(total, size, order, weights)
         if going:
             if sweep % 2 == 1:
                 loads, shares = _level_tree(
                     loads,
+                    weights,
                     shares,
                     ranks_XC,
                     C,
@@ -171,7 +190,7 @@ def level_shares(
                     CS,
                     RS,
                 )
-            loads, shares = _sweep(loads, shares, tokens_X, ranks_XC, X, C, XS, CS, RS)
+            loads, shares = _sweep(loads, weights, shares, tokens_X, ranks_XC, X, C, XS, CS, RS)
         sweep += 1
         going = going & (sweep < MOST_SWEEPS)
     return shares
@@ -208,49 +227,75 @@ def _sum_by_rank(values, rank, each_rank):
 
 
 @triton.jit
-def _sweep(loads, shares, tokens_X, ranks_XC, X, C, XS: tl.constexpr, CS: tl.constexpr, RS: tl.constexpr):
+def _sweep(
+    loads, weights, shares, tokens_X, ranks_XC, X, C, XS: tl.constexpr, CS: tl.constexpr, RS: tl.constexpr
+):
     """Fill the tokens of every replicated expert onto its ranks again, one expert after the other."""
     each_rank = tl.arange(0, RS)
     for x in range(0, X):
         rank = _ranks(ranks_XC, x, C, CS)
         loads -= _sum_by_rank(_row(shares, x, XS), rank, each_rank)
         tokens = tl.sum(tl.where(tl.arange(0, XS) == x, tokens_X, 0))
-        filled = _fill(tokens, tl.gather(loads, tl.maximum(rank, 0), 0), rank >= 0)
+        weight = None if weights is None else tl.gather(weights, tl.maximum(rank, 0), 0)
+        filled = _fill(tokens, tl.gather(loads, tl.maximum(rank, 0), 0), weight, rank >= 0)
         loads += _sum_by_rank(filled, rank, each_rank)
         shares = tl.where(tl.arange(0, XS)[:, None] == x, filled[None, :], shares)
     return loads, shares
 
 
 @triton.jit
-def _fill(tokens, load, here):
-    """Water-filling: what each rank gets of `tokens`, given its `load`.
+def _part(total, weight, of, weights):
+    """A rank's part of a total, rounded down: its weight over `of`, that of all; 1 over `of` where weights is None."""
+    part = total // of
+    if weights is not None:
+        # The rest is less than `of`, so that 64 bits hold its product, and the quotient needs 32.
+        part = part * weight + ((total - part * of).to(tl.int64) * weight // of).to(tl.int32)
+    return part
 
-    The ranks under the water level end up equally full; the remainder goes to the first of them, one token each.
+
+@triton.jit
+def _fill(tokens, load, weight, here):
+    """Water-filling: what each rank gets of `tokens`, given its `load`; `weight` is None where all have the same.
+
+    The ranks under the water level end up equally full for their weight; the remainder goes to the first of them, one
+    token each.
     """
     under = here
     before = tl.zeros((), tl.int32)
     count = tl.sum(under.to(tl.int32))
-    total = tokens + tl.sum(tl.where(under, load, 0))
+    total, of = _sums(tokens, load, weight, under)
     while count != before:
         before = count
-        under = here & (load <= total // count)
+        under = here & (load <= _part(total, weight, of, weight))
         count = tl.sum(under.to(tl.int32))
-        total = tokens + tl.sum(tl.where(under, load, 0))
-    level = total // count
+        total, of = _sums(tokens, load, weight, under)
+    filled = tl.where(under, _part(total, weight, of, weight) - load, 0)
     nth = tl.cumsum(under.to(tl.int32)) - 1
-    return tl.where(under, level - load + (nth < total - level * count).to(tl.int32), 0)
+    return filled + (under & (nth < tokens - tl.sum(filled))).to(tl.int32)
 
 
 @triton.jit
-def _grow_tree(loads, shares, ranks_XC, X, C, XS: tl.constexpr, CS: tl.constexpr, RS: tl.constexpr):
-    """The tree of ranks to which tokens of the fullest rank, its root, can move: its size, its load, and its edges.
+def _sums(tokens, load, weight, under):
+    """What the ranks under the water share, and their weight."""
+    total = tokens + tl.sum(tl.where(under, load, 0))
+    return total, tl.sum(under.to(tl.int32)) if weight is None else tl.sum(tl.where(under, weight, 0))
+
+
+@triton.jit
+def _grow_tree(loads, weights, shares, ranks_XC, X, C, XS: tl.constexpr, CS: tl.constexpr, RS: tl.constexpr):
+    """The tree of ranks to which tokens of the fullest rank for its weight, its root, can move.
+
+    Its size, its load, and its edges.
 
     For each rank: its `order` of joining, or -1; the expert by which it `joined`, that expert's replica on the parent
     (`from_replica`), and its replica on the rank itself (`to_replica`).
     """
     each_rank, replica = tl.arange(0, RS), tl.arange(0, CS)
-    total = tl.max(loads)
-    root = tl.min(tl.where(loads == total, each_rank, RS))
+    time = loads
+    if weights is not None:
+        time = (loads.to(tl.int64) << ORDER_BITS) // weights
+    root = tl.min(tl.where(time == tl.max(time), each_rank, RS))
+    total = tl.sum(tl.where(each_rank == root, loads, 0))
     order = tl.where(each_rank == root, 0, -1)
     joined, from_replica, to_replica = tl.zeros_like(order), tl.zeros_like(order), tl.zeros_like(order)
     grown = tl.zeros((), tl.int32)
@@ -275,8 +320,28 @@ def _grow_tree(loads, shares, ranks_XC, X, C, XS: tl.constexpr, CS: tl.constexpr
 
 
 @triton.jit
+def _tree_weight(size, order, weights):
+    """The weight of the tree's ranks."""
+    return size if weights is None else tl.sum(tl.where(order >= 0, weights, 0))
+
+
+@triton.jit
+def _bound(total, size, order, weights):
+    """The root's part of the tree's load, rounded up."""
+    of = _tree_weight(size, order, weights)
+    if weights is None:
+        bound = (total + of - 1) // of
+    else:
+        weight = tl.sum(tl.where(order == 0, weights, 0))
+        level = total // of
+        bound = level * weight + (((total - level * of).to(tl.int64) * weight + of - 1) // of).to(tl.int32)
+    return bound
+
+
+@triton.jit
 def _level_tree(
     loads,
+    weights,
     shares,
     ranks_XC,
     C,
@@ -292,7 +357,8 @@ def _level_tree(
 ):
     """Move loads along the tree, from its leaves to the root, as far as the shares along its edges allow."""
     each, replica, each_rank = tl.arange(0, XS)[:, None], tl.arange(0, CS)[None, :], tl.arange(0, RS)
-    mean = total // size
+    parts = tl.where(order >= 0, _part(total, weights, _tree_weight(size, order, weights), weights), 0)
+    left = total - tl.sum(parts)
     for step in range(1, size):
         index = size - step
         here = order == index
@@ -300,7 +366,7 @@ def _level_tree(
         gives, takes = tl.sum(tl.where(here, from_replica, 0)), tl.sum(tl.where(here, to_replica, 0))
         given = (each == x) & (replica == gives)
         taken = (each == x) & (replica == takes)
-        surplus = tl.sum(tl.where(here, loads, 0)) - mean - (index < total - mean * size).to(tl.int32)
+        surplus = tl.sum(tl.where(here, loads - parts, 0)) - (index < left).to(tl.int32)
         surplus = tl.minimum(surplus, tl.sum(tl.sum(tl.where(taken, shares, 0), 1)))
         surplus = tl.maximum(surplus, -tl.sum(tl.sum(tl.where(given, shares, 0), 1)))
         shares += tl.where(given, surplus, 0) - tl.where(taken, surplus, 0)
@@ -437,6 +503,7 @@ class LevelSplit:
             slots_XC=table.slots_XC,
             ranks_XC=table.ranks_XC,
             sources_XC=table.sources_XC,
+            weight_R=table.weight_R,
             found_1=id_check.found_1 if id_check else None,
             E=self._experts,
             source=replicas.source,
@@ -499,6 +566,7 @@ def _level_slots(
     slots_XC,
     ranks_XC,
     sources_XC,
+    weight_R,
     found_1,
     slot_ids_S,
     S,
@@ -532,7 +600,7 @@ def _level_slots(
         tokens = tl.where(lane < E, count_all(ids_S, S, E, LANES, ALL), 0)
     else:
         tokens = tl.load(totals_E + lane, mask=lane < E, other=0).to(tl.int32)
-    quota = level_shares(tokens, single_RJ, expert_X, ranks_XC, R, J, X, C, RS, JS, XS, CS)
+    quota = level_shares(tokens, single_RJ, expert_X, ranks_XC, weight_R, R, J, X, C, RS, JS, XS, CS)
     if counts_GE is not None:
         quota = own_quota(
             quota, counts_GE, stride, expert_X, sources_XC, source, node, G, X, C, XS, CS, GS, CHUNK

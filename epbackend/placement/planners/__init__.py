@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any
@@ -15,7 +16,16 @@ from epbackend.placement.affinity import Affinity
 from epbackend.placement.loads import NUMBERING, Loads, real_number, whole_number
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Placement, Provenance
-from epbackend.placement.planners.base import Planner, Progress, Task, check_answer, check_task, silent
+from epbackend.placement.planners.base import (
+    Planner,
+    Progress,
+    Task,
+    check_answer,
+    check_task,
+    checked_rank_slots,
+    silent,
+)
+from epbackend.placement.speeds import RANK_SPEED, checked_speeds
 
 __all__ = ["find_planner", "plan", "planner_names"]
 
@@ -34,6 +44,8 @@ def plan(
     current: Placement | None = None,
     affinity: Affinity | None = None,
     progress: Progress = silent,
+    rank_speed: Sequence[float] | None = None,
+    rank_slots: Sequence[int] | None = None,
     **options: Any,
 ) -> Placement:
     """Decides where the experts of every layer live. The same arguments give the same placement, unless it searches.
@@ -52,6 +64,8 @@ def plan(
         current: the placement in use, from which some planners start.
         affinity: of any planner's layers: fewer nodes and ranks that a token visits, at a limited loss of balance.
         progress: called with (layers done, layers in all).
+        rank_speed: how fast each rank is, in any unit; unless given, those of `current`, or all alike.
+        rank_slots: slots of each rank in every layer, where their memories differ; instead of `slots` and `budget`.
         options: options of this planner alone; its module lists them.
 
     Raises:
@@ -63,9 +77,15 @@ def plan(
         raise ConfigError(
             "slots: cannot be given beside budget; slots are for every layer, a budget is for all layers"
         )
+    whole_number("ranks", ranks, 1)
+    if rank_speed is None and current is not None:
+        rank_speed = current.rank_speed
+    slots_R = checked_rank_slots(rank_slots, ranks, slots, budget)
+    if slots_R:
+        slots = sum(slots_R)
     task = Task(
         loads=loads,
-        ranks=whole_number("ranks", ranks, 1),
+        ranks=ranks,
         slots=whole_number("slots", slots, 1) if slots is not None else _usual_slots(loads, budget, current),
         objective=parse_objective(objective),
         node_size=whole_number("node_size", node_size),
@@ -75,6 +95,8 @@ def plan(
         current=current,
         options=MappingProxyType(options),
         progress=progress,
+        rank_speed=checked_speeds(rank_speed, ranks),
+        slots_R=slots_R,
     )
     check_task(task)
     if affinity is not None:
@@ -82,6 +104,11 @@ def plan(
         if task.objective != TOKENS:
             raise ConfigError(
                 f"affinity: its limit is of tokens, not {task.objective.name}; use objective tokens"
+            )
+        if task.rank_speed or task.slots_R:
+            raise ConfigError(
+                "affinity: swaps experts between ranks as if all were alike; leave out affinity, or rank_speed and "
+                "rank_slots"
             )
     layers = check_answer(algorithm, find_planner(algorithm)(task), task)
     asked = _asked(task)
@@ -121,6 +148,8 @@ def _asked(task: Task) -> tuple[tuple[str, Any], ...]:
     changed = {name: value for name, value in asked.items() if value != getattr(usual, name)}
     if task.objective != TOKENS:
         changed["objective"] = task.objective.name
+    if task.rank_speed:
+        changed[RANK_SPEED] = list(task.rank_speed)
     if task.loads.numbering is not None:
         changed[NUMBERING] = task.loads.numbering
     return tuple(sorted({**changed, **{name: _plain(value) for name, value in task.options.items()}}.items()))

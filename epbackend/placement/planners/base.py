@@ -7,13 +7,15 @@ built-in planners have a module of their name here, and in it the function `plan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import numpy as np
+
 from epbackend.errors import ConfigError, did_you_mean
-from epbackend.placement.loads import Loads
+from epbackend.placement.loads import Loads, whole_number
 from epbackend.placement.objectives import TOKENS, Objective
 from epbackend.placement.placement import Layout, Placement, check_ranks
 
@@ -48,6 +50,14 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Options of this planner alone; it refuses unknown ones with a ConfigError."""
     progress: Progress = silent
+    rank_speed: tuple[float, ...] = ()
+    """Speeds of the ranks, as `speeds.checked_speeds` gives them; empty: all are equally fast."""
+    slots_R: tuple[int, ...] = ()
+    """Slots of each rank, in every layer; empty: equally many on each, or as in `current`."""
+
+    def first_R(self) -> np.ndarray:
+        """The first slot of each rank, and at the end the number of slots, int64 [R + 1], where `slots_R` is given."""
+        return np.concatenate(([0], np.cumsum(self.slots_R)))
 
 
 class Planner(Protocol):
@@ -58,10 +68,37 @@ class Planner(Protocol):
 
 def all_layers(task: Task, planned: Mapping[int, Layout]) -> tuple[Layout, ...]:
     """All layers of the model: the planned ones, and those without load as in the placement in use, or else even."""
-    even = Layout.even(task.loads.experts, task.ranks, task.slots)
+    experts = task.loads.experts
+    if task.slots_R:
+        even = Layout.cut(np.arange(task.slots) % experts, task.first_R(), experts)
+    else:
+        even = Layout.even(experts, task.ranks, task.slots)
     in_use = task.current
     idle = in_use.layers if in_use is not None and in_use.slots == task.slots else (even,) * task.loads.layers
     return tuple(planned.get(layer, idle[layer]) for layer in range(task.loads.layers))
+
+
+def checked_rank_slots(
+    rank_slots: Sequence[int] | None, ranks: int, slots: int | None, budget: int | None
+) -> tuple[int, ...]:
+    """Slots of each rank; empty where they are equal, as in plans that do not name them one by one.
+
+    Raises:
+        ConfigError: another number than the ranks, one that is no number of slots, or others beside them.
+    """
+    if not rank_slots:
+        return ()
+    if len(rank_slots) != ranks:
+        raise ConfigError(
+            f"rank_slots: {len(rank_slots)} are given for {ranks} ranks; give one for each rank"
+        )
+    each = tuple(whole_number("rank_slots", count) for count in rank_slots)
+    if (slots is not None and slots != sum(each)) or budget is not None:
+        raise ConfigError(
+            f"rank_slots: they are {sum(each)} in every layer, and cannot be given beside other slots or a budget; "
+            "leave these out"
+        )
+    return each
 
 
 def check_task(task: Task) -> None:
@@ -70,6 +107,12 @@ def check_task(task: Task) -> None:
     check_ranks(ranks)
     if task.current is not None:
         _check_current(task.current, task.loads, ranks)
+    for rank, has in enumerate(task.slots_R):
+        if not 1 <= has <= experts:
+            raise ConfigError(
+                f"rank_slots: rank {rank} has {has}, and needs 1 to {experts}, a replica of each expert; "
+                "leave out a rank whose memory holds no expert"
+            )
     if slots < experts:
         raise ConfigError(f"slots: {slots} are fewer than the {experts} experts; every expert needs one")
     if slots < ranks:
@@ -79,7 +122,7 @@ def check_task(task: Task) -> None:
             f"slots: {slots} are more than {experts * ranks}, a replica of each of {experts} experts on each of "
             f"{ranks} ranks; use fewer"
         )
-    if slots % ranks and task.budget is None and task.current is None:
+    if slots % ranks and task.budget is None and task.current is None and not task.slots_R:
         above = -(-slots // ranks) * ranks
         raise ConfigError(
             f"slots: {slots} cannot be spread evenly over {ranks} ranks; use a multiple of the ranks "
@@ -121,6 +164,10 @@ def check_answer(algorithm: str, layers: Any, task: Task) -> tuple[Layout, ...]:
         )
     fixed = task.budget is None and (task.current is None or task.current.slots is not None)
     for index, layer in enumerate(layers):
+        if task.slots_R and layer.slots_R.tolist() != list(task.slots_R):
+            raise ConfigError(
+                f"rank_slots: {algorithm!r} gave ranks other slots in layer {index}; use algorithm 'refined'"
+            )
         has = (layer.ranks, layer.experts, layer.slots if fixed else task.slots)
         if has != (task.ranks, task.loads.experts, task.slots):
             raise ConfigError(
@@ -134,10 +181,11 @@ def check_answer(algorithm: str, layers: Any, task: Task) -> tuple[Layout, ...]:
 def refuse_unknown(
     algorithm: str, task: Task, *, options: Iterable[str] = (), knows_budget: bool = False
 ) -> None:
-    """For planners that balance tokens only.
+    """For planners that balance tokens only, over ranks that are alike.
 
     Raises:
-        ConfigError: another objective, a budget unless the planner knows it, or an option that it does not know.
+        ConfigError: another objective, speeds or slots of ranks, a budget unless the planner knows it, or an option
+            that it does not know.
     """
     if task.objective != TOKENS:
         raise ConfigError(
@@ -148,6 +196,9 @@ def refuse_unknown(
         raise ConfigError(
             f"budget: {algorithm} cannot share slots out over layers; use algorithm 'refined' or 'omni'"
         )
+    for name, value in (("rank_speed", task.rank_speed), ("rank_slots", task.slots_R)):
+        if value:
+            raise ConfigError(f"{name}: {algorithm} takes all ranks to be alike; use algorithm 'refined'")
     refuse_options(algorithm, task, options)
 
 

@@ -67,6 +67,12 @@ def _checked_current(task: Task) -> Placement:
         raise ConfigError(
             "budget: incremental keeps the slots of every layer; leave it out, or use 'refined'"
         )
+    has_R = current.layers[0].slots_R.tolist()
+    if task.slots_R and any(layer.slots_R.tolist() != list(task.slots_R) for layer in current.layers):
+        raise ConfigError(
+            f"rank_slots: the ranks of the placement in use have {has_R}, and incremental keeps them; leave it out, or "
+            "use algorithm 'refined'"
+        )
     if current.slots not in (None, task.slots):
         raise ConfigError(
             f"slots: the placement in use has {current.slots}, and incremental keeps them; ask for {current.slots}, "

@@ -35,7 +35,12 @@ TRIES = 200
 
 
 def plan_layer(
-    tokens_WE: np.ndarray, first_R: np.ndarray, even_P: np.ndarray, search_ms: float, seed: int
+    tokens_WE: np.ndarray,
+    first_R: np.ndarray,
+    even_P: np.ndarray,
+    slow_R: np.ndarray,
+    search_ms: float,
+    seed: int,
 ) -> np.ndarray:
     """The expert of every slot, int64 [P]; never two replicas of an expert on a rank unless `even_P` has them.
 
@@ -43,6 +48,7 @@ def plan_layer(
         tokens_WE: windows, each with a token.
         first_R: the first slot of each rank, and at the end the number of slots: R + 1 entries.
         even_P: the expert of every slot in the layer that is planned for the `even` split.
+        slow_R: one over the speed of each rank.
         search_ms: milliseconds to search on beyond the first answer.
         seed: of the drawn batches and the random changes.
     """
@@ -54,16 +60,16 @@ def plan_layer(
     unseen = _batches(chance_WE, ranks, BATCHES, random)
 
     def cost(expert_P: np.ndarray) -> float:
-        return split_cost(expert_P, first_R, *unseen)
+        return split_cost(expert_P, first_R, slow_R, *unseen)
 
     best_P = min((even_P, *_connected(chance_WE.max(axis=0), first_R)), key=cost)
     for batches, tries in ((mean, MEAN_TRIES), (_batches(chance_WE, ranks, BATCHES, random), TRIES)):
-        best_P = min(best_P, hill_climb(best_P, first_R, *batches, tries, seed), key=cost)
+        best_P = min(best_P, hill_climb(best_P, first_R, slow_R, *batches, tries, seed), key=cost)
     began = time.perf_counter()
     while time.perf_counter() - began < search_ms / 1e3:
         unseen, batches = (_batches(chance_WE, ranks, 2 * BATCHES, random) for _ in range(2))
         seed += 1
-        best_P = min(best_P, hill_climb(best_P, first_R, *batches, TRIES, seed), key=cost)
+        best_P = min(best_P, hill_climb(best_P, first_R, slow_R, *batches, TRIES, seed), key=cost)
     return best_P
 
 

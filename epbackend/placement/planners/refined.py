@@ -64,6 +64,8 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
         slots_Y = share_out(inputs.weight_YE, task.ranks, task.slots, task.budget)
     loaded = task.loads.loaded_layers
     first_YR = first_slots(slots_Y[list(loaded)], task.ranks)
+    if task.slots_R:
+        first_YR = np.tile(task.first_R(), (len(loaded), 1))
     planned = {}
     announce(improve)
     for done, layer in enumerate(loaded):
@@ -96,7 +98,7 @@ def _plan_for_level(task: Task, inputs: SearchInputs, layer: int, first_R: np.nd
     tokens_WE = task.loads.tokens_WYE[:, layer]
     tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
     even_P = even.slot_to_expert_P.copy()  # numba would compile once more for a read-only array
-    expert_P = level.plan_layer(tokens_WE, first_R, even_P, task.search_ms, task.seed % 2**32)
+    expert_P = level.plan_layer(tokens_WE, first_R, even_P, inputs.slow_R, task.search_ms, task.seed % 2**32)
     return _sorted_on_ranks(expert_P, first_R, even.experts)
 
 

@@ -33,6 +33,7 @@ class SearchInputs:
     table: tuple[np.ndarray, np.ndarray, np.ndarray] | None
     node_R: np.ndarray
     locality_price: float
+    slow_R: np.ndarray
 
     @classmethod
     def of(cls, task: Task) -> SearchInputs:
@@ -46,7 +47,8 @@ class SearchInputs:
         elif objective.batch:
             weights, table = [(objective.plane[0] * objective.batch, objective.plane[1])], None
         else:
-            weights, table = [(task.ranks, 0.0)], None  # so that the mean rank costs 1
+            # So that the mean rank costs 1, or all do if they end together.
+            weights, table = [(sum(task.rank_speed) or task.ranks, 0.0)], None
         node_R = np.arange(task.ranks) // (task.node_size or task.ranks)
         return cls(
             np.ascontiguousarray(np.repeat(share_WYE, len(weights), axis=0).transpose(1, 2, 0)),
@@ -56,6 +58,7 @@ class SearchInputs:
             table,
             node_R,
             _node_penalty(task, node_R) * _mean_cost(task, share_WYE),
+            1.0 / np.array(task.rank_speed or np.ones(task.ranks)),
         )
 
     def problem(self, layer: int, first_R: np.ndarray) -> LayerProblem:
@@ -73,6 +76,7 @@ class SearchInputs:
             rank_P,
             self.node_R,
             self.locality_price,
+            self.slow_R,
         )
 
     def least_cost(self, layer: int, slots: int) -> float:

@@ -4,7 +4,8 @@ A layer starts from replica counts and a bin packing (`optimal_replicas`, `bin_p
 replicas until none helps, then kicked at random and refined again (`improve`). `relieve` goes from the placement in use
 to a balanced one with few moves instead.
 
-A rank's cost is the largest of Q features of its slots, or a table over pairs of them. Both kinds share one source:
+A rank's cost is the largest of Q features of its slots, or a table over pairs of them; over the rank's speed, where
+ranks differ in it. Both kinds share one source:
 numba compiles it for problems whose table is None, and again only for those that have one.
 
 Letters: E experts, P slots of the layer over all ranks, R ranks, Q features of a rank, M nodes. `entry` marks what
@@ -44,6 +45,8 @@ class LayerProblem(NamedTuple):
     """The node of each rank, from 0."""
     locality_price: float
     """What a crowded replica costs (see "Node locality"), in units of a rank's cost; 0: nodes play no part."""
+    slow_R: np.ndarray
+    """One over the speed of each rank, by which its cost is multiplied; 1 for the fastest."""
 
 
 class State(NamedTuple):
@@ -139,6 +142,16 @@ def total_cost(problem, state):
 
 
 @inner
+def mean_cost(problem, state):
+    """The mean over the ranks, each as much as its speed: what all would cost if they ended together."""
+    cost, speed = 0.0, 0.0
+    for rank in range(state.cost_R.size):
+        cost += state.cost_R[rank] / problem.slow_R[rank]
+        speed += 1.0 / problem.slow_R[rank]
+    return cost / speed
+
+
+@inner
 def update_values(problem, state, first, last):
     """Updates the value of a replica after the number of replicas changed, for experts first to last - 1."""
     for expert in range(first, last):
@@ -155,7 +168,7 @@ def update_cost(problem, state, rank):
         for slot in range(problem.first_R[rank], problem.first_R[rank + 1]):
             load += state.value_EQ[state.expert_P[slot], feature]
         state.load_RQ[rank, feature] = load
-    state.cost_R[rank] = cost_of(state.load_RQ[rank], problem.table)
+    state.cost_R[rank] = cost_of(state.load_RQ[rank], problem.table) * problem.slow_R[rank]
 
 
 @inner
@@ -202,7 +215,7 @@ def replica_value(share, weights_2, batch):
 
 @inner
 def cost_of(load_Q, table):
-    """Cost of a rank with these features."""
+    """Cost of a rank of speed 1 with these features."""
     worst = 0.0
     if table is None:
         for feature in range(load_Q.size):
@@ -361,11 +374,12 @@ def bin_pack(problem, replicas_E, order_E):
             for rank in range(ranks):
                 if next_R[rank] == problem.first_R[rank + 1] or held_RE[rank, expert]:
                     continue
-                if problem.table is None and load_RQ[rank, 0] + value_Q[0] >= least:
+                slow = problem.slow_R[rank]
+                if problem.table is None and (load_RQ[rank, 0] + value_Q[0]) * slow >= least:
                     continue
                 for feature in range(features):
                     with_Q[feature] = load_RQ[rank, feature] + value_Q[feature]
-                cost = cost_of(with_Q, problem.table)
+                cost = cost_of(with_Q, problem.table) * slow
                 if cost < least:
                     chosen, least = rank, cost
             if chosen >= 0:
@@ -373,19 +387,28 @@ def bin_pack(problem, replicas_E, order_E):
                 next_R[chosen] += 1
             else:
                 slot = _make_room(problem, expert, expert_P, next_R, held_RE)
+                if slot < 0:
+                    continue
                 chosen = problem.rank_P[slot]
             expert_P[slot] = expert
             held_RE[chosen, expert] = True
             for feature in range(features):
                 load_RQ[chosen, feature] += value_Q[feature]
+    for rank in range(ranks):
+        for slot in range(next_R[rank], problem.first_R[rank + 1]):
+            for expert in order_E:
+                if not held_RE[rank, expert]:
+                    expert_P[slot] = expert
+                    held_RE[rank, expert] = True
+                    break
     return expert_P
 
 
 @inner
 def _make_room(problem, expert, expert_P, next_R, held_RE):
-    """A slot of a full rank without the expert, whose own expert moves to a rank with a free slot.
+    """A slot of a full rank without the expert, whose own expert moves to a rank with a free slot; -1: there is none.
 
-    Needed when all ranks with a free slot hold the expert already. As ranks differ by one slot at most, the full rank
+    Needed when all ranks with a free slot hold the expert already. If ranks differ by one slot at most, the full rank
     holds an expert that the other lacks. The last such slot is the lightest; refinement makes up for the change.
     """
     for room in range(next_R.size):
@@ -401,7 +424,7 @@ def _make_room(problem, expert, expert_P, next_R, held_RE):
                     next_R[room] += 1
                     held_RE[room, moved], held_RE[full, moved] = True, False
                     return slot
-    raise ValueError("an expert has more replicas than there are ranks")
+    return -1
 
 
 # Refinement: swaps and replaced replicas until none helps
@@ -438,13 +461,17 @@ def best_swap(problem, state, worst, table):
     """
     best, best_slot, best_other = state.cost_R[worst] * (1.0 - LEAST_GAIN), -1, -1
     load_RQ, value_EQ, held_RE, expert_P = state.load_RQ, state.value_EQ, state.held_RE, state.expert_P
-    features = load_RQ.shape[1]
+    features, slow_R = load_RQ.shape[1], problem.slow_R
+    here_slow = slow_R[worst]
     cheapest = np.argmin(state.cost_R)
     for step in range(state.cost_R.size):
         rank = cheapest if step == 0 else step - (step <= cheapest)
-        # No swap gets both below their mean. With a table, which may have any shape, the bound is only a guess.
-        here, there = load_RQ[worst, 0], load_RQ[rank, 0]
-        bound = 0.5 * (here + there) if table is None else state.cost_R[rank]
+        # No swap gets both below what they would take if they ended together. With a table, which may have any shape,
+        # the bound is only a guess.
+        here, there, slow = load_RQ[worst, 0], load_RQ[rank, 0], slow_R[rank]
+        bound = (
+            here_slow * slow / (here_slow + slow) * (here + there) if table is None else state.cost_R[rank]
+        )
         if rank == worst or bound >= best:
             continue
         for slot in range(problem.first_R[worst], problem.first_R[worst + 1]):
@@ -455,11 +482,11 @@ def best_swap(problem, state, worst, table):
                 partner = expert_P[other]
                 # The first feature alone rules out most: this is the innermost loop of the search.
                 change = value_EQ[partner, 0] - value_EQ[expert, 0]
-                cost = max(here + change, there - change) if table is None else 0.0
+                cost = max((here + change) * here_slow, (there - change) * slow) if table is None else 0.0
                 if cost >= best or held_RE[worst, partner]:
                     continue
                 if features > 1:
-                    cost = max(swapped_costs(load_RQ, value_EQ, worst, rank, expert, partner, table))
+                    cost = max(swapped_costs(load_RQ, value_EQ, slow_R, worst, rank, expert, partner, table))
                 if problem.locality_price > 0.0:
                     cost += problem.locality_price * crowded_by_swap(problem, state, slot, other)
                 if cost < best:
@@ -470,7 +497,7 @@ def best_swap(problem, state, worst, table):
 
 
 @inner
-def swapped_costs(load_RQ, value_EQ, rank, other_rank, expert, partner, table):
+def swapped_costs(load_RQ, value_EQ, slow_R, rank, other_rank, expert, partner, table):
     """Costs of two ranks after `expert` moved from the first to the second, in exchange for `partner`."""
     here, there = 0.0, 0.0
     if table is None:
@@ -478,7 +505,7 @@ def swapped_costs(load_RQ, value_EQ, rank, other_rank, expert, partner, table):
             change = value_EQ[partner, feature] - value_EQ[expert, feature]
             here = max(here, load_RQ[rank, feature] + change)
             there = max(there, load_RQ[other_rank, feature] - change)
-        return here, there
+        return here * slow_R[rank], there * slow_R[other_rank]
     for feature in range(0, load_RQ.shape[1], 2):
         tokens = value_EQ[partner, feature] - value_EQ[expert, feature]
         experts = value_EQ[partner, feature + 1] - value_EQ[expert, feature + 1]
@@ -488,7 +515,7 @@ def swapped_costs(load_RQ, value_EQ, rank, other_rank, expert, partner, table):
             load_RQ[other_rank, feature] - tokens, load_RQ[other_rank, feature + 1] - experts, table
         )
         there = max(there, cost)
-    return here, there
+    return here * slow_R[rank], there * slow_R[other_rank]
 
 
 @inner
@@ -531,7 +558,7 @@ def exceeding_rank(problem, state, slot, limit):
             share = problem.share_EQ[expert, feature] / (state.replicas_E[expert] - 1)
             value = replica_value(share, problem.weights_Q2[feature], problem.batch)
             with_Q[feature] = state.load_RQ[rank, feature] + value - state.value_EQ[expert, feature]
-        if cost_of(with_Q, problem.table) >= limit:
+        if cost_of(with_Q, problem.table) * problem.slow_R[rank] >= limit:
             return rank
     return -1
 
@@ -565,7 +592,7 @@ def replaced_cost(problem, state, slot, expert, limit):
             if rank == home:
                 change += gains_Q[feature] - loses_Q[feature]
             with_Q[feature] = state.load_RQ[rank, feature] + change
-        cost = cost_of(with_Q, problem.table)
+        cost = cost_of(with_Q, problem.table) * problem.slow_R[rank]
         worst = max(worst, cost)
         relief += max(state.cost_R[rank] - limit, 0.0) - max(cost - limit, 0.0)
     return worst, relief
@@ -586,7 +613,14 @@ def _improve_locality(problem, state):
                 if state.held_RE[other_rank, expert] or state.held_RE[rank, partner]:
                     continue
                 costs = swapped_costs(
-                    state.load_RQ, state.value_EQ, rank, other_rank, expert, partner, problem.table
+                    state.load_RQ,
+                    state.value_EQ,
+                    problem.slow_R,
+                    rank,
+                    other_rank,
+                    expert,
+                    partner,
+                    problem.table,
                 )
                 rise = max(max(costs) - worst, 0.0)
                 if rise - 2 * problem.locality_price >= best:  # a swap moves two replicas
@@ -714,7 +748,7 @@ def relieve(problem, before_P, target, least, price, most_fetched):
     before_RE = np.zeros(state.held_RE.shape, np.int16)  # counted again: faster than compiled code copies
     for slot in range(before_P.size):
         before_RE[problem.rank_P[slot], before_P[slot]] += 1
-    target = min(target, state.cost_R.max() / state.cost_R.mean())
+    target = min(target, state.cost_R.max() / mean_cost(problem, state))
     fetched = _separate(problem, state, before_RE, most_fetched)
     best, best_fetched, best_P = np.inf, 0, state.expert_P.copy()
     more_EQ, fewer_EQ = np.empty(state.value_EQ.shape), np.empty(state.value_EQ.shape)
@@ -723,7 +757,7 @@ def relieve(problem, before_P, target, least, price, most_fetched):
     touched_R = np.zeros(state.cost_R.size, np.bool_)
     limit, rises = 0.0, 0
     for _ in range(STEPS * before_P.size):
-        worst, mean = np.argmax(state.cost_R), state.cost_R.mean()
+        worst, mean = np.argmax(state.cost_R), mean_cost(problem, state)
         value = state.cost_R[worst] / mean + price * fetched
         if value < best:
             best, best_fetched, rises = value, fetched, 0
@@ -785,19 +819,23 @@ def _most_relieving_swap(problem, state, before_RE, worst, limit):
     """The swap that brings the most relief for each fetched expert: two slots, and that relief."""
     best, best_slot, best_other = 0.0, -1, -1
     held_RE, value_EQ, features = state.held_RE, state.value_EQ, state.value_EQ.shape[1]
+    slow_R = problem.slow_R
     first_R, alone = problem.first_R, problem.first_R[worst + 1] - problem.first_R[worst] == 1
     for slot in range(first_R[worst], first_R[worst + 1]):
         expert = state.expert_P[slot]
         for other in range(state.expert_P.size):
             rank, partner = problem.rank_P[other], state.expert_P[other]
-            if alone and first_R[rank + 1] - first_R[rank] == 1:  # they would exchange their costs
+            # They would exchange their costs.
+            if alone and first_R[rank + 1] - first_R[rank] == 1 and slow_R[rank] == slow_R[worst]:
                 continue
             # Tokens alone: only a lighter expert relieves the worst rank. This rules out most.
             if features == 1 and problem.table is None and value_EQ[partner, 0] >= value_EQ[expert, 0]:
                 continue
             if held_RE[rank, expert] or held_RE[worst, partner]:
                 continue
-            here, there = swapped_costs(state.load_RQ, value_EQ, worst, rank, expert, partner, problem.table)
+            here, there = swapped_costs(
+                state.load_RQ, value_EQ, slow_R, worst, rank, expert, partner, problem.table
+            )
             relief = state.cost_R[worst] - max(here, limit)
             relief += max(state.cost_R[rank], limit) - max(there, limit)
             if relief <= FREE * best:
@@ -822,6 +860,7 @@ def _most_relieving_replacement(problem, state, before_RE, worst, limit, more_EQ
     load_RQ, value_EQ, cost_R, table = state.load_RQ, state.value_EQ, state.cost_R, problem.table
     expert_P, rank_P, held_RE = state.expert_P, problem.rank_P, state.held_RE
     holder_ER, holders_E, replicas_E = state.holder_ER, state.holders_E, state.replicas_E
+    slow_R = problem.slow_R
     relief_E, burden_E = np.zeros(experts), np.zeros(experts)
     for expert in range(experts):
         # On each rank; `held_RE` is too large for the fast caches.
@@ -831,9 +870,13 @@ def _most_relieving_replacement(problem, state, before_RE, worst, limit, more_EQ
             held = 1 if single else held_RE[rank, expert]
             if cost_R[rank] > limit:
                 relief_E[expert] += cost_R[rank] - limit
-                relief_E[expert] -= _excess(load_RQ, value_EQ, rank, expert, held, more_EQ, table, limit)
+                relief_E[expert] -= _excess(
+                    load_RQ, value_EQ, slow_R, rank, expert, held, more_EQ, table, limit
+                )
             if replicas_E[expert] > 1:
-                burden_E[expert] += _excess(load_RQ, value_EQ, rank, expert, held, fewer_EQ, table, limit)
+                burden_E[expert] += _excess(
+                    load_RQ, value_EQ, slow_R, rank, expert, held, fewer_EQ, table, limit
+                )
                 burden_E[expert] -= max(cost_R[rank] - limit, 0.0)
     with_Q = np.empty(value_EQ.shape[1])
     for slot in range(expert_P.size):
@@ -845,7 +888,7 @@ def _most_relieving_replacement(problem, state, before_RE, worst, limit, more_EQ
         least_fetched = FREE if touched_R[home] else 1.0
         # The other ranks' part: `home` is not one of them, so what it would have to bear is taken out.
         home_excess = max(cost_R[home] - limit, 0.0)
-        spared = _excess(load_RQ, value_EQ, home, loser, held, fewer_EQ, table, limit) - home_excess
+        spared = _excess(load_RQ, value_EQ, slow_R, home, loser, held, fewer_EQ, table, limit) - home_excess
         for index in range(experts if gives_up else last - first):
             expert = index if gives_up else expert_P[first + index]
             relief = relief_E[expert] - burden_E[loser] + spared + home_excess
@@ -855,7 +898,7 @@ def _most_relieving_replacement(problem, state, before_RE, worst, limit, more_EQ
                 stay = (held - 1) * (fewer_EQ[loser, feature] - value_EQ[loser, feature])
                 change = more_EQ[expert, feature] - value_EQ[loser, feature] + stay
                 with_Q[feature] = load_RQ[home, feature] + change
-            relief -= max(cost_of(with_Q, table) - limit, 0.0)
+            relief -= max(cost_of(with_Q, table) * slow_R[home] - limit, 0.0)
             if relief <= least_fetched * best or held_RE[home, expert]:
                 continue
             worth = relief / max(_fetched(held_RE, before_RE, home, expert, loser), FREE)
@@ -865,7 +908,7 @@ def _most_relieving_replacement(problem, state, before_RE, worst, limit, more_EQ
 
 
 @inner
-def _excess(load_RQ, value_EQ, rank, expert, held, new_EQ, table, limit):
+def _excess(load_RQ, value_EQ, slow_R, rank, expert, held, new_EQ, table, limit):
     """By how much the rank would exceed the limit if its replicas of the expert had the new values."""
     cost = 0.0
     if table is None:
@@ -878,7 +921,7 @@ def _excess(load_RQ, value_EQ, rank, expert, held, new_EQ, table, limit):
             experts = held * (new_EQ[expert, feature + 1] - value_EQ[expert, feature + 1])
             at = load_RQ[rank, feature] + tokens, load_RQ[rank, feature + 1] + experts
             cost = max(cost, interpolate(at[0], at[1], table))
-    return max(cost - limit, 0.0)
+    return max(cost * slow_R[rank] - limit, 0.0)
 
 
 @inner

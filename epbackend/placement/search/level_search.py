@@ -3,7 +3,8 @@
 Two ranks are neighbours if they hold replicas of the same expert: the split can move its tokens from one to the other,
 so an expert with replicas is an edge of a graph whose nodes are the ranks, and its tokens are the edge's capacity.
 `power_law_replicas` and `connect` build layers in which few edges lead from any rank to any other; `hill_climb`
-exchanges slots and replaces replicas as long as the batches it is given get more level.
+exchanges slots and replaces replicas as long as the batches it is given get more level. Where ranks differ in speed,
+what is levelled is their time.
 
 Letters: E experts, P slots of the layer over all ranks, R ranks, C replicas of an expert, B batches. Loads are in mean
 rank loads of their batch. All batches are split at once. `replica_split_reference` splits one, in whole tokens and over
@@ -133,17 +134,19 @@ class Split(NamedTuple):
     """What each slot gets of each batch, in mean rank loads."""
     load_RB: np.ndarray
     """The load of each rank by each batch: sums over its slots."""
+    slow_R: np.ndarray
+    """One over the speed of each rank."""
 
 
 @entry
-def hill_climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
+def hill_climb(expert_P, first_R, slow_R, tokens_EB, weight_B, tries, seed):
     """The experts [P] after `tries` random changes, of which those that do not raise the cost (`split_cost`) are kept.
 
     A change takes load from the fullest rank of a batch: it exchanges one of its experts for another, or replaces some
     other replica by a further replica of one of its experts.
     """
     random_1 = np.full(1, seed, np.uint64)
-    split = _even(expert_P, first_R, tokens_EB)
+    split = _even(expert_P, first_R, slow_R, tokens_EB)
     _sweep(split, FIRST_SWEEPS)
     best = _cost(split, weight_B)
     share_PB, load_RB = split.share_PB.copy(), split.load_RB.copy()
@@ -151,7 +154,7 @@ def hill_climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
         if best < LEVEL_ENOUGH:
             break
         batch = random_below(random_1, weight_B.size)
-        fullest = _a_full_rank(load_RB, batch, random_below(random_1, first_R.size - 1))
+        fullest = _a_full_rank(load_RB, slow_R, batch, random_below(random_1, first_R.size - 1))
         slot = first_R[fullest] + random_below(random_1, first_R[fullest + 1] - first_R[fullest])
         other = random_below(random_1, expert_P.size)
         expert, partner, rank = split.expert_P[slot], split.expert_P[other], split.rank_P[other]
@@ -162,7 +165,9 @@ def hill_climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
             _replace(split, other, expert)
         else:
             moves = share_PB[slot, batch] - share_PB[other, batch]
-            fuller = load_RB[rank, batch] + moves >= load_RB[fullest, batch]
+            fuller = (load_RB[rank, batch] + moves) * slow_R[rank] >= load_RB[fullest, batch] * slow_R[
+                fullest
+            ]
             alone = split.replicas_E[expert] == 1 and split.replicas_E[partner] == 1
             if (alone and (moves < 0.0 or fuller)) or _holds(split, fullest, partner):
                 continue
@@ -186,15 +191,15 @@ def hill_climb(expert_P, first_R, tokens_EB, weight_B, tries, seed):
 
 
 @entry
-def split_cost(expert_P, first_R, tokens_EB, weight_B):
-    """The load of the fullest rank after the split, as a weighted mean over the batches."""
-    split = _even(expert_P, first_R, tokens_EB)
+def split_cost(expert_P, first_R, slow_R, tokens_EB, weight_B):
+    """The time of the fullest rank after the split, as a weighted mean over the batches."""
+    split = _even(expert_P, first_R, slow_R, tokens_EB)
     _sweep(split, FIRST_SWEEPS)
     return _cost(split, weight_B)
 
 
 @inner
-def _even(expert_P, first_R, tokens_EB):
+def _even(expert_P, first_R, slow_R, tokens_EB):
     """The state in which all batches are split evenly over replicas."""
     experts, batches = tokens_EB.shape
     ranks = first_R.size - 1
@@ -205,6 +210,7 @@ def _even(expert_P, first_R, tokens_EB):
         np.empty((experts, ranks), np.int64),
         np.empty((expert_P.size, batches)),
         np.zeros((ranks, batches)),
+        slow_R,
     )
     for rank in range(ranks):
         for slot in range(first_R[rank], first_R[rank + 1]):
@@ -229,15 +235,24 @@ def _sweep(split, sweeps):
                     split.slots_EC[expert, replica],
                     split.slots_EC[expert, (replica + 1) % replicas],
                 )
-                load_B, other_B = split.load_RB[split.rank_P[slot]], split.load_RB[split.rank_P[other]]
-                _level_pair(split.share_PB[slot], split.share_PB[other], load_B, other_B)
+                rank, other_rank = split.rank_P[slot], split.rank_P[other]
+                slow, other_slow = split.slow_R[rank], split.slow_R[other_rank]
+                part = slow / (slow + other_slow)
+                _level_pair(
+                    split.share_PB[slot],
+                    split.share_PB[other],
+                    split.load_RB[rank],
+                    split.load_RB[other_rank],
+                    part,
+                    1.0 - part,
+                )
 
 
 @inner
-def _level_pair(share_B, other_share_B, load_B, other_load_B):
-    """Moves tokens between two replicas until their ranks carry the same, or one replica has none left."""
+def _level_pair(share_B, other_share_B, load_B, other_load_B, part, other_part):
+    """Moves tokens between two replicas until their ranks take as long, or one replica has none left."""
     for batch in range(share_B.size):
-        moves = 0.5 * (load_B[batch] - other_load_B[batch])
+        moves = part * load_B[batch] - other_part * other_load_B[batch]
         moves = moves if moves < share_B[batch] else share_B[batch]
         moves = moves if moves > -other_share_B[batch] else -other_share_B[batch]
         share_B[batch] -= moves
@@ -252,7 +267,7 @@ def _cost(split, weight_B):
     most_B = np.zeros(weight_B.size)
     for rank in range(split.load_RB.shape[0]):
         for batch in range(most_B.size):
-            load = split.load_RB[rank, batch]
+            load = split.load_RB[rank, batch] * split.slow_R[rank]
             most_B[batch] = load if load > most_B[batch] else most_B[batch]
     cost = 0.0
     for batch in range(most_B.size):
@@ -271,12 +286,12 @@ def random_below(random_1, limit):  # written twice, as in layer_search: numba w
 
 
 @inner
-def _a_full_rank(load_RB, batch, start):
+def _a_full_rank(load_RB, slow_R, batch, start):
     """One of the ranks that are as full as the fullest: the first one from `start` on, cyclically."""
     most = 0.0
     for rank in range(load_RB.shape[0]):
-        most = max(most, load_RB[rank, batch])
-    while load_RB[start, batch] < FULL * most:
+        most = max(most, load_RB[rank, batch] * slow_R[rank])
+    while load_RB[start, batch] * slow_R[start] < FULL * most:
         start = (start + 1) % load_RB.shape[0]
     return start
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from epbackend.placement.search.compiled import entry
+from epbackend.placement.search.compiled import entry, inner
 
 GAP_BITS = 10
 """Sweeps end when the largest rank load is proven to be within 2^-10 of the optimum."""
@@ -18,8 +18,9 @@ MOST_SWEEPS = 64
 
 
 @entry
-def level_shares(tokens_E, slots_EC, rank_of_slot_P, ranks):
-    """shares_P (int64) with the smallest largest rank load."""
+def level_shares(tokens_E, slots_EC, rank_of_slot_P, weight_R):
+    """shares_P (int64) with the smallest largest rank time, load over weight."""
+    ranks = weight_R.size
     shares_P = np.zeros(rank_of_slot_P.size, np.int64)
     loads_R = np.zeros(ranks, np.int64)
     tokens_V = np.empty(tokens_E.size, np.int64)
@@ -31,22 +32,35 @@ def level_shares(tokens_E, slots_EC, rank_of_slot_P, ranks):
     ranks_VC = np.empty((replicated, slots_EC.shape[1]), np.int64)
     shares_VC = np.empty((replicated, slots_EC.shape[1]), np.int64)
     for index in range(replicated):
+        weight = 0
         for replica in range(replicas_V[index]):
             ranks_VC[index, replica] = rank_of_slot_P[slots_VC[index, replica]]
-            shares_VC[index, replica] = tokens_V[index] // replicas_V[index] + (
-                replica < tokens_V[index] % replicas_V[index]
-            )
+            weight += weight_R[ranks_VC[index, replica]]
+        left = tokens_V[index]
+        level = left // weight
+        rest = left - level * weight
+        for replica in range(replicas_V[index]):
+            shares_VC[index, replica] = _part(level, rest, weight_R[ranks_VC[index, replica]], weight)
+            left -= shares_VC[index, replica]
+        for replica in range(replicas_V[index]):
+            shares_VC[index, replica] += replica < left
             loads_R[ranks_VC[index, replica]] += shares_VC[index, replica]
     tree_R = np.empty(ranks, np.int64)
     joined_R3 = np.empty((ranks, 3), np.int64)
     for sweep in range(MOST_SWEEPS):
-        size, total = _grow_tree(loads_R, replicas_V, ranks_VC, shares_VC, tree_R, joined_R3)
-        most = loads_R[tree_R[0]]
-        if most - (most >> GAP_BITS) <= (total + size - 1) // size:
+        size, total, weight = _grow_tree(
+            loads_R, weight_R, replicas_V, ranks_VC, shares_VC, tree_R, joined_R3
+        )
+        root = tree_R[0]
+        # Within 64 bits; `_part` says why.
+        level = total // weight
+        rest = total - level * weight
+        bound = level * weight_R[root] + (rest * weight_R[root] + weight - 1) // weight
+        if loads_R[root] - (loads_R[root] >> GAP_BITS) <= bound:
             break
         if sweep % 2:
-            _level_tree(loads_R, ranks_VC, shares_VC, tree_R, joined_R3, size, total)
-        _water_fill(loads_R, tokens_V, replicas_V, ranks_VC, shares_VC)
+            _level_tree(loads_R, weight_R, ranks_VC, shares_VC, tree_R, joined_R3, size, level, rest, weight)
+        _water_fill(loads_R, weight_R, tokens_V, replicas_V, ranks_VC, shares_VC)
     for index in range(replicated):
         for replica in range(replicas_V[index]):
             shares_P[slots_VC[index, replica]] = shares_VC[index, replica]
@@ -77,49 +91,67 @@ def _place_single(tokens_E, slots_EC, rank_of_slot_P, shares_P, loads_R, tokens_
     return replicated
 
 
+@inner
+def _part(level, rest, weight, of):
+    """A rank's part of a total of level * of + rest: weight over `of`, the weight of all, rounded down.
+
+    The total comes in two parts, so that no product is too large, and equal ranks (weight 1) are spared the division.
+    """
+    return level if weight == 1 else level * weight + rest * weight // of
+
+
 @entry
-def _water_fill(loads_R, tokens_V, replicas_V, ranks_VC, shares_VC):
+def _water_fill(loads_R, weight_R, tokens_V, replicas_V, ranks_VC, shares_VC):
     """Reassigns the tokens of every replicated expert by water-filling, in place."""
     for index in range(len(ranks_VC)):
         replicas = under = replicas_V[index]
-        total = tokens_V[index]
+        total, weight = tokens_V[index], 0
         for replica in range(replicas):
-            loads_R[ranks_VC[index, replica]] -= shares_VC[index, replica]
-            total += loads_R[ranks_VC[index, replica]]
-        level = total // under
+            rank = ranks_VC[index, replica]
+            loads_R[rank] -= shares_VC[index, replica]
+            total += loads_R[rank]
+            weight += weight_R[rank]
+        level = total // weight
+        rest = total - level * weight
         while True:
-            still_under = 0
+            still_under, still_weight = 0, 0
             total = tokens_V[index]
             for replica in range(replicas):
-                load = loads_R[ranks_VC[index, replica]]
-                if load <= level:
+                rank = ranks_VC[index, replica]
+                if loads_R[rank] <= _part(level, rest, weight_R[rank], weight):
                     still_under += 1
-                    total += load
+                    still_weight += weight_R[rank]
+                    total += loads_R[rank]
             if still_under == under:
                 break
-            under = still_under
-            level = total // under
-        left = total - level * under
+            under, weight = still_under, still_weight
+            level = total // weight
+            rest = total - level * weight
+        left = tokens_V[index]
         for replica in range(replicas):
-            share = 0
-            if loads_R[ranks_VC[index, replica]] <= level:
-                share = level - loads_R[ranks_VC[index, replica]] + (left > 0)
+            rank = ranks_VC[index, replica]
+            shares_VC[index, replica] = max(_part(level, rest, weight_R[rank], weight) - loads_R[rank], -1)
+            left -= max(shares_VC[index, replica], 0)
+        for replica in range(replicas):
+            if shares_VC[index, replica] < 0:
+                shares_VC[index, replica] = 0
+            elif left > 0:
+                shares_VC[index, replica] += 1
                 left -= 1
-            shares_VC[index, replica] = share
-            loads_R[ranks_VC[index, replica]] += share
+            loads_R[ranks_VC[index, replica]] += shares_VC[index, replica]
 
 
 @entry
-def _grow_tree(loads_R, replicas_V, ranks_VC, shares_VC, tree_R, joined_R3):
-    """Writes the ranks of the tree in order of joining, and by what each joined; returns their number and load."""
+def _grow_tree(loads_R, weight_R, replicas_V, ranks_VC, shares_VC, tree_R, joined_R3):
+    """Writes the ranks of the tree in order of joining, and by what each joined; returns number, load and weight."""
     root = 0
     for rank in range(loads_R.size):
         joined_R3[rank, 0] = -1
-        if loads_R[rank] > loads_R[root]:
+        if loads_R[rank] * weight_R[root] > loads_R[root] * weight_R[rank]:
             root = rank
     tree_R[0] = root
     joined_R3[root, 0] = 0
-    total = loads_R[root]
+    total, weight = loads_R[root], weight_R[root]
     grown = 0
     size = 1
     while size > grown:
@@ -138,19 +170,21 @@ def _grow_tree(loads_R, replicas_V, ranks_VC, shares_VC, tree_R, joined_R3):
                     joined_R3[rank, 0], joined_R3[rank, 1], joined_R3[rank, 2] = index, giver, replica
                     tree_R[size] = rank
                     total += loads_R[rank]
+                    weight += weight_R[rank]
                     size += 1
-    return size, total
+    return size, total, weight
 
 
 @entry
-def _level_tree(loads_R, ranks_VC, shares_VC, tree_R, joined_R3, size, total):
-    """Moves tokens along the branches of the tree, so far as shares allow, towards its mean load; in place."""
-    mean = total // size
-    left = total - mean * size
+def _level_tree(loads_R, weight_R, ranks_VC, shares_VC, tree_R, joined_R3, size, level, rest, weight):
+    """Moves tokens along the branches of the tree, so far as shares allow, towards equal times; in place."""
+    left = level * weight + rest
+    for position in range(size):
+        left -= _part(level, rest, weight_R[tree_R[position]], weight)
     for position in range(size - 1, 0, -1):
         rank = tree_R[position]
         index, giver, replica = joined_R3[rank, 0], joined_R3[rank, 1], joined_R3[rank, 2]
-        surplus = loads_R[rank] - mean - (position < left)
+        surplus = loads_R[rank] - _part(level, rest, weight_R[rank], weight) - (position < left)
         surplus = max(min(surplus, shares_VC[index, replica]), -shares_VC[index, giver])
         shares_VC[index, replica] -= surplus
         shares_VC[index, giver] += surplus
