@@ -23,8 +23,8 @@ class Answer:
     logprobs: list[float]
 
 
-def ask(pipe: Any) -> list[Answer]:
-    answers = pipe(TEXTS, gen_config=GREEDY, do_preprocess=False)
+def ask(pipe: Any, texts: list[str] = TEXTS) -> list[Answer]:
+    answers = pipe(texts, gen_config=GREEDY, do_preprocess=False)
     return [
         Answer(each.token_ids, [of[token] for of, token in zip(each.logprobs, each.token_ids, strict=True)])
         for each in answers

@@ -1,7 +1,6 @@
 """A LMDeploy pipeline on NPUs, in a process of its own as a user starts it: its answers, its load, its end.
 
-On emulated NPUs only CANN is ours; see `ascend_demo`, whose prompts this asks not: each answer comes with the
-log-probabilities of its tokens.
+Settings are the caller's; `ascend_demo` is the one that people see. On emulated NPUs only CANN is ours.
 """
 
 from __future__ import annotations
@@ -11,12 +10,21 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tests.helpers import ascend
 from tests.helpers.answers import Answer
+from tests.helpers.cann import registry
 from tests.helpers.patience import PATIENCE_S
 
+ENGINE = {
+    "dtype": "float16",
+    "session_len": 512,
+    "max_batch_size": 8,
+    "cache_gb": 0.1,
+    "log_level": "ERROR",
+}
 DONE = "PIPELINE "
 """Begins the line that tells what happened."""
 
@@ -32,22 +40,33 @@ class Told:
     """The error, in words, that a lost rank ended the pipeline with."""
 
 
-def run(npu: str, ranks: int, model: str, settings: dict[str, Any], lose: int | None = None) -> Told:
+def run(
+    npu: str,
+    ranks: int,
+    model: str,
+    settings: dict[str, Any],
+    *,
+    lose: int | None = None,
+    texts: int | None = None,
+    log: Path | None = None,
+) -> Told:
     """Answer by `ranks` NPUs (those of `ascend.PLATFORMS`); then kill the rank `lose`, and ask again.
+
+    With `texts` only so many are asked; `log` is a folder for each process's calls (`cann.registry.LOG`).
 
     `settings` are those of the config beside the engine's common ones.
     """
-    engine = {"dtype": "float16", "session_len": 512, "max_batch_size": 8, "cache_gb": 0.1} | settings.pop(
-        "engine", {}
-    )
-    config = {"device": "ascend", "ep_size": ranks, "engine": engine | {"log_level": "ERROR"}} | settings
+    config = {"device": "ascend", "ep_size": ranks} | settings
+    config["engine"] = ENGINE | settings.get("engine", {})
     # As a user starts it, without what the emulation set in this process.
     environment = {
         name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"
     }
     if npu != ascend.REAL:
         environment |= ascend.environment(npu, ranks)
-    command = [sys.executable, "-W", "ignore", "-m", __spec__.name, model, json.dumps(config), str(lose)]
+    if log is not None:
+        environment[registry.LOG] = str(log)
+    command = [sys.executable, "-W", "ignore", "-m", __spec__.name, model, json.dumps([config, texts, lose])]
     done = subprocess.run(
         command,
         cwd=ascend.ROOT,
@@ -63,17 +82,17 @@ def run(npu: str, ranks: int, model: str, settings: dict[str, Any], lose: int | 
     return Told(answers, told["facts"], told["failure"])
 
 
-def _tell(model: str, settings: dict[str, Any], lose: int | None) -> dict[str, Any]:
+def _tell(model: str, settings: dict[str, Any], texts: int | None, lose: int | None) -> dict[str, Any]:
     import epbackend
     from epbackend.cli.loads import facts
     from epbackend.config import EPConfig
     from epbackend.errors import WorkerError
-    from tests.helpers.answers import ask
+    from tests.helpers.answers import TEXTS, ask
     from tests.helpers.processes import engine_workers
 
     config, failure = EPConfig.load(settings), None
     with epbackend.pipeline(model, config) as pipe:
-        answers = ask(pipe)
+        answers = ask(pipe, TEXTS[:texts])
         told = facts(config, pipe.load())
         if lose is not None:
             engine_workers()[lose].kill()
@@ -85,5 +104,4 @@ def _tell(model: str, settings: dict[str, Any], lose: int | None) -> dict[str, A
 
 
 if __name__ == "__main__":
-    model, settings, lose = sys.argv[1:]
-    print(DONE + json.dumps(_tell(model, json.loads(settings), json.loads(lose.replace("None", "null")))))
+    print(DONE + json.dumps(_tell(sys.argv[1], *json.loads(sys.argv[2]))))

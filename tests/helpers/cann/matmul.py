@@ -131,12 +131,16 @@ def aclnnGroupedMatmulV4(**arguments) -> None:
     "transpose_x2:b group_size:i",
     "out:T",
 )
-def aclnnQuantMatmulV5(x1, x2, x1_scale, x2_scale, transpose_x1, transpose_x2, group_size, out, **rest) -> None:
+def aclnnQuantMatmulV5(
+    x1, x2, x1_scale, x2_scale, transpose_x1, transpose_x2, group_size, out, **rest
+) -> None:
     """Int8 rows with a scale each, times int8 columns with a scale each (mode K-C of hicann/ops-nn's document)."""
     for name, given in rest.items():
         require(given is None or given.numel() == 0, f"{name} is not emulated")
     require(group_size == 0 and not transpose_x1 and not transpose_x2, "only plain products are emulated")
-    require(x1.dtype == x2.dtype == torch.int8 and x1.dim() == x2.dim() == 2, "only int8 matrices are emulated")
+    require(
+        x1.dtype == x2.dtype == torch.int8 and x1.dim() == x2.dim() == 2, "only int8 matrices are emulated"
+    )
     require(x1.numel() > 0 and x2.numel() > 0, "empty tensors are not supported")
     require(x1.shape[1] == len(x2), f"x1 {tuple(x1.shape)} does not fit x2 {tuple(x2.shape)}")
     require(max(*x1.shape[1:], *x2.shape) < INNER_LIMIT, f"a dimension is not below {INNER_LIMIT}")
