@@ -29,7 +29,7 @@ def steps(file: Path) -> list[list[tuple[str, str]]]:
 def markdown(prefill: list[tuple[str, str]], decode: list[tuple[str, str]]) -> str:
     """Each operator's calls in both steps, and the first tensor of the first of them."""
     counts = [Counter(name for name, _ in step) for step in (prefill, decode)]
-    tensors = [{name: what for name, what in reversed(step)} for step in (prefill, decode)]
+    tensors = [dict(reversed(step)) for step in (prefill, decode)]
     lines = ["| operator | prefill: calls, first tensor | decode: calls, first tensor |", "|---|---|---|"]
     for name in dict.fromkeys(name for name, _ in prefill + decode):
         if name not in LEFT_OUT:
@@ -47,7 +47,6 @@ def table() -> str:
         ascend_pipeline.run(CHIP, RANKS, resolve(MODEL), settings, texts=1, log=Path(folder))
         logs = sorted(Path(folder).iterdir(), key=lambda file: int(file.name))
         first_rank = next(found for file in logs if (found := steps(file)))
-    # The last step may hold what the end of the engine asks for.
     return markdown(first_rank[0], first_rank[1])
 
 

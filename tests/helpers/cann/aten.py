@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.helpers.cann import atb
 from tests.helpers.cann.handles import RefusedError, over_bytes
-from tests.helpers.cann.registry import in_short, note, require, write_line
+from tests.helpers.cann.registry import in_short, note, require
 
 ALLOCATE = {"aten::empty.memory_format", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 NATIVE = {
@@ -39,9 +39,6 @@ WAIT_FOR_THE_DEVICE = {
     "aten::equal",
 }
 """Operators whose result, or whose result's shape, is needed on the host."""
-
-WAIT = "wait of the host"
-"""What the log calls them."""
 
 host_waits: list[str] = []
 """What has made the host wait for the device so far."""
@@ -124,7 +121,6 @@ def _note_wait(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
     )
     if name in WAIT_FOR_THE_DEVICE or to_host or (copied_out and not in_passing) or by_mask:
         host_waits.append(name)
-        write_line(WAIT, name)
 
 
 def _on_cpu(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -61,13 +61,10 @@ def aclnn(inputs: str, outputs: str = "") -> Callable[[Callable[..., None]], Cal
 
 
 def note(name: str, arguments: dict[str, Any]) -> None:
-    """Add a call to the list, and a line to this process's file where one is asked for."""
+    """Add a call to the list, and a line with its first tensor to this process's file where one is asked for."""
     calls.append((name, arguments))
-    write_line(name, next(iter(arguments.values()), ""))
-
-
-def write_line(name: str, what: Any) -> None:
     if folder := os.environ.get(LOG):
+        what = next(iter(arguments.values()), "")
         with (Path(folder) / str(os.getpid())).open("a") as file:
             file.write(f"{name}\t{what[0] if isinstance(what, list) and what else what}\n")
 
