@@ -6,9 +6,9 @@ them when the first call shows the hidden size; the operators communicate by the
 traffic may use.
 
 The limits of each chip, and the buffer that is needed, are from the documentation of npu_moe_distribute_dispatch_v2
-(https://gitcode.com/Ascend/op-plugin, docs/context), release 7.2.0 (CANN 8.3.RC1) where nothing else is said. On A2 they
-are those of the algorithm "fullmesh", which serves any number of servers; "hierarchy" would need a newer driver. The
-same document wants one communicator for the layers of a model, so its buffer is sized for the largest of them
+(https://gitcode.com/Ascend/op-plugin, docs/context), release 7.2.0 (CANN 8.3.RC1) where nothing else is said. On A2
+they are those of the algorithm "fullmesh", which serves any number of servers; "hierarchy" would need a newer driver.
+The same document wants one communicator for the layers of a model, so its buffer is sized for the largest of them
 (`LargestLayer`).
 """
 
