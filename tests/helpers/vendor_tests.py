@@ -87,9 +87,10 @@ def _outcome(case: ElementTree.Element) -> tuple[str, str]:
     if failure is None:
         return PASSED, ""
     text = failure.text or ""
-    # Pytest marks the lines of the error itself.
-    refused = [line.removeprefix("E").strip() for line in text.splitlines() if "not emulated" in line]
-    return (NOT_EMULATED, refused[0]) if refused else (FAILED, _last_line(text))
+    # Pytest marks the lines of the error itself; others show values, which may have failed to be shown.
+    said = [line.removeprefix("E").strip() for line in text.splitlines() if line.startswith("E ")]
+    refused = [line for line in said if "not emulated" in line]
+    return (NOT_EMULATED, refused[0]) if refused else (FAILED, said[-1] if said else _last_line(text))
 
 
 def _last_line(text: str) -> str:
