@@ -26,7 +26,7 @@ MINUTES ?= 20
 RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-ascend test test-cpu test-cuda e2e-cuda gpu test-ascend test-full lint soak bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
+.PHONY: help setup demo demo-ascend test test-cpu test-cuda e2e-cuda gpu test-ascend test-vendor test-full lint soak bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,7 +54,7 @@ $(READY): $(PINS) scripts/check_setup.py
 $(NPU_WHEEL)/.ready: requirements/ascend.txt $(READY)
 	@echo "== torch-npu and dlinfer, unpacked aside for the Ascend tests"
 	rm -rf $(NPU_WHEEL) && mkdir $(NPU_WHEEL)
-	$(PIP) install --quiet --no-deps --target $(NPU_WHEEL) $$(grep '^torch-npu==' requirements/ascend.txt) || \
+	$(PIP) install --quiet --no-deps --target $(NPU_WHEEL) $$(grep -E '^(torch-npu|expecttest)==' requirements/ascend.txt) || \
 	  echo "torch-npu has no wheel for this machine: make test-ascend will skip"
 	$(PIP) install --quiet --no-deps --target $(NPU_WHEEL) --only-binary :all: --python-version 3.11 \
 	  --platform manylinux2014_aarch64 $$(grep '^dlinfer-ascend==' requirements/ascend.txt)
@@ -90,6 +90,10 @@ gpu: ## tests and benchmarks for a GPU that is there for ten minutes, the most i
 
 test-ascend: setup $(NPU_WHEEL)/.ready ## the suite of the ascend device on an emulated A3; DEVICE=A2 for that chip, DEVICE=npu for four real NPUs
 	$(if $(filter npu,$(DEVICE)),$(BIN)/python -m pytest,$(PYTEST) 2) tests/contract tests/ascend -m "ascend and not slow" --ascend $(DEVICE)
+
+test-vendor: setup $(NPU_WHEEL)/.ready ## op-plugin's own tests of the operators used here, on an emulated A2, as a table; OPPLUGIN=checkout
+	@test -n "$(OPPLUGIN)" || { echo "name a checkout of op-plugin: make test-vendor OPPLUGIN=folder"; exit 1; }
+	$(BIN)/python -m tests.helpers.vendor_tests $(OPPLUGIN) --device A2
 
 bench-ascend: ## milliseconds of a MoE layer on RANKS real NPUs, for each dispatcher (with the Python of your NPU environment)
 	$(PYTHON) -m torch.distributed.run --nproc-per-node $(RANKS) -m benchmarks.ascend_layer

@@ -35,6 +35,10 @@ class AscendDevice(Device):
         generations = {"Ascend910B": "A2", "Ascend910_93": "A3"}
         return next((chip for prefix, chip in generations.items() if name.startswith(prefix)), name)
 
+    @cached_property
+    def release(self) -> str | None:
+        return ops.cann_release()
+
     def torch_device(self, local_rank: int) -> torch.device:
         return torch.device("npu", local_rank)
 

@@ -40,6 +40,11 @@ class Device(ABC):
         return None
 
     @property
+    def release(self) -> str | None:
+        """The release of what its operators come with, where that limits them (CANN's, as "8.5.0"); None elsewhere."""
+        return None
+
+    @property
     def emulated(self) -> bool:
         """Whether another device stands in for it, for tests; "auto" does not take it then."""
         return False

@@ -6,9 +6,10 @@ them when the first call shows the hidden size; the operators communicate by the
 traffic may use.
 
 The limits of each chip, and the buffer that is needed, are from the documentation of npu_moe_distribute_dispatch_v2
-(https://gitcode.com/Ascend/op-plugin, docs/context), release 7.2.0 where nothing else is said. On A2 they are those of
-the algorithm "fullmesh", which serves any number of servers; "hierarchy" would need a newer driver. The same document
-wants one communicator for the layers of a model, so its buffer is sized for the largest of them (`LargestLayer`).
+(https://gitcode.com/Ascend/op-plugin, docs/context), release 7.2.0 (CANN 8.3.RC1) where nothing else is said. On A2
+they are those of the algorithm "fullmesh", which serves any number of servers; "hierarchy" would need a newer driver.
+The same document wants one communicator for the layers of a model, so its buffer is sized for the largest of them
+(`LargestLayer`).
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Limits:
     ranks_in_words: str
     slots: int
     """Most experts of a rank."""
+    slots_of_older: int
+    """The same before CANN 9.0 (op-plugin 26.0.0), and where nobody knows which CANN is here."""
     top_k: int
     tokens: int
     """Most tokens of a rank and call."""
@@ -60,7 +63,8 @@ LIMITS = {
         algorithm="fullmesh",
         ranks=(2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128, 256),
         ranks_in_words="2 to 8, 16, 32, 64, 128 or 256",
-        slots=24,  # since 26.0.0 there is no such limit; an older CANN may be here
+        slots=MOST_EXPERTS,
+        slots_of_older=24,  # 26.0.0 has no such limit
         top_k=16,
         tokens=256,
         hidden=range(32, 7169, 32),
@@ -71,6 +75,7 @@ LIMITS = {
         ranks=range(2, 769),
         ranks_in_words="2 to 768",
         slots=MOST_EXPERTS,
+        slots_of_older=MOST_EXPERTS,
         top_k=16,  # 12 is for the algorithm fullmesh_v2
         tokens=512,
         hidden=range(1024, 8193),
@@ -79,15 +84,30 @@ LIMITS = {
 }
 
 
-def broken(chip: str, ranks: int, slots: int, top_k: int, tokens: int | None) -> str | None:
-    """Which limit a layer of `slots` experts a rank and at most `tokens` tokens a rank breaks; None if none."""
+UNLIMITED_SINCE = 9
+"""CANN's first number that goes with op-plugin 26.0.0 (torch-npu's table of releases)."""
+
+
+def broken(
+    chip: str, ranks: int, slots: int, top_k: int, tokens: int | None, cann: str | None = None
+) -> str | None:
+    """Which limit a layer of `slots` experts a rank and at most `tokens` tokens a rank breaks; None if none.
+
+    `cann` is its release, None where nobody knows: it then counts as an old one.
+    """
     limits = LIMITS.get(chip)
     if limits is None:
         return f"it is for {' and '.join(LIMITS)}, and this chip is {chip}"
     if ranks not in limits.ranks:
         return f"on {chip} ep_size must be {limits.ranks_in_words}, and is {ranks}"
-    if slots > limits.slots:
-        return f"on {chip} a rank may hold {limits.slots} experts, and holds {slots}: raise ep_size"
+    older = not _since(cann, UNLIMITED_SINCE)
+    most = limits.slots_of_older if older else limits.slots
+    if slots > most:
+        remedy = f" or take CANN {UNLIMITED_SINCE}.0" if slots <= limits.slots else ""
+        with_cann = f" with CANN {cann or 'of an unknown release'}" if remedy else ""
+        return (
+            f"on {chip}{with_cann} a rank may hold {most} experts, and holds {slots}: raise ep_size{remedy}"
+        )
     if slots * ranks > MOST_EXPERTS:
         return f"there may be {MOST_EXPERTS} experts with their replicas, and there are {slots * ranks}"
     if top_k > limits.top_k:
@@ -97,6 +117,12 @@ def broken(chip: str, ranks: int, slots: int, top_k: int, tokens: int | None) ->
     if tokens > limits.tokens:
         return f"on {chip} a rank may send {limits.tokens} tokens, and engine.max_batch_size allows {tokens}"
     return None
+
+
+def _since(cann: str | None, first: int) -> bool:
+    """Whether a release, as "8.3.RC1", begins with this number or a later one."""
+    number = (cann or "").partition(".")[0]
+    return number.isdigit() and int(number) >= first
 
 
 def broken_width(chip: str, hidden_size: int) -> str | None:
@@ -204,7 +230,7 @@ class Mc2(Dispatcher):
                 f"on A2 it is for {FEWEST_ON_A2} ranks and more, and there are {ranks}: older CANN takes no fewer, "
                 "so name it (dispatcher: mc2) where yours does"
             )
-        if reason := broken(chip, ranks, slots, spec.top_k, spec.most_tokens):
+        if reason := broken(chip, ranks, slots, spec.top_k, spec.most_tokens, spec.device.release):
             return reason
         return None if spec.hidden_size is None else broken_width(chip, spec.hidden_size)
 

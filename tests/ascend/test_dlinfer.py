@@ -191,6 +191,11 @@ def test_an_operator_of_atb_that_is_not_emulated_says_its_name(npu):
     [
         ({}, {"block_size": 64}, "engine.block_size: 64, but on device ascend .* set engine.block_size: 128"),
         ({"kv_lora_rank": 64}, {"block_size": 128}, "0.2.7 has no prefill for MLA"),
+        (
+            {"quantization_config": {"quant_method": "smooth_quant"}, "dtype": "float16"},
+            {},
+            "linear_w8a8 gives bfloat16 .* set engine.dtype: bfloat16",
+        ),
     ],
 )
 def test_what_this_dlinfer_cannot_serve_is_refused_before_weights_are_loaded(settings, engine, message):

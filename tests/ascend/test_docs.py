@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ascend_traffic
+from tests.helpers import ascend_step_log
 from tests.helpers.ascend_call_log import layer_calls, markdown
 
 DOCS = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text()
@@ -23,6 +24,15 @@ def test_documented_calls_are_those_of_a_layer(ranks, npu):
     if npu != "A3":
         pytest.skip("the docs show the calls on A3")
     assert markdown(ranks.run) in DOCS, "paste the output of python -m tests.helpers.ascend_call_log"
+
+
+@pytest.mark.ascend
+@pytest.mark.engine
+@pytest.mark.slow
+def test_documented_steps_are_those_of_a_model(npu):
+    if npu != ascend_step_log.CHIP:
+        pytest.skip(f"the docs show the steps on {ascend_step_log.CHIP}")
+    assert ascend_step_log.table() in DOCS, "paste the output of python -m tests.helpers.ascend_step_log"
 
 
 @pytest.mark.ascend

@@ -23,9 +23,10 @@ def spec(
     top_k=8,
     tokens: int | None = 64,
     hidden: int | None = None,
+    cann: str | None = None,
     **settings,
 ) -> LayerSpec:
-    device = mock.Mock(chip=chip)
+    device = mock.Mock(chip=chip, release=cann)
     group = RankGroup(mock.Mock(), 0, size, None, 0, 1)
     settings = DispatchSettings(**{"level": 2, "max_tokens": tokens, **settings})
     return LayerSpec(group, device, mock.Mock(), settings, slots, top_k, hidden)
@@ -39,7 +40,11 @@ def spec(
         ({"chip": "A2", "size": 12}, "ep_size must be 2 to 8, 16, 32, 64, 128 or 256, and is 12"),
         ({"size": 769, "slots": 1}, "ep_size must be 2 to 768, and is 769"),
         ({"size": 1}, "there is one rank"),
-        ({"chip": "A2", "slots": 25}, "a rank may hold 24 experts, and holds 25: raise ep_size"),
+        (
+            {"chip": "A2", "slots": 25, "cann": "8.5.0"},
+            "with CANN 8.5.0 a rank may hold 24 experts, and holds 25: raise ep_size or take CANN 9.0",
+        ),
+        ({"chip": "A2", "slots": 25}, "with CANN of an unknown release a rank may hold 24 experts"),
         ({"size": 64, "slots": 17}, "1024 experts with their replicas, and there are 1088"),
         ({"top_k": 17}, "may choose 16 experts, and this model's chooses 17"),
         ({"chip": "A2", "top_k": 17}, "may choose 16 experts"),
@@ -104,6 +109,11 @@ def test_ranks_with_the_same_tokens_send_a_slice_each():
 def test_the_limits_themselves_are_allowed(chip):
     ranks, slots, top_k, tokens = {"A2": (256, 4, 16, 256), "A3": (512, 2, 16, 512)}[chip]
     assert broken(chip, ranks, slots, top_k, tokens) is None
+
+
+@pytest.mark.parametrize("cann", ["9.0.0", "9.1.RC1", "10.0.0"])
+def test_newer_cann_takes_more_experts_on_a_rank_of_a2(cann):
+    assert Mc2.unsupported(spec("A2", slots=25, cann=cann)) is None
 
 
 def test_buffers_have_the_documented_size():

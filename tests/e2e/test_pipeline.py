@@ -7,7 +7,6 @@ LMDeploy without the plug in the same dtype, on a CPU, where LMDeploy does not r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,15 @@ pytest.importorskip(
 )
 
 import lmdeploy
-from lmdeploy import GenerationConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import epbackend
 from epbackend import EPConfig
 from epbackend.device.cuda import CudaDevice
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
+from tests.helpers.answers import Answer, ask, compare, hugging_face
 from tests.helpers.shared_gpu import on_shared_devices
 
 MODELS = Path(epbackend.__file__).parent / "models"
-TEXTS = ["Once upon a time", "hello", "The little dog ran to the house and", "One day, a girl named Sue " * 9]
-NEW_TOKENS = 16
-GREEDY = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True, logprobs=1)
 ENGINE = {
     "session_len": 256,
     "cache_blocks": 64,
@@ -59,40 +54,6 @@ def gpu(monkeypatch):
         on_shared_devices(monkeypatch)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """To one text: the tokens chosen, and the log-probability of each."""
-
-    tokens: list[int]
-    logprobs: list[float]
-
-
-def ask(pipe: Any) -> list[Answer]:
-    answers = pipe(TEXTS, gen_config=GREEDY, do_preprocess=False)
-    return [
-        Answer(each.token_ids, [of[token] for of, token in zip(each.logprobs, each.token_ids, strict=True)])
-        for each in answers
-    ]
-
-
-@cache
-def hugging_face(model: str) -> list[Answer]:
-    tokenizer = AutoTokenizer.from_pretrained(MODELS / model)
-    reference = AutoModelForCausalLM.from_pretrained(MODELS / model, dtype=torch.float32)
-    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-    answers = []
-    for text in TEXTS:
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        with torch.inference_mode():
-            tokens = reference.generate(ids, **settings)
-            logits = reference(tokens).logits[0, ids.shape[1] - 1 : -1]
-        chosen = tokens[0, ids.shape[1] :]
-        answers.append(
-            Answer(chosen.tolist(), logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist())
-        )
-    return answers
-
-
 @cache
 def lmdeploy_alone(model: str, eager: bool) -> list[Answer]:
     """On the same GPU, in the same dtype."""
@@ -106,22 +67,11 @@ def lmdeploy_alone(model: str, eager: bool) -> list[Answer]:
 
 
 def check(model: str, expected: list[Answer], rounding: float, config: dict[str, Any]) -> dict[str, str]:
-    """Fail unless the log-probabilities agree as long as the tokens do, and at the first one that differs.
-
-    There both engines had the same text before them and chose the likeliest token: it is a near-tie, or a mistake.
-    Returns each phase's dispatcher.
-    """
+    """Fail unless the answers are those expected (`answers.compare`). Returns each phase's dispatcher."""
     with epbackend.pipeline(str(MODELS / model), EPConfig.load(config)) as pipe:
         found = ask(pipe)
         load = pipe.load()
-    compared = 0
-    for mine, theirs in zip(found, expected, strict=True):
-        assert len(mine.tokens) == len(theirs.tokens) == NEW_TOKENS
-        same = [a == b for a, b in zip(mine.tokens, theirs.tokens, strict=True)]
-        until = same.index(False) + 1 if False in same else NEW_TOKENS
-        assert mine.logprobs[:until] == pytest.approx(theirs.logprobs[:until], rel=0, abs=rounding)
-        compared += until
-    assert compared >= len(TEXTS) * NEW_TOKENS / 2, "near-ties are rare"
+    compare(found, expected, rounding)
     assert load.tokens_RYE.any(axis=(1, 2)).all(), "every rank computed tokens"
     return {phase: choice["name"] for phase, choice in load.dispatchers.items()}
 
@@ -133,7 +83,7 @@ def test_two_ranks_of_a_cpu_joined_as_on_one_gpu(monkeypatch):
     on_shared_devices(monkeypatch)
     levels = {"prefill": 2, "decode": 1}
     settings = {"device": "cpu", "ep_size": 2, "ep_level": levels, "engine": ENGINE | {"dtype": "float32"}}
-    chosen = check("tiny_qwen3_moe", hugging_face("tiny_qwen3_moe"), 1e-4, settings)
+    chosen = check("tiny_qwen3_moe", hugging_face(str(MODELS / "tiny_qwen3_moe")), 1e-4, settings)
     assert chosen == {"prefill": "alltoall", "decode": "replicated"}
 
 

@@ -123,7 +123,7 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
 
     Raises:
         UnavailableError: dlinfer is missing, the chip is another one, or there are more ranks than NPUs.
-        ConfigError: attention of this model, or blocks of this size, are beyond that dlinfer.
+        ConfigError: attention of this model, blocks of this size, or W8A8 in float16 are beyond that dlinfer.
     """
     older = dlinfer_package.lacks("attention")
     chip = get_device(config.device).chip
@@ -141,6 +141,16 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
         raise ConfigError(
             f"device ascend: {dlinfer_package.PACKAGE} {dlinfer_package.installed()} has no prefill for MLA "
             f"({_architecture(settings)}); take a model with ordinary attention, or a newer dlinfer"
+        )
+    quantized = quantization(settings)
+    if (
+        quantized
+        and form_of_experts(quantized) == W8A8
+        and _dtype(settings, config.engine.dtype) == "float16"
+    ):
+        raise ConfigError(
+            "engine.dtype: float16, but dlinfer's linear_w8a8 gives bfloat16 in its place, which the layers behind it "
+            "do not take: set engine.dtype: bfloat16"
         )
     block = block_size(config)
     if older and not (block % FIA_BLOCK == 0 and block <= FIA_MOST):
@@ -196,10 +206,15 @@ def expert_bytes(settings: dict[str, Any], dtype: str = "auto") -> int | None:
     for level in (settings, settings.get("text_config") or {}):
         hidden = level.get("hidden_size")
         width = level.get("moe_intermediate_size") or level.get("intermediate_size")
-        kept = level.get("dtype") or level.get("torch_dtype") if dtype == "auto" else dtype
+        kept = _dtype(level, dtype)
         if hidden and width and kept in ITEM_BYTES:
             return 3 * int(hidden) * int(width) * ITEM_BYTES[kept]
     return None
+
+
+def _dtype(settings: dict[str, Any], dtype: str) -> str | None:
+    """The type that a model is computed in, `auto` being that of its config.json; None where this does not say."""
+    return settings.get("dtype") or settings.get("torch_dtype") if dtype == "auto" else dtype
 
 
 def _check_placement(placement: Placement, settings: dict[str, Any], path: str, ep_size: int) -> None:

@@ -36,6 +36,12 @@ def chip_name() -> str:
     return torch.get_device_module("npu").get_device_name()
 
 
+def cann_release() -> str | None:
+    """CANN's, for example "8.3.RC1"; None where torch-npu cannot tell it."""
+    find = getattr(_npu().npu.utils, "get_cann_version", None)  # older ones have none
+    return (find() if find else None) or None
+
+
 def init_routing(
     hidden_TD: Tensor, ids_TK: Tensor, experts: int, active: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.helpers.cann import atb
 from tests.helpers.cann.handles import RefusedError, over_bytes
-from tests.helpers.cann.registry import calls, in_short, require
+from tests.helpers.cann.registry import in_short, note, require
 
 ALLOCATE = {"aten::empty.memory_format", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 NATIVE = {
@@ -62,7 +62,7 @@ class AtenOnCpu(TorchDispatchMode):
         name = operator.name()
         leaves = tree_leaves((args, kwargs))
         if operator.namespace == "c10d":
-            calls.append((name, {"": _shapes(args)}))
+            note(name, {"": _shapes(args)})
         if operator.namespace == "atb":
             return _atb(operator, args, kwargs)
         if operator.namespace != "aten" or not any(map(_is_npu, leaves)):
@@ -81,7 +81,7 @@ def _atb(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"[emulated CANN] {name} is not emulated")
     names = [argument.name for argument in operator._schema.arguments]
     arguments = dict(zip(names, args, strict=False)) | kwargs
-    calls.append((name, {name: in_short(value) for name, value in arguments.items()}))
+    note(name, {name: in_short(value) for name, value in arguments.items()})
     try:
         for place in atb.ON_THE_HOST & arguments.keys():
             require(not _is_npu(arguments[place]), f"{place} must be on the host")

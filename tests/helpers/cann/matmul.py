@@ -1,4 +1,4 @@
-"""Grouped matrix products: y[rows of group g] = x[rows of group g] @ weight[g], of floats and of int8."""
+"""Matrix products of int8 with scales, and grouped ones: y[rows of g] = x[rows of g] @ weight[g], of both."""
 
 from __future__ import annotations
 
@@ -124,6 +124,31 @@ def aclnnGroupedMatmulV5(**arguments) -> None:
 @aclnn(_INPUTS, _OUTPUTS)
 def aclnnGroupedMatmulV4(**arguments) -> None:
     _grouped_matmul(**arguments)
+
+
+@aclnn(
+    "x1:T x2:T x1_scale:T x2_scale:T y_scale:T x1_offset:T x2_offset:T y_offset:T bias:T transpose_x1:b "
+    "transpose_x2:b group_size:i",
+    "out:T",
+)
+def aclnnQuantMatmulV5(
+    x1, x2, x1_scale, x2_scale, transpose_x1, transpose_x2, group_size, out, **rest
+) -> None:
+    """Int8 rows with a scale each, times int8 columns with a scale each (mode K-C of hicann/ops-nn's document)."""
+    for name, given in rest.items():
+        require(given is None or given.numel() == 0, f"{name} is not emulated")
+    require(group_size == 0 and not transpose_x1 and not transpose_x2, "only plain products are emulated")
+    require(
+        x1.dtype == x2.dtype == torch.int8 and x1.dim() == x2.dim() == 2, "only int8 matrices are emulated"
+    )
+    require(x1.numel() > 0 and x2.numel() > 0, "empty tensors are not supported")
+    require(x1.shape[1] == len(x2), f"x1 {tuple(x1.shape)} does not fit x2 {tuple(x2.shape)}")
+    require(max(*x1.shape[1:], *x2.shape) < INNER_LIMIT, f"a dimension is not below {INNER_LIMIT}")
+    require(x1_scale is not None and x1_scale.dtype == torch.float32, "x1_scale must be float32, one a row")
+    require(x1_scale.shape == (len(x1),) and x2_scale.shape == (x2.shape[1],), "a scale a row and a column")
+    scales = {torch.bfloat16: (torch.bfloat16, torch.float32), torch.float16: (torch.float32,)}
+    require(x2_scale.dtype in scales.get(out.dtype, ()), f"x2_scale is {x2_scale.dtype}, out {out.dtype}")
+    out.copy_((x1.double() @ x2.double()) * x2_scale.double() * x1_scale.double()[:, None])
 
 
 @aclnn(_INPUTS + " tuning_config:I quant_group_size:i", _OUTPUTS)

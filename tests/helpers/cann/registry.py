@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from ctypes import POINTER, c_int, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ OPERATORS: dict[str, Operator] = {}
 calls: list[tuple[str, dict[str, Any]]] = []
 """Every operator and collective called so far, and its arguments in short."""
 
+LOG = "EMULATED_NPU_LOG"
+"""Variable that names a folder where each process writes down its calls, in a file of its number."""
+
 _kept_alive: list[Any] = []
 _planned: dict[int, dict[str, Any]] = {}
 _numbers = itertools.count(1)
@@ -54,6 +58,15 @@ def aclnn(inputs: str, outputs: str = "") -> Callable[[Callable[..., None]], Cal
         return emulate
 
     return register
+
+
+def note(name: str, arguments: dict[str, Any]) -> None:
+    """Add a call to the list, and a line with its first tensor to this process's file where one is asked for."""
+    calls.append((name, arguments))
+    if folder := os.environ.get(LOG):
+        what = next(iter(arguments.values()), "")
+        with (Path(folder) / str(os.getpid())).open("a") as file:
+            file.write(f"{name}\t{what[0] if isinstance(what, list) and what else what}\n")
 
 
 def require(condition: bool, limit: str) -> None:
@@ -96,7 +109,7 @@ def _plan(name: str, operator: Operator, handles: Handles, runtime: ctypes.CDLL)
             arguments = {}
             for (argument, code), value in zip(codes.items(), values, strict=True):
                 arguments[argument] = _read(handles, argument, code, value)
-            calls.append((name, {argument: in_short(value) for argument, value in arguments.items()}))
+            note(name, {argument: in_short(value) for argument, value in arguments.items()})
             workspace[0], executor[0] = 0, next(_numbers)
             _planned[executor[0]] = arguments
             return 0

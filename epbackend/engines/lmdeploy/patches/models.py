@@ -237,6 +237,22 @@ def gpt_oss_without_harmony(original: type) -> type:
     return MarkedTokenizer
 
 
+@patch(
+    "lmdeploy.pytorch.config:QuantizationConfig.get_quant_method",
+    why="with smooth_quant the norms of queries and keys (Qwen3-MoE) are built as int8 ones, and answers are wrong",
+    when="always",
+    fingerprint="75cdc1e3d942",
+)
+def heads_are_not_quantized(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_quant_method(self: Any, prefix: str = "", module_kind: str = "linear") -> str | None:
+        if module_kind == "norm" and prefix.endswith((".q_norm", ".k_norm")):
+            return None
+        return original(self, prefix, module_kind)
+
+    return get_quant_method
+
+
 PATCHES = (
     # Who takes it from another comes first: it must be imported while that one has its original.
     _as_released("draft-configs-as-released", "lmdeploy.pytorch.engine.config_builder"),
@@ -249,6 +265,7 @@ PATCHES = (
     qwen3_vl_moe_loads_either_way,
     kimi_k25_has_layers,
     gpt_oss_without_harmony,
+    heads_are_not_quantized,
     # Qwen3.5-MoE and the models without shared experts respect expert parallelism and need no patch.
     _sums_once("deepseek-v2-sums-once", "deepseek_v2:DeepseekV2MoE", "shared_experts", "f0e43633d5f1"),
     _sums_once("deepseek-sums-once", "deepseek:DeepseekMoE", "shared_experts", "88804328d218"),

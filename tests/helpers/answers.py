@@ -1,0 +1,64 @@
+"""Greedy answers with the log-probability of each token, and two engines' answers beside each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from lmdeploy import GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+NEW_TOKENS = 16
+GREEDY = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True, logprobs=1)
+TEXTS = ["Once upon a time", "hello", "The little dog ran to the house and", "One day, a girl named Sue " * 9]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To one text: the tokens chosen, and the log-probability of each."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def ask(pipe: Any, texts: list[str] = TEXTS) -> list[Answer]:
+    answers = pipe(texts, gen_config=GREEDY, do_preprocess=False)
+    return [
+        Answer(each.token_ids, [of[token] for of, token in zip(each.logprobs, each.token_ids, strict=True)])
+        for each in answers
+    ]
+
+
+def hugging_face(path: str, dtype: torch.dtype = torch.float32) -> list[Answer]:
+    """What transformers answers with the checkpoint at `path`, on the CPU."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    answers = []
+    for text in TEXTS:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            tokens = reference.generate(ids, **settings)
+            logits = reference(tokens).logits[0, ids.shape[1] - 1 : -1].float()
+        chosen = tokens[0, ids.shape[1] :]
+        answers.append(
+            Answer(chosen.tolist(), logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist())
+        )
+    return answers
+
+
+def compare(found: list[Answer], expected: list[Answer], rounding: float) -> None:
+    """Fail unless the log-probabilities agree as long as the tokens do, and at the first one that differs.
+
+    There both engines had the same text before them and chose the likeliest token: it is a near-tie, or a mistake.
+    """
+    compared = 0
+    for mine, theirs in zip(found, expected, strict=True):
+        assert len(mine.tokens) == len(theirs.tokens) == NEW_TOKENS
+        same = [a == b for a, b in zip(mine.tokens, theirs.tokens, strict=True)]
+        until = same.index(False) + 1 if False in same else NEW_TOKENS
+        assert mine.logprobs[:until] == pytest.approx(theirs.logprobs[:until], rel=0, abs=rounding)
+        compared += until
+    assert compared >= len(TEXTS) * NEW_TOKENS / 2, "near-ties are rare"

@@ -1,0 +1,107 @@
+"""A LMDeploy pipeline on NPUs, in a process of its own as a user starts it: its answers, its load, its end.
+
+Settings are the caller's; `ascend_demo` is the one that people see. On emulated NPUs only CANN is ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.helpers import ascend
+from tests.helpers.answers import Answer
+from tests.helpers.cann import registry
+from tests.helpers.patience import PATIENCE_S
+
+ENGINE = {
+    "dtype": "float16",
+    "session_len": 512,
+    "max_batch_size": 8,
+    "cache_gb": 0.1,
+    "log_level": "ERROR",
+}
+DONE = "PIPELINE "
+"""Begins the line that tells what happened."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """By the pipeline's process."""
+
+    answers: list[Answer]
+    facts: dict[str, Any]
+    """Of the load report (`cli.loads.facts`)."""
+    failure: str | None
+    """The error, in words, that a lost rank ended the pipeline with."""
+
+
+def run(
+    npu: str,
+    ranks: int,
+    model: str,
+    settings: dict[str, Any],
+    *,
+    lose: int | None = None,
+    texts: int | None = None,
+    log: Path | None = None,
+) -> Told:
+    """Answer by `ranks` NPUs (those of `ascend.PLATFORMS`); then kill the rank `lose`, and ask again.
+
+    With `texts` only so many are asked; `log` is a folder for each process's calls (`cann.registry.LOG`).
+
+    `settings` are those of the config beside the engine's common ones.
+    """
+    config = {"device": "ascend", "ep_size": ranks} | settings
+    config["engine"] = ENGINE | settings.get("engine", {})
+    # As a user starts it, without what the emulation set in this process.
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    }
+    if npu != ascend.REAL:
+        environment |= ascend.environment(npu, ranks)
+    if log is not None:
+        environment[registry.LOG] = str(log)
+    command = [sys.executable, "-W", "ignore", "-m", __spec__.name, model, json.dumps([config, texts, lose])]
+    done = subprocess.run(
+        command,
+        cwd=ascend.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=10 * PATIENCE_S,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(DONE)]
+    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
+    told = json.loads(lines[-1].removeprefix(DONE))
+    answers = [Answer(**each) for each in told["answers"]]
+    return Told(answers, told["facts"], told["failure"])
+
+
+def _tell(model: str, settings: dict[str, Any], texts: int | None, lose: int | None) -> dict[str, Any]:
+    import epbackend
+    from epbackend.cli.loads import facts
+    from epbackend.config import EPConfig
+    from epbackend.errors import WorkerError
+    from tests.helpers.answers import TEXTS, ask
+    from tests.helpers.processes import engine_workers
+
+    config, failure = EPConfig.load(settings), None
+    with epbackend.pipeline(model, config) as pipe:
+        answers = ask(pipe, TEXTS[:texts])
+        told = facts(config, pipe.load())
+        if lose is not None:
+            engine_workers()[lose].kill()
+            try:
+                ask(pipe)
+            except WorkerError as error:
+                failure = str(error)
+    return {"answers": [asdict(each) for each in answers], "facts": told, "failure": failure}
+
+
+if __name__ == "__main__":
+    print(DONE + json.dumps(_tell(sys.argv[1], *json.loads(sys.argv[2]))))
