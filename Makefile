@@ -118,6 +118,7 @@ bench: setup ## the MoE layer, the planner, renumbering and transformers beside 
 	$(BIN)/python -m benchmarks.dispatchers
 	$(BIN)/python -m benchmarks.placement
 	$(BIN)/python -m benchmarks.affinity
+	$(BIN)/python -m benchmarks.rank_speed
 	$(BIN)/python -m benchmarks.rebalance
 	$(BIN)/python -m benchmarks.renumber
 	$(BIN)/python -m benchmarks.transformers_engine

@@ -6,13 +6,12 @@ cut into halves. It prints a table.
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 import numpy as np
 
-from benchmarks.report import print_table
+from benchmarks.report import command_line, print_table
 from epbackend.balance.cost import MODELS, find_model
 from epbackend.placement import Affinity, Loads, Pairs, plan
 from epbackend.placement.score import score
@@ -100,4 +99,6 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = command_line(__doc__)
+    parser.add_argument("routes", nargs="*", help="npz files of recorded routes")
+    main(parser.parse_args().routes)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.local_ranks import run_on_ranks
-from benchmarks.report import print_table
+from benchmarks.report import command_line, print_table
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.moe import ExpertParallelMoE
 from epbackend.placement import Placement, plan
@@ -127,4 +127,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    command_line(__doc__).parse_args()
     main()

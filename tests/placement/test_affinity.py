@@ -188,7 +188,10 @@ def test_what_does_not_go_together_is_refused():
         ({"affinity": Affinity(other)}, "pairs: routes has 9 experts, but the loads 8; use pairs recorded"),
         ({"affinity": Affinity(pairs), "node_size": 3}, "node_size: 3 .* do not divide the 4 ranks"),
         ({"affinity": Affinity(pairs), "objective": "activated:64"}, "affinity: its limit is of tokens"),
-        ({"affinity": Affinity(pairs), "rank_speed": [1, 1, 1, 0.5]}, "affinity: swaps experts .* rank_speed"),
+        (
+            {"affinity": Affinity(pairs), "rank_speed": [1, 1, 1, 0.5]},
+            "affinity: swaps experts .* rank_speed",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             plan(loads, ranks=4, **asked)
