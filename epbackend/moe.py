@@ -150,9 +150,9 @@ class ExpertParallelMoE:
         Args:
             gate_up_L2FD: the first matrix of each expert of `slot_map.local_experts(ranks.rank)`, [2F, D] each, the
                 gate above: one tensor, `Int8Weights` or `Fp8Blocks` of all, or any iterable of matrices
-                (`epbackend.kernels.weight_formats`). The CPU repacks matrices one by one and keeps no reference to
-                them, so that from a generator that reads the checkpoint they never exist twice; cuda and ascend use
-                whole forms where they are.
+                (`epbackend.kernels.weight_formats`). The CPU copies single matrices one by one and keeps no
+                reference to them, so that from a generator that reads the checkpoint they never exist twice; whole
+                forms are used where they are, unless the CPU reorders them for oneDNN.
             down_LDF: the second matrix of each, [D, F], in the same form.
             slot_map: which expert each slot of every rank holds.
             ranks: this rank's place among those that share the experts.
