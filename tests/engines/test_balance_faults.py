@@ -64,10 +64,10 @@ transfer._pack = killed
 """
 RECEIVER = f"""
 opened = transfer._opened
-def killed(migration, move, message):
+def killed(migration, move, *more):
     if os.path.exists("go") and move.source != move.target:
         {KILL}
-    return opened(migration, move, message)
+    return opened(migration, move, *more)
 transfer._opened = killed
 """
 IN_COLLECTIVE = f"""
