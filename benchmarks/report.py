@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from epbackend.kernels.cpu.choice import processor
+
 RESULTS = Path(__file__).parent / "results"
 OURS, PEER = "#1b6ca8", "#b9c0c7"
 
@@ -28,7 +30,7 @@ def machine() -> dict[str, Any]:
     """Where the figures come from; they mean nothing without it."""
     return {
         "date": date.today().isoformat(),
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -54,10 +56,3 @@ def save(name: str, figures: dict[str, Any], picture: Figure) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
     picture.savefig(RESULTS / f"{name}.png", dpi=130, bbox_inches="tight")
     Console().print(f"written: {RESULTS / name}.json and .png")
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

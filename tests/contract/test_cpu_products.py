@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
@@ -176,6 +177,31 @@ def test_a_measurement_is_made_once_and_kept(own_cache, monkeypatch):
     choose.cache_clear()
     monkeypatch.setattr(choice, "measure", None)
     assert choose(torch.float32) == found
+
+
+def test_a_measurement_leaves_torchs_random_numbers_alone(own_cache):
+    before = torch.get_rng_state()
+    choose(torch.float32)
+    assert own_cache.exists()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_full_disk_costs_the_table_and_nothing_else(own_cache, monkeypatch, caplog):
+    def full(self, *_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(choice.Path, "write_text", full)
+    assert choose(torch.float32).layout in ("plain", "onednn")
+    assert "cannot be written (No space left on device)" in caplog.text
+    assert not own_cache.exists()
+
+
+def test_a_process_that_hangs_while_it_measures_holds_up_no_other(own_cache, monkeypatch, caplog):
+    monkeypatch.setattr(choice, "LOCK_S", 0.1)
+    own_cache.parent.mkdir()
+    with FileLock(own_cache.with_suffix(".lock"), is_singleton=False):
+        assert choose(torch.float32).layout in ("plain", "onednn")
+    assert "nothing can be kept" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"a": {"b": {"choice": {"rows": 1}}}}'])

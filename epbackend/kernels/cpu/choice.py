@@ -46,6 +46,11 @@ TURNS = 3
 PAYS = 0.97
 """More rows than there are get multiplied where that takes less than this part of the time."""
 
+MANY = 1 << 62
+"""More rows than any slot has."""
+LOCK_S = 60
+"""How long a process waits for another's measurement, which takes a second or two, before it makes its own."""
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Microseconds = dict[str, dict[int, float]]
@@ -84,9 +89,6 @@ class Choice:
             return "compiled"
         below = "" if self.compiled_below == MANY else f" to {self.compiled_below - 1}"
         return f"compiled from {max(1, self.compiled_from)}{below} rows of an expert, else library"
-
-
-MANY = 1 << 62
 
 
 @cache
@@ -138,7 +140,8 @@ def decide(us: Microseconds) -> Choice:
 def measure(dtype: torch.dtype) -> Microseconds:
     """The fastest turn of each product, with matrices that come from memory."""
     slots = BYTES // (OUTPUTS * INPUTS * dtype.itemsize)
-    matrices_L = [torch.randn(OUTPUTS, INPUTS).to(dtype) for _ in range(slots)]
+    generator = torch.Generator().manual_seed(0)  # whoever packs experts keeps the state of torch's own
+    matrices_L = [torch.randn(OUTPUTS, INPUTS, generator=generator).to(dtype) for _ in range(slots)]
     for matrix_NK in matrices_L:
         products.use_huge_pages(matrix_NK.data_ptr(), matrix_NK.nbytes)
     at_L = np.array([matrix_NK.data_ptr() for matrix_NK in matrices_L])
@@ -158,7 +161,7 @@ def measure(dtype: torch.dtype) -> Microseconds:
         turns: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(TURNS):
             for name, way in ways.items():
-                rows_SK = torch.randn(slots * rows, INPUTS).to(dtype)
+                rows_SK = torch.randn(slots * rows, INPUTS, generator=generator).to(dtype)
                 out_SN = rows_SK.new_empty(len(rows_SK), OUTPUTS)
                 start = time.perf_counter()
                 way(rows_SK, last_L - rows, last_L, out_SN)
@@ -190,7 +193,9 @@ def _kept_or_measured(dtype: torch.dtype) -> dict[str, Any]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_suffix(".lock"))
-        lock.acquire()  # ranks start together: one measures, and the others wait instead of disturbing it
+        lock.acquire(
+            LOCK_S
+        )  # ranks start together: one measures, and the others wait instead of disturbing it
     except OSError as error:
         logger.warning(
             "experts' products are compiled and measured in each process, about 5 s, as nothing can be kept (%s): set "
@@ -205,8 +210,12 @@ def _kept_or_measured(dtype: torch.dtype) -> dict[str, Any]:
         table = _read(path)
         table[_key()] = {**entries, name: entry}
         beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(table, indent=1) + "\n")
-        beside.replace(path)
+        try:
+            beside.write_text(json.dumps(table, indent=1) + "\n")
+            beside.replace(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            logger.warning("%s cannot be written (%s): the next process measures again", path, error)
         return entry
 
 
