@@ -50,7 +50,7 @@ class Limits:
     slots: int
     """Most experts of a rank."""
     slots_of_older: int
-    """The same before CANN 9.0 (op-plugin 26.0.0), and where nobody knows which CANN is here."""
+    """The same before CANN 9.0 (op-plugin 26.0.0), and where it is not known which CANN is here."""
     top_k: int
     tokens: int
     """Most tokens of a rank and call."""
@@ -93,7 +93,7 @@ def broken(
 ) -> str | None:
     """Which limit a layer of `slots` experts a rank and at most `tokens` tokens a rank breaks; None if none.
 
-    `cann` is its release, None where nobody knows: it then counts as an old one.
+    `cann` is its release, None where it is not known: it then counts as an old one.
     """
     limits = LIMITS.get(chip)
     if limits is None:

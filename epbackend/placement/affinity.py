@@ -4,7 +4,7 @@ It starts from any planner's layer, and keeps how many replicas each expert has:
 
 1. Nodes: slots of different nodes change places where this lets more of a token's experts be on its own node, or
    together on another one. Replicas of an expert go to different nodes by themselves, as each spares its node the link.
-2. Ranks: each node's slots are spread over its ranks anew; then slots of a node change places where experts that are
+2. Ranks: each node's slots are spread over its ranks again; then slots of a node change places where experts that are
    chosen together come to share a rank.
 
 A layer stays as it was planned unless it then has fewer visits by the estimate from the pairs (`visits`), and no more

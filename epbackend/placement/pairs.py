@@ -38,7 +38,7 @@ class Pairs:
         tokens_YEE = np.array(self.tokens_YEE, dtype=np.float64)
         if tokens_YEE.ndim != 3 or 0 in tokens_YEE.shape or tokens_YEE.shape[1] != tokens_YEE.shape[2]:
             raise ConfigError(
-                f"pairs: must be [layers, experts, experts], but the shape is {tokens_YEE.shape}; record them anew"
+                f"pairs: must be [layers, experts, experts], but the shape is {tokens_YEE.shape}; record them again"
             )
         diagonal_YE = np.diagonal(tokens_YEE, axis1=1, axis2=2)
         for bad_YEE, what in (
@@ -55,7 +55,7 @@ class Pairs:
             if bad_YEE.any():
                 layer, expert, other = np.argwhere(bad_YEE)[0]
                 raise ConfigError(
-                    f"pairs: the count of experts {expert} and {other} in layer {layer} {what}; record them anew "
+                    f"pairs: the count of experts {expert} and {other} in layer {layer} {what}; record them again "
                     "(epbackend record --pairs)"
                 )
         tokens_YEE.flags.writeable = False

@@ -163,7 +163,7 @@ def test_files_keep_everything(tmp_path, name):
         ("{}", "holds none.*record --pairs"),
         (json.dumps({PAIRS: [[1, 0], [0, 1]]}), r"must be \[layers\]\[experts\]\[experts\]"),
         (json.dumps({PAIRS: [[[1, 0]]]}), r"must be \[layers, experts, experts\]"),
-        (json.dumps({PAIRS: [[[2, 1], [0, 2]]]}), "experts 0 and 1 in layer 0 differs .*record them anew"),
+        (json.dumps({PAIRS: [[[2, 1], [0, 2]]]}), "experts 0 and 1 in layer 0 differs .*record them again"),
         (json.dumps({PAIRS: [[[1, 2], [2, 3]]]}), "experts 0 and 1 in layer 0 is more than"),
         (json.dumps({PAIRS: [[[-1]]]}), "is no count"),
         (json.dumps({PAIRS: [[[1]]], "numbering": 3}), "numbering: must be a text"),

@@ -6,7 +6,7 @@ Tokens take the nearest replica, and come from all nodes alike. What is lowered,
 
 mean_sm is how many of its experts a token of node s finds at node m on average, and twice_sm how many ordered pairs of
 them: the fewer choices leave, and the more of them leave together, the fewer nodes are visited. `gather_on_nodes`
-swaps slots between nodes, `pack_ranks` spreads a node's slots over its ranks anew, and `gather_on_ranks` swaps slots
+swaps slots between nodes, `pack_ranks` spreads a node's slots over its ranks again, and `gather_on_ranks` swaps slots
 within each node so that experts that are chosen together share a rank.
 
 Letters: E experts, P slots, R ranks, M nodes. Nodes have equally many ranks.
@@ -186,7 +186,7 @@ def gather_on_nodes(problem, expert_P, first_M, most_load, sweeps):
                             gain = own + arrive_EM[partner, home] - arrive_EM[partner, away]
                             if holders_E[expert] == 1:
                                 gain -= 2 * (nodes - 1) * problem.both_EE[expert, partner]
-                        else:  # of earlier in this sweep: to be computed anew before it is believed
+                        else:  # of earlier in this sweep: to be computed again before it is believed
                             gain = own + move_PM[other, home]
                         if (
                             gain > best_gain
@@ -312,7 +312,7 @@ def replica_shares(problem, expert_P):
 
 @entry
 def pack_ranks(problem, expert_P, first_R):
-    """Spreads the slots of each node over its ranks anew, in place, so that its fullest rank gets little.
+    """Spreads the slots of each node over its ranks again, in place, so that its fullest rank gets little.
 
     The heaviest replica first, to the rank with least load that has room and does not hold its expert (LPT); then swaps
     with the fullest rank, as long as they relieve it. Returns the largest load of a rank, or -1 where two replicas of
