@@ -30,11 +30,13 @@ def test_unpermute_ignores_garbage_rows(kernels, place):
     choice_of_row_S, weights_TK = torch.tensor([3, -1]).to(place), torch.full((2, 2), 2.0).to(place)
     kernels.unpermute(rows_SD, choice_of_row_S, weights_TK, out_TD)
     assert out_TD.tolist() == [[0.0, 0.0], [2.0, 4.0]]
+    choice_of_row_S, weights_TK = torch.tensor([1, -1]).to(place), torch.full((1, 2), 2.0).to(place)
+    assert kernels.weighted_sums(rows_SD, choice_of_row_S, weights_TK, torch.float32).tolist() == [[2.0, 4.0]]
 
 
 @pytest.mark.parametrize(
     ("tokens", "dtype"),
-    [*((tokens, dtype) for tokens in (0, 7) for dtype in DTYPES), (300, torch.bfloat16)],
+    [*((tokens, dtype) for tokens in (0, 1, 7) for dtype in DTYPES), (300, torch.bfloat16)],
     ids=str,
 )
 def test_weighted_sums_equal_what_unpermute_adds_to_zeros(kernels, place, dtype, tokens):

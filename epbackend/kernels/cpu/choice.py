@@ -23,6 +23,7 @@ from importlib.metadata import version
 from math import inf, isqrt, log
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -262,7 +263,9 @@ def _read(path: Path) -> dict[str, Any]:
 @cache
 def _key() -> str:
     """What a measurement holds for."""
-    return f"{processor()}, torch {torch.__version__}, numba {version('numba')}"
+    compiled = Path(__file__).with_name("compiled.py").read_bytes()
+    versions = f"torch {torch.__version__}, numba {version('numba')}, compiled.py {crc32(compiled):08x}"
+    return f"{processor()}, {versions}"
 
 
 @cache

@@ -13,21 +13,34 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache, partial, reduce
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
+
+from epbackend.kernels import fp8
 
 BLOCK_N = 32
 """Outputs of a task: 32 rows of 2048 weights are 64 to 256 KiB, which stay in a core's cache for all rows of a slot."""
 
 ROWS_AT_ONCE = 32
 """Rows of a slot that a task multiplies before it reads its weights again: they stay in the cache as well."""
+
+MANY_ROWS = 8
+"""From so many rows of a slot on, a task's weights are widened once for all of them."""
+
+LANES = 16
+"""Products of int8 that a vector holds."""
+
+SCALE_BLOCK = fp8.BLOCK
+"""Outputs and inputs that share a scale of float8; a multiple of `BLOCK_N`."""
 
 STORED: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
@@ -113,124 +126,242 @@ def address_of(typing_context: Any, place: types.Type) -> tuple[Any, Callable[..
 
 
 @compiled
-def four_rows(rows_SK, end, weight_NK, scale_BB, block_n, block_k, sums_SN, row, output):
+def four_rows(rows_MK, weight_NK, sums_MN, row, output):
     """Four rows times two outputs: the eight sums stay in registers, and a weight is widened once for four rows.
 
-    Where fewer rows are left before `end`, the last one is taken several times.
+    Where fewer rows are left, the last one is taken several times.
     """
-    row_1, row_2, row_3 = min(row + 1, end - 1), min(row + 2, end - 1), min(row + 3, end - 1)
-    depth, scales = rows_SK.shape[1], scale_BB.shape[1]
-    zero = np.float32(0)
-    s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = zero
-    for block in range((depth + block_k - 1) // block_k):
-        start, stop = block * block_k, min(depth, (block + 1) * block_k)
-        # Slices, because only an index that counts up from zero makes vector instructions.
-        r0, r1 = rows_SK[row, start:stop], rows_SK[row_1, start:stop]
-        r2, r3 = rows_SK[row_2, start:stop], rows_SK[row_3, start:stop]
-        first_K, second_K = weight_NK[output, start:stop], weight_NK[output + 1, start:stop]
-        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zero
-        for k in range(stop - start):
-            a, b = widened(first_K[k]), widened(second_K[k])
-            a0 += a * r0[k]
-            a1 += a * r1[k]
-            a2 += a * r2[k]
-            a3 += a * r3[k]
-            b0 += b * r0[k]
-            b1 += b * r1[k]
-            b2 += b * r2[k]
-            b3 += b * r3[k]
-        # One scale for all blocks of inputs, or one for each.
-        a, b = scale_BB[output // block_n, block % scales], scale_BB[(output + 1) // block_n, block % scales]
-        s0, s1, s2, s3 = s0 + a0 * a, s1 + a1 * a, s2 + a2 * a, s3 + a3 * a
-        t0, t1, t2, t3 = t0 + b0 * b, t1 + b1 * b, t2 + b2 * b, t3 + b3 * b
-    sums_SN[row, output], sums_SN[row, output + 1] = s0, t0
-    sums_SN[row_1, output], sums_SN[row_1, output + 1] = s1, t1
-    sums_SN[row_2, output], sums_SN[row_2, output + 1] = s2, t2
-    sums_SN[row_3, output], sums_SN[row_3, output + 1] = s3, t3
+    last = len(rows_MK) - 1
+    row_1, row_2, row_3 = min(row + 1, last), min(row + 2, last), min(row + 3, last)
+    # Slices, because only an index that counts up from zero makes vector instructions.
+    r0, r1, r2, r3 = rows_MK[row], rows_MK[row_1], rows_MK[row_2], rows_MK[row_3]
+    first_K, second_K = weight_NK[output], weight_NK[output + 1]
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
+    for k in range(rows_MK.shape[1]):
+        a, b = widened(first_K[k]), widened(second_K[k])
+        a0 += a * r0[k]
+        a1 += a * r1[k]
+        a2 += a * r2[k]
+        a3 += a * r3[k]
+        b0 += b * r0[k]
+        b1 += b * r1[k]
+        b2 += b * r2[k]
+        b3 += b * r3[k]
+    sums_MN[row, output], sums_MN[row, output + 1] = a0, b0
+    sums_MN[row_1, output], sums_MN[row_1, output + 1] = a1, b1
+    sums_MN[row_2, output], sums_MN[row_2, output + 1] = a2, b2
+    sums_MN[row_3, output], sums_MN[row_3, output + 1] = a3, b3
 
 
 @compiled
-def one_row(rows_SK, weight_NK, scale_BB, block_n, block_k, sums_SN, row, output):
+def one_row(rows_MK, weight_NK, sums_MN, row, output):
     """One row times one output."""
-    depth, scales = rows_SK.shape[1], scale_BB.shape[1]
+    row_K, weight_K = rows_MK[row], weight_NK[output]
     total = np.float32(0)
-    for block in range((depth + block_k - 1) // block_k):
-        start, stop = block * block_k, min(depth, (block + 1) * block_k)
-        row_K, weight_K = rows_SK[row, start:stop], weight_NK[output, start:stop]
-        part = np.float32(0)
-        for k in range(stop - start):
-            part += widened(weight_K[k]) * row_K[k]
-        total += part * scale_BB[output // block_n, block % scales]
-    sums_SN[row, output] = total
+    for k in range(len(row_K)):
+        total += widened(weight_K[k]) * row_K[k]
+    sums_MN[row, output] = total
 
 
 @compiled
-def task(rows_SK, weight_NK, scale_BB, block_n, block_k, sums_SN, first, last, start, stop):
-    """Rows [first, last) of one slot times its outputs [start, stop)."""
-    for begin in range(first, last, ROWS_AT_ONCE):
-        end = min(last, begin + ROWS_AT_ONCE)
-        # A single row that is left over costs less alone.
+def float_products(rows_MK, weight_NK, sums_MN):
+    """Rows of a slot times some of its outputs."""
+    # A single row that is left over costs less alone.
+    fours = len(rows_MK) - 1 if len(rows_MK) % 4 == 1 else len(rows_MK)
+    pairs = len(weight_NK) // 2 * 2
+    for output in range(0, pairs, 2):
+        for row in range(0, fours, 4):
+            four_rows(rows_MK, weight_NK, sums_MN, row, output)
+        for row in range(fours, len(rows_MK)):
+            one_row(rows_MK, weight_NK, sums_MN, row, output)
+            one_row(rows_MK, weight_NK, sums_MN, row, output + 1)
+    for output in range(pairs, len(weight_NK)):
+        for row in range(len(rows_MK)):
+            one_row(rows_MK, weight_NK, sums_MN, row, output)
+
+
+@compiled
+def widen(weight_NK, scale_BB, start, wide_NK):
+    """Fill `wide_NK` with weights, times the scales of their blocks where they have some. `start`: the first output."""
+    for output in range(len(weight_NK)):
+        weight_K, wide_K = weight_NK[output], wide_NK[output]
+        for k in range(len(weight_K)):
+            wide_K[k] = widened(weight_K[k])
+        for block in range(scale_BB.shape[1]):
+            scale = scale_BB[(start + output) // SCALE_BLOCK, block]
+            part_K = wide_K[block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK]
+            for k in range(len(part_K)):
+                part_K[k] *= scale
+
+
+@compiled
+def scale_rows(rows_MK, scale_B, scaled_MK):
+    """Fill `scaled_MK` with rows times the scales of the weights that they meet, block by block."""
+    for row in range(len(rows_MK)):
+        for block in range(len(scale_B)):
+            row_K = rows_MK[row, block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK]
+            scaled_K = scaled_MK[row, block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK]
+            for k in range(len(row_K)):
+                scaled_K[k] = row_K[k] * scale_B[block]
+
+
+@compiled
+def float_task(rows_MK, weight_NK, scale_BB, start, wide_NK, sums_MN):
+    """Rows of one slot times some of its outputs, of which `start` is the first.
+
+    Weights that meet many rows are widened once, into a buffer; where few come, scales are multiplied into the rows,
+    which is less to do.
+    """
+    if len(wide_NK) and len(rows_MK) >= MANY_ROWS:
+        widen(weight_NK, scale_BB, start, wide_NK)
+        for begin in range(0, len(rows_MK), ROWS_AT_ONCE):
+            end = begin + ROWS_AT_ONCE
+            float_products(rows_MK[begin:end], wide_NK[: len(weight_NK)], sums_MN[begin:end])
+    elif len(scale_BB):
+        scaled_MK = wide_NK[: len(rows_MK)]
+        scale_rows(rows_MK, scale_BB[start // SCALE_BLOCK], scaled_MK)
+        float_products(scaled_MK, weight_NK, sums_MN)
+    else:
+        for begin in range(0, len(rows_MK), ROWS_AT_ONCE):
+            end = begin + ROWS_AT_ONCE
+            float_products(rows_MK[begin:end], weight_NK, sums_MN[begin:end])
+
+
+@instruction
+def int8_tile(
+    typing_context: Any,
+    rows_at: types.Type,
+    rows: types.Type,
+    weights_at: types.Type,
+    outputs: types.Type,
+    inputs: types.Type,
+    sums_at: types.Type,
+    stride: types.Type,
+) -> tuple[Any, Callable[..., Any]]:
+    """Store sums of some rows (int16) times some outputs' weights (int8), over as many inputs as fill whole vectors.
+
+    The first three pairs are matrices' addresses and a tuple of their rows; `stride` is between the rows of the sums.
+    Loops of numba never become the instruction of two products and their sum, which is twice as many products as of
+    float32: here its pattern is written down, for LLVM to find what the processor has.
+    """
+    byte, half, whole, place = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+    single = ir.FloatType()
+    wide, narrow = ir.VectorType(whole, LANES), ir.VectorType(whole, LANES // 2)
+    even, odd = (ir.Constant(narrow, list(range(first, LANES, 2))) for first in (0, 1))
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        rows_at, rows, weights_at, outputs, inputs, sums_at, stride = arguments
+        row_numbers, output_numbers = (cgutils.unpack_tuple(builder, each) for each in (rows, outputs))
+
+        def at(address: Any, number: Any, element: ir.Type) -> Any:
+            return builder.gep(builder.inttoptr(address, element.as_pointer()), [number])
+
+        def load(start: Any, k: Any, element: ir.IntType) -> Any:
+            """`LANES` values as int32."""
+            where = builder.bitcast(builder.gep(start, [k]), ir.VectorType(element, LANES).as_pointer())
+            return builder.sext(builder.load(where, align=element.width // 8), wide)
+
+        row_starts = [at(rows_at, builder.mul(row, inputs), half) for row in row_numbers]
+        weight_starts = [at(weights_at, builder.mul(output, inputs), byte) for output in output_numbers]
+        sums = [
+            cgutils.alloca_once_value(builder, ir.Constant(narrow, None))
+            for _ in range(len(row_starts) * len(weight_starts))
+        ]
+        lanes = ir.Constant(place, LANES)
+        end = builder.mul(builder.udiv(inputs, lanes), lanes)
+        with cgutils.for_range_slice(builder, ir.Constant(place, 0), end, lanes) as (k, _):
+            row_values = [load(start, k, half) for start in row_starts]
+            weight_values = [load(start, k, byte) for start in weight_starts]
+            for total, (weight, row) in zip(sums, product(weight_values, row_values), strict=True):
+                products = builder.mul(row, weight)
+                pair = [builder.shuffle_vector(products, wide(ir.Undefined), which) for which in (even, odd)]
+                builder.store(builder.add(builder.load(total), builder.add(*pair)), total)
+        for total, (output, row) in zip(sums, product(output_numbers, row_numbers), strict=True):
+            found = builder.load(total)
+            each = (builder.extract_element(found, whole(lane)) for lane in range(LANES // 2))
+            found = builder.sitofp(reduce(builder.add, each), single)
+            builder.store(found, at(sums_at, builder.add(builder.mul(row, stride), output), single))
+        return context.get_dummy_value()
+
+    return types.void(
+        types.int64, rows, types.int64, outputs, types.int64, types.int64, types.int64
+    ), generate
+
+
+@compiled
+def int8_task(rows_MK, weight_NK, scale_N, sums_MN):
+    """Rows of one slot times some of its outputs."""
+    inputs, last, pairs = rows_MK.shape[1], len(rows_MK) - 1, len(weight_NK) // 2 * 2
+    rows_at, weights_at, sums_at = rows_MK.ctypes.data, weight_NK.ctypes.data, sums_MN.ctypes.data
+    stride = sums_MN.strides[0] // 4
+    for begin in range(0, len(rows_MK), ROWS_AT_ONCE):
+        end = min(len(rows_MK), begin + ROWS_AT_ONCE)
         fours = end - 1 if (end - begin) % 4 == 1 else end
-        pairs = start + (stop - start) // 2 * 2
-        for output in range(start, pairs, 2):
+        for output in range(0, pairs, 2):
+            two = (output, output + 1)
             for row in range(begin, fours, 4):
-                four_rows(rows_SK, end, weight_NK, scale_BB, block_n, block_k, sums_SN, row, output)
+                four = (row, min(row + 1, last), min(row + 2, last), min(row + 3, last))
+                int8_tile(rows_at, four, weights_at, two, inputs, sums_at, stride)
             for row in range(fours, end):
-                one_row(rows_SK, weight_NK, scale_BB, block_n, block_k, sums_SN, row, output)
-                one_row(rows_SK, weight_NK, scale_BB, block_n, block_k, sums_SN, row, output + 1)
-        for output in range(pairs, stop):
+                int8_tile(rows_at, (row,), weights_at, two, inputs, sums_at, stride)
+        for output in range(pairs, len(weight_NK)):
             for row in range(begin, end):
-                one_row(rows_SK, weight_NK, scale_BB, block_n, block_k, sums_SN, row, output)
+                int8_tile(rows_at, (row,), weights_at, (output,), inputs, sums_at, stride)
+    for row in range(len(rows_MK)):
+        for output in range(len(weight_NK)):
+            total = sums_MN[row, output]
+            for k in range(inputs // LANES * LANES, inputs):
+                total += np.float32(rows_MK[row, k]) * np.float32(weight_NK[output, k])
+            sums_MN[row, output] = total * scale_N[output]
 
 
 CALL = np.dtype(
     [(name, np.int64) for name in (
         "rows", "rows_at", "inputs", "sums_at", "outputs", "slots", "weights_at", "first_at", "last_at",
-        "scales_at", "scale_bytes", "scale_rows", "scale_columns", "block_n", "block_k", "next_task",
+        "scales_at", "scale_rows", "scale_columns", "buffers_at", "buffer_rows", "next_task", "next_buffer",
     )]
 )  # fmt: skip
-"""What the threads of a call read: sizes, and addresses of memory that the caller holds. `next_task` is theirs."""
+"""What the threads of a call read: sizes, and addresses of memory that the caller holds. `next_*` are theirs."""
 
-NEXT_TASK = CALL.fields["next_task"][1]  # type: ignore[index]
+NEXT_TASK, NEXT_BUFFER = (CALL.fields[name][1] for name in ("next_task", "next_buffer"))  # type: ignore[index]
 
 
 @cache
 def threads_part(dtype: torch.dtype) -> Any:
     """What each thread of a call runs, for weights of a format: a C function of the address of a `CALL`."""
     stored = STORED[dtype]
+    exact = dtype == torch.int8
+    row_type = np.int16 if exact else np.float32
 
     def draw_tasks(argument):
         call = carray(argument, 1, CALL)[0]
         address = address_of(argument)
-        rows_SK = carray(pointer(call.rows_at), (call.rows, call.inputs), np.float32)
+        rows_SK = carray(pointer(call.rows_at), (call.rows, call.inputs), row_type)
         sums_SN = carray(pointer(call.sums_at), (call.rows, call.outputs), np.float32)
         weights_at_L = carray(pointer(call.weights_at), call.slots, np.int64)
         first_L = carray(pointer(call.first_at), call.slots, np.int64)
         last_L = carray(pointer(call.last_at), call.slots, np.int64)
+        scale_LBB = carray(
+            pointer(call.scales_at), (call.slots, call.scale_rows, call.scale_columns), np.float32
+        )
+        buffer = draw(address + NEXT_BUFFER) * call.buffer_rows * call.inputs * 4
+        wide_NK = carray(pointer(call.buffers_at + buffer), (call.buffer_rows, call.inputs), np.float32)
         blocks = (call.outputs + BLOCK_N - 1) // BLOCK_N
         while True:
             number = draw(address + NEXT_TASK)
             slot, block = number // blocks, number % blocks
             if slot >= call.slots:
                 return
-            if first_L[slot] == last_L[slot]:
+            first, last = first_L[slot], last_L[slot]
+            if first == last:
                 continue
-            task(
-                rows_SK,
-                carray(pointer(weights_at_L[slot]), (call.outputs, call.inputs), stored),
-                carray(
-                    pointer(call.scales_at + slot * call.scale_bytes),
-                    (call.scale_rows, call.scale_columns),
-                    np.float32,
-                ),
-                call.block_n,
-                call.block_k,
-                sums_SN,
-                first_L[slot],
-                last_L[slot],
-                block * BLOCK_N,
-                min(call.outputs, (block + 1) * BLOCK_N),
-            )
+            start, stop = block * BLOCK_N, min(call.outputs, (block + 1) * BLOCK_N)
+            weight_NK = carray(pointer(weights_at_L[slot]), (call.outputs, call.inputs), stored)[start:stop]
+            sums_MN = sums_SN[first:last, start:stop]
+            if exact:
+                int8_task(rows_SK[first:last], weight_NK, scale_LBB[slot, start:stop, 0], sums_MN)
+            else:
+                float_task(rows_SK[first:last], weight_NK, scale_LBB[slot], start, wide_NK, sums_MN)
 
     made = partial(cfunc, types.void(types.voidptr), error_model="numpy")
     try:
@@ -246,38 +377,39 @@ def grouped_product(
     last_L: np.ndarray,
     dtype: torch.dtype,
     outputs: int,
-    scale_LBB: Tensor,
-    block_n: int,
-    block_k: int,
+    scale_LBB: Tensor | None = None,
 ) -> Tensor:
     """sums_SN (float32): each row times the transposed matrix of its slot.
 
     Args:
-        rows_SK: float32, contiguous.
+        rows_SK: contiguous; float32, or int16 (values of int8) where the weights are int8.
         weights_at_L: addresses (int64) of each slot's contiguous [outputs, K] matrix, which the caller holds.
         first_L: the first row of each slot (int64).
         last_L: the row after its last one. Rows of no slot stay garbage.
         dtype: of the weights, one of `STORED`.
         outputs: N.
-        scale_LBB: see `products.Scales`; contiguous.
-        block_n: as there.
-        block_k: as there.
+        scale_LBB: what weights are multiplied by (float32, contiguous): of float8 one for each block, divided by
+            `FLOAT8_UNIT`; of int8 one for each output [L, N, 1]; None for others.
     """
-    sums_SN = rows_SK.new_empty(len(rows_SK), outputs)
+    threads = torch.get_num_threads()
+    sums_SN = torch.empty(len(rows_SK), outputs)
+    widens = dtype in (torch.bfloat16, torch.float16) and (last_L - first_L).max(initial=0) >= MANY_ROWS
+    buffer_rows = BLOCK_N if widens or dtype == torch.float8_e4m3fn else 0
+    buffers = torch.empty(threads * buffer_rows, rows_SK.shape[1])
     call = np.zeros(1, CALL)
     call["rows"], call["inputs"] = rows_SK.shape
     call["rows_at"], call["sums_at"], call["outputs"] = rows_SK.data_ptr(), sums_SN.data_ptr(), outputs
     call["weights_at"], call["slots"] = weights_at_L.ctypes.data, len(weights_at_L)
     call["first_at"], call["last_at"] = first_L.ctypes.data, last_L.ctypes.data
-    call["scales_at"] = scale_LBB.data_ptr()
-    call["scale_bytes"] = scale_LBB[0].nbytes if len(scale_LBB) > 1 else 0
-    call["scale_rows"], call["scale_columns"] = scale_LBB.shape[1:]
-    call["block_n"], call["block_k"] = block_n, block_k
+    call["buffers_at"], call["buffer_rows"] = buffers.data_ptr(), buffer_rows
+    if scale_LBB is not None:
+        call["scales_at"] = scale_LBB.data_ptr()
+        call["scale_rows"], call["scale_columns"] = scale_LBB.shape[1:]
     part, address = threads_part(dtype), call.ctypes.data
     if (team := openmp()) is None:
         part.ctypes(address)
     else:
-        team(part.address, address, torch.get_num_threads(), 0)
+        team(part.address, address, threads, 0)
     return sums_SN
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -21,27 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-EXACT_K = 1024
-"""So many products of two int8 values (127 * 127 at most) sum up below 2 ** 24: exact in float32, in any order."""
-
 FLOAT8_UNIT = 256.0
 """What `compiled` leaves out of float8 values, whose scales make up for it."""
-
-WHOLE = 1 << 40
-"""A block that holds all outputs or inputs."""
-
-
-@dataclass(frozen=True)
-class Scales:
-    """What weights are multiplied by: float32, one for each block of `block_n` outputs and `block_k` inputs.
-
-    A block of inputs is also what is summed up at once.
-    """
-
-    scale_LBB: Tensor
-    """[L or 1, B, B]. With one column, all blocks of inputs share an output's scale."""
-    block_n: int
-    block_k: int
 
 
 def library(
@@ -63,24 +43,15 @@ def compiled(
     last_L: np.ndarray,
     dtype: torch.dtype,
     outputs: int,
-    scales: Scales | None = None,
+    scale_LBB: Tensor | None = None,
 ) -> Tensor:
-    """sums_SN (float32) for matrices of `dtype` at these addresses; rows of no slot are garbage."""
+    """sums_SN (float32) for matrices of `dtype` at these addresses: see `compiled.grouped_product`."""
     # Late, because importing numba takes half a second, in every rank.
     from epbackend.kernels.cpu.compiled import grouped_product
 
-    scales = scales or Scales(torch.ones(1, 1, 1), WHOLE, WHOLE)
-    return grouped_product(
-        rows_SK.float().contiguous(),
-        matrices_at_L,
-        first_L,
-        last_L,
-        dtype,
-        outputs,
-        scales.scale_LBB,
-        scales.block_n,
-        scales.block_k,
-    )
+    row_type = torch.int16 if dtype == torch.int8 else torch.float32
+    rows_SK = rows_SK.to(row_type).contiguous()
+    return grouped_product(rows_SK, matrices_at_L, first_L, last_L, dtype, outputs, scale_LBB)
 
 
 def onednn(
