@@ -25,7 +25,7 @@ from tests.helpers.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.ascend, pytest.mark.engine]
 
-QWEN = "tiny-qwen3-moe"
+QWEN, DEEPSEEK = "tiny-qwen3-moe", "tiny-deepseek-v3"
 EXPERTS, LAYERS = 32, 4
 EXACT = 0.01
 """Off a log-probability in float16, with each token the same."""
@@ -77,6 +77,19 @@ def test_log_probabilities_are_within_the_rounding_of_bfloat16(npu, tmp_path, fo
         path, whole = map(str, w8a8_checkpoint.write(QWEN, tmp_path))
     told = ascend_pipeline.run(npu, 2, path, {"ep_level": 2, "engine": {"dtype": "bfloat16"}})
     compare(told.answers, hugging_face(whole), BFLOAT16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "level"), [(1, 1), (2, 1), (2, 2)])
+def test_latent_attention(npu, ranks, level):
+    """DeepSeek-V3's; long prompts come in parts, the later ones beside a cache."""
+    settings = {"ep_level": level, "engine": {"max_prefill_token_num": 32}}
+    fused = npu == "A2" and level == 2
+    settings |= {"dispatcher": "mc2"} if fused else {}
+    told = ascend_pipeline.run(npu, ranks, DEEPSEEK, settings)
+    compare(told.answers, hugging_face(resolve(DEEPSEEK)), EXACT)
+    named = "alltoall" if level == 2 else "replicated"
+    assert told.facts["dispatcher"] == ({"prefill": named, "decode": "mc2"} if fused else named)
 
 
 def demonstrated(npu: str, ranks: int, level: int) -> dict:

@@ -37,6 +37,8 @@ SPREAD: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (BLOCKED_FP8, W8A8), "a
 ASCEND_CHIPS = ("A2", "A3")
 FIA_BLOCK, FIA_MOST = 128, 512
 """Blocks of the cache that a prefill of several tokens reads are multiples of the one, up to the other."""
+MLA_SIZE, MLA_BLOCK = 576, 128
+"""The longest key, and the most tokens in a block, of ATB's attention for MLA."""
 
 
 def check_deployment(
@@ -137,11 +139,6 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
             f"ep_size: {config.ep_size} takes {ranks} NPUs, and there are {devices} "
             "(ASCEND_RT_VISIBLE_DEVICES may hide some): lower it"
         )
-    if older and settings.get("kv_lora_rank"):
-        raise ConfigError(
-            f"device ascend: {dlinfer_package.PACKAGE} {dlinfer_package.installed()} has no prefill for MLA "
-            f"({_architecture(settings)}); take a model with ordinary attention, or a newer dlinfer"
-        )
     quantized = quantization(settings)
     if (
         quantized
@@ -152,8 +149,29 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
             "engine.dtype: float16, but dlinfer's linear_w8a8 gives bfloat16 in its place, which the layers behind it "
             "do not take: set engine.dtype: bfloat16"
         )
-    block = block_size(config)
-    if older and not (block % FIA_BLOCK == 0 and block <= FIA_MOST):
+    if older:
+        _check_older_attention(settings, config)
+
+
+def _check_older_attention(settings: dict[str, Any], config: EPConfig) -> None:
+    """Raises ConfigError for attention that dlinfer 0.2.7 does not compute, with what bridges it to LMDeploy."""
+    block, latent = block_size(config), settings.get("kv_lora_rank")
+    if settings.get("index_topk"):
+        raise ConfigError(
+            f"device ascend: {dlinfer_package.PACKAGE} {dlinfer_package.installed()} has no sparse attention "
+            f"(lightning_indexer) for {_architecture(settings)}; take a model without it, such as DeepSeek-V3"
+        )
+    if latent and (size := latent + settings.get("qk_rope_head_dim", 0)) > MLA_SIZE:
+        raise ConfigError(
+            f"device ascend: kv_lora_rank and qk_rope_head_dim of {_architecture(settings)} are {size} together, and "
+            f"attention takes {MLA_SIZE} (_npu_paged_attention_mla); take another model"
+        )
+    if latent and block != MLA_BLOCK:
+        raise ConfigError(
+            f"engine.block_size: {block}, but on device ascend MLA takes {MLA_BLOCK} (_npu_paged_attention_mla): set "
+            f"engine.block_size: {MLA_BLOCK}"
+        )
+    if block % FIA_BLOCK or block > FIA_MOST:
         raise ConfigError(
             f"engine.block_size: {block}, but on device ascend a prefill beside its cache takes {FIA_BLOCK} to "
             f"{FIA_MOST} (npu_fused_infer_attention_score): set engine.block_size: {FIA_BLOCK}"

@@ -76,6 +76,11 @@ aclError aclrtGetDevice(int32_t *device) {
   *device = current_device;
   return ACL_SUCCESS;
 }
+// Of an A2, or of half of an A3; torch.npu.get_device_properties asks.
+aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo what, int64_t *value) {
+  *value = what == ACL_DEVICE_INFO_AI_CORE_NUM ? 24 : what == ACL_DEVICE_INFO_VECTOR_CORE_NUM ? 48 : int64_t{192} << 20;
+  return ACL_SUCCESS;
+}
 aclError aclrtResetDevice(int32_t) { return ACL_SUCCESS; }
 aclError aclrtGetCurrentContext(aclrtContext *context) {
   *context = &contexts[current_device < 0 ? 0 : current_device];
