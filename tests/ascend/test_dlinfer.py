@@ -290,6 +290,11 @@ def test_an_operator_of_atb_that_is_not_emulated_says_its_name(npu):
         ({"kv_lora_rank": 1024, "qk_rope_head_dim": 64}, {}, "are 1088 together, and attention takes 576"),
         ({"kv_lora_rank": 512, "index_topk": 2048}, {}, "0.2.7 has no sparse attention"),
         (
+            {"quantization_config": {"quant_method": "awq"}, "num_experts": 8},
+            {},
+            "neither LMDeploy nor epbackend computes awq experts there; take a checkpoint that is unquantized or W8A8",
+        ),
+        (
             {"quantization_config": {"quant_method": "smooth_quant"}, "dtype": "float16"},
             {},
             "linear_w8a8 gives bfloat16 .* set engine.dtype: bfloat16",

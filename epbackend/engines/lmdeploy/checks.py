@@ -125,7 +125,7 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
 
     Raises:
         UnavailableError: dlinfer is missing, the chip is another one, or there are more ranks than NPUs.
-        ConfigError: attention of this model, blocks of this size, or W8A8 in float16 are beyond that dlinfer.
+        ConfigError: quantized experts, attention or blocks of the cache are in a form that nobody computes there.
     """
     older = dlinfer_package.lacks("attention")
     chip = get_device(config.device).chip
@@ -139,12 +139,13 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
             f"ep_size: {config.ep_size} takes {ranks} NPUs, and there are {devices} "
             "(ASCEND_RT_VISIBLE_DEVICES may hide some): lower it"
         )
-    quantized = quantization(settings)
-    if (
-        quantized
-        and form_of_experts(quantized) == W8A8
-        and _dtype(settings, config.engine.dtype) == "float16"
-    ):
+    form = form_of_experts(quantized) if (quantized := quantization(settings)) else None
+    if form not in (None, *SPREAD["ascend"]) and expert_count(settings):
+        raise ConfigError(
+            f"device ascend: neither LMDeploy nor epbackend computes {form} experts there; take a checkpoint that is "
+            f"unquantized or {' or '.join(SPREAD['ascend'])} (LMDeploy's smooth_quant)"
+        )
+    if form == W8A8 and _dtype(settings, config.engine.dtype) == "float16":
         raise ConfigError(
             "engine.dtype: float16, but dlinfer's linear_w8a8 gives bfloat16 in its place, which the layers behind it "
             "do not take: set engine.dtype: bfloat16"
