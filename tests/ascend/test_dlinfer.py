@@ -317,10 +317,14 @@ def test_a_block_of_the_cache_suits_its_attention_unless_it_is_set():
     assert block_size(EPConfig.load({"device": "ascend", "engine": {"block_size": 256}})) == 256
 
 
-def test_more_ranks_than_npus_are_refused():
+@pytest.mark.parametrize("executor", ["mp", "ray"])
+def test_more_ranks_than_npus_are_refused(monkeypatch, executor):
+    """Of Ray's too where no cluster is named: LMDeploy would wait half an hour for the NPUs."""
     from epbackend import EPConfig
     from epbackend.engines.lmdeploy.checks import check_ascend
     from epbackend.errors import UnavailableError
 
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = EPConfig.load({"device": "ascend", "ep_size": 64, "engine": {"executor": executor}})
     with pytest.raises(UnavailableError, match="ep_size: 64 takes 64 NPUs, and there are"):
-        check_ascend({}, EPConfig.load({"device": "ascend", "ep_size": 64}))
+        check_ascend({}, config)

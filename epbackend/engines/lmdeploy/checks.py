@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
             f"device ascend is for the chips {' and '.join(ASCEND_CHIPS)}, and this one is {chip}"
         )
     devices, ranks = torch.get_device_module("npu").device_count(), config.world_size
-    if executor(config) != "ray" and ranks > devices:
+    several_machines = executor(config) == "ray" and "RAY_ADDRESS" in os.environ
+    if ranks > devices and not several_machines:
         raise UnavailableError(
             f"ep_size: {config.ep_size} takes {ranks} NPUs, and there are {devices} "
             "(ASCEND_RT_VISIBLE_DEVICES may hide some): lower it"
