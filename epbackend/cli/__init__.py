@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from types import FrameType
 from typing import Annotated, Any
 
@@ -121,10 +120,9 @@ def main() -> None:
     An error that nobody foresaw is one line too, and exit code 1; its traceback comes with --debug.
     """
     signal.signal(signal.SIGTERM, _terminate)
-    if find_spec("torch_npu"):
-        # Torch would load it while it is imported itself, and fail on every device where CANN is missing. Device ascend
-        # loads it, and says what it lacks.
-        os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    # Torch would load torch-npu while it is imported itself, and fail on every device where CANN is missing. Device
+    # ascend loads it, and says what it lacks.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
         app()
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 
 pytest.importorskip("lmdeploy", reason="LMDeploy is not installed")
 
+from epbackend.models import resolve
 from tests.helpers import ascend
 from tests.helpers.cann import WHEEL
 from tests.helpers.patience import PATIENCE_S
 
 pytestmark = pytest.mark.ascend
+
+QWEN = "tiny-qwen3-moe"
 
 
 @pytest.fixture(autouse=True)
@@ -60,13 +64,11 @@ def without_dlinfer(folder: Path) -> dict[str, str]:
 
 
 def awq_checkpoint(folder: Path) -> str:
-    settings = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_hidden_layers": 1}
-    settings |= {"model_type": "qwen3_moe", "quantization_config": {"quant_method": "awq"}}
+    shutil.copytree(resolve(QWEN), folder, dirs_exist_ok=True)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(settings))
     return str(folder)
-
-
-QWEN = "tiny-qwen3-moe"
 
 
 def test_without_cann_the_loaders_error_is_explained():
