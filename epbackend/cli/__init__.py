@@ -120,6 +120,9 @@ def main() -> None:
     An error that nobody foresaw is one line too, and exit code 1; its traceback comes with --debug.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    # Torch would load torch-npu while it is imported itself, and fail on every device where CANN is missing. Device
+    # ascend loads it, and says what it lacks.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
         app()
     except Exception as error:

@@ -53,7 +53,7 @@ def _unavailable() -> str | None:
         return "torch-npu is not installed; install CANN and epbackend[ascend], or use device cpu"
     try:
         import_module("torch_npu")
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         return (
             f"torch-npu cannot be loaded ({error}); source CANN's set_env.sh and take the torch-npu that fits "
             f"torch {torch.__version__}, or use device cpu"

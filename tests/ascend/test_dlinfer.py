@@ -18,6 +18,9 @@ pytestmark = pytest.mark.ascend
 
 HEADS, HEADS_KV, SIZE, BLOCK = 4, 2, 32, 128
 SCALE = SIZE**-0.5
+LATENT, ROTARY = 64, 16
+LATENT_SCALE = 48**-0.5
+"""MLA's keeps the size that a head had before it was absorbed."""
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +148,86 @@ class Requests:
         return torch.cat([dense(*each) for each in zip(queries, self.keys, self.values, strict=True)])
 
 
+class LatentRequests:
+    """Of MLA: one head of keys, whose first `LATENT` columns are the values, in blocks that dlinfer filled."""
+
+    def __init__(self, lengths: list[int], queries: list[int], block: int = BLOCK) -> None:
+        draw = torch.Generator().manual_seed(1)
+        self.lengths, self.block = torch.tensor(lengths, dtype=torch.int32), block
+        self.ends = torch.tensor([0, *queries]).cumsum(0).int()
+        self.query = torch.randn(sum(queries), HEADS, LATENT + ROTARY, generator=draw).bfloat16()
+        self.keys = [torch.randn(length, 1, LATENT + ROTARY, generator=draw).bfloat16() for length in lengths]
+        most = -(-max(lengths) // block)
+        self.blocks = torch.randperm(len(lengths) * most, generator=draw).int().view(len(lengths), most)
+        self.cache = torch.full(
+            (self.blocks.numel(), block, 1, LATENT + ROTARY), torch.nan, dtype=torch.bfloat16
+        ).npu()
+        self._fill()
+
+    def _fill(self) -> None:
+        from dlinfer import ops
+
+        slots = [
+            blocks[place // self.block] * self.block + place % self.block
+            for blocks, place in zip(self.blocks, map(torch.arange, self.lengths), strict=True)
+        ]
+        keys = torch.cat(self.keys).npu()
+        ops.fill_kv_cache(
+            keys,
+            keys[..., :LATENT],
+            self.cache,
+            self.cache[..., :LATENT],
+            torch.cat(slots).int().npu(),
+            k_scales_zeros=[],
+            v_scales_zeros=[],
+            quant_bits=0,
+        )
+
+    def attention(self, call: str) -> torch.Tensor:
+        """By LMDeploy's arguments for either function; into the queries themselves, as LMDeploy does."""
+        query, keys = self.query.npu(), torch.cat(self.keys).npu()
+        caches = (self.cache, self.cache[..., :LATENT])
+        sizes = (self.block, HEADS, 1, LATENT)
+        if call == "decode":
+            out = ascend_attention.paged_token_attention(
+                query,
+                *caches,
+                query[..., :LATENT],
+                self.ends[1:],
+                self.lengths,
+                int(self.lengths.max()),
+                self.blocks.npu(),
+                *sizes,
+                LATENT_SCALE,
+                *(None, None, 0),
+            )
+        else:
+            out = ascend_attention.prefill_attention(
+                query,
+                keys,
+                keys[..., :LATENT],
+                query[..., :LATENT],
+                *caches,
+                self.blocks.npu(),
+                *(None, None, 0, 0),
+                *sizes,
+                [None],
+                LATENT_SCALE,
+                call == "whole",
+                cu_seqlens_q_cpu=self.ends,
+                kv_seqlens_cpu=self.lengths,
+            )
+        return out.cpu()
+
+    def expected(self) -> torch.Tensor:
+        queries = self.query.split(self.ends.diff().tolist())
+        values = [keys[..., :LATENT] for keys in self.keys]
+        scale = LATENT_SCALE * (LATENT + ROTARY) ** 0.5  # torch's own is the inverse root of a key
+        return torch.cat(
+            [dense(query * scale, *each) for query, *each in zip(queries, self.keys, values, strict=True)]
+        )
+
+
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
 
@@ -165,6 +248,19 @@ def test_decode_by_dlinfers_operator(block):
     requests = Requests([130, 7, 300], [1, 1, 1], block)
     requests.fill()
     assert_near(requests.decode(), requests.expected())
+
+
+@pytest.mark.parametrize(
+    ("call", "lengths", "queries"),
+    [
+        ("whole", [5, 1, 40], [5, 1, 40]),
+        ("beside a cache", [130, 7, 300], [2, 7, 1]),
+        ("decode", [130, 7, 300], [1, 1, 1]),
+    ],
+)
+def test_mla_by_dlinfers_operators(call, lengths, queries):
+    requests = LatentRequests(lengths, queries)
+    assert_near(requests.attention(call), requests.expected())
 
 
 def test_blocks_below_128_are_refused_by_the_operator(npu):
@@ -190,7 +286,14 @@ def test_an_operator_of_atb_that_is_not_emulated_says_its_name(npu):
     ("settings", "engine", "message"),
     [
         ({}, {"block_size": 64}, "engine.block_size: 64, but on device ascend .* set engine.block_size: 128"),
-        ({"kv_lora_rank": 64}, {"block_size": 128}, "0.2.7 has no prefill for MLA"),
+        ({"kv_lora_rank": 64}, {"block_size": 256}, "engine.block_size: 256, .* set engine.block_size: 128"),
+        ({"kv_lora_rank": 1024, "qk_rope_head_dim": 64}, {}, "are 1088 together, and attention takes 576"),
+        ({"kv_lora_rank": 512, "index_topk": 2048}, {}, "0.2.7 has no sparse attention"),
+        (
+            {"quantization_config": {"quant_method": "awq"}, "num_experts": 8},
+            {},
+            "neither LMDeploy nor epbackend computes awq experts there; take a checkpoint that is unquantized or W8A8",
+        ),
         (
             {"quantization_config": {"quant_method": "smooth_quant"}, "dtype": "float16"},
             {},
@@ -214,10 +317,14 @@ def test_a_block_of_the_cache_suits_its_attention_unless_it_is_set():
     assert block_size(EPConfig.load({"device": "ascend", "engine": {"block_size": 256}})) == 256
 
 
-def test_more_ranks_than_npus_are_refused():
+@pytest.mark.parametrize("executor", ["mp", "ray"])
+def test_more_ranks_than_npus_are_refused(monkeypatch, executor):
+    """Of Ray's too where no cluster is named: LMDeploy would wait half an hour for the NPUs."""
     from epbackend import EPConfig
     from epbackend.engines.lmdeploy.checks import check_ascend
     from epbackend.errors import UnavailableError
 
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = EPConfig.load({"device": "ascend", "ep_size": 64, "engine": {"executor": executor}})
     with pytest.raises(UnavailableError, match="ep_size: 64 takes 64 NPUs, and there are"):
-        check_ascend({}, EPConfig.load({"device": "ascend", "ep_size": 64}))
+        check_ascend({}, config)

@@ -55,6 +55,36 @@ def tiles(*shape: int) -> torch.Tensor:
     return found
 
 
+def latent_attention(size: int, values: int, block: int, keys: int = 1) -> None:
+    """A decode step of MLA, whose cache has two blocks."""
+    torch.ops.atb._npu_paged_attention_mla(
+        query=npu_tensor(1, 4, size),
+        key_cache=npu_tensor(2, block, 1, size),
+        num_kv_heads=1,
+        num_heads=4,
+        scale_value=1.0,
+        block_table=npu_tensor(1, 2, dtype=INT32),
+        context_lens=torch.full((1,), keys, dtype=INT32),
+        mla_vheadsize=values,
+        out=npu_tensor(1, 4, values),
+    )
+
+
+def latent_prefill(mask: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Of two requests with one and two tokens."""
+    torch.ops.atb._npu_flash_attention(
+        query=npu_tensor(3, 4, 80, dtype=dtype),
+        key=npu_tensor(3, 1, 80, dtype=dtype),
+        value=npu_tensor(3, 1, 64, dtype=dtype),
+        mask=mask.to(dtype).npu(),
+        seq_len=torch.tensor([1, 2], dtype=INT32),
+        scale_value=1.0,
+        num_heads=4,
+        num_kv_heads=1,
+        out=npu_tensor(3, 4, 64, dtype=dtype),
+    )
+
+
 INT8, INT32, INT64, FLOAT32 = torch.int8, torch.int32, torch.int64, torch.float32
 WRONG = {
     "ids must be int32": (
@@ -142,6 +172,17 @@ WRONG = {
     "unpermute's indices are rows": (
         lambda: ops.token_unpermute(npu_tensor(2, 8), npu_tensor(8, dtype=INT32) + 2, npu_tensor(4, 2)),
         "outside permuted_tokens",
+    ),
+    "latent keys have at most 576 columns": (lambda: latent_attention(592, 512, 128), "592, 512.* 1 to 576"),
+    "blocks of large heads hold at most 128 tokens": (lambda: latent_attention(576, 512, 256), "above 128"),
+    "keys fit their blocks": (lambda: latent_attention(80, 64, 128, keys=257), "257 keys in 2 blocks"),
+    "a mask has the longest request's sides": (
+        lambda: latent_prefill(torch.ones(3, 3).triu(1)),
+        r"mask \(3, 3\) is not \[2, 2\]",
+    ),
+    "a float16 mask is minus infinity": (
+        lambda: latent_prefill(torch.ones(2, 2).triu(1), torch.float16),
+        "a mask that is not -inf above its diagonal",
     ),
     "a communicator must be there": (lambda: dispatch(1024), "no communicator is called 'nobody'"),
     "hidden sizes have limits": (lambda: dispatch(9000), "hidden size 9000"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -31,22 +32,43 @@ def ask(pipe: Any, texts: list[str] = TEXTS) -> list[Answer]:
     ]
 
 
+@cache
 def hugging_face(path: str, dtype: torch.dtype = torch.float32) -> list[Answer]:
     """What transformers answers with the checkpoint at `path`, on the CPU."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    reference = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     answers = []
-    for text in TEXTS:
-        ids = tokenizer(text, return_tensors="pt").input_ids
+    for ids in _prompts(path):
         with torch.inference_mode():
-            tokens = reference.generate(ids, **settings)
-            logits = reference(tokens).logits[0, ids.shape[1] - 1 : -1].float()
-        chosen = tokens[0, ids.shape[1] :]
-        answers.append(
-            Answer(chosen.tolist(), logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist())
-        )
+            tokens = reference.generate(ids, **settings)[0, ids.shape[1] :].tolist()
+        answers.append(Answer(tokens, _logprobs(reference, ids, tokens)))
     return answers
+
+
+def rounding(path: str, dtype: torch.dtype, expected: list[Answer]) -> float:
+    """How far a log-probability may be off in `dtype`: twice the most that transformers on a CPU is.
+
+    `expected` is what it answers in float32 with the same weights; it is asked for the same tokens.
+    """
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return 2 * max(
+        abs(rounded - exact)
+        for ids, answer in zip(_prompts(path), expected, strict=True)
+        for rounded, exact in zip(_logprobs(plain, ids, answer.tokens), answer.logprobs, strict=True)
+    )
+
+
+def _prompts(path: str) -> list[torch.Tensor]:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS]
+
+
+def _logprobs(model: Any, ids: torch.Tensor, tokens: list[int]) -> list[float]:
+    """Of each token, behind the prompt and those before it."""
+    answer = torch.tensor(tokens)
+    with torch.inference_mode():
+        logits = model(torch.cat([ids, answer[None]], 1)).logits[0, ids.shape[1] - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0].tolist()
 
 
 def compare(found: list[Answer], expected: list[Answer], rounding: float) -> None:

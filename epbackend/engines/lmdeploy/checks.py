@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ SPREAD: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (BLOCKED_FP8, W8A8), "a
 ASCEND_CHIPS = ("A2", "A3")
 FIA_BLOCK, FIA_MOST = 128, 512
 """Blocks of the cache that a prefill of several tokens reads are multiples of the one, up to the other."""
+MLA_SIZE, MLA_BLOCK = 576, 128
+"""The longest key, and the most tokens in a block, of ATB's attention for MLA."""
 
 
 def check_deployment(
@@ -123,7 +126,7 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
 
     Raises:
         UnavailableError: dlinfer is missing, the chip is another one, or there are more ranks than NPUs.
-        ConfigError: attention of this model, blocks of this size, or W8A8 in float16 are beyond that dlinfer.
+        ConfigError: quantized experts, attention or blocks of the cache are in a form that nobody computes there.
     """
     older = dlinfer_package.lacks("attention")
     chip = get_device(config.device).chip
@@ -132,28 +135,46 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
             f"device ascend is for the chips {' and '.join(ASCEND_CHIPS)}, and this one is {chip}"
         )
     devices, ranks = torch.get_device_module("npu").device_count(), config.world_size
-    if executor(config) != "ray" and ranks > devices:
+    several_machines = executor(config) == "ray" and "RAY_ADDRESS" in os.environ
+    if ranks > devices and not several_machines:
         raise UnavailableError(
             f"ep_size: {config.ep_size} takes {ranks} NPUs, and there are {devices} "
             "(ASCEND_RT_VISIBLE_DEVICES may hide some): lower it"
         )
-    if older and settings.get("kv_lora_rank"):
+    form = form_of_experts(quantized) if (quantized := quantization(settings)) else None
+    if form not in (None, *SPREAD["ascend"]) and expert_count(settings):
         raise ConfigError(
-            f"device ascend: {dlinfer_package.PACKAGE} {dlinfer_package.installed()} has no prefill for MLA "
-            f"({_architecture(settings)}); take a model with ordinary attention, or a newer dlinfer"
+            f"device ascend: neither LMDeploy nor epbackend computes {form} experts there; take a checkpoint that is "
+            f"unquantized or {' or '.join(SPREAD['ascend'])} (LMDeploy's smooth_quant)"
         )
-    quantized = quantization(settings)
-    if (
-        quantized
-        and form_of_experts(quantized) == W8A8
-        and _dtype(settings, config.engine.dtype) == "float16"
-    ):
+    if form == W8A8 and _dtype(settings, config.engine.dtype) == "float16":
         raise ConfigError(
             "engine.dtype: float16, but dlinfer's linear_w8a8 gives bfloat16 in its place, which the layers behind it "
             "do not take: set engine.dtype: bfloat16"
         )
-    block = block_size(config)
-    if older and not (block % FIA_BLOCK == 0 and block <= FIA_MOST):
+    if older:
+        _check_older_attention(settings, config)
+
+
+def _check_older_attention(settings: dict[str, Any], config: EPConfig) -> None:
+    """Raises ConfigError for attention that dlinfer 0.2.7 does not compute, with what bridges it to LMDeploy."""
+    block, latent = block_size(config), settings.get("kv_lora_rank")
+    if settings.get("index_topk"):
+        raise ConfigError(
+            f"device ascend: {dlinfer_package.PACKAGE} {dlinfer_package.installed()} has no sparse attention "
+            f"(lightning_indexer) for {_architecture(settings)}; take a model without it, such as DeepSeek-V3"
+        )
+    if latent and (size := latent + settings.get("qk_rope_head_dim", 0)) > MLA_SIZE:
+        raise ConfigError(
+            f"device ascend: kv_lora_rank and qk_rope_head_dim of {_architecture(settings)} are {size} together, and "
+            f"attention takes {MLA_SIZE} (_npu_paged_attention_mla); take another model"
+        )
+    if latent and block != MLA_BLOCK:
+        raise ConfigError(
+            f"engine.block_size: {block}, but on device ascend MLA takes {MLA_BLOCK} (_npu_paged_attention_mla): set "
+            f"engine.block_size: {MLA_BLOCK}"
+        )
+    if block % FIA_BLOCK or block > FIA_MOST:
         raise ConfigError(
             f"engine.block_size: {block}, but on device ascend a prefill beside its cache takes {FIA_BLOCK} to "
             f"{FIA_MOST} (npu_fused_infer_attention_score): set engine.block_size: {FIA_BLOCK}"

@@ -23,7 +23,8 @@ from tests.helpers.cann import aten, build, registry
 WHEEL = Path(__file__).parents[3] / ".torch-npu"
 """Where `make test-ascend` unpacks the wheel: aside, because torch imports a torch_npu that it finds beside itself."""
 
-CHIPS = {"A2": "Ascend910B1", "A3": "Ascend910_9391"}
+CHIPS = {"A2": "Ascend910B1", "A3": "Ascend910_9391", "310P": "Ascend310P3"}
+"""CANN's names; the last one is there to be refused."""
 OPERATORS = (
     "elementwise",
     "formats",
@@ -61,4 +62,5 @@ def load_libraries(chip: str, devices: int) -> None:
     # The loader takes a library that is already there by its name, so nothing needs LD_LIBRARY_PATH.
     libraries = {name: ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in build.LIBRARIES}
     registry.install(libraries["libopapi.so"], libraries["libascendcl.so"])
+    aten.watch(libraries["libascendcl.so"])
     aten.compute_on_cpu()

@@ -1,13 +1,17 @@
 """Plain torch operators on emulated NPU tensors: computed by the CPU, over the same bytes.
 
-Allocations, views, copies of bytes and everything of `npu::` stay with torch_npu. The mode also notes what makes a
-real NPU stop and wait for its results on the host, which a decode step should not do.
+Allocations, views, copies of bytes and everything of `npu::` stay with torch_npu. The mode also notes where the host
+waits for the device, which a decode step should not do: operators that read a result or a shape, and the calls of the
+runtime that synchronize.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
+from functools import cache
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.helpers.cann import atb
 from tests.helpers.cann.handles import RefusedError, over_bytes
-from tests.helpers.cann.registry import in_short, note, require
+from tests.helpers.cann.registry import in_short, log, note, require
 
 ALLOCATE = {"aten::empty.memory_format", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 NATIVE = {
@@ -38,10 +42,19 @@ WAIT_FOR_THE_DEVICE = {
     "aten::repeat_interleave.Tensor",
     "aten::equal",
 }
-"""Operators whose result, or whose result's shape, is needed on the host."""
+"""Operators whose result, or its shape, is needed on the host; copies to the host are known by their results."""
+
+CALLERS = ("epbackend", "lmdeploy", "dlinfer")
+"""Packages on whose behalf something may wait."""
+
+WAIT = "host waits"
+"""Begins a line of the log that tells what waited, and on whose behalf."""
 
 host_waits: list[str] = []
 """What has made the host wait for the device so far."""
+
+_kept_alive: list[Any] = []
+_here = threading.local()  # .in_aten: this thread is inside an operator, which is noted itself
 
 
 def compute_on_cpu() -> None:
@@ -56,10 +69,26 @@ def compute_on_cpu() -> None:
     threading.Thread._bootstrap_inner = bootstrap_in_mode
 
 
+def watch(runtime: ctypes.CDLL) -> None:
+    """Note the synchronizing calls of libascendcl too."""
+
+    def waited(call: bytes) -> None:
+        frame = sys._getframe().f_back
+        if frame is not None and not getattr(_here, "in_aten", False):  # threads of C++ have no frame
+            _note_wait(call.decode(), frame)
+
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(waited)
+    _kept_alive.append(callback)
+    runtime.emulation_tell_waits(callback)
+
+
 class AtenOnCpu(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = operator.name()
+        if _is_made_of_others(operator):  # under inference_mode such an operator arrives whole
+            with self:
+                return operator.decompose(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         if operator.namespace == "c10d":
             note(name, {"": _shapes(args)})
@@ -67,11 +96,29 @@ class AtenOnCpu(TorchDispatchMode):
             return _atb(operator, args, kwargs)
         if operator.namespace != "aten" or not any(map(_is_npu, leaves)):
             return operator(*args, **kwargs)
-        _note_wait(name, args, kwargs)
-        if operator.is_view or name in NATIVE or _moves_bytes(name, args):
-            result = operator(*args, **kwargs)
-            return _poisoned(result) if name in ALLOCATE else result
-        return _on_cpu(operator, args, kwargs)
+        _here.in_aten = True
+        try:
+            result = _run(operator, args, kwargs)
+        finally:
+            _here.in_aten = False
+        if _waits(operator, args, kwargs, result):
+            _note_wait(name, sys._getframe().f_back)
+        return result
+
+
+def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    name = operator.name()
+    if operator.is_view or name in NATIVE or _moves_bytes(name, args):
+        result = operator(*args, **kwargs)
+        return _poisoned(result) if name in ALLOCATE else result
+    return _on_cpu(operator, args, kwargs)
+
+
+@cache
+def _is_made_of_others(operator: Any) -> bool:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    name = operator.name()
+    return has(name, "CompositeImplicitAutograd") and not has(name, "PrivateUse1")
 
 
 def _atb(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -112,15 +159,35 @@ def _moves_bytes(name: str, args: tuple) -> bool:
     return target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous()
 
 
-def _note_wait(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
-    to_host = name == "aten::_to_copy" and not _is_npu(kwargs.get("device", args[0]))
-    copied_out = name == "aten::copy_" and _is_npu(args[1]) and not _is_npu(args[0])
-    in_passing = copied_out and len(args) > 2 and args[2] and args[0].is_pinned()
-    by_mask = name.startswith("aten::index.") and any(
-        index is not None and index.dtype == torch.bool for index in args[1]
-    )
-    if name in WAIT_FOR_THE_DEVICE or to_host or (copied_out and not in_passing) or by_mask:
-        host_waits.append(name)
+def _waits(operator: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> bool:
+    """Whether the host has to wait before it can go on with the result."""
+    name = operator.name()
+    if name.startswith("aten::index."):  # by a mask: the shape depends on its values
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    if name in WAIT_FOR_THE_DEVICE:
+        return True
+    on_host = any(isinstance(leaf, Tensor) and not _is_npu(leaf) for leaf in tree_leaves(result))
+    reads = any(isinstance(leaf, Tensor) and _is_npu(leaf) for leaf in tree_leaves((args, kwargs)))
+    if not (on_host and reads):
+        return False
+    arguments = dict(zip((each.name for each in operator._schema.arguments), args, strict=False)) | kwargs
+    in_passing = arguments.get("non_blocking", False)
+    return not (in_passing and (name != "aten::copy_" or args[0].is_pinned()))
+
+
+def _note_wait(name: str, frame: FrameType | None) -> None:
+    host_waits.append(name)
+    log(WAIT, f"{name}, {_caller(frame)}")
+
+
+def _caller(frame: FrameType | None) -> str:
+    """The innermost function on whose behalf something waits: module and name."""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.split(".")[0] in CALLERS:
+            return f"{module}.{frame.f_code.co_qualname}"
+        frame = frame.f_back
+    return "other code"
 
 
 def _on_cpu(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

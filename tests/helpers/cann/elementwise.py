@@ -85,3 +85,16 @@ def aclnnAddRmsNorm(x1, x2, gamma, epsilon, y, rstd, x) -> None:
     normed, scale = _normed(total.to(x1.dtype), gamma, epsilon)
     y.copy_(normed)
     rstd.copy_(scale)
+
+
+@aclnn("input:T indices:T updates:T")
+def aclnnScatterNdUpdate(input: Tensor, indices: Tensor, updates: Tensor) -> None:
+    """input[indices[i]] = updates[i], for each row of indices."""
+    require(input.dtype == updates.dtype, f"rows of {updates.dtype} do not fit an input of {input.dtype}")
+    require(indices.dtype in (torch.int32, torch.int64), f"indices are {indices.dtype}")
+    depth = indices.shape[-1]
+    require(updates.shape == indices.shape[:-1] + input.shape[depth:], "updates do not fit indices and input")
+    places = indices.long().unbind(-1)
+    for place, size in zip(places, input.shape, strict=False):
+        require(bool(((place >= 0) & (place < size)).all()), "an index is outside the input")
+    input[places] = updates

@@ -61,12 +61,17 @@ def aclnn(inputs: str, outputs: str = "") -> Callable[[Callable[..., None]], Cal
 
 
 def note(name: str, arguments: dict[str, Any]) -> None:
-    """Add a call to the list, and a line with its first tensor to this process's file where one is asked for."""
+    """Add a call to the list, and to the log with its first tensor."""
     calls.append((name, arguments))
+    what = next(iter(arguments.values()), "")
+    log(name, what[0] if isinstance(what, list) and what else what)
+
+
+def log(name: str, what: Any) -> None:
+    """Add a line to this process's file, where one is asked for."""
     if folder := os.environ.get(LOG):
-        what = next(iter(arguments.values()), "")
         with (Path(folder) / str(os.getpid())).open("a") as file:
-            file.write(f"{name}\t{what[0] if isinstance(what, list) and what else what}\n")
+            file.write(f"{name}\t{what}\n")
 
 
 def require(condition: bool, limit: str) -> None:

@@ -2,19 +2,24 @@
 
 LMDeploy hands over the lengths of all requests on the host, and a causal mask for `sparse_mode` 3. dlinfer 0.2.7 takes
 other arguments: its prefill wants a mask of the batch's own size, its prefill beside a cache one query a request.
+
+MLA comes absorbed: queries and the one head of keys are [latent, rotary] (512 + 64 in DeepSeek-V3), values the latent
+part of the same rows. `npu_fused_infer_attention_score` takes that for 1 to 16 queries and 32, 64 or 128 heads alone,
+ATB's two operators, which are dlinfer's own, for any number.
 Letters: T tokens, N heads, D size of a head, B blocks, S places of a block, R requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epbackend.errors import ConfigError, UnavailableError
+from epbackend.errors import ConfigError
 
 
 def prefill_attention(
@@ -45,10 +50,20 @@ def prefill_attention(
 
     One call a request, in the layout BSH: the packed one (TND) is documented for such heads in newer releases alone.
     """
+    if query_states.shape[-1] != head_size_v and is_prefill_no_cache:
+        return _latent_prefill(
+            query_states, key_states, value_states, attn_output, cu_seqlens_q_cpu.diff(), softmax_scale
+        )
     if query_states.shape[-1] != head_size_v:
-        raise UnavailableError(
-            "the dlinfer here has no prefill for heads whose keys and values differ in size (MLA): take a model with "
-            "ordinary attention"
+        return _latent_prefill_beside_cache(
+            query_states,
+            key_cache,
+            value_cache,
+            attn_output,
+            block_offsets,
+            cu_seqlens_q_cpu.diff(),
+            kv_seqlens_cpu,
+            softmax_scale,
         )
     ends = cu_seqlens_q_cpu.tolist()
     for request, (first, end) in enumerate(pairwise(ends)):
@@ -121,6 +136,86 @@ def paged_token_attention(
         kv_zeros=kv_zeros,
         quant_bits=quant_bits,
     )
+
+
+def _latent_prefill(
+    query_TND: Tensor,
+    key_T1D: Tensor,
+    value_T1D: Tensor,
+    out_TND: Tensor,
+    lengths_R: Tensor,
+    softmax_scale: float | None,
+) -> Tensor:
+    """Of MLA, each token beside those before it in its own request: one call for all."""
+    from dlinfer import ops
+
+    longest = int(lengths_R.max())
+    return ops.prefill_attention(
+        query_TND,
+        key_T1D,
+        value_T1D,
+        key_cache=None,
+        value_cache=None,
+        q_start_loc=None,
+        q_seq_len=lengths_R,
+        kv_seq_len=lengths_R,
+        max_q_seq_len=longest,
+        num_q_heads=query_TND.shape[1],
+        num_kv_heads=key_T1D.shape[1],
+        attn_mask=[_causal_mask(longest, query_TND.dtype, query_TND.device)],
+        softmax_scale=softmax_scale,
+        alibi_slopes=None,
+        attn_output=out_TND,
+    )
+
+
+def _latent_prefill_beside_cache(
+    query_TND: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    out_TND: Tensor,
+    block_offsets: Tensor,
+    counts_R: Tensor,
+    lengths_R: Tensor,
+    softmax_scale: float | None,
+) -> Tensor:
+    """Of MLA, each token beside the cache up to itself, as if it were a decode step's: the table has a row a token.
+
+    Slower than a prefill should be, as each token reads the cache by itself. Whole prompts do not come here, but later
+    chunks of long ones and prompts whose beginning is cached.
+    """
+    from dlinfer import ops
+
+    requests_T = torch.arange(len(counts_R)).repeat_interleave(counts_R)
+    places_T = torch.arange(len(requests_T)) - (counts_R.cumsum(0) - counts_R)[requests_T]
+    seen_T = (lengths_R - counts_R)[requests_T] + places_T + 1
+    return ops.paged_decode_attention(
+        query_TND,
+        key_cache,
+        value_cache,
+        block_offsets[requests_T.to(block_offsets.device)],
+        key_cache.shape[1],
+        seen_T.int(),
+        int(seen_T.max()),
+        query_TND.shape[1],
+        key_cache.shape[2],
+        softmax_scale=softmax_scale,
+        alibi_slopes=None,
+        attn_output=out_TND,
+        kv_scales=None,
+        kv_zeros=None,
+        quant_bits=0,
+    )
+
+
+@lru_cache(maxsize=1)
+def _causal_mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size, size] as ATB takes it: above the diagonal minus infinity in float16, and 1 in bfloat16.
+
+    One for all layers of a step.
+    """
+    hidden = 1.0 if dtype == torch.bfloat16 else -torch.inf
+    return torch.full((size, size), hidden, dtype=dtype, device=device).triu(1)
 
 
 def _flat(rows_TND: Tensor) -> Tensor:

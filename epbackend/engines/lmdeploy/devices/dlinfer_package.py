@@ -62,8 +62,8 @@ GAPS = {
         "prefill_attention",
         "actual_seq_lengths_cpu",
         True,
-        "prefill calls npu_fused_infer_attention_score itself, once for each request; decode gives dlinfer its older "
-        "arguments, and takes one token a request",
+        "prefill calls npu_fused_infer_attention_score itself, once for each request; MLA and decode give dlinfer its "
+        "older arguments, and decode takes one token a request",
     ),
     "moe w8a8": Gap(_OPS, "fused_moe_w8a8", None, True, "epbackend's experts stand in its place"),
     "static w8a8": Gap(

@@ -38,6 +38,13 @@ double now_ms() {
   return std::chrono::duration<double, std::milli>(now).count();
 }
 
+void (*tell_wait)(const char *) = nullptr;
+
+aclError waited(const char *call) {
+  if (tell_wait) tell_wait(call);
+  return ACL_SUCCESS;
+}
+
 aclError copy(void *target, size_t room, const void *source, size_t bytes) {
   if (bytes > room) return ACL_ERROR_INVALID_PARAM;
   memmove(target, source, bytes);
@@ -50,6 +57,8 @@ extern "C" {
 
 // What the Python side says when it refuses a call; torch_npu puts it into the exception.
 void emulation_set_error(const char *message) { last_error = message; }
+// Python is told of each call for which the host stops until the device has come so far.
+void emulation_tell_waits(void (*tell)(const char *)) { tell_wait = tell; }
 const char *aclGetRecentErrMsg() { return last_error.c_str(); }
 
 aclError aclInit(const char *) { return ACL_SUCCESS; }
@@ -76,6 +85,11 @@ aclError aclrtGetDevice(int32_t *device) {
   *device = current_device;
   return ACL_SUCCESS;
 }
+// Of an A2, or of half of an A3; torch.npu.get_device_properties asks.
+aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo what, int64_t *value) {
+  *value = what == ACL_DEVICE_INFO_AI_CORE_NUM ? 24 : what == ACL_DEVICE_INFO_VECTOR_CORE_NUM ? 48 : int64_t{192} << 20;
+  return ACL_SUCCESS;
+}
 aclError aclrtResetDevice(int32_t) { return ACL_SUCCESS; }
 aclError aclrtGetCurrentContext(aclrtContext *context) {
   *context = &contexts[current_device < 0 ? 0 : current_device];
@@ -90,8 +104,8 @@ aclError aclrtGetPrimaryCtxState(int32_t, uint32_t *flags, int32_t *active) {
   if (active) *active = 1;
   return ACL_SUCCESS;
 }
-aclError aclrtSynchronizeDevice() { return ACL_SUCCESS; }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return ACL_SUCCESS; }
+aclError aclrtSynchronizeDevice() { return waited(__func__); }
+aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return waited(__func__); }
 aclError aclrtDeviceCanAccessPeer(int32_t *can, int32_t, int32_t) { *can = 1; return ACL_SUCCESS; }
 aclError aclrtDeviceEnablePeerAccess(int32_t, uint32_t) { return ACL_SUCCESS; }
 aclError aclrtGetLastError(aclrtLastErrLevel) { return ACL_SUCCESS; }
@@ -137,8 +151,8 @@ aclError aclrtCreateStream(aclrtStream *stream) { *stream = new char; return ACL
 aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t, uint32_t) { return aclrtCreateStream(stream); }
 aclError aclrtDestroyStream(aclrtStream stream) { delete static_cast<char *>(stream); return ACL_SUCCESS; }
 aclError aclrtDestroyStreamForce(aclrtStream stream) { return aclrtDestroyStream(stream); }
-aclError aclrtSynchronizeStream(aclrtStream) { return ACL_SUCCESS; }
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream, int32_t) { return ACL_SUCCESS; }
+aclError aclrtSynchronizeStream(aclrtStream) { return waited(__func__); }
+aclError aclrtSynchronizeStreamWithTimeout(aclrtStream, int32_t) { return waited(__func__); }
 aclError aclrtStreamQuery(aclrtStream, aclrtStreamStatus *status) {
   *status = ACL_STREAM_STATUS_COMPLETE;
   return ACL_SUCCESS;
@@ -156,7 +170,7 @@ aclError aclrtRecordEvent(aclrtEvent event, aclrtStream) {
   return ACL_SUCCESS;
 }
 aclError aclrtStreamWaitEvent(aclrtStream, aclrtEvent) { return ACL_SUCCESS; }
-aclError aclrtSynchronizeEvent(aclrtEvent) { return ACL_SUCCESS; }
+aclError aclrtSynchronizeEvent(aclrtEvent) { return waited(__func__); }
 aclError aclrtResetEvent(aclrtEvent, aclrtStream) { return ACL_SUCCESS; }
 aclError aclrtQueryEventStatus(aclrtEvent, aclrtEventRecordedStatus *status) {
   *status = ACL_EVENT_RECORDED_STATUS_COMPLETE;
