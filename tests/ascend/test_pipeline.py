@@ -21,6 +21,7 @@ from epbackend.placement.placement import Layout, Placement
 from tests.helpers import ascend_pipeline, w8a8_checkpoint
 from tests.helpers.answers import compare, hugging_face
 from tests.helpers.ascend import ROOT
+from tests.helpers.engines import EAGER
 from tests.helpers.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.ascend, pytest.mark.engine]
@@ -58,6 +59,23 @@ def test_two_ranks_with_copies_of_an_expert_answer_as_one_process_would_until_on
     assert all(tokens > 0 for tokens in facts["expert_tokens_per_rank"])
     assert told.failure is not None
     assert "rank 1 was killed by SIGKILL" in told.failure
+
+
+@pytest.mark.parametrize("form", ["float16", pytest.param("W8A8", marks=pytest.mark.slow)])
+def test_experts_move_while_answers_stay_the_same(npu, tmp_path, form):
+    """Staged at the NPU beside the steps, flipped between two of them; W8A8 in FRACTAL_NZ tiles."""
+    settings = {"ep_level": 2, "balance": EAGER, "timeout_s": PATIENCE_S}
+    path, whole, rounding = resolve(QWEN), resolve(QWEN), EXACT
+    if form == "W8A8":
+        path, whole = map(str, w8a8_checkpoint.write(QWEN, tmp_path))
+        settings, rounding = settings | {"engine": {"dtype": "bfloat16"}}, BFLOAT16
+    told = ascend_pipeline.run(npu, 2, path, settings, migrations=3)
+    expected = hugging_face(whole)
+    for answers in (told.answers, *told.later):
+        compare(answers, expected, rounding)
+    assert told.moved["migrations"] >= 3
+    assert told.moved["failed"] == 0
+    assert told.moved["bytes_moved"] > 0
 
 
 @pytest.mark.slow
