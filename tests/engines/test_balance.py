@@ -82,7 +82,7 @@ def test_experts_move_while_answers_stay_the_same_and_a_killed_planner_is_replac
         ("deepseek-v3", balanced(balance={"redundant_experts": 0}, ep_size=2, ep_level=1)),
         ("qwen3-moe", balanced(ep_size=4, ep_level=2, placement={"split": "level"})),
         ("qwen3-moe", balanced({"dp": 2}, ep_size=2, ep_level=2)),
-        ("mixtral", balanced(balance={"staging_mb": 0.03, "checksum": "none"}, ep_size=2, ep_level=2)),
+        ("mixtral", balanced(balance={"staging_mb": 0.03, "checksum": "sampled"}, ep_size=2, ep_level=2)),
     ],
     ids=["level 1", "deepseek", "no replicas", "level split", "dp 2", "small buffer"],
 )

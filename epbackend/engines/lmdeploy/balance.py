@@ -109,7 +109,7 @@ def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> 
         max_slots=settings.max_slots,
         max_bytes=None if settings.max_mb is None else int(settings.max_mb * MB),
         staging_bytes=int(settings.staging_mb * MB),
-        checksums=settings.checksum == "all",
+        checksums=settings.checksum,
         timeout_s=settings.timeout_s,
         objective=config.placement.objective,
         split="level" if splits == {"level"} else "even",
