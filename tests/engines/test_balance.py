@@ -25,11 +25,10 @@ from tests.helpers.processes import ROOT, engine_workers
 pytestmark = pytest.mark.usefixtures("forked_ranks")
 
 
-def generate_until(pipe, expected, done):
+def generate_until(pipe, expected, done, parts=(range(0, 4), range(4, 8), range(8, 12))):
     """Answers prompts whose loads differ from round to round until `done(report)`; every answer must be right."""
     texts = prompts()
     deadline = time.monotonic() + PATIENCE_S
-    parts = [range(0, 4), range(4, 8), range(8, 12)]
     round_ = 0
     while not done(pipe.balance()):
         assert time.monotonic() < deadline, pipe.balance()
@@ -89,6 +88,15 @@ def test_experts_move_while_answers_stay_the_same_and_a_killed_planner_is_replac
 def test_experts_move_in_every_way_of_running(form, settings, checkpoint, reference):
     with epbackend.pipeline(str(checkpoint(form)), settings) as pipe:
         generate_until(pipe, reference(form), lambda report: report.migrations >= 3)
+        assert pipe.balance().failed == 0
+
+
+@pytest.mark.slow
+def test_experts_move_while_a_rank_has_no_tokens_of_its_own(checkpoint, reference):
+    """With dp 2 a single prompt goes to the first engine; the other one makes the same steps with nothing."""
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), balanced({"dp": 2}, ep_size=2, ep_level=2)) as pipe:
+        expected = reference("qwen3-moe")
+        generate_until(pipe, expected, lambda report: report.migrations >= 3, parts=([0], [4], [8]))
         assert pipe.balance().failed == 0
 
 
