@@ -85,5 +85,7 @@ def test_sampled_checksums_come_to_every_expert_by_turns():
     layout = Layout.even(4, 2)
     for expert in range(2 * SAMPLED_ONE_OF):
         move = Move(expert, 0, 0, 1, 0)
-        many = [Migration(number, 0, layout, layout, (move,), checksums="sampled") for number in range(16, 32)]
+        many = [
+            Migration(number, 0, layout, layout, (move,), checksums="sampled") for number in range(16, 32)
+        ]
         assert sum(each.checks(move) for each in many) == 16 / SAMPLED_ONE_OF

@@ -73,7 +73,15 @@ def run(
         environment |= ascend.environment(npu, ranks)
     if log is not None:
         environment[registry.LOG] = str(log)
-    command = [sys.executable, "-W", "ignore", "-m", __spec__.name, model, json.dumps([config, texts, migrations, lose])]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        __spec__.name,
+        model,
+        json.dumps([config, texts, migrations, lose]),
+    ]
     done = subprocess.run(
         command,
         cwd=ascend.ROOT,
