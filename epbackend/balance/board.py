@@ -2,7 +2,7 @@
 
     parent   publishes migration n                          -> every rank
     rank     stages it in a thread, answers n, or -n        -> rank 0 and the parent
-    rank 0   when a step k begins: if all have answered n, decides "n flips at step k + lead", else perhaps "n is dropped"
+    rank 0   when a step k begins: if all have answered n, decides "n flips at step k + lead", else perhaps "dropped"
     rank     when step k + lead begins: flips, or drops, and says so    -> the parent
 
 Why no rank can miss the flip: ranks make the same steps, and each step holds a collective among all of them. No rank

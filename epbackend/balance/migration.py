@@ -61,7 +61,7 @@ class Migrator:
     ) -> None:
         """`places` are those of all ranks at the board; this rank's experts are at `place`.
 
-        A migration holds at most `staging_bytes` of experts here, on a device that is no CPU both on the host and there.
+        A migration holds at most `staging_bytes` of experts here; where that is no CPU, on the host and there.
         """
         self._place, self._streams = place, Streams(place)
         self._seat, self._rank = Seat(places, rank, self._streams.lead), rank

@@ -15,7 +15,6 @@ import numpy as np
 from epbackend.errors import EPError
 from epbackend.placement.placement import Layout, Placement
 
-
 SAMPLED_ONE_OF = 8
 """Of so many experts one is checked, where checksums are sampled."""
 
