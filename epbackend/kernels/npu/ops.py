@@ -180,8 +180,8 @@ def raw_bytes(tensor: Tensor) -> Tensor:
         )
     except AttributeError as error:
         raise UnavailableError(
-            "this torch-npu does not show the bytes of W8A8 experts in FRACTAL_NZ, so that none can be replaced by itself"
-            ": set balance.on: false, or use torch-npu 2.13"
+            "this torch-npu does not show the bytes of W8A8 experts in FRACTAL_NZ, so that none can be "
+            "replaced by itself: set balance.on: false, or use torch-npu 2.13"
         ) from error
     said = {"data_ptr": start, "nbytes": size, "size": (size,), "stride": (1,), "storage_offset": 0}
     said |= {"dtype": torch.uint8, "device": tensor.device}
