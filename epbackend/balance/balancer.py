@@ -41,7 +41,8 @@ class Options:
     max_slots: int | None
     max_bytes: int | None
     staging_bytes: int
-    checksums: bool
+    checksums: str
+    """See `Migration.checksums`."""
     timeout_s: float
     objective: str = "tokens"
     split: str = "even"

@@ -2,12 +2,14 @@
 
     parent   publishes migration n                          -> every rank
     rank     stages it in a thread, answers n, or -n        -> rank 0 and the parent
-    rank 0   when a step k begins: if all have answered n, decides "n flips at step k + 1", else perhaps "n is dropped"
-    rank     when step k + 1 begins: flips, or drops, and says so    -> the parent
+    rank 0   when a step k begins: if all have answered n, decides "n flips at step k + lead", else perhaps "dropped"
+    rank     when step k + lead begins: flips, or drops, and says so    -> the parent
 
-Why no rank can miss the flip: ranks make the same steps, and each step holds a collective among all of them, so a rank
-can begin step k + 1 only after rank 0 has sent something in step k, which it does after it has decided. Rank 0 is the
-only one that decides, once for each number. The parent can ask for the end of a migration (`cancel`), no more.
+Why no rank can miss the flip: ranks make the same steps, and each step holds a collective among all of them. No rank
+begins step k + lead before its device has done step k (`migration.HostLead`), which it can only after rank 0 has sent
+something in step k, as it does after it has decided. On a CPU the lead is 1: a host ends one step before the next.
+Rank 0 is the only one that decides, once for each number. The parent can ask for the end of a migration (`cancel`), no
+more.
 
 The words are single int64 that one side writes, and a text with a checksum: a reader that comes too early sees the old
 value, or tries again.
@@ -126,8 +128,9 @@ class Board:
 class Seat:
     """A rank's end. `begin_step` belongs to the thread that serves; all else to the one that stages."""
 
-    def __init__(self, places: np.ndarray, rank: int) -> None:
-        self._places, self._rank, self._mine = places, rank, places[rank]
+    def __init__(self, places: np.ndarray, rank: int, lead: int = 1) -> None:
+        """`lead`: no rank begins step k + lead before it has done step k; the same on all ranks."""
+        self._places, self._rank, self._mine, self._lead = places, rank, places[rank], lead
         self._step = int(self._mine["step"])
         self._decided = 0
 
@@ -209,10 +212,10 @@ class Seat:
             self._mine["decision"] = number << STEP_BITS
         elif (answers_R == number).all():
             self._decided = number
-            # Until rank 0 joins this step's collectives, the others are in it too, or at the end of the last one.
+            # Others have begun the step that is done here, and not the one that waits for what rank 0 does in this one.
             counts = set(self._places["step"].tolist())
-            if counts <= {self._step - 1, self._step}:
-                self._mine["decision"] = number << STEP_BITS | self._step + 1
+            if min(counts) >= self._step - self._lead and max(counts) < self._step + self._lead:
+                self._mine["decision"] = number << STEP_BITS | self._step + self._lead
             else:
                 self._mine["error"] = f"ranks count different steps: {sorted(counts)}".encode()
                 self._mine["decision"] = number << STEP_BITS

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from epbackend.balance.board import Seat, Verdict
 from epbackend.balance.moves import Migration
+from epbackend.balance.streams import Streams
 from epbackend.balance.transfer import Connections, stage
 from epbackend.errors import EPError
 from epbackend.moe import ExpertParallelMoE, Relocation
@@ -51,21 +52,30 @@ class Migrator:
     """The layers of one rank, whose experts can move."""
 
     def __init__(
-        self, places: np.ndarray, rank: int, staging_bytes: int, recount: Recount = _no_count
+        self,
+        places: np.ndarray,
+        rank: int,
+        place: torch.device,
+        staging_bytes: int,
+        recount: Recount = _no_count,
     ) -> None:
-        """`places` are those of all ranks at the board. A migration holds at most `staging_bytes` of experts here."""
-        self._seat, self._rank = Seat(places, rank), rank
+        """`places` are those of all ranks at the board; this rank's experts are at `place`.
+
+        A migration holds at most `staging_bytes` of experts here; where that is no CPU, on the host and there.
+        """
+        self._place, self._streams = place, Streams(place)
+        self._seat, self._rank = Seat(places, rank, self._streams.lead), rank
         self._connections = Connections(self._seat, rank, len(places))
         self._staging_bytes, self._recount = staging_bytes, recount
-        self._layers: dict[int, tuple[ExpertParallelMoE, torch.device]] = {}
+        self._layers: dict[int, ExpertParallelMoE] = {}
         self._staged: _Staged | None = None
         self._seen = 0
         """The last order that the thread has taken up."""
         self._ended, self._wake = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def watch(self, number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
-        """A layer that takes part from now on; its experts are at `place`.
+    def watch(self, number: int, layer: ExpertParallelMoE) -> None:
+        """A layer that takes part from now on.
 
         Raises:
             EPError: one of its experts is larger than the staging buffer.
@@ -76,11 +86,11 @@ class Migrator:
                 f"balance.staging_mb: {self._staging_bytes / 1e6:g} MB hold no expert of MoE layer {number}, which has "
                 f"{length / 1e6:.3g} MB; raise it to that at least"
             )
-        self._layers[number] = layer, place
+        self._layers[number] = layer
         self._seat.has_layer(length)
 
     def begin_step(self) -> None:
-        """To be called by the serving thread before each step, on all ranks before the same ones.
+        """To be called by the serving thread before each step, in its stream, on all ranks before the same ones.
 
         Raises:
             EPError: see `Seat.begin_step`.
@@ -90,6 +100,7 @@ class Migrator:
             self._thread.start()
         if self._seat.ordered > self._seen:
             self._wake.set()
+        self._streams.begin_step()
         staged = self._staged
         verdict = self._seat.begin_step(staged.migration.number if staged else 0)
         if staged is None or verdict is Verdict.WAIT:
@@ -97,6 +108,7 @@ class Migrator:
         if verdict is Verdict.FLIP:
             began = time.perf_counter()
             self._flip(staged)
+            self._streams.flipped()
             self._seat.flipped_in(time.perf_counter() - began)
         self._staged = None
         self._seat.end(staged.migration.number)
@@ -140,7 +152,7 @@ class Migrator:
         """Raises what `stage` raises, and EPError for an order that is not for the experts that are here."""
         if migration.layer not in self._layers:
             raise EPError(f"this rank has no MoE layer {migration.layer}")
-        layer, device = self._layers[migration.layer]
+        layer = self._layers[migration.layer]
         if migration.before != layer.slot_map.layout:
             raise EPError(f"layer {migration.layer} holds other experts than the plan starts from")
         length = _expert_bytes(layer)
@@ -149,15 +161,17 @@ class Migrator:
             raise EPError(
                 f"{incoming} experts of {length} bytes exceed the staging buffer of {self._staging_bytes}"
             )
-        relocation = layer.prepare(replace(layer.slot_map, layout=migration.after), device)
-        experts = stage(
-            migration,
-            self._rank,
-            lambda: self._connections.group(migration),
-            layer.slot_memory,
-            length,
-            layer.slot_layout,
-        )
+        with self._streams.beside():
+            relocation = layer.prepare(replace(layer.slot_map, layout=migration.after), self._place)
+            experts = stage(
+                migration,
+                self._rank,
+                lambda: self._connections.group(migration),
+                layer.slot_memory,
+                length,
+                layer.slot_layout,
+            )
+            experts = self._streams.brought(experts)
         return _Staged(migration, layer, experts, relocation)
 
 

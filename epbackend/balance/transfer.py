@@ -144,7 +144,7 @@ def _pack(migration: Migration, move: Move, memory: list[Tensor], layout: str, m
     seal = _seal_of(message)
     seal["number"], seal["layer"], seal["expert"] = migration.number, migration.layer, move.expert
     seal["layout"] = zlib.crc32(layout.encode())
-    seal["checksum"] = zlib.crc32(body.numpy().data) if migration.checksums else 0
+    seal["checksum"] = zlib.crc32(body.numpy().data) if migration.checks(move) else 0
 
 
 def _opened(migration: Migration, move: Move, message: Tensor, layout: str) -> Tensor:
@@ -161,7 +161,7 @@ def _opened(migration: Migration, move: Move, message: Tensor, layout: str) -> T
             f"rank {move.source} stores the experts of layer {migration.layer} otherwise than this one ({layout}): set "
             "EPBACKEND_CPU_PRODUCT to the same for all ranks, or let them write to the same cache"
         )
-    if migration.checksums and zlib.crc32(body.numpy().data) != int(seal["checksum"]):
+    if migration.checks(move) and zlib.crc32(body.numpy().data) != int(seal["checksum"]):
         raise EPError(f"expert {move.expert} of layer {migration.layer} came damaged from rank {move.source}")
     return body
 

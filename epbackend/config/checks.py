@@ -13,6 +13,8 @@ CUDA_KERNELS = ("triton", "grouped_mm")
 PLANNING = ("algorithm", "redundant_experts", "budget", "objective", "search_ms")
 """Settings of `placement` that only planning reads."""
 
+BALANCED_DEVICES = ("cpu", "ascend")
+"""Where experts move while serving."""
 TURBOMIND_TAKES = ("device", "ep_size", "placement", "balance", "engine")
 """Settings that TurboMind has, or that have an answer of their own."""
 NOT_OF_TURBOMIND = ("cache_gb", "cache_blocks", "eager_mode", "executor", "threads_per_rank")
@@ -205,7 +207,7 @@ def _balance(config: Settings) -> list[ConfigIssue]:
     if config.ep_size == 1:
         reason = "needs ranks between which experts can move: set ep_size, or remove it"
         found.append(ConfigIssue("balance.on", reason, True))
-    if config.device not in (AUTO, "cpu"):
+    if config.device not in (AUTO, *BALANCED_DEVICES):
         found.append(ConfigIssue("balance.on", not_balanced(config.device), True))
     if placement.file is not None:
         reason = (
@@ -259,7 +261,8 @@ def _turbomind(config: Settings) -> list[ConfigIssue]:
 
 def not_balanced(device: str) -> str:
     """Why experts do not move on a device."""
-    return f"is for device cpu so far; on {device} captured graphs would keep the old places of experts: remove it"
+    known = " and ".join(BALANCED_DEVICES)
+    return f"is for devices {known} so far; on {device} captured graphs would keep the old places of experts: remove it"
 
 
 def dispatchers_of(config: Settings, phase: Phase) -> tuple[str, ...]:

@@ -231,7 +231,7 @@ class BalanceSettings(Section):
     on: bool = Field(
         default=False,
         description="Watch the experts' load while serving, plan anew where it pays, and move experts between ranks "
-        "meanwhile. On the CPU, with ep_size > 1.",
+        "meanwhile. On the CPU and on Ascend, with ep_size > 1.",
     )
     redundant_experts: NotNegative = Field(
         default=0,
@@ -259,8 +259,9 @@ class BalanceSettings(Section):
         default=256.0,
         description="Memory of each rank for experts on their way, in MB. What does not fit at once moves in parts.",
     )
-    checksum: Literal["all", "none"] = Field(
-        default="all", description="Whether every expert that arrives is compared with what was sent."
+    checksum: Literal["all", "sampled", "none"] = Field(
+        default="all",
+        description="Which experts are compared on arrival with what was sent; sampled: one of eight, by turns.",
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=30.0,

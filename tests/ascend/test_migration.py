@@ -11,12 +11,15 @@ from tests.helpers.migrating import WAY, migrate, plans
 pytestmark = pytest.mark.ascend
 
 
-def test_slots_get_the_bytes_of_their_experts_and_results_stay(npu, ranks, tmp_path):
+@pytest.mark.parametrize(("form", "split"), [("bfloat16", "level"), ("W8A8 tiles", "even")])
+def test_slots_get_the_bytes_of_their_experts_and_results_stay(npu, ranks, tmp_path, form, split):
+    """Plain matrices, and int8 ones in FRACTAL_NZ."""
     np.zeros(2, PLACE).tofile(board := tmp_path / "board")
-    seen = ranks.run(2, migrate, str(board), WAY[0], plans(WAY), "bfloat16", 2, "level", None, 1, "ascend")
+    seen = ranks.run(2, migrate, str(board), WAY[0], plans(WAY), form, 2, split, None, 1, "ascend")
     for each in seen:
         assert each.errors == ()
         assert each.flipped == (1, 2, 3, 4)
         assert each.held == WAY[-1].experts_of_rank
         assert each.right_bytes
         assert each.worst < 0.03
+        assert ("FRACTAL_NZ" in each.layout) == (form == "W8A8 tiles")

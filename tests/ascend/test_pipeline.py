@@ -23,6 +23,7 @@ from epbackend.placement.placement import Layout, Placement
 from tests.helpers import ascend_pipeline, ascend_step_log, w8a8_checkpoint
 from tests.helpers.answers import NEW_TOKENS, Answer, compare, hugging_face, rounding
 from tests.helpers.ascend import REAL, ROOT
+from tests.helpers.engines import EAGER
 from tests.helpers.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.ascend, pytest.mark.engine]
@@ -76,6 +77,25 @@ def test_two_ranks_with_copies_of_an_expert_answer_as_one_process_would_until_on
             assert_waits(of_a_rank, {} if fused else {SIZES: LAYERS})
     assert told.failure is not None
     assert "rank 1 was killed by SIGKILL" in told.failure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["float16", "W8A8"])
+def test_experts_move_while_answers_stay_the_same(npu, tmp_path, form):
+    """Staged at the NPU beside the steps, flipped between two of them; W8A8 in FRACTAL_NZ tiles."""
+    settings = {"ep_level": 2, "balance": EAGER, "timeout_s": PATIENCE_S}
+    path, whole, dtype = resolve(QWEN), resolve(QWEN), torch.float16
+    if form == "W8A8":
+        path, whole = map(str, w8a8_checkpoint.write(QWEN, tmp_path))
+        settings, dtype = settings | {"engine": {"dtype": "bfloat16"}}, torch.bfloat16
+    told = ascend_pipeline.run(npu, 2, path, settings, migrations=3)
+    expected = hugging_face(whole)
+    off = rounding(whole, dtype, expected)
+    for answers in (told.answers, *told.later):
+        compare(answers, expected, off)
+    assert told.moved["migrations"] >= 3
+    assert told.moved["failed"] == 0
+    assert told.moved["bytes_moved"] > 0
 
 
 @pytest.mark.slow

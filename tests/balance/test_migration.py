@@ -75,19 +75,20 @@ def test_after_a_hundred_migrations_in_a_row_every_slot_is_right(ranks, board_fi
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "said", "checksums"),
     [
-        (DAMAGED, "came damaged from rank 1"),
-        (OTHER_LAYOUT, "rank 1 stores the experts of layer 0 otherwise"),
-        pytest.param(BROKEN, "no memory", marks=pytest.mark.slow),
-        pytest.param(LATE, "rank 0", marks=pytest.mark.slow),
+        (DAMAGED, "came damaged from rank 1", "all"),
+        pytest.param(DAMAGED, "came damaged from rank 1", "sampled", marks=pytest.mark.slow),
+        (OTHER_LAYOUT, "rank 1 stores the experts of layer 0 otherwise", "none"),
+        pytest.param(BROKEN, "no memory", "all", marks=pytest.mark.slow),
+        pytest.param(LATE, "rank 0", "all", marks=pytest.mark.slow),
     ],
 )
 def test_a_failure_before_the_flip_leaves_weights_and_map_and_the_next_one_works(
-    ranks, board_file, fault, said
+    ranks, board_file, fault, said, checksums
 ):
     """A damaged expert, a sender that fails, and one that comes after the timeout."""
-    first = replace(plans(WAY)[0], timeout_s=2.0)
+    first = replace(plans(WAY)[0], timeout_s=2.0, checksums=checksums)
     again = replace(first, number=2, connection=1, timeout_s=60.0)
     seen = ranks.run(2, migrate, board_file(2), WAY[0], [first, again], "float32", 2, "even", fault)
     for each in seen:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from epbackend.balance.moves import Migration, changes, parts, route
+from epbackend.balance.moves import SAMPLED_ONE_OF, Migration, Move, changes, parts, route
 from epbackend.errors import EPError
 from epbackend.placement.placement import Layout
 from tests.helpers.placement_strategies import layouts
@@ -79,3 +79,13 @@ def test_experts_come_from_the_same_node_and_from_whom_has_least_to_do():
 def test_other_slots_are_refused():
     with pytest.raises(EPError, match="slots"):
         changes(Layout(((0, 1), (2,)), 3), Layout(((0,), (1, 2)), 3))
+
+
+def test_sampled_checksums_come_to_every_expert_by_turns():
+    layout = Layout.even(4, 2)
+    for expert in range(2 * SAMPLED_ONE_OF):
+        move = Move(expert, 0, 0, 1, 0)
+        many = [
+            Migration(number, 0, layout, layout, (move,), checksums="sampled") for number in range(16, 32)
+        ]
+        assert sum(each.checks(move) for each in many) == 16 / SAMPLED_ONE_OF

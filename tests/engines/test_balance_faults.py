@@ -138,22 +138,28 @@ def test_sigterm_during_a_migration_ends_the_server_in_order(checkpoint, start_p
     running.assert_nothing_left()
 
 
-def test_shared_memory_without_room_is_said_at_once(checkpoint, start_process, tmp_path, monkeypatch):
-    monkeypatch.setenv("SHM_MB", "4")
+@pytest.mark.parametrize(
+    ("megabytes", "what"),
+    [(4, "the load report"), (30, "one of the buffers"), (90, "one of the buffers")],
+    ids=["load report", "first buffer", "a rank has started"],
+)
+def test_shared_memory_without_room_is_said_at_once(
+    megabytes, what, checkpoint, start_process, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SHM_MB", str(megabytes))
     settings = balanced(ep_size=2, ep_level=2).to_json()
     running = start_process(asking(FULL), str(checkpoint("qwen3-moe")), settings, "5", ready="no room")
     assert running.process.wait(timeout=PATIENCE_S) != 0
-    assert "/dev/shm has no room for the load report" in (tmp_path / "log").read_text()
+    running.assert_nothing_left()
+    assert f"/dev/shm has no room for {what}" in (tmp_path / "log").read_text()
 
 
-def test_shared_memory_that_others_fill_later_brings_no_wrong_token(
-    checkpoint, start_process, tmp_path, monkeypatch
-):
-    """LMDeploy's own buffers take their pages when they are first used: without any left, SIGBUS ends the engine."""
+def test_shared_memory_that_others_fill_later_stops_nothing(checkpoint, start_process, tmp_path, monkeypatch):
+    """What is needed of it was taken at the start."""
     monkeypatch.setenv("SHM_MB", "300")
     script, settings = asking(FULL, FILL), balanced(ep_size=2, ep_level=2).to_json()
     running = start_process(script, str(checkpoint("qwen3-moe")), settings, "10")
-    assert running.process.wait(timeout=PATIENCE_S) in (0, -signal.SIGBUS)
+    assert running.process.wait(timeout=PATIENCE_S) == 0
     running.assert_nothing_left()
     assert "WRONG" not in (tmp_path / "log").read_text()
 

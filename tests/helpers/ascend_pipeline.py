@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ class Told:
     """Of the load report (`cli.loads.facts`)."""
     failure: str | None
     """The error, in words, that a lost rank ended the pipeline with."""
+    moved: dict[str, Any] | None = None
+    """What balance did (`BalanceReport`), where experts were to move."""
+    later: tuple[list[Answer], ...] = ()
+    """The answers while they moved, one list for each time that all were asked."""
 
 
 def run(
@@ -48,11 +53,13 @@ def run(
     *,
     lose: int | None = None,
     texts: int | None = None,
+    migrations: int = 0,
     log: Path | None = None,
 ) -> Told:
     """Answer by `ranks` NPUs (those of `ascend.PLATFORMS`); then kill the rank `lose`, and ask again.
 
-    With `texts` only so many are asked; `log` is a folder for each process's calls (`cann.registry.LOG`).
+    With `texts` only so many are asked; the same are asked again, one after the other, until so many `migrations`
+    have been made. `log` is a folder for each process's calls (`cann.registry.LOG`).
 
     `settings` are those of the config beside the engine's common ones.
     """
@@ -66,7 +73,15 @@ def run(
         environment |= ascend.environment(npu, ranks)
     if log is not None:
         environment[registry.LOG] = str(log)
-    command = [sys.executable, "-W", "ignore", "-m", __spec__.name, model, json.dumps([config, texts, lose])]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        __spec__.name,
+        model,
+        json.dumps([config, texts, migrations, lose]),
+    ]
     done = subprocess.run(
         command,
         cwd=ascend.ROOT,
@@ -79,10 +94,13 @@ def run(
     assert lines, done.stdout[-2000:] + done.stderr[-4000:]
     told = json.loads(lines[-1].removeprefix(DONE))
     answers = [Answer(**each) for each in told["answers"]]
-    return Told(answers, told["facts"], told["failure"])
+    later = tuple([Answer(**each) for each in answers] for answers in told["later"])
+    return Told(answers, told["facts"], told["failure"], told["moved"], later)
 
 
-def _tell(model: str, settings: dict[str, Any], texts: int | None, lose: int | None) -> dict[str, Any]:
+def _tell(
+    model: str, settings: dict[str, Any], texts: int | None, migrations: int, lose: int | None
+) -> dict[str, Any]:
     import epbackend
     from epbackend.cli.loads import facts
     from epbackend.config import EPConfig
@@ -90,9 +108,14 @@ def _tell(model: str, settings: dict[str, Any], texts: int | None, lose: int | N
     from tests.helpers.answers import TEXTS, ask
     from tests.helpers.processes import engine_workers
 
-    config, failure = EPConfig.load(settings), None
+    config, failure, moved = EPConfig.load(settings), None, None
+    later: list[list[Answer]] = []
     with epbackend.pipeline(model, config) as pipe:
         answers = ask(pipe, TEXTS[:texts])
+        deadline = time.monotonic() + PATIENCE_S
+        while migrations and (moved := asdict(pipe.balance()))["migrations"] < migrations:
+            assert time.monotonic() < deadline, moved
+            later.append([answer for text in TEXTS[:texts] for answer in ask(pipe, [text])])
         told = facts(config, pipe.load())
         if lose is not None:
             engine_workers()[lose].kill()
@@ -100,7 +123,13 @@ def _tell(model: str, settings: dict[str, Any], texts: int | None, lose: int | N
                 ask(pipe)
             except WorkerError as error:
                 failure = str(error)
-    return {"answers": [asdict(each) for each in answers], "facts": told, "failure": failure}
+    return {
+        "answers": [asdict(each) for each in answers],
+        "later": [[asdict(each) for each in answers] for answers in later],
+        "facts": told,
+        "failure": failure,
+        "moved": moved,
+    }
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def balances():
             "max_slots": POSITIVE | st.none(),
             "max_mb": positive | st.none(),
             "staging_mb": positive,
-            "checksum": st.sampled_from(["all", "none"]),
+            "checksum": st.sampled_from(["all", "sampled", "none"]),
             "timeout_s": positive,
         },
     )

@@ -47,12 +47,14 @@ class Moved:
     tokens_E: tuple[int, ...]
     calls: int
     errors: tuple[str, ...]
+    layout: str
+    """How the bytes of a slot are arranged."""
 
 
 def weights(form: str) -> tuple[object, object]:
     """gate_up_E2FD and down_EDF, the same on every rank; quantized ones are large enough for a block."""
     generator = torch.Generator().manual_seed(0)
-    hidden, width = (2 * BLOCK, BLOCK) if form == "fp8" else (16, 12)
+    hidden, width = {"fp8": (2 * BLOCK, BLOCK), "W8A8 tiles": (64, 32)}.get(form, (16, 12))
     gate_up = torch.randn(EXPERTS, 2 * width, hidden, generator=generator) / hidden**0.5
     down = torch.randn(EXPERTS, hidden, width, generator=generator) / width**0.5
     if form == "fp8":
@@ -63,7 +65,7 @@ def weights(form: str) -> tuple[object, object]:
             )
             for each in (gate_up, down)
         )
-    if form == "int8":
+    if form in ("int8", "W8A8 tiles"):
         return tuple(
             Int8Weights((each * 40).to(torch.int8), torch.rand(EXPERTS, each.shape[1], generator=generator))
             for each in (gate_up, down)
@@ -128,13 +130,13 @@ def migrate(
         )
 
     layer = build(SlotMap(start))
-    migrator = Migrator(places, ranks.rank, staging_bytes=1 << 24)
-    migrator.watch(0, layer, place)
+    migrator = Migrator(places, ranks.rank, place, staging_bytes=1 << 24)
+    migrator.watch(0, layer)
     board = Board(places)
     generator = torch.Generator().manual_seed(ranks.rank)
     hidden = down_hidden(down)
     tokens = torch.randn(TOKENS, hidden, generator=generator).to(
-        torch.bfloat16 if form == "bfloat16" else torch.float32
+        torch.float32 if form in ("float32", "int8", "fp8") else torch.bfloat16
     )
     ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(TOKENS)])
     share = torch.rand(TOKENS, TOP_K, generator=generator)
@@ -182,6 +184,7 @@ def migrate(
         tokens_E,
         calls,
         tuple(errors),
+        layer.slot_layout,
     )
 
 

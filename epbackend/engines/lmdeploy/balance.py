@@ -18,7 +18,7 @@ from epbackend.balance.balancer import Balancer, BalanceReport, Options, Reading
 from epbackend.balance.board import Board
 from epbackend.balance.migration import Migrator
 from epbackend.config import EPConfig
-from epbackend.config.checks import not_balanced
+from epbackend.config.checks import BALANCED_DEVICES, not_balanced
 from epbackend.engines.lmdeploy.checkpoint import expert_count, layer_count, read_model_config
 from epbackend.engines.lmdeploy.checks import expert_bytes
 from epbackend.engines.lmdeploy.load.report import SharedStats, all_rows
@@ -35,7 +35,7 @@ MAX_ERROR = 1000
 
 def check_device(config: EPConfig, device: str) -> None:
     """Raises ConfigError where experts do not move on the device that `auto` stands for."""
-    if config.balance.on and device != "cpu":
+    if config.balance.on and device not in BALANCED_DEVICES:
         raise ConfigError(f"balance.on: {not_balanced(device)}")
 
 
@@ -109,7 +109,7 @@ def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> 
         max_slots=settings.max_slots,
         max_bytes=None if settings.max_mb is None else int(settings.max_mb * MB),
         staging_bytes=int(settings.staging_mb * MB),
-        checksums=settings.checksum == "all",
+        checksums=settings.checksum,
         timeout_s=settings.timeout_s,
         objective=config.placement.objective,
         split="level" if splits == {"level"} else "even",
@@ -133,5 +133,7 @@ def watch(number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
         if rows is None:
             raise EPError("balance.on: all ranks must run on the machine of their parent; remove it")
         staging_bytes = int(plug.config.balance.staging_mb * MB)
-        plug.migrator = Migrator(rows["balance"], layer.ranks.rank, staging_bytes, plug.stats_writer.moving)
-    plug.migrator.watch(number, layer, place)
+        plug.migrator = Migrator(
+            rows["balance"], layer.ranks.rank, place, staging_bytes, plug.stats_writer.moving
+        )
+    plug.migrator.watch(number, layer)

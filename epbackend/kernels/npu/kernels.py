@@ -157,6 +157,16 @@ class NpuKernels(TorchSplits, TorchQuantization, SlotMemory):
         ops.check_weights(packed)
         return tiled(packed) if isinstance(packed, Int8Weights) else packed
 
+    def slot_memory(self, packed: NpuWeights, slot: int) -> list[Tensor]:
+        if not isinstance(packed, Tiled):
+            return super().slot_memory(packed, slot)
+        # The tiles of one matrix lie behind those of the one before.
+        tiles = ops.raw_bytes(packed.tiles_LKN).view(len(packed), -1)[slot]
+        return [tiles, packed.scale_LN[slot].view(torch.uint8)]
+
+    def slot_layout(self, packed: NpuWeights) -> str:
+        return "FRACTAL_NZ" if isinstance(packed, Tiled) else super().slot_layout(packed)
+
     def grouped_matmul(
         self, rows_SK: Rows, packed: NpuWeights, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:

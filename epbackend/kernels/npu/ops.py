@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, UnavailableError
 from epbackend.kernels.int8 import Int8Weights
 
 FRACTAL_NZ = 29
@@ -162,6 +162,30 @@ def fractal_nz(weight_LKN: Tensor) -> Tensor | None:
     finally:
         config.allow_internal_format = before == b"enable"
     return tiles_LKN if _npu().get_npu_format(tiles_LKN) == FRACTAL_NZ else None
+
+
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """All bytes of a whole tensor of any format as they lie in memory: uint8, and no owner of them.
+
+    A view would keep the format, which torch_npu reads only as a whole. It makes such tensors for its own graphs.
+
+    Raises:
+        UnavailableError: this torch_npu does not.
+    """
+    binding, size, start = _npu()._C, tensor.untyped_storage().nbytes(), tensor.data_ptr()
+    try:
+        make_storage, make_tensor = (
+            binding._construct_storage_from_data_pointer,
+            binding._construct_NPU_Tensor_From_Storage_And_Metadata,
+        )
+    except AttributeError as error:
+        raise UnavailableError(
+            "this torch-npu does not show the bytes of W8A8 experts in FRACTAL_NZ, so that none can be "
+            "replaced by itself: set balance.on: false, or use torch-npu 2.13"
+        ) from error
+    said = {"data_ptr": start, "nbytes": size, "size": (size,), "stride": (1,), "storage_offset": 0}
+    said |= {"dtype": torch.uint8, "device": tensor.device}
+    return make_tensor(said, make_storage(start, tensor.device, size))
 
 
 def format_cast(tensor: Tensor, layout: int) -> Tensor:

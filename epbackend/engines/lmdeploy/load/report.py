@@ -134,7 +134,7 @@ class SharedStats(StatsReader):
             UnavailableError: shared memory has no room for it.
         """
         self._memory = SharedMemory(create=True, size=ranks * RANK.itemsize)
-        self._take_room()
+        take_room(self._memory, "the load report")
         super().__init__(np.ndarray(ranks, RANK, buffer=self._memory.buf))
         self._asking, self._telling, self._about = Lock(), Lock(), dict[str, Any]()
         self.tell(**about)
@@ -149,20 +149,6 @@ class SharedStats(StatsReader):
     def variable(self) -> str:
         """The value of STATS_VARIABLE for workers."""
         return f"{len(self._ranks)}:{self._memory.name}"
-
-    def _take_room(self) -> None:
-        # Pages that are missing later, once others have filled it, would kill whoever writes there (SIGBUS).
-        path, size = Path("/dev/shm") / self._memory.name, self._memory.size
-        try:
-            with path.open("r+b") as segment:
-                os.posix_fallocate(segment.fileno(), 0, size)
-        except OSError as error:
-            self._memory.close()
-            self._memory.unlink()
-            raise UnavailableError(
-                f"/dev/shm has no room for the load report, {size / 1e6:.0f} MB ({error.strerror}): free some, or give "
-                "the container more (docker: --shm-size; Kubernetes: an emptyDir with medium Memory)"
-            ) from error
 
     def report(self) -> LoadReport:
         """What has been counted: all steps that have ended, and on an idle engine the same ones of all ranks."""
@@ -218,6 +204,24 @@ class SharedStats(StatsReader):
         del self._ranks
         self._memory.close()
         self._memory.unlink()
+
+
+def take_room(memory: SharedMemory, what: str) -> None:
+    """All pages of a new segment at once: one that is missing later kills whoever writes there (SIGBUS).
+
+    Raises:
+        UnavailableError: there are not as many; the segment is gone then.
+    """
+    try:
+        with (Path("/dev/shm") / memory.name).open("r+b") as segment:
+            os.posix_fallocate(segment.fileno(), 0, memory.size)
+    except OSError as error:
+        memory.close()
+        memory.unlink()
+        raise UnavailableError(
+            f"/dev/shm has no room for {what}, {memory.size / 1e6:.0f} MB ({error.strerror}): free some, or give the "
+            "container more (docker: --shm-size; Kubernetes: an emptyDir with medium Memory)"
+        ) from error
 
 
 @dataclass(frozen=True)

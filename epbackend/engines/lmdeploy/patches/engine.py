@@ -150,15 +150,16 @@ def steps_are_counted(original: Callable) -> Callable:
     @functools.wraps(original)
     def model_forward(*args: Any, stream: Any = None, **kwargs: Any) -> Any:
         plug = active()
+        # LMDeploy is in the step's stream already; going there once more would cost more than what is done there.
+        there = stream is None or stream == torch.cuda.current_stream()
         if plug.migrator is not None:
-            plug.migrator.begin_step()
+            with nullcontext() if there else torch.cuda.stream(stream):
+                plug.migrator.begin_step()
         # A lost rank would be waited for without end, in graphs too. Not in the interpreter, whose device is cuda as
         # well, and where nothing runs behind the host's back.
         watched = plug.device == "cuda" and plug.config.ep_size > 1 and torch.cuda.is_initialized()
         with plug.context.one_mark() if watched else nullcontext():
             output = original(*args, stream=stream, **kwargs)
-        # LMDeploy is in the step's stream already; going there once more would cost more than what is done there.
-        there = stream is None or stream == torch.cuda.current_stream()
         with nullcontext() if there else torch.cuda.stream(stream):
             plug.stats_writer.step()
             if watched:

@@ -155,6 +155,14 @@ PATCHES = (
         "197c9bbabf2e",
     ),
     Patch(
+        "mp-buffer",
+        f"{_MP}:SharedBuffer",
+        "it takes its pages as they are used: where /dev/shm is full by then, SIGBUS ends the engine without a word",
+        "mp",
+        replaced_by(f"{_OURS}.workers.mp:AllocatedBuffer"),
+        "7aab02c1b873",
+    ),
+    Patch(
         "zmq-process",
         "lmdeploy.pytorch.engine.mp_engine.zmq_engine:ZMQMPEngine._mp_proc",
         "the API server's engine process must load the plug",

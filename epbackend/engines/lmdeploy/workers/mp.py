@@ -29,17 +29,18 @@ from lmdeploy.pytorch.engine.executor.mp_executor import (
     ExecutorProc,
     MPExecutor,
     MPWorkerWrapper,
+    SharedBuffer,
 )
 
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.load.report import last_error, rank_row, record_error
+from epbackend.engines.lmdeploy.load.report import last_error, rank_row, record_error, take_room
 from epbackend.engines.lmdeploy.plug import set_threads
 from epbackend.engines.lmdeploy.processes import check_starts
 from epbackend.engines.lmdeploy.state import active
 from epbackend.engines.lmdeploy.workers.process_guard import GRACE_S, descendants, guard_process, kill_all
 from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, judge, look_at
 from epbackend.engines.lmdeploy.workers.ring import off_loop
-from epbackend.errors import ENGINE_FAILED, WorkerError
+from epbackend.errors import ENGINE_FAILED, UnavailableError, WorkerError
 
 logger = logging.getLogger("lmdeploy")
 
@@ -68,6 +69,15 @@ def _no_handler() -> Iterator[None]:
         mp_executor.signal = signal
 
 
+class AllocatedBuffer(SharedBuffer):
+    """What the parent and a rank tell each other goes through it; it has its memory before anything is told."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_create:
+            take_room(self.shm, "one of the buffers through which the ranks' processes are told what to do")
+
+
 class WatchedExecutor(MPExecutor):
     """The parent's end: fails, naming the rank, as soon as a worker has ended or does not move on.
 
@@ -79,8 +89,18 @@ class WatchedExecutor(MPExecutor):
         check_starts(active().config)
         self._stop_reader, self._stop_writer = Pipe(duplex=False)
         self._replies: SimpleQueue[Any] | None = None
-        with _no_handler():
-            super().__init__(*args, **kwargs)
+        # From here on, as LMDeploy makes them while it starts the ranks one by one.
+        self.procs: list[GuardedProc] = []
+        self.ret_bufs: list[AllocatedBuffer] = []
+        try:
+            with _no_handler():
+                super().__init__(*args, **kwargs)
+        except UnavailableError:
+            for each in self.procs:
+                each.kill()
+            if hasattr(self, "comm_buf"):
+                self.release()
+            raise
         threading.Thread(target=self._watch, name="epbackend-watch", daemon=True).start()
 
     @classmethod
