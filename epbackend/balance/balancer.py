@@ -20,8 +20,9 @@ from epbackend.balance.board import Board
 from epbackend.balance.decision import Policy, Proposal
 from epbackend.balance.moves import Migration, changes, parts, route, with_layer
 from epbackend.balance.planner import Planner
+from epbackend.balance.speed import SpeedWatch
 from epbackend.errors import EPError
-from epbackend.placement.placement import Layout, Placement
+from epbackend.placement.placement import Layout, Placement, with_speeds
 
 POLL_S = 0.02
 START_POLL_S = 0.5
@@ -45,6 +46,10 @@ class Options:
     timeout_s: float
     objective: str = "tokens"
     split: str = "even"
+    speed_margin: float | None = None
+    """By how much measured speeds of ranks must leave those in use; None: they are not measured."""
+    levels: bool = False
+    """Whether a phase splits by `level`, which heeds speeds where no expert moves too."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class BalanceReport:
     planner_age_s: float = 0.0
     """Since its process was started."""
     planner_restarts: int = 0
+    rank_speed: tuple[float, ...] = ()
+    """Speeds in use, as parts of the fastest rank's; empty: all alike."""
     last_error: str | None = None
 
 
@@ -100,7 +107,7 @@ class Balancer:
         """`placement`: where the experts live at the start. `tell` gets each report that differs from the last."""
         self._board, self._read, self._options, self._tell = board, read, options, tell
         self._placement = placement
-        self._report = BalanceReport()
+        self._report = BalanceReport(rank_speed=placement.rank_speed)
         self._number = self._connection = 0
         self._planner: Planner | None = None
         self._stop = threading.Event()
@@ -169,7 +176,7 @@ class Balancer:
             self._looks.end()
 
     def _watch(self, planner: Planner, expert_bytes: int) -> None:
-        last = self._read()
+        last, speeds = self._read(), self._speeds()
         while True:
             asked = self._looks.wait(self._options.interval_s)
             if self._stop.is_set():
@@ -182,6 +189,9 @@ class Balancer:
                 continue
             self._note(windows=self._report.windows + 1)
             try:
+                if speeds is not None and speeds.observe(self._board.work_R44):
+                    self._heed(speeds.rank_speed, window_RYE.sum(axis=2), expert_bytes)
+                    planner.accept(self._placement)
                 proposal = planner.propose(window_RYE.sum(axis=0))
                 if proposal is None:
                     continue
@@ -191,6 +201,21 @@ class Balancer:
                 logger.warning("balance: %s", error)
                 self._fails(error)
             last = self._read()  # what was counted on the way belongs to no placement
+
+    def _speeds(self) -> SpeedWatch | None:
+        margin = self._options.speed_margin
+        if margin is None:
+            return None
+        return SpeedWatch(self._board.work_R44, margin, self._placement.rank_speed)
+
+    def _heed(self, rank_speed: tuple[float, ...], tokens_RY: np.ndarray, expert_bytes: int) -> None:
+        """Other speeds are in use from now on; ranks that level by them are told, layer by layer."""
+        self._placement = with_speeds(self._placement, rank_speed)
+        self._note(rank_speed=rank_speed)
+        logger.info("balance: speeds of ranks are now %s", ", ".join(map(str, rank_speed)) or "alike")
+        if self._options.levels:
+            for layer in np.flatnonzero(tokens_RY.any(axis=0)).tolist():
+                self._migrate(layer, self._placement.layers[layer], tokens_RY[:, layer], expert_bytes)
 
     def _follow(self, proposal: Proposal, tokens_RY: np.ndarray, expert_bytes: int) -> None:
         """Layer by layer. The placement that is then in use is in whole or in part that of the proposal."""
@@ -236,6 +261,7 @@ class Balancer:
             self._connection,
             options.checksums,
             options.timeout_s,
+            self._placement.rank_speed,
         )
         self._board.publish(migration)
         self._note(moving=True)

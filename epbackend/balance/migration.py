@@ -149,7 +149,8 @@ class Migrator:
             raise EPError(
                 f"{incoming} experts of {length} bytes exceed the staging buffer of {self._staging_bytes}"
             )
-        relocation = layer.prepare(replace(layer.slot_map, layout=migration.after), device)
+        slot_map = replace(layer.slot_map, layout=migration.after, rank_speed=migration.rank_speed)
+        relocation = layer.prepare(slot_map, device)
         experts = stage(
             migration,
             self._rank,

@@ -44,6 +44,8 @@ class Migration:
     checksums: bool = True
     timeout_s: float = 30.0
     """For staging: nothing has changed before, and nothing changes after it."""
+    rank_speed: tuple[float, ...] = ()
+    """By which the split `level` goes afterwards."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"), default=int)
@@ -55,6 +57,7 @@ class Migration:
         for name in ("before", "after"):
             given[name] = Layout(**given[name])
         given["moves"] = tuple(Move(**move) for move in given["moves"])
+        given["rank_speed"] = tuple(given["rank_speed"])
         return cls(**given)
 
 
