@@ -190,8 +190,9 @@ class Balancer:
             self._note(windows=self._report.windows + 1)
             try:
                 if speeds is not None and speeds.observe(self._board.work_R44):
-                    self._heed(speeds.rank_speed, window_RYE.sum(axis=2), expert_bytes)
+                    self._placement = with_speeds(self._placement, speeds.rank_speed)
                     planner.accept(self._placement)
+                    self._tell_speeds(window_RYE.sum(axis=2), expert_bytes)
                 proposal = planner.propose(window_RYE.sum(axis=0))
                 if proposal is None:
                     continue
@@ -208,14 +209,14 @@ class Balancer:
             return None
         return SpeedWatch(self._board.work_R44, margin, self._placement.rank_speed)
 
-    def _heed(self, rank_speed: tuple[float, ...], tokens_RY: np.ndarray, expert_bytes: int) -> None:
-        """Other speeds are in use from now on; ranks that level by them are told, layer by layer."""
-        self._placement = with_speeds(self._placement, rank_speed)
-        self._note(rank_speed=rank_speed)
-        logger.info("balance: speeds of ranks are now %s", ", ".join(map(str, rank_speed)) or "alike")
+    def _tell_speeds(self, tokens_RY: np.ndarray, expert_bytes: int) -> None:
+        """Other speeds are in use from now on. Ranks that level by them learn it layer by layer, without any move."""
+        speeds = self._placement.rank_speed
+        self._note(rank_speed=speeds)
+        logger.info("balance: the ranks' speeds are now %s", ", ".join(map(str, speeds)) or "alike")
         if self._options.levels:
             for layer in np.flatnonzero(tokens_RY.any(axis=0)).tolist():
-                self._migrate(layer, self._placement.layers[layer], tokens_RY[:, layer], expert_bytes)
+                self._change(layer, self._placement.layers[layer], tokens_RY, expert_bytes)
 
     def _follow(self, proposal: Proposal, tokens_RY: np.ndarray, expert_bytes: int) -> None:
         """Layer by layer. The placement that is then in use is in whole or in part that of the proposal."""
@@ -233,19 +234,22 @@ class Balancer:
             proposal.imbalance_after,
             proposal.reason,
         )
-        most = self._options.staging_bytes // expert_bytes
         for layer in proposal.layers:
-            try:
-                before, after = self._placement.layers[layer], proposal.placement.layers[layer]
-                for layout in parts(before, after, most):
-                    self._migrate(layer, layout, tokens_RY[:, layer], expert_bytes)
-            except EPError as error:
-                if self._stop.is_set():
-                    return
-                logger.warning("balance: layer %d stays as it is: %s", layer, error)
-                self._note(failed=self._report.failed + 1)
-                self._fails(error)
-                self._connection += 1
+            self._change(layer, proposal.placement.layers[layer], tokens_RY, expert_bytes)
+
+    def _change(self, layer: int, after: Layout, tokens_RY: np.ndarray, expert_bytes: int) -> None:
+        """In as many migrations as it takes, one where nothing moves; none once the balancer is closed."""
+        most = self._options.staging_bytes // expert_bytes
+        try:
+            for layout in parts(self._placement.layers[layer], after, most) or [after]:
+                self._migrate(layer, layout, tokens_RY[:, layer], expert_bytes)
+        except EPError as error:
+            if self._stop.is_set():
+                return
+            logger.warning("balance: layer %d stays as it is: %s", layer, error)
+            self._note(failed=self._report.failed + 1)
+            self._fails(error)
+            self._connection += 1
 
     def _migrate(self, layer: int, after: Layout, tokens_R: np.ndarray, expert_bytes: int) -> None:
         """Raises EPError where the layer has stayed as it was."""

@@ -53,7 +53,9 @@ class Calibration:
         of_speed_1_RXA = self.microseconds_RXA * np.array(self.rank_speed)[:, None, None]
         table_XA = np.median(of_speed_1_RXA, axis=0)
         least_XA = np.maximum.accumulate(np.maximum.accumulate(table_XA, axis=0), axis=1)
-        most_XA = np.minimum.accumulate(np.minimum.accumulate(table_XA[::-1, ::-1], axis=0), axis=1)[::-1, ::-1]
+        most_XA = np.minimum.accumulate(np.minimum.accumulate(table_XA[::-1, ::-1], axis=0), axis=1)[
+            ::-1, ::-1
+        ]
         return (least_XA + most_XA) / 2
 
     def to_dict(self, batch: int) -> dict[str, Any]:

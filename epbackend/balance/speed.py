@@ -1,4 +1,4 @@
-"""How fast ranks are, told from the steps that they make: from what calls of experts were given, and how long they took.
+"""How fast ranks are, told from the steps that they make: what calls of experts were given, and how long they took.
 
 A rank with much to do takes as long as a slow one. So all calls of all ranks are explained together, by a cost of a
 call, of a row and of an active expert that ranks have in common, and by a speed that each has of its own.
@@ -20,7 +20,7 @@ WINDOWS = 3
 """Of which the median counts."""
 ROUNDS = 20
 SLOWEST = 0.05
-"""Of the fastest rank's speed: what seems slower counts as this. Such a rank gets no more than it has to hold anyway."""
+"""Of the fastest rank's speed: what seems slower counts as this, and gets little more than it has to hold."""
 
 
 class SpeedWatch:

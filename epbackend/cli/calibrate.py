@@ -34,13 +34,13 @@ def calibrate(
     settings: EPConfig,
     tokens: Annotated[
         str,
-        typer.Option(
-            metavar="TOKENS", help="Tokens on a rank that are timed, each choice counted, rising."
-        ),
+        typer.Option(metavar="TOKENS", help="Tokens on a rank that are timed, each choice counted, rising."),
     ] = "1,16,64,256,1024",
     batch: Annotated[
         int,
-        typer.Option(min=1, help="Choices of a batch over all ranks, for which an objective takes the times."),
+        typer.Option(
+            min=1, help="Choices of a batch over all ranks, for which an objective takes the times."
+        ),
     ] = DEFAULT_BATCH,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,9 +67,7 @@ def given_tokens(text: str) -> tuple[int, ...]:
     Raises:
         ConfigError: it is no rising list of two whole numbers or more.
     """
-    numbers = (
-        tuple(map(int, text.split(","))) if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})+", text) else ()
-    )
+    numbers = tuple(map(int, text.split(","))) if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})+", text) else ()
     if not numbers or list(numbers) != sorted(set(numbers)):
         raise ConfigError(
             f"tokens: {text!r} must be two whole numbers or more, each above the one before, as 1,64,1024"

@@ -214,7 +214,9 @@ def _balance(config: Settings) -> list[ConfigIssue]:
         )
         found.append(ConfigIssue("balance.on", reason, True))
     if balance.speed_margin is not None and config.device not in (AUTO, "cpu"):
-        reason = "needs steps whose times the host sees, which are those of device cpu alone: remove it, and give "
+        reason = (
+            "needs steps whose times the host sees, which are those of device cpu alone: remove it, and give "
+        )
         reason += "placement.rank_speed (epbackend calibrate)"
         found.append(ConfigIssue("balance.speed_margin", reason, balance.speed_margin))
     if placement.budget is not None:

@@ -51,7 +51,7 @@ def test_planning_and_a_config_read_the_file(tmp_path):
     assert objective.cost(256, 2) == pytest.approx(301)
     placed = {"loads": "loads.json", "rank_speed": str(path)}
     assert EPConfig.load({"ep_size": 4, "placement": placed}).placement.rank_speed == (1.0, 0.5, 1.0, 1.0)
-    with pytest.raises(ConfigError, match="placement.rank_speed.*4 speeds are given for 2 ranks"):
+    with pytest.raises(ConfigError, match=r"placement\.rank_speed.*4 speeds are given for 2 ranks"):
         EPConfig.load({"ep_size": 2, "placement": placed})
-    with pytest.raises(ConfigError, match="placement.rank_speed.*cannot be read"):
+    with pytest.raises(ConfigError, match=r"placement\.rank_speed.*cannot be read"):
         EPConfig.load({"ep_size": 2, "placement": placed | {"rank_speed": "nowhere.json"}})

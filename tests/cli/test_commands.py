@@ -304,7 +304,14 @@ def test_calibrate_finds_a_rank_that_gets_a_third_of_its_time(config_file, tmp_p
 )
 def test_calibrate_refuses_in_one_line(config_file, tmp_path, options, message, run_here):
     result = run_here(
-        "calibrate", "tiny-qwen3-moe", "--config", config_file(), "--out", "speeds.json", *options, cwd=tmp_path
+        "calibrate",
+        "tiny-qwen3-moe",
+        "--config",
+        config_file(),
+        "--out",
+        "speeds.json",
+        *options,
+        cwd=tmp_path,
     )
     assert result.returncode == 2
     assert message in result.stderr

@@ -1,5 +1,4 @@
-"""Experts timed where they serve: ranks do it once their engine is warm, where a folder is named, and leave a file each.
-"""
+"""Experts timed where they serve: warm ranks do it if a folder is named, and leave a file each."""
 
 from __future__ import annotations
 
