@@ -4,7 +4,7 @@ Every rank times its own experts, all at the same moment: ranks that share a hos
 down in serving too. All of them go through the same grid, so many rows on so many experts, several times, and of each
 point the median counts, so that a disturbance costs a point one sample.
 
-X numbers of rows, A numbers of active experts, of R ranks.
+Letters: X numbers of rows, A numbers of active experts.
 """
 
 from __future__ import annotations

@@ -191,9 +191,13 @@ class PlacementSettings(Section):
         default="tokens",
         description="What planning balances: tokens, activated, or a JSON file with measured times.",
     )
-    rank_speed: Annotated[tuple[float, ...], BeforeValidator(_speeds)] = Field(
+    rank_speed: Annotated[
+        tuple[float, ...],
+        BeforeValidator(_speeds),
+        WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]}),
+    ] = Field(
         default=(),
-        examples=[(1, 1, 0.5, 1)],
+        examples=[(1, 1, 0.5, 1), "calibration.json"],
         description="How fast each rank is, in any unit, or the file that epbackend calibrate wrote: planning and the "
         "split level balance times, load over speed. Unset: those that the file was planned for, or all alike.",
     )
@@ -256,7 +260,6 @@ class BalanceSettings(Section):
     )
     speed_margin: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None,
-        examples=[0.25],
         description="Measure from the steps how fast ranks are, and plan by other speeds once they have changed by "
         "this share. On the CPU. Unset: ranks keep the speeds of placement.rank_speed.",
     )

@@ -1,4 +1,7 @@
-"""Experts timed where they serve: warm ranks do it if a folder is named, and leave a file each."""
+"""Experts timed where they serve: warm ranks do it if a folder is named, and leave a file each.
+
+Letters: X numbers of rows, A numbers of active experts.
+"""
 
 from __future__ import annotations
 
