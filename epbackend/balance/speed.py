@@ -4,8 +4,8 @@ A rank with much to do takes as long as a slow one. So all calls of all ranks ar
 call, of a row and of an active expert that ranks have in common, and by a speed that each has of its own.
 
 Speeds that are in use stay until measured ones have left them by a margin, in most of the last windows: what noise
-does, or one bad window, moves no expert. Half of the margin is enough while the windows of a change go by, in one of
-which the rank was slow for a part: else the speed of that part would stay in use.
+does, or one bad window, moves no expert. A rank counts as fast again once it is within half of the margin of the
+fastest.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ class SpeedWatch:
         """`work_R44`: each rank's `ExpertWork` so far; `rank_speed`: in use now, as `checked_speeds` gives them."""
         self._last_R44, self._margin = work_R44, margin
         self._measured: deque[np.ndarray] = deque(maxlen=WINDOWS)
-        self._settling = 0
-        """Windows until those of the last change are gone."""
         self.rank_speed = rank_speed
 
     def observe(self, work_R44: np.ndarray) -> bool:
@@ -45,14 +43,13 @@ class SpeedWatch:
         if len(self._measured) < WINDOWS:
             return False
         speed_R = np.median(self._measured, axis=0)
-        change_R = speed_R / (self.rank_speed or np.ones(len(speed_R)))
-        changed = 1 - change_R.min() / change_R.max()
-        if changed <= (self._margin / 2 if self._settling else self._margin):
-            self._settling = max(self._settling - 1, 0)
-            return False
-        self._settling = self._settling - 1 if self._settling else WINDOWS - 1
         speed_R = np.maximum(speed_R / speed_R.max(), SLOWEST)
-        speed_R[speed_R >= 1 - self._margin / 2] = 1.0  # as fast as the fastest, as far as can be told
+        fast_R = speed_R >= 1 - self._margin / 2  # as the fastest, as far as can be told
+        in_use_R = np.array(self.rank_speed or (1.0,) * len(speed_R))
+        change_R = speed_R / in_use_R
+        if change_R.min() >= change_R.max() * (1 - self._margin) and (in_use_R[fast_R] == 1).all():
+            return False
+        speed_R[fast_R] = 1.0
         self.rank_speed = checked_speeds(speed_R.round(3).tolist(), len(speed_R))
         return True
 

@@ -123,7 +123,7 @@ def test_a_rank_that_becomes_slow_is_relieved_and_gets_its_share_back(split, che
             now = pipe.load()
             tokens_R = now.since(before).tokens_RYE.sum(axis=(1, 2))
             before = now
-            return tokens_R[slow] / tokens_R.mean()
+            return tokens_R[slow] / max(tokens_R.mean(), 1)
 
         with throttled_rank(slow, share=0.25):
             generate_until(pipe, reference("qwen3-moe"), lambda report: share() < 0.75 and report.rank_speed)
