@@ -61,7 +61,7 @@ def calibrate(layers: Mapping[int, ExpertParallelMoE], hidden_size: int, dtype: 
 
 
 def _read(folder: Path, ranks: int, rows_X: tuple[int, ...]) -> Calibration:
-    """Raises EPError where a rank has left no file."""
+    """Raises EPError where a rank has left no file, or holds one expert alone."""
     files = [folder / f"rank{rank}.json" for rank in range(ranks)]
     if missing := [rank for rank, file in enumerate(files) if not file.exists()]:
         raise EPError(
@@ -69,6 +69,10 @@ def _read(folder: Path, ranks: int, rows_X: tuple[int, ...]) -> Calibration:
             "use a model with experts"
         )
     found = [json.loads(file.read_text()) for file in files]
+    if found[0]["slots"] < 2:
+        raise EPError(
+            "calibrate: a rank holds a single expert, of which no table of times can be made: lower ep_size"
+        )
     return Calibration(
         rows_X,
         active_experts(found[0]["slots"]),
