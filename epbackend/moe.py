@@ -19,6 +19,7 @@ Usable on its own, without any serving engine. In a script started by `torchrun 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import Decision, choose
 from epbackend.dispatch.context import GroupContext
 from epbackend.errors import ConfigError, EPError
-from epbackend.kernels import ExpertWeights
+from epbackend.kernels import ExpertWeights, Rows
 from epbackend.kernels.pair_counter import PairCounter
 from epbackend.kernels.weight_formats import Matrices, outputs
 from epbackend.names import PHASES
@@ -53,6 +54,25 @@ class Counter:
         self.max = max(self.max, value)
 
 
+class ExpertWork:
+    """What calls of experts were given and took, on a device whose results the host waits for: the CPU.
+
+    Of each call there are four numbers: 1, its rows, the experts that had any, and its seconds. Kept are the sums of
+    all products of two of them, from which the costs of a call, a row and an expert can be told apart, and a slow rank
+    from one with much to do.
+    """
+
+    def __init__(self, products_44: np.ndarray) -> None:
+        """Adds to these sums, float64, which others may read meanwhile."""
+        self._products_44 = products_44
+
+    def add(self, counts_L: Tensor, seconds: float) -> None:
+        """A call with so many rows of each slot."""
+        counts = counts_L.numpy()
+        call_4 = np.array([1.0, counts.sum(), np.count_nonzero(counts), seconds])
+        self._products_44 += call_4[:, None] * call_4
+
+
 class LayerStats:
     """What one layer has done on this rank so far."""
 
@@ -71,6 +91,8 @@ class LayerStats:
         """Added to each expert's tokens: what slots counted for an expert that they no longer hold."""
         self.pairs: PairCounter | None = None
         """Where it is set, which experts tokens choose together is counted too."""
+        self.work: ExpertWork | None = None
+        """Where it is set, what the experts' products take is counted too."""
 
     def count_in(self, rows_L: Tensor) -> None:
         """Go on counting there, on the experts' device, so that one allocation can hold the rows of all layers.
@@ -241,14 +263,25 @@ class ExpertParallelMoE:
             # The ids after these are of slots that only other ranks have.
             counts_L = batch.counts_L[: self._slots]
             self.load.add_rows(counts_L)
-            rows_SD = self._kernels.expert_mlp(batch.rows_SD, counts_L, self._weights, batch.expected)
-            exchange.combine(rows_SD)
+            exchange.combine(self.experts(batch.rows_SD, counts_L, batch.expected))
         out_TD = exchange.finish()
         if out_TD.is_cuda:
             timeout_s = self._dispatchers[phase].spec.settings.timeout_s
             self.context.watch(f"{phase} of MoE layer {self.layer}", self.ranks.group, timeout_s)
         self.load.add_call(exchange.passes, exchange.rounds)
         return out_TD
+
+    def experts(self, rows_SD: Rows, counts_L: Tensor, expected: int | None = None) -> Tensor:
+        """This rank's experts alone, without any exchange: rows_SD of the same rows, which are sorted by slot.
+
+        `counts_L` are the rows of each slot, int64; `expected`: see `Batch`.
+        """
+        if self.load.work is None:
+            return self._kernels.expert_mlp(rows_SD, counts_L, self._weights, expected)
+        began = time.perf_counter()
+        out_SD = self._kernels.expert_mlp(rows_SD, counts_L, self._weights, expected)
+        self.load.work.add(counts_L, time.perf_counter() - began)
+        return out_SD
 
     def slot_memory(self, slot: int) -> list[Tensor]:
         """All bytes of the expert in one of this rank's slots, in a fixed order: uint8 views of what calls read."""

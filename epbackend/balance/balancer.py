@@ -20,8 +20,9 @@ from epbackend.balance.board import Board
 from epbackend.balance.decision import Policy, Proposal
 from epbackend.balance.moves import Migration, changes, parts, route, with_layer
 from epbackend.balance.planner import Planner
+from epbackend.balance.speed import SpeedWatch
 from epbackend.errors import EPError
-from epbackend.placement.placement import Layout, Placement
+from epbackend.placement.placement import Layout, Placement, with_speeds
 
 POLL_S = 0.02
 START_POLL_S = 0.5
@@ -46,6 +47,10 @@ class Options:
     timeout_s: float
     objective: str = "tokens"
     split: str = "even"
+    speed_margin: float | None = None
+    """By how much measured speeds of ranks must leave those in use; None: they are not measured."""
+    levels: bool = False
+    """Whether a phase splits by `level`, which heeds speeds where no expert moves too."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class BalanceReport:
     planner_age_s: float = 0.0
     """Since its process was started."""
     planner_restarts: int = 0
+    rank_speed: tuple[float, ...] = ()
+    """Speeds in use, as parts of the fastest rank's; empty: all alike."""
     last_error: str | None = None
 
 
@@ -101,7 +108,7 @@ class Balancer:
         """`placement`: where the experts live at the start. `tell` gets each report that differs from the last."""
         self._board, self._read, self._options, self._tell = board, read, options, tell
         self._placement = placement
-        self._report = BalanceReport()
+        self._report = BalanceReport(rank_speed=placement.rank_speed)
         self._number = self._connection = 0
         self._planner: Planner | None = None
         self._stop = threading.Event()
@@ -170,7 +177,7 @@ class Balancer:
             self._looks.end()
 
     def _watch(self, planner: Planner, expert_bytes: int) -> None:
-        last = self._read()
+        last, speeds = self._read(), self._speeds()
         while True:
             asked = self._looks.wait(self._options.interval_s)
             if self._stop.is_set():
@@ -183,6 +190,10 @@ class Balancer:
                 continue
             self._note(windows=self._report.windows + 1)
             try:
+                if speeds is not None and speeds.observe(self._board.work_R44):
+                    self._placement = with_speeds(self._placement, speeds.rank_speed)
+                    planner.accept(self._placement)
+                    self._tell_speeds(window_RYE.sum(axis=2), expert_bytes)
                 proposal = planner.propose(window_RYE.sum(axis=0))
                 if proposal is None:
                     continue
@@ -192,6 +203,21 @@ class Balancer:
                 logger.warning("balance: %s", error)
                 self._fails(error)
             last = self._read()  # what was counted on the way belongs to no placement
+
+    def _speeds(self) -> SpeedWatch | None:
+        margin = self._options.speed_margin
+        if margin is None:
+            return None
+        return SpeedWatch(self._board.work_R44, margin, self._placement.rank_speed)
+
+    def _tell_speeds(self, tokens_RY: np.ndarray, expert_bytes: int) -> None:
+        """Other speeds are in use from now on. Ranks that level by them learn it layer by layer, without any move."""
+        speeds = self._placement.rank_speed
+        self._note(rank_speed=speeds)
+        logger.info("balance: the ranks' speeds are now %s", ", ".join(map(str, speeds)) or "alike")
+        if self._options.levels:
+            for layer in np.flatnonzero(tokens_RY.any(axis=0)).tolist():
+                self._change(layer, self._placement.layers[layer], tokens_RY, expert_bytes)
 
     def _follow(self, proposal: Proposal, tokens_RY: np.ndarray, expert_bytes: int) -> None:
         """Layer by layer. The placement that is then in use is in whole or in part that of the proposal."""
@@ -209,19 +235,22 @@ class Balancer:
             proposal.imbalance_after,
             proposal.reason,
         )
-        most = self._options.staging_bytes // expert_bytes
         for layer in proposal.layers:
-            try:
-                before, after = self._placement.layers[layer], proposal.placement.layers[layer]
-                for layout in parts(before, after, most):
-                    self._migrate(layer, layout, tokens_RY[:, layer], expert_bytes)
-            except EPError as error:
-                if self._stop.is_set():
-                    return
-                logger.warning("balance: layer %d stays as it is: %s", layer, error)
-                self._note(failed=self._report.failed + 1)
-                self._fails(error)
-                self._connection += 1
+            self._change(layer, proposal.placement.layers[layer], tokens_RY, expert_bytes)
+
+    def _change(self, layer: int, after: Layout, tokens_RY: np.ndarray, expert_bytes: int) -> None:
+        """In as many migrations as it takes, one where nothing moves; none once the balancer is closed."""
+        most = self._options.staging_bytes // expert_bytes
+        try:
+            for layout in parts(self._placement.layers[layer], after, most) or [after]:
+                self._migrate(layer, layout, tokens_RY[:, layer], expert_bytes)
+        except EPError as error:
+            if self._stop.is_set():
+                return
+            logger.warning("balance: layer %d stays as it is: %s", layer, error)
+            self._note(failed=self._report.failed + 1)
+            self._fails(error)
+            self._connection += 1
 
     def _migrate(self, layer: int, after: Layout, tokens_R: np.ndarray, expert_bytes: int) -> None:
         """Raises EPError where the layer has stayed as it was."""
@@ -237,6 +266,7 @@ class Balancer:
             self._connection,
             options.checksums,
             options.timeout_s,
+            self._placement.rank_speed,
         )
         self._board.publish(migration)
         self._note(moving=True)

@@ -43,6 +43,7 @@ PLACE = np.dtype(
         ("flip_us", np.int64),  # the longest flip so far, in microseconds
         ("ended", np.int64),  # the last migration that flipped here or was given up
         ("error", "S1024"),
+        ("work", np.float64, (4, 4)),  # `ExpertWork` of all layers, where speeds are measured
     ]
 )
 """One rank's place at the board."""
@@ -76,6 +77,11 @@ class Board:
         if not self._places["layers"].all():
             return 0
         return int(self._places["expert_bytes"].max())
+
+    @property
+    def work_R44(self) -> np.ndarray:
+        """What the ranks' experts were given and took so far, see `ExpertWork`; a call half-way added is no harm."""
+        return self._places["work"].copy()
 
     def publish(self, migration: Migration) -> None:
         """Raises EPError where another migration is under way, or the order is too long for the board."""

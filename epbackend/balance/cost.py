@@ -94,7 +94,7 @@ class LayerTime(NamedTuple):
     compute: float
     exchange: float
     imbalance: float
-    """Tokens of the busiest rank over the mean."""
+    """Tokens of the busiest rank over the mean; where ranks differ in speed, both over speeds."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class CostModel:
     tokens: int
     """Tokens that each rank brings to a step."""
     split: str = "even"
+    rank_speed: tuple[float, ...] = ()
+    """Parts of the machine's speed, as `checked_speeds` gives them; empty: every rank has all of it."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for ranks, tokens and nodes that cannot be."""
@@ -121,7 +123,10 @@ class CostModel:
 
     def layer(self, layout: Layout, tokens_E: np.ndarray) -> LayerTime:
         """A layer whose experts get tokens in these parts, in any unit."""
-        shares_BP = expected_shares(self.split, (tokens_E / tokens_E.sum())[None], layout, self.node_size)
+        speed_R = np.array(self.rank_speed or (1.0,) * self.ranks)
+        shares_BP = expected_shares(
+            self.split, (tokens_E / tokens_E.sum())[None], layout, self.node_size, self.rank_speed
+        )
         choices = self.ranks * self.tokens * self.model.topk
         _, active_P = activated(choices).features(shares_BP[0], 1.0)
         first_R = np.cumsum(layout.slots_R) - layout.slots_R
@@ -136,9 +141,9 @@ class CostModel:
             bytes_most * within / self.machine.node_bytes_s,
         )
         return LayerTime(
-            float(np.maximum(operations_R, weights_R).max()),
+            float((np.maximum(operations_R, weights_R) / speed_R).max()),
             float(exchange),
-            float(share_R.max() * self.ranks),
+            float((share_R / speed_R).max() * speed_R.sum()),
         )
 
     def moving_s(self, within_R: np.ndarray, across_R: np.ndarray) -> float:

@@ -161,8 +161,9 @@ class Migrator:
             raise EPError(
                 f"{incoming} experts of {length} bytes exceed the staging buffer of {self._staging_bytes}"
             )
+        slot_map = replace(layer.slot_map, layout=migration.after, rank_speed=migration.rank_speed)
         with self._streams.beside():
-            relocation = layer.prepare(replace(layer.slot_map, layout=migration.after), self._place)
+            relocation = layer.prepare(slot_map, self._place)
             experts = stage(
                 migration,
                 self._rank,

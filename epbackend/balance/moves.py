@@ -48,6 +48,8 @@ class Migration:
     """Which experts are compared on arrival with what was sent; `balance.checksum`."""
     timeout_s: float = 30.0
     """For staging: nothing has changed before, and nothing changes after it."""
+    rank_speed: tuple[float, ...] = ()
+    """By which the split `level` goes afterwards."""
 
     def checks(self, move: Move) -> bool:
         """Whether sender and receiver compute its checksum."""
@@ -65,6 +67,7 @@ class Migration:
         for name in ("before", "after"):
             given[name] = Layout(**given[name])
         given["moves"] = tuple(Move(**move) for move in given["moves"])
+        given["rank_speed"] = tuple(given["rank_speed"])
         return cls(**given)
 
 

@@ -120,6 +120,7 @@ class Simulation:
             "node_size": self.cost.node_size,
             "tokens_per_rank": self.cost.tokens,
             "split": self.cost.split,
+            "rank_speed": list(self.cost.rank_speed),
             "cycles": len(self.names),
             "steps_per_cycle": self.steps,
             "planning_ms_per_layer": round(float(np.mean(self.planning_ms)), 4),
@@ -238,7 +239,7 @@ def _rebalanced(
     planning_ms: list[float],
 ) -> Iterator[Placement]:
     """Adds the milliseconds that each cycle took for a layer, of this thread alone."""
-    planned = plan(loads.tokens_WYE[0], ranks=cost.ranks, slots=slots)
+    planned = plan(loads.tokens_WYE[0], ranks=cost.ranks, slots=slots, rank_speed=cost.rank_speed)
     first = Placement(planned.layers, cost.node_size, planned.provenance)
     policy = Policy(
         *settings,

@@ -24,6 +24,7 @@ COMMANDS = {
     "run": "Run lmdeploy, or a script of yours, with expert parallelism.",
     "top": "Watch the experts of a running engine: load, balance, moves.",
     "record": "Answer prompts and record what the experts did, to plan on.",
+    "calibrate": "Measure how fast each rank is, and what its experts take, to plan by.",
     "plan": "Decide where the experts live, from recorded loads.",
     "compare": "All planning algorithms and token splits beside each other.",
     "simulate": "What rebalancing while serving would bring, and cost, on up to hundreds of ranks.",

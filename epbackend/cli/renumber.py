@@ -9,6 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from epbackend import renumber as renumbering
+from epbackend.cli.inputs import SpeedOption, given_speeds
 from epbackend.cli.output import JsonOption, console, error_console, say, watching
 from epbackend.errors import ConfigError
 from epbackend.placement.formats import read_loads
@@ -27,6 +28,7 @@ def renumber(
     ] = None,
     ranks: Annotated[int | None, typer.Option(help="Ranks, each with a contiguous block of experts.")] = None,
     nodes: Annotated[int, typer.Option(help="Nodes of equally many ranks, balanced too.")] = 1,
+    rank_speed: SpeedOption = "",
     undo: Annotated[
         bool, typer.Option("--undo", help="Give the experts of a renumbered MODEL their old numbers back.")
     ] = False,
@@ -37,8 +39,8 @@ def renumber(
 ) -> None:
     """Write MODEL with its experts renumbered: the same function, and a balanced block for each rank."""
     if undo:
-        if loads or ranks:
-            raise ConfigError("undo: needs neither --loads nor --ranks; leave them out")
+        if loads or ranks or rank_speed:
+            raise ConfigError("undo: needs neither --loads nor --ranks nor --rank-speed; leave them out")
         plan = renumbering.plan_undoing(model)
     else:
         if not loads or ranks is None:
@@ -46,7 +48,14 @@ def renumber(
         recorded = read_loads(loads)
         warm_up()
         with watching("planning") as progress:
-            plan = renumbering.plan_renumbering(model, recorded, ranks=ranks, nodes=nodes, progress=progress)
+            plan = renumbering.plan_renumbering(
+                model,
+                recorded,
+                ranks=ranks,
+                nodes=nodes,
+                rank_speed=given_speeds(rank_speed),
+                progress=progress,
+            )
     if not as_json:
         _print_plan(plan)
     if not undo and plan.gain < LEAST_GAIN and not force:

@@ -12,9 +12,17 @@ from rich.table import Table
 from epbackend.balance.cost import H100, MODELS, CostModel, Model, find_model
 from epbackend.balance.simulation import LABELS, STEPS, THRESHOLD, Simulation, sequence
 from epbackend.balance.simulation import simulate as run
-from epbackend.cli.inputs import LoadsArgument, RanksOption, SlotsOption, load_windows
+from epbackend.cli.inputs import (
+    LoadsArgument,
+    RanksOption,
+    SlotsOption,
+    SpeedOption,
+    given_speeds,
+    load_windows,
+)
 from epbackend.cli.output import JsonOption, console, error_console, say, watching
 from epbackend.errors import ConfigError
+from epbackend.placement.speeds import checked_speeds
 from epbackend.placement.warmup import warm_up
 
 NODE = 8
@@ -41,6 +49,7 @@ def simulate(
     node_size: Annotated[
         int | None, typer.Option(help="Ranks a node. [default: 8, or all ranks where 8 do not divide them]")
     ] = None,
+    rank_speed: SpeedOption = "",
     threshold: Annotated[
         float, typer.Option(help="Least expected gain of a layer, as a share of its time, net of moving.")
     ] = THRESHOLD,
@@ -55,7 +64,13 @@ def simulate(
     shape = find_model(model or USUAL)
     windows = load_windows(loads, shape.layers, shape.experts, shape.dense_layers)
     cost = CostModel(
-        _of_experts(model, windows.experts), H100, ranks, node_size or _node(ranks), tokens, split
+        _of_experts(model, windows.experts),
+        H100,
+        ranks,
+        node_size or _node(ranks),
+        tokens,
+        split,
+        checked_speeds(given_speeds(rank_speed), ranks),
     )
     warm_up()  # so that the times are of planning, not of loading machine code
     with watching("simulating") as progress:

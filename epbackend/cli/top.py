@@ -219,6 +219,8 @@ def _facts(board: Board) -> list[tuple[str, str]]:
         ("flip", f"{balance['longest_flip_ms']:.1f} ms at most"),
         ("planner", f"{balance['planner_age_s']:,.0f} s old, {balance['planner_restarts']} restarts"),
     ]
+    if balance["rank_speed"]:
+        lines.append(("speeds", ", ".join(f"{speed:.2f}" for speed in balance["rank_speed"])))
     return [*lines, ("last error", balance["last_error"])] if balance["last_error"] else lines
 
 

@@ -215,6 +215,12 @@ def _balance(config: Settings) -> list[ConfigIssue]:
             "then changes, or remove one of them"
         )
         found.append(ConfigIssue("balance.on", reason, True))
+    if balance.speed_margin is not None and config.device not in (AUTO, "cpu"):
+        reason = (
+            "needs steps whose times the host sees, which are those of device cpu alone: remove it, and give "
+        )
+        reason += "placement.rank_speed (epbackend calibrate)"
+        found.append(ConfigIssue("balance.speed_margin", reason, balance.speed_margin))
     if placement.budget is not None:
         reason = (
             "gives layers unequal numbers of slots, which balance cannot: use placement.redundant_experts"

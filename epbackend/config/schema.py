@@ -26,7 +26,7 @@ from pydantic import (
 from epbackend.config.issues import UNION_TAGS
 from epbackend.config.lmdeploy_fields import ENGINE_CONFIGS, unknown_engine_fields
 from epbackend.dispatch.settings import DispatchSettings
-from epbackend.errors import did_you_mean
+from epbackend.errors import ConfigError, did_you_mean
 from epbackend.names import (
     AUTO,
     DEVICES,
@@ -38,6 +38,7 @@ from epbackend.names import (
     SplitName,
     dispatcher_names,
 )
+from epbackend.placement.speeds import parse_speeds
 
 _DEFAULTS = DispatchSettings()
 Positive = Annotated[int, Field(ge=1)]
@@ -151,8 +152,13 @@ def _files(value: Any) -> Any:
     return tuple(value)
 
 
-def _numbers(value: Any) -> Any:
-    """A list, as files have it, is as good as a tuple."""
+def _speeds(value: Any) -> Any:
+    """A list, as files have it, is as good as a tuple; a text names a file with it."""
+    if isinstance(value, str):
+        try:
+            return parse_speeds(value)
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("rank_speed: ")) from None
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -185,11 +191,15 @@ class PlacementSettings(Section):
         default="tokens",
         description="What planning balances: tokens, activated, or a JSON file with measured times.",
     )
-    rank_speed: Annotated[tuple[float, ...], BeforeValidator(_numbers)] = Field(
+    rank_speed: Annotated[
+        tuple[float, ...],
+        BeforeValidator(_speeds),
+        WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]}),
+    ] = Field(
         default=(),
-        examples=[(1, 1, 0.5, 1)],
-        description="How fast each rank is, in any unit: planning and the split level balance times, load over speed. "
-        "Unset: those that the file was planned for, or all alike.",
+        examples=[(1, 1, 0.5, 1), "calibration.json"],
+        description="How fast each rank is, in any unit, or the file that epbackend calibrate wrote: planning and the "
+        "split level balance times, load over speed. Unset: those that the file was planned for, or all alike.",
     )
     search_ms: Annotated[float, Field(ge=0)] = Field(
         default=0.0,
@@ -247,6 +257,11 @@ class BalanceSettings(Section):
     threshold: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.05,
         description="A layer changes where that saves more than this share of its experts' time.",
+    )
+    speed_margin: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Measure from the steps how fast ranks are, and plan by other speeds once they have changed by "
+        "this share. On the CPU. Unset: ranks keep the speeds of placement.rank_speed.",
     )
     max_slots: Positive | None = Field(
         default=None, description="The most slots that one plan may change. Unset: as many as pay."

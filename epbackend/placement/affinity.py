@@ -8,7 +8,8 @@ It starts from any planner's layer, and keeps how many replicas each expert has:
    chosen together come to share a rank.
 
 A layer stays as it was planned unless it then has fewer visits by the estimate from the pairs (`visits`), and no more
-imbalance than the limit allows, under the split `nearest`, which the visits suppose.
+imbalance than the limit allows, under the split `nearest`, which the visits suppose. Where ranks differ in speed, it is
+times that are balanced, and nodes and ranks may have load by their speed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Affinity:
 
     pairs: Pairs
     limit: float = LIMIT
-    """The busiest rank over the mean, under `nearest`, that a layer may have for fewer visits."""
+    """The busiest rank over the mean, under `nearest`, that a layer may have for fewer visits; of times with speeds."""
 
     def __post_init__(self) -> None:
         if (
@@ -65,55 +66,55 @@ class Affinity:
         """What a placement says of it: the pairs by name and digest, not their counts."""
         return {"affinity": self.limit, "pairs": f"{self.pairs.name} {self.pairs.digest}"}
 
-    def gather_layers(self, layouts: Sequence[Layout], loads: Loads, node_size: int) -> tuple[Layout, ...]:
-        """All layers of a model; those without loads or pairs stay as they are."""
+    def gather_layers(
+        self, layouts: Sequence[Layout], loads: Loads, node_size: int, rank_speed: tuple[float, ...] = ()
+    ) -> tuple[Layout, ...]:
+        """All layers of a model; those without loads or pairs stay as they are.
+
+        `rank_speed`: as `checked_speeds` gives them; what the limit is of is then time, load over speed.
+        """
         from epbackend.placement.search.affinity_search import gather_on_nodes
         from epbackend.placement.search.compiled import announce
 
         announce(gather_on_nodes)
         return tuple(
-            self.gather(layer, layout, tokens_WE[tokens_WE.any(axis=1)], node_size)
+            self.gather(layer, layout, tokens_WE[tokens_WE.any(axis=1)], node_size, rank_speed)
             if (tokens_WE := loads.tokens_WYE[:, layer]).any()
             else layout
             for layer, layout in enumerate(layouts)
         )
 
-    def gather(self, layer: int, layout: Layout, tokens_WE: np.ndarray, node_size: int) -> Layout:
+    def gather(
+        self,
+        layer: int,
+        layout: Layout,
+        tokens_WE: np.ndarray,
+        node_size: int,
+        rank_speed: tuple[float, ...] = (),
+    ) -> Layout:
         """The layer with fewer visits, or as it is. tokens_WE: the windows of loads that it is planned for."""
         if not self.pairs.loads_YE[layer].any() or layout.ranks == 1:
             return layout
         pair_EE, topk = self.pairs.tokens_YEE[layer], self.pairs.topk
         was = expected_visits(pair_EE, topk, layout, node_size)
-        limit = max(self.limit, _imbalance(layout, tokens_WE, node_size))
-        for found in self._tries(layer, layout, tokens_WE, node_size, limit):
+        problem = self._problem(layer, layout, tokens_WE, node_size, rank_speed)
+        limit = max(self.limit, _imbalance(layout, tokens_WE, node_size, rank_speed))
+        for found in _tries(problem, layout, limit):
             now = expected_visits(pair_EE, topk, found, node_size)
-            if _is_less(now, was) and _imbalance(found, tokens_WE, node_size) <= limit * (1 + 1e-12):
+            if _is_less(now, was) and _imbalance(found, tokens_WE, node_size, rank_speed) <= limit * (
+                1 + 1e-12
+            ):
                 return found
         return layout
 
-    def _tries(
-        self, layer: int, layout: Layout, tokens_WE: np.ndarray, node_size: int, limit: float
-    ) -> Iterator[Layout]:
-        """Other layouts, the most gathered first; not all of them keep within the limit."""
-        from epbackend.placement.search.affinity_search import gather_on_nodes, gather_on_ranks, pack_ranks
-
-        problem = self._problem(layer, layout, tokens_WE, node_size)
-        first_R = np.append(0, np.cumsum(layout.slots_R))
-        nodes, ranks = int(problem.node_R[-1]) + 1, layout.ranks
-        if nodes > 1:
-            for part in NODE_PARTS:
-                expert_P = layout.slot_to_expert_P.copy()
-                most = (1 + (limit - 1) * part) / nodes
-                if not gather_on_nodes(problem, expert_P, first_R[:: ranks // nodes].copy(), most, SWEEPS):
-                    break
-                if 0 <= pack_ranks(problem, expert_P, first_R) <= limit / ranks:
-                    gather_on_ranks(problem, expert_P, first_R, limit / ranks, SWEEPS)
-                    yield Layout.cut(expert_P, first_R, layout.experts)
-        expert_P = layout.slot_to_expert_P.copy()
-        gather_on_ranks(problem, expert_P, first_R, limit / ranks, SWEEPS)
-        yield Layout.cut(expert_P, first_R, layout.experts)
-
-    def _problem(self, layer: int, layout: Layout, tokens_WE: np.ndarray, node_size: int) -> Gathering:
+    def _problem(
+        self,
+        layer: int,
+        layout: Layout,
+        tokens_WE: np.ndarray,
+        node_size: int,
+        rank_speed: tuple[float, ...],
+    ) -> Gathering:
         from epbackend.placement.search.affinity_search import Gathering
 
         share_E = (tokens_WE / tokens_WE.sum(axis=1, keepdims=True)).mean(axis=0)
@@ -129,7 +130,31 @@ class Affinity:
             layout.rank_of_slot_P.copy(),
             node_R,
             _price(topk, int(node_R[-1]) + 1),
+            np.array(rank_speed or (1.0,) * layout.ranks),
         )
+
+
+def _tries(problem: Gathering, layout: Layout, limit: float) -> Iterator[Layout]:
+    """Other layouts, the most gathered first; not all of them keep within the limit."""
+    from epbackend.placement.search.affinity_search import gather_on_nodes, gather_on_ranks, pack_ranks
+
+    first_R = np.append(0, np.cumsum(layout.slots_R))
+    nodes, speed = int(problem.node_R[-1]) + 1, problem.speed_R.sum()
+    if nodes > 1:
+        first_M = first_R[:: layout.ranks // nodes].copy()
+        # A node's part of all speed, in that of a node if all were alike, which then is exactly 1.
+        strength_M = problem.speed_R.reshape(nodes, -1).sum(axis=1) * nodes / speed
+        for part in NODE_PARTS:
+            expert_P = layout.slot_to_expert_P.copy()
+            most_M = (1 + (limit - 1) * part) / nodes * strength_M
+            if not gather_on_nodes(problem, expert_P, first_M, most_M, SWEEPS):
+                break
+            if 0 <= pack_ranks(problem, expert_P, first_R) <= limit / speed:
+                gather_on_ranks(problem, expert_P, first_R, limit / speed, SWEEPS)
+                yield Layout.cut(expert_P, first_R, layout.experts)
+    expert_P = layout.slot_to_expert_P.copy()
+    gather_on_ranks(problem, expert_P, first_R, limit / speed, SWEEPS)
+    yield Layout.cut(expert_P, first_R, layout.experts)
 
 
 def _price(topk: int, nodes: int) -> float:
@@ -144,10 +169,11 @@ def _price(topk: int, nodes: int) -> float:
     return float((none - by_mean) / (mean * step) / (2 * (by_twice - none) / (twice * step)))
 
 
-def _imbalance(layout: Layout, tokens_WE: np.ndarray, node_size: int) -> float:
+def _imbalance(layout: Layout, tokens_WE: np.ndarray, node_size: int, rank_speed: tuple[float, ...]) -> float:
     """Of the mixture of the windows, under `nearest`."""
     share_1E = (tokens_WE / tokens_WE.sum(axis=1, keepdims=True)).mean(axis=0)[None]
-    return float(imbalances(expected_shares("nearest", share_1E, layout, node_size), layout)[0])
+    shares_1P = expected_shares("nearest", share_1E, layout, node_size, rank_speed)
+    return float(imbalances(shares_1P, layout, rank_speed=rank_speed)[0])
 
 
 def _is_less(now: Visits, was: Visits) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,9 +155,17 @@ class Written:
 
 
 def plan_renumbering(
-    model: str, loads: Loads, *, ranks: int, nodes: int = 1, progress: Progress = silent
+    model: str,
+    loads: Loads,
+    *,
+    ranks: int,
+    nodes: int = 1,
+    rank_speed: Sequence[float] | None = None,
+    progress: Progress = silent,
 ) -> Plan:
     """Plans without copies on recorded loads, for engines with `ranks` contiguous blocks of experts.
+
+    `rank_speed`: how fast each rank is, in any unit; it is then times that are balanced.
 
     Raises:
         UnavailableError: the checkpoint is missing, or not whole.
@@ -166,7 +174,14 @@ def plan_renumbering(
     checkpoint = Checkpoint.read(model)
     before = checkpoint.renumbering
     loads = loads_for(before, _loads_of(checkpoint, loads))
-    order_YE = plan_order(loads, ranks=ranks, nodes=nodes, groups=checkpoint.groups, progress=progress)
+    order_YE = plan_order(
+        loads,
+        ranks=ranks,
+        nodes=nodes,
+        groups=checkpoint.groups,
+        rank_speed=rank_speed,
+        progress=progress,
+    )
     if missing := [layer for layer in loads.loaded_layers if layer not in checkpoint.blocks]:
         raise ConfigError(
             f"loads: layer {missing[0]} has tokens, but {checkpoint.path} has no experts there: the loads are of "
@@ -180,8 +195,8 @@ def plan_renumbering(
         checkpoint,
         order_YE,
         Renumbering(total_YE, tuple(planned_on), before.headers if before else {}),
-        score(in_blocks(in_order_YE, ranks), loads),
-        score(in_blocks(order_YE, ranks), loads),
+        score(in_blocks(in_order_YE, ranks), loads, rank_speed=rank_speed),
+        score(in_blocks(order_YE, ranks), loads, rank_speed=rank_speed),
     )
 
 

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.cpu
 SHIFTING = synthetic_loads(3, 64, dense_layers=1, drift=0.2, windows=3, seed=1)
 
 
-def served(loads, ranks=8, slots=72, **given):
-    cost = CostModel(MODELS["deepseek-v3"], H100, ranks, node_size=4, tokens=128)
+def served(loads, ranks=8, slots=72, rank_speed=(), **given):
+    cost = CostModel(MODELS["deepseek-v3"], H100, ranks, node_size=4, tokens=128, rank_speed=rank_speed)
     return simulate(loads, cost, slots=slots, **given)
 
 
@@ -48,6 +48,13 @@ def test_on_a_shifting_load_ours_is_about_as_fast_as_eplb_anew_and_moves_far_les
     assert 0 < moved["ours"] < 0.3 * moved["anew"]
     assert found["stall_ms"]["ours"] == 0 < found["stall_ms"]["anew"]
     assert 0 < found["delay_ms"]["ours"] < found["delay_ms"]["anew"]
+
+
+def test_on_ranks_of_unequal_speed_times_are_balanced_which_eplb_does_not_know_of():
+    found = served(SHIFTING, rank_speed=(1.0,) * 7 + (0.5,)).to_dict()
+    assert found["rank_speed"] == [1.0] * 7 + [0.5]
+    assert found["imbalance"]["ours"] < 0.8 * found["imbalance"]["anew"]
+    assert found["step_time"]["ours"] < found["step_time"]["anew"]
 
 
 def test_what_is_counted_adds_up(shifting):

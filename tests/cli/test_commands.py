@@ -20,8 +20,11 @@ import pytest
 
 from epbackend.cli import main
 from epbackend.placement.formats.pairs import read_pairs
+from epbackend.placement.objectives import read_table
+from epbackend.placement.speeds import parse_speeds
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.pictures import drawn_share
+from tests.helpers.processes import throttled_rank
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("forked_ranks")]
 
@@ -259,6 +262,61 @@ def test_record_writes_the_loads_of_every_layer(config_file, tmp_path, prompts, 
     assert 0 < pairs.loads_YE[1].sum() <= totals[1]
     assert pairs.tokens_YEE[1:].sum() == pairs.topk * pairs.loads_YE[1:].sum()
     assert (pairs.loads_YE <= counts).all()
+
+
+def test_calibrate_times_the_experts_of_every_rank(config_file, tmp_path, run_here):
+    result = run_here(
+        "calibrate", "tiny-deepseek-v3", "--config", config_file(), "--out", "speeds.json", "--tokens", "1,16",
+        "--batch", 64, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert said.pop("out") == "speeds.json"
+    assert json.loads((tmp_path / "speeds.json").read_text()) == said
+    assert said["layer"] == 1  # the first with experts
+    assert (len(said["rank_speed"]), max(said["rank_speed"])) == (2, 1.0)
+    objective = read_table(tmp_path / "speeds.json")
+    assert (objective.batch, objective.tokens_X, objective.experts_A) == (64, (1, 16), (1, 2, 4, 8, 16))
+    assert objective.cost(16, 16) >= objective.cost(1, 1) > 0
+    assert [len(times) for times in said["microseconds_by_rank"]] == [2, 2]
+
+
+@pytest.mark.slow
+def test_calibrate_finds_a_rank_that_gets_a_third_of_its_time(config_file, tmp_path, run_here):
+    with throttled_rank(1, share=1 / 3):
+        result = run_here(
+            "calibrate", "tiny-qwen3-moe", "--config", config_file(), "--out", "speeds.json", cwd=tmp_path
+        )
+    assert result.returncode == 0, result.stderr
+    fast, slow = parse_speeds(str(tmp_path / "speeds.json"))
+    assert fast == 1.0
+    assert slow < 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ep-size", 1], "ep_size: 1"),
+        (["--tokens", "16,1"], "tokens: '16,1' must be"),
+        (["--tokens", "7"], "tokens: '7' must be"),
+        (["--out", "nowhere/speeds.json"], "out: nowhere/speeds.json cannot be written"),
+    ],
+)
+def test_calibrate_refuses_in_one_line(config_file, tmp_path, options, message, run_here):
+    result = run_here(
+        "calibrate",
+        "tiny-qwen3-moe",
+        "--config",
+        config_file(),
+        "--out",
+        "speeds.json",
+        *options,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "speeds.json").exists()
 
 
 @pytest.mark.parametrize(

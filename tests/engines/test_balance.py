@@ -20,7 +20,7 @@ from epbackend.placement.placement import Placement
 from tests.helpers.engine_models import EXPERTS, TOP_K, prompts
 from tests.helpers.engines import GREEDY, await_model, balanced, complete, config
 from tests.helpers.patience import PATIENCE_S
-from tests.helpers.processes import ROOT, engine_workers
+from tests.helpers.processes import ROOT, engine_workers, throttled_rank
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
 
@@ -114,6 +114,30 @@ def test_a_rank_that_sleeps_through_a_migration_costs_no_wrong_token(checkpoint,
             worker.resume()
             done = pipe.balance().migrations
             generate_until(pipe, expected, lambda report, done=done: report.migrations > done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["even", "level"])
+def test_a_rank_that_becomes_slow_is_relieved_and_gets_its_share_back(split, checkpoint, reference):
+    """It is stopped most of the time, as under a limit of the processor, by who stands outside."""
+    slow, measured = 2, {"speed_margin": 0.4, "window_steps": 32, "threshold": 0.02}
+    settings = balanced(balance=measured, ep_size=4, ep_level=2, placement={"split": split})
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), settings) as pipe:
+        before = pipe.load()
+
+        def share() -> float:
+            """Of the choices since the last call, the slow rank's over the mean rank's."""
+            nonlocal before
+            now = pipe.load()
+            tokens_R = now.since(before).tokens_RYE.sum(axis=(1, 2))
+            before = now
+            return tokens_R[slow] / max(tokens_R.mean(), 1)
+
+        with throttled_rank(slow, share=0.25):
+            generate_until(pipe, reference("qwen3-moe"), lambda report: share() < 0.75 and report.rank_speed)
+            assert pipe.balance().rank_speed[slow] < 0.6
+        generate_until(pipe, reference("qwen3-moe"), lambda report: share() > 0.9)
+        assert pipe.balance().failed == 0
 
 
 MOVING = """

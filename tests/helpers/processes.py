@@ -10,7 +10,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from epbackend.engines.lmdeploy.workers.process_guard import descendants
 from tests.helpers.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
+THROTTLE_S = 0.006
+"""In which a throttled rank runs once: about what a few calls of a tiny model's experts take."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when its parent ends."""
 
@@ -82,6 +86,32 @@ def engine_workers() -> list[psutil.Process]:
     """The ranks that an engine of this very process started, in their order."""
     children = [child for child in multiprocessing.active_children() if child.name.startswith("ExecutorProc")]
     return [psutil.Process(child.pid) for child in sorted(children, key=lambda child: child.name)]
+
+
+@contextlib.contextmanager
+def throttled_rank(rank: int, share: float) -> Iterator[None]:
+    """The rank of the engine that this process has, or starts, is stopped all the time but for that share of it."""
+    ended = threading.Event()
+
+    def throttle() -> None:
+        worker = None
+        while not ended.wait(THROTTLE_S * share):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if worker is None or not worker.is_running():
+                    workers = engine_workers()
+                    worker = workers[rank] if len(workers) > rank else None
+                if worker is not None:
+                    worker.suspend()
+                    ended.wait(THROTTLE_S * (1 - share))
+                    worker.resume()
+
+    thread = threading.Thread(target=throttle)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def start(tmp_path: Path, script: str, *arguments: str, ready: str = "READY") -> Running:

@@ -51,6 +51,16 @@ def test_nodes_are_balanced_too_and_cost_the_ranks_nothing():
     assert (per_node.max(axis=1) == 10).all()
 
 
+def test_a_slow_rank_gets_the_cold_experts():
+    loads, speeds = synthetic_loads(8, 128, dense_layers=1), [1.0] * 3 + [0.25]
+    blind, knowing = (
+        score(in_blocks(order_YE, 4), loads, rank_speed=speeds).imbalance_mean
+        for order_YE in (plan_order(loads, ranks=4), plan_order(loads, ranks=4, rank_speed=speeds))
+    )
+    assert blind > 3
+    assert knowing == score(plan(loads, ranks=4, rank_speed=speeds), loads).imbalance_mean < 0.6 * blind
+
+
 def test_a_rank_that_is_a_group_cannot_change():
     loads = synthetic_loads(4, 32, dense_layers=1)
     assert (plan_order(loads, ranks=8, groups=8) == np.arange(32)).all()
@@ -65,6 +75,9 @@ def test_a_rank_that_is_a_group_cannot_change():
         ({"ranks": 4, "groups": 6}, "ranks: 4 cut through the 6 groups"),
         ({"ranks": 12, "nodes": 4, "groups": 6}, "nodes: 4 cut through the 6 groups"),
         ({"ranks": 2.0}, "ranks: must be a whole number"),
+        ({"ranks": 4, "nodes": 2, "rank_speed": [1, 1, 1, 0.5]}, "rank_speed: with 2 nodes .* leave out"),
+        ({"ranks": 4, "groups": 2, "rank_speed": [1, 1, 1, 0.5]}, "rank_speed: with 2 groups .* leave out"),
+        ({"ranks": 4, "rank_speed": [1, 1]}, "rank_speed: 2 speeds are given for 4 ranks"),
     ],
 )
 def test_what_does_not_divide_is_refused(asked, said):

@@ -24,7 +24,7 @@ from epbackend.engines.lmdeploy.checks import expert_bytes
 from epbackend.engines.lmdeploy.load.report import SharedStats, all_rows
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError
-from epbackend.moe import ExpertParallelMoE
+from epbackend.moe import ExpertParallelMoE, ExpertWork
 from epbackend.names import PHASES
 from epbackend.placement.placement import Placement, with_speeds
 
@@ -113,6 +113,8 @@ def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> 
         timeout_s=settings.timeout_s,
         objective=config.placement.objective,
         split="level" if splits == {"level"} else "even",
+        speed_margin=settings.speed_margin,
+        levels="level" in splits,
     )
 
     def tell(report: BalanceReport) -> None:
@@ -137,3 +139,8 @@ def watch(number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
             rows["balance"], layer.ranks.rank, place, staging_bytes, plug.stats_writer.moving
         )
     plug.migrator.watch(number, layer)
+    if plug.config.balance.speed_margin is not None:
+        if place.type != "cpu":  # a device named "auto" is known here alone
+            raise ConfigError(f"balance.speed_margin: times of steps are seen on device cpu alone, not {place.type}")
+        places: Any = all_rows(layer.ranks.rank)
+        layer.load.work = ExpertWork(places["balance"][layer.ranks.rank]["work"])

@@ -105,15 +105,10 @@ def plan(
             raise ConfigError(
                 f"affinity: its limit is of tokens, not {task.objective.name}; use objective tokens"
             )
-        if task.rank_speed or task.slots_R:
-            raise ConfigError(
-                "affinity: swaps experts between ranks as if all were alike; leave out affinity, or rank_speed and "
-                "rank_slots"
-            )
     layers = check_answer(algorithm, find_planner(algorithm)(task), task)
     asked = _asked(task)
     if affinity is not None:
-        layers = affinity.gather_layers(layers, loads, task.node_size)
+        layers = affinity.gather_layers(layers, loads, task.node_size, task.rank_speed)
         asked = tuple(sorted({**dict(asked), **affinity.provenance}.items()))
     progress(loads.layers, loads.layers)
     return Placement(layers, task.node_size, Provenance(algorithm, loads.names, __version__, asked))

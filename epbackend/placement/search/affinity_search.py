@@ -37,6 +37,8 @@ class Gathering(NamedTuple):
     node_R: np.ndarray
     price: float
     """What a choice that leaves its node costs, in pairs of choices that leave together."""
+    speed_R: np.ndarray
+    """How fast each rank is; 1 where all are alike."""
 
 
 @inner
@@ -122,10 +124,10 @@ def _apply(problem, expert, change_MM, holders_E, with_EMM, arrive_EM, step_M):
 
 
 @entry
-def gather_on_nodes(problem, expert_P, first_M, most_load, sweeps):
+def gather_on_nodes(problem, expert_P, first_M, most_M, sweeps):
     """Swaps slots between nodes in place, as long as it gains; returns the number of swaps.
 
-    Node m has the slots first_M[m] to first_M[m + 1] - 1. None gets more load than `most_load`, in shares of the layer,
+    Node m has the slots first_M[m] to first_M[m + 1] - 1. None gets more load than most_M[m], in shares of the layer,
     or than it had. A pair of nodes between which no slot had enough to gain when a sweep began is passed over in it.
     """
     slots, experts = expert_P.size, problem.share_E.size
@@ -200,7 +202,7 @@ def gather_on_nodes(problem, expert_P, first_M, most_load, sweeps):
                                 held_EM,
                                 holders_E,
                                 load_M,
-                                most_load,
+                                most_M,
                                 ranks,
                             )
                         ):
@@ -271,7 +273,7 @@ def _swapped_load(problem, expert, partner, home, away, held_EM, holders_E, node
 
 
 @inner
-def _fits(problem, expert, partner, home, away, held_EM, holders_E, load_M, most_load, ranks):
+def _fits(problem, expert, partner, home, away, held_EM, holders_E, load_M, most_M, ranks):
     """Whether a swap leaves no rank with two replicas of an expert, and no node with too much load."""
     ranks_of_node = ranks // load_M.size
     if held_EM[expert, away] >= ranks_of_node or held_EM[partner, home] >= ranks_of_node:
@@ -285,10 +287,10 @@ def _fits(problem, expert, partner, home, away, held_EM, holders_E, load_M, most
         heavier = problem.share_E[partner] * _load_part(held_EM, partner, holders_E[partner], away)
         heavier -= problem.share_E[expert] * _load_part(held_EM, expert, holders_E[expert], home)
         full = home if heavier > 0.0 else away
-        return load_M[full] + abs(heavier) <= most_load or heavier == 0.0
+        return load_M[full] + abs(heavier) <= most_M[full] or heavier == 0.0
     for node in range(load_M.size):
         change = _swapped_load(problem, expert, partner, home, away, held_EM, holders_E, node)
-        if change > 0.0 and load_M[node] + change > most_load:
+        if change > 0.0 and load_M[node] + change > most_M[node]:
             return False
     return True
 
@@ -314,14 +316,14 @@ def replica_shares(problem, expert_P):
 def pack_ranks(problem, expert_P, first_R):
     """Spreads the slots of each node over its ranks again, in place, so that its fullest rank gets little.
 
-    The heaviest replica first, to the rank with least load that has room and does not hold its expert (LPT); then swaps
-    with the fullest rank, as long as they relieve it. Returns the largest load of a rank, or -1 where two replicas of
-    an expert would have to share a rank.
+    The heaviest replica first, to the rank with least time, load over speed, that has room and does not hold its expert
+    (LPT); then swaps with the fullest rank, as long as they relieve it. Returns the largest time of a rank, or -1 where
+    two replicas of an expert would have to share a rank.
     """
     share_P = replica_shares(problem, expert_P)
     ranks, nodes = problem.node_R.size, problem.node_R[-1] + 1
     size = ranks // nodes
-    load_R = np.zeros(ranks)
+    time_R = np.zeros(ranks)
     packed_P = np.full(expert_P.size, -1, np.int64)
     weight_P = np.zeros(expert_P.size)
     next_R = first_R[:-1].copy()
@@ -333,16 +335,16 @@ def pack_ranks(problem, expert_P, first_R):
             for rank in range(node * size, (node + 1) * size):
                 if next_R[rank] == first_R[rank + 1] or _holds(packed_P, first_R, rank, expert):
                     continue
-                if chosen < 0 or load_R[rank] < load_R[chosen]:
+                if chosen < 0 or time_R[rank] < time_R[chosen]:
                     chosen = rank
             if chosen < 0:
                 return -1.0
             packed_P[next_R[chosen]], weight_P[next_R[chosen]] = expert, share_P[begin + position]
             next_R[chosen] += 1
-            load_R[chosen] += share_P[begin + position]
-        _relieve_node(packed_P, weight_P, load_R, first_R, node * size, (node + 1) * size)
+            time_R[chosen] += share_P[begin + position] / problem.speed_R[chosen]
+        _relieve_node(problem, packed_P, weight_P, time_R, first_R, node * size, (node + 1) * size)
     expert_P[:] = packed_P
-    return load_R.max()
+    return time_R.max()
 
 
 @inner
@@ -354,42 +356,47 @@ def _holds(expert_P, first_R, rank, expert):
 
 
 @inner
-def _relieve_node(expert_P, weight_P, load_R, first_R, begin, end):
+def _relieve_node(problem, expert_P, weight_P, time_R, first_R, begin, end):
     """Swaps a slot of the fullest rank, of those from `begin` to `end`, with one of another, until none helps."""
     for _ in range(4 * (first_R[end] - first_R[begin])):
         full = begin
         for rank in range(begin, end):
-            if load_R[rank] > load_R[full]:
+            if time_R[rank] > time_R[full]:
                 full = rank
-        best, best_other, best_rank, least = -1, -1, -1, load_R[full] - 1e-12
+        best, best_other, best_rank, least = -1, -1, -1, time_R[full] - 1e-12
         for rank in range(begin, end):
             if rank == full:
                 continue
             for slot in range(first_R[full], first_R[full + 1]):
                 for other in range(first_R[rank], first_R[rank + 1]):
                     step = weight_P[slot] - weight_P[other]
-                    if step <= 0.0 or max(load_R[full] - step, load_R[rank] + step) >= least:
+                    if step <= 0.0:
+                        continue
+                    longest = max(
+                        time_R[full] - step / problem.speed_R[full],
+                        time_R[rank] + step / problem.speed_R[rank],
+                    )
+                    if longest >= least:
                         continue
                     if _holds(expert_P, first_R, rank, expert_P[slot]) or _holds(
                         expert_P, first_R, full, expert_P[other]
                     ):
                         continue
-                    best, best_other, best_rank = slot, other, rank
-                    least = max(load_R[full] - step, load_R[rank] + step)
+                    best, best_other, best_rank, least = slot, other, rank, longest
         if best < 0:
             return
         step = weight_P[best] - weight_P[best_other]
-        load_R[full] -= step
-        load_R[best_rank] += step
+        time_R[full] -= step / problem.speed_R[full]
+        time_R[best_rank] += step / problem.speed_R[best_rank]
         weight_P[best], weight_P[best_other] = weight_P[best_other], weight_P[best]
         expert_P[best], expert_P[best_other] = expert_P[best_other], expert_P[best]
 
 
 @entry
-def gather_on_ranks(problem, expert_P, first_R, most_load, sweeps):
+def gather_on_ranks(problem, expert_P, first_R, most_time, sweeps):
     """Swaps slots within each node in place, so that experts chosen together share a rank; returns the swaps.
 
-    No rank gets more load than `most_load`, in shares of the layer, or than it had.
+    No rank takes longer than `most_time`, its share of the layer over its speed, or than it took.
     """
     slots, experts, ranks = expert_P.size, problem.share_E.size, problem.node_R.size
     share_P = replica_shares(problem, expert_P)
@@ -404,6 +411,7 @@ def gather_on_ranks(problem, expert_P, first_R, most_load, sweeps):
         load_R[rank] += share_P[slot]
         for other in range(experts):
             with_ER[other, rank] += part_P[slot] * problem.both_EE[expert_P[slot], other]
+    most_R = most_time * problem.speed_R
     swaps = 0
     for _ in range(sweeps):
         before = swaps
@@ -416,9 +424,9 @@ def gather_on_ranks(problem, expert_P, first_R, most_load, sweeps):
                 if rank == home or problem.node_R[rank] != node:
                     continue
                 step = share_P[slot] - share_P[other]
-                if step > 0.0 and load_R[rank] + step > most_load:
+                if step > 0.0 and load_R[rank] + step > most_R[rank]:
                     continue
-                if step < 0.0 and load_R[home] - step > most_load:
+                if step < 0.0 and load_R[home] - step > most_R[home]:
                     continue
                 partner = expert_P[other]
                 gain = part_P[slot] * (with_ER[expert, rank] - with_ER[expert, home])

@@ -220,6 +220,11 @@ class StatsWriter:
         self._thread: Thread | None = None
         self._ended = Event()
 
+    @property
+    def layers(self) -> dict[int, ExpertParallelMoE]:
+        """Those that are watched, by their numbers."""
+        return dict(self._layers)
+
     def watch(self, rank: int, number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
         """Counts what the layer of that number, whose experts are at `place`, does from now on.
 

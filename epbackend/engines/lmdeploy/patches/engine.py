@@ -13,6 +13,7 @@ from lmdeploy.pytorch.distributed import get_dist_manager
 
 from epbackend.config.schema import FEWEST_BLOCKS
 from epbackend.engines.lmdeploy.checks import GIB, KEPT_FREE
+from epbackend.engines.lmdeploy.load.calibration import calibrate
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError, WorkerError
@@ -172,7 +173,7 @@ def steps_are_counted(original: Callable) -> Callable:
 
 @patch(
     "lmdeploy.pytorch.engine.model_agent.agent:BaseModelAgent.warmup",
-    why="the random tokens of its warm-up would count as load",
+    why="the random tokens of its warm-up would count as load. After it, experts can be timed",
     when="always",
     fingerprint="53e20637a948",
 )
@@ -180,7 +181,9 @@ def warm_up_is_no_load(original: Callable) -> Callable:
     @functools.wraps(original)
     def warmup(self: Any) -> None:
         original(self)
-        active().stats_writer.start_over()
+        writer = active().stats_writer
+        writer.start_over()
+        calibrate(writer.layers, self.model_config.hidden_size, self.model_config.dtype)
 
     return warmup
 
