@@ -12,6 +12,7 @@ from epbackend.balance.migration import Migrator
 from epbackend.config import EPConfig
 from epbackend.dispatch.context import GroupContext
 from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, LoadReport, SharedStats, record_verdict
+from epbackend.engines.lmdeploy.load.real_tokens import RealTokens
 from epbackend.engines.lmdeploy.load.stats_writer import StatsWriter
 from epbackend.engines.lmdeploy.patching import Patches
 from epbackend.engines.lmdeploy.workers.pulse import Pulse
@@ -36,6 +37,7 @@ class PlugState:
     """The variables we set, as they were before."""
     board: SharedStats | None = None
     stats_writer: StatsWriter = field(default_factory=StatsWriter)
+    real_tokens: RealTokens = field(default_factory=RealTokens)
     context: GroupContext = field(default_factory=GroupContext)
     """What all MoE layers share on their process groups."""
     pulse: Pulse = field(init=False)

@@ -178,7 +178,8 @@ def steps_are_counted(original: Callable) -> Callable:
 def warm_up_is_no_load(original: Callable) -> Callable:
     @functools.wraps(original)
     def warmup(self: Any) -> None:
-        original(self)
+        with active().real_tokens.warm_up():
+            original(self)
         active().stats_writer.start_over()
 
     return warmup
