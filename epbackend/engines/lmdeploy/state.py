@@ -11,8 +11,8 @@ from epbackend.balance.balancer import Balancer
 from epbackend.balance.migration import Migrator
 from epbackend.config import EPConfig
 from epbackend.dispatch.context import GroupContext
-from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, LoadReport, SharedStats, record_verdict
 from epbackend.engines.lmdeploy.load.real_tokens import RealTokens
+from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, LoadReport, SharedStats, record_verdict
 from epbackend.engines.lmdeploy.load.stats_writer import StatsWriter
 from epbackend.engines.lmdeploy.patching import Patches
 from epbackend.engines.lmdeploy.workers.pulse import Pulse
