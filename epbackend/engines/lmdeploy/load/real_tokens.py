@@ -1,8 +1,9 @@
-"""Which rows of a step are tokens of requests: a warm-up's count for now, an idle engine's and a graph's filling do not.
+"""Which rows of a step are tokens of requests: an idle engine's are not, nor what fills a captured graph up.
 
 With dp > 1 an engine without a request joins the others' steps with a made-up batch, which LMDeploy marks. A captured
 graph has a size, up to which LMDeploy fills a batch with made-up tokens. Where a call is exact, it gets the tokens of
-requests alone; a captured call asks the device, where each step says anew how many there are.
+requests alone; a captured call asks the device, where each step says anew how many there are. A warm-up's tokens are
+computed like those of requests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The chat template that a user names: one of LMDeploy's, a JSON file of its settings, or a Jinja file, as vLLM takes."""
+"""The chat template that a user names: one of LMDeploy's, a JSON file of its settings, or a Jinja file as for vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from epbackend.errors import ConfigError, did_you_mean
 
 
 class JinjaChatTemplate(HFChatTemplate):
-    """The template of a checkpoint's tokenizer, with another text in its place."""
+    """The tokenizer's own way to write a conversation down, by another text."""
 
     def __init__(self, model_path: str, text: str, trust_remote_code: bool = False) -> None:
         self._text = text
