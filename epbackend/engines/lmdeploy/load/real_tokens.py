@@ -4,6 +4,8 @@ With dp > 1 an engine without a request joins the others' steps with a made-up b
 graph has a size, up to which LMDeploy fills a batch with made-up tokens. Where a call is exact, it gets the tokens of
 requests alone; a captured call asks the device, where each step says anew how many there are. A warm-up's tokens are
 computed like those of requests.
+
+Letters: M rows of the largest captured call.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ class RealTokens:
     def __init__(self) -> None:
         self._warming_up = False
         self._place_M1: Tensor | None = None
-        """0, 1, ...: M rows, the most of a captured call; None until one is foreseen."""
+        """0, 1, ...; None until a captured call is foreseen."""
         self._padding_M1: Tensor | None = None
         """Whether a row is none. Graphs read it, so it stays where it is."""
 

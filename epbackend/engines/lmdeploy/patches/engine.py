@@ -12,7 +12,7 @@ import torch
 from lmdeploy.pytorch.distributed import get_dist_manager
 
 from epbackend.config.schema import FEWEST_BLOCKS
-from epbackend.engines.lmdeploy.checks import GIB, KEPT_FREE
+from epbackend.engines.lmdeploy.checks import GIB, KEPT_FREE, check_cache
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError, WorkerError
@@ -98,6 +98,21 @@ def cache_blocks(block_bytes: int, free_bytes: int, gigabytes: float | None, blo
             "or a smaller engine.block_size"
         )
     return wanted
+
+
+@patch(
+    "lmdeploy.pytorch.engine.engine_checker:EngineChecker.check",
+    why="a cache that the device's memory cannot hold is found only when all weights are loaded",
+    when="always",
+    fingerprint="6d2566323421",
+)
+def memory_is_checked(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def check(self: Any) -> None:
+        original(self)
+        check_cache(active().config)
+
+    return check
 
 
 @patch(
@@ -244,6 +259,7 @@ def failed_loop_is_told(original: Callable) -> Callable:
 PATCHES = (
     backend_with_our_experts,
     cache_by_budget,
+    memory_is_checked,
     failed_checks_raise,
     loaded_weights_are_checked,
     steps_are_counted,
