@@ -238,11 +238,19 @@ class ExpertParallelMoE:
 
     @torch.no_grad()
     def __call__(
-        self, hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, phase: str = "prefill"
+        self,
+        hidden_TD: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        phase: str = "prefill",
+        padding_T1: Tensor | None = None,
     ) -> Tensor:
         """out_TD, in the dtype of `hidden_TD`, for this rank's T tokens (T = 0 too).
 
-        `topk_ids_TK` are logical experts. All ranks make the call together and name the same phase.
+        `topk_ids_TK` are logical experts. All ranks make the call together and name the same phase. Rows for which
+        `padding_T1` (bool) is true are no tokens: no expert computes or counts them, and what is returned for them
+        means nothing. They are found on the device, so that a replayed CUDA graph leaves out others than the captured
+        one.
 
         Raises:
             CollectiveError: a rank does not take part in time.
@@ -255,10 +263,11 @@ class ExpertParallelMoE:
         if phase not in PHASES:
             raise ConfigError(f"phase {phase!r} is unknown; it is one of {', '.join(PHASES)}")
         if self.load.pairs is not None:
-            self.load.pairs.add(topk_ids_TK)
-        exchange = self._dispatchers[phase].begin(
-            hidden_TD, self._splits[phase](topk_ids_TK), topk_weights_TK
-        )
+            self.load.pairs.add(topk_ids_TK, padding_T1)
+        slot_ids_TK = self._splits[phase](topk_ids_TK)
+        if padding_T1 is not None:
+            slot_ids_TK.masked_fill_(padding_T1, -1)
+        exchange = self._dispatchers[phase].begin(hidden_TD, slot_ids_TK, topk_weights_TK)
         for batch in exchange.dispatch():
             # The ids after these are of slots that only other ranks have.
             counts_L = batch.counts_L[: self._slots]

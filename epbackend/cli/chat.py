@@ -15,7 +15,8 @@ def chat(
     settings: EPConfig,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 256,
     chat_template: Annotated[
-        str | None, typer.Option(help="A name LMDeploy knows, or a JSON file of its ChatTemplateConfig.")
+        str | None,
+        typer.Option(help="A Jinja file, a name LMDeploy knows, or a .json file of its ChatTemplateConfig."),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code of the checkpoint.")

@@ -40,7 +40,8 @@ def serve(
     chat_template: Annotated[
         str | None,
         typer.Option(
-            help="A name LMDeploy knows, or a JSON file of its ChatTemplateConfig.", rich_help_panel=API
+            help="A Jinja file, a name LMDeploy knows, or a .json file of its ChatTemplateConfig.",
+            rich_help_panel=API,
         ),
     ] = None,
     tool_call_parser: Annotated[

@@ -181,9 +181,11 @@ def running(
         )
     if chat_template is not None:
         from epbackend.engines.lmdeploy.checkpoint import locate
-        from epbackend.engines.lmdeploy.server.front import chat_template_config
+        from epbackend.engines.lmdeploy.server.chat_templates import chat_template_config
 
-        arguments["chat_template_config"] = chat_template_config(chat_template, locate(model))
+        arguments["chat_template_config"] = chat_template_config(
+            chat_template, locate(model), arguments.get("trust_remote_code", False)
+        )
     ranks = config.world_size
     with error_console.status(f"starting {model} on {ranks} rank{'s' * (ranks > 1)}"):
         pipe = epbackend.pipeline(model, config, **arguments)

@@ -168,8 +168,9 @@ class _ExactExchange(Exchange):
 
 def _wanted(slot_ids_TK: Tensor, slots: int, ranks: int) -> Tensor:
     """wanted_RT (bool): whether the token chose a slot of the rank."""
-    wanted_TR = slot_ids_TK.new_zeros(len(slot_ids_TK), ranks, dtype=torch.bool)
-    return wanted_TR.scatter_(1, slot_ids_TK // slots, True).t()
+    # The last column takes the choices of no slot, -1.
+    wanted_TX = slot_ids_TK.new_zeros(len(slot_ids_TK), ranks + 1, dtype=torch.bool)
+    return wanted_TX.scatter_(1, slot_ids_TK // slots % (ranks + 1), True)[:, :ranks].t()
 
 
 def _by_step(wanted_RT: Tensor, counts_R: Tensor, steps: int) -> Tensor:

@@ -23,18 +23,25 @@ class PairCounter:
             self._tokens_S = torch.zeros(experts * experts, dtype=torch.int64, device=device)
         self._experts, self._calls = experts, 0
 
-    def add(self, topk_ids_TK: Tensor) -> None:
-        """Looks at every EVERY-th call and waits for nothing. A CUDA graph holds none of it: replays count nothing."""
+    def add(self, topk_ids_TK: Tensor, padding_T1: Tensor | None = None) -> None:
+        """Looks at every EVERY-th call and waits for nothing. A CUDA graph holds none of it: replays count nothing.
+
+        Rows for which `padding_T1` (bool) is true are no tokens.
+        """
         if topk_ids_TK.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         self._calls += 1
         if self._calls % EVERY != 1:
             return
-        ids_TK = topk_ids_TK[:: -(-len(topk_ids_TK) // MOST_TOKENS) or 1].long()
+        looked_at = slice(None, None, -(-len(topk_ids_TK) // MOST_TOKENS) or 1)
+        ids_TK = topk_ids_TK[looked_at].long()
         # On other devices than the CPU an id of no expert is found only later.
         ids_TK = ids_TK.clamp(0, self._experts - 1)
-        both_S = (ids_TK[:, :, None] * self._experts + ids_TK[:, None, :]).reshape(-1)
-        self._tokens_S.scatter_add_(0, both_S, torch.ones_like(both_S))
+        both_TKK = ids_TK[:, :, None] * self._experts + ids_TK[:, None, :]
+        counted_TKK = torch.ones_like(both_TKK)
+        if padding_T1 is not None:
+            counted_TKK.masked_fill_(padding_T1[looked_at, :, None], 0)
+        self._tokens_S.scatter_add_(0, both_TKK.reshape(-1), counted_TKK.reshape(-1))
 
     def start_over(self) -> None:
         """Forget what was counted."""

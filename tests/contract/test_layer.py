@@ -69,6 +69,17 @@ def test_every_way_in_a_static_call(run, way, size, token_size):
         run(Case(size, (tokens,) * (size // token_size), settings, token_size, UNEVEN, UNEVEN_CUTS[size]))
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("size", "token_size"), [(1, 1), (2, 1), (4, 2)])
+def test_rows_that_are_no_tokens_are_neither_computed_nor_counted(run, way, static, size, token_size):
+    """What fills a batch up; also on ranks that have nothing else."""
+    settings = replace(WAYS[way], static=static)
+    for split, padding in (("even", 3), ("level", 7)):
+        tokens = (7,) * (size // token_size)
+        run(Case(size, tokens, settings, token_size, UNEVEN, UNEVEN_CUTS[size], split, padding=padding))
+
+
 @pytest.mark.parametrize("way", ["level1", "level2", "chunks"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize(("size", "token_size"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])

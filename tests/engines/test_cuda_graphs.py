@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from lmdeploy.pytorch.backends import get_backend
+from lmdeploy.pytorch.backends.cuda.graph_runner import CUDAGraphRunner
 from lmdeploy.pytorch.backends.cuda.graph_runner.piecewise import (
     piecewise_graph_execution,
     trace_piecewise_cuda_graph,
@@ -26,7 +28,17 @@ from epbackend.engines.lmdeploy import plug, state
 from epbackend.engines.lmdeploy.devices.cuda import ExpertsBetweenGraphs
 from epbackend.engines.lmdeploy.operators import LayerExperts
 from epbackend.errors import ConfigError
-from tests.helpers.moe_modules import FORMS, PLACE, Case, batch_of, built_for, cuda_case, load_module
+from tests.helpers.moe_modules import (
+    FORMS,
+    PLACE,
+    Case,
+    K,
+    answer,
+    batch_of,
+    built_for,
+    cuda_case,
+    load_module,
+)
 
 pytestmark = pytest.mark.cuda
 
@@ -59,6 +71,56 @@ def test_between_captured_pieces_the_filling_is_left_out(cuda):
         with piecewise_graph_execution(raw_tokens=3, token_bucket=5):
             torch.testing.assert_close(module(hidden, routed, ids), expected)
         assert len(module(hidden, routed, ids)) == 5
+
+
+class Filling(CUDAGraphRunner):
+    """LMDeploy's runner where a graph would be replayed: its buffers keep their size, whatever the batch has."""
+
+    def __init__(self, module, idle: bool) -> None:
+        step = SimpleNamespace(global_is_decoding=lambda: True, is_dummy=idle)
+        self.ctx_mgr, self._module = SimpleNamespace(current_context=lambda: step), module
+
+    def _should_use_full_graph(self, *_) -> bool:
+        return True
+
+    def _forward_full_graph(self, *, input_ids, batch, **_) -> torch.Tensor:
+        return self._module(*batch)[: input_ids.numel()]
+
+
+def replayed(groups, settings: Case, real: tuple[int, ...], warm_up: bool = False) -> int:
+    """Tokens that this rank counts when so many rows of each rank's batch are of requests; none: it is idle."""
+    ranks = groups[1]
+    mine = real[ranks.rank]
+    with built_for(settings, ranks):
+        module, weights = load_module(settings, PLACE)
+        hidden, ids, routed = batch_of(settings, ranks.rank)
+        with state.active().real_tokens.warm_up() if warm_up else nullcontext():
+            found = Filling(module, not mine)(
+                input_ids=torch.zeros(1, mine or 1),
+                attn_metadata=SimpleNamespace(block_offsets=torch.zeros(1, dtype=torch.int32)),
+                batch=(hidden.to(PLACE), routed.to(PLACE), ids.to(PLACE)),
+            )
+        state.active().stats_writer.step()
+        state.active().stats_writer.close()
+        counted = int(state.active().load_report().tokens_RYE.sum())
+    if mine:
+        expected = answer(weights, hidden[:mine], ids[:mine], routed[:mine])
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
+    return counted
+
+
+@pytest.mark.parametrize(("level", "dispatcher"), [(1, "allgather"), (2, "alltoall")])
+def test_what_fills_a_graph_up_is_neither_computed_nor_counted(cuda, ranks, level, dispatcher):
+    """Of two engines (dp 2) one is short of the graph's size, and the other one has no request."""
+    settings = cuda_case(
+        "float", size=2, dp=2, level=level, dispatcher=dispatcher, tokens=(5, 5), graphs=True, replicas=True
+    )
+    assert sum(ranks.run(2, replayed, settings, (3, 0))) == 3 * K
+
+
+def test_a_warm_up_computes_what_it_makes_up(cuda, ranks):
+    settings = cuda_case("float", size=2, dp=2, tokens=(5, 5), graphs=True)
+    assert sum(ranks.run(2, replayed, settings, (3, 0), True)) == (3 + 1) * K
 
 
 @pytest.fixture

@@ -21,8 +21,11 @@ from lmdeploy.pytorch.engine.config_builder import ConfigBuilder
 
 import epbackend
 from epbackend import EPConfig
+from epbackend.device.base import Memory
+from epbackend.device.cuda import CudaDevice
 from epbackend.dispatch.context import GroupContext
 from epbackend.engines.lmdeploy import plug, state
+from epbackend.engines.lmdeploy.checks import check_cache
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.patches.engine import steps_are_counted
 from epbackend.engines.lmdeploy.plug import set_threads
@@ -55,6 +58,27 @@ def test_what_a_check_in_a_process_of_its_own_finds_is_said_here(pretended, chec
     checker = lmdeploy_engine.EngineChecker(str(checkpoint("qwen3-moe")), settings)
     with pytest.raises(ConfigError, match=r"check of Engine failed: thread safe mode is no longer supported"):
         checker.handle()
+
+
+def test_a_cache_beyond_the_devices_memory_is_found_where_the_device_is_asked(
+    pretended, checkpoint, monkeypatch
+):
+    """In a process that ends, so that this one takes no memory of a GPU; before any weight is loaded."""
+    monkeypatch.setattr(CudaDevice, "memory", lambda self, rank=0: pytest.fail("it is asked in this process"))
+    with pytest.raises(ConfigError, match=r"engine\.cache_gb: 1e\+06 GiB a rank: not enough memory"):
+        epbackend.pipeline(str(checkpoint("qwen3-moe")), two_ranks(cache_gb=1e6))
+    assert engine_workers() == []
+
+
+def test_the_fullest_device_of_the_machine_decides(monkeypatch):
+    """GPUs of one's own may be in use by others; those that no rank gets may be full."""
+    free = [8 << 30, 2 << 30, 0]
+    monkeypatch.setattr(CudaDevice, "torch_device", lambda self, rank: torch.device("cuda", rank))
+    monkeypatch.setattr(CudaDevice, "memory", lambda self, rank=0: Memory(80 << 30, free[rank]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    with pytest.raises(ConfigError, match=r"4 GiB a rank: .*1\.80 GiB are free on cuda:1"):
+        check_cache(two_ranks(cache_gb=4))
+    check_cache(two_ranks(cache_gb=1))
 
 
 def test_a_pipeline_of_two_ranks_comes_as_far_as_nccl(pretended, checkpoint, monkeypatch):

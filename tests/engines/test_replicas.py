@@ -7,7 +7,7 @@ import pytest
 import epbackend
 from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
 from epbackend.errors import WorkerError
-from tests.helpers.engine_models import NEW_TOKENS, prompts
+from tests.helpers.engine_models import NEW_TOKENS, TOP_K, prompts
 from tests.helpers.engines import GREEDY, config
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import GENERATE
@@ -25,12 +25,18 @@ def test_two_engines_give_the_tokens_of_one_with_uneven_and_empty_ranks(checkpoi
     texts, expected = prompts(), reference("qwen3-moe")
     with epbackend.pipeline(str(checkpoint("qwen3-moe")), config({"dp": 2}, ep_size=2, ep_level=2)) as pipe:
         crowd = pipe(texts, gen_config=GREEDY, do_preprocess=False)
+        before = pipe.load()
         alone = pipe(texts[4], gen_config=GREEDY, do_preprocess=False)
+        load_alone = pipe.load().since(before)
         parts = list(pipe.stream_infer(texts[1:4], gen_config=GREEDY, do_preprocess=False))
         load = pipe.load()
         mine = [engine for engine in pipe._processes if engine.is_alive()]
     assert [answer.token_ids for answer in crowd] == expected
     assert alone.token_ids == expected[4]
+    # What the other engine makes up, to take part, is no load. The last new token may be fed back or not.
+    fed = alone.input_token_len + NEW_TOKENS - 1
+    for routed in load_alone.tokens_RYE.sum(axis=(0, 2)):
+        assert fed * TOP_K <= routed <= (fed + 1) * TOP_K
     for index in range(3):
         assert [token for part in parts if part.index == index for token in part.token_ids] == expected[
             1 + index

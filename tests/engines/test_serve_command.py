@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import signal
 import subprocess
 import time
@@ -12,7 +14,10 @@ import requests
 from typer.testing import CliRunner
 
 from epbackend.cli import app
+from epbackend.engines.lmdeploy.checkpoint import locate
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
+from epbackend.engines.lmdeploy.server.chat_templates import chat_template_config
+from epbackend.errors import ConfigError
 from tests.helpers.patience import PATIENCE_S
 
 COMMAND = """
@@ -21,6 +26,11 @@ from epbackend.cli import main
 if __name__ == "__main__":
     main()
 """
+MODEL = locate("tiny-qwen3-moe")
+TEMPLATE = (
+    "{% for each in messages %}<|{{ 'user' if each.role == 'user' else 'bot' }}> {{ each.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<|bot>{% endif %}"
+)
 KEY = {"Authorization": "Bearer second"}
 
 
@@ -41,11 +51,13 @@ def test_a_server_with_its_switches(dp, tmp_path, certificate, start_process):
     key, cert = certificate
     keys, port = tmp_path / "keys", free_port()
     keys.write_text("first\nsecond\n")
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
     running = start_process(
         COMMAND, "serve", "tiny-qwen3-moe", "--port", str(port), "--device", "cpu", "--ep-size", "2", "--ep-level", "2",
         "--dp", str(dp), "--set", "engine.cache_gb=0.05", "--set", "engine.session_len=256",
         "--api-key-file", str(keys), "--ssl-keyfile", str(key), "--ssl-certfile", str(cert), "--root-path", "/models/a",
-        "--log-requests", "--disable-uvicorn-access-log", "--allow-origins", "https://ui.example",
+        "--chat-template", str(template), "--log-requests", "--disable-uvicorn-access-log", "--allow-origins", "https://ui.example",
         ready="startup complete" if dp == 1 else "",
     )  # fmt: skip
     base = f"https://{LOOPBACK}:{port}"
@@ -60,6 +72,8 @@ def test_a_server_with_its_switches(dp, tmp_path, certificate, start_process):
     assert requests.post(f"{base}/v1/completions", json=request, **asked).status_code == 401
     answer = requests.post(f"{base}/v1/completions", json=request, headers=KEY, **asked)
     assert answer.json()["usage"]["completion_tokens"] == 4
+    talk = {"model": "tiny-qwen3-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    assert requests.post(f"{base}/v1/chat/completions", json=talk, headers=KEY, **asked).ok
     origin = KEY | {"Origin": "https://ui.example"}
     assert requests.get(f"{base}/v1/models", headers=origin, **asked).headers[
         "access-control-allow-origin"
@@ -74,6 +88,7 @@ def test_a_server_with_its_switches(dp, tmp_path, certificate, start_process):
     running.assert_nothing_left()
     log = running.log.read_text()
     assert "prompt='def main('" in log
+    assert "prompt='<|user> hi <|bot>'" in log
     assert "POST /v1/completions" not in log
     for noise in ("deprecated", "0it [", "Traceback", "does not support bfloat16"):
         assert noise not in log
@@ -114,3 +129,40 @@ def test_what_cannot_be_served_is_said_before_anything_starts(words, said):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2, result.output
     assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jinja", "{% for %}", "cannot be used with .*: Expected an expression"),
+        ("a.jinja", "{{ raise_exception('only tools') }}", "cannot be used with .*: only tools"),
+        (
+            "a.txt",
+            "{{ messages[0].content.words() }}",
+            "cannot be used with .*: 'str object' has no attribute 'words'",
+        ),
+        ("a.json", "{", "holds none of LMDeploy's templates: Expecting property name"),
+        ("a.json", "[]", "holds none of LMDeploy's templates"),
+        (
+            "a.json",
+            '{"usr": "U:"}',
+            "holds none of LMDeploy's templates: .*unexpected keyword argument 'usr'",
+        ),
+    ],
+)
+def test_a_bad_chat_template_is_named(tmp_path, name, text, said):
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"^chat_template: .*{name} {said}"):
+        chat_template_config(str(file), MODEL)
+
+
+def test_chat_templates_travel_to_the_engines_processes(tmp_path):
+    """A Jinja file, a JSON file of LMDeploy's, and a name."""
+    jinja, settings = tmp_path / "a.jinja", tmp_path / "a.json"
+    jinja.write_text(TEMPLATE)
+    settings.write_text(json.dumps({"user": "U:", "eoh": ";", "assistant": "A:"}))
+    talk = [{"role": "user", "content": "hi"}]
+    for name, prompt in [(str(jinja), "<|user> hi <|bot>"), (str(settings), "U:hi;A:"), ("base", "hi")]:
+        config = pickle.loads(pickle.dumps(chat_template_config(name, MODEL)))
+        assert config.chat_template().messages2prompt(talk) == prompt

@@ -63,6 +63,16 @@ def test_ranks_on_two_machines_give_the_tokens_of_one_and_notice_when_it_is_cut_
         script.communicate(timeout=PATIENCE_S)
 
 
+def test_a_first_machine_without_ranks_is_told_before_they_are_waited_for():
+    """Where the command runs, the ranks meet."""
+    with two_hosts() as (first, second):
+        start_ray(first, {})
+        start_ray(second, {CPU_RESOURCE: 2}, head=first)
+        for dp in (1, 2):
+            error = json.loads(_read_until(_start(first, resolve("tiny-qwen3-moe"), dp, 2), "ERROR"))
+            assert f"its Ray offers 0 {CPU_RESOURCE}: run this command on a machine of the cluster" in error
+
+
 def _start(host: Host, model: str, dp: int, ep_size: int) -> Popen[str]:
     settings = config({"dp": dp, "executor": "ray"}, ep_size=ep_size, timeout_s=TIMEOUT_S)
     script = (

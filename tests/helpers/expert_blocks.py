@@ -194,6 +194,7 @@ class _Prefill:
     """As much of a StepContext as the blocks look at."""
 
     dp_meta = None
+    is_dummy = False
 
     @staticmethod
     def global_is_decoding() -> bool:

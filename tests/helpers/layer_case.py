@@ -60,6 +60,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     bias: bool = False
     activation: Callable[[Tensor], Tensor] | None = None
+    padding: int = 0
+    """How many rows at the end of each batch are no tokens."""
     repeats: bool = False
     """Whether a token may choose an expert twice."""
     seed: int = 0
@@ -125,7 +127,10 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case, context: GroupC
             activation=case.activation,
             context=context,
         )
-    out = layer(hidden.to(place), ids.to(place), weights.to(place)).cpu()
+    padding = (torch.arange(tokens) >= tokens - case.padding)[:, None].to(place) if case.padding else None
+    out = layer(hidden.to(place), ids.to(place), weights.to(place), padding_T1=padding).cpu()
+    tokens -= min(tokens, case.padding)
+    out, hidden, ids, weights = out[:tokens], hidden[:tokens], ids[:tokens], weights[:tokens]
     if layer.dispatchers["prefill"].name != "replicated":
         form, reference = RowFormat.of(hidden, ids, case.settings.dispatch_dtype), ReferenceKernels()
         hidden, *_ = form.decode(reference, form.encode(reference, hidden, ids, weights))

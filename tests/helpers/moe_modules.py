@@ -146,7 +146,7 @@ def built_for(case: Case, ranks: RankGroup) -> Iterator[None]:
         dist_config=DistConfig(dp=case.dp, ep=case.ep_size, tp=1 if case.spread else case.size),
     )
     steps = StepContextManager(BuildModelContext(max_batch_size=16))
-    step = SimpleNamespace(global_is_decoding=lambda: True)
+    step = SimpleNamespace(global_is_decoding=lambda: True, is_dummy=False)
     placement = Placement((COPIES,) * (LAYER + 1)) if case.replicas else None
     plug.enable(case.config, placement)
     try:

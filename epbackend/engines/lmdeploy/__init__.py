@@ -36,6 +36,7 @@ from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.engines.lmdeploy.processes import check_port, check_starts
 from epbackend.engines.lmdeploy.server.front import Front
+from epbackend.engines.lmdeploy.shown_log import ShownLog
 
 if TYPE_CHECKING:
     from lmdeploy import Pipeline
@@ -128,5 +129,6 @@ def _checked(model: str, config: EPConfig, *, serving: bool) -> tuple[str, Place
     from epbackend.engines.lmdeploy.checks import check_deployment
 
     custom = bool(config.engine.extra.get("custom_module_map"))
-    placement = check_deployment(path, config, serving=serving, custom_models=custom)
-    return path, starting_placement(path, config, placement)
+    with ShownLog(config.engine.log_level):
+        placement = check_deployment(path, config, serving=serving, custom_models=custom)
+        return path, starting_placement(path, config, placement)

@@ -61,9 +61,13 @@ def check_deployment(
     placement = finished_placement(config, layer_count(settings), dense_layers(settings), renumbering)
     check_model(path, config, placement)
     check_packages(config, serving=serving)
-    if get_device(config.device).name == "ascend":
+    device = get_device(config.device).name
+    if device == "ascend":
         check_ascend(settings, config)
-    check_cache(config)
+    if (
+        device == "cpu"
+    ):  # others are asked where LMDeploy checks its engine: asking takes some of their memory
+        check_cache(config)
     return placement
 
 
@@ -182,16 +186,23 @@ def _check_older_attention(settings: dict[str, Any], config: EPConfig) -> None:
 
 
 def check_cache(config: EPConfig) -> None:
-    """Raises ConfigError for a KV cache that is larger than the free memory of this machine (device cpu)."""
+    """Raises ConfigError for a KV cache that is larger than the free memory of a device that this machine's ranks get.
+
+    It asks each of these, which makes a context there, in the process that calls.
+    """
     gigabytes = config.engine.cache_gb
-    device = get_device(config.device)
-    if gigabytes is None or device.name != "cpu":
+    if gigabytes is None:
         return
-    usable = device.memory().free * (1 - KEPT_FREE) / GIB
+    device = get_device(config.device)
+    kind = device.torch_device(0).type
+    here = 1 if kind == "cpu" else torch.get_device_module(kind).device_count()
+    free, place = min((device.memory(rank).free, rank) for rank in range(min(here, config.world_size)))
+    usable = free * (1 - KEPT_FREE) / GIB
     if gigabytes > usable:
+        where = "" if kind == "cpu" else f" on {kind}:{place}"
         raise ConfigError(
-            f"engine.cache_gb: {gigabytes:g} GiB a rank: not enough memory, {usable:.2f} GiB are free for a rank's KV "
-            f"cache; lower it to at most {usable:.2f} GiB"
+            f"engine.cache_gb: {gigabytes:g} GiB a rank: not enough memory, {usable:.2f} GiB are free{where} for a "
+            f"rank's KV cache; lower it to at most {usable:.2f} GiB"
         )
 
 

@@ -16,6 +16,7 @@ from epbackend.engines.lmdeploy import balance
 from epbackend.engines.lmdeploy.load.report import LoadReport, SharedStats
 from epbackend.engines.lmdeploy.processes import start_engines, stop_engines
 from epbackend.engines.lmdeploy.requests.checks import check_python_options
+from epbackend.engines.lmdeploy.shown_log import ShownLog
 from epbackend.engines.placement import warm_splits
 from epbackend.errors import EPError, WorkerError
 from epbackend.placement.placement import Placement
@@ -47,6 +48,7 @@ class ReplicatedPipeline:
     def __init__(
         self, model_path: str, config: EPConfig, placement: Placement | None = None, **kwargs: Any
     ) -> None:
+        self._log = ShownLog(config.engine.log_level)
         warm_splits(config)
         self._board: SharedStats | None = SharedStats.of(config)
         self._balancer = balance.start(config, self._board, placement)
@@ -142,6 +144,7 @@ class ReplicatedPipeline:
         stop_engines(self._processes, grace_s=0 if self._broken else CLOSING_S)
         self._board.remove()
         self._board = None
+        self._log.close()
 
     def __getattr__(self, name: str) -> Any:
         from lmdeploy.pipeline import Pipeline

@@ -143,6 +143,9 @@ class LayerExperts:
         values = gate_up_L2FD if isinstance(gate_up_L2FD, Tensor) else gate_up_L2FD.values_LNK
         rank = get_dist_manager().current_context().rank
         active().stats_writer.watch(rank, self.layer_number, self.layer, values.device)
+        decode = self.settings["decode"]
+        if decode.static and decode.max_tokens:
+            active().real_tokens.foresee(decode.max_tokens, values.device)
         balance.watch(self.layer_number, self.layer, values.device)
 
     def forward(
@@ -153,10 +156,19 @@ class LayerExperts:
             raise EPError(
                 f"MoE layer {self.layer_number} has no weights yet: load them before the first forward"
             )
-        active().pulse.at_layer(self.layer_number)
+        plug, step = active(), get_step_ctx_manager().current_context()
+        plug.pulse.at_layer(self.layer_number)
         if self.spec.renormalize:
             topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
-        return self.layer(hidden_states, topk_ids, topk_weights, phase=_phase())
+        # The same on every rank: with dp > 1 LMDeploy agrees on it before each forward.
+        phase = "decode" if step.global_is_decoding() else "prefill"
+        if self.settings[phase].static:
+            padding = plug.real_tokens.padding(len(hidden_states))
+            return self.layer(hidden_states, topk_ids, topk_weights, phase, padding)
+        if plug.real_tokens.are_in(step):
+            return self.layer(hidden_states, topk_ids, topk_weights, phase)
+        self.layer(hidden_states[:0], topk_ids[:0], topk_weights[:0], phase)
+        return torch.zeros_like(hidden_states)
 
 
 class FloatExperts(LayerExperts, FusedMoEImpl):
@@ -277,11 +289,6 @@ def _bounded(decode: DispatchSettings) -> DispatchSettings:
         return decode
     diffused = build.dllm_config.block_length if build.dllm_config else None
     return replace(decode, max_tokens=build.max_batch_size * max(1 + build.num_spec_tokens, diffused or 1))
-
-
-def _phase() -> str:
-    """The step's phase, the same on every rank: with dp > 1 LMDeploy agrees on it before each forward."""
-    return "decode" if get_step_ctx_manager().current_context().global_is_decoding() else "prefill"
 
 
 def _ranks(spec: Spec) -> RankGroup:

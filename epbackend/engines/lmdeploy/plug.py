@@ -18,6 +18,7 @@ from epbackend.engines.lmdeploy import balance
 from epbackend.engines.lmdeploy.lmdeploy_config import executor
 from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats
 from epbackend.engines.lmdeploy.patching import check_version
+from epbackend.engines.lmdeploy.shown_log import ShownLog
 from epbackend.engines.lmdeploy.state import (
     CONFIG_VARIABLE,
     PLACEMENT_VARIABLE,
@@ -120,5 +121,5 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
         state.switch_off()
         raise
     set_current(state)
-    state.show_log(config.engine.log_level)
+    state.log = ShownLog(config.engine.log_level)
     atexit.register(disable)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,9 +10,11 @@ from epbackend.balance.balancer import Balancer
 from epbackend.balance.migration import Migrator
 from epbackend.config import EPConfig
 from epbackend.dispatch.context import GroupContext
+from epbackend.engines.lmdeploy.load.real_tokens import RealTokens
 from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, LoadReport, SharedStats, record_verdict
 from epbackend.engines.lmdeploy.load.stats_writer import StatsWriter
 from epbackend.engines.lmdeploy.patching import Patches
+from epbackend.engines.lmdeploy.shown_log import ShownLog
 from epbackend.engines.lmdeploy.workers.pulse import Pulse
 from epbackend.errors import EPError, WorkerError
 from epbackend.placement.placement import Placement
@@ -36,6 +37,7 @@ class PlugState:
     """The variables we set, as they were before."""
     board: SharedStats | None = None
     stats_writer: StatsWriter = field(default_factory=StatsWriter)
+    real_tokens: RealTokens = field(default_factory=RealTokens)
     context: GroupContext = field(default_factory=GroupContext)
     """What all MoE layers share on their process groups."""
     pulse: Pulse = field(init=False)
@@ -51,10 +53,7 @@ class PlugState:
     migrator: Migrator | None = None
     """In a rank whose experts move."""
 
-    log_level: int | None = None
-    """Of our log as it was before; None where it was left alone."""
-    log_handler: logging.Handler | None = None
-    """The one that we added to it, if any."""
+    log: ShownLog | None = None
 
     def __post_init__(self) -> None:
         self.pulse = Pulse(self.config.timeout_s)
@@ -66,18 +65,6 @@ class PlugState:
             record_verdict(str(failure))
         if self.on_failure is not None:
             self.on_failure(self.failure)
-
-    def show_log(self, level: str) -> None:
-        """Our own log at that level, on stderr unless the program has a place for it."""
-        log = logging.getLogger("epbackend")
-        self.log_level = log.level
-        log.setLevel(level)
-        if not log.hasHandlers():
-            self.log_handler = logging.StreamHandler()
-            self.log_handler.setFormatter(
-                logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
-            )
-            log.addHandler(self.log_handler)
 
     def set_environment(self, name: str, value: str) -> None:
         self.environment.setdefault(name, os.environ.get(name))
@@ -115,11 +102,8 @@ class PlugState:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        log = logging.getLogger("epbackend")
-        if self.log_level is not None:
-            log.setLevel(self.log_level)
-        if self.log_handler is not None:
-            log.removeHandler(self.log_handler)
+        if self.log is not None:
+            self.log.close()
 
 
 _state: PlugState | None = None

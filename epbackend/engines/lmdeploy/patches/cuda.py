@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from epbackend.engines.lmdeploy.patching import Patch, patch, replaced_by
+from epbackend.engines.lmdeploy.state import active
 
 
 def _not_required(name: str, function: str, fingerprint: str) -> Patch:
@@ -35,6 +37,21 @@ def our_layer_is_not_compiled(original: Callable[[], None]) -> Callable[[], None
     return configure
 
 
+@patch(
+    "lmdeploy.pytorch.backends.cuda.graph_runner.runner:CUDAGraphRunner.__call__",
+    why="it fills a batch up to the size of a captured graph with made-up tokens, which would count as load",
+    when="cuda",
+    fingerprint="868e20ccfad3",
+)
+def filling_is_no_load(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def run(self: Any, **inputs: Any) -> Any:
+        active().real_tokens.begin_step(self.ctx_mgr.current_context(), inputs["input_ids"].numel())
+        return original(self, **inputs)
+
+    return run
+
+
 PATCHES = (
     Patch(
         "checks-with-the-plug",
@@ -47,4 +64,5 @@ PATCHES = (
     _not_required("deep-ep-not-demanded", "is_deep_ep_installed", "d657b75b1d11"),
     _not_required("deep-gemm-not-demanded", "is_deep_gemm_installed", "5575ef1e2aae"),
     our_layer_is_not_compiled,
+    filling_is_no_load,
 )

@@ -12,7 +12,7 @@ import torch
 from lmdeploy.pytorch.distributed import get_dist_manager
 
 from epbackend.config.schema import FEWEST_BLOCKS
-from epbackend.engines.lmdeploy.checks import GIB, KEPT_FREE
+from epbackend.engines.lmdeploy.checks import GIB, KEPT_FREE, check_cache
 from epbackend.engines.lmdeploy.load.calibration import calibrate
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.state import active
@@ -102,6 +102,21 @@ def cache_blocks(block_bytes: int, free_bytes: int, gigabytes: float | None, blo
 
 
 @patch(
+    "lmdeploy.pytorch.engine.engine_checker:EngineChecker.check",
+    why="a cache that the device's memory cannot hold is found only when all weights are loaded",
+    when="always",
+    fingerprint="6d2566323421",
+)
+def memory_is_checked(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def check(self: Any) -> None:
+        original(self)
+        check_cache(active().config)
+
+    return check
+
+
+@patch(
     "lmdeploy.pytorch.check_env.base:BaseChecker.log_and_exit",
     why="a failed check ends the process, Python's user included",
     when="always",
@@ -180,8 +195,9 @@ def steps_are_counted(original: Callable) -> Callable:
 def warm_up_is_no_load(original: Callable) -> Callable:
     @functools.wraps(original)
     def warmup(self: Any) -> None:
-        original(self)
         writer = active().stats_writer
+        with active().real_tokens.warm_up():
+            original(self)
         writer.start_over()
         calibrate(writer.layers, self.model_config.hidden_size, self.model_config.dtype)
 
@@ -247,6 +263,7 @@ def failed_loop_is_told(original: Callable) -> Callable:
 PATCHES = (
     backend_with_our_experts,
     cache_by_budget,
+    memory_is_checked,
     failed_checks_raise,
     loaded_weights_are_checked,
     steps_are_counted,

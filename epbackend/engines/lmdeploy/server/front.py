@@ -9,13 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from epbackend.engines.lmdeploy.patching import Patch, Patches
-from epbackend.errors import ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    from lmdeploy import ChatTemplateConfig
+from epbackend.errors import ConfigError
 
 EVERYTHING = ("*",)
 
@@ -29,7 +26,7 @@ class Front:
     api_keys: tuple[str, ...] = ()
     """Of which a request must bring one (`Authorization: Bearer KEY`). None given: all requests are served."""
     chat_template: str | None = None
-    """A name that LMDeploy knows, or a JSON file of its ChatTemplateConfig. None: the model's own."""
+    """A name that LMDeploy knows, a Jinja file, or a JSON file of its ChatTemplateConfig. None: the model's own."""
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     request_log: bool = False
@@ -71,12 +68,17 @@ class Front:
         """What LMDeploy's `api_server.serve` takes of it, where that server is the one that clients reach.
 
         Raises:
-            ConfigError: the chat template is unknown, or its file is none.
+            ConfigError: the chat template is unknown, or cannot be used.
         """
+        template = None
+        if self.chat_template is not None:
+            from epbackend.engines.lmdeploy.server.chat_templates import chat_template_config
+
+            template = chat_template_config(self.chat_template, model_path, self.trust_remote_code)
         return {
             "model_name": self.model_name,
             "api_keys": list(self.api_keys) or None,
-            "chat_template_config": chat_template_config(self.chat_template, model_path),
+            "chat_template_config": template,
             "tool_call_parser": self.tool_call_parser,
             "reasoning_parser": self.reasoning_parser,
             "max_log_len": self.max_log_len,
@@ -145,30 +147,6 @@ class Front:
             validate_parser_names(self.reasoning_parser, self.tool_call_parser, warn_legacy=False)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-
-
-def chat_template_config(name: str | None, model_path: str) -> ChatTemplateConfig | None:
-    """LMDeploy's config of a chat template: a name that it knows, or a JSON file; None: the model's own.
-
-    Raises:
-        ConfigError: there is no such template, or the file does not hold one.
-    """
-    if name is None:
-        return None
-    from lmdeploy import ChatTemplateConfig
-    from lmdeploy.model import MODELS
-
-    if Path(name).is_file():
-        try:
-            return ChatTemplateConfig.from_json(name)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"chat_template: {name} holds none of LMDeploy's templates: {error}") from None
-    if name not in MODELS.module_dict:
-        known = sorted(MODELS.module_dict)
-        raise ConfigError(
-            f"chat_template: {name} is no file, and none of {', '.join(known)}{did_you_mean(name, known)}"
-        )
-    return ChatTemplateConfig(model_name=name, model_path=model_path)
 
 
 def _request_log() -> logging.Logger:

@@ -33,6 +33,7 @@ from epbackend.engines.lmdeploy.server.experts import Experts
 from epbackend.engines.lmdeploy.server.front import Front
 from epbackend.engines.lmdeploy.server.guard import Guard, looking_out, signals_unwind
 from epbackend.engines.lmdeploy.server.metrics import ExpertMetrics
+from epbackend.engines.lmdeploy.shown_log import ShownLog
 from epbackend.engines.lmdeploy.state import active
 from epbackend.engines.placement import warm_splits
 from epbackend.errors import ENGINE_FAILED, EngineFailedError, WorkerError
@@ -120,7 +121,7 @@ def _serve_once(
     config = EPConfig.from_json(config_json)
     guard = Guard(drain_seconds)
     try:
-        with signals_unwind(), front.shown():
+        with signals_unwind(), front.shown(), ShownLog(config.engine.log_level):
             if config.engine.dp == 1:
                 plug.enable(config, placement)
                 try:

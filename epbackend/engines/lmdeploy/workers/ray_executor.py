@@ -167,15 +167,19 @@ def private_cluster(original: Callable) -> Callable:
             return original(world_size, ray_address, dp, device_type)
         ray.init(address=ray_address, ignore_reinit_error=True)
         resource = cluster.get_device_str(device_type)
-        _check_room(resource)
+        _check_room(resource, world_size)
         with _pinned_to(_node_of(int(os.environ.get(ENGINE_VARIABLE, 0)), world_size, resource)):
             return original(world_size, ray_address, dp, device_type)
 
     return init_ray_cluster
 
 
-def _check_room(resource: str) -> None:
-    """LMDeploy waits half an hour for a cluster that has room."""
+def _check_room(resource: str, ranks: int) -> None:
+    """LMDeploy waits half an hour for a cluster that has room, and five minutes for ranks that meet where none is.
+
+    Raises:
+        ConfigError: the cluster has no room for all ranks, or this machine has none for the first engine's `ranks`.
+    """
     config, room = active().config, int(ray.cluster_resources().get(resource, 0))
     if room < config.world_size:
         raise ConfigError(
@@ -184,7 +188,14 @@ def _check_room(resource: str) -> None:
         )
     here = ray.util.get_node_ip_address()
     nodes = [node for node in ray.nodes() if node["NodeManagerAddress"] == here and node["Alive"]]
-    if config.balance.on and sum(node["Resources"].get(resource, 0) for node in nodes) < config.world_size:
+    own_room = int(sum(node["Resources"].get(resource, 0) for node in nodes))
+    if not own_room or _node_of(0, ranks, resource) != here:
+        raise ConfigError(
+            f"engine.executor: ray: the ranks meet on this machine ({here}), so the first engine's {ranks} must begin "
+            f"here, and its Ray offers {own_room} {resource}: run this command on a machine of the cluster that has "
+            f"room, or start Ray here with it (ranks on CPUs: --resources '{{\"{CPU_RESOURCE}\": {ranks}}}')"
+        )
+    if config.balance.on and own_room < config.world_size:
         raise ConfigError(
             "balance.on moves experts within one machine, and this one has no room for all ranks: turn it off"
         )
