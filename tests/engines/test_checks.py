@@ -100,7 +100,7 @@ def test_lora_is_refused_on_the_cpu(checkpoint):
 
 def test_lora_is_refused_on_ascend(monkeypatch):
     monkeypatch.setattr(checks, "get_device", lambda name: SimpleNamespace(name=name))
-    with pytest.raises(ConfigError, match="adapters: device ascend .*merge"):
+    with pytest.raises(ConfigError, match=r"adapters: device ascend .*merge"):
         checks.check_adapters(EPConfig.load({"device": "ascend"}), {"one": "nowhere"})
 
 
