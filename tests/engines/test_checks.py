@@ -98,6 +98,12 @@ def test_lora_is_refused_on_the_cpu(checkpoint):
     refused(str(checkpoint("qwen3-moe")), settings, ConfigError, "adapters: device cpu .*merge")
 
 
+def test_lora_is_refused_on_ascend(monkeypatch):
+    monkeypatch.setattr(checks, "get_device", lambda name: SimpleNamespace(name=name))
+    with pytest.raises(ConfigError, match=r"adapters: device ascend .*merge"):
+        checks.check_adapters(EPConfig.load({"device": "ascend"}), {"one": "nowhere"})
+
+
 def test_drafted_tokens_are_refused_on_the_cpu(checkpoint):
     drafts = lmdeploy.messages.SpeculativeConfig(method="deepseek_mtp")
     with pytest.raises(ConfigError, match=r"speculative_config: .*deepseek_mtp"):

@@ -110,6 +110,16 @@ def test_options_have_an_effect_or_are_refused(pipe, reference):
         pipe([text], gen_config=GenerationConfig(n=2))
     with pytest.raises(ConfigError, match="output_logits"):
         list(pipe.stream_infer([text], gen_config=GenerationConfig(output_logits="all")))
+    with pytest.raises(ConfigError, match=r"^temperature: .*GenerationConfig"):
+        pipe([text], temperature=0.5)
+    with pytest.raises(ConfigError, match="2 of them for 1 prompts"):
+        pipe([text], gen_config=[GREEDY, GREEDY])
+    with pytest.raises(ValueError, match="2 sessions"):
+        list(pipe.stream_infer([text], sessions=[pipe.session(), pipe.session()]))
+    forbidden = pipe(text, gen_config=replace(GREEDY, bad_words=["several words of it"]))
+    assert forbidden.finish_reason == "error"
+    assert "bad_words: 'several words of it'" in forbidden.error_message
+    assert "adapter_name: the engine has no adapter 'x'" in pipe(text, adapter_name="x").error_message
     plain = pipe(text, gen_config=GREEDY, do_preprocess=False)
     assert plain.token_ids == reference("qwen3-moe")[0]
     penalized = pipe(text, gen_config=replace(GREEDY, repetition_penalty=5.0), do_preprocess=False)

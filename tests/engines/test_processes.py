@@ -52,6 +52,9 @@ def test_a_worker_killed_while_generating_fails_the_call(checkpoint):
         with pytest.raises(WorkerError, match=r"rank 1 was killed by SIGKILL"):
             _generate_for(60, pipe)
         assert time.monotonic() < began + TWO_RANKS.timeout_s  # not by the collective that waits
+        for call in (lambda: pipe("hello"), lambda: pipe.chat("hello"), lambda: pipe.get_ppl([1, 2, 3])):
+            with pytest.raises(WorkerError, match="rank 1"):
+                call()
     assert engine_workers() == []
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import epbackend
 from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
-from epbackend.errors import WorkerError
+from epbackend.errors import ConfigError, WorkerError
 from tests.helpers.engine_models import NEW_TOKENS, TOP_K, prompts
 from tests.helpers.engines import GREEDY, config
 from tests.helpers.patience import PATIENCE_S
@@ -25,6 +25,8 @@ def test_two_engines_give_the_tokens_of_one_with_uneven_and_empty_ranks(checkpoi
     texts, expected = prompts(), reference("qwen3-moe")
     with epbackend.pipeline(str(checkpoint("qwen3-moe")), config({"dp": 2}, ep_size=2, ep_level=2)) as pipe:
         crowd = pipe(texts, gen_config=GREEDY, do_preprocess=False)
+        with pytest.raises(ConfigError, match=r"^sessions: "):
+            pipe(texts, sessions=[])
         before = pipe.load()
         alone = pipe(texts[4], gen_config=GREEDY, do_preprocess=False)
         load_alone = pipe.load().since(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import pickle
 from dataclasses import dataclass, field
@@ -12,15 +13,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lmdeploy import GenerationConfig
+from lmdeploy import GenerationConfig, Pipeline
+from lmdeploy.serve.core.async_engine import AsyncEngine
 
+from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
 from epbackend.engines.lmdeploy.patches.requests import messages_fail_alone
+from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
 from epbackend.engines.lmdeploy.requests.checks import (
+    CALL_ARGUMENTS,
     RANGES,
     BadRequestError,
     check_body,
+    check_call,
     check_generation,
-    check_python_options,
 )
 from epbackend.engines.lmdeploy.requests.logits_processors import (
     NO_TOKEN,
@@ -32,7 +37,7 @@ from epbackend.engines.lmdeploy.requests.logits_processors import (
     logit_bias,
 )
 from epbackend.engines.lmdeploy.requests.stop_strings import until_stop
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, EPError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -82,10 +87,44 @@ def test_prompts_are_ids_of_the_vocabulary(ids):
         check_generation(ids, GenerationConfig(), 512)
 
 
-@pytest.mark.parametrize("option", [{"n": 2}, {"output_logits": "all"}, {"output_last_hidden_state": "all"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"n": 2},
+        {"output_logits": "all"},
+        {"output_last_hidden_state": "all"},
+        {"return_ppl": True},
+        {"return_routed_experts": True},
+    ],
+)
 def test_options_that_a_pipeline_would_ignore_are_refused(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
-        check_python_options(GenerationConfig(**option))
+        check_call(1, GenerationConfig(**option), (), experts_told=False)
+    check_call(1, GenerationConfig(return_routed_experts=True), CALL_ARGUMENTS, experts_told=True)
+
+
+def test_a_pipelines_call_has_the_arguments_of_lmdeploys():
+    ways = (Pipeline.stream_infer, AsyncEngine.preprocess)
+    known = {name for way in ways for name in inspect.signature(way).parameters}
+    assert known - CALL_ARGUMENTS == {
+        "self",
+        "prompts",
+        "sessions",
+        "gen_config",
+        "kwargs",
+        "messages",  # what becomes of prompts and sessions
+        "session_id",
+        "input_ids",
+    }
+
+
+@pytest.mark.parametrize("kind", [ExpertParallelPipeline, ReplicatedPipeline])
+def test_a_closed_pipeline_says_so(kind):
+    pipe = kind.__new__(kind)  # starts no engine
+    pipe._closed, pipe._board = True, None
+    for call in (lambda: pipe(["a"]), lambda: list(pipe.stream_infer("a"))):
+        with pytest.raises(EPError, match="closed"):
+            call()
 
 
 @dataclass

@@ -105,10 +105,11 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
 
 
 def check_adapters(config: EPConfig, adapters: Any) -> None:
-    """Raises ConfigError for LoRA adapters where the config's device has no operators for them."""
-    if adapters and get_device(config.device).name == "cpu":
+    """Raises ConfigError for LoRA adapters where LMDeploy's backend of the config's device has no operator for them."""
+    device = get_device(config.device).name
+    if adapters and device != "cuda":
         raise ConfigError(
-            "adapters: device cpu has no operators for LoRA; merge the adapter into the weights (peft's "
+            f"adapters: device {device} has no operators for LoRA; merge the adapter into the weights (peft's "
             "merge_and_unload), or use a GPU (device: cuda)"
         )
 

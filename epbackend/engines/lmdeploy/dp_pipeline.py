@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -15,7 +15,7 @@ from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import balance
 from epbackend.engines.lmdeploy.load.report import LoadReport, SharedStats
 from epbackend.engines.lmdeploy.processes import start_engines, stop_engines
-from epbackend.engines.lmdeploy.requests.checks import check_python_options
+from epbackend.engines.lmdeploy.requests.checks import check_call
 from epbackend.engines.lmdeploy.shown_log import ShownLog
 from epbackend.engines.placement import warm_splits
 from epbackend.errors import EPError, WorkerError
@@ -53,6 +53,7 @@ class ReplicatedPipeline:
         self._board: SharedStats | None = SharedStats.of(config)
         self._balancer = balance.start(config, self._board, placement)
         self._broken = False
+        self._experts_told = bool(config.engine.extra.get("enable_return_routed_experts"))
         ends = [Pipe() for _ in range(config.engine.dp)]
         self._engines = [ours for ours, _ in ends]
         self._processes = start_engines(
@@ -81,6 +82,8 @@ class ReplicatedPipeline:
 
         Raises:
             WorkerError: an engine died, before or meanwhile.
+            ConfigError: an argument, or an option of the GenerationConfig, would be ignored.
+            EPError: the pipeline is closed.
         """
         whole: dict[int, Response] = {}
         for part in self.stream_infer(prompts, gen_config=gen_config, stream_response=False, **kwargs):
@@ -91,14 +94,15 @@ class ReplicatedPipeline:
         self, prompts: Any, gen_config: GenerationConfig | list | None = None, **kwargs: Any
     ) -> Iterator[Response]:
         """Parts of the responses as they come; `index` tells the prompt of each. Raises as `infer` does."""
+        if self._board is None:
+            raise EPError("this pipeline is closed; make another one")
         prompts = [prompts] if _is_single(prompts) else list(prompts)
-        for each in gen_config if isinstance(gen_config, Sequence) else [gen_config]:
-            check_python_options(each)
+        check_call(len(prompts), gen_config, kwargs, experts_told=self._experts_told)
         busy = []
         for rank, engine in enumerate(self._engines):
             index = list(range(rank, len(prompts), len(self._engines)))
             if index:
-                configs = [gen_config[i] for i in index] if isinstance(gen_config, Sequence) else gen_config
+                configs = [gen_config[i] for i in index] if isinstance(gen_config, list) else gen_config
                 self._send(engine, _Work([prompts[i] for i in index], index, configs, kwargs))
                 busy.append(engine)
         try:
@@ -197,9 +201,11 @@ class ReplicatedPipeline:
 
 
 def _is_single(prompts: Any) -> bool:
-    """Whether this is one prompt: a text, or the messages of one chat."""
-    return isinstance(prompts, str) or (
-        isinstance(prompts, list) and prompts != [] and isinstance(prompts[0], dict)
+    """Whether this is one prompt: a text, a text with its images, or the messages of one chat."""
+    return (
+        isinstance(prompts, str)
+        or (isinstance(prompts, tuple) and len(prompts) == 2)
+        or (isinstance(prompts, list) and prompts != [] and isinstance(prompts[0], dict))
     )
 
 

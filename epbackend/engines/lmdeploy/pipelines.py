@@ -15,7 +15,7 @@ from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load.report import LoadReport
-from epbackend.engines.lmdeploy.requests.checks import check_python_options
+from epbackend.engines.lmdeploy.requests.checks import check_call
 from epbackend.engines.lmdeploy.state import active, current
 from epbackend.errors import EPError
 from epbackend.placement.placement import Placement
@@ -66,7 +66,8 @@ class ExpertParallelPipeline(Pipeline):
 
         Raises:
             WorkerError: a worker process died, before or meanwhile.
-            ConfigError: the GenerationConfig has an option that the engine would ignore.
+            ConfigError: an argument, or an option of the GenerationConfig, would be ignored.
+            EPError: the pipeline is closed.
         """
         responses = super().infer(*args, **kwargs)
         self._raise_failure()
@@ -78,6 +79,16 @@ class ExpertParallelPipeline(Pipeline):
             if response.finish_reason == "error":
                 self._raise_failure()
             yield response
+
+    def get_ppl(self, *args: Any, **kwargs: Any) -> list[float]:
+        """As LMDeploy's; raises as `infer` does."""
+        if self._closed:
+            raise EPError("this pipeline is closed; make another one")
+        try:
+            return super().get_ppl(*args, **kwargs)
+        except ValueError:
+            self._raise_failure()
+            raise
 
     def close(self) -> None:
         """Ends the engine and its processes, and disables the plug. A second call does nothing."""
@@ -93,10 +104,15 @@ class ExpertParallelPipeline(Pipeline):
         finally:
             plug.disable()
 
-    def _request_generator(self, prompts: Any, gen_config: Any = None, **kwargs: Any) -> Iterator[dict]:
-        for each in gen_config if isinstance(gen_config, list) else [gen_config]:
-            check_python_options(each)
-        return super()._request_generator(prompts, gen_config=gen_config, **kwargs)
+    def _request_generator(
+        self, prompts: Any, sessions: Any = None, gen_config: Any = None, **kwargs: Any
+    ) -> Iterator[dict]:
+        if self._closed:
+            raise EPError("this pipeline is closed; make another one")
+        count = 1 if self._is_single(prompts) else len(prompts)
+        check_call(count, gen_config, kwargs, experts_told=self.backend_config.enable_return_routed_experts)
+        # LMDeploy draws the requests in its event loop, where an error would leave the caller waiting.
+        return iter(list(super()._request_generator(prompts, sessions, gen_config, **kwargs)))
 
     def _raise_failure(self) -> None:
         state = current()

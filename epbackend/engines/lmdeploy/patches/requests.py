@@ -12,6 +12,7 @@ from epbackend.engines.lmdeploy.patching import Patch, patch
 from epbackend.engines.lmdeploy.requests.checks import (
     ALMOST_ZERO,
     BadRequestError,
+    check_adapter,
     check_generation,
     vocabulary_size,
     within_vocabulary,
@@ -57,16 +58,32 @@ def requests_are_checked(original: Callable) -> Callable:
     from lmdeploy._guided_decoding import ensure_response_format_compilable
     from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 
+    def check_wishes(gen_config: Any, tokenizer: Any) -> None:
+        """What LMDeploy takes from a GenerationConfig without a word, and cannot do."""
+        if gen_config is None:
+            return
+        if gen_config.response_format is not None:
+            try:
+                ensure_response_format_compilable(gen_config.response_format)
+            except ValueError as error:
+                raise BadRequestError("response_format", str(error)) from error
+        for word in gen_config.bad_words or ():
+            if len(tokenizer.encode(word, add_bos=False)) != 1:
+                raise BadRequestError(
+                    "bad_words",
+                    f"{word!r} is not one token, and only tokens can be forbidden; use bad_token_ids",
+                )
+
     @functools.wraps(original)
     async def preprocess(
         self: Any, messages: Any, session_id: Any, gen_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        if gen_config is not None and gen_config.response_format is not None:
-            try:
-                ensure_response_format_compilable(gen_config.response_format)
-            except ValueError as error:
-                self.session_mgr.remove(session_id)
-                raise RequestError(ErrorCode.INVALID_REQUEST, f"response_format: {error}") from error
+        try:
+            check_wishes(gen_config, self.tokenizer)
+            check_adapter(kwargs.get("adapter_name"), getattr(self.backend_config, "adapters", None) or ())
+        except ValueError as error:
+            self.session_mgr.remove(session_id)
+            raise RequestError(ErrorCode.INVALID_REQUEST, str(error)) from error
         prepared = await original(self, messages, session_id, gen_config, *args, **kwargs)
         generation, ids = prepared.gen_config, prepared.inputs["input_ids"]
         vocabulary = vocabulary_size(self.hf_cfg)

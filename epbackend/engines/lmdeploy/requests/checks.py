@@ -107,6 +107,22 @@ INSTEAD = {
 NEUTRAL = {"best_of": 1, "length_penalty": 1}
 """Fields of other servers -> the value that asks for nothing; so do null, false, 0 and what is empty, of any field."""
 
+CALL_ARGUMENTS = frozenset(
+    {
+        "do_preprocess",
+        "adapter_name",
+        "tools",
+        "reasoning_effort",
+        "enable_thinking",
+        "chat_template_kwargs",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
+        "stream_response",
+        "multiplex",
+    }
+)
+"""What a pipeline's call takes beside prompts, sessions and gen_config; `multiplex` comes from LMDeploy's `chat`."""
+
 DISAGGREGATION = frozenset({"migration_request", "with_cache", "preserve_cache"})
 """Read by LMDeploy from the raw request, so no schema has them."""
 
@@ -162,14 +178,32 @@ def check_generation(input_ids: Sequence[int], generation: Any, vocabulary: int 
     Range(0, most, integer=True).check("logprobs", max(0, generation.logprobs or 0))
 
 
-def check_python_options(generation: Any) -> None:
-    """Refuses what a pipeline's GenerationConfig (None: the default) offers and LMDeploy's PyTorch engine would ignore.
+def check_call(prompts: int, gen_config: Any, arguments: Collection[str], *, experts_told: bool) -> None:
+    """Checks a call of a pipeline: what LMDeploy would ignore, or wait for without an end.
+
+    `gen_config` is None, one GenerationConfig or a list of one a prompt; `arguments` are the names of the others.
+    `experts_told`: the engine keeps which experts each token had (enable_return_routed_experts).
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: naming the argument, or the field of the GenerationConfig.
     """
-    if generation is None:
-        return
+    for name in arguments:
+        if name not in CALL_ARGUMENTS:
+            raise ConfigError(
+                f"{name}: is no argument of this call, and would be ignored{did_you_mean(name, CALL_ARGUMENTS)}; "
+                "how to answer is said by gen_config=lmdeploy.GenerationConfig(...)"
+            )
+    each = gen_config if isinstance(gen_config, list) else [gen_config]
+    if isinstance(gen_config, list) and len(gen_config) != prompts:
+        raise ConfigError(
+            f"gen_config: {len(gen_config)} of them for {prompts} prompts; give one, or one a prompt"
+        )
+    for generation in each:
+        if generation is not None:
+            _check_python_options(generation, experts_told)
+
+
+def _check_python_options(generation: Any, experts_told: bool) -> None:
     if generation.n > 1:
         raise ConfigError(
             "GenerationConfig.n: the engine gives one answer a prompt; repeat the prompt n times"
@@ -180,6 +214,20 @@ def check_python_options(generation: Any) -> None:
                 f"GenerationConfig.{field}: the engine does not return it with an answer; leave it out "
                 "(logprobs, or pipe.get_ppl, may serve)"
             )
+    if generation.return_ppl:
+        raise ConfigError("GenerationConfig.return_ppl: no answer holds it; use pipe.get_ppl")
+    if generation.return_routed_experts and not experts_told:
+        raise ConfigError(
+            "GenerationConfig.return_routed_experts: the engine does not keep them; set "
+            "engine.extra: {enable_return_routed_experts: true}"
+        )
+
+
+def check_adapter(name: str | None, adapters: Collection[str]) -> None:
+    """Raises BadRequestError for a LoRA adapter that the engine does not have."""
+    if name is not None and name not in adapters:
+        has = f"it has {', '.join(sorted(adapters))}" if adapters else "it was started without any"
+        raise BadRequestError("adapter_name", f"the engine has no adapter {name!r}; {has}")
 
 
 def within_vocabulary(top_k: int, vocabulary: int | None) -> int:
