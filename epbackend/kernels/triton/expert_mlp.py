@@ -16,7 +16,7 @@ from epbackend.errors import ConfigError
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.grouped_matmul import Rows, grouped_matmul, silu_and_mul
-from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.launch import cdiv, named_launch
 from epbackend.kernels.triton.quantize import Fp8Tokens, quantize_fp8, quantize_int8
 from epbackend.kernels.triton.tiles import (
     Chip,
@@ -38,7 +38,7 @@ def swiglu(rows_S2F: Tensor) -> Tensor:
     rows, width = len(rows_S2F), rows_S2F.shape[1] // 2
     rows_SF = rows_S2F.new_empty(rows, width)
     if rows:
-        _swiglu[(rows, triton.cdiv(width, BLOCK))](
+        _swiglu[(rows, cdiv(width, BLOCK))](
             rows_S2F=rows_S2F, rows_SF=rows_SF, row_stride=rows_S2F.stride(0), F=width, BLOCK=BLOCK
         )
     return rows_SF

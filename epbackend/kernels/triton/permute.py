@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from epbackend.kernels import Permuted
-from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.launch import cdiv, named_launch, next_power_of_2
 
 # The parts of the sort, which `symmetric.py` and `replica_split.py` use too.
 
@@ -101,15 +101,15 @@ def count(slot_ids_TK: Tensor, slots: int) -> Tensor:
         counts_BL=counts_1L,
         S=len(ids_S),
         slots=slots,
-        LANES=triton.next_power_of_2(slots + 1),
-        BLOCK=triton.next_power_of_2(max(BLOCK, len(ids_S))),
+        LANES=next_power_of_2(slots + 1),
+        BLOCK=next_power_of_2(max(BLOCK, len(ids_S))),
     )
     return counts_1L[0]
 
 
 def count_in_blocks(ids_S: Tensor, slots: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """totals_L (int64) and before_BL (int32): choices of each slot in all blocks, and in those before each block."""
-    blocks = triton.cdiv(len(ids_S), block)
+    blocks = cdiv(len(ids_S), block)
     before_BL = torch.empty(blocks, slots, dtype=torch.int32, device=ids_S.device)
     totals_L = torch.empty(slots, dtype=torch.int64, device=ids_S.device)
     if blocks:
@@ -118,7 +118,7 @@ def count_in_blocks(ids_S: Tensor, slots: int, block: int = BLOCK) -> tuple[Tens
             counts_BL=before_BL,
             S=len(ids_S),
             slots=slots,
-            LANES=triton.next_power_of_2(slots + 1),
+            LANES=next_power_of_2(slots + 1),
             BLOCK=block,
         )
     _add_up_blocks[(slots,)](
@@ -186,7 +186,7 @@ FEW_BLOCK, FEW_COLUMNS = 16, 512
 def _permute_in_one(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
     """Fill `out` with the rows from `first` on; for a decode step, where launches cost more than the work itself."""
     slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
-    _permute_few[(triton.cdiv(len(ids_S), FEW_BLOCK),)](
+    _permute_few[(cdiv(len(ids_S), FEW_BLOCK),)](
         hidden_TD=hidden_TD,
         ids_S=ids_S,
         rows_SD=out.rows_SD,
@@ -199,10 +199,10 @@ def _permute_in_one(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, ou
         token_stride=hidden_TD.stride(0),
         D=width,
         K=top_k,
-        LANES=triton.next_power_of_2(slots + 1),
-        ALL=triton.next_power_of_2(max(FEW_BLOCK, len(ids_S))),
+        LANES=next_power_of_2(slots + 1),
+        ALL=next_power_of_2(max(FEW_BLOCK, len(ids_S))),
         BLOCK=FEW_BLOCK,
-        COLUMNS=min(FEW_COLUMNS, triton.next_power_of_2(width)),
+        COLUMNS=min(FEW_COLUMNS, next_power_of_2(width)),
     )
 
 
@@ -267,11 +267,11 @@ def _permute_in_four(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, o
         slots=slots,
         first=first,
         last=first + rows,
-        LANES=triton.next_power_of_2(slots + 1),
+        LANES=next_power_of_2(slots + 1),
         BLOCK=BLOCK,
     )
     if rows:
-        _copy_rows[(triton.cdiv(rows, COPIED_ROWS), triton.cdiv(width, COPIED_COLUMNS))](
+        _copy_rows[(cdiv(rows, COPIED_ROWS), cdiv(width, COPIED_COLUMNS))](
             hidden_TD=hidden_TD,
             choice_of_row_S=out.choice_of_row_S,
             rows_SD=out.rows_SD,
@@ -360,8 +360,8 @@ def weighted_sums(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, 
 def _sum(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor, *, add: bool) -> None:
     (rows, width), (tokens, top_k) = rows_SD.shape, weights_TK.shape
     few = rows <= MOST_ROWS
-    columns = min(SUM_BLOCK, triton.next_power_of_2(width))
-    _weighted_sum[(tokens, triton.cdiv(width, columns))](
+    columns = min(SUM_BLOCK, next_power_of_2(width))
+    _weighted_sum[(tokens, cdiv(width, columns))](
         rows_SD=rows_SD,
         lookup=choice_of_row_S if few else _row_of_choice(choice_of_row_S, tokens * top_k),
         weights_TK=weights_TK,
@@ -375,7 +375,7 @@ def _sum(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: T
         K=top_k,
         ADD=add,
         COLUMNS=columns,
-        ALL=triton.next_power_of_2(max(FEWEST_ROWS, rows)) if few else 0,
+        ALL=next_power_of_2(max(FEWEST_ROWS, rows)) if few else 0,
     )
 
 
@@ -383,7 +383,7 @@ def _row_of_choice(choice_of_row_S: Tensor, choices: int) -> Tensor:
     """The inverse of choice_of_row_S, -1 for choices that no row serves."""
     row_of = torch.full((choices,), -1, dtype=torch.int64, device=choice_of_row_S.device)
     rows = len(choice_of_row_S)
-    _invert[(triton.cdiv(rows, SUM_BLOCK),)](
+    _invert[(cdiv(rows, SUM_BLOCK),)](
         choice_of_row_S=choice_of_row_S, row_of=row_of, S=rows, BLOCK=SUM_BLOCK
     )
     return row_of

@@ -30,7 +30,7 @@ from triton.runtime.driver import driver
 
 from epbackend.errors import ConfigError
 from epbackend.kernels.fp8 import Fp8Blocks
-from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.launch import named_launch, next_power_of_2
 from epbackend.kernels.weight_formats import Experts
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -250,7 +250,7 @@ def row_tiles(counts_L: Tensor, rows: int, block_rows: int) -> Schedule:
         tiles_M3=tiles_M3,
         total_1=total_1,
         slots=slots,
-        SLOTS=triton.next_power_of_2(slots),
+        SLOTS=next_power_of_2(slots),
         BLOCK_ROWS=block_rows,
         LANES=32,
         num_warps=1,
