@@ -133,6 +133,7 @@ class LayerExperts:
             device=self.device,
             kernels=config.kernels,
             top_k=self.spec.top_k,
+            renormalize=self.spec.renormalize,
             gate_up_bias_L2F=self.gate_up_bias,
             down_bias_LD=self.down_bias,
             activation=self.activation,
@@ -154,8 +155,6 @@ class LayerExperts:
                 f"MoE layer {self.layer_number} has no weights yet: load them before the first forward"
             )
         active().pulse.at_layer(self.layer_number)
-        if self.spec.renormalize:
-            topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
         return self.layer(hidden_states, topk_ids, topk_weights, phase=_phase())
 
 

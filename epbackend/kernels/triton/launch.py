@@ -53,7 +53,13 @@ class NamedLaunch:
         scope: dict[str, Any] = {"kernel": kernel, **fixed}
         kept = ""
         if isinstance(kernel, JITFunction) and triton.__version__.startswith(KEPT_BY):
-            scope |= {"kept": {}, "keep": _keep, "hooked": _hooked, "driver": driver, "kind": native_specialize_impl}
+            scope |= {
+                "kept": {},
+                "keep": _keep,
+                "hooked": _hooked,
+                "driver": driver,
+                "kind": native_specialize_impl,
+            }
             kept = (
                 f"        device = driver.active.get_current_device()\n"
                 f"        backend = kernel.device_caches[device][3]\n"
