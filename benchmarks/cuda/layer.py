@@ -52,6 +52,7 @@ class Layers:
                 ranks=RankGroup.single(),
                 settings=settings,
                 top_k=experts.top_k,
+                renormalize=True,
                 device="cuda",
                 layer=number,
             )
@@ -68,8 +69,7 @@ class Layers:
         def ours() -> Tensor:
             out_TD = hidden_TD
             for layer, weights_TK, ids_TK in zip(self._ours, scores.values, scores.indices, strict=True):
-                normalised_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-                out_TD = layer(out_TD, ids_TK, normalised_TK, phase=phase)
+                out_TD = layer(out_TD, ids_TK, weights_TK, phase=phase)
             return out_TD
 
         def theirs() -> Tensor:
