@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from epbackend.kernels import ExpertWeights, renormalized
+from epbackend.kernels import ExpertWeights, Permuted, renormalized
 from tests.helpers.dense import swiglu, tolerance
 from tests.helpers.routing import routing
 
@@ -31,7 +31,9 @@ def test_unpermute_ignores_garbage_rows(kernels, place):
     kernels.unpermute(rows_SD, choice_of_row_S, weights_TK, out_TD)
     assert out_TD.tolist() == [[0.0, 0.0], [2.0, 4.0]]
     choice_of_row_S, weights_TK = torch.tensor([1, -1]).to(place), torch.full((1, 2), 2.0).to(place)
-    assert kernels.weighted_sums(rows_SD, choice_of_row_S, weights_TK, torch.float32).tolist() == [[2.0, 4.0]]
+    row_of_choice_S = torch.tensor([-1, 0], dtype=torch.int32).to(place)
+    permuted = Permuted(rows_SD, torch.tensor([1]).to(place), choice_of_row_S, row_of_choice_S)
+    assert kernels.weighted_sums(rows_SD, permuted, weights_TK, torch.float32).tolist() == [[2.0, 4.0]]
 
 
 @pytest.mark.parametrize(
