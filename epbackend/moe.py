@@ -33,7 +33,7 @@ from epbackend.dispatch.base import DispatchSettings, LayerSpec, RankGroup
 from epbackend.dispatch.choose import Decision, choose
 from epbackend.dispatch.context import GroupContext
 from epbackend.errors import ConfigError, EPError
-from epbackend.kernels import ExpertWeights, Rows
+from epbackend.kernels import ExpertWeights, Rows, renormalized
 from epbackend.kernels.pair_counter import PairCounter
 from epbackend.kernels.weight_formats import Matrices, outputs
 from epbackend.names import PHASES
@@ -102,11 +102,11 @@ class LayerStats:
         rows_L.copy_(self.rows_L)
         self.rows_L, self._placed = rows_L, True
 
-    def add_rows(self, counts_L: Tensor) -> None:
-        """Count the rows of one batch, on the experts' device."""
+    def rows_on(self, device: torch.device) -> Tensor:
+        """`rows_L` on the experts' device, for kernels that add a batch's counts in place, as graphs need it."""
         if not self._placed:
-            self.rows_L, self._placed = self.rows_L.to(counts_L.device), True
-        self.rows_L += counts_L  # in place, for the graphs
+            self.rows_L, self._placed = self.rows_L.to(device), True
+        return self.rows_L
 
     def add_call(self, passes: int, rounds: int) -> None:
         self.calls += 1
@@ -163,6 +163,7 @@ class ExpertParallelMoE:
         gate_up_bias_L2F: Tensor | None = None,
         down_bias_LD: Tensor | None = None,
         activation: Callable[[Tensor], Tensor] | None = None,
+        renormalize: bool = False,
         check_ids: bool = True,
         layer: int = 0,
         context: GroupContext | None = None,
@@ -187,6 +188,7 @@ class ExpertParallelMoE:
             gate_up_bias_L2F: added to the first product.
             down_bias_LD: added to the second product.
             activation: maps the rows of the first product, [S, 2F], to [S, F]; None is SwiGLU.
+            renormalize: whether each token's weights are divided by their sum first.
             check_ids: whether ids that no expert has are found and raised.
             layer: the layer's number, for messages.
             context: shared by the layers of one engine, and closed by whoever made it. None: the layer makes one of its
@@ -214,6 +216,7 @@ class ExpertParallelMoE:
                 slot_map.slots_per_rank,
                 top_k,
                 hidden_size=outputs(down_LDF),
+                renormalize=renormalize,
                 layer=layer,
                 context=self.context,
             )
@@ -264,31 +267,37 @@ class ExpertParallelMoE:
             raise ConfigError(f"phase {phase!r} is unknown; it is one of {', '.join(PHASES)}")
         if self.load.pairs is not None:
             self.load.pairs.add(topk_ids_TK, padding_T1)
+        dispatcher = self._dispatchers[phase]
+        if dispatcher.spec.renormalize and not dispatcher.renormalizes:
+            topk_weights_TK = renormalized(topk_weights_TK)
         slot_ids_TK = self._splits[phase](topk_ids_TK)
         if padding_T1 is not None:
             slot_ids_TK.masked_fill_(padding_T1, -1)
-        exchange = self._dispatchers[phase].begin(hidden_TD, slot_ids_TK, topk_weights_TK)
+        exchange = dispatcher.begin(hidden_TD, slot_ids_TK, topk_weights_TK)
+        total_L = self.load.rows_on(hidden_TD.device)
         for batch in exchange.dispatch():
-            # The ids after these are of slots that only other ranks have.
-            counts_L = batch.counts_L[: self._slots]
-            self.load.add_rows(counts_L)
-            exchange.combine(self.experts(batch.rows_SD, counts_L, batch.expected))
+            counts_L = batch.counts_L
+            if len(counts_L) > self._slots:  # the ids after these are of slots that only other ranks have
+                counts_L = counts_L[: self._slots]
+            exchange.combine(self.experts(batch.rows_SD, counts_L, batch.expected, total_L))
         out_TD = exchange.finish()
         if out_TD.is_cuda:
-            timeout_s = self._dispatchers[phase].spec.settings.timeout_s
+            timeout_s = dispatcher.spec.settings.timeout_s
             self.context.watch(f"{phase} of MoE layer {self.layer}", self.ranks.group, timeout_s)
         self.load.add_call(exchange.passes, exchange.rounds)
         return out_TD
 
-    def experts(self, rows_SD: Rows, counts_L: Tensor, expected: int | None = None) -> Tensor:
+    def experts(
+        self, rows_SD: Rows, counts_L: Tensor, expected: int | None = None, total_L: Tensor | None = None
+    ) -> Tensor:
         """This rank's experts alone, without any exchange: rows_SD of the same rows, which are sorted by slot.
 
-        `counts_L` are the rows of each slot, int64; `expected`: see `Batch`.
+        `counts_L` are the rows of each slot, int64, and are added to `total_L`; `expected`: see `Batch`.
         """
         if self.load.work is None:
-            return self._kernels.expert_mlp(rows_SD, counts_L, self._weights, expected)
+            return self._kernels.expert_mlp(rows_SD, counts_L, self._weights, expected, total_L)
         began = time.perf_counter()
-        out_SD = self._kernels.expert_mlp(rows_SD, counts_L, self._weights, expected)
+        out_SD = self._kernels.expert_mlp(rows_SD, counts_L, self._weights, expected, total_L)
         self.load.work.add(counts_L, time.perf_counter() - began)
         return out_SD
 

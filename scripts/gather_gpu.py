@@ -30,7 +30,7 @@ FIXED = Path(__file__).parent / "gpu_folder"
 THERE = ("torch", "triton", "transformers", "numpy")
 ENGINE = (
     *("mmengine-lite", "pybase64", "pyzmq", "shortuuid", "prometheus_client", "pillow", "requests", "tqdm"),
-    *("xgrammar", "apache-tvm-ffi", "psutil", "pydantic", "pyyaml", "rich"),
+    *("xgrammar", "apache-tvm-ffi", "psutil", "pydantic", "pyyaml", "rich", "cloudpickle"),
     *("pytest", "pytest-timeout", "pytest-xdist", "execnet", "hypothesis"),
 )
 """What is imported while an engine runs and is tested. Plans for placements want numba, the commands typer and

@@ -1,6 +1,6 @@
 """One MoE layer as decoding and prefill run it, in a CUDA graph, beside LMDeploy's own: time, launches, host time.
 
-    python -m benchmarks.cuda.layer [--tokens 1 16 64 256 1024 4096] [--lmdeploy FOLDER] [--out FILE]
+    python -m benchmarks.cuda.layer [--tokens 1 16 64 256 1024 4096 32768] [--lmdeploy FOLDER] [--out FILE]
 
 Qwen3-30B's shape in bfloat16, the router's choices given. Several layers with weights of their own follow each other in
 a graph, so that no cache holds a layer's weights until its turn comes round. The two take turns.
@@ -52,6 +52,7 @@ class Layers:
                 ranks=RankGroup.single(),
                 settings=settings,
                 top_k=experts.top_k,
+                renormalize=True,
                 device="cuda",
                 layer=number,
             )
@@ -68,8 +69,7 @@ class Layers:
         def ours() -> Tensor:
             out_TD = hidden_TD
             for layer, weights_TK, ids_TK in zip(self._ours, scores.values, scores.indices, strict=True):
-                normalised_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-                out_TD = layer(out_TD, ids_TK, normalised_TK, phase=phase)
+                out_TD = layer(out_TD, ids_TK, weights_TK, phase=phase)
             return out_TD
 
         def theirs() -> Tensor:
@@ -153,7 +153,7 @@ def measure(layers: Layers, tokens: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda.layer")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024, 4096])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024, 4096, 32768])
     parser.add_argument("--lmdeploy", type=Path, help="folder of an unpacked LMDeploy wheel")
     parser.add_argument("--out", type=Path, default=RESULTS / "cuda-layer.json")
     asked = parser.parse_args()

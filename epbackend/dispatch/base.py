@@ -86,6 +86,8 @@ class LayerSpec:
     """K."""
     hidden_size: int | None = None
     """D, where it is known before the first token."""
+    renormalize: bool = False
+    """Whether a token's weights are to be divided by their sum; see `Dispatcher.renormalizes`."""
     layer: int = 0
     """Only for messages."""
     context: GroupContext = field(default_factory=GroupContext)
@@ -141,6 +143,8 @@ class Dispatcher(ABC):
     """Those it serves; without "prefill" it is sized by `DispatchSettings.max_tokens`."""
     needs_all_tokens: bool = False
     """Whether every rank must hold all tokens already."""
+    renormalizes: bool = False
+    """Whether its exchanges do what `LayerSpec.renormalize` asks for; the layer does it for the others."""
     summary: str
     """What it does, in one line for people."""
 

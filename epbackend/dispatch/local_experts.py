@@ -15,6 +15,7 @@ from torch import Tensor
 
 from epbackend.dispatch.base import Batch, DispatchSettings, Exchange, LayerSpec
 from epbackend.errors import ConfigError
+from epbackend.kernels import renormalized
 
 
 def kept_choices(top_k: int, factor: float) -> int:
@@ -68,6 +69,7 @@ class LocalRows:
         *,
         chosen: bool = False,
         dtype: torch.dtype = torch.float32,
+        renormalize: bool = False,
     ) -> None:
         """Takes N tokens in.
 
@@ -79,12 +81,16 @@ class LocalRows:
             bound: the most rows of a pass; None for all rows in one.
             chosen: whether every token is here because it chose this rank.
             dtype: of the sums where one batch has all rows; those of several batches are float32.
+            renormalize: whether each token's weights are divided by their sum; the sum of one batch does it on its way.
         """
         self._kernels, self._slots = spec.kernels, spec.slots
-        self._hidden_ND, self._weights_NK = hidden_ND, weights_NK
+        self._hidden_ND = hidden_ND
         first = spec.ranks.rank * spec.slots
         self._slot_ids_NK = slot_ids_NK - first if first else slot_ids_NK  # a launch less
         self._bound = bound if bound is not None and bound < slot_ids_NK.numel() else None
+        early = renormalize and self._bound is not None
+        self._weights_NK = renormalized(weights_NK) if early else weights_NK
+        self._renormalize = renormalize and not early
         self._static = spec.settings.static
         self._expected = expected_rows(len(slot_ids_NK), slot_ids_NK.shape[1], spec.ranks.size, chosen=chosen)
         self._dtype = dtype
@@ -107,19 +113,20 @@ class LocalRows:
         """The rows of one pass; `add` takes their results before the next is asked for."""
         window = None if self._bound is None else (number * self._bound, (number + 1) * self._bound)
         permuted = self._kernels.permute(self._hidden_ND, self._slot_ids_NK, self._slots, window)
-        self._choice_of_row_S = permuted.choice_of_row_S
+        self._permuted = permuted
         expected = min(self._expected, len(permuted.rows_SD))
         return Batch(permuted.rows_SD, permuted.counts_L, expected)
 
     def add(self, rows_SD: Tensor, *, only: bool = True) -> None:
         """Add the experts' results for the last batch, weighted, to their tokens' sums. `only`: there is no other."""
-        found = rows_SD, self._choice_of_row_S, self._weights_NK
         if only:
-            self.sums_ND = self._kernels.weighted_sums(*found, self._dtype)
+            self.sums_ND = self._kernels.weighted_sums(
+                rows_SD, self._permuted, self._weights_NK, self._dtype, self._renormalize
+            )
             return
         if not len(self.sums_ND):
             self.sums_ND = self._hidden_ND.new_zeros(self._hidden_ND.shape, dtype=torch.float32)
-        self._kernels.unpermute(*found, self.sums_ND)
+        self._kernels.unpermute(rows_SD, self._permuted.choice_of_row_S, self._weights_NK, self.sums_ND)
 
 
 class PassesExchange(Exchange):

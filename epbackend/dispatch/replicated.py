@@ -17,6 +17,7 @@ class Replicated(Dispatcher):
     name = "replicated"
     level = 1
     needs_all_tokens = True
+    renormalizes = True
     summary = "every rank holds all tokens: local experts, then all-reduce"
 
     @classmethod
@@ -28,7 +29,15 @@ class Replicated(Dispatcher):
         bound = row_bound(tokens, top_k, self.spec.settings)
         # Sums of several ranks are added in float32.
         dtype = hidden_TD.dtype if self.spec.ranks.size == 1 else torch.float32
-        local = LocalRows(self.spec, hidden_TD, slot_ids_TK, weights_TK, bound, dtype=dtype)
+        local = LocalRows(
+            self.spec,
+            hidden_TD,
+            slot_ids_TK,
+            weights_TK,
+            bound,
+            dtype=dtype,
+            renormalize=self.spec.renormalize,
+        )
         return _ReplicatedExchange(local, self.spec, hidden_TD)
 
 

@@ -48,6 +48,13 @@ class Permuted:
     """int64: rows of each slot."""
     choice_of_row_S: Tensor
     """int64: flat index t * K + k of the choice that a row serves; -1 for garbage."""
+    row_of_choice_S: Tensor | None = None
+    """int32: the inverse, -1 for a choice that no row serves; from kernels that find it on the way."""
+
+
+def renormalized(weights_TK: Tensor) -> Tensor:
+    """The weights of each token, divided by their sum."""
+    return weights_TK / weights_TK.sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -82,9 +89,18 @@ class Kernels(Protocol):
         """Add weight * row to each row's token in `out_TD` (float32), in a fixed order."""
 
     def weighted_sums(
-        self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype
+        self,
+        rows_SD: Tensor,
+        permuted: Permuted,
+        weights_TK: Tensor,
+        dtype: torch.dtype,
+        renormalize: bool = False,
     ) -> Tensor:
-        """sums_TD, what `unpermute` adds to zeros, rounded once to `dtype`: for rows that are all there."""
+        """sums_TD, what `unpermute` adds to zeros, rounded once to `dtype`: for rows that are all there.
+
+        `rows_SD` are the results for the rows of `permuted`. With `renormalize` each token's weights are divided by
+        their sum, over all its choices.
+        """
 
     def prepack(self, weights_LNK: Matrices) -> Prepacked:
         """Bring [out, in] matrices, one a slot, into the layout that `grouped_matmul` reads fastest.
@@ -123,12 +139,18 @@ class Kernels(Protocol):
         """rows_SF: silu(gate) * up, gate being the first half of a row and up the second."""
 
     def expert_mlp(
-        self, rows_SD: Rows, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
+        self,
+        rows_SD: Rows,
+        counts_L: Tensor,
+        weights: ExpertWeights,
+        expected: int | None = None,
+        total_L: Tensor | None = None,
     ) -> Tensor:
         """rows_SD: down(activation(gate_up(row))) with the matrices of each row's slot.
 
         Quantized rows go into W8A8 experts as they are, and are dequantized for others. `expected` is about how many
-        rows the counts cover, None for all; it may choose how they are computed.
+        rows the counts cover, None for all; it may choose how they are computed. The counts are added to `total_L`
+        (int64, in place) on the way.
         """
 
     def even_split(

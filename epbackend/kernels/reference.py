@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from epbackend.kernels import ExpertWeights, Permuted, Prepacked, fp8, int8
+from epbackend.kernels import ExpertWeights, Permuted, Prepacked, fp8, int8, renormalized
 from epbackend.kernels.replica_split import TorchSplits
 from epbackend.kernels.weight_formats import Matrices, SlotMemory, stacked
 
@@ -65,10 +65,17 @@ class ReferenceKernels(TorchSplits, TorchQuantization, SlotMemory):
         out_TD.index_add_(0, choice_of_row_S // weights_TK.shape[1], rows_SD.float() * weight_S1)
 
     def weighted_sums(
-        self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype
+        self,
+        rows_SD: Tensor,
+        permuted: Permuted,
+        weights_TK: Tensor,
+        dtype: torch.dtype,
+        renormalize: bool = False,
     ) -> Tensor:
+        if renormalize:
+            weights_TK = renormalized(weights_TK)
         sums_TD = rows_SD.new_zeros(len(weights_TK), rows_SD.shape[1], dtype=torch.float32)
-        self.unpermute(rows_SD, choice_of_row_S, weights_TK, sums_TD)
+        self.unpermute(rows_SD, permuted.choice_of_row_S, weights_TK, sums_TD)
         return sums_TD.to(dtype)
 
     def prepack(self, weights_LNK: Matrices) -> Prepacked:
@@ -96,8 +103,15 @@ class ReferenceKernels(TorchSplits, TorchQuantization, SlotMemory):
         return functional.silu(gate_SF).mul_(up_SF)
 
     def expert_mlp(
-        self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
+        self,
+        rows_SD: Tensor,
+        counts_L: Tensor,
+        weights: ExpertWeights,
+        expected: int | None = None,
+        total_L: Tensor | None = None,
     ) -> Tensor:
+        if total_L is not None:
+            total_L += counts_L
         rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
         rows_SF = (weights.activation or self.swiglu)(rows_S2F)
         return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)

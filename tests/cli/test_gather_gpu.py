@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -45,6 +47,42 @@ def test_extra_packages_bring_their_dependencies(gather_gpu):
     found = gather_gpu.wanted("3.12", ["torch", "triton"], ["transformers"])
     assert {"transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy"} <= set(found)
     assert not {"torch", "triton", "sympy"} & set(found)
+
+
+ONLY = """
+import sys
+from importlib.machinery import PathFinder
+
+class Only:
+    find_distributions, invalidate_caches = PathFinder.find_distributions, PathFinder.invalidate_caches
+
+    def find_spec(name, path=None, target=None):
+        return None if name.partition(".")[0] in {hidden} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Only if each is PathFinder else each for each in sys.meta_path]
+import epbackend
+epbackend.enable(epbackend.EPConfig.load({{"device": "cuda"}}))
+"""
+
+
+def test_what_the_plug_imports_is_gathered(gather_gpu):
+    """It is switched on where there is nothing but what the machine has and what was gathered."""
+    there = {
+        *gather_gpu.wanted(HERE, gather_gpu.THERE, []),
+        *gather_gpu.wanted(HERE, [], gather_gpu.THERE),
+        "lmdeploy",
+        "epbackend",
+    }
+    hidden = {
+        module
+        for module, brought_by in packages_distributions().items()
+        if not there & set(map(canonicalize_name, brought_by))
+    }
+    assert {"numba", "ray", "typer", "matplotlib"} & hidden
+    code = ONLY.format(hidden=hidden)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_lmdeploy_is_packed_without_compiled_files(offline, tmp_path):

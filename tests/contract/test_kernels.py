@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from epbackend.kernels import ExpertWeights
+from epbackend.kernels import ExpertWeights, Permuted, renormalized
 from tests.helpers.dense import swiglu, tolerance
 from tests.helpers.routing import routing
 
@@ -31,7 +31,9 @@ def test_unpermute_ignores_garbage_rows(kernels, place):
     kernels.unpermute(rows_SD, choice_of_row_S, weights_TK, out_TD)
     assert out_TD.tolist() == [[0.0, 0.0], [2.0, 4.0]]
     choice_of_row_S, weights_TK = torch.tensor([1, -1]).to(place), torch.full((1, 2), 2.0).to(place)
-    assert kernels.weighted_sums(rows_SD, choice_of_row_S, weights_TK, torch.float32).tolist() == [[2.0, 4.0]]
+    row_of_choice_S = torch.tensor([-1, 0], dtype=torch.int32).to(place)
+    permuted = Permuted(rows_SD, torch.tensor([1]).to(place), choice_of_row_S, row_of_choice_S)
+    assert kernels.weighted_sums(rows_SD, permuted, weights_TK, torch.float32).tolist() == [[2.0, 4.0]]
 
 
 @pytest.mark.parametrize(
@@ -39,14 +41,17 @@ def test_unpermute_ignores_garbage_rows(kernels, place):
     [*((tokens, dtype) for tokens in (0, 1, 7) for dtype in DTYPES), (300, torch.bfloat16)],
     ids=str,
 )
-def test_weighted_sums_equal_what_unpermute_adds_to_zeros(kernels, place, dtype, tokens):
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_weighted_sums_equal_what_unpermute_adds_to_zeros(kernels, place, dtype, tokens, renormalize):
     hidden_TD, weights_TK = torch.randn(tokens, 40).to(dtype), torch.rand(tokens, 3)
     slot_ids_TK = routing(tokens, 3, 0, 9, seed=2)  # some tokens have no choice of the 4 slots
     permuted = kernels.permute(hidden_TD.to(place), slot_ids_TK.to(place), 4)
-    given = permuted.rows_SD, permuted.choice_of_row_S, weights_TK.to(place)
     sums_TD = torch.zeros(tokens, 40).to(place)
-    kernels.unpermute(*given, sums_TD)
-    found_TD = kernels.weighted_sums(*given, dtype).cpu()
+    used_TK = renormalized(weights_TK) if renormalize else weights_TK
+    kernels.unpermute(permuted.rows_SD, permuted.choice_of_row_S, used_TK.to(place), sums_TD)
+    found_TD = kernels.weighted_sums(
+        permuted.rows_SD, permuted, weights_TK.to(place), dtype, renormalize
+    ).cpu()
     assert found_TD.dtype == dtype
     torch.testing.assert_close(found_TD.double(), sums_TD.cpu().double(), **tolerance(dtype))
 
@@ -87,7 +92,10 @@ def test_expert_mlp_equals_its_formula_for_each_row(kernels, place, activation):
     packed = kernels.prepack(gate_up_L2FD.to(place)), kernels.prepack(down_LDF.to(place))
     rows_SD = torch.randn(5, 8)
     counts_L = torch.tensor([2, 3]).to(place)
-    out_SD = kernels.expert_mlp(rows_SD.to(place), counts_L, ExpertWeights(*packed, activation=activation))
+    total_L = torch.tensor([10, 20]).to(place)
+    weights = ExpertWeights(*packed, activation=activation)
+    out_SD = kernels.expert_mlp(rows_SD.to(place), counts_L, weights, total_L=total_L)
+    assert total_L.tolist() == [12, 23]
     for row, slot in enumerate([0, 0, 1, 1, 1]):
         expected = down_LDF[slot] @ (activation or swiglu)((gate_up_L2FD[slot] @ rows_SD[row])[None])[0]
         torch.testing.assert_close(out_SD[row].cpu(), expected, **tolerance(torch.float32))

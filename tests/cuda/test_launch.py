@@ -31,16 +31,16 @@ def test_arguments_are_passed_by_position_in_the_kernels_order(launched):
     kernel[(5, 2)](rows=1, width=2, BLOCK=16, num_warps=8)
     kernel[(1,)](rows=1, width=2, BLOCK=16, num_warps=8, num_stages=2)
     assert calls == [
-        ((1, 2, 16), {"grid": (4,), "warmup": False}),
-        ((1, 2, 16), {"grid": (5, 2), "warmup": False, "num_warps": 8}),
-        ((1, 2, 16), {"grid": (1,), "warmup": False, "num_warps": 8, "num_stages": 2}),
+        ((1, 2, 16), {"grid": (4, 1, 1), "warmup": False}),
+        ((1, 2, 16), {"grid": (5, 2, 1), "warmup": False, "num_warps": 8}),
+        ((1, 2, 16), {"grid": (1, 1, 1), "warmup": False, "num_warps": 8, "num_stages": 2}),
     ]
 
 
 def test_bound_arguments_are_passed_with_each_launch(launched):
     kernel, calls = launched
     kernel.bind(BLOCK=16).bind(rows=3)[(1,)](width=2)
-    assert calls == [((3, 2, 16), {"grid": (1,), "warmup": False})]
+    assert calls == [((3, 2, 16), {"grid": (1, 1, 1), "warmup": False})]
     with pytest.raises(TypeError, match="k has no argument COLUMNS"):
         kernel.bind(COLUMNS=1)
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
-from epbackend.kernels.triton import kernels as triton_kernels
+from epbackend.kernels.triton import expert_mlp
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
 
@@ -22,16 +22,12 @@ def multiplied(monkeypatch):
     """The experts that the products are called with."""
     seen = []
 
-    class Products(triton_kernels.Products):
-        def gated(self, rows, experts, bias):
+    class Watched(expert_mlp.GroupedMatmul):
+        def __init__(self, experts, *more, **named):
             seen.append(experts)
-            return super().gated(rows, experts, bias)
+            super().__init__(experts, *more, **named)
 
-        def plain(self, rows, experts, bias):
-            seen.append(experts)
-            return super().plain(rows, experts, bias)
-
-    monkeypatch.setattr(triton_kernels, "Products", Products)
+    monkeypatch.setattr(expert_mlp, "GroupedMatmul", Watched)
     return seen
 
 

@@ -71,12 +71,12 @@ def killed(migration, move, *more):
 transfer._opened = killed
 """
 IN_COLLECTIVE = f"""
-add_rows = LayerStats.add_rows
-def killed(self, counts_L):
+rows_on = LayerStats.rows_on
+def killed(self, device):
     if os.path.exists("go") and 0 in self.local_experts:
         {KILL}  # the other rank waits for its rows
-    add_rows(self, counts_L)
-LayerStats.add_rows = killed
+    return rows_on(self, device)
+LayerStats.rows_on = killed
 """
 SLOW = """
 pack = transfer._pack

@@ -38,6 +38,7 @@ from tests.helpers.moe_modules import (
     built_for,
     cuda_case,
     load_module,
+    needs_ray_for_dp,
 )
 
 pytestmark = pytest.mark.cuda
@@ -188,6 +189,7 @@ def test_experts_between_captured_pieces_are_registered(cuda):
 
 def test_dp_decoding_of_a_model_without_graphs_is_refused(cuda):
     """Its ranks' batches are not filled up alike, on which captured decoding relies."""
+    needs_ray_for_dp()
     with (
         built_for(cuda_case("float", size=2, dp=2, graphs=True), RankGroup.single()),
         pytest.raises(ConfigError, match=r"no graphs of Linear.*set engine\.eager_mode: true"),

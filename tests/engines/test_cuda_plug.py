@@ -40,6 +40,7 @@ from tests.helpers.moe_modules import (
     cuda_case,
     load_module,
     module_equals_reference,
+    needs_ray_for_dp,
 )
 
 pytestmark = pytest.mark.cuda
@@ -55,6 +56,8 @@ def run(cuda, ranks):
     def run(case: Case) -> list[Seen]:
         if not cuda.emulated and torch.cuda.device_count() < case.size:
             pytest.skip(f"{case.size} ranks joined by NCCL need {case.size} GPUs")
+        if case.dp > 1:
+            needs_ray_for_dp()
         return ranks.run(case.size, module_equals_reference, case)
 
     return run

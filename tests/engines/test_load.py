@@ -53,7 +53,7 @@ class Layer:
         self.call(tokens_L, passes, rounds)
 
     def call(self, tokens_L, passes=1, rounds=1) -> None:
-        self.load.add_rows(torch.tensor(tokens_L, dtype=torch.int64))
+        self.load.rows_on(torch.device("cpu")).add_(torch.tensor(tokens_L, dtype=torch.int64))
         self.load.add_call(passes, rounds)
 
 

@@ -184,6 +184,15 @@ def test_a_moved_hook_is_named_and_nothing_is_changed(monkeypatch):
         assert target.is_bf16_supported is original
 
 
+def test_a_package_that_lmdeploy_imports_is_named_where_it_is_missing(monkeypatch):
+    def without_ray(name):
+        raise ModuleNotFoundError("No module named 'ray'", name="ray.util")
+
+    monkeypatch.setattr(patching, "import_module", without_ray)
+    with pytest.raises(UnavailableError, match=r"^ray is not installed.*pip install ray$"):
+        PATCHES[1].find()
+
+
 @pytest.mark.parametrize("installed", ["0.17.2", "0.19.0"])
 def test_other_releases_are_refused_by_name(installed, monkeypatch):
     monkeypatch.setattr(patching, "version", lambda _: installed)

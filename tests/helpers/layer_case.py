@@ -201,10 +201,11 @@ class _Spy:
             torch.cat([permuted.rows_SD, garbage]),
             permuted.counts_L,
             torch.cat([permuted.choice_of_row_S, permuted.choice_of_row_S.new_full((2,), -1)]),
+            permuted.row_of_choice_S,
         )
 
-    def expert_mlp(self, rows_SD, counts_L, weights, expected) -> Tensor:
+    def expert_mlp(self, rows_SD, counts_L, weights, expected, total_L) -> Tensor:
         self.batches += 1
-        out_SD = self._kernels.expert_mlp(rows_SD, counts_L, weights, expected)
+        out_SD = self._kernels.expert_mlp(rows_SD, counts_L, weights, expected, total_L)
         out_SD[int(counts_L.sum()) :] = torch.nan
         return out_SD

@@ -48,6 +48,18 @@ def test_arguments_that_do_not_fit_raise(changes, message):
         build(**changes)
 
 
+@pytest.mark.parametrize(
+    "settings", [DispatchSettings(), DispatchSettings(topk_scaling_factor=0.5, cutoff_min_tokens=1)]
+)
+def test_weights_are_renormalized_in_one_pass_and_in_several(settings):
+    weights = {"gate_up_L2FD": torch.randn(4, 12, 8), "down_LDF": torch.randn(4, 8, 6)}
+    hidden, ids, routed = torch.randn(5, 8), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    layer = build(renormalize=True, settings=settings, **weights)
+    expected = build(**weights)(hidden, ids, routed / routed.sum(1, keepdim=True))
+    torch.testing.assert_close(layer(hidden, ids, routed), expected)
+    assert layer.load.passes.max == (1 if settings.topk_scaling_factor is None else 2)
+
+
 def test_a_device_that_is_not_here_says_why():
     with pytest.raises(UnavailableError, match=r"device ascend cannot be used: .* use device cpu"):
         build(device="ascend")

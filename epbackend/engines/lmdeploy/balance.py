@@ -141,6 +141,8 @@ def watch(number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
     plug.migrator.watch(number, layer)
     if plug.config.balance.speed_margin is not None:
         if place.type != "cpu":  # a device named "auto" is known here alone
-            raise ConfigError(f"balance.speed_margin: times of steps are seen on device cpu alone, not {place.type}")
+            raise ConfigError(
+                f"balance.speed_margin: times of steps are seen on device cpu alone, not {place.type}"
+            )
         places: Any = all_rows(layer.ranks.rank)
         layer.load.work = ExpertWork(places["balance"][layer.ranks.rank]["work"])

@@ -133,6 +133,7 @@ class LayerExperts:
             device=self.device,
             kernels=config.kernels,
             top_k=self.spec.top_k,
+            renormalize=self.spec.renormalize,
             gate_up_bias_L2F=self.gate_up_bias,
             down_bias_LD=self.down_bias,
             activation=self.activation,
@@ -158,8 +159,6 @@ class LayerExperts:
             )
         plug, step = active(), get_step_ctx_manager().current_context()
         plug.pulse.at_layer(self.layer_number)
-        if self.spec.renormalize:
-            topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
         # The same on every rank: with dp > 1 LMDeploy agrees on it before each forward.
         phase = "decode" if step.global_is_decoding() else "prefill"
         if self.settings[phase].static:

@@ -70,7 +70,7 @@ class Patch:
         """The object that holds the attribute, and the attribute's name.
 
         Raises:
-            UnavailableError: there is no such attribute.
+            UnavailableError: there is no such attribute, or a package is missing that LMDeploy imports there.
         """
         *parents, name = self.target.partition(":")[2].split(".")
         try:
@@ -78,6 +78,14 @@ class Patch:
             for parent in parents:
                 owner = getattr(owner, parent)
             inspect.getattr_static(owner, name)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing in ("", "lmdeploy"):
+                raise UnavailableError(f"{_moved(self)}: {error}") from error
+            raise UnavailableError(
+                f"{missing} is not installed, which {self.module} imports (patch {self.name!r}: {self.why}): "
+                f"pip install {missing}"
+            ) from error
         except (ImportError, AttributeError) as error:
             raise UnavailableError(f"{_moved(self)}: {error}") from error
         return owner, name

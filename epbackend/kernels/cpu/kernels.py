@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epbackend.kernels import Permuted, Prepacked, fp8, int8
+from epbackend.kernels import Permuted, Prepacked, fp8, int8, renormalized
 from epbackend.kernels.cpu import products
 from epbackend.kernels.cpu.choice import Choice, choose, compiler_trouble
 from epbackend.kernels.cpu.products import FLOAT8_UNIT
@@ -87,10 +87,18 @@ class CpuKernels(ReferenceKernels):
             super().unpermute(rows_MD, choice_of_row_M, weights_TK, out_TD)
 
     def weighted_sums(
-        self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype
+        self,
+        rows_SD: Tensor,
+        permuted: Permuted,
+        weights_TK: Tensor,
+        dtype: torch.dtype,
+        renormalize: bool = False,
     ) -> Tensor:
+        choice_of_row_S = permuted.choice_of_row_S
         if len(weights_TK) != 1 or choice_of_row_S.numpy().min(initial=0) < 0:
-            return super().weighted_sums(rows_SD, choice_of_row_S, weights_TK, dtype)
+            return super().weighted_sums(rows_SD, permuted, weights_TK, dtype, renormalize)
+        if renormalize:
+            weights_TK = renormalized(weights_TK)
         # All rows are of one token, as where one stream decodes, and none is garbage.
         return torch.mv(rows_SD.float().t(), weights_TK.take(choice_of_row_S).float()).to(dtype).unsqueeze(0)
 

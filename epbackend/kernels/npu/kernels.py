@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from epbackend.errors import ConfigError
-from epbackend.kernels import ExpertWeights, Permuted
+from epbackend.kernels import ExpertWeights, Permuted, renormalized
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Rows, Int8Weights
 from epbackend.kernels.npu import ops
@@ -141,10 +141,17 @@ class NpuKernels(TorchSplits, TorchQuantization, SlotMemory):
         out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
 
     def weighted_sums(
-        self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype
+        self,
+        rows_SD: Tensor,
+        permuted: Permuted,
+        weights_TK: Tensor,
+        dtype: torch.dtype,
+        renormalize: bool = False,
     ) -> Tensor:
+        if renormalize:
+            weights_TK = renormalized(weights_TK)
         sums_TD = rows_SD.new_zeros(len(weights_TK), rows_SD.shape[1], dtype=torch.float32)
-        self.unpermute(rows_SD, choice_of_row_S, weights_TK, sums_TD)
+        self.unpermute(rows_SD, permuted.choice_of_row_S, weights_TK, sums_TD)
         return sums_TD.to(dtype)
 
     def prepack(self, weights_LNK: Matrices) -> NpuWeights:
@@ -193,8 +200,15 @@ class NpuKernels(TorchSplits, TorchQuantization, SlotMemory):
         return ops.swiglu(rows_S2F)
 
     def expert_mlp(
-        self, rows_SD: Rows, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
+        self,
+        rows_SD: Rows,
+        counts_L: Tensor,
+        weights: ExpertWeights,
+        expected: int | None = None,
+        total_L: Tensor | None = None,
     ) -> Tensor:
+        if total_L is not None:
+            total_L += counts_L
         if not isinstance(weights.gate_up, Tensor) and weights.activation is None and len(rows_SD):
             return expert_mlp(rows_SD, counts_L, weights)
         rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)

@@ -26,7 +26,7 @@ from torch import Tensor
 from epbackend.kernels.id_check import NOTHING as NO_ID
 from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.replica_split import EvenReplicas
-from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.launch import cdiv, named_launch, next_power_of_2
 from epbackend.kernels.triton.permute import MOST_CHOICES, count, count_in_blocks, earlier_twins, load_slots
 from epbackend.placement.replica_split import STRIDE as PRIME
 
@@ -52,7 +52,7 @@ class ExpertCounts:
     @classmethod
     def of(cls, ids_S: Tensor, experts: int) -> ExpertCounts:
         if len(ids_S) <= MOST_CHOICES:
-            return cls(ids_S, None, None, triton.next_power_of_2(max(BLOCK, len(ids_S))))
+            return cls(ids_S, None, None, next_power_of_2(max(BLOCK, len(ids_S))))
         totals_E, before_BE = count_in_blocks(ids_S, experts, BLOCK)
         return cls(ids_S, totals_E, before_BE, 0)
 
@@ -62,7 +62,7 @@ class ExpertCounts:
 
     @property
     def blocks(self) -> int:
-        return triton.cdiv(len(self.ids_S), BLOCK)
+        return cdiv(len(self.ids_S), BLOCK)
 
 
 @triton.jit
@@ -140,8 +140,8 @@ class EvenSplit:
             found_1=id_check.found_1 if id_check else None,
             E=self._experts,
             C=self._most,
-            CS=triton.next_power_of_2(self._most),
-            LANES=triton.next_power_of_2(self._experts + 1),
+            CS=next_power_of_2(self._most),
+            LANES=next_power_of_2(self._experts + 1),
             BLOCK=BLOCK,
         )
 

@@ -1,22 +1,24 @@
 """The experts' two products, in every weight format: choose tiles, make the schedule, quantize the rows that come in.
 
-`Products` is what `TritonKernels.expert_mlp` calls: gate_up with SwiGLU in the same launch (`gated`), then down
-(`plain`). `swiglu` is a launch of its own, for rows that were not multiplied by a gated product.
+`ExpertMlp` is what `TritonKernels.expert_mlp` calls: gate_up with SwiGLU in the same launch, then down. It is made once
+for a layer, so that a call finds tile, descriptors of the weights and compiled kernels ready. `swiglu` is a launch of
+its own, for rows that were not multiplied by a gated product.
 
 Shapes: S rows, D hidden size, F expert width, L slots, N outputs.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from epbackend.errors import ConfigError
+from epbackend.kernels import ExpertWeights
 from epbackend.kernels.fp8 import Fp8Blocks
-from epbackend.kernels.int8 import Int8Weights
-from epbackend.kernels.triton.grouped_matmul import Rows, grouped_matmul, silu_and_mul
-from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.grouped_matmul import GroupedMatmul, Rows, silu_and_mul
+from epbackend.kernels.triton.launch import cdiv, named_launch
 from epbackend.kernels.triton.quantize import Fp8Tokens, quantize_fp8, quantize_int8
 from epbackend.kernels.triton.tiles import (
     Chip,
@@ -38,7 +40,7 @@ def swiglu(rows_S2F: Tensor) -> Tensor:
     rows, width = len(rows_S2F), rows_S2F.shape[1] // 2
     rows_SF = rows_S2F.new_empty(rows, width)
     if rows:
-        _swiglu[(rows, triton.cdiv(width, BLOCK))](
+        _swiglu[(rows, cdiv(width, BLOCK))](
             rows_S2F=rows_S2F, rows_SF=rows_SF, row_stride=rows_S2F.stride(0), F=width, BLOCK=BLOCK
         )
     return rows_SF
@@ -56,71 +58,101 @@ def _swiglu(rows_S2F, rows_SF, row_stride, F: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(rows_SF + row * F + column, out.to(rows_SF.dtype.element_ty), mask=column < F)
 
 
-class Products:
-    """Products over the same rows and counts; they share the schedules, and the dtype of what comes out."""
+class ExpertMlp:
+    """The experts of one layer on one chip: both products, with the schedule that they share."""
 
-    def __init__(self, chip: Chip, rows_SD: Tensor, counts_L: Tensor, expected: int | None = None) -> None:
-        """`expected` is about how many rows the counts cover, None for all: tiles are chosen by it."""
-        self._chip, self._counts_L = chip, counts_L
-        self._rows, self._dtype = len(rows_SD), rows_SD.dtype
-        self._expected = self._rows if expected is None else expected
-        self._schedules: dict[int, Schedule] = {}
-
-    def gated(self, rows_SD: Tensor, experts: Experts, bias_L2F: Tensor | None) -> Tensor | Fp8Tokens:
-        """rows_SF: silu(gate) * up of the product; as float8 where the experts are."""
-        return self._multiply(rows_SD, experts, bias_L2F, gated=True)
-
-    def plain(self, rows: Tensor | Fp8Tokens, experts: Experts, bias_LN: Tensor | None) -> Tensor:
-        """rows_SN: each row times its slot's matrix, in the dtype of the call's rows."""
-        rows_SN = self._multiply(rows, experts, bias_LN, gated=False)
-        assert isinstance(rows_SN, Tensor)  # only a gated product is stored as float8
-        return rows_SN
-
-    def _multiply(
-        self, rows: Tensor | Fp8Tokens, experts: Experts, bias_LN: Tensor | None, *, gated: bool
-    ) -> Tensor | Fp8Tokens:
-        self._check(rows, experts)
-        tile, schedule = self._cut(experts, gated)
-        matching: Rows = rows
-        if isinstance(rows, Tensor):
-            matching = _quantized(rows, experts, schedule)
-        return grouped_matmul(
-            matching, experts, schedule, tile, self._chip, gated=gated, dtype=self._dtype, bias_LN=bias_LN
-        )
-
-    def _cut(self, experts: Experts, gated: bool) -> tuple[Tile, Schedule]:
-        """The tile of a product, and the schedule for tiles with that many rows."""
-        tile = choose_tile(self._chip, Product.of(self._expected, experts, gated))
-        if tile.rows not in self._schedules:
-            self._schedules[tile.rows] = row_tiles(self._counts_L, self._rows, tile.rows)
-        return tile, self._schedules[tile.rows]
-
-    def _check(self, rows: Tensor | Fp8Tokens, experts: Experts) -> None:
-        """Check that chip, rows and experts go together.
+    def __init__(self, chip: Chip, weights: ExpertWeights) -> None:
+        """Check the weights, and make what depends on them alone.
 
         Raises:
-            ConfigError: They do not; the message says what to change.
+            ConfigError: The two matrices differ in format, or the chip does not multiply it.
         """
-        if isinstance(experts, Fp8Blocks) and not self._chip.fp8:
+        check_same_format(weights.gate_up, weights.down)
+        self.weights, self._activation = weights, weights.activation
+        self._gate_up = ExpertProduct(
+            chip, weights.gate_up, weights.gate_up_bias_L2F, gated=weights.activation is None
+        )
+        self._down = ExpertProduct(chip, weights.down, weights.down_bias_LD, gated=False)
+
+    def __call__(
+        self, rows_SD: Tensor, counts_L: Tensor, expected: int | None = None, total_L: Tensor | None = None
+    ) -> Tensor:
+        """rows_SD; see `epbackend.kernels.Kernels.expert_mlp`."""
+        rows = len(rows_SD)
+        matmul, tile_rows = self._gate_up.cut(rows if expected is None else expected)
+        schedule = row_tiles(counts_L, rows, tile_rows, total_L)
+        hidden = self._gate_up.multiply(matmul, rows_SD, schedule, rows_SD.dtype)
+        if self._activation is not None:
+            assert isinstance(hidden, Tensor)  # only a gated product is stored as float8
+            hidden = self._activation(hidden)
+        matmul, tile_rows = self._down.cut(rows if expected is None else expected)
+        if tile_rows != schedule.block_rows:
+            schedule = row_tiles(counts_L, rows, tile_rows)
+        out_SD = self._down.multiply(matmul, hidden, schedule, rows_SD.dtype)
+        assert isinstance(out_SD, Tensor)
+        return out_SD
+
+
+MOST_CUTS = 4096
+"""Numbers of rows whose tile is remembered."""
+
+
+class ExpertProduct:
+    """One of the two products: its tile by the number of rows."""
+
+    def __init__(self, chip: Chip, experts: Experts, bias_LN: Tensor | None, *, gated: bool) -> None:
+        """Raises ConfigError where the chip does not multiply the experts' format."""
+        if isinstance(experts, Fp8Blocks) and not chip.fp8:
             raise ConfigError(
-                f"{self._chip.name} has no float8 matrix units (they come with compute capability 8.9); "
+                f"{chip.name} has no float8 matrix units (they come with compute capability 8.9); "
                 "serve this model in bfloat16 or int8"
             )
+        self._chip, self._experts, self._bias_LN, self._gated = chip, experts, bias_LN, gated
+        self._depth = weight_values(experts).shape[2]
+        self._by_tile: dict[Tile, GroupedMatmul] = {}
+        self._by_rows: dict[int, tuple[GroupedMatmul, int]] = {}
+
+    def cut(self, expected: int) -> tuple[GroupedMatmul, int]:
+        """The product for about so many rows, and the rows of its tile."""
+        found = self._by_rows.get(expected)
+        if found is None:
+            tile = choose_tile(self._chip, Product.of(expected, self._experts, self._gated))
+            if tile not in self._by_tile:
+                self._by_tile[tile] = GroupedMatmul(
+                    self._experts, tile, self._chip, gated=self._gated, bias_LN=self._bias_LN
+                )
+            if len(self._by_rows) >= MOST_CUTS:
+                self._by_rows.clear()
+            found = self._by_rows[expected] = self._by_tile[tile], tile.rows
+        return found
+
+    def multiply(
+        self, matmul: GroupedMatmul, rows: Tensor | Fp8Tokens, schedule: Schedule, dtype: torch.dtype
+    ) -> Tensor | Fp8Tokens:
+        """The product in `dtype`, or gated as float8 where the experts are.
+
+        Raises:
+            ConfigError: rows and experts do not go together; the message says what to change.
+        """
+        experts = self._experts
+        matching: Rows = rows
         values_SK = rows if isinstance(rows, Tensor) else rows.values_SK
-        width, depth = values_SK.shape[1], weight_values(experts).shape[2]
-        if width != depth:
-            raise ConfigError(f"rows are {width} wide, but the experts take {depth}")
-        if isinstance(experts, Tensor) and values_SK.dtype != experts.dtype:
-            raise ConfigError(
-                f"rows are {values_SK.dtype} and experts {experts.dtype}; load the model in one dtype"
-            )
+        if values_SK.shape[1] != self._depth:
+            raise ConfigError(f"rows are {values_SK.shape[1]} wide, but the experts take {self._depth}")
+        if isinstance(experts, Tensor):
+            if values_SK.dtype != experts.dtype:
+                raise ConfigError(
+                    f"rows are {values_SK.dtype} and experts {experts.dtype}; load the model in one dtype"
+                )
+        elif isinstance(rows, Tensor):
+            matching = _quantized(rows, experts, schedule)
+        return matmul(matching, schedule, dtype)
 
 
 def _quantized(rows_SK: Tensor, experts: Experts, schedule: Schedule) -> Rows:
     """The rows, quantized as the experts are."""
-    if isinstance(experts, Fp8Blocks):
-        return quantize_fp8(rows_SK, schedule)
-    return quantize_int8(rows_SK, schedule) if isinstance(experts, Int8Weights) else rows_SK
+    by = quantize_fp8 if isinstance(experts, Fp8Blocks) else quantize_int8
+    return by(rows_SK, schedule)
 
 
 def check_same_format(gate_up: Experts, down: Experts) -> None:

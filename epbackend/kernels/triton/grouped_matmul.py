@@ -14,6 +14,8 @@ F = N / 2 of gate_up, B blocks of 128 values; M, N and K also for the rows, colu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -213,6 +215,85 @@ Rows = Tensor | Fp8Tokens | Int8Tokens
 """The rows that come in, quantized as the experts are."""
 
 
+class GroupedMatmul:
+    """The product with the experts of one layer, cut by one tile; what no call changes is made once."""
+
+    def __init__(
+        self, experts: Experts, tile: Tile, chip: Chip, *, gated: bool, bias_LN: Tensor | None = None
+    ) -> None:
+        """Takes what the calls share.
+
+        Args:
+            experts: The matrices [L, N, K] of all slots; with `gated` N = 2F, gate above up.
+            tile: How the product is cut.
+            chip: What the product runs on.
+            gated: Whether silu(gate) * up is stored instead of the product.
+            bias_LN: Added to the product, before the activation.
+        """
+        weight_LNK, weight_scale = _parts(experts)
+        slots, height, depth = weight_LNK.shape
+        self._columns, fp8 = height // 2 if gated else height, isinstance(experts, Fp8Blocks)
+        self._to_fp8 = gated and fp8
+        weight = weight_LNK.view(slots * height, depth)
+        block: tuple[int, ...] = (tile.columns, tile.depth)
+        if gated and not fp8:  # gate and up of a tile are loaded as one block
+            weight, block = weight.view(2 * slots, self._columns, depth), (2, *block)
+        self._tma, self._block = tile.tma and chip.tma and aligned(weight), (tile.rows, tile.depth)
+
+        def bound(tma: bool) -> Callable[..., None]:
+            launch = _grouped_matmul.bind(
+                weight_HK=matrix(weight, block, tma),
+                weight_scale=weight_scale,
+                bias_LN=bias_LN,
+                H=slots * height,
+                N=self._columns,
+                K=depth,
+                FP8=fp8,
+                INT8=isinstance(experts, Int8Weights),
+                GATED=gated,
+                TMA=tma,
+                **tile.constants(),
+            )
+            return launch[(chip.sms * tile.programs,)]
+
+        self._by_tma = {tma: bound(tma) for tma in {False, self._tma}}
+        self._options = {"num_warps": tile.warps, "num_stages": tile.stages}
+
+    def __call__(self, rows: Rows, schedule: Schedule, dtype: torch.dtype) -> Tensor | Fp8Tokens:
+        """rows_SN in `dtype`, or if gated rows_SF: as `Fp8Tokens` where the experts are float8.
+
+        Rows past the counts are left unwritten.
+
+        Args:
+            rows: rows_SK, quantized as the experts are (`quantize_fp8`, `quantize_int8`).
+            schedule: Which rows each tile multiplies; its tiles have as many rows as this product's.
+            dtype: Of the output, unless it is float8.
+        """
+        values_SK, row_scale = _parts(rows)
+        count, device = values_SK.shape[0], values_SK.device
+        out: Tensor | Fp8Tokens
+        if self._to_fp8:
+            out = empty_fp8(count, self._columns, device)
+        else:
+            out = torch.empty((count, self._columns), dtype=dtype, device=device)
+        if count == 0:
+            return out
+        out_SN, out_scale_BS = _parts(out)
+        tma = self._tma and aligned(values_SK)
+        self._by_tma[tma](
+            rows_SK=matrix(values_SK, self._block, tma),
+            row_scale=row_scale,
+            out_SN=out_SN,
+            out_scale_BS=out_scale_BS,
+            tiles_M3=schedule.tiles_M3,
+            total_1=schedule.total_1,
+            S=count,
+            row_stride=values_SK.stride(0),
+            **self._options,
+        )
+        return out
+
+
 def grouped_matmul(
     rows: Rows,
     experts: Experts,
@@ -224,59 +305,8 @@ def grouped_matmul(
     dtype: torch.dtype,
     bias_LN: Tensor | None = None,
 ) -> Tensor | Fp8Tokens:
-    """rows_SN in `dtype`, or with `gated` rows_SF: as `Fp8Tokens` where the experts are float8.
-
-    Rows past the counts are left unwritten.
-
-    Args:
-        rows: rows_SK, quantized as the experts are (`quantize_fp8`, `quantize_int8`).
-        experts: The matrices [L, N, K] of all slots; with `gated` N = 2F, gate above up.
-        schedule: Which rows each tile multiplies; its tiles have `tile.rows` rows.
-        tile: How the product is cut.
-        chip: What the product runs on.
-        gated: Whether silu(gate) * up is stored instead of the product.
-        dtype: Of the output, unless it is float8.
-        bias_LN: Added to the product, before the activation.
-    """
-    values_SK, row_scale = _parts(rows)
-    weight_LNK, weight_scale = _parts(experts)
-    (count, depth), (slots, height, _) = values_SK.shape, weight_LNK.shape
-    columns = height // 2 if gated else height
-    out: Tensor | Fp8Tokens
-    if gated and isinstance(experts, Fp8Blocks):
-        out = empty_fp8(count, columns, values_SK.device)
-    else:
-        out = torch.empty(count, columns, dtype=dtype, device=values_SK.device)
-    if count == 0:
-        return out
-    weight = weight_LNK.view(slots * height, depth)
-    block: tuple[int, ...] = (tile.columns, tile.depth)
-    if gated and not isinstance(experts, Fp8Blocks):  # gate and up of a tile are loaded as one block
-        weight, block = weight.view(2 * slots, columns, depth), (2, *block)
-    out_SN, out_scale_BS = _parts(out)
-    tma = tile.tma and chip.tma and aligned(values_SK) and aligned(weight)
-    _grouped_matmul[(chip.sms * tile.programs,)](
-        rows_SK=matrix(values_SK, (tile.rows, tile.depth), tma),
-        weight_HK=matrix(weight, block, tma),
-        row_scale=row_scale,
-        weight_scale=weight_scale,
-        bias_LN=bias_LN,
-        out_SN=out_SN,
-        out_scale_BS=out_scale_BS,
-        tiles_M3=schedule.tiles_M3,
-        total_1=schedule.total_1,
-        S=count,
-        H=slots * height,
-        row_stride=values_SK.stride(0),
-        N=columns,
-        K=depth,
-        FP8=isinstance(experts, Fp8Blocks),
-        INT8=isinstance(experts, Int8Weights),
-        GATED=gated,
-        TMA=tma,
-        **tile.launch(),
-    )
-    return out
+    """One call of `GroupedMatmul`."""
+    return GroupedMatmul(experts, tile, chip, gated=gated, bias_LN=bias_LN)(rows, schedule, dtype)
 
 
 def _parts(given: Rows | Experts) -> tuple[Tensor, Tensor | None]:

@@ -16,9 +16,9 @@ from epbackend.kernels.reference import TorchQuantization
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
 from epbackend.kernels.triton import expert_mlp, permute, quantize
 from epbackend.kernels.triton.even_split import EvenSplit
-from epbackend.kernels.triton.expert_mlp import Products, check_same_format
+from epbackend.kernels.triton.expert_mlp import ExpertMlp, ExpertProduct
 from epbackend.kernels.triton.level_split import level_split
-from epbackend.kernels.triton.tiles import Chip, chip_of
+from epbackend.kernels.triton.tiles import Chip, chip_of, row_tiles
 from epbackend.kernels.weight_formats import Experts, Matrices, SlotMemory, stacked
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,6 +30,7 @@ class TritonKernels(TorchQuantization, SlotMemory):
     def __init__(self, chip: Chip | None = None) -> None:
         """`chip` None: the one that a call's tensors are on."""
         self._chip = chip
+        self._planned: ExpertMlp | None = None
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
         return permute.count(slot_ids_TK, slots)
@@ -43,9 +44,14 @@ class TritonKernels(TorchQuantization, SlotMemory):
         permute.unpermute(rows_SD, choice_of_row_S, weights_TK, out_TD)
 
     def weighted_sums(
-        self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype
+        self,
+        rows_SD: Tensor,
+        permuted: Permuted,
+        weights_TK: Tensor,
+        dtype: torch.dtype,
+        renormalize: bool = False,
     ) -> Tensor:
-        return permute.weighted_sums(rows_SD, choice_of_row_S, weights_TK, dtype)
+        return permute.weighted_sums(rows_SD, permuted, weights_TK, dtype, renormalize)
 
     def quantize(self, rows_TD: Tensor, values_TD: Tensor, scale_TB: Tensor) -> None:
         by = quantize.quantize if self._converts(values_TD) else super().quantize
@@ -73,18 +79,27 @@ class TritonKernels(TorchQuantization, SlotMemory):
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Experts, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
-        return self._products(rows_SK, counts_L).plain(rows_SK, packed, bias_LN)
+        product = ExpertProduct(self._chip_of(rows_SK), packed, bias_LN, gated=False)
+        matmul, tile_rows = product.cut(len(rows_SK))
+        rows_SN = product.multiply(
+            matmul, rows_SK, row_tiles(counts_L, len(rows_SK), tile_rows), rows_SK.dtype
+        )
+        assert isinstance(rows_SN, Tensor)
+        return rows_SN
 
     def expert_mlp(
-        self, rows_SD: Tensor, counts_L: Tensor, weights: ExpertWeights, expected: int | None = None
+        self,
+        rows_SD: Tensor,
+        counts_L: Tensor,
+        weights: ExpertWeights,
+        expected: int | None = None,
+        total_L: Tensor | None = None,
     ) -> Tensor:
-        check_same_format(weights.gate_up, weights.down)
-        products = self._products(rows_SD, counts_L, expected)
-        if weights.activation is None:
-            rows_SF = products.gated(rows_SD, weights.gate_up, weights.gate_up_bias_L2F)
-        else:
-            rows_SF = weights.activation(products.plain(rows_SD, weights.gate_up, weights.gate_up_bias_L2F))
-        return products.plain(rows_SF, weights.down, weights.down_bias_LD)
+        planned = self._planned
+        if planned is None or planned.weights is not weights:
+            # Every layer has kernels of its own (`Device.kernel_set`), so that one plan is enough.
+            planned = self._planned = ExpertMlp(self._chip_of(rows_SD), weights)
+        return planned(rows_SD, counts_L, expected, total_L)
 
     def even_split(
         self, replicas: EvenReplicas, device: torch.device, id_check: ExpertIdCheck | None
@@ -98,7 +113,7 @@ class TritonKernels(TorchQuantization, SlotMemory):
 
     def _converts(self, values_TD: Tensor) -> bool:
         """Whether the chip converts to and from the values' dtype; torch does for float8 on any chip."""
-        return values_TD.dtype != FP8 or (self._chip or chip_of(values_TD.device)).fp8
+        return values_TD.dtype != FP8 or self._chip_of(values_TD).fp8
 
-    def _products(self, rows_SD: Tensor, counts_L: Tensor, expected: int | None = None) -> Products:
-        return Products(self._chip or chip_of(rows_SD.device), rows_SD, counts_L, expected)
+    def _chip_of(self, tensor: Tensor) -> Chip:
+        return self._chip or chip_of(tensor.device)

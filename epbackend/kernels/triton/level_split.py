@@ -38,7 +38,7 @@ from epbackend.kernels.triton.even_split import (
     replica_of_position,
     store_slots,
 )
-from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.launch import named_launch, next_power_of_2
 from epbackend.kernels.triton.permute import load_slots
 from epbackend.kernels.triton.tiles import Chip, chip_of
 from epbackend.placement.speeds import rank_weights
@@ -494,7 +494,7 @@ class LevelSplit:
         self._replicas, self._id_check, self._chip = replicas, id_check, chip
         self._experts = len(table.first_slot_E)
         (replicated, most), (ranks, single) = table.ranks_XC.shape, table.single_RJ.shape
-        self._xs, self._cs = triton.next_power_of_2(replicated), triton.next_power_of_2(most)
+        self._xs, self._cs = next_power_of_2(replicated), next_power_of_2(most)
         self._launch = _level_slots.bind(
             first_slot_E=table.first_slot_E,
             replicated_E=table.replicated_E,
@@ -511,11 +511,11 @@ class LevelSplit:
             J=single,
             X=replicated,
             C=most,
-            RS=triton.next_power_of_2(ranks),
-            JS=triton.next_power_of_2(max(1, single)),
+            RS=next_power_of_2(ranks),
+            JS=next_power_of_2(max(1, single)),
             XS=self._xs,
             CS=self._cs,
-            LANES=triton.next_power_of_2(self._experts + 1),
+            LANES=next_power_of_2(self._experts + 1),
             BLOCK=BLOCK,
         )
 
@@ -532,7 +532,7 @@ class LevelSplit:
 
     def _find_slots(self, counts: ExpertCounts, counts_GE: Tensor | None, slot_ids_TK: Tensor) -> None:
         sources, stride = (1, 0) if counts_GE is None else (len(counts_GE), counts_GE.stride(0))
-        gs = triton.next_power_of_2(sources)
+        gs = next_power_of_2(sources)
         chip = self._chip or chip_of(counts.ids_S.device)
         self._launch[(min(counts.blocks, chip.sms),)](
             ids_S=counts.ids_S,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.launch import named_launch, next_power_of_2
 from epbackend.kernels.triton.tiles import chip_of
 
 COLUMNS = 1024
@@ -38,8 +38,8 @@ def _launch(padded_LCD: Tensor, counts_L: Tensor, rows_SD: Tensor, to_rows: bool
         slots=slots,
         capacity=capacity,
         D=width,
-        LANES=triton.next_power_of_2(slots),
-        COLUMNS=min(COLUMNS, triton.next_power_of_2(width)),
+        LANES=next_power_of_2(slots),
+        COLUMNS=min(COLUMNS, next_power_of_2(width)),
         TO_ROWS=to_rows,
     )
 

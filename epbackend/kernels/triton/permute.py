@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from epbackend.kernels import Permuted
-from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.launch import cdiv, named_launch, next_power_of_2
 
 # The parts of the sort, which `symmetric.py` and `replica_split.py` use too.
 
@@ -71,14 +71,15 @@ def store_counts(counts_L, totals, first, last, slots, LANES: tl.constexpr):
 
 
 @triton.jit
-def store_choices(choice_of_row_S, slot, choice, row, rows, first, last, slots):
-    """Write each choice to its row, if that lies in [first, last), and return which do.
+def store_choices(choice_of_row_S, row_of_choice_S, slot, choice, S, row, rows, first, last, slots):
+    """Write each choice to its row, if that lies in [first, last), and the row to the choice; return which do.
 
     `rows` is how many rows there are in all, were all kept. The garbage rows past them are shared out: each choice
     marks the row that has its own number with -1.
     """
     ours = (slot < slots) & (row >= first) & (row < last)
     tl.store(choice_of_row_S + row - first, choice.to(tl.int64), mask=ours)
+    tl.store(row_of_choice_S + choice, tl.where(ours, row - first, -1), mask=choice < S)
     tl.store(choice_of_row_S + choice, -1, mask=(first + choice >= rows) & (first + choice < last))
     return ours
 
@@ -101,15 +102,15 @@ def count(slot_ids_TK: Tensor, slots: int) -> Tensor:
         counts_BL=counts_1L,
         S=len(ids_S),
         slots=slots,
-        LANES=triton.next_power_of_2(slots + 1),
-        BLOCK=triton.next_power_of_2(max(BLOCK, len(ids_S))),
+        LANES=next_power_of_2(slots + 1),
+        BLOCK=next_power_of_2(max(BLOCK, len(ids_S))),
     )
     return counts_1L[0]
 
 
 def count_in_blocks(ids_S: Tensor, slots: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """totals_L (int64) and before_BL (int32): choices of each slot in all blocks, and in those before each block."""
-    blocks = triton.cdiv(len(ids_S), block)
+    blocks = cdiv(len(ids_S), block)
     before_BL = torch.empty(blocks, slots, dtype=torch.int32, device=ids_S.device)
     totals_L = torch.empty(slots, dtype=torch.int64, device=ids_S.device)
     if blocks:
@@ -118,7 +119,7 @@ def count_in_blocks(ids_S: Tensor, slots: int, block: int = BLOCK) -> tuple[Tens
             counts_BL=before_BL,
             S=len(ids_S),
             slots=slots,
-            LANES=triton.next_power_of_2(slots + 1),
+            LANES=next_power_of_2(slots + 1),
             BLOCK=block,
         )
     _add_up_blocks[(slots,)](
@@ -169,6 +170,7 @@ def permute(
         rows_SD=hidden_TD.new_empty(rows, width),
         counts_L=torch.empty(slots, dtype=torch.int64, device=hidden_TD.device),
         choice_of_row_S=torch.empty(rows, dtype=torch.int64, device=hidden_TD.device),
+        row_of_choice_S=torch.empty(len(ids_S), dtype=torch.int32, device=hidden_TD.device),
     )
     if tokens == 0:
         out.counts_L.zero_()
@@ -186,12 +188,13 @@ FEW_BLOCK, FEW_COLUMNS = 16, 512
 def _permute_in_one(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
     """Fill `out` with the rows from `first` on; for a decode step, where launches cost more than the work itself."""
     slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
-    _permute_few[(triton.cdiv(len(ids_S), FEW_BLOCK),)](
+    _permute_few[(cdiv(len(ids_S), FEW_BLOCK),)](
         hidden_TD=hidden_TD,
         ids_S=ids_S,
         rows_SD=out.rows_SD,
         counts_L=out.counts_L,
         choice_of_row_S=out.choice_of_row_S,
+        row_of_choice_S=out.row_of_choice_S,
         S=len(ids_S),
         slots=slots,
         first=first,
@@ -199,10 +202,10 @@ def _permute_in_one(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, ou
         token_stride=hidden_TD.stride(0),
         D=width,
         K=top_k,
-        LANES=triton.next_power_of_2(slots + 1),
-        ALL=triton.next_power_of_2(max(FEW_BLOCK, len(ids_S))),
+        LANES=next_power_of_2(slots + 1),
+        ALL=next_power_of_2(max(FEW_BLOCK, len(ids_S))),
         BLOCK=FEW_BLOCK,
-        COLUMNS=min(FEW_COLUMNS, triton.next_power_of_2(width)),
+        COLUMNS=min(FEW_COLUMNS, next_power_of_2(width)),
     )
 
 
@@ -214,6 +217,7 @@ def _permute_few(
     rows_SD,
     counts_L,
     choice_of_row_S,
+    row_of_choice_S,
     S,
     slots,
     first,
@@ -239,7 +243,9 @@ def _permute_few(
     choice = start + tl.arange(0, BLOCK)
     slot = load_slots(ids_S, choice, S, slots)
     row = rows_of_choices(slot, totals, before, BLOCK)
-    ours = store_choices(choice_of_row_S, slot, choice, row, tl.sum(totals), first, last, slots)
+    ours = store_choices(
+        choice_of_row_S, row_of_choice_S, slot, choice, S, row, tl.sum(totals), first, last, slots
+    )
     token = (choice // K).to(tl.int64)
     for start_column in range(0, D, COLUMNS):
         column = start_column + tl.arange(0, COLUMNS)
@@ -263,15 +269,16 @@ def _permute_in_four(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, o
         before_BL=before_BL,
         counts_L=out.counts_L,
         choice_of_row_S=out.choice_of_row_S,
+        row_of_choice_S=out.row_of_choice_S,
         S=len(ids_S),
         slots=slots,
         first=first,
         last=first + rows,
-        LANES=triton.next_power_of_2(slots + 1),
+        LANES=next_power_of_2(slots + 1),
         BLOCK=BLOCK,
     )
     if rows:
-        _copy_rows[(triton.cdiv(rows, COPIED_ROWS), triton.cdiv(width, COPIED_COLUMNS))](
+        _copy_rows[(cdiv(rows, COPIED_ROWS), cdiv(width, COPIED_COLUMNS))](
             hidden_TD=hidden_TD,
             choice_of_row_S=out.choice_of_row_S,
             rows_SD=out.rows_SD,
@@ -292,6 +299,7 @@ def _place(
     before_BL,
     counts_L,
     choice_of_row_S,
+    row_of_choice_S,
     S,
     slots,
     first,
@@ -309,7 +317,7 @@ def _place(
     choice = block * BLOCK + tl.arange(0, BLOCK)
     slot = load_slots(ids_S, choice, S, slots)
     row = rows_of_choices(slot, totals, before, BLOCK)
-    store_choices(choice_of_row_S, slot, choice, row, tl.sum(totals), first, last, slots)
+    store_choices(choice_of_row_S, row_of_choice_S, slot, choice, S, row, tl.sum(totals), first, last, slots)
 
 
 @named_launch
@@ -343,27 +351,44 @@ FEWEST_ROWS, MOST_ROWS = 16, 4096
 
 def unpermute(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
     """Add weight * row to each row's token in `out_TD` (float32). Rows with choice -1 are not read."""
-    if len(rows_SD) and len(out_TD):
-        _sum(rows_SD, choice_of_row_S, weights_TK, out_TD, add=True)
+    if not len(rows_SD) or not len(out_TD):
+        return
+    if len(rows_SD) <= MOST_ROWS:
+        _sum(rows_SD, choice_of_row_S, weights_TK, out_TD, add=True, search=True)
+    else:
+        row_of_choice_S = _row_of_choice(choice_of_row_S, weights_TK.numel())
+        _sum(rows_SD, row_of_choice_S, weights_TK, out_TD, add=True)
 
 
-def weighted_sums(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+def weighted_sums(
+    rows_SD: Tensor, permuted: Permuted, weights_TK: Tensor, dtype: torch.dtype, renormalize: bool = False
+) -> Tensor:
     """sums_TD in `dtype`: the same without anything to add to, in one launch that writes each value once."""
     shape = len(weights_TK), rows_SD.shape[1]
     if not len(rows_SD) or not len(weights_TK):
         return torch.zeros(shape, dtype=dtype, device=rows_SD.device)
     out_TD = torch.empty(shape, dtype=dtype, device=rows_SD.device)
-    _sum(rows_SD, choice_of_row_S, weights_TK, out_TD, add=False)
+    assert permuted.row_of_choice_S is not None
+    _sum(rows_SD, permuted.row_of_choice_S, weights_TK, out_TD, renormalize=renormalize)
     return out_TD
 
 
-def _sum(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor, *, add: bool) -> None:
+def _sum(
+    rows_SD: Tensor,
+    lookup: Tensor,
+    weights_TK: Tensor,
+    out_TD: Tensor,
+    *,
+    add: bool = False,
+    search: bool = False,
+    renormalize: bool = False,
+) -> None:
+    """`lookup` is the row of each choice; with `search` the choice of each row, in which every token looks."""
     (rows, width), (tokens, top_k) = rows_SD.shape, weights_TK.shape
-    few = rows <= MOST_ROWS
-    columns = min(SUM_BLOCK, triton.next_power_of_2(width))
-    _weighted_sum[(tokens, triton.cdiv(width, columns))](
+    columns = min(SUM_BLOCK, next_power_of_2(width))
+    _weighted_sum[(tokens, cdiv(width, columns))](
         rows_SD=rows_SD,
-        lookup=choice_of_row_S if few else _row_of_choice(choice_of_row_S, tokens * top_k),
+        lookup=lookup,
         weights_TK=weights_TK,
         out_TD=out_TD,
         S=rows,
@@ -374,18 +399,18 @@ def _sum(rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: T
         D=width,
         K=top_k,
         ADD=add,
+        RENORMALIZE=renormalize,
         COLUMNS=columns,
-        ALL=triton.next_power_of_2(max(FEWEST_ROWS, rows)) if few else 0,
+        KS=next_power_of_2(top_k),
+        ALL=next_power_of_2(max(FEWEST_ROWS, rows)) if search else 0,
     )
 
 
 def _row_of_choice(choice_of_row_S: Tensor, choices: int) -> Tensor:
-    """The inverse of choice_of_row_S, -1 for choices that no row serves."""
-    row_of = torch.full((choices,), -1, dtype=torch.int64, device=choice_of_row_S.device)
+    """The inverse of choice_of_row_S (int32), -1 for choices that no row serves."""
+    row_of = torch.full((choices,), -1, dtype=torch.int32, device=choice_of_row_S.device)
     rows = len(choice_of_row_S)
-    _invert[(triton.cdiv(rows, SUM_BLOCK),)](
-        choice_of_row_S=choice_of_row_S, row_of=row_of, S=rows, BLOCK=SUM_BLOCK
-    )
+    _invert[(cdiv(rows, SUM_BLOCK),)](choice_of_row_S=choice_of_row_S, row_of=row_of, S=rows, BLOCK=SUM_BLOCK)
     return row_of
 
 
@@ -395,7 +420,7 @@ def _invert(choice_of_row_S, row_of, S, BLOCK: tl.constexpr):
     """A choice is served by one row at most, so no two programs write to the same place."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     choice = tl.load(choice_of_row_S + row, mask=row < S, other=-1)
-    tl.store(row_of + choice, row.to(tl.int64), mask=choice >= 0)
+    tl.store(row_of + choice, row, mask=choice >= 0)
 
 
 @named_launch
@@ -413,12 +438,15 @@ def _weighted_sum(
     D: tl.constexpr,
     K: tl.constexpr,
     ADD: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KS: tl.constexpr,
     ALL: tl.constexpr,
 ):
     """One token's columns: its rows one after the other, in the order of k; with ADD on top of what is there.
 
-    `lookup` is the row of each choice, or, where ALL is a power of two that holds all rows, the choice of each row.
+    With RENORMALIZE its weights are divided by their sum; KS is a power of two that holds K. `lookup` is the row of
+    each choice, or, where ALL is a power of two that holds all rows, the choice of each row.
     """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -426,6 +454,12 @@ def _weighted_sum(
     total = tl.zeros((COLUMNS,), tl.float32)
     if ADD:
         total = tl.load(target, mask=column < D)
+    weights_K = weights_TK + token * weight_token_stride
+    divisor = 1.0
+    if RENORMALIZE:
+        every = tl.arange(0, KS)
+        every_weight = tl.load(weights_K + every * weight_choice_stride, mask=every < K, other=0)
+        divisor = tl.sum(every_weight.to(tl.float32))
     if ALL:
         each = tl.arange(0, ALL)
         choice = tl.load(lookup + each, mask=each < S, other=-1)
@@ -433,8 +467,10 @@ def _weighted_sum(
         if ALL:
             row = tl.max(tl.where(choice == token * K + k, each, -1)).to(tl.int64)
         else:
-            row = tl.load(lookup + token * K + k)
-        weight = tl.load(weights_TK + token * weight_token_stride + k * weight_choice_stride).to(tl.float32)
+            row = tl.load(lookup + token * K + k).to(tl.int64)
+        weight = tl.load(weights_K + k * weight_choice_stride).to(tl.float32)
+        if RENORMALIZE:
+            weight /= divisor
         values = tl.load(rows_SD + row * row_stride + column, mask=(row >= 0) & (column < D), other=0)
         total += weight * values.to(tl.float32)
     tl.store(target, total.to(out_TD.dtype.element_ty), mask=column < D)

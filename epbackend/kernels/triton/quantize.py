@@ -18,7 +18,7 @@ from torch import Tensor
 
 from epbackend.errors import ConfigError
 from epbackend.kernels.fp8 import BLOCK, FP8
-from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.launch import cdiv, named_launch, next_power_of_2
 from epbackend.kernels.triton.tiles import INTERPRETED, Schedule, chip_of, covered_rows
 
 FP8_ROWS = 32
@@ -62,7 +62,7 @@ def quantize_fp8(rows_SK: Tensor, schedule: Schedule) -> Fp8Tokens:
     rows, width = rows_SK.shape
     out = empty_fp8(rows, width, rows_SK.device)
     if rows:
-        _quantize_fp8[(triton.cdiv(rows, FP8_ROWS), width // BLOCK)](
+        _quantize_fp8[(cdiv(rows, FP8_ROWS), width // BLOCK)](
             rows_SK=rows_SK,
             values_SK=out.values_SK,
             scale_BS=out.scale_BS,
@@ -91,7 +91,7 @@ def quantize_int8(rows_SK: Tensor, schedule: Schedule) -> Int8Tokens:
             total_1=schedule.total_1,
             row_stride=rows_SK.stride(0),
             K=width,
-            WIDTH=triton.next_power_of_2(width),
+            WIDTH=next_power_of_2(width),
             num_warps=8,
         )
     return Int8Tokens(values_SK, scale_S)
@@ -174,9 +174,9 @@ def quantize(rows_TD: Tensor, values_TD: Tensor, scale_TB: Tensor) -> None:
     """See `epbackend.kernels.Kernels.quantize`; one launch."""
     (tokens, width), scales = rows_TD.shape, scale_TB.shape[1]
     float8 = values_TD.dtype == FP8
-    groups, group = (GROUPS, BLOCK) if float8 else (1, triton.next_power_of_2(width))
+    groups, group = (GROUPS, BLOCK) if float8 else (1, next_power_of_2(width))
     if tokens:
-        _quantize[(tokens, triton.cdiv(scales, groups))](
+        _quantize[(tokens, cdiv(scales, groups))](
             rows_TD=rows_TD,
             values_TD=values_TD,
             scale_TB=scale_TB,
@@ -246,9 +246,9 @@ def dequantize(values_SD: Tensor, scale_SB: Tensor, out_SD: Tensor, counts_L: Te
         slots=slots,
         D=width,
         GROUP=BLOCK if values_SD.dtype == FP8 else width,
-        LANES=triton.next_power_of_2(slots),
+        LANES=next_power_of_2(slots),
         ROWS=ROWS,
-        COLUMNS=min(COLUMNS, triton.next_power_of_2(width)),
+        COLUMNS=min(COLUMNS, next_power_of_2(width)),
     )
 
 

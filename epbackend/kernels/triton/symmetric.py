@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.launch import cdiv, named_launch, next_power_of_2
 from epbackend.kernels.triton.permute import BLOCK, count_in_blocks, earlier_twins, load_slots, store_counts
 from epbackend.kernels.triton.tiles import INTERPRETED, chip_of
 
@@ -93,7 +93,7 @@ def barrier(
         layer=layer,
         polls=max(1, int(timeout_s * POLLS_PER_S)),
         ranks=ranks,
-        RANKS=triton.next_power_of_2(ranks),
+        RANKS=next_power_of_2(ranks),
         num_warps=1,
     )
 
@@ -145,7 +145,7 @@ def exchange_counts(slot_ids_TK: Tensor, tokens: int, table: SymmetricTensor, ra
         tokens=tokens,
         rank=rank,
         P=columns - 1,
-        LANES=triton.next_power_of_2(columns),
+        LANES=next_power_of_2(columns),
     )
     return before_BP
 
@@ -199,8 +199,8 @@ def recv_offsets(table_RC: Tensor, rank: int, slots: int, window: tuple[int, int
         last=last,
         ranks=ranks,
         slots=slots,
-        RANKS=triton.next_power_of_2(ranks),
-        LANES=triton.next_power_of_2(slots),
+        RANKS=next_power_of_2(ranks),
+        LANES=next_power_of_2(slots),
     )
     return offsets
 
@@ -294,8 +294,8 @@ def dispatch(
     (tokens, top_k), (capacity, width) = slot_ids_TK.shape, rows.local.shape
     if tokens == 0:
         return
-    columns = min(COLUMNS, triton.next_power_of_2(width))
-    _dispatch[(tokens, triton.cdiv(width, columns))](
+    columns = min(COLUMNS, next_power_of_2(width))
+    _dispatch[(tokens, cdiv(width, columns))](
         hidden_TD=hidden_TD,
         ids_TK=slot_ids_TK,
         row_S=row_S,
@@ -310,7 +310,7 @@ def dispatch(
         slots=slots,
         D=width,
         K=top_k,
-        CHOICES=triton.next_power_of_2(top_k),
+        CHOICES=next_power_of_2(top_k),
         COLUMNS=columns,
     )
 
@@ -361,7 +361,7 @@ def combine_send(
     `results` is [tokens * K, D] on each rank, `choice_of_row_S` as `dispatch` wrote it. As many programs as fit on the
     chip share the rows, since only the device knows how many there are.
     """
-    (choices, width), columns = results.local.shape, min(COLUMNS, triton.next_power_of_2(rows_SD.shape[1]))
+    (choices, width), columns = results.local.shape, min(COLUMNS, next_power_of_2(rows_SD.shape[1]))
     _combine_send[(chip_of(rows_SD.device).sms * PROGRAMS_PER_SM,)](
         rows_SD=rows_SD,
         counts_L=counts_L,
@@ -372,7 +372,7 @@ def combine_send(
         slots=len(counts_L),
         choices=choices,
         D=width,
-        LANES=triton.next_power_of_2(len(counts_L)),
+        LANES=next_power_of_2(len(counts_L)),
         ROWS=ROWS,
         COLUMNS=columns,
     )
@@ -419,8 +419,8 @@ def combine_reduce(
     (tokens, top_k), width = slot_ids_TK.shape, out_TD.shape[1]
     if tokens == 0:
         return
-    columns = min(COLUMNS, triton.next_power_of_2(width))
-    _combine_reduce[(tokens, triton.cdiv(width, columns))](
+    columns = min(COLUMNS, next_power_of_2(width))
+    _combine_reduce[(tokens, cdiv(width, columns))](
         results_SD=results_SD,
         ids_TK=slot_ids_TK,
         weights_TK=weights_TK,

@@ -30,7 +30,7 @@ from triton.runtime.driver import driver
 
 from epbackend.errors import ConfigError
 from epbackend.kernels.fp8 import Fp8Blocks
-from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.launch import named_launch, next_power_of_2
 from epbackend.kernels.weight_formats import Experts
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -100,8 +100,8 @@ class Tile:
     flatten: bool = False
     """Make one loop of tiles and depth, so that the next tile loads while this one ends."""
 
-    def launch(self) -> dict[str, Any]:
-        """The arguments that every grouped matmul takes."""
+    def constants(self) -> dict[str, Any]:
+        """The arguments that every grouped matmul takes, beside the compiler's `num_warps` and `num_stages`."""
         return {
             "BLOCK_M": self.rows,
             "BLOCK_N": self.columns,
@@ -109,8 +109,6 @@ class Tile:
             "BAND": self.band,
             "SPECIALIZE": self.specialize,
             "FLATTEN": self.flatten,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
         }
 
 
@@ -239,18 +237,22 @@ class Schedule:
     block_rows: int
 
 
-def row_tiles(counts_L: Tensor, rows: int, block_rows: int) -> Schedule:
-    """The tiles of `block_rows` rows that cover the groups of `counts_L`, whose sum is at most `rows` (< 2^31)."""
+def row_tiles(counts_L: Tensor, rows: int, block_rows: int, total_L: Tensor | None = None) -> Schedule:
+    """The tiles of `block_rows` rows that cover the groups of `counts_L`, whose sum is at most `rows` (< 2^31).
+
+    The counts are added to `total_L` (int64).
+    """
     slots = len(counts_L)
     most = rows // block_rows + min(slots, rows)
     tiles_M3 = torch.empty(most, 3, dtype=torch.int32, device=counts_L.device)
     total_1 = torch.empty(1, dtype=torch.int32, device=counts_L.device)
     _row_tiles[(slots,)](
         counts_L=counts_L,
+        total_L=total_L,
         tiles_M3=tiles_M3,
         total_1=total_1,
         slots=slots,
-        SLOTS=triton.next_power_of_2(slots),
+        SLOTS=next_power_of_2(slots),
         BLOCK_ROWS=block_rows,
         LANES=32,
         num_warps=1,
@@ -262,6 +264,7 @@ def row_tiles(counts_L: Tensor, rows: int, block_rows: int) -> Schedule:
 @triton.jit
 def _row_tiles(
     counts_L,
+    total_L,
     tiles_M3,
     total_1,
     slots,
@@ -277,7 +280,10 @@ def _row_tiles(
     first_tile = tl.sum(tl.where(each < slot, tiles_L, 0))
     first_row = tl.sum(tl.where(each < slot, rows_L, 0))
     tiles = tl.sum(tl.where(each == slot, tiles_L, 0))
-    end = first_row + tl.sum(tl.where(each == slot, rows_L, 0))
+    rows = tl.sum(tl.where(each == slot, rows_L, 0))
+    if total_L is not None:
+        tl.store(total_L + slot, tl.load(total_L + slot) + rows)
+    end = first_row + rows
     for start in range(0, tiles, LANES):
         tile = start + tl.arange(0, LANES)
         entry = tiles_M3 + 3 * (first_tile + tile)

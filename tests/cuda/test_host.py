@@ -1,0 +1,44 @@
+"""Launches into a driver that does nothing: how many a layer call makes, and which kernel is kept for what."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from triton import knobs
+
+from benchmarks.cuda.cases import Experts
+from benchmarks.cuda.host import calls, launches, stubbed_gpu
+from epbackend.kernels.triton.expert_mlp import swiglu
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(knobs.runtime.interpret, reason="the interpreter compiles nothing"),
+]
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(4, 6), (300, 9)], ids=["decode", "prefill"])
+def test_a_layer_call_takes_few_launches(tokens, most):
+    """Those of docs/cuda.md: weights are renormalized, and the load is counted, in kernels that run anyway."""
+    with stubbed_gpu() as stub, torch.inference_mode():
+        (ours,) = calls(Experts("small", slots=8, D=64, F=32, top_k=8), tokens, None).values()
+        found = launches(ours, stub)
+    assert sum(found.values()) == most
+    assert not [name for name in found if name.startswith("torch")]
+
+
+def test_a_kernel_is_kept_for_its_kind_of_arguments():
+    """By dtype and alignment, as Triton tells them apart."""
+    rows = torch.zeros(4, 32)
+    given = []
+    with stubbed_gpu() as stub, mock.patch.object(stub.utils, "launch", lambda *said: given.append(said)):
+        for each in (rows, rows, rows[1:, 1:17], rows.bfloat16()):
+            swiglu(each)
+    arguments = [said[-1] for said in given]
+    assert [each[0].dtype for each in arguments] == [torch.float32] * 3 + [torch.bfloat16]
+    assert [each[2] for each in arguments] == [32, 32, 32, 32]
+    assert [said[:3] for said in given] == [(4, 1, 1), (4, 1, 1), (3, 1, 1), (4, 1, 1)]
