@@ -70,7 +70,7 @@ def test_a_cache_beyond_the_devices_memory_is_found_where_the_device_is_asked(
     assert engine_workers() == []
 
 
-def test_the_fullest_device_of_the_machine_decides(monkeypatch):
+def test_the_fullest_device_of_the_machine_decides(pretended, monkeypatch):
     """GPUs of one's own may be in use by others; those that no rank gets may be full."""
     free = [8 << 30, 2 << 30, 0]
     monkeypatch.setattr(CudaDevice, "torch_device", lambda self, rank: torch.device("cuda", rank))
