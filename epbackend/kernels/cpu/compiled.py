@@ -241,8 +241,8 @@ def int8_tile(
     """Store sums of some rows (int16) times some outputs' weights (int8), over as many inputs as fill whole vectors.
 
     The first three pairs are matrices' addresses and a tuple of their rows; `stride` is between the rows of the sums.
-    Loops of numba never become the instruction of two products and their sum, which is twice as many products as of
-    float32: here its pattern is written down, for LLVM to find what the processor has.
+    Loops of numba never become the instruction of two products and their sum, which makes twice as many products as
+    one of float32: here its pattern is written down, for LLVM to find what the processor has.
     """
     byte, half, whole, place = (ir.IntType(bits) for bits in (8, 16, 32, 64))
     single = ir.FloatType()

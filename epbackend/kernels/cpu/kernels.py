@@ -67,7 +67,7 @@ class CpuKernels(ReferenceKernels):
     def permute(
         self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
     ) -> Permuted:
-        """As the reference, by NumPy: a call of it on few numbers takes a fifth of one of torch."""
+        """As the reference, by NumPy, whose calls on few numbers take less time than torch's."""
         choices = slot_ids_TK.shape[1]
         # Ids of other ranks, the negative ones too, sort last; NumPy sorts 16 bits in linear time.
         bucket_S = np.minimum(slot_ids_TK.numpy().astype(np.uint64), slots).astype(np.uint16).reshape(-1)
