@@ -13,6 +13,12 @@ CUDA_KERNELS = ("triton", "grouped_mm")
 PLANNING = ("algorithm", "redundant_experts", "budget", "objective", "search_ms")
 """Settings of `placement` that only planning reads."""
 
+SPEEDS_NOT_SEEN = (
+    "needs steps whose times the host sees, which are those of device cpu alone: remove it, and give "
+    "placement.rank_speed (epbackend calibrate)"
+)
+"""Why `balance.speed_margin` is refused on other devices."""
+
 BALANCED_DEVICES = ("cpu", "ascend")
 """Where experts move while serving."""
 TURBOMIND_TAKES = ("device", "ep_size", "placement", "balance", "engine")
@@ -216,11 +222,7 @@ def _balance(config: Settings) -> list[ConfigIssue]:
         )
         found.append(ConfigIssue("balance.on", reason, True))
     if balance.speed_margin is not None and config.device not in (AUTO, "cpu"):
-        reason = (
-            "needs steps whose times the host sees, which are those of device cpu alone: remove it, and give "
-        )
-        reason += "placement.rank_speed (epbackend calibrate)"
-        found.append(ConfigIssue("balance.speed_margin", reason, balance.speed_margin))
+        found.append(ConfigIssue("balance.speed_margin", SPEEDS_NOT_SEEN, balance.speed_margin))
     if placement.budget is not None:
         reason = (
             "gives layers unequal numbers of slots, which balance cannot: use placement.redundant_experts"

@@ -18,7 +18,7 @@ from epbackend.balance.balancer import Balancer, BalanceReport, Options, Reading
 from epbackend.balance.board import Board
 from epbackend.balance.migration import Migrator
 from epbackend.config import EPConfig
-from epbackend.config.checks import BALANCED_DEVICES, not_balanced
+from epbackend.config.checks import BALANCED_DEVICES, SPEEDS_NOT_SEEN, not_balanced
 from epbackend.engines.lmdeploy.checkpoint import expert_count, layer_count, read_model_config
 from epbackend.engines.lmdeploy.checks import expert_bytes
 from epbackend.engines.lmdeploy.load.report import SharedStats, all_rows
@@ -141,8 +141,6 @@ def watch(number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
     plug.migrator.watch(number, layer)
     if plug.config.balance.speed_margin is not None:
         if place.type != "cpu":  # a device named "auto" is known here alone
-            raise ConfigError(
-                f"balance.speed_margin: times of steps are seen on device cpu alone, not {place.type}"
-            )
+            raise ConfigError(f"balance.speed_margin: {SPEEDS_NOT_SEEN}")
         places: Any = all_rows(layer.ranks.rank)
         layer.load.work = ExpertWork(places["balance"][layer.ranks.rank]["work"])

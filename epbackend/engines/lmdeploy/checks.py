@@ -64,9 +64,8 @@ def check_deployment(
     device = get_device(config.device).name
     if device == "ascend":
         check_ascend(settings, config)
-    if (
-        device == "cpu"
-    ):  # others are asked where LMDeploy checks its engine: asking takes some of their memory
+    # Others are asked where LMDeploy checks its engine: asking takes some of their memory.
+    if device == "cpu":
         check_cache(config)
     return placement
 

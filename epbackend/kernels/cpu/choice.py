@@ -194,9 +194,8 @@ def _kept_or_measured(dtype: torch.dtype) -> dict[str, Any]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_suffix(".lock"))
-        lock.acquire(
-            LOCK_S
-        )  # ranks start together: one measures, and the others wait instead of disturbing it
+        # Ranks start together: one measures, and the others wait instead of disturbing it.
+        lock.acquire(LOCK_S)
     except OSError as error:
         logger.warning(
             "experts' products are compiled and measured in each process, about 5 s, as nothing can be kept (%s): set "
