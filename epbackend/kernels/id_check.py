@@ -40,6 +40,8 @@ class ExpertIdCheck:
 
     def clamp(self, ids_TK: Tensor) -> Tensor:
         """`clamp_ids`, and `report` what was out of range; by torch's operators."""
+        if ids_TK.is_cpu and _all_exist(ids_TK, self._experts):
+            return ids_TK.long()
         clamped_TK = clamp_ids(ids_TK, self._experts)
         if ids_TK.numel():
             outside_TK = ids_TK.long().masked_fill(clamped_TK == ids_TK, NOTHING)
@@ -47,6 +49,12 @@ class ExpertIdCheck:
             self.found_1.copy_(self._largest_1, non_blocking=True)
         self.report()
         return clamped_TK
+
+
+def _all_exist(ids_TK: Tensor, experts: int) -> bool:
+    """By NumPy, which takes a third of torch's time for one token's ids."""
+    values_TK = ids_TK.numpy()
+    return bool(values_TK.min(initial=0) >= 0 and values_TK.max(initial=0) < experts)
 
 
 def clamp_ids(ids_TK: Tensor, experts: int) -> Tensor:

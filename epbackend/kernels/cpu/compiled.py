@@ -3,7 +3,7 @@
 oneDNN and MKL have no fast product of bfloat16 or float16 on processors without AVX512, none of float8, and an exact
 one of int8 only with VNNI. Here weights are widened to float32 in registers, so that a product reads their few bytes
 once and no wider copy exists. A call takes all slots together: the threads of torch's own OpenMP team draw tasks, each
-of one slot and `BLOCK_N` outputs, so that experts run beside each other and there is one fork and one join.
+of one slot and some of its outputs, so that experts run beside each other and there is one fork and one join.
 
 Shapes: L slots, N outputs and K inputs of a matrix, S rows sorted by slot, B blocks of inputs that share a scale.
 """
@@ -28,7 +28,13 @@ from torch import Tensor
 from epbackend.kernels import fp8
 
 BLOCK_N = 32
-"""Outputs of a task: 32 rows of 2048 weights are 64 to 256 KiB, which stay in a core's cache for all rows of a slot."""
+"""Outputs that meet all rows of a slot before the next do: 32 x 2048 weights, at most 256 KiB, stay in the cache."""
+
+TASK_BLOCKS = 4
+"""Blocks of a task, where there are tasks enough: a thread reads memory faster where it goes on for longer."""
+
+TASKS_OF_A_THREAD = 8
+"""So many tasks that threads which end early find more to do."""
 
 ROWS_AT_ONCE = 32
 """Rows of a slot that a task multiplies before it reads its weights again: they stay in the cache as well."""
@@ -207,7 +213,7 @@ def scale_rows(rows_MK, scale_B, scaled_MK):
 
 @compiled
 def float_task(rows_MK, weight_NK, scale_BB, start, wide_NK, sums_MN):
-    """Rows of one slot times some of its outputs, of which `start` is the first.
+    """Rows of one slot times a block of its outputs, of which `start` is the first.
 
     Weights that meet many rows are widened once, into a buffer; where few come, scales are multiplied into the rows,
     which is less to do.
@@ -290,7 +296,7 @@ def int8_tile(
 
 @compiled
 def int8_task(rows_MK, weight_NK, scale_N, sums_MN):
-    """Rows of one slot times some of its outputs."""
+    """Rows of one slot times a block of its outputs."""
     inputs, last, pairs = rows_MK.shape[1], len(rows_MK) - 1, len(weight_NK) // 2 * 2
     rows_at, weights_at, sums_at = rows_MK.ctypes.data, weight_NK.ctypes.data, sums_MN.ctypes.data
     stride = sums_MN.strides[0] // 4
@@ -317,7 +323,7 @@ def int8_task(rows_MK, weight_NK, scale_N, sums_MN):
 
 CALL = np.dtype(
     [(name, np.int64) for name in (
-        "rows", "rows_at", "inputs", "sums_at", "outputs", "slots", "weights_at", "first_at", "last_at",
+        "rows", "rows_at", "inputs", "sums_at", "outputs", "task_outputs", "slots", "weights_at", "first_at", "last_at",
         "scales_at", "scale_rows", "scale_columns", "buffers_at", "buffer_rows", "next_task", "next_buffer",
     )]
 )  # fmt: skip
@@ -346,22 +352,23 @@ def threads_part(dtype: torch.dtype) -> Any:
         )
         buffer = draw(address + NEXT_BUFFER) * call.buffer_rows * call.inputs * 4
         wide_NK = carray(pointer(call.buffers_at + buffer), (call.buffer_rows, call.inputs), np.float32)
-        blocks = (call.outputs + BLOCK_N - 1) // BLOCK_N
+        tasks = (call.outputs + call.task_outputs - 1) // call.task_outputs
         while True:
             number = draw(address + NEXT_TASK)
-            slot, block = number // blocks, number % blocks
+            slot, begin = number // tasks, number % tasks * call.task_outputs
             if slot >= call.slots:
                 return
             first, last = first_L[slot], last_L[slot]
             if first == last:
                 continue
-            start, stop = block * BLOCK_N, min(call.outputs, (block + 1) * BLOCK_N)
-            weight_NK = carray(pointer(weights_at_L[slot]), (call.outputs, call.inputs), stored)[start:stop]
-            sums_MN = sums_SN[first:last, start:stop]
-            if exact:
-                int8_task(rows_SK[first:last], weight_NK, scale_LBB[slot, start:stop, 0], sums_MN)
-            else:
-                float_task(rows_SK[first:last], weight_NK, scale_LBB[slot], start, wide_NK, sums_MN)
+            weight_NK = carray(pointer(weights_at_L[slot]), (call.outputs, call.inputs), stored)
+            for start in range(begin, min(call.outputs, begin + call.task_outputs), BLOCK_N):
+                stop = min(call.outputs, start + BLOCK_N)
+                part_NK, sums_MN = weight_NK[start:stop], sums_SN[first:last, start:stop]
+                if exact:
+                    int8_task(rows_SK[first:last], part_NK, scale_LBB[slot, start:stop, 0], sums_MN)
+                else:
+                    float_task(rows_SK[first:last], part_NK, scale_LBB[slot], start, wide_NK, sums_MN)
 
     made = partial(cfunc, types.void(types.voidptr), error_model="numpy")
     try:
@@ -393,12 +400,15 @@ def grouped_product(
     """
     threads = torch.get_num_threads()
     sums_SN = torch.empty(len(rows_SK), outputs)
+    blocks = np.count_nonzero(last_L > first_L) * -(-outputs // BLOCK_N)
+    task_blocks = TASK_BLOCKS if blocks >= TASK_BLOCKS * TASKS_OF_A_THREAD * threads else 1
     widens = dtype in (torch.bfloat16, torch.float16) and (last_L - first_L).max(initial=0) >= MANY_ROWS
     buffer_rows = BLOCK_N if widens or dtype == torch.float8_e4m3fn else 0
     buffers = torch.empty(threads * buffer_rows, rows_SK.shape[1])
     call = np.zeros(1, CALL)
     call["rows"], call["inputs"] = rows_SK.shape
     call["rows_at"], call["sums_at"], call["outputs"] = rows_SK.data_ptr(), sums_SN.data_ptr(), outputs
+    call["task_outputs"] = task_blocks * BLOCK_N
     call["weights_at"], call["slots"] = weights_at_L.ctypes.data, len(weights_at_L)
     call["first_at"], call["last_at"] = first_L.ctypes.data, last_L.ctypes.data
     call["buffers_at"], call["buffer_rows"] = buffers.data_ptr(), buffer_rows
