@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -64,3 +65,45 @@ def _imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{'tests.' * node.level}{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def test_every_letter_of_a_shape_is_explained():
+    """In the tables of docs/architecture.md, for all of the code or for the package; else by the module's docstring."""
+    legend = Path("docs/architecture.md").read_text()
+    _, common, packages = re.split(r"^\| letter \|", legend, flags=re.MULTILINE)
+    everywhere = set(re.findall(r"^\| ([A-Z]) \|", common, re.MULTILINE))
+    heads, _, *rows = packages.split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in row.strip("| ").split("|")] for row in rows]
+    of_package = {
+        package: {letter for letter, *meanings in cells if len(meanings) > number and meanings[number]}
+        for number, head in enumerate(heads.strip("| ").split("|"))
+        for package in re.findall(r"`([\w.]+)`", head)
+    }
+    assert {"T", "E", "Y"} <= everywhere
+    assert of_package["kernels"] > {"H", "K"}
+    unknown = []
+    for path in sorted(Path("epbackend").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        known = everywhere | of_package.get(path.parts[1], set())
+        docstring = ast.get_docstring(tree) or ""
+        for name in {name for node in ast.walk(tree) if (name := variable(node))}:
+            shape = re.search(r"[a-z0-9]_([A-Z0-9]*[A-Z][A-Z0-9]*)$", name)
+            letters = set(re.sub(r"\d", "", shape[1])) if shape and not name.isupper() else set()
+            unknown += [
+                f"{path}: {letter} of {name}"
+                for letter in letters - known
+                if not re.search(rf"\b{letter}\b[ ,(]", docstring)
+            ]
+    assert not unknown
+
+
+def variable(node: ast.AST) -> str | None:
+    """The name that a node reads, sets or takes as an argument."""
+    match node:
+        case ast.Name():
+            return node.id
+        case ast.arg():
+            return node.arg
+        case ast.Attribute():
+            return node.attr
+    return None

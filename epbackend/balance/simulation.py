@@ -74,12 +74,12 @@ class Outcome:
         return cycle.moving_s * share
 
     @property
-    def step_ms_C(self) -> np.ndarray:
+    def step_ms_W(self) -> np.ndarray:
         """A step of each cycle in milliseconds, its part of moving included. C: cycles."""
         return np.array([1e3 * (cycle.step_s + self.delay_s(cycle) / self.steps) for cycle in self.cycles])
 
     @property
-    def stall_ms_C(self) -> np.ndarray:
+    def stall_ms_W(self) -> np.ndarray:
         """How long serving stood still in each cycle, in milliseconds. C: cycles."""
         return np.array([1e3 * cycle.moving_s * self.waits for cycle in self.cycles])
 
@@ -125,13 +125,13 @@ class Simulation:
             "steps_per_cycle": self.steps,
             "planning_ms_per_layer": round(float(np.mean(self.planning_ms)), 4),
             "planning_ms_per_layer_worst": round(max(self.planning_ms), 4),
-            "step_time": {name: round(float(o.step_ms_C.mean()), 4) for name, o in self.outcomes.items()},
+            "step_time": {name: round(float(o.step_ms_W.mean()), 4) for name, o in self.outcomes.items()},
             "imbalance": {
                 name: round(float(np.mean([cycle.imbalance for cycle in o.cycles])), 4)
                 for name, o in self.outcomes.items()
             },
-            "stall_ms": {name: round(float(o.stall_ms_C.mean()), 3) for name, o in moving.items()},
-            "stall_ms_worst": {name: round(float(o.stall_ms_C.max()), 3) for name, o in moving.items()},
+            "stall_ms": {name: round(float(o.stall_ms_W.mean()), 3) for name, o in moving.items()},
+            "stall_ms_worst": {name: round(float(o.stall_ms_W.max()), 3) for name, o in moving.items()},
             "delay_ms": {
                 name: round(float(np.mean([1e3 * o.delay_s(cycle) for cycle in o.cycles])), 3)
                 for name, o in moving.items()

@@ -260,7 +260,7 @@ def save_simulation(found: Simulation, path: Path) -> Path:
     figure = Figure(figsize=(13.3, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     for name, outcome in found.outcomes.items():
-        step_ms = outcome.step_ms_C
+        step_ms = outcome.step_ms_W
         label = f"{LABELS[name]}: {step_ms.mean():.1f} ms"
         cycles = range(1, len(step_ms) + 1)
         left.plot(cycles, step_ms, color=colours[name], marker="o", lw=2.5, label=label)
@@ -283,7 +283,7 @@ def save_simulation(found: Simulation, path: Path) -> Path:
     for axes in (left, right):
         axes.tick_params(labelsize=LABEL - 1)
         axes.spines[["top", "right"]].set_visible(False)
-    once, ours = (found.outcomes[name].step_ms_C.mean() for name in ("once", "ours"))
+    once, ours = (found.outcomes[name].step_ms_W.mean() for name in ("once", "ours"))
     size = f"{found.cost.ranks} ranks, {found.slots} slots"
     figure.suptitle(
         f"{size}: the experts of a step take {ours:.1f} ms, {once:.1f} with EPLB once",

@@ -73,7 +73,7 @@ def test_what_is_counted_adds_up(shifting):
         assert outcome.cycles[0].moved == 0  # the first placement was there beforehand
         delays = np.array([outcome.delay_s(cycle) for cycle in outcome.cycles])
         plain = np.array([cycle.step_s for cycle in outcome.cycles])
-        assert outcome.step_ms_C == pytest.approx(1e3 * (plain + delays / shifting.steps))
+        assert outcome.step_ms_W == pytest.approx(1e3 * (plain + delays / shifting.steps))
 
 
 def test_a_steady_load_needs_no_moves():
