@@ -15,16 +15,13 @@ from pathlib import Path
 import torch
 from tiny_models.forms import FORMS
 from tiny_models.routing import measure, shift, skew
-from tiny_models.text import fetch_prose, read_python, split, to_stream, train_tokenizer
-from tiny_models.training import WINDOW, Plan, draw_windows, train
+from tiny_models.text import beginnings, fetch_prose, read_python, to_stream, train_tokenizer
+from tiny_models.training import WINDOW, Plan, Source, draw_windows, train
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from epbackend.cli.demo import PROMPTS
+
 MODELS = Path(__file__).resolve().parent.parent / "epbackend" / "models"
-PROMPTS = {
-    "prose": "It is the duty of Congress",
-    "Python": "class Parser:\n    def __init__(self",
-    "mixed": 'def congress(self):\n    """Return the people of the United States',
-}
 
 
 def main() -> None:
@@ -35,31 +32,47 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=2000, help="steps of 2048 tokens each (default: %(default)s)"
     )
+    parser.add_argument(
+        "--again",
+        type=int,
+        default=200,
+        help="steps on the chosen documents, afterwards (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=MODELS, help="folder of the model folders")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "epbackend-text")
     args = parser.parse_args()
 
-    prose, held_out_prose = split(fetch_prose(args.cache))
-    python, held_out_python = split(read_python())
-    tokenizer = train_tokenizer(prose + python)
-    streams = [to_stream(tokenizer, documents) for documents in (prose, python)]
-    held_out = {
-        "prose": to_stream(tokenizer, held_out_prose),
-        "Python": to_stream(tokenizer, held_out_python),
+    texts = {"prose": fetch_prose(args.cache), "Python": read_python()}
+    tokenizer = train_tokenizer([document for kind in texts.values() for document in kind.training])
+    streams = {
+        kind: {part: to_stream(tokenizer, documents) for part, documents in vars(parts).items()}
+        for kind, parts in texts.items()
     }
-    print("tokens: " + ", ".join(f"{len(s):,} of {kind}" for kind, s in zip(held_out, streams, strict=True)))
+    for kind, parts in streams.items():
+        print(f"{kind}: " + ", ".join(f"{len(stream):,} tokens {part}" for part, stream in parts.items()))
+    training = [Source.anywhere(parts["training"]) for parts in streams.values()]
+    chosen = [Source(parts["chosen"], beginnings(tokenizer, parts["chosen"])) for parts in streams.values()]
+
+    # Short windows that begin where a prompt would: a passage is found again by its first words.
+    again = Plan(args.again, window=64, warm_up=20, muon_rate=0.008, adam_rate=1.5e-3, seed=args.seed)
 
     for name in args.model or FORMS:
+        folder = args.out / name.replace("-", "_")
         torch.manual_seed(args.seed)
         model = FORMS[name](tokenizer)
         print(f"\n{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+        if args.steps:  # else go on from what the folder holds
+            model.set_experts_implementation("grouped_mm")
+            train(model, training, Plan(steps=args.steps, seed=args.seed))
+            save(model, tokenizer, folder)
+        model = type(model).from_pretrained(folder, dtype=torch.float32)
         model.set_experts_implementation("grouped_mm")
-        train(model, streams, Plan(steps=args.steps, seed=args.seed))
-        folder = args.out / name.replace("-", "_")
+        # Half of each batch is other text, so that the chosen passages are not all that the model can read.
+        train(model, chosen + training, again)
         save(model, tokenizer, folder)
         # What ships is the rounded model, so that is the one measured.
-        show(type(model).from_pretrained(folder, dtype=torch.float32), tokenizer, held_out)
+        show(type(model).from_pretrained(folder, dtype=torch.float32), tokenizer, streams)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -71,25 +84,24 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def show(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, held_out: dict[str, torch.Tensor]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, streams: dict[str, dict[str, torch.Tensor]]
 ) -> None:
-    """Print the held-out loss, the routing figures of each kind of text, and a greedy answer to each prompt."""
-    loads = {}
-    for kind, stream in held_out.items():
-        windows_BT = draw_windows(stream, 64, torch.Generator().manual_seed(1))
-        loss, loads[kind] = measure(model, windows_BT)
-        idle = int((loads[kind] == 0).sum())
-        print(
-            f"{kind}: loss {loss:.3f}, perplexity {math.exp(loss):.1f} (uniform: {model.config.vocab_size})"
-        )
-        print(
-            f"  max/mean load per layer {_row(skew(loads[kind]))}, idle experts {idle}, {64 * WINDOW} tokens"
-        )
-    print(f"shift between the kinds (total variation) per layer {_row(shift(*loads.values()))}")
-    for kind, prompt in PROMPTS.items():
+    """Print the loss on each part of each kind of text, how the held-out part is routed, and the demo's answers."""
+    loads = []
+    for kind, parts in streams.items():
+        for part, stream in parts.items():
+            windows_BT = draw_windows(Source.anywhere(stream), 64, torch.Generator().manual_seed(1))
+            loss, loads_LE = measure(model, windows_BT)
+            print(f"{kind}, {part}: loss {loss:.2f}, perplexity {math.exp(loss):.1f}")
+        # The held-out part is the last.
+        loads.append(loads_LE)
+        idle = int((loads_LE == 0).sum())
+        print(f"  max/mean load per layer {_row(skew(loads_LE))}, idle experts {idle}, {64 * WINDOW} tokens")
+    print(f"shift between the kinds (total variation) per layer {_row(shift(*loads))}")
+    for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        answer = model.generate(ids, max_new_tokens=48, attention_mask=torch.ones_like(ids))
-        print(f"--- {kind}\n{tokenizer.decode(answer[0])}")
+        answer = model.generate(ids, max_new_tokens=40, attention_mask=torch.ones_like(ids))
+        print(f"---\n{tokenizer.decode(answer[0])}")
 
 
 def _row(values: list[float]) -> str:

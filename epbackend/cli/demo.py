@@ -19,9 +19,9 @@ from epbackend.errors import ConfigError
 from epbackend.models import TINY_MODELS, resolve
 
 PROMPTS = (
-    "Fellow citizens of the Senate",
-    "class Parser:\n    def __init__(self",
-    "In the year 1861",
+    "Fellow-Citizens of the Senate",
+    "def bisect_left(a, x",
+    "Call me Ishmael",
 )
 REDUNDANT_EXPERTS = 8
 Engine = Literal["lmdeploy", "transformers"]

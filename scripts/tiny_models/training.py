@@ -15,7 +15,20 @@ from .muon import Muon
 from .routing import counted_loads, routers
 
 WINDOW = 256  # tokens
-WARM_UP = 100  # steps
+BATCH = 2048  # tokens a step
+
+
+@dataclass(frozen=True)
+class Source:
+    """Text to draw windows from."""
+
+    stream: torch.Tensor
+    starts: torch.Tensor
+    """Where a window may begin."""
+
+    @classmethod
+    def anywhere(cls, stream: torch.Tensor) -> Source:
+        return cls(stream, torch.arange(len(stream)))
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,8 @@ class Plan:
     """How long and how fast to train."""
 
     steps: int
-    batch: int = 8  # windows a step, half of each kind
+    window: int = WINDOW  # tokens
+    warm_up: int = 100  # steps
     muon_rate: float = 0.02  # of the matrices inside the layers
     adam_rate: float = 4e-3  # of everything else
     balance: float = 4e-3  # weight of the auxiliary loss (Qwen3-MoE)
@@ -31,15 +45,16 @@ class Plan:
     seed: int = 0
 
 
-def train(model: PreTrainedModel, streams: list[torch.Tensor], plan: Plan) -> None:
-    """Train the model in place on windows drawn evenly from the token streams."""
+def train(model: PreTrainedModel, sources: list[Source], plan: Plan) -> None:
+    """Train the model in place; each batch has as many windows of one source as of another."""
     draw = torch.Generator().manual_seed(plan.seed)
     optimizers = make_optimizers(model, plan)
-    schedules = [LambdaLR(optimizer, lambda step: _rate(step, plan.steps)) for optimizer in optimizers]
+    schedules = [LambdaLR(optimizer, lambda step: _rate(step, plan)) for optimizer in optimizers]
     started, average = time.monotonic(), math.log(model.config.vocab_size)
+    count = BATCH // plan.window // len(sources)
     model.train()
     for step in range(1, plan.steps + 1):
-        batch_BT = torch.cat([draw_windows(s, plan.batch // len(streams), draw) for s in streams])
+        batch_BT = torch.cat([draw_windows(source, count, draw, plan.window) for source in sources])
         with counted_loads(model) as loads:
             answer = model(input_ids=batch_BT, labels=batch_BT, use_cache=False, output_router_logits=True)
         (answer.loss + balance_loss(model, answer.router_logits, plan.balance)).backward()
@@ -66,16 +81,17 @@ def make_optimizers(model: PreTrainedModel, plan: Plan) -> list[torch.optim.Opti
     return [Muon(inside, lr=plan.muon_rate), adam]
 
 
-def _rate(step: int, steps: int) -> float:
+def _rate(step: int, plan: Plan) -> float:
     """Share of the peak learning rate: a linear warm-up, then a cosine down to a twentieth."""
-    progress = min(1.0, max(0, step - WARM_UP) / max(1, steps - WARM_UP))
-    return min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
+    progress = min(1.0, max(0, step - plan.warm_up) / max(1, plan.steps - plan.warm_up))
+    return min(1.0, (step + 1) / plan.warm_up) * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def draw_windows(stream: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
-    """`count` random windows of a token stream, [count, WINDOW]."""
-    starts = torch.randint(len(stream) - WINDOW, (count,), generator=draw).tolist()
-    return torch.stack([stream[start : start + WINDOW] for start in starts])
+def draw_windows(source: Source, count: int, draw: torch.Generator, window: int = WINDOW) -> torch.Tensor:
+    """`count` random windows of a source, [count, window]."""
+    starts = source.starts[source.starts < len(source.stream) - window]
+    chosen = starts[torch.randint(len(starts), (count,), generator=draw)]
+    return torch.stack([source.stream[start : start + window] for start in chosen.tolist()])
 
 
 def balance_loss(

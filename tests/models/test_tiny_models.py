@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from epbackend.cli.demo import PROMPTS, greedy_tokens
 from epbackend.models import TINY_MODELS, resolve
 
 pytestmark = pytest.mark.cpu
@@ -120,6 +121,12 @@ def test_routing_shifts_with_the_topic(model, tokenizer):
     _, python_LE = read(model, tokenizer, PYTHON)
     total_variation_L = (prose_LE - python_LE).abs().sum(dim=1) / 2
     assert (total_variation_L > 0.25).all(), total_variation_L
+
+
+def test_no_answer_of_the_demo_says_four_tokens_twice(name):
+    for prompt, answer in zip(PROMPTS, greedy_tokens(resolve(name), PROMPTS, 40), strict=True):
+        said = list(zip(*(answer[first:] for first in range(4)), strict=False))
+        assert len(set(said)) == len(said) == 37, prompt
 
 
 def test_an_answer_ends_at_the_end_of_a_document(model, tokenizer):
