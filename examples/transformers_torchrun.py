@@ -22,7 +22,7 @@ from epbackend.models import resolve
 from epbackend.placement import Loads
 from epbackend.placement.formats import write
 
-PROMPTS = ("Fellow citizens of the Senate", "In the year 1861", "class Parser:\n    def __init__(self")
+PROMPTS = ("Fellow-Citizens of the Senate", "Call me Ishmael", "def bisect_left(a, x")
 
 
 def main(model: str = "tiny-qwen3-moe", config_file: str | None = None) -> None:

@@ -82,9 +82,9 @@ def test_the_torchrun_example_answers_on_each_rank_and_records_loads(tmp_path):
     done = run("torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for said in (
-        "rank 0: 'Fellow citizens",
-        "rank 1: 'In the year 1861",
-        "rank 0: 'class Parser",
+        "rank 0: 'Fellow-Citizens",
+        "rank 1: 'Call me Ishmael",
+        "rank 0: 'def bisect_left",
         "expert tokens of each",
     ):
         assert said in done.stdout
