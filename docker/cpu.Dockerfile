@@ -14,5 +14,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN make setup TORCH_INDEX=$TORCH_INDEX
 
 USER 65534
+# What is compiled and measured is kept where this user can write, for all processes of a container.
+ENV NUMBA_CACHE_DIR=/tmp/numba XDG_CACHE_HOME=/tmp/cache
 EXPOSE 23333
 ENTRYPOINT ["/opt/epbackend/.venv/bin/epbackend"]

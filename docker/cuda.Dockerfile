@@ -8,10 +8,10 @@ FROM ${LMDEPLOY_IMAGE}
 
 WORKDIR /opt/epbackend
 COPY . .
-RUN python3 -m pip install ".[cuda,serve]" && python3 -m epbackend.placement.warmup
+RUN python3 -m pip install ".[cuda,serve]"
 
 USER 65534
-# Triton compiles each kernel at its first launch, and keeps it here.
-ENV TRITON_CACHE_DIR=/tmp/triton
+# Triton compiles each kernel at its first launch, numba the planner's functions: kept where this user can write.
+ENV TRITON_CACHE_DIR=/tmp/triton NUMBA_CACHE_DIR=/tmp/numba
 EXPOSE 23333
 ENTRYPOINT ["epbackend"]

@@ -100,6 +100,15 @@ def test_commands_are_such_as_the_parser_takes(block):
             assert any((ROOT / word).is_file() for word in words)
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "docker").iterdir()), ids=lambda path: path.name)
+def test_what_an_image_is_told_to_run_is_such_as_the_parser_takes(file):
+    comments = re.sub(r" \\\n# +", " ", file.read_text(encoding="utf-8"))
+    (command,) = re.findall(r"^# +docker run (.*)$", comments, re.MULTILINE)
+    words = shlex.split(command)
+    image = next(i for i, word in enumerate(words) if word.partition(":")[0] == "epbackend")
+    parse(words[image + 1 :])
+
+
 @of("python")
 def test_python_compiles_and_what_it_takes_from_packages_is_there(block):
     tree = ast.parse(block.text)

@@ -78,17 +78,6 @@ def test_the_readme_names_the_commands_and_options_that_there_are():
             assert re.search(rf"\b{name}\b|{option}\b", source + shared), (command, option)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "docker").iterdir()), ids=lambda path: path.name)
-def test_an_image_is_set_up_by_a_target_or_extras_that_there_are_and_runs_as_another_user(file):
-    text = file.read_text(encoding="utf-8")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for target in re.findall(r"RUN make ([a-z-]+)", text):
-        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
-    for extras in re.findall(r"\.\[([a-z,]+)\]", text):
-        assert set(extras.split(",")) <= set(project["optional-dependencies"])
-    assert "\nUSER 65534\n" in text
-
-
 def test_the_chinese_readme_says_what_the_english_one_does():
     """The same headings, code (but for comments), tables and lists of links, in the same order."""
     english, chinese = (outline(path.read_text(encoding="utf-8")) for path in (ROOT / "README.md", CHINESE))
