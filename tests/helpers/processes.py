@@ -82,6 +82,11 @@ class Running:
         return [str(each) for each in alive] + [name for name in self.segments if Path(name).exists()]
 
 
+def ending(code: int) -> str:
+    """How a process ended, in words, from its exit code as Python gives it."""
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
 def engine_workers() -> list[psutil.Process]:
     """The ranks that an engine of this very process started, in their order."""
     children = [child for child in multiprocessing.active_children() if child.name.startswith("ExecutorProc")]
