@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, cached_property
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 
 import torch
@@ -51,6 +51,8 @@ class AscendDevice(Device):
 def _unavailable() -> str | None:
     if find_spec("torch_npu") is None:
         return "torch-npu is not installed; install CANN and epbackend[ascend], or use device cpu"
+    if reason := _wrong_version():
+        return reason
     try:
         import_module("torch_npu")
     except (ImportError, OSError, RuntimeError) as error:
@@ -61,3 +63,18 @@ def _unavailable() -> str | None:
     if not torch.get_device_module("npu").is_available():
         return "torch-npu sees no NPU; check npu-smi info and ASCEND_RT_VISIBLE_DEVICES, or use device cpu"
     return None
+
+
+def _wrong_version() -> str | None:
+    """Why this torch-npu cannot go with this torch; to load it all the same may end the process."""
+    try:
+        installed = metadata.version("torch-npu")
+    except metadata.PackageNotFoundError:
+        return None  # built in place: what does not fit is found when it is loaded
+    theirs, own = (".".join(version.split(".")[:2]) for version in (installed, torch.__version__))
+    if theirs == own:
+        return None
+    return (
+        f"torch-npu {installed} is for torch {theirs}, and torch is {torch.__version__}; install the one for it "
+        f"(pip install 'torch-npu=={own}.*', and the CANN that its release notes name), or use device cpu"
+    )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("lmdeploy", reason="LMDeploy is not installed")
 
@@ -54,13 +56,31 @@ def with_torch_npu() -> dict[str, str]:
     return {"PYTHONPATH": f"{ascend.ROOT}{os.pathsep}{WHEEL}"}
 
 
-def without_dlinfer(folder: Path) -> dict[str, str]:
-    """Emulated NPUs, with torch-npu alone."""
+def without_dlinfer(folder: Path) -> Path:
+    """A folder with torch-npu alone."""
     for each in WHEEL.iterdir():
         if not each.name.startswith("dlinfer"):
             (folder / each.name).symlink_to(each)
+    return folder
+
+
+def emulated_with(folder: Path) -> dict[str, str]:
+    """One emulated NPU, with the packages of this folder."""
     variables = ascend.environment("A3", 1)
     return variables | {"PYTHONPATH": variables["PYTHONPATH"].replace(str(WHEEL), str(folder))}
+
+
+def with_another_version(folder: Path, package: str, version: str) -> Path:
+    """A folder like the one with torch-npu and dlinfer, in which the package says that it has this version."""
+    for each in WHEEL.iterdir():
+        if each.name.startswith(f"{package}-"):
+            said = (each / "METADATA").read_text()
+            made = folder / f"{package}-{version}.dist-info"
+            made.mkdir()
+            (made / "METADATA").write_text(re.sub(r"(?m)^Version: .*", f"Version: {version}", said, count=1))
+        else:
+            (folder / each.name).symlink_to(each)
+    return folder
 
 
 def awq_checkpoint(folder: Path) -> str:
@@ -93,11 +113,24 @@ def test_without_torch_npu():
 
 @pytest.mark.slow
 def test_without_dlinfer(tmp_path):
-    said = refusal(QWEN, **without_dlinfer(tmp_path))
+    said = refusal(QWEN, **emulated_with(without_dlinfer(tmp_path)))
     assert (
         "device ascend needs dlinfer, which is not installed: pip install --no-deps dlinfer-ascend==0.2.7"
         in said
     )
+
+
+def test_torch_npu_of_another_torch(tmp_path):
+    folder = with_another_version(tmp_path, "torch_npu", "2.12.0")
+    said = refusal(QWEN, PYTHONPATH=f"{ascend.ROOT}{os.pathsep}{folder}")
+    assert f"torch-npu 2.12.0 is for torch 2.12, and torch is {torch.__version__}" in said
+    assert "pip install 'torch-npu==2.13.*'" in said
+
+
+@pytest.mark.slow
+def test_an_older_dlinfer(tmp_path):
+    said = refusal(QWEN, **emulated_with(with_another_version(tmp_path, "dlinfer_ascend", "0.2.6")))
+    assert "device ascend needs dlinfer-ascend 0.2.7 or newer, and 0.2.6 is installed: pip install" in said
 
 
 @pytest.mark.slow
@@ -110,6 +143,14 @@ def test_a_chip_that_is_neither_a2_nor_a3():
 def test_more_ranks_than_devices():
     said = refusal(QWEN, "--ep-size", "2", **ascend.environment("A3", 1))
     assert "ep_size: 2 takes 2 NPUs, and there are 1" in said
+
+
+@pytest.mark.slow
+def test_npus_that_ray_does_not_know(tmp_path):
+    """Its own search for them looks for files in /dev; LMDeploy would wait for half an hour."""
+    (config := tmp_path / "config.yaml").write_text("ep_size: 2\nengine: {executor: ray}\n")
+    said = refusal(QWEN, "--config", str(config), **ascend.environment("A3", 2))
+    assert "an engine's 2 ranks take 2 NPU, and Ray has found 0: start it with them before (ray start" in said
 
 
 @pytest.mark.slow

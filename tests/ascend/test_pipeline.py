@@ -107,7 +107,17 @@ def test_four_ranks_of_which_each_holds_a_copy(npu, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "form"), [(QWEN, "W8A8"), (QWEN, "bfloat16"), (DEEPSEEK, "bfloat16")])
+def test_ranks_in_actors_of_ray(npu):
+    """In a Ray that ran before, where LMDeploy takes the NPU of a rank's number."""
+    told = ascend_pipeline.run(npu, 2, QWEN, {"ep_level": 2, "engine": {"executor": "ray"}})
+    compare_with_float32(told.answers, resolve(QWEN))
+    assert told.facts["dispatcher"] == "alltoall"
+    assert all(tokens > 0 for tokens in told.facts["expert_tokens_per_rank"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["W8A8", "bfloat16"])
+@pytest.mark.parametrize("model", [QWEN, DEEPSEEK])
 def test_log_probabilities_are_as_exact_as_bfloat16(npu, tmp_path, model, form):
     """Of the same weights in float32; W8A8 in the form that LMDeploy's own tool writes."""
     path = whole = resolve(model)

@@ -18,6 +18,7 @@ from tests.helpers import ascend
 from tests.helpers.answers import Answer
 from tests.helpers.cann import registry
 from tests.helpers.patience import PATIENCE_S
+from tests.helpers.processes import ending
 
 ENGINE = {
     "dtype": "float16",
@@ -91,7 +92,9 @@ def run(
         timeout=10 * PATIENCE_S,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith(DONE)]
-    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
+    said = f"it ended with {ending(done.returncode)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    assert lines, said
+    assert done.returncode == 0, f"all was told, then {said}"
     told = json.loads(lines[-1].removeprefix(DONE))
     answers = [Answer(**each) for each in told["answers"]]
     later = tuple([Answer(**each) for each in answers] for answers in told["later"])
@@ -109,6 +112,8 @@ def _tell(
     from tests.helpers.processes import engine_workers
 
     config, failure, moved = EPConfig.load(settings), None, None
+    if config.engine.executor == "ray":
+        _start_ray(config.ep_size)
     later: list[list[Answer]] = []
     with epbackend.pipeline(model, config) as pipe:
         answers = ask(pipe, TEXTS[:texts])
@@ -132,5 +137,14 @@ def _tell(
     }
 
 
+def _start_ray(npus: int) -> None:
+    """Ray finds no emulated NPUs: it is told, as by `ray start --resources`."""
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_TOKEN", "of a test")  # else Ray writes one into the home
+    ray.init(address="local", num_cpus=npus, resources={"NPU": npus}, include_dashboard=False)
+
+
 if __name__ == "__main__":
-    print(DONE + json.dumps(_tell(sys.argv[1], *json.loads(sys.argv[2]))))
+    # At once: what is not yet written is lost where the interpreter's end fails.
+    print(DONE + json.dumps(_tell(sys.argv[1], *json.loads(sys.argv[2]))), flush=True)

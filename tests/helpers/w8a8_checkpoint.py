@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 from epbackend.kernels.int8 import Int8Matrix
 from epbackend.models import resolve
 
-LINEAR = re.compile(r"\.(self_attn\.[qkvo]|experts\.\d+\.(gate|up|down))_proj\.weight$")
+LINEAR = re.compile(
+    r"\.(self_attn\.([qkvo]|q_[ab]|kv_b)_proj|self_attn\.kv_a_proj_with_mqa"
+    r"|(mlp|experts\.\d+|shared_experts)\.(gate|up|down)_proj)\.weight$"
+)
 QUANTIZED = {"quant_method": "smooth_quant", "quant_dtype": "int8", "modules_to_not_convert": ["mlp.gate"]}
 
 

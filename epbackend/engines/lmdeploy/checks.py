@@ -129,9 +129,10 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
     """Raises an error for what NPUs, or the dlinfer that is there, cannot serve of a model's config.json.
 
     Raises:
-        UnavailableError: dlinfer is missing, the chip is another one, or there are more ranks than NPUs.
+        UnavailableError: dlinfer is missing or too old, the chip is another one, or there are more ranks than NPUs.
         ConfigError: quantized experts, attention or blocks of the cache are in a form that nobody computes there.
     """
+    dlinfer_package.check_version()
     older = dlinfer_package.lacks("attention")
     chip = get_device(config.device).chip
     if chip not in ASCEND_CHIPS:

@@ -18,10 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from packaging.version import Version
+
 from epbackend.errors import UnavailableError
 
 PACKAGE = "dlinfer-ascend"
-REMEDY = "pip install --no-deps dlinfer-ascend==0.2.7 (Python 3.10 or 3.11)"
+OLDEST = "0.2.7"
+"""What older ones have was not looked at; what newer ones have is read from them."""
+REMEDY = f"pip install --no-deps {PACKAGE}=={OLDEST} (Python 3.10 or 3.11)"
 
 RUNTIME = "dlinfer.vendor.ascend.version"
 """Came with the dlinfer of LMDeploy 0.18."""
@@ -90,6 +94,15 @@ def installed() -> str | None:
         return None
 
 
+def check_version() -> None:
+    """Raises UnavailableError for one that is older than those LMDeploy's calls were held against."""
+    version = installed()
+    if version is not None and Version(version) < Version(OLDEST):
+        raise UnavailableError(
+            f"device ascend needs {PACKAGE} {OLDEST} or newer, and {version} is installed: {REMEDY}"
+        )
+
+
 def lacks(name: str) -> bool:
     """Whether the dlinfer that is there has this gap.
 
@@ -109,8 +122,9 @@ def load() -> None:
     """Import dlinfer, without what it would change in LMDeploy where that is meant for an older one.
 
     Raises:
-        UnavailableError: there is none, or it cannot be imported.
+        UnavailableError: there is none, it is too old, or it cannot be imported.
     """
+    check_version()
     outdated = lacks("runtime")
     try:
         if outdated:

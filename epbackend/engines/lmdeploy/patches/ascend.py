@@ -73,6 +73,21 @@ decode_with_lengths = Patch(
 
 
 @patch(
+    "lmdeploy.pytorch.backends.dlinfer.qmodules:linear_w8a8",
+    why="dlinfer 0.2.7 takes rows as [1, T, D] alone; MLA has [T, 1, D] for its keys, and [D, D] when it is loaded",
+    when="ascend",
+    fingerprint="45adb7eb1165",
+    only_if=_lacking("static w8a8"),
+)
+def int8_rows_of_any_shape(original: Callable) -> Callable:
+    def linear_w8a8(a: Any, b: Any, rms_scale: Any, *args: Any, **kwargs: Any) -> Any:
+        out_TN = original(a.flatten(0, -2)[None], b, rms_scale.flatten()[None], *args, **kwargs)[0]
+        return out_TN.view(*a.shape[:-1], -1)
+
+    return linear_w8a8
+
+
+@patch(
     "torch.cuda:get_device_capability",
     why="LMDeploy makes torch.cuda a name of torch.npu; torch's broadcast asks that for a compute capability, which is "
     "None",
@@ -91,5 +106,6 @@ PATCHES: tuple[Patch, ...] = (
     ascend_runtime_unchecked,
     prefill_with_lengths,
     decode_with_lengths,
+    int8_rows_of_any_shape,
     npu_has_no_capability,
 )

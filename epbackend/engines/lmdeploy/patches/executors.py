@@ -15,6 +15,9 @@ from epbackend.engines.lmdeploy.patching import Patch, built_by, patch, replaced
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, WorkerError
 
+ALL_NPUS = "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"
+"""With it Ray leaves all NPUs visible; LMDeploy sets it in its own process."""
+
 MEETING_S = 300.0
 """Ranks on other machines may start that much later than the first, where `timeout_s` is less."""
 
@@ -62,7 +65,8 @@ def mp_without_a_warning(original: Callable) -> Callable:
 
 @patch(
     f"{_RAY}:_update_runtime_envs",
-    why="Ray workers get LMDeploy's own variables only, not the config",
+    why="Ray workers get LMDeploy's own variables only, not the config; and in a Ray that ran before they see one NPU "
+    "each, of which LMDeploy takes that of the rank's number",
     when="ray",
     fingerprint="c52892a52680",
 )
@@ -70,6 +74,8 @@ def ray_environment(original: Callable) -> Callable:
     def update_runtime_envs(runtime_env: dict) -> dict:
         runtime_env = original(runtime_env)
         runtime_env["env_vars"].update(active().worker_environment)
+        if ALL_NPUS in os.environ:
+            runtime_env["env_vars"][ALL_NPUS] = os.environ[ALL_NPUS]
         return runtime_env
 
     return update_runtime_envs
@@ -204,6 +210,14 @@ PATCHES = (
         "ray",
         built_by(f"{_OURS}.workers.ray_executor:private_cluster"),
         "8e082faac6bd",
+    ),
+    Patch(
+        "ray-room",
+        "lmdeploy.pytorch.ray:_wait_until_pg_ready",
+        "it waits half an hour for devices that Ray does not have",
+        "ray",
+        built_by(f"{_OURS}.workers.ray_executor:room_is_checked"),
+        "6646cfe93ddb",
     ),
     ray_ranks,
     # After the patch of one of its methods, which stays its own.

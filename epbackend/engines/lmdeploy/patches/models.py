@@ -253,6 +253,26 @@ def heads_are_not_quantized(original: Callable) -> Callable:
     return get_quant_method
 
 
+@patch(
+    f"{MODELS}deepseek_v2:DeepseekV2Attention.__init__",
+    why="with smooth_quant the norm of the latent is built as an int8 one, whose rows the cache of keys cannot take",
+    when="always",
+    fingerprint="bf7ec4fbe9a5",
+)
+def latent_is_not_quantized(original: Callable) -> Callable:
+    from lmdeploy.pytorch.nn import RMSNorm
+
+    @functools.wraps(original)
+    def init(self: Any, config: Any, dtype: Any = None, device: Any = None) -> None:
+        original(self, config, dtype, device)
+        if getattr(config, "quantization_config", None):
+            self.kv_a_layernorm = RMSNorm(
+                config.kv_lora_rank, self.kv_a_layernorm.eps, dtype=dtype, device=device
+            )
+
+    return init
+
+
 PATCHES = (
     # Who takes it from another comes first: it must be imported while that one has its original.
     _as_released("draft-configs-as-released", "lmdeploy.pytorch.engine.config_builder"),
@@ -266,6 +286,7 @@ PATCHES = (
     kimi_k25_has_layers,
     gpt_oss_without_harmony,
     heads_are_not_quantized,
+    latent_is_not_quantized,
     # Qwen3.5-MoE and the models without shared experts respect expert parallelism and need no patch.
     _sums_once("deepseek-v2-sums-once", "deepseek_v2:DeepseekV2MoE", "shared_experts", "f0e43633d5f1"),
     _sums_once("deepseek-sums-once", "deepseek:DeepseekMoE", "shared_experts", "88804328d218"),

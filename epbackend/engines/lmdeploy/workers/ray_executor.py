@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,12 @@ logger = logging.getLogger("lmdeploy")
 
 CPU_RESOURCE = "epbackend_cpu_rank"
 """One of these a rank: Ray allows no placement by its own CPU resource."""
+
+START = {
+    "GPU": "ray start --head --num-gpus {}",
+    "NPU": "ray start --head --resources '{{\"NPU\": {}}}'",
+}
+"""What Ray calls a device -> the command that starts it with so many."""
 
 OBJECT_STORE_BYTES = 512 << 20
 
@@ -161,17 +168,45 @@ def private_cluster(original: Callable) -> Callable:
     def init_ray_cluster(
         world_size: int, ray_address: str | None = None, dp: int = 1, device_type: str = "cuda"
     ) -> Any:
-        if device_type == "cpu":
-            _start_cluster(world_size, ray_address)
-        if "RAY_ADDRESS" not in os.environ:
-            return original(world_size, ray_address, dp, device_type)
-        ray.init(address=ray_address, ignore_reinit_error=True)
-        resource = cluster.get_device_str(device_type)
-        _check_room(resource, world_size)
-        with _pinned_to(_node_of(int(os.environ.get(ENGINE_VARIABLE, 0)), world_size, resource)):
-            return original(world_size, ray_address, dp, device_type)
+        users = ray.is_initialized()
+        try:
+            if device_type == "cpu":
+                _start_cluster(world_size, ray_address)
+            if "RAY_ADDRESS" not in os.environ:
+                return original(world_size, ray_address, dp, device_type)
+            ray.init(address=ray_address, ignore_reinit_error=True)
+            resource = cluster.get_device_str(device_type)
+            _check_room(resource, world_size)
+            with _pinned_to(_node_of(int(os.environ.get(ENGINE_VARIABLE, 0)), world_size, resource)):
+                return original(world_size, ray_address, dp, device_type)
+        except ConfigError:
+            if not users:  # the next try shall find what was started meanwhile
+                ray.shutdown()
+            raise
 
     return init_ray_cluster
+
+
+def room_is_checked(original: Callable) -> Callable:
+    """`_wait_until_pg_ready` that waits for devices in use, and not for such as Ray has not got."""
+
+    def wait_until_pg_ready(group: Any) -> None:
+        wanted = Counter[str]()
+        for bundle in group.bundle_specs:
+            wanted.update(bundle)
+        room = ray.cluster_resources()
+        for resource in wanted.keys() & START:
+            if room.get(resource, 0) < wanted[resource]:
+                ray.util.remove_placement_group(group)
+                ranks = int(wanted[resource])
+                raise ConfigError(
+                    f"engine.executor: ray: an engine's {ranks} ranks take {ranks} {resource}, and Ray has found "
+                    f"{int(room.get(resource, 0))}: start it with them before ({START[resource].format(ranks)}), or "
+                    "use engine.executor: mp, which takes engine.dp: 1"
+                )
+        original(group)
+
+    return wait_until_pg_ready
 
 
 def _check_room(resource: str, ranks: int) -> None:

@@ -1,5 +1,6 @@
 // libascendcl: device memory is host memory, and a stream is done with a task as soon as it has been given it.
 // What the wheel calls and is not here becomes a stub that fails and says its name (see build.py).
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -25,7 +26,11 @@ struct Event {
 
 int32_t device_count() {
   const char *count = getenv("EMULATED_NPU_COUNT");
-  return count ? atoi(count) : 1;
+  const int32_t there = count ? atoi(count) : 1;
+  const char *visible = getenv("ASCEND_RT_VISIBLE_DEVICES");  // a list; which ones they are makes no difference here
+  if (!visible) return there;
+  const int32_t named = *visible ? 1 + std::count(visible, visible + strlen(visible), ',') : 0;
+  return std::min(there, named);
 }
 
 void *allocate(size_t bytes) {
