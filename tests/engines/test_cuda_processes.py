@@ -139,6 +139,21 @@ def test_ray_workers_meet_in_lmdeploys_way_on_gpus(pretended, monkeypatch):
     assert met == ["cuda"]
 
 
+@pytest.mark.slow
+def test_gpus_that_ray_does_not_know(pretended, monkeypatch):
+    """LMDeploy would wait for half an hour; Ray ends again, so that the next try finds one started meanwhile."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of a test")  # else Ray writes one into the home
+    plug.enable(two_ranks(executor="ray"))
+    from lmdeploy.pytorch import ray as cluster
+
+    with pytest.raises(
+        ConfigError, match=r"2 ranks take 2 GPU, and Ray has found 0.*ray start --head --num-gpus 2"
+    ):
+        cluster.init_ray_cluster(2, ray_address="local", device_type="cuda")
+    assert not ray.is_initialized()
+
+
 def test_an_engine_in_a_ray_actor_is_refused(pretended):
     """It would run LMDeploy's own experts, or fail for want of DeepEP."""
     config = two_ranks(extra={"mp_engine_backend": "ray", "enable_mp_engine": True})
