@@ -33,6 +33,10 @@ GRACE_S = 2.0
 """Ranks do not fail at the same moment."""
 STORE_POLL_S = 0.05
 POLL_S = 1.0
+LOOK_MOST_S = 2.0
+"""From one look to the next where a thread is not paused; what is more counts as a pause."""
+PAUSES = 64
+"""So many are remembered: older than the longest timeout, or too short to matter."""
 
 
 def unresponsive_ranks(group: dist.ProcessGroup, timeout_s: float) -> str:
@@ -77,6 +81,31 @@ def _store_is_gone() -> str:
     return "rank 0 does not answer, which also keeps the store where the others could be asked"
 
 
+class RunningTime:
+    """How old something is, by the time in which this process ran.
+
+    Ctrl-Z in a terminal and a container that is frozen stop the ranks together with those who watch over them: nobody
+    stalled meanwhile, and all go on together.
+    """
+
+    def __init__(self) -> None:
+        self._looked = time.monotonic()
+        self._pauses: deque[tuple[float, float]] = deque(maxlen=PAUSES)
+
+    def look(self) -> float:
+        """The time now; to be called by the watching thread at each of its looks."""
+        now = time.monotonic()
+        if (paused := now - self._looked - LOOK_MOST_S) > 0:
+            self._pauses.append((now, paused))
+        self._looked = now
+        return now
+
+    def age_s(self, since: float) -> float:
+        """Seconds from `since` to the last look, without pauses."""
+        paused = sum(min(length, end - since) for end, length in self._pauses if end > since)
+        return max(0.0, self._looked - since - paused)
+
+
 @dataclass(frozen=True)
 class Mark:
     """A place in the order of a device's work."""
@@ -95,10 +124,6 @@ class Mark:
         except RuntimeError:
             return True
 
-    @property
-    def overdue(self) -> bool:
-        return time.monotonic() - self.set_at > self.timeout_s
-
 
 class Watchdog:
     """The marks of one stream, oldest first, and the thread that looks at them."""
@@ -107,6 +132,7 @@ class Watchdog:
         """`who` says in words which ranks do not answer; `end` is what happens after the report."""
         self._who, self._end = who, end
         self._marks: deque[Mark] = deque()
+        self._time = RunningTime()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         # A queue and no Event: its `put` may be called by the garbage collector, in whatever thread that runs.
@@ -124,6 +150,7 @@ class Watchdog:
                 self._marks.popleft()
             self._marks.append(Mark(what, passed, time.monotonic(), timeout_s))
         if self._thread is None:
+            self._time.look()
             self._thread = threading.Thread(target=self._run, name="epbackend watchdog", daemon=True)
             self._thread.start()
 
@@ -154,8 +181,9 @@ class Watchdog:
         Each mark is asked once, when it is overdue: a query from this thread would break a capture in the main thread,
         and shortly before each capture LMDeploy runs the same layers, whose marks are new.
         """
+        self._time.look()
         with self._lock:
-            while self._marks and self._marks[0].overdue:
+            while self._marks and self._time.age_s(self._marks[0].set_at) > self._marks[0].timeout_s:
                 if not self._marks[0].over:
                     return self._marks[0]
                 self._marks.popleft()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from epbackend.dispatch import watchdog
 from epbackend.dispatch.context import GroupContext
-from epbackend.dispatch.watchdog import Watchdog, unresponsive_ranks
+from epbackend.dispatch.watchdog import RunningTime, Watchdog, unresponsive_ranks
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.ranks import forking, free_port
 
@@ -71,6 +71,17 @@ def test_marks_that_were_passed_are_asked_once_and_forgotten(monkeypatch, watch_
     wait_for(lambda: not dog._marks)
     time.sleep(0.1)
     assert (asked, ended) == ([0, 1, 2, 3, 4], [])
+
+
+def test_time_in_which_the_watch_itself_was_stopped_makes_nothing_older(monkeypatch):
+    moments = iter((0.0, 1.0, 2.0, 62.0, 63.0))
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    running = RunningTime()
+    for _ in range(4):
+        running.look()
+    pause = 60.0 - watchdog.LOOK_MOST_S
+    ages = {since: running.age_s(since) for since in (0.0, 2.0, 61.0, 62.5)}
+    assert ages == {0.0: 63.0 - pause, 2.0: 61.0 - pause, 61.0: 1.0, 62.5: 0.5}
 
 
 def test_a_gpu_that_failed_is_not_waited_for(watch_with):

@@ -60,7 +60,7 @@ def test_a_failed_engine_is_started_again_and_a_signal_ends_it_with_0(tmp_path):
     server = Server(Case(timeout_s=60), tmp_path, "--restart", "1")
     try:
         server.await_ready()
-        os.kill(server.pid_of("rank 1", 2), signal.SIGKILL)
+        os.kill(*server.pids_of("rank 1", 2), signal.SIGKILL)
         # In each process of its own: the one that failed answers 503 first, then nobody listens.
         while _answers(server):
             time.sleep(0.1)

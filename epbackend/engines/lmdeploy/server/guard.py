@@ -26,6 +26,8 @@ from typing import Any
 
 import psutil
 
+from epbackend.balance.balancer import Balancer
+from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy.patching import Patch, Patches
 from epbackend.engines.lmdeploy.server.experts import PREFIX
 from epbackend.engines.lmdeploy.workers.process_guard import descendants, kill_all
@@ -281,15 +283,20 @@ def end_at_once(exit_code: int) -> None:
 
 @contextmanager
 def looking_out(
-    guard: Guard, processes: list[BaseProcess] | None, verdict: Callable[[], str | None], timeout_s: float
+    guard: Guard,
+    processes: list[BaseProcess] | None,
+    verdict: Callable[[], str | None],
+    timeout_s: float,
+    balancer: Balancer | None,
 ) -> Iterator[None]:
     """Tells the guard of an engine that fails while it serves, which it begins and ends within the block.
 
     That is one that left a verdict, one of whose `processes` ended (None: the one that LMDeploy starts for its engine),
-    or of which any process at all is stopped for longer than `timeout_s`.
+    or of which any process at all is stopped for longer than `timeout_s`; but for the planner, whom the balancer
+    replaces.
     """
     stop = threading.Event()
-    arguments = (guard, processes, verdict, timeout_s, stop)
+    arguments = (guard, processes, verdict, timeout_s, balancer, stop)
     thread = threading.Thread(target=_look_out, args=arguments, name="epbackend-lookout", daemon=True)
     thread.start()
     try:
@@ -303,10 +310,11 @@ def _look_out(
     processes: list[BaseProcess] | None,
     verdict: Callable[[], str | None],
     timeout_s: float,
+    balancer: Balancer | None,
     stop: threading.Event,
 ) -> None:
     stopped_since: dict[int, float] = {}
-    looked = 0.0
+    running, looked = RunningTime(), 0.0
     while not guard.serving:
         if stop.wait(LOOK_S):
             return
@@ -321,9 +329,10 @@ def _look_out(
         if text is None and ended:
             first = next(each for each in watched if each.sentinel in ended)
             text = f"the engine's process {first.name} ended with exit code {_exit_code(first)}; its log is above"
-        if text is None and time.monotonic() > looked + FAMILY_EVERY_S:
-            looked = time.monotonic()
-            text = _stopped_one(stopped_since, timeout_s + AFTER_RANKS_S)
+        now = running.look()
+        if text is None and now > looked + FAMILY_EVERY_S:
+            looked, replaced = now, balancer.planner_pid if balancer else None
+            text = _stopped_one(stopped_since, running, timeout_s + AFTER_RANKS_S, replaced)
         if text is not None:
             guard.fail(text)
             return
@@ -336,21 +345,22 @@ def _exit_code(process: BaseProcess) -> int | None:
     return None
 
 
-def _stopped_one(since: dict[int, float], limit_s: float) -> str | None:
+def _stopped_one(
+    since: dict[int, float], running: RunningTime, limit_s: float, spared: int | None
+) -> str | None:
     """Names a process of ours that is stopped for longer than that. `since` is kept from look to look."""
-    now = time.monotonic()
-    family = {each.pid: each for each in descendants(os.getpid())}
+    family = {each.pid: each for each in descendants(os.getpid()) if each.pid != spared}
     for pid in list(since):
         if pid not in family:
             del since[pid]
     for pid, process in family.items():
         if process_state(pid) not in STOPPED:
             since.pop(pid, None)
-        elif now - since.setdefault(pid, now) > limit_s:
+        elif (stopped_s := running.age_s(since.setdefault(pid, time.monotonic()))) > limit_s:
             with contextlib.suppress(psutil.NoSuchProcess):
                 return (
                     f"process {pid} of the engine ({process.name()}) is stopped (state T: SIGSTOP or a debugger) for "
-                    f"{now - since[pid]:.0f} s"
+                    f"{stopped_s:.0f} s"
                 )
     return None
 

@@ -156,7 +156,9 @@ def _serve_engine(
     try:
         with (
             guard.in_place(),
-            looking_out(guard, None, lambda: board.verdict if board else None, config.timeout_s),
+            looking_out(
+                guard, None, lambda: board.verdict if board else None, config.timeout_s, active().balancer
+            ),
         ):
             api_server.serve(
                 model_path,
@@ -213,7 +215,7 @@ def _serve_balanced(
         with (
             recording_server(recording, board.report, addresses),
             guard.in_place(),
-            looking_out(guard, processes, lambda: board.verdict, config.timeout_s),
+            looking_out(guard, processes, lambda: board.verdict, config.timeout_s, balancer),
         ):
             uvicorn.run(
                 app, host=host, port=port, log_level=os.getenv("UVICORN_LOG_LEVEL", "info").lower(), **tls

@@ -32,6 +32,7 @@ from lmdeploy.pytorch.engine.executor.mp_executor import (
     SharedBuffer,
 )
 
+from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.load.report import last_error, rank_row, record_error, take_room
 from epbackend.engines.lmdeploy.plug import set_threads
@@ -220,14 +221,15 @@ class WatchedExecutor(MPExecutor):
     def _watch(self) -> None:
         timeout_s = active().config.timeout_s
         sentinels = [each._proc.sentinel for each in self.procs]
-        text = None
+        running, text = RunningTime(), None
         while text is None:
             ready = wait([*sentinels, self._stop_reader], timeout=LOOK_S)
             if self._stop_reader in ready:
                 return
+            running.look()
             text = judge(
                 [
-                    look_at(rank, rank_row(rank), exit_code=each.exit_code, said=last_error(rank))
+                    look_at(rank, rank_row(rank), running, exit_code=each.exit_code, said=last_error(rank))
                     for rank, each in enumerate(self.procs)
                 ],
                 timeout_s,

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy.load.report import PULSE_PHASES, RANK, rank_row, record_error
 
 logger = logging.getLogger("epbackend")
@@ -88,12 +89,13 @@ class Pulse:
         self._stop.set()
 
     def _run(self) -> None:
+        running = RunningTime()
         while not self._stop.wait(BEAT_S):
-            row, now = self._row, time.monotonic()
+            row, now = self._row, running.look()
             row["beat"] = now
             if self._asleep():
                 row["moved"] = now
-            still_s = now - row["moved"] if row["phase"] else 0.0
+            still_s = running.age_s(float(row["moved"])) if row["phase"] else 0.0
             if still_s > self._timeout_s:
                 row["place"] = self._place().encode()[:512]
                 if still_s > self._timeout_s + LAST_RESORT_S:

@@ -7,12 +7,12 @@ All ranks that work with it then stand in a collective, so the one to name is fo
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy.load.report import PULSE_PHASES
 from epbackend.engines.lmdeploy.workers.pulse import WAITS, where
 
@@ -56,12 +56,15 @@ class RankState:
 def look_at(
     rank: int,
     row: Any,
+    running: RunningTime,
     *,
     own: bool = True,
     exit_code: Callable[[], int | None] | None = None,
     said: str | None = None,
 ) -> RankState:
     """What a rank's row of the shared statistics and its process show now; `row` None: it shows nothing.
+
+    `running` is the time of the thread that looks.
 
     `exit_code` is for a child of this process: /proc calls one ended while some of its threads still end.
     """
@@ -71,7 +74,6 @@ def look_at(
     ended = code is not None if exit_code else state in ENDED
     if not process:
         return RankState(rank, own=own, ended=ended, exit_code=code, said=said)
-    now = time.monotonic()
     return RankState(
         rank,
         process,
@@ -80,8 +82,8 @@ def look_at(
         code,
         said,
         stopped=state in STOPPED,
-        silent_s=max(0.0, now - float(row["beat"])),
-        still_s=max(0.0, now - float(row["moved"])) if PULSE_PHASES[int(row["phase"])] else 0.0,
+        silent_s=running.age_s(float(row["beat"])),
+        still_s=running.age_s(float(row["moved"])) if PULSE_PHASES[int(row["phase"])] else 0.0,
         progress=int(row["layer"]),
         where=where(row),
         place=bytes(row["place"]).rstrip(b"\0").decode(errors="replace"),

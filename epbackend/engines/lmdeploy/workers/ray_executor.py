@@ -21,6 +21,7 @@ from lmdeploy.pytorch import ray as cluster
 from lmdeploy.pytorch.devices import get_device_manager
 from lmdeploy.pytorch.engine.executor.ray_executor import RayExecutor, RayWorkerWrapper
 
+from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.load.report import last_error, rank_row, record_error
 from epbackend.engines.lmdeploy.plug import set_threads
@@ -81,7 +82,7 @@ class WatchedRayExecutor(RayExecutor):
 
     def start(self, forward_event: asyncio.Event) -> None:
         super().start(forward_event)
-        self._released = threading.Event()
+        self._released, self._running = threading.Event(), RunningTime()
         active().suspect = lambda: judge(self._ranks(), active().config.timeout_s, failed=True)
         threading.Thread(target=self._watch, name="epbackend-watch", daemon=True).start()
 
@@ -114,6 +115,7 @@ class WatchedRayExecutor(RayExecutor):
         while text is None:
             if self._released.wait(LOOK_S):
                 return
+            self._running.look()
             text = judge(self._ranks(), timeout_s)
         self._fail(text)
 
@@ -138,7 +140,7 @@ class WatchedRayExecutor(RayExecutor):
         first = self.dist_config.dp_rank * self.dist_config.attn_tp
         own = range(first, first + self.dist_config.attn_tp)
         return [
-            look_at(rank, rank_row(rank), own=rank in own, said=last_error(rank))
+            look_at(rank, rank_row(rank), self._running, own=rank in own, said=last_error(rank))
             for rank in range(active().config.world_size)
         ]
 
