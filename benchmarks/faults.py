@@ -186,12 +186,12 @@ def _run_once(case: Case, *options: str) -> Outcome:
         complete(server, "hello", 2)
         outcome, stop = Outcome(), threading.Event()
         client = threading.Thread(target=_load, args=(server, case.phase, outcome, stop), daemon=True)
-        threading.Thread(target=_note_pauses, args=(outcome, stop), daemon=True).start()
         if case.phase != "idle":
             client.start()
         time.sleep(1.0)
         server.look()
         victims = server.pids_of(case.victim, max(case.ep, case.dp))
+        threading.Thread(target=_note_pauses, args=(outcome, stop), daemon=True).start()
         _signal(victims, case.signal)
         began = time.monotonic()
         outlived = case.victim == "planner" or case.resume_s is not None

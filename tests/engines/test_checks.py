@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 import epbackend
 from epbackend import EPConfig
+from epbackend.device.base import Memory
+from epbackend.device.cpu import CpuDevice
 from epbackend.engines.lmdeploy import checks, lmdeploy_config, plug
 from epbackend.engines.lmdeploy.architectures import LACKING
 from epbackend.engines.lmdeploy.checkpoint import expert_count
@@ -155,6 +157,17 @@ def test_a_cache_larger_than_memory_is_refused(checkpoint):
     )
 
 
+def test_ranks_on_cpus_share_the_memory_of_their_machine(monkeypatch):
+    monkeypatch.setattr(CpuDevice, "memory", lambda self, rank=0: Memory(80 * GIB, 10 * GIB))
+    checks.check_cache(two_ranks(cache_gb=4.5))
+    said = r"cache_gb: 5 GiB a rank, 10 GiB for the 2 ranks of this machine: .* 9\.00 GiB are free .* 4\.50 GiB a rank"
+    with pytest.raises(ConfigError, match=said):
+        checks.check_cache(two_ranks(cache_gb=5))
+    # In a cluster the machines' shares are not known.
+    monkeypatch.setenv("RAY_ADDRESS", "10.77.0.1:6379")
+    checks.check_cache(two_ranks(cache_gb=5, executor="ray"))
+
+
 @pytest.mark.parametrize("field", ["enable_eplb", "enable_microbatch"])
 def test_lmdeploys_own_expert_parallelism_is_refused(checkpoint, field):
     refused(
@@ -211,6 +224,7 @@ def test_expert_count_is_read_from_every_kind_of_config(settings, count):
 def test_cache_blocks_fit_the_budget_and_the_memory():
     assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=None, blocks=None) == 100
     assert cache_blocks(GIB // 100, GIB // 2, gigabytes=None, blocks=None) == 45
+    assert cache_blocks(GIB // 100, GIB, gigabytes=None, blocks=None, sharing=2) == 45
     assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=2.0, blocks=None) == 200
     assert cache_blocks(GIB // 100, 100 * GIB, gigabytes=None, blocks=77) == 77
 
@@ -236,6 +250,10 @@ def test_cache_of_an_accelerator_takes_the_budget_or_a_share_of_free_memory(monk
     [
         ({"gigabytes": 8.0, "blocks": None}, r"engine\.cache_gb: 8 GiB.*lower it"),
         ({"gigabytes": None, "blocks": 500}, r"engine\.cache_blocks: 500.*lower it"),
+        (
+            {"gigabytes": 2.0, "blocks": None, "sharing": 2},
+            r"4 GiB for the 2 ranks.*1\.80 GiB a rank",
+        ),
         ({"gigabytes": 0.01, "blocks": None}, r"engine\.cache_gb: 0\.01 GiB.*at least 16"),
         ({"gigabytes": None, "blocks": 3}, r"engine\.cache_blocks: 3.*at least 16"),
     ],

@@ -140,8 +140,7 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
             f"device ascend is for the chips {' and '.join(ASCEND_CHIPS)}, and this one is {chip}"
         )
     devices, ranks = torch.get_device_module("npu").device_count(), config.world_size
-    several_machines = executor(config) == "ray" and "RAY_ADDRESS" in os.environ
-    if ranks > devices and not several_machines:
+    if ranks > devices and not _several_machines(config):
         raise UnavailableError(
             f"ep_size: {config.ep_size} takes {ranks} NPUs, and there are {devices} "
             "(ASCEND_RT_VISIBLE_DEVICES may hide some): lower it"
@@ -189,7 +188,8 @@ def _check_older_attention(settings: dict[str, Any], config: EPConfig) -> None:
 def check_cache(config: EPConfig) -> None:
     """Raises ConfigError for a KV cache that is larger than the free memory of a device that this machine's ranks get.
 
-    It asks each of these, which makes a context there, in the process that calls.
+    It asks each of these, which makes a context there, in the process that calls. On a CPU all ranks of the machine
+    share one memory.
     """
     gigabytes = config.engine.cache_gb
     if gigabytes is None:
@@ -198,13 +198,32 @@ def check_cache(config: EPConfig) -> None:
     kind = device.torch_device(0).type
     here = 1 if kind == "cpu" else torch.get_device_module(kind).device_count()
     free, place = min((device.memory(rank).free, rank) for rank in range(min(here, config.world_size)))
-    usable = free * (1 - KEPT_FREE) / GIB
-    if gigabytes > usable:
-        where = "" if kind == "cpu" else f" on {kind}:{place}"
-        raise ConfigError(
-            f"engine.cache_gb: {gigabytes:g} GiB a rank: not enough memory, {usable:.2f} GiB are free{where} for a "
-            f"rank's KV cache; lower it to at most {usable:.2f} GiB"
-        )
+    sharing, where = (ranks_sharing_memory(config), "") if kind == "cpu" else (1, f" on {kind}:{place}")
+    usable = int(free * (1 - KEPT_FREE))
+    if gigabytes * GIB * sharing > usable:
+        setting = f"engine.cache_gb: {gigabytes:g} GiB a rank"
+        raise ConfigError(too_large_cache(setting, gigabytes * GIB, usable, sharing, where))
+
+
+def ranks_sharing_memory(config: EPConfig) -> int:
+    """Ranks on CPUs that share the memory of one machine; over a cluster of Ray it is not known, and 1."""
+    return 1 if _several_machines(config) else config.world_size
+
+
+def too_large_cache(setting: str, wanted: float, usable: int, sharing: int, where: str = "") -> str:
+    """The message about a KV cache of `wanted` bytes a rank, where `sharing` ranks have `usable` bytes together."""
+    whose = "a rank's KV cache"
+    if sharing > 1:
+        setting += f", {wanted * sharing / GIB:.3g} GiB for the {sharing} ranks of this machine"
+        whose = "their KV caches"
+    return (
+        f"{setting}: not enough memory, {usable / GIB:.2f} GiB are free{where} for {whose}; lower it to at most "
+        f"{usable / sharing / GIB:.2f} GiB a rank"
+    )
+
+
+def _several_machines(config: EPConfig) -> bool:
+    return executor(config) == "ray" and "RAY_ADDRESS" in os.environ
 
 
 def form_of_experts(quantized: dict[str, Any]) -> str:

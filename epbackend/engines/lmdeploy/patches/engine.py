@@ -12,7 +12,13 @@ import torch
 from lmdeploy.pytorch.distributed import get_dist_manager
 
 from epbackend.config.schema import FEWEST_BLOCKS
-from epbackend.engines.lmdeploy.checks import GIB, KEPT_FREE, check_cache
+from epbackend.engines.lmdeploy.checks import (
+    GIB,
+    KEPT_FREE,
+    check_cache,
+    ranks_sharing_memory,
+    too_large_cache,
+)
 from epbackend.engines.lmdeploy.load.calibration import calibrate
 from epbackend.engines.lmdeploy.patching import patch
 from epbackend.engines.lmdeploy.state import active
@@ -56,21 +62,24 @@ def cache_by_budget(original: Callable) -> Callable:
     def update_num_gpu_blocks(
         self: Any, free_mems: list[int], cache_block_sizes: list[Any], spec_cache_config: Any
     ) -> None:
-        engine = active().config.engine
-        if active().device == "cpu" or engine.cache_gb is not None:
+        engine, on_cpu = active().config.engine, active().device == "cpu"
+        if on_cpu or engine.cache_gb is not None:
             self.cache_config.num_gpu_blocks = cache_blocks(
                 block_bytes=max(size.total for size in cache_block_sizes),
                 free_bytes=min(free_mems),
                 gigabytes=engine.cache_gb,
                 blocks=self.cache_config.num_gpu_blocks or None,
+                sharing=ranks_sharing_memory(active().config) if on_cpu else 1,
             )
         original(self, free_mems, cache_block_sizes, spec_cache_config)
 
     return update_num_gpu_blocks
 
 
-def cache_blocks(block_bytes: int, free_bytes: int, gigabytes: float | None, blocks: int | None) -> int:
-    """Blocks of one rank's KV cache.
+def cache_blocks(
+    block_bytes: int, free_bytes: int, gigabytes: float | None, blocks: int | None, sharing: int = 1
+) -> int:
+    """Blocks of one rank's KV cache, where `sharing` ranks have `free_bytes` together.
 
     `blocks` as set, or as many as `gigabytes` hold, or the default budget as far as memory allows.
 
@@ -85,12 +94,12 @@ def cache_blocks(block_bytes: int, free_bytes: int, gigabytes: float | None, blo
     else:
         setting, wanted = (
             "engine.cache_gb is not set",
-            min(int(DEFAULT_CACHE_GIB * GIB), usable) // block_bytes,
+            min(int(DEFAULT_CACHE_GIB * GIB), usable // sharing) // block_bytes,
         )
-    if wanted * block_bytes > usable:
+    if wanted * block_bytes * sharing > usable:
+        most = usable // sharing // block_bytes
         raise ConfigError(
-            f"{setting}: not enough memory, {usable / GIB:.2f} GiB are free for a rank's KV cache; "
-            f"lower it to at most {usable / GIB:.2f} GiB ({usable // block_bytes} blocks)"
+            f"{too_large_cache(setting, wanted * block_bytes, usable, sharing)} ({most} blocks)"
         )
     if wanted < FEWEST_BLOCKS:
         raise ConfigError(
