@@ -67,6 +67,11 @@ class Case:
     """When the victim gets SIGCONT, after the signal."""
     timeout_s: float = 6.0
 
+    @property
+    def outlived(self) -> bool:
+        """Whether the server should go on."""
+        return self.victim == "planner" or self.resume_s is not None
+
 
 @dataclass
 class Outcome:
@@ -185,7 +190,7 @@ def _run_once(case: Case, *options: str) -> Outcome:
         server.await_ready()
         complete(server, "hello", 2)
         outcome, stop = Outcome(), threading.Event()
-        client = threading.Thread(target=_load, args=(server, case.phase, outcome, stop), daemon=True)
+        client = threading.Thread(target=_load, args=(server, case, outcome, stop), daemon=True)
         if case.phase != "idle":
             client.start()
         time.sleep(1.0)
@@ -194,8 +199,7 @@ def _run_once(case: Case, *options: str) -> Outcome:
         threading.Thread(target=_note_pauses, args=(outcome, stop), daemon=True).start()
         _signal(victims, case.signal)
         began = time.monotonic()
-        outlived = case.victim == "planner" or case.resume_s is not None
-        limit_s = (SURVIVED_S if outlived else 60) + case.timeout_s + (case.resume_s or 0)
+        limit_s = (SURVIVED_S if case.outlived else 60) + case.timeout_s + (case.resume_s or 0)
         waiting = case.resume_s
         while server.process.poll() is None and time.monotonic() < began + limit_s:
             if waiting is not None and time.monotonic() > began + waiting:
@@ -291,9 +295,10 @@ def complete(
     return requests.post(server.url("/v1/completions"), json=request, timeout=patience_s)
 
 
-def _load(server: Server, phase: str, outcome: Outcome, stop: threading.Event) -> None:
+def _load(server: Server, case: Case, outcome: Outcome, stop: threading.Event) -> None:
     """Requests of that phase until one fails."""
-    prompt, tokens = (LONG_PROMPT, 1) if phase == "prefill" else ("the quick", 1500)
+    long_answer = 100 if case.outlived else 1500
+    prompt, tokens = (LONG_PROMPT, 1) if case.phase == "prefill" else ("the quick", long_answer)
     while not stop.is_set():
         try:
             answer = complete(server, prompt, tokens)

@@ -46,8 +46,10 @@ def certificate(tmp_path):
     return key, certificate
 
 
-@pytest.mark.parametrize("dp", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_server_with_its_switches(dp, tmp_path, certificate, start_process):
+@pytest.mark.parametrize(
+    ("dp", "level"), [(1, "WARNING"), pytest.param(2, "INFO", marks=pytest.mark.slow)], ids=["dp1", "dp2"]
+)
+def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_process):
     key, cert = certificate
     keys, port = tmp_path / "keys", free_port()
     keys.write_text("first\nsecond\n")
@@ -55,7 +57,8 @@ def test_a_server_with_its_switches(dp, tmp_path, certificate, start_process):
     template.write_text(TEMPLATE)
     running = start_process(
         COMMAND, "serve", "tiny-qwen3-moe", "--port", str(port), "--device", "cpu", "--ep-size", "2", "--ep-level", "2",
-        "--dp", str(dp), "--set", "engine.cache_gb=0.05", "--set", "engine.session_len=256",
+        "--dp", str(dp), "--record", str(tmp_path / "loads.json"), "--log-level", level,
+        "--set", "engine.cache_gb=0.05", "--set", "engine.session_len=256",
         "--api-key-file", str(keys), "--ssl-keyfile", str(key), "--ssl-certfile", str(cert), "--root-path", "/models/a",
         "--chat-template", str(template), "--log-requests", "--disable-uvicorn-access-log", "--allow-origins", "https://ui.example",
         ready="startup complete" if dp == 1 else "",
@@ -90,6 +93,8 @@ def test_a_server_with_its_switches(dp, tmp_path, certificate, start_process):
     assert "prompt='def main('" in log
     assert "prompt='<|user> hi <|bot>'" in log
     assert "POST /v1/completions" not in log
+    # With dp > 1 it comes from the process before the engines.
+    assert log.count("expert loads are counted from now on") == (level == "INFO")
     for noise in ("deprecated", "0it [", "Traceback", "does not support bfloat16"):
         assert noise not in log
 

@@ -15,7 +15,7 @@ from epbackend import EPConfig
 from epbackend.engines.lmdeploy.workers.ray_executor import CPU_RESOURCE
 from epbackend.errors import EPError
 from epbackend.models import resolve
-from tests.helpers.engine_models import greedy_tokens
+from tests.helpers.engine_models import TOP_K, greedy_tokens
 from tests.helpers.engines import GREEDY, config
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.two_hosts import Host, start_ray, two_hosts, why_not
@@ -35,6 +35,10 @@ def run_pipeline(model: str, settings: str) -> None:
         with epbackend.pipeline(model, EPConfig.from_json(settings)) as pipe:
             answers = pipe(PROMPTS, gen_config=GREEDY)
             print("TOKENS", json.dumps([each.token_ids for each in answers]), flush=True)
+            tokens_RYE = pipe.load().tokens_RYE
+            fed = sum(each.input_token_len + each.generate_token_len - 1 for each in answers)
+            told = {"of_ranks": tokens_RYE.sum((1, 2)).tolist(), "of_layers": tokens_RYE.sum((0, 2)).tolist()}
+            print("LOAD", json.dumps(told | {"fed": fed}), flush=True)
             while True:
                 pipe(PROMPTS, gen_config=GREEDY)
     except EPError as error:
@@ -55,6 +59,11 @@ def test_ranks_on_two_machines_give_the_tokens_of_one_and_notice_when_it_is_cut_
 
         script = _start(first, model, dp, ep_size)
         assert json.loads(_read_until(script, "TOKENS")) == expected
+        load = json.loads(_read_until(script, "LOAD"))
+        assert all(load["of_ranks"]), "the second machine's ranks are reported too"
+        # The last new token of a prompt may be fed back or not.
+        for routed in load["of_layers"]:
+            assert load["fed"] * TOP_K <= routed <= (load["fed"] + len(PROMPTS)) * TOP_K
         second.cut_off()
         began = time.monotonic()
         error = json.loads(_read_until(script, "ERROR"))

@@ -131,7 +131,7 @@ def watch(number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
     if not plug.config.balance.on or plug.placement is None or number >= len(plug.placement.layers):
         return
     if plug.migrator is None:
-        rows: Any = all_rows(layer.ranks.rank)
+        rows: Any = all_rows()
         if rows is None:
             raise EPError("balance.on: all ranks must run on the machine of their parent; remove it")
         staging_bytes = int(plug.config.balance.staging_mb * MB)
@@ -142,5 +142,5 @@ def watch(number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
     if plug.config.balance.speed_margin is not None:
         if place.type != "cpu":  # a device named "auto" is known here alone
             raise ConfigError(f"balance.speed_margin: {SPEEDS_NOT_SEEN}")
-        places: Any = all_rows(layer.ranks.rank)
+        places: Any = all_rows()
         layer.load.work = ExpertWork(places["balance"][layer.ranks.rank]["work"])

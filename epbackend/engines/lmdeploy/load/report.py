@@ -4,7 +4,8 @@ The parent makes one shared-memory segment, `SharedStats`. A thread of each work
 have counted (`stats_writer`): a few times a second, and at once when the parent asks, as it does before it reads
 (`LoadReport`). The segment belongs to the parent: its resource tracker removes it even where the parent is killed.
 Workers map the file behind it, because attaching through `multiprocessing` would make their own tracker remove it with
-the first worker that ends.
+the first worker that ends. A worker on another machine keeps its row to itself, and its engine fetches what it has
+counted (`Counted`, `workers.ray_executor`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.shared_memory import SharedMemory
@@ -251,6 +254,53 @@ def _step_imbalance_Y(ranks: list[_Rank]) -> np.ndarray:
     return step_imbalance_Y(np.diff(np.stack([rank.sums_SY[kept] for rank in ranks]), axis=1))
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What a rank has counted, on its way to the machine where its row is read."""
+
+    steps: int
+    first: int
+    """The first step whose sums are here; those of the steps before have travelled, or are forgotten."""
+    sums_SY: np.ndarray
+    """Of the steps from `first` to `steps`."""
+    layers: np.ndarray
+    tokens_YE: np.ndarray
+    passes: int
+    rounds: int
+    top_k: int
+    dispatchers: bytes
+
+    @classmethod
+    def of(cls, row: Any, since: int) -> Counted:
+        """Of a rank's row, which nobody writes meanwhile; `since` is the step up to which it has travelled."""
+        steps, layers = int(row["steps"]), np.flatnonzero(row["layers"])
+        known = since if since <= steps else 0  # it has started over
+        first = max(known + 1, steps - STEPS + 1)
+        sums_SY = row["sums"][np.ix_(np.arange(first, steps + 1) % STEPS, layers)]
+        tokens_YE = row["tokens"][layers, : int(row["experts"])]
+        passes, rounds, top_k = (int(row[name]) for name in ("passes", "rounds", "top_k"))
+        return cls(steps, first, sums_SY, layers, tokens_YE, passes, rounds, top_k, bytes(row["dispatchers"]))
+
+    def write(self, row: Any) -> None:
+        """Into that rank's row."""
+        with writing(row):
+            row["layers"] = False
+            row["layers"][self.layers] = True
+            row["sums"][np.ix_(np.arange(self.first, self.steps + 1) % STEPS, self.layers)] = self.sums_SY
+            row["experts"] = self.tokens_YE.shape[1]
+            row["tokens"][self.layers, : self.tokens_YE.shape[1]] = self.tokens_YE
+            for name in ("steps", "passes", "rounds", "top_k", "dispatchers"):
+                row[name] = getattr(self, name)
+
+
+@contextmanager
+def writing(row: Any) -> Iterator[None]:
+    """Readers of a rank's row repeat what they read meanwhile."""
+    row["writing"] += 1
+    yield
+    row["writing"] += 1
+
+
 def _runs(process: int) -> bool:
     """Whether that process is there and has not ended (a zombie has)."""
     try:
@@ -289,24 +339,26 @@ def record_verdict(text: str) -> None:
         row["verdict"] = text.encode()[:2048]
 
 
-def rank_row(rank: int) -> np.ndarray | None:
-    """This rank's row of the segment named in the environment; None without one."""
-    rows = all_rows(rank)
-    return None if rows is None else rows[rank]
+def rank_row(rank: int) -> Any:
+    """This rank's row of the segment that the environment names; None where it names none.
+
+    On another machine than the segment's it is a row of this process alone.
+    """
+    rows = all_rows()
+    if rows is not None:
+        return rows[rank]
+    return _own_row(rank) if os.environ.get(STATS_VARIABLE) else None
 
 
 @cache
-def _tell_of_another_machine(rank: int) -> None:
-    logger.warning("rank %d runs on another machine than its parent: its load is not reported", rank)
+def _own_row(rank: int) -> Any:
+    return np.zeros(1, RANK)[0]
 
 
-def all_rows(rank: int) -> np.ndarray | None:
-    """The rows of all ranks, for the one that asks; None without a segment."""
+def all_rows() -> np.ndarray | None:
+    """The rows of all ranks; None without a segment on this machine."""
     ranks, _, name = os.environ.get(STATS_VARIABLE, "").partition(":")
-    if not name:
-        return None
     path = Path("/dev/shm") / name
-    if not path.exists():
-        _tell_of_another_machine(rank)
+    if not name or not path.exists():
         return None
     return np.memmap(path, RANK, mode="r+", shape=int(ranks))

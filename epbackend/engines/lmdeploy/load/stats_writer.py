@@ -27,7 +27,7 @@ from torch import Tensor
 
 from epbackend.engines.lmdeploy.load import pairs
 from epbackend.engines.lmdeploy.load.pairs import PAIRS_VARIABLE
-from epbackend.engines.lmdeploy.load.report import MAX_LAYERS, RANK, STEPS, rank_row
+from epbackend.engines.lmdeploy.load.report import MAX_LAYERS, RANK, STEPS, Counted, rank_row, writing
 from epbackend.kernels.pair_counter import PairCounter
 from epbackend.moe import ExpertParallelMoE
 
@@ -286,8 +286,16 @@ class StatsWriter:
             for layer in self._layers.values():
                 layer.load.start_over()
             self._counters.start_over()
-            with _writing(self._row):
+            with writing(self._row):
                 self._clear(np.array(list(self._allocated)))
+
+    def counted(self, since: int) -> Counted | None:
+        """What was counted up to now, for a reader on another machine that knows it up to the step `since`."""
+        if self._row is None or self._counters is None:
+            return None
+        self._write_down(self._counters)
+        with self._lock:
+            return Counted.of(self._row, since)
 
     def close(self) -> None:
         """Returns when all is written down. Steps after it are not counted."""
@@ -306,7 +314,7 @@ class StatsWriter:
 
     def _begin(self, counters: Counters) -> Counters:
         self._counters, self._allocated = counters, {}
-        with _writing(self._row):
+        with writing(self._row):
             numbers = np.flatnonzero(self._row["layers"])
             self._clear(numbers)
             self._row["layers"][numbers] = False
@@ -341,21 +349,13 @@ class StatsWriter:
             places = self._map = self._map or _Map.of(self._allocated, counters.width, int(row["experts"]))
             loads = [layer.load for layer in self._layers.values()]
             steps = np.arange(max(int(row["steps"]) + 1, shown.oldest), shown.step + 1)
-            with _writing(row):
+            with writing(row):
                 row["tokens"][places.numbers, : places.experts] = places.tokens_YE(shown)
                 row["sums"][np.ix_(steps % STEPS, places.numbers)] = places.sums_SY(shown, steps)
                 row["passes"] = max((load.passes.max for load in loads), default=row["passes"])
                 row["rounds"] = max((load.rounds.max for load in loads), default=row["rounds"])
                 row["steps"] = shown.step
             return shown.step
-
-
-@contextmanager
-def _writing(row: Any) -> Iterator[None]:
-    """Readers repeat what they read meanwhile."""
-    row["writing"] += 1
-    yield
-    row["writing"] += 1
 
 
 def _note(value: Any) -> bytes:

@@ -182,6 +182,11 @@ class Guard:
             if self.failure is None:
                 await answer
                 return
+        except asyncio.CancelledError:  # by uvicorn, which would say 500
+            if self._draining and not begun:
+                text = f"the server ends, and gave requests under way {self._drain_seconds:g} s more"
+                await _answer(send, 503, _error(text, "service_unavailable"))
+            raise
         finally:
             failed.cancel()
             if not answer.done():

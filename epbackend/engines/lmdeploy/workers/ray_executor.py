@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,14 @@ from lmdeploy.pytorch.engine.executor.ray_executor import RayExecutor, RayWorker
 
 from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.load.report import last_error, rank_row, record_error
+from epbackend.engines.lmdeploy.load.report import (
+    PATIENCE_S,
+    Counted,
+    all_rows,
+    last_error,
+    rank_row,
+    record_error,
+)
 from epbackend.engines.lmdeploy.plug import set_threads
 from epbackend.engines.lmdeploy.processes import ENGINE_VARIABLE
 from epbackend.engines.lmdeploy.state import active
@@ -42,6 +50,10 @@ START = {
 """What Ray calls a device -> the command that starts it with so many."""
 
 OBJECT_STORE_BYTES = 512 << 20
+COUNTS_LOOK_S = 0.05
+"""Between two looks whether a reader asks for the load of ranks on other machines."""
+COUNTS_EVERY_S = 1.0
+"""How often it is fetched without a question."""
 
 
 class PluggedRayWorker(RayWorkerWrapper):
@@ -64,6 +76,10 @@ class PluggedRayWorker(RayWorkerWrapper):
         active().pulse.start(self.rank)
         super().start()
 
+    def counted(self, since: int) -> Counted | None:
+        """See `StatsWriter`; between two steps, in the thread that runs them."""
+        return active().stats_writer.counted(since)
+
     async def wait_tasks(self) -> None:
         try:
             await super().wait_tasks()
@@ -84,7 +100,8 @@ class WatchedRayExecutor(RayExecutor):
         super().start(forward_event)
         self._released, self._running = threading.Event(), RunningTime()
         active().suspect = lambda: judge(self._ranks(), active().config.timeout_s, failed=True)
-        threading.Thread(target=self._watch, name="epbackend-watch", daemon=True).start()
+        for what, name in ((self._watch, "epbackend-watch"), (self._fetch_counts, "epbackend-counts")):
+            threading.Thread(target=what, name=name, daemon=True).start()
 
     async def wait_tasks(self) -> None:
         """Fails as soon as a rank does: LMDeploy's own tells its clients after it has waited for all to be closed."""
@@ -108,6 +125,36 @@ class WatchedRayExecutor(RayExecutor):
             self.ray_ctx.shutdown()
         else:
             super().release()
+
+    def _fetch_counts(self) -> None:
+        """Brings what ranks on other machines count into the load report, every second and when a reader asks."""
+        rows = all_rows()
+        if rows is None:
+            return
+        # A rank of this machine has written its process down when it started.
+        far = {
+            rank: each for rank, each in zip(self._own, self.workers, strict=True) if not rows["pid"][rank]
+        }
+        ranks, due = list(far), 0.0
+        rows["writer"][ranks] = os.getpid()
+        while far and not self._released.wait(COUNTS_LOOK_S):
+            asked, now = rows["asked"][ranks].copy(), time.monotonic()
+            if now < due and (asked == rows["answered"][ranks]).all():
+                continue
+            try:
+                told = ray.get(
+                    [each.counted.remote(int(rows["steps"][rank])) for rank, each in far.items()],
+                    timeout=PATIENCE_S,
+                )
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError:  # one is lost: the watch tells it
+                break
+            for rank, counted in zip(ranks, told, strict=True):
+                if counted is not None:
+                    counted.write(rows[rank])
+            rows["answered"][ranks], due = asked, now + COUNTS_EVERY_S
+        rows["writer"][ranks] = 0
 
     def _watch(self) -> None:
         timeout_s = active().config.timeout_s
@@ -135,12 +182,16 @@ class WatchedRayExecutor(RayExecutor):
                     os.kill(rank.process, signal.SIGKILL)
         active().engine_failed(failure)
 
+    @property
+    def _own(self) -> range:
+        """The ranks of this engine."""
+        first = self.dist_config.dp_rank * self.dist_config.attn_tp
+        return range(first, first + self.dist_config.attn_tp)
+
     def _ranks(self) -> list[RankState]:
         """Of all engines: which one is at fault, the own ones alone do not show."""
-        first = self.dist_config.dp_rank * self.dist_config.attn_tp
-        own = range(first, first + self.dist_config.attn_tp)
         return [
-            look_at(rank, rank_row(rank), self._running, own=rank in own, said=last_error(rank))
+            look_at(rank, rank_row(rank), self._running, own=rank in self._own, said=last_error(rank))
             for rank in range(active().config.world_size)
         ]
 
