@@ -58,7 +58,7 @@ def renumber(
             )
     if not as_json:
         _print_plan(plan)
-    if not undo and plan.gain < LEAST_GAIN and not force:
+    if not undo and max(plan.gain, plan.node_gain) < LEAST_GAIN and not force:
         raise ConfigError(_too_little(plan))
     with watching("writing") as progress:
         written = renumbering.write(plan, out, progress)
@@ -92,9 +92,14 @@ def _result(plan: renumbering.Plan, written: renumbering.Written, out: Path) -> 
         "left_out": list(written.left_out),
         "numbering": plan.record.name if plan.record else None,
     }
-    for when, judged in (("before", plan.before), ("after", plan.after)):
-        result[f"imbalance_{when}"] = judged and round(judged.imbalance_mean, 4)
-        result[f"imbalance_{when}_worst"] = judged and round(judged.imbalance_worst, 4)
+    for name, judged in (
+        ("imbalance_before", plan.before),
+        ("imbalance_after", plan.after),
+        ("node_imbalance_before", plan.nodes_before),
+        ("node_imbalance_after", plan.nodes_after),
+    ):
+        result[name] = judged and round(judged.imbalance_mean, 4)
+        result[f"{name}_worst"] = judged and round(judged.imbalance_worst, 4)
     return result
 
 
@@ -107,19 +112,25 @@ def _print_plan(plan: renumbering.Plan) -> None:
         "are renumbered",
         "bold",
     )
-    if plan.before is None or plan.after is None:
-        return
-    table = Table("busiest rank, over the mean", box=SIMPLE)
-    for column in ("as it is", "renumbered"):
-        table.add_column(column, justify="right")
-    both = (plan.before, plan.after)
-    table.add_row(f"mean of {both[0].layers} layers", *(f"{each.imbalance_mean:.4f}" for each in both))
-    table.add_row("worst layer", *(f"{each.imbalance_worst:.4f}" for each in both))
-    console.print(table)
+    for what, before, after in (
+        ("rank", plan.before, plan.after),
+        ("node", plan.nodes_before, plan.nodes_after),
+    ):
+        if before is None or after is None:
+            continue
+        table = Table(f"busiest {what}, over the mean", box=SIMPLE)
+        for column in ("as it is", "renumbered"):
+            table.add_column(column, justify="right")
+        both = (before, after)
+        table.add_row(f"mean of {before.layers} layers", *(f"{each.imbalance_mean:.4f}" for each in both))
+        table.add_row("worst layer", *(f"{each.imbalance_worst:.4f}" for each in both))
+        console.print(table)
 
 
 def _too_little(plan: renumbering.Plan) -> str:
     said = f"gain: the busiest rank would have {plan.gain:.1%} less to do"
+    if plan.nodes_before:
+        said += f", the busiest node {plan.node_gain:.1%}"
     groups = plan.checkpoint.groups
     why = (
         f", since experts stay in the {groups} groups of the router (a rank that is a group cannot change)"

@@ -125,6 +125,9 @@ class Plan:
     before: Score | None = None
     """Of contiguous blocks, as the checkpoint is. None where it is undone."""
     after: Score | None = None
+    nodes_before: Score | None = None
+    """Of nodes in place of ranks; None where one is planned for."""
+    nodes_after: Score | None = None
 
     @property
     def changed(self) -> tuple[int, ...]:
@@ -134,9 +137,18 @@ class Plan:
     @property
     def gain(self) -> float:
         """The share of the busiest rank's load that is saved, mean over the layers; 0 where nothing is planned."""
-        if self.before is None or self.after is None:
-            return 0.0
-        return 1 - self.after.imbalance_mean / self.before.imbalance_mean
+        return _saved(self.before, self.after)
+
+    @property
+    def node_gain(self) -> float:
+        """The same of the busiest node."""
+        return _saved(self.nodes_before, self.nodes_after)
+
+
+def _saved(before: Score | None, after: Score | None) -> float:
+    if before is None or after is None:
+        return 0.0
+    return 1 - after.imbalance_mean / before.imbalance_mean
 
 
 @dataclass(frozen=True)
@@ -190,13 +202,15 @@ def plan_renumbering(
     in_order_YE = np.tile(np.arange(loads.experts), (loads.layers, 1))
     total_YE = order_YE if before is None else np.take_along_axis(before.old_YE, order_YE, axis=1)
     original_YE = in_order_YE if before is None else before.new_YE
+    orders = (in_order_YE, order_YE)
+    of_nodes = [score(in_blocks(each, nodes), loads) for each in orders] if nodes > 1 else []
     planned_on = [fingerprint(np.take_along_axis(each, original_YE, axis=1)) for each in loads.tokens_WYE]
     return Plan(
         checkpoint,
         order_YE,
         Renumbering(total_YE, tuple(planned_on), before.headers if before else {}),
-        score(in_blocks(in_order_YE, ranks), loads, rank_speed=rank_speed),
-        score(in_blocks(order_YE, ranks), loads, rank_speed=rank_speed),
+        *(score(in_blocks(each, ranks), loads, rank_speed=rank_speed) for each in orders),
+        *of_nodes,
     )
 
 

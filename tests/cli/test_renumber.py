@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,8 @@ def test_it_says_what_is_gained_and_what_it_wrote(run, recorded, tmp_path):
     assert said["layers_changed"] == 4
     assert said["imbalance_before"] > 2
     assert said["imbalance_after"] < 1.01
+    assert said["node_imbalance_before"] > 1.5
+    assert said["node_imbalance_after"] <= said["node_imbalance_after_worst"] < 1.01
     assert said["bytes"] == pytest.approx((out / "model.safetensors").stat().st_size, rel=0.02)
     assert said["seconds"] > 0
     assert said["numbering"] == json.loads((out / FILE).read_text())["name"]
@@ -64,6 +67,21 @@ def test_people_see_both_balances(run, recorded, tmp_path):
     assert "32 experts, 4 of 4 layers are renumbered" in result.stdout
     assert "mean of 4 layers" in result.stdout
     assert "1 weight files written" in result.stdout
+
+
+def test_nodes_that_gain_are_reason_enough(run, tmp_path):
+    """The busiest rank has one expert to thank for it, and cannot be helped; its node can."""
+    tokens_E = np.array([1000] + 7 * [0] + 8 * [100] + 16 * [0])
+    write(Loads.of(np.tile(tokens_E, (4, 1))), tmp_path / "loads.json", "sglang")
+    asked = (QWEN, "--loads", tmp_path / "loads.json", "--ranks", 4)
+    refused = run(*asked, "--out", tmp_path / "none")
+    assert (refused.exit_code, "busiest rank would have 0.0% less" in refused.stderr) == (2, True)
+    assert "node" not in refused.output
+    result = run(*asked, "--nodes", 2, "--out", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    of_ranks, of_nodes = result.stdout.split("busiest node, over the mean")
+    assert re.search(r"worst layer +2\.2222 +2\.2222", of_ranks)
+    assert re.search(r"worst layer +2\.0000 +1\.[123]", of_nodes)
 
 
 def test_where_groups_leave_nothing_it_asks_for_force(run, recorded_deepseek, tmp_path):
