@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -31,8 +30,8 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.mixin import DistributedMixin
 
 from epbackend.config import EPConfig
-from epbackend.device import get_device
 from epbackend.dispatch.base import RankGroup
+from epbackend.engines.torchrun import join
 from epbackend.engines.transformers.spread import SpreadExperts
 from epbackend.errors import ConfigError, EPError, UnavailableError
 
@@ -71,7 +70,7 @@ def distributed_config(config: EPConfig, group: dist.ProcessGroup | None = None)
     _check_settings(config)
     _replace_hooks()
     made = SpreadConfig(tp_size=config.ep_size // config.engine.dp)
-    made.ep, made.ranks = config, _join(config, group)
+    made.ep, made.ranks = config, join(config, group)
     return made
 
 
@@ -98,24 +97,6 @@ def _check_settings(config: EPConfig) -> None:
         raise ConfigError(
             f"engine.tp: with transformers ranks share experts; set ep_size: {config.engine.tp}"
         )
-
-
-def _join(config: EPConfig, group: dist.ProcessGroup | None) -> RankGroup:
-    """This rank's place. Raises ConfigError where there are not as many ranks as the config says."""
-    if config.ep_size == 1:
-        return RankGroup.single()
-    device = get_device(config.device)
-    if reason := device.no_collectives():
-        raise UnavailableError(f"device {device.name} cannot run {config.ep_size} ranks: {reason}")
-    if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            raise ConfigError(f"ep_size: {config.ep_size} ranks are needed; start the script by torchrun")
-        dist.init_process_group(device.collective_backend)
-    everyone: Any = dist.group.WORLD
-    group = group or everyone
-    if (size := dist.get_world_size(group)) != config.ep_size:
-        raise ConfigError(f"ep_size: {config.ep_size}, but {size} ranks were started; make them equal")
-    return RankGroup.of(group, group if config.engine.dp == 1 else None)
 
 
 def _check_heads(model: Any, ranks: int) -> None:

@@ -6,13 +6,11 @@ they hold different tokens. Letters of shapes are those of docs/architecture.md.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,15 +20,15 @@ from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.dispatch.collectives import Collectives
 from epbackend.dispatch.context import GroupContext
-from epbackend.engines.load_report import STEPS, LoadReport, step_imbalance_Y
-from epbackend.engines.placement import finished_placement, slot_map_of, warm_splits
+from epbackend.engines.load_report import LoadReport
+from epbackend.engines.placement import slot_map_of
+from epbackend.engines.torchrun import StepCounts, agreed_placement
 from epbackend.engines.transformers.checkpoint_view import rank_view
-from epbackend.engines.transformers.experts import ExpertsModule, experts_of, top_k_of
-from epbackend.errors import ConfigError, EPError, UnavailableError
+from epbackend.engines.transformers.experts import experts_of, top_k_of
+from epbackend.errors import ConfigError, EPError
 from epbackend.moe import ExpertParallelMoE
 from epbackend.names import PHASES, Phase
 from epbackend.placement.placement import Placement
-from epbackend.placement.renumbering import Renumbering
 
 
 class SpreadExperts:
@@ -51,14 +49,16 @@ class SpreadExperts:
         """One for each layer with experts, once the model is loaded."""
         self._modules, self._top_k = experts_of(model), top_k_of(model)
         self._context = GroupContext()
-        placement = _agreed_placement(config, ranks, model, self._modules)
+        layers = model.config.get_text_config().num_hidden_layers
+        placement = agreed_placement(
+            config, ranks, layers, [each.number for each in self._modules], model.name_or_path
+        )
+        if placement is not None:
+            _check_slots(placement)
         self._slot_maps = [
             slot_map_of(placement, each.number, each.experts, ranks.size) for each in self._modules
         ]
         self._phase: Phase = "prefill"
-        self._steps = 0
-        # Rows of each layer when each of the last steps ended.
-        self._sums_Y: deque[Tensor] = deque(maxlen=STEPS + 1)
         for index, (each, slot_map) in enumerate(zip(self._modules, self._slot_maps, strict=True)):
             each.keep_slots(len(slot_map.local_experts(ranks.rank)))
             each.module.forward = partial(self._compute, index)
@@ -115,11 +115,8 @@ class SpreadExperts:
             )
             if not self.layers:
                 self._empty_0D = weights.down_LDF.new_empty(0, weights.down_LDF.shape[1])
-                self._rows_YL = torch.zeros(len(self._modules), most, dtype=torch.int64, device=place)
-                self._sums_Y.append(self._rows_YL.sum(1))
-            layer.load.count_in(
-                self._rows_YL[len(self.layers)][: len(slot_map.local_experts(self.ranks.rank))]
-            )
+                self._counts = StepCounts(len(self._modules), most, place)
+            self._counts.watch(layer)
             self.layers.append(layer)
 
     def join_step(self) -> None:
@@ -145,25 +142,7 @@ class SpreadExperts:
 
     def load(self) -> LoadReport:
         """What the experts of every rank did so far; all ranks ask together, and get the same."""
-        most = max(each.experts for each in self._modules)
-        tokens_YE = np.zeros((len(self.layers), most), dtype=np.int64)
-        for layer, tokens_E in zip(self.layers, tokens_YE, strict=True):
-            tokens_E[: layer.slot_map.experts] = layer.load.tokens_E.numpy()
-        passes, rounds = (
-            max(getattr(each.load, what).max for each in self.layers) for what in ("passes", "rounds")
-        )
-        sums_SY = torch.stack(list(self._sums_Y)).cpu().numpy()
-        ranks = _gather(self.ranks, (tokens_YE, passes, rounds, np.diff(sums_SY, axis=0)))
-        return LoadReport(
-            layers=tuple(each.number for each in self._modules),
-            tokens_RYE=np.stack([rank[0] for rank in ranks]),
-            calls=self._steps,
-            passes=max(rank[1] for rank in ranks),
-            rounds=max(rank[2] for rank in ranks),
-            dispatchers={phase: asdict(choice) for phase, choice in self.layers[0].dispatchers.items()},
-            step_imbalance_Y=step_imbalance_Y(np.stack([rank[3] for rank in ranks])),
-            top_k=self._top_k,
-        )
+        return self._counts.report(self.ranks, self._top_k)
 
     def close(self) -> None:
         """Ends what the layers hold on their process groups. A second call does nothing."""
@@ -196,57 +175,15 @@ class SpreadExperts:
         self._phase = phase
 
     def _end_step(self, *_: Any) -> None:
-        self._steps += 1
-        self._sums_Y.append(self._rows_YL.sum(1))
+        self._counts.end_step()
 
 
-def _agreed_placement(
-    config: EPConfig, ranks: RankGroup, model: Any, modules: list[ExpertsModule]
-) -> Placement | None:
-    """Where the experts live: planned by the first rank, so that all have the same.
-
-    Raises:
-        ConfigError: the first rank cannot plan, or the ranks were given different configs.
-    """
-    layers = model.config.get_text_config().num_hidden_layers
-    dense = tuple(sorted(set(range(layers)) - {each.number for each in modules}))
-    found: Placement | ConfigError | UnavailableError | None = None
-    if ranks.rank == 0:
-        try:
-            found = finished_placement(config, layers, dense, Renumbering.beside(model.name_or_path))
-            warm_splits(config)
-        except (ConfigError, UnavailableError) as error:
-            found = error
-    answers = _gather(ranks, (config.to_json(), found))
-    if len({text for text, _ in answers}) > 1:
-        raise ConfigError("distributed_config: the ranks were given different configs; give all the same")
-    found = answers[0][1]
-    if isinstance(found, Exception):
-        raise found
-    if found is not None:
-        _check_placement(found, ranks.size, layers, type(model).__name__)
-    return found
-
-
-def _check_placement(placement: Placement, ranks: int, layers: int, architecture: str) -> None:
-    """Raises ConfigError for a placement of other ranks or another model, or with more slots than a rank can load."""
-    if (placement.ranks, len(placement.layers)) != (ranks, layers):
-        raise ConfigError(
-            f"placement: it has {placement.ranks} ranks and {len(placement.layers)} layers, but ep_size is {ranks} and "
-            f"{architecture} has {layers} layers (dense ones count); plan one for it"
-        )
+def _check_slots(placement: Placement) -> None:
+    """Raises ConfigError for more slots than a rank can load: the checkpoint has a name for each expert."""
     if (most := max(int(layer.slots_R.max()) for layer in placement.layers)) > placement.experts:
         raise ConfigError(
             f"placement: a rank has {most} slots for {placement.experts} experts; use fewer redundant experts"
         )
-
-
-def _gather(ranks: RankGroup, mine: Any) -> list[Any]:
-    """Each rank's object, on all ranks."""
-    answers = [mine] * ranks.size
-    if ranks.size > 1:
-        dist.all_gather_object(answers, mine, group=ranks.group)
-    return answers
 
 
 def _check_loaded(names: list[str], loading_info: Any) -> None:
