@@ -41,6 +41,9 @@ from epbackend.errors import ENGINE_FAILED
             "rank 0 is stopped",
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            Case(dp=2, executor="ray", victim="raylet", signal="SIGKILL"), "", marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: (
         f"{value.signal}-{value.victim}-{value.phase}-dp{value.dp}" if isinstance(value, Case) else ""
@@ -53,6 +56,19 @@ def test_a_lost_process_is_named_to_clients_and_probes_and_ends_the_server(case,
         assert faults.says(said, outcome.client_text), outcome.client_text
     assert faults.says(said, outcome.health_text), outcome.health_text
     assert (outcome.exit_code, outcome.left) == (ENGINE_FAILED, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [Case(victim="planner"), Case(victim="everything", phase="idle", resume_s=10.0)],
+    ids=lambda case: case.victim,
+)
+def test_a_server_outlives_its_planner_and_a_pause_of_all_its_processes(case):
+    """As by Ctrl-Z, or of a container that is frozen; longer than `timeout_s`."""
+    outcome = faults.run(case)
+    assert (outcome.client_status, outcome.health_s, outcome.exit_s) == ("", None, None)
+    assert (outcome.answers, outcome.exit_code, outcome.left) == (True, 0, [])
 
 
 @pytest.mark.slow

@@ -298,16 +298,25 @@ def looking_out(
 
     That is one that left a verdict, one of whose `processes` ended (None: the one that LMDeploy starts for its engine),
     or of which any process at all is stopped for longer than `timeout_s`; but for the planner, whom the balancer
-    replaces.
+    replaces. What a failed engine leaves of Ray is ended.
     """
-    stop = threading.Event()
-    arguments = (guard, processes, verdict, timeout_s, balancer, stop)
+    stop, seen = threading.Event(), dict[int, psutil.Process]()
+    arguments = (guard, processes, verdict, timeout_s, balancer, seen, stop)
     thread = threading.Thread(target=_look_out, args=arguments, name="epbackend-lookout", daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
+        if guard.failure is not None:
+            kill_all(each for each in seen.values() if _is_of_ray(each))
+
+
+def _is_of_ray(process: psutil.Process) -> bool:
+    """Whether it is one of Ray's that still runs: its agents stay for a minute where their raylet was killed."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.name().startswith("ray::")
+    return False
 
 
 def _look_out(
@@ -316,8 +325,10 @@ def _look_out(
     verdict: Callable[[], str | None],
     timeout_s: float,
     balancer: Balancer | None,
+    seen: dict[int, psutil.Process],
     stop: threading.Event,
 ) -> None:
+    """`seen` gets all processes of the server, by their number."""
     stopped_since: dict[int, float] = {}
     running, looked = RunningTime(), 0.0
     while not guard.serving:
@@ -336,8 +347,10 @@ def _look_out(
             text = f"the engine's process {first.name} ended with exit code {_exit_code(first)}; its log is above"
         now = running.look()
         if text is None and now > looked + FAMILY_EVERY_S:
-            looked, replaced = now, balancer.planner_pid if balancer else None
-            text = _stopped_one(stopped_since, running, timeout_s + AFTER_RANKS_S, replaced)
+            looked, family = now, {each.pid: each for each in descendants(os.getpid())}
+            seen |= family
+            family.pop((balancer and balancer.planner_pid) or 0, None)
+            text = _stopped_one(family, stopped_since, running, timeout_s + AFTER_RANKS_S)
         if text is not None:
             guard.fail(text)
             return
@@ -351,10 +364,9 @@ def _exit_code(process: BaseProcess) -> int | None:
 
 
 def _stopped_one(
-    since: dict[int, float], running: RunningTime, limit_s: float, spared: int | None
+    family: dict[int, psutil.Process], since: dict[int, float], running: RunningTime, limit_s: float
 ) -> str | None:
-    """Names a process of ours that is stopped for longer than that. `since` is kept from look to look."""
-    family = {each.pid: each for each in descendants(os.getpid()) if each.pid != spared}
+    """Names one of these processes that is stopped for longer than that. `since` is kept from look to look."""
     for pid in list(since):
         if pid not in family:
             del since[pid]
