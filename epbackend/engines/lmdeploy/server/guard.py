@@ -353,6 +353,8 @@ def _look_out(
             text = _stopped_one(family, stopped_since, running, timeout_s + AFTER_RANKS_S)
         if text is not None:
             guard.fail(text)
+            # Who is stopped heeds no request to end, and would be waited for.
+            kill_all(each for each in descendants(os.getpid()) if process_state(each.pid) in STOPPED)
             return
 
 
