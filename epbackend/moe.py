@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -113,13 +114,15 @@ class LayerStats:
         self.passes.add(passes)
         self.rounds.add(rounds)
 
-    def start_over(self) -> None:
-        """Forget what was counted; the counters stay where they are."""
-        self.calls, self.passes, self.rounds = 0, Counter(), Counter()
-        self.rows_L.zero_()
-        self.credit_E = torch.zeros_like(self.credit_E)
-        if self.pairs is not None:
-            self.pairs.start_over()
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """What is counted inside is forgotten; the counters stay where they are. Slots keep their experts meanwhile."""
+        before = self.calls, replace(self.passes), replace(self.rounds)
+        rows_L = self.rows_L.clone()
+        with nullcontext() if self.pairs is None else self.pairs.forgetting():
+            yield
+        self.calls, self.passes, self.rounds = before
+        self.rows_L.copy_(rows_L)
 
     def replace_experts(self, local_experts: tuple[int, ...]) -> None:
         """From now on these experts are in the slots. What was counted, for which it waits, stays with the old ones."""

@@ -99,6 +99,9 @@ def serve(
     allow_terminate_by_client: Annotated[
         bool, typer.Option("--allow-terminate-by-client", help="POST /terminate.", rich_help_panel=TLS)
     ] = False,
+    enable_abort_handling: Annotated[
+        bool, typer.Option("--enable-abort-handling", help="POST /abort_request.", rich_help_panel=TLS)
+    ] = False,
     disable_fastapi_docs: Annotated[
         bool,
         typer.Option("--disable-fastapi-docs", help="No page that describes the API.", rich_help_panel=TLS),
@@ -160,6 +163,7 @@ def serve(
         trust_remote_code=trust_remote_code,
         disable_fastapi_docs=disable_fastapi_docs,
         allow_terminate_by_client=allow_terminate_by_client,
+        enable_abort_handling=enable_abort_handling,
     )
     error_console.print(
         f"serving {front.model_name} at {front.scheme}://{host}:{port}{root_path}/v1 ({settings.world_size} ranks)",

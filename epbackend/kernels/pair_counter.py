@@ -5,6 +5,9 @@ Letters: T tokens, K their experts, E experts, S pairs, flat.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -43,10 +46,13 @@ class PairCounter:
             counted_TKK.masked_fill_(padding_T1[looked_at, :, None], 0)
         self._tokens_S.scatter_add_(0, both_TKK.reshape(-1), counted_TKK.reshape(-1))
 
-    def start_over(self) -> None:
-        """Forget what was counted."""
-        self._tokens_S.zero_()
-        self._calls = 0
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """What is counted inside is forgotten."""
+        tokens_S, calls = self._tokens_S.clone(), self._calls
+        yield
+        self._tokens_S.copy_(tokens_S)
+        self._calls = calls
 
     @property
     def tokens_EE(self) -> Tensor:

@@ -239,20 +239,26 @@ def test_a_closed_writer_has_written_all_and_counts_no_more(board, watching):
     assert board.report().tokens_RYE.sum() == 1
 
 
-def test_what_was_counted_before_starting_over_is_no_load(board, watching):
-    layers = {0: Layer([7, 0], passes=3, rounds=2), 2: Layer([1, 1])}
+@pytest.mark.parametrize("served", [0, 3], ids=["at the start", "after a sleep"])
+def test_what_a_warm_up_counts_is_no_load_and_what_was_counted_before_stays(board, watching, served):
+    layers = {0: Layer([0, 0]), 2: Layer([0, 0])}
     writer = watching(0, layers)
-    writer.step()
-    assert board.report().tokens_RYE.sum() == 9
-    writer.start_over()
-    nothing = board.report()
-    assert (nothing.layers, nothing.calls, nothing.passes, nothing.rounds) == ((), 0, 0, 0)
+    for _ in range(served):
+        layers[0].call([1, 0])
+        writer.step()
+    before = board.report()
+    with writer.forgetting():
+        layers[0].call([7, 0], passes=3, rounds=2)
+        layers[2].call([1, 1])
+        writer.step()
+    if served:
+        assert (board.report().calls, board.report().tokens_RYE.tolist()) == (3, before.tokens_RYE.tolist())
     layers[0].call([0, 2])
     writer.step()
     report = board.report()
     assert report.layers == (0, 2)
-    assert report.tokens_RYE[0].tolist() == [[0, 2], [0, 0]]
-    assert (report.calls, report.passes, report.rounds) == (1, 1, 1)
+    assert report.tokens_RYE[0].tolist() == [[served, 2], [0, 0]]
+    assert (report.calls, report.passes, report.rounds) == (served + 1, 1, 1)
 
 
 def test_a_step_is_three_operations_whatever_the_layers(board, watching):

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
@@ -60,7 +61,8 @@ def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_proc
         "--dp", str(dp), "--record", str(tmp_path / "loads.json"), "--log-level", level,
         "--set", "engine.cache_gb=0.05", "--set", "engine.session_len=256",
         "--api-key-file", str(keys), "--ssl-keyfile", str(key), "--ssl-certfile", str(cert), "--root-path", "/models/a",
-        "--chat-template", str(template), "--log-requests", "--disable-uvicorn-access-log", "--allow-origins", "https://ui.example",
+        "--chat-template", str(template), "--log-requests", "--disable-uvicorn-access-log", "--enable-abort-handling",
+        "--allow-origins", "https://ui.example",
         ready="startup complete" if dp == 1 else "",
     )  # fmt: skip
     base = f"https://{LOOPBACK}:{port}"
@@ -81,6 +83,12 @@ def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_proc
     assert requests.get(f"{base}/v1/models", headers=origin, **asked).headers[
         "access-control-allow-origin"
     ] == ("https://ui.example")
+    long = request | {"max_tokens": 200, "ignore_eos": True}
+    with ThreadPoolExecutor() as pool:
+        cut = pool.submit(requests.post, f"{base}/v1/completions", json=long, headers=KEY, **asked)
+        while not cut.done():  # it may not have come to the engine yet
+            assert requests.post(f"{base}/abort_request", json={"abort_all": True}, headers=KEY, **asked).ok
+        assert cut.result().status_code in (200, 503)
     if dp == 1:  # else it is an engine's own description
         description = requests.get(f"{base}/openapi.json", headers=KEY, **asked).json()
         assert description["servers"] == [{"url": "/models/a"}]

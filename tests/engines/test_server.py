@@ -84,6 +84,7 @@ def _sleeps_and_wakes(port: int, text: str, answer: str) -> None:
     """It says so, keeps no output of before, and gives the same tokens afterwards."""
     url = f"http://{LOOPBACK}:{port}"
     request = {"model": "tiny", "prompt": text, "max_tokens": 200, "ignore_eos": True}
+    load = requests.get(f"{url}/epbackend/status", timeout=PATIENCE_S).json()
     with ThreadPoolExecutor() as pool:
         under_way = pool.submit(requests.post, f"{url}/v1/completions", json=request, timeout=PATIENCE_S)
         assert requests.post(f"{url}/sleep", json={}, timeout=PATIENCE_S).status_code == 200
@@ -93,6 +94,8 @@ def _sleeps_and_wakes(port: int, text: str, answer: str) -> None:
     assert requests.get(f"{url}/health", timeout=PATIENCE_S).status_code == 200
     assert requests.post(f"{url}/wakeup", json={}, timeout=PATIENCE_S).status_code == 200
     assert complete(port, text) == answer
+    # The warm-up after it is no load, and none of before is forgotten.
+    assert requests.get(f"{url}/epbackend/status", timeout=PATIENCE_S).json()["steps"] > load["steps"]
     refused = requests.post(f"{url}/sleep?level=2", json={}, timeout=PATIENCE_S)
     assert (refused.status_code, "level 1" in refused.text) == (501, True)
 

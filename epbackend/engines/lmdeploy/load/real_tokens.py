@@ -22,7 +22,7 @@ class RealTokens:
     """Of the step under way in this process."""
 
     def __init__(self) -> None:
-        self._warming_up = False
+        self.warming_up = False
         self._place_M1: Tensor | None = None
         """0, 1, ...; None until a captured call is foreseen."""
         self._padding_M1: Tensor | None = None
@@ -31,11 +31,11 @@ class RealTokens:
     @contextmanager
     def warm_up(self) -> Iterator[None]:
         """Inside, made-up tokens are computed like others: kernels are to be compiled, and memory is to be measured."""
-        self._warming_up = True
+        self.warming_up = True
         try:
             yield
         finally:
-            self._warming_up = False
+            self.warming_up = False
 
     @torch.inference_mode(False)
     def foresee(self, most: int, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class RealTokens:
 
     def are_in(self, step: Any) -> bool:
         """Whether the batch of LMDeploy's step context is of requests; of a warm-up's it is said as well."""
-        return self._warming_up or not step.is_dummy
+        return self.warming_up or not step.is_dummy
 
     @torch.inference_mode(False)
     def begin_step(self, step: Any, tokens: int) -> None:

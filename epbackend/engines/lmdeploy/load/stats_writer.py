@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from threading import Event, Lock, Thread
 from typing import Any
@@ -89,12 +89,17 @@ class Counters:
         views.host_sums[self.steps % STEPS].copy_(views.sums_N, non_blocking=True)
         views.host_rows_NW.copy_(views.rows_NW, non_blocking=True)
 
-    def start_over(self) -> None:
-        """Forgets every step, once the device has done them. Captured graphs go on counting in the same place."""
-        getattr(torch, self.place.type).synchronize()
-        self._host_rows_NW.zero_()
-        self._host_sums_SN.zero_()
-        self.steps = 0
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Steps inside are forgotten, once the device has done them; the counters themselves are the layers'."""
+        synchronize = getattr(torch, self.place.type).synchronize
+        synchronize()
+        before, steps = (self._host_rows_NW.clone(), self._host_sums_SN.clone()), self.steps
+        yield
+        synchronize()
+        for now, kept in zip((self._host_rows_NW, self._host_sums_SN), before, strict=True):
+            now.copy_(kept)
+        self.steps = steps
 
     def arrived(self) -> Snapshot | None:
         """The newest step that is whole on the host; None while one is half there. Asks the device nothing.
@@ -215,6 +220,7 @@ class StatsWriter:
         self._pairs: dict[int, PairCounter] | None = {} if PAIRS_VARIABLE in os.environ else None
         """Of each layer, where they are recorded; None: they are not, or are written down."""
         self._map: _Map | None = None
+        self._write_nothing = False
         self._lock = Lock()
         """Held while lines are allocated or written down."""
         self._thread: Thread | None = None
@@ -278,16 +284,22 @@ class StatsWriter:
             self._thread = Thread(target=self._stand_by, name="epbackend load", daemon=True)
             self._thread.start()
 
-    def start_over(self) -> None:
-        """Forgets what was counted: the warm-up of an engine, which computes random tokens, is no load."""
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """What is counted inside is forgotten: a warm-up, which computes random tokens, is no load."""
+        if self._counters is None:
+            yield
+            return
         with self._lock:
-            if self._counters is None:
-                return
-            for layer in self._layers.values():
-                layer.load.start_over()
-            self._counters.start_over()
-            with writing(self._row):
-                self._clear(np.array(list(self._allocated)))
+            self._write_nothing = True
+        try:
+            with ExitStack() as each:
+                each.enter_context(self._counters.forgetting())
+                for layer in self._layers.values():
+                    each.enter_context(layer.load.forgetting())
+                yield
+        finally:
+            self._write_nothing = False
 
     def counted(self, since: int) -> Counted | None:
         """What was counted up to now, for a reader on another machine that knows it up to the step `since`."""
@@ -342,7 +354,7 @@ class StatsWriter:
     def _write_down(self, counters: Counters) -> int | None:
         """Brings the shared statistics up to the step it returns; None: no step is whole on the host just now."""
         with self._lock:
-            shown = counters.arrived()
+            shown = None if self._write_nothing else counters.arrived()
             if shown is None:
                 return None
             row = self._row

@@ -177,7 +177,7 @@ def steps_are_counted(original: Callable) -> Callable:
         plug = active()
         # LMDeploy is in the step's stream already; going there once more would cost more than what is done there.
         there = stream is None or stream == torch.cuda.current_stream()
-        if plug.migrator is not None:
+        if plug.migrator is not None and not plug.real_tokens.warming_up:
             with nullcontext() if there else torch.cuda.stream(stream):
                 plug.migrator.begin_step()
         # A lost rank would be waited for without end, in graphs too. Not in the interpreter, whose device is cuda as
@@ -197,7 +197,8 @@ def steps_are_counted(original: Callable) -> Callable:
 
 @patch(
     "lmdeploy.pytorch.engine.model_agent.agent:BaseModelAgent.warmup",
-    why="the random tokens of its warm-up would count as load. After it, experts can be timed",
+    why="the random tokens of its warm-up, at the start and after a sleep, would count as load. After it, experts can "
+    "be timed",
     when="always",
     fingerprint="53e20637a948",
 )
@@ -205,9 +206,8 @@ def warm_up_is_no_load(original: Callable) -> Callable:
     @functools.wraps(original)
     def warmup(self: Any) -> None:
         writer = active().stats_writer
-        with active().real_tokens.warm_up():
+        with active().real_tokens.warm_up(), writer.forgetting():
             original(self)
-        writer.start_over()
         calibrate(writer.layers, self.model_config.hidden_size, self.model_config.dtype)
 
     return warmup

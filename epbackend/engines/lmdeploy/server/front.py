@@ -48,6 +48,7 @@ class Front:
     trust_remote_code: bool = False
     disable_fastapi_docs: bool = False
     allow_terminate_by_client: bool = False
+    enable_abort_handling: bool = False
 
     @property
     def scheme(self) -> str:
@@ -91,6 +92,7 @@ class Front:
             "trust_remote_code": self.trust_remote_code,
             "disable_fastapi_docs": self.disable_fastapi_docs,
             "allow_terminate_by_client": self.allow_terminate_by_client,
+            "enable_abort_handling": self.enable_abort_handling,
         }
 
     @contextmanager
