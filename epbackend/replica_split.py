@@ -140,9 +140,7 @@ class TokenSplit:
         return self._kernels.even_split(self._replicas, device, id_check)
 
 
-def _replicas(
-    name: str, slot_map: SlotMap, spec: LayerSpec, movable: bool
-) -> EvenReplicas | LevelReplicas:
+def _replicas(name: str, slot_map: SlotMap, spec: LayerSpec, movable: bool) -> EvenReplicas | LevelReplicas:
     ranks, slot_ids_EC = spec.ranks, slot_map.slot_ids_EC
     if slot_map.most_replicas == 1:
         # With one replica of each expert there is nothing to split, and nothing to ask the other ranks.

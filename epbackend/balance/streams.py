@@ -1,6 +1,6 @@
-"""A rank's device beside its host: how far the host runs ahead, and the stream and memory with which experts are staged.
+"""A rank's device beside its host: how far the host runs ahead, and with which stream and memory experts are staged.
 
-On a CPU there is neither: a call is over when it returns, and what is staged lies where a flip reads it.
+On a CPU there is none of it: a call is over when it returns, and what is staged lies where a flip reads it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 

@@ -41,7 +41,6 @@ class Split(Protocol):
         """
 
 
-
 @dataclass(frozen=True, eq=False)
 class EvenReplicas:
     """Replicas that share their expert's tokens equally, or in numbers that differ by one."""

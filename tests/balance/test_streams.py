@@ -91,7 +91,9 @@ def test_staging_waits_for_the_flip_before_it_and_the_flip_for_what_is_staged(de
     for flip in range(2):
         with streams.beside():
             device.said.append(("staged", device.current))
-            near = streams.brought({3: torch.zeros(16, dtype=torch.uint8), 1: torch.ones(8, dtype=torch.uint8)})
+            near = streams.brought(
+                {3: torch.zeros(16, dtype=torch.uint8), 1: torch.ones(8, dtype=torch.uint8)}
+            )
         device.said.append(("flip", device.current))
         streams.flipped()
         assert device.said[-5:] == [

@@ -7,7 +7,7 @@ whoever wants a replay to do something else has to write it into memory that was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
