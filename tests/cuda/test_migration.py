@@ -11,9 +11,16 @@ pytest.importorskip("triton", reason="triton is not installed")
 from epbackend.balance.board import PLACE
 from epbackend.dispatch.base import RankGroup
 from epbackend.placement.placement import Layout
-from tests.helpers.migrating import EXPERTS, TOKENS, TOP_K, WAY, migrate, plans
+from tests.helpers.migrating import EXPERTS, TOKENS, TOP_K, WAY, layouts, migrate, plans
 
 pytestmark = pytest.mark.cuda
+
+HARD = layouts(
+    ((0, 1, 2, 3, 0), (4, 5, 6, 7, 1)),
+    ((0, 1, 7, 3, 0), (4, 5, 6, 2, 0)),
+    ((1, 5, 7, 3, 0), (4, 5, 6, 2, 4)),
+)
+"""For what has to keep its shapes: two experts with replicas, then one with three, then one with two on one rank."""
 
 
 @pytest.mark.several_ranks
@@ -46,10 +53,10 @@ def test_what_a_graph_replays_follows_the_experts(cuda, ranks, tmp_path, form, l
         pytest.skip("gloo joins these ranks, which no captured graph can hold: tests/e2e/test_moving.py")
     np.zeros(2, PLACE).tofile(board := tmp_path / "board")
     options = form, level, split, None, 1, "cuda", True
-    seen = ranks.run(2, migrate, str(board), WAY[0], plans(WAY), *options)
+    seen = ranks.run(2, migrate, str(board), HARD[0], plans(HARD), *options)
     for each in seen:
         assert each.errors == ()
-        assert each.flipped == (1, 2, 3, 4)
+        assert each.flipped == (1, 2)
         assert each.right_bytes
         assert each.worst < (1e-5 if form == "float32" else 0.03)
         assert each.same_launches
@@ -65,12 +72,12 @@ def test_a_captured_graph_follows_experts_that_change_places_on_their_rank(cuda,
     """A real graph where there is a GPU, with the stream and the memory of staging beside it."""
     if form == "fp8" and not cuda.emulated and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no float8")
-    way = [Layout((sum(layout.experts_of_rank, ()),), EXPERTS) for layout in WAY]
+    way = [Layout((sum(layout.experts_of_rank, ()),), EXPERTS) for layout in HARD]
     np.zeros(1, PLACE).tofile(board := tmp_path / "board")
     alone = {1: RankGroup.single()}
     seen = migrate(alone, str(board), way[0], plans(way), form, 1, "even", None, 1, "cuda", True)
     assert seen.errors == ()
-    assert seen.flipped == (1, 2, 3, 4)
+    assert seen.flipped == (1, 2)
     assert seen.right_bytes
     assert seen.worst < (1e-5 if form == "float32" else 0.03)
     assert sum(seen.tokens_E) == TOKENS * TOP_K * seen.calls

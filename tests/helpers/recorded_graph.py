@@ -45,7 +45,7 @@ class RecordedGraph(TorchDispatchMode):
         self._made: list[Tensor] = []
         self._patches = [
             mock.patch.object(InterpretedFunction, "run", self._launch()),
-            mock.patch.object(ExpertIdCheck, "report", lambda self: None),  # a look at the host's own memory
+            mock.patch.object(ExpertIdCheck, "report"),  # a look at the host's own memory
         ]
 
     def __enter__(self) -> RecordedGraph:

@@ -494,9 +494,7 @@ def level_split(
 ) -> Split:
     """See `epbackend.kernels.Kernels.level_split`; the sum of all counts is below 2^31."""
     table = LevelTable.of(replicas, device)
-    if not len(
-        table.expert_X
-    ):  # no (nor may later, where experts move) expert is on two ranks: the first of its replicas takes all
+    if not len(table.expert_X):  # no expert is on two ranks, or can be: the first of its replicas takes all
         first_E1 = replicas.slot_ids_EC[:, :1]
         return EvenSplit(EvenReplicas(first_E1, first_E1 >= 0), device, id_check)
     return LevelSplit(replicas, table, id_check, chip)
