@@ -18,7 +18,7 @@ AHEAD = 4
 
 
 class Streams:
-    """Of one rank. `begin_step` and `flipped` belong to the thread that serves, `beside` to the one that stages."""
+    """Of one rank. `reserve`, `begin_step` and `flipped` belong to the thread that serves, the rest to that which stages."""
 
     def __init__(self, place: torch.device) -> None:
         self._place = place
