@@ -168,6 +168,7 @@ class ExpertParallelMoE:
         activation: Callable[[Tensor], Tensor] | None = None,
         renormalize: bool = False,
         check_ids: bool = True,
+        movable: bool = False,
         layer: int = 0,
         context: GroupContext | None = None,
     ) -> None:
@@ -193,6 +194,8 @@ class ExpertParallelMoE:
             activation: maps the rows of the first product, [S, 2F], to [S, F]; None is SwiGLU.
             renormalize: whether each token's weights are divided by their sum first.
             check_ids: whether ids that no expert has are found and raised.
+            movable: whether captured graphs shall follow `relocate`. The split's tables then have room for the most
+                replicas that any expert can get in these slots.
             layer: the layer's number, for messages.
             context: shared by the layers of one engine, and closed by whoever made it. None: the layer makes one of its
                 own, with a communicator and buffers of its own where the dispatcher has them, and `close` closes it.
@@ -226,8 +229,9 @@ class ExpertParallelMoE:
             for phase in PHASES
         }
         chosen = {phase: choose(spec) for phase, spec in specs.items()}
-        self._specs, self._split_of, self._check_ids = specs, split_of, check_ids
-        self._splits = self._splits_by(slot_map)
+        self._specs, self._split_of = specs, split_of
+        self._check_ids, self._movable = check_ids, movable
+        self._splits = self._splits_by(slot_map, check_ids)
         self._slots = slots = len(slot_map.local_experts(ranks.rank))
         self._dispatchers = {phase: dispatcher for phase, (dispatcher, _) in chosen.items()}
         self.dispatchers: dict[str, Decision] = {phase: choice for phase, (_, choice) in chosen.items()}
@@ -324,26 +328,35 @@ class ExpertParallelMoE:
         """The tables for other experts in the same slots, ready for `relocate`; from any thread, on no other's time.
 
         Raises:
-            ConfigError: the ranks would have other slots than now.
+            ConfigError: the ranks would have other slots than now; or `movable`, and only one map knows their speeds.
         """
         if not np.array_equal(slot_map.layout.slots_R, self.slot_map.layout.slots_R):
             raise ConfigError(f"slot_map: MoE layer {self.layer} keeps the slots of every rank")
-        splits = self._splits_by(slot_map)
+        if self._movable and bool(slot_map.rank_speed) != bool(self.slot_map.rank_speed):
+            raise ConfigError(
+                f"slot_map: captured graphs of MoE layer {self.layer} heed the speeds of ranks, or do not: give "
+                "rank_speed in both maps, or in none"
+            )
+        splits = self._splits_by(slot_map, self._check_ids and not self._movable)  # its own checks go on
         for split in splits.values():
             split.prepare(device)
         return Relocation(slot_map, splits)
 
+    @torch.inference_mode()
     def relocate(self, relocation: Relocation) -> None:
         """Route by another map from the next call on, on all ranks between the same two calls.
 
-        The caller has brought the experts' bytes into `slot_memory`. Not with captured graphs, which keep the old map.
+        The caller has brought the experts' bytes into `slot_memory`. Captured graphs follow if the layer is `movable`:
+        what changes is filled in place, in the current stream. Else they keep the old map.
         """
-        self.slot_map, self._splits = relocation.slot_map, relocation.splits
+        self.slot_map = relocation.slot_map
+        for phase, split in self._splits.items():
+            split.become(relocation.splits[phase])
         self.load.replace_experts(self.slot_map.local_experts(self.ranks.rank))
 
-    def _splits_by(self, slot_map: SlotMap) -> dict[str, TokenSplit]:
+    def _splits_by(self, slot_map: SlotMap, check_ids: bool) -> dict[str, TokenSplit]:
         return {
-            phase: TokenSplit(self._split_of[phase], slot_map, spec, self._check_ids)
+            phase: TokenSplit(self._split_of[phase], slot_map, spec, check_ids, self._movable)
             for phase, spec in self._specs.items()
         }
 

@@ -76,6 +76,11 @@ class SlotMap:
         """The logical expert in each slot of `rank`: L of them, or fewer."""
         return self.layout.experts_of_rank[rank]
 
+    @property
+    def most_replicas(self) -> int:
+        """The most that an expert can have in any layout of the same slots."""
+        return self.layout.slots - self.experts + 1
+
     @cached_property
     def slot_ids_EC(self) -> np.ndarray:
         """The ids of each expert's slots in ascending order, int64; C is the most replicas, shorter rows end in -1."""
@@ -89,8 +94,10 @@ class SlotMap:
 class TokenSplit:
     """Finds a slot for every choice of one layer's tokens."""
 
-    def __init__(self, name: str, slot_map: SlotMap, spec: LayerSpec, check_ids: bool = True) -> None:
-        """With `check_ids` the ids that no expert has are found.
+    def __init__(
+        self, name: str, slot_map: SlotMap, spec: LayerSpec, check_ids: bool = True, movable: bool = False
+    ) -> None:
+        """With `check_ids` the ids that no expert has are found; `movable`: see `become`.
 
         Raises:
             ConfigError: there is no split of that name.
@@ -98,8 +105,8 @@ class TokenSplit:
         if name not in SPLITS:
             raise ConfigError(f"split {name!r} is unknown; it is one of {', '.join(SPLITS)}")
         self._kernels, self._layer, self._check_ids = spec.kernels, spec.layer, check_ids
-        self._experts = slot_map.experts
-        self._replicas = _replicas(name, slot_map, spec)
+        self._experts, self._movable = slot_map.experts, movable
+        self._replicas = _replicas(name, slot_map, spec, movable)
         self._split: Split | None = None
 
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
@@ -115,6 +122,17 @@ class TokenSplit:
         self._split = self._on(device)
         return self._split
 
+    def become(self, other: TokenSplit) -> None:
+        """Split by the map of `other`, which is prepared, from the next call on.
+
+        If both are movable the tables are filled in place, so that captured graphs split by it too.
+        """
+        self._replicas = other._replicas
+        if not self._movable:
+            self._split = other._split
+        elif self._split is not None:
+            self._split.become(other._split)
+
     def _on(self, device: torch.device) -> Split:
         id_check = ExpertIdCheck(self._experts, device, self._layer) if self._check_ids else None
         if isinstance(self._replicas, LevelReplicas):
@@ -122,21 +140,22 @@ class TokenSplit:
         return self._kernels.even_split(self._replicas, device, id_check)
 
 
-def _replicas(name: str, slot_map: SlotMap, spec: LayerSpec) -> EvenReplicas | LevelReplicas:
+def _replicas(name: str, slot_map: SlotMap, spec: LayerSpec, movable: bool) -> EvenReplicas | LevelReplicas:
     ranks, slot_ids_EC = spec.ranks, slot_map.slot_ids_EC
-    takes_EC = slot_ids_EC >= 0
-    if slot_ids_EC.shape[1] == 1:
+    if slot_map.most_replicas == 1:
         # With one replica of each expert there is nothing to split, and nothing to ask the other ranks.
-        return EvenReplicas(slot_ids_EC, takes_EC)
+        return EvenReplicas(slot_ids_EC, slot_ids_EC >= 0)
     layout, node = _by_source(slot_map.layout, ranks), _sources_of_node(slot_map.node_size, ranks)
-    if name == "even":
-        return EvenReplicas(slot_ids_EC, takes_EC, ranks.source)
-    if name == "nearest":
-        return EvenReplicas(slot_ids_EC, _nearest(layout, ranks.source, node), ranks.source)
-    gather = _gather(spec) if ranks.sources > 1 else None
-    return LevelReplicas(
-        slot_ids_EC, slot_map.layout, layout, ranks.source, node, gather, slot_map.rank_speed
-    )
+    if name == "level":
+        gather = _gather(spec) if ranks.sources > 1 else None
+        return LevelReplicas(
+            slot_ids_EC, slot_map.layout, layout, ranks.source, node, gather, slot_map.rank_speed, movable
+        )
+    takes_EC = slot_ids_EC >= 0 if name == "even" else _nearest(layout, ranks.source, node)
+    if movable:
+        room = (0, 0), (0, slot_map.most_replicas - slot_ids_EC.shape[1])
+        slot_ids_EC, takes_EC = np.pad(slot_ids_EC, room, constant_values=-1), np.pad(takes_EC, room)
+    return EvenReplicas(slot_ids_EC, takes_EC, ranks.source)
 
 
 def _gather(spec: LayerSpec) -> Callable[[Tensor], Tensor]:

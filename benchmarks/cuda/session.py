@@ -77,6 +77,7 @@ def parts(out: Path, python: str = sys.executable) -> tuple[Part, ...]:
     def bench(name: str, *arguments: str) -> list[str]:
         return [python, "-m", f"benchmarks.cuda{name}", *arguments]
 
+    moving = "tests/e2e/test_pipeline.py::test_experts_move_on_gpus"
     engines = [f"tests/engines/test_cuda_{name}.py" for name in ("plug", "graphs")]
     return (
         Part(
@@ -89,8 +90,9 @@ def parts(out: Path, python: str = sys.executable) -> tuple[Part, ...]:
             "e2e",
             "whole engines against LMDeploy alone; two ranks on the GPU",
             240,
-            (pytest("tests/e2e", *engines, *spread_engines),),
+            (pytest("tests/e2e", *engines, "--deselect", moving, *spread_engines),),
         ),
+        Part("moving", "experts that move under captured graphs", 120, (pytest(moving, *spread_engines),)),
         Part(
             "layer", "one layer beside LMDeploy's", 90, (bench(".layer", "--out", str(out / "layer.json")),)
         ),

@@ -21,7 +21,7 @@ from torch import Tensor
 from epbackend.balance.board import Seat, Verdict
 from epbackend.balance.moves import Migration
 from epbackend.balance.streams import Streams
-from epbackend.balance.transfer import Connections, stage
+from epbackend.balance.transfer import Connections, messages_bytes, stage
 from epbackend.errors import EPError
 from epbackend.moe import ExpertParallelMoE, Relocation
 
@@ -61,7 +61,8 @@ class Migrator:
     ) -> None:
         """`places` are those of all ranks at the board; this rank's experts are at `place`.
 
-        A migration holds at most `staging_bytes` of experts here; where that is no CPU, on the host and there.
+        A migration holds at most `staging_bytes` of experts here; where that is no CPU, on the host and there, in
+        memory that the first layers reserve.
         """
         self._place, self._streams = place, Streams(place)
         self._seat, self._rank = Seat(places, rank, self._streams.lead), rank
@@ -87,6 +88,8 @@ class Migrator:
                 f"{length / 1e6:.3g} MB; raise it to that at least"
             )
         self._layers[number] = layer
+        room = min(self._staging_bytes // length, len(layer.load.local_experts))
+        self._streams.reserve(room * length, messages_bytes(room, length))
         self._seat.has_layer(length)
 
     def begin_step(self) -> None:
@@ -143,6 +146,7 @@ class Migrator:
                 self._staged = self._stage(migration)
             except Exception as error:
                 self._connections.drop()
+                self._streams.forsake()
                 logger.warning("rank %d staged nothing of layer %d: %s", self._rank, migration.layer, error)
                 self._seat.answer_failed(migration.number, f"{type(error).__name__}: {error}")
             else:
@@ -171,6 +175,7 @@ class Migrator:
                 layer.slot_memory,
                 length,
                 layer.slot_layout,
+                self._streams.messages,
             )
             experts = self._streams.brought(experts)
         return _Staged(migration, layer, experts, relocation)

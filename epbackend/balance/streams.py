@@ -1,6 +1,6 @@
-"""A rank's device beside its host: how far the host runs ahead, and the stream on which experts are staged.
+"""A rank's device beside its host: how far the host runs ahead, and with which stream and memory experts are staged.
 
-On a CPU there is neither: a call is over when it returns.
+On a CPU there is none of it: a call is over when it returns, and what is staged lies where a flip reads it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ AHEAD = 4
 
 
 class Streams:
-    """Of one rank. `begin_step` and `flipped` belong to the thread that serves, `beside` to the one that stages."""
+    """Of one rank. `reserve`, `begin_step` and `flipped` belong to the thread that serves, the rest to that which stages."""
 
     def __init__(self, place: torch.device) -> None:
         self._place = place
@@ -28,6 +28,37 @@ class Streams:
         self._ends: deque[Any] = deque()
         self._stream: Any = None
         self._flip: Any = None
+        self._near: Tensor | None = None
+        self._host: Tensor | None = None
+
+    @torch.inference_mode(False)
+    def reserve(self, experts_bytes: int, messages_bytes: int) -> None:
+        """Take memory for so many bytes of experts at the device, and for their messages on the host, pinned.
+
+        Once, by the thread that serves, before the engine gives the rest of the device's memory to its cache; later the
+        device might have none, or wait while it is taken. Not on a CPU: there a migration takes what it needs, and
+        gives it back.
+        """
+        # Models are loaded in inference mode, whose tensors could not be changed outside of it.
+        if self._module is None:
+            return
+        if self._near is None or len(self._near) < experts_bytes:
+            self._near = torch.empty(experts_bytes, dtype=torch.uint8, device=self._place)
+        if self._host is None or len(self._host) < messages_bytes:
+            self._host = _pinned(messages_bytes)
+        # What the stream has been given so far may still use that memory, or load experts that are to be sent.
+        self._flip = self._marked()
+
+    def messages(self, sizes: list[int]) -> list[Tensor]:
+        """Memory of the host for messages of so many bytes; on a device the same for every migration."""
+        if self._host is None:
+            return [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        return list(self._host[: sum(sizes)].split(sizes))
+
+    def forsake(self) -> None:
+        """Never again use the memory of messages, into which one may still come."""
+        if self._host is not None:
+            self._host = _pinned(len(self._host))
 
     def begin_step(self) -> None:
         """Wait until the device has done all but the last steps, as it nearly always has."""
@@ -61,9 +92,18 @@ class Streams:
 
     def brought(self, experts: dict[int, Tensor]) -> dict[int, Tensor]:
         """The same bytes at the device, so that a flip copies within its memory."""
-        return {place: expert.to(self._place) for place, expert in experts.items()}
+        if self._near is None:
+            return experts
+        sizes = [len(expert) for expert in experts.values()]
+        parts = self._near[: sum(sizes)].split(sizes)
+        return {place: part.copy_(experts[place]) for place, part in zip(experts, parts, strict=True)}
 
     def _marked(self) -> Any:
         mark = self._module.Event()
         mark.record()
         return mark
+
+
+def _pinned(size: int) -> Tensor:
+    """Memory of the host that a device reads and writes by itself."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -90,11 +89,12 @@ def stage(
     read: Callable[[int], list[Tensor]],
     length: int,
     layout: str,
+    memory: Callable[[list[int]], list[Tensor]],
 ) -> dict[int, Tensor]:
     """Bring this rank's part: place -> the bytes of the expert that comes there, checked.
 
-    `read(place)` gives the memory of a slot, `length` bytes in all, arranged as `layout` says. Nothing is changed. It
-    holds as many experts as come to this rank, and one more while it sends.
+    `read(place)` gives the memory of a slot, `length` bytes in all, arranged as `layout` says. Nothing is changed.
+    `memory(sizes)` gives uint8 memory of the host for messages: one for each expert that comes, and one if any is sent.
 
     Raises:
         EPError: an expert did not arrive as it was sent.
@@ -111,17 +111,17 @@ def stage(
     group = connect() if travels else None
     deadline = time.monotonic() + migration.timeout_s
     # Asked for before anything is sent: so every send finds its receiver, whatever the order.
-    messages = {index: torch.empty(length + SEAL.itemsize, dtype=torch.uint8) for index in incoming}
+    given = memory([length + SEAL.itemsize] * (len(incoming) + bool(outgoing)))
+    messages = dict(zip(incoming, given, strict=False))
     arrivals = [
         group.recv([messages[index]], move.source, index)  # type: ignore[attr-defined]
         for index, move in incoming.items()
         if group is not None and move.source != rank
     ]
-    sent = torch.empty(length + SEAL.itemsize if outgoing else 0, dtype=torch.uint8)
     for index, move in outgoing.items():
-        _pack(migration, move, read(move.source_place), layout, sent)
+        _pack(migration, move, read(move.source_place), layout, given[-1])
         assert group is not None
-        group.send([sent], move.target, index).wait(_left(deadline))  # type: ignore[attr-defined]
+        group.send([given[-1]], move.target, index).wait(_left(deadline))  # type: ignore[attr-defined]
     for index, move in incoming.items():
         if move.source == rank:
             _pack(migration, move, read(move.source_place), layout, messages[index])
@@ -131,6 +131,11 @@ def stage(
         move.target_place: _opened(migration, move, messages[index], layout)
         for index, move in incoming.items()
     }
+
+
+def messages_bytes(experts: int, length: int) -> int:
+    """Of the messages of a migration that brings so many experts of `length` bytes, and sends one at a time."""
+    return (experts + 1) * (length + SEAL.itemsize)
 
 
 def _left(deadline: float) -> timedelta:

@@ -19,8 +19,6 @@ SPEEDS_NOT_SEEN = (
 )
 """Why `balance.speed_margin` is refused on other devices."""
 
-BALANCED_DEVICES = ("cpu", "ascend")
-"""Where experts move while serving."""
 TURBOMIND_TAKES = ("device", "ep_size", "placement", "balance", "engine")
 """Settings that TurboMind has, or that have an answer of their own."""
 NOT_OF_TURBOMIND = ("cache_gb", "cache_blocks", "eager_mode", "executor", "threads_per_rank")
@@ -213,8 +211,6 @@ def _balance(config: Settings) -> list[ConfigIssue]:
     if config.ep_size == 1:
         reason = "needs ranks between which experts can move: set ep_size, or remove it"
         found.append(ConfigIssue("balance.on", reason, True))
-    if config.device not in (AUTO, *BALANCED_DEVICES):
-        found.append(ConfigIssue("balance.on", not_balanced(config.device), True))
     if placement.file is not None:
         reason = (
             "moves experts, but placement.file is a finished placement: plan one on placement.loads, which balance "
@@ -265,12 +261,6 @@ def _turbomind(config: Settings) -> list[ConfigIssue]:
             )
         )
     return found
-
-
-def not_balanced(device: str) -> str:
-    """Why experts do not move on a device."""
-    known = " and ".join(BALANCED_DEVICES)
-    return f"is for devices {known} so far; on {device} captured graphs would keep the old places of experts: remove it"
 
 
 def dispatchers_of(config: Settings, phase: Phase) -> tuple[str, ...]:

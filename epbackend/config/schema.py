@@ -241,7 +241,7 @@ class BalanceSettings(Section):
     on: bool = Field(
         default=False,
         description="Watch the experts' load while serving, plan anew where it pays, and move experts between ranks "
-        "meanwhile. On the CPU and on Ascend, with ep_size > 1.",
+        "meanwhile. With ep_size > 1.",
     )
     redundant_experts: NotNegative = Field(
         default=0,

@@ -13,19 +13,32 @@ without kernels of their own for it use `TorchSplits`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from epbackend.errors import EPError
 from epbackend.kernels.id_check import ExpertIdCheck, clamp_ids
 from epbackend.placement.placement import Layout
 from epbackend.placement.replica_split import STRIDE, level_shares, own_quota
 
-Split = Callable[[Tensor], Tensor]
-"""topk_ids_TK (logical) -> slot_ids_TK (int64)."""
+
+class Split(Protocol):
+    """Finds a slot for each choice of one layer's tokens."""
+
+    def __call__(self, topk_ids_TK: Tensor) -> Tensor:
+        """slot_ids_TK (int64) for logical ids."""
+
+    def become(self, other: Any) -> None:
+        """Split as `other` does, one of the same kernels for another layout of the same slots, from the next call on.
+
+        Both are of movable layers (`epbackend.moe`), so that their tables have the same shapes. They are filled in
+        place, in the current stream: a captured graph reads them where they were.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +46,7 @@ class EvenReplicas:
     """Replicas that share their expert's tokens equally, or in numbers that differ by one."""
 
     slot_ids_EC: np.ndarray
-    """int64: the slots of each expert, -1 past the last one."""
+    """int64: the slots of each expert, -1 past the last one. C is the most that one has, or could have after a move."""
     takes_EC: np.ndarray
     """bool: the replicas that take tokens of this source, one for each expert at least."""
     offset: int = 0
@@ -71,6 +84,8 @@ class LevelReplicas:
     """counts_E of this source -> counts_GE of all; None: there is no other. All sources call it together."""
     rank_speed: tuple[float, ...] = ()
     """Speeds of the ranks, whose times are levelled, as `placement.speeds.checked_speeds` gives them."""
+    movable: bool = False
+    """Whether the shapes of all tables shall be those for any layout of these slots; see `Split.become`."""
 
 
 Count = Callable[[Tensor, int], Tensor]
@@ -106,6 +121,13 @@ class EvenSplit:
         )
         self._calls = torch.zeros((), dtype=torch.int64, device=device)
 
+    def become(self, other: EvenSplit) -> None:
+        fill(self._tables, other._tables)
+
+    @property
+    def _tables(self) -> tuple[Tensor, ...]:
+        return self._slot_ids_EC, self._place_EC, self._takers_E1, self._calls
+
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
         experts, most = self._slot_ids_EC.shape
         ids_TK = _clamped(topk_ids_TK, experts, self._id_check)
@@ -129,6 +151,10 @@ class LevelSplit:
         self._slot_ids_EC = torch.tensor(replicas.slot_ids_EC, device=device)
         self._slots_EC = torch.tensor(replicas.layout.slots_EC, device=device)
 
+    def become(self, other: LevelSplit) -> None:
+        self._replicas = other._replicas
+        self._slot_ids_EC, self._slots_EC = other._slot_ids_EC, other._slots_EC
+
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
         replicas, experts = self._replicas, len(self._slot_ids_EC)
         ids_TK = _clamped(topk_ids_TK, experts, self._id_check)
@@ -137,6 +163,14 @@ class LevelSplit:
         quota_P = level_quota(counts_GE, replicas).to(ids_TK.device)
         quota_EC = quota_P[self._slots_EC.clamp(min=0)] * (self._slots_EC >= 0)
         return self._slot_ids_EC.take(assign(ids_TK, counts_E, quota_EC))
+
+
+def fill(tables: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Fill tables in place with those values, of the same shapes."""
+    for table, new in zip(tables, values, strict=True):
+        if table.shape != new.shape:
+            raise EPError(f"a split's table is {tuple(table.shape)}, and its new values {tuple(new.shape)}")
+        table.copy_(new)
 
 
 def level_quota(counts_GE: Tensor, replicas: LevelReplicas) -> Tensor:

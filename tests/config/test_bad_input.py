@@ -100,7 +100,6 @@ BAD = [
     ({"ep_size": 4, "placement": {"file": "a", "node_size": 3}}, ["placement.node_size:", "ep_size 4"]),
     # balance
     ({"balance": {"on": True}}, ["balance.on:", "set ep_size"]),
-    ({"ep_size": 2, "device": "cuda", "balance": {"on": True}}, ["balance.on:", "cpu and ascend", "on cuda"]),
     (
         {"ep_size": 2, "balance": {"on": True}, "placement": {"file": "a"}},
         ["balance.on:", "placement.file is a finished placement", "placement.loads"],

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("hypothesis")
-splits = pytest.importorskip("epbackend.placement.replica_split", reason="needs numba", exc_type=ImportError)
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from epbackend.errors import ConfigError
 from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
+from epbackend.placement import replica_split as splits
 from epbackend.placement import replica_split_reference as reference
 from epbackend.placement.placement import Layout
 

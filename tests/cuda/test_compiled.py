@@ -151,17 +151,23 @@ def test_the_level_split_is_one_launch_after_the_gathering(chip, tokens, launche
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [Layout.even(128, 8, 136), Layout.even(256, 64, 512), Layout.even(8, 64, 64), Layout.even(8, 2, 10)],
-    ids=lambda layout: f"{layout.experts} on {layout.ranks}, {layout.slots} slots",
+    ("experts", "ranks", "slots", "movable"),
+    [
+        (128, 8, 136, False),
+        (256, 64, 512, False),
+        (8, 64, 64, False),
+        (8, 2, 10, False),
+        (256, 8, 320, True),  # with room for any layout of these slots
+        (8, 2, 10, True),
+    ],
 )
-def test_the_level_split_compiles_for_layouts_of_all_kinds(layout):
+def test_the_level_split_compiles_for_layouts_of_all_kinds(experts, ranks, slots, movable):
     """Few replicas and many, few ranks and many: what fits one shape of a block need not fit another."""
-    nowhere = torch.device("meta")
+    layout, nowhere = Layout.even(experts, ranks, slots), torch.device("meta")
     counts_GE = meta(layout.ranks, layout.experts, dtype=torch.int64)
     # Where ranks differ in speed it is another program.
     rank_speed = (0.5,) * 4 + (1.0,) * 4 if layout.ranks == 8 else ()
-    replicas = LevelReplicas(layout.slots_EC, layout, layout, 0, 0, lambda _: counts_GE, rank_speed)
+    replicas = LevelReplicas(layout.slots_EC, layout, layout, 0, 0, lambda _: counts_GE, rank_speed, movable)
     with compiling_for(H100) as compiled:
         TritonKernels(H100).level_split(replicas, nowhere, None)(meta(64, 8, dtype=torch.int64))
     assert resources(compiled[-1]).spilled <= SMALL_STACK

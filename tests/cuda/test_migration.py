@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from epbackend.balance.board import PLACE
-from tests.helpers.migrating import WAY, migrate, plans
+from epbackend.dispatch.base import RankGroup
+from epbackend.placement.placement import Layout
+from tests.helpers.migrating import EXPERTS, TOKENS, TOP_K, WAY, layouts, migrate, plans
 
-pytestmark = [pytest.mark.cuda, pytest.mark.several_ranks, pytest.mark.slow]
+pytestmark = pytest.mark.cuda
+
+HARD = layouts(
+    ((0, 1, 2, 3, 0), (4, 5, 6, 7, 1)),
+    ((0, 1, 7, 3, 0), (4, 5, 6, 2, 0)),
+    ((1, 5, 7, 3, 0), (4, 5, 6, 2, 4)),
+)
+"""For what has to keep its shapes: two experts with replicas, then one with three, then one with two on one rank."""
 
 
+@pytest.mark.several_ranks
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "split"), [("bfloat16", "level"), ("int8", "even"), ("fp8", "even")])
 def test_slots_get_the_bytes_of_their_experts_and_results_stay(cuda, ranks, tmp_path, form, split):
     np.zeros(2, PLACE).tofile(board := tmp_path / "board")
@@ -23,3 +35,49 @@ def test_slots_get_the_bytes_of_their_experts_and_results_stay(cuda, ranks, tmp_
         assert each.held == WAY[-1].experts_of_rank
         assert each.right_bytes
         assert each.worst < 0.03
+
+
+@pytest.mark.several_ranks
+@pytest.mark.parametrize(
+    ("form", "level", "split"),
+    [
+        ("float32", 1, "level"),
+        pytest.param("bfloat16", 2, "even", marks=pytest.mark.slow),
+        pytest.param("int8", 2, "level", marks=pytest.mark.slow),
+        pytest.param("fp8", 1, "nearest", marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_graph_replays_follows_the_experts(cuda, ranks, tmp_path, form, level, split):
+    """Nothing that a captured call hands to a kernel changes: neither addresses, nor numbers, nor grids."""
+    if not cuda.emulated:
+        pytest.skip("gloo joins these ranks, which no captured graph can hold: tests/e2e/test_moving.py")
+    np.zeros(2, PLACE).tofile(board := tmp_path / "board")
+    options = form, level, split, None, 1, "cuda", True
+    seen = ranks.run(2, migrate, str(board), HARD[0], plans(HARD), *options)
+    for each in seen:
+        assert each.errors == ()
+        assert each.flipped == (1, 2)
+        assert each.right_bytes
+        assert each.worst < (1e-5 if form == "float32" else 0.03)
+        assert each.same_launches
+    counted_E = np.sum([each.tokens_E for each in seen], axis=0)
+    assert counted_E.sum() == 2 * TOKENS * TOP_K * seen[0].calls
+    assert not (counted_E % seen[0].calls).any()
+
+
+@pytest.mark.parametrize(
+    "form", ["float32", *(pytest.param(form, marks=pytest.mark.slow) for form in ("bfloat16", "int8", "fp8"))]
+)
+def test_a_captured_graph_follows_experts_that_change_places_on_their_rank(cuda, tmp_path, form):
+    """A real graph where there is a GPU, with the stream and the memory of staging beside it."""
+    if form == "fp8" and not cuda.emulated and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    way = [Layout((sum(layout.experts_of_rank, ()),), EXPERTS) for layout in HARD]
+    np.zeros(1, PLACE).tofile(board := tmp_path / "board")
+    alone = {1: RankGroup.single()}
+    seen = migrate(alone, str(board), way[0], plans(way), form, 1, "even", None, 1, "cuda", True)
+    assert seen.errors == ()
+    assert seen.flipped == (1, 2)
+    assert seen.right_bytes
+    assert seen.worst < (1e-5 if form == "float32" else 0.03)
+    assert sum(seen.tokens_E) == TOKENS * TOP_K * seen.calls

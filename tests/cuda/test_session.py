@@ -113,7 +113,7 @@ def test_every_file_and_module_that_a_part_names_is_there(tmp_path):
     for part in parts(tmp_path):
         for command in part.commands:
             for word in command:
-                assert not word.startswith("tests/") or (ROOT / word).exists(), word
+                assert not word.startswith("tests/") or (ROOT / word.partition("::")[0]).exists(), word
                 module_file = ROOT / (word.replace(".", "/") + ".py")
                 if word.startswith("benchmarks."):
                     assert module_file.exists() or module_file.with_suffix("").is_dir(), word
@@ -127,3 +127,18 @@ def test_without_a_gpu_it_says_so_and_runs_nothing(tmp_path):
     assert "no session: " in done.stderr
     assert "use device cpu" in done.stderr
     assert json.loads((tmp_path / "session.json").read_text())["parts"] == []
+
+
+LACKING = "numba,llvmlite,ray,matplotlib,typer"
+"""Packages that `make gather-gpu` does not bring."""
+
+
+@pytest.mark.slow
+def test_its_tests_are_found_where_packages_are_missing(tmp_path):
+    """One module that cannot be imported would end the whole part."""
+    for part in parts(tmp_path):
+        for whole in (each for each in part.commands if "pytest" in each):
+            arguments = list(whole)[list(whole).index("pytest") + 1 :]
+            command = [sys.executable, "-m", "tests.helpers.lacking", LACKING, *arguments, "--collect-only"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, f"{part.name}: {done.stdout[-3000:]}{done.stderr[-1000:]}"

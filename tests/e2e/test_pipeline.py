@@ -7,6 +7,7 @@ LMDeploy without the plug in the same dtype, on a CPU, where LMDeploy does not r
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ import lmdeploy
 
 import epbackend
 from epbackend import EPConfig
+from epbackend.balance import balancer
 from epbackend.device.cuda import CudaDevice
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from tests.helpers.answers import Answer, ask, compare, hugging_face
+from tests.helpers.patience import PATIENCE_S
+from tests.helpers.rotating_planner import RotatingPlanner
 from tests.helpers.shared_gpu import on_shared_devices
 
 MODELS = Path(epbackend.__file__).parent / "models"
@@ -76,6 +80,25 @@ def check(model: str, expected: list[Answer], rounding: float, config: dict[str,
     return {phase: choice["name"] for phase, choice in load.dispatchers.items()}
 
 
+BALANCE = {"on": True, "redundant_experts": 4, "window_steps": 8, "interval_s": 0.2}
+
+
+@pytest.fixture
+def rotating(monkeypatch):
+    """All experts of all layers move, again and again."""
+    monkeypatch.setattr(balancer, "Planner", RotatingPlanner)
+
+
+def check_moving(model: str, expected: list[Answer], rounding: float, config: dict[str, Any]) -> None:
+    """The same again and again while experts move."""
+    deadline = time.monotonic() + PATIENCE_S
+    with epbackend.pipeline(str(MODELS / model), EPConfig.load(config | {"balance": BALANCE})) as pipe:
+        while pipe.balance().migrations < 8:
+            assert time.monotonic() < deadline, pipe.balance()
+            compare(ask(pipe), expected, rounding)
+        assert pipe.balance().failed == 0, pipe.balance()
+
+
 @pytest.mark.cpu
 @pytest.mark.engine
 def test_two_ranks_of_a_cpu_joined_as_on_one_gpu(monkeypatch):
@@ -85,6 +108,34 @@ def test_two_ranks_of_a_cpu_joined_as_on_one_gpu(monkeypatch):
     settings = {"device": "cpu", "ep_size": 2, "ep_level": levels, "engine": ENGINE | {"dtype": "float32"}}
     chosen = check("tiny_qwen3_moe", hugging_face(str(MODELS / "tiny_qwen3_moe")), 1e-4, settings)
     assert chosen == {"prefill": "alltoall", "decode": "replicated"}
+
+
+@pytest.mark.cpu
+@pytest.mark.engine
+@pytest.mark.slow
+def test_experts_move_between_ranks_joined_as_on_one_gpu(rotating, monkeypatch):
+    on_shared_devices(monkeypatch)
+    settings = {"device": "cpu", "ep_size": 2, "ep_level": 2, "engine": ENGINE | {"dtype": "float32"}}
+    check_moving("tiny_qwen3_moe", hugging_face(str(MODELS / "tiny_qwen3_moe")), 1e-4, settings)
+
+
+@pytest.mark.cuda
+@pytest.mark.engine
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize(
+    ("model", "level", "dispatcher", "split"),
+    [
+        ("tiny_qwen3_moe", 1, "replicated", "even"),
+        ("tiny_qwen3_moe", 2, "symmetric", "level"),
+        ("tiny_deepseek_v3", 2, "alltoall", "nearest"),
+    ],
+)
+def test_experts_move_on_gpus(gpu, rotating, model, level, dispatcher, split, eager):
+    """While captured graphs are replayed."""
+    engine = ENGINE | {"dtype": DTYPES[model], "eager_mode": eager}
+    settings = {"device": "cuda", "ep_size": 2, "ep_level": level, "dispatcher": dispatcher}
+    settings |= {"placement": {"split": split}, "engine": engine}
+    check_moving(model, lmdeploy_alone(model, eager), ROUNDING, settings)
 
 
 @pytest.mark.cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ from lmdeploy.pytorch.check_env.dist import DistChecker
 
 import epbackend
 from epbackend import EPConfig
+from epbackend.balance import balancer
 from epbackend.dispatch.base import RankGroup
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.operators import expert_operator
@@ -42,6 +44,8 @@ from tests.helpers.moe_modules import (
     module_equals_reference,
     needs_ray_for_dp,
 )
+from tests.helpers.patience import PATIENCE_S
+from tests.helpers.rotating_planner import RotatingPlanner
 
 pytestmark = pytest.mark.cuda
 ONE = {1: RankGroup.single()}
@@ -170,7 +174,7 @@ def test_lmdeploys_check_of_ranks_does_not_demand_deep_ep(cuda):
 
 
 @pytest.mark.usefixtures("forked_ranks")
-def test_greedy_tokens_of_a_pipeline_with_cuda_experts(cuda, checkpoint, monkeypatch):
+def test_greedy_tokens_of_a_pipeline_with_cuda_experts_that_move(cuda, checkpoint, monkeypatch):
     """Two ranks, both levels. Attention and the rest are the CPU's, the experts are the CUDA kernels'."""
     if not cuda.emulated:
         pytest.skip("experts on a GPU want the whole engine there: make e2e-cuda")
@@ -178,12 +182,18 @@ def test_greedy_tokens_of_a_pipeline_with_cuda_experts(cuda, checkpoint, monkeyp
     texts = prompts()[:2]
     engine = {"session_len": 32, "cache_blocks": 32, "block_size": 16, "max_prefill_token_num": 16}
     levels = {"prefill": 2, "decode": 1}
-    config = EPConfig.load({"device": "cpu", "ep_size": 2, "ep_level": levels, "engine": engine})
-    with epbackend.pipeline(str(checkpoint("qwen3-moe")), config) as pipe:
-        before = pipe.load()
-        answers = pipe(texts, gen_config=FEW, do_preprocess=False)
+    balance = {"on": True, "redundant_experts": 4, "window_steps": 4, "interval_s": 0.1}
+    settings = {"device": "cpu", "ep_size": 2, "ep_level": levels, "engine": engine, "balance": balance}
+    monkeypatch.setattr(balancer, "Planner", RotatingPlanner)
+    expected = greedy_tokens(checkpoint("qwen3-moe"), texts, FEW_TOKENS)
+    deadline = time.monotonic() + PATIENCE_S
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), EPConfig.load(settings)) as pipe:
+        before, moved = pipe.load(), 0
+        while moved < 2:
+            assert time.monotonic() < deadline, pipe.balance()
+            moved = pipe.balance().migrations
+            answers = pipe(texts, gen_config=FEW, do_preprocess=False)
+            assert [answer.token_ids for answer in answers] == expected
         load = pipe.load().since(before)
-    assert [answer.token_ids for answer in answers] == greedy_tokens(
-        checkpoint("qwen3-moe"), texts, FEW_TOKENS
-    )
+        assert pipe.balance().failed == 0, pipe.balance()
     assert load.tokens_RYE.any(axis=2).all(), "every rank computed experts of every layer"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -49,6 +51,8 @@ class Moved:
     errors: tuple[str, ...]
     layout: str
     """How the bytes of a slot are arranged."""
+    same_launches: bool | None = None
+    """Whether a call at the end launches the kernels of the recorded one, with the same arguments; not on a GPU."""
 
 
 def weights(form: str) -> tuple[object, object]:
@@ -104,10 +108,12 @@ def migrate(
     fault: str | None = None,
     faulty: int = 1,
     device: str = "cpu",
+    replayed: bool = False,
 ) -> Moved:
     """On every rank: calls of one layer until each plan has ended, one after the other; rank 0 is the parent, too.
 
-    `fault` befalls rank `faulty` in the first plan.
+    `fault` befalls rank `faulty` in the first plan. Replayed, one call is recorded as a CUDA graph holds it, and then
+    done again and again.
     """
     ranks = groups[1]
     places = np.memmap(board_file, PLACE, mode="r+", shape=ranks.size)
@@ -122,7 +128,10 @@ def migrate(
             of_slots(down, mine),
             slot_map=slot_map,
             ranks=ranks,
-            settings=DispatchSettings(level=level, timeout_s=60),
+            settings=DispatchSettings(
+                level=level, timeout_s=PATIENCE_S, static=replayed, max_tokens=TOKENS if replayed else None
+            ),
+            movable=replayed,
             top_k=TOP_K,
             split=split,
             device=device,
@@ -140,6 +149,15 @@ def migrate(
     )
     ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(TOKENS)])
     share = torch.rand(TOKENS, TOP_K, generator=generator)
+    tokens, ids, share = tokens.to(place), ids.to(place), share.to(place)
+
+    def call() -> Tensor:
+        return layer(tokens, ids, share, phase="decode")
+
+    if replayed:
+        call()
+        graph, replayed_TD = captured(call, place)
+        layer.load.start_over()
     first, worst, calls = None, 0.0, 0
     flipped, steps, errors, published, over = [], [], [], 0, False
     deadline = time.monotonic() + PATIENCE_S
@@ -160,12 +178,15 @@ def migrate(
             if layer.slot_map is not before:
                 flipped.append(int(places[0]["order"]))
                 steps.append(calls)
-            out = layer(tokens.to(place), ids.to(place), share.to(place), phase="decode").float()
+            if replayed:
+                graph.replay()
+            out = (replayed_TD if replayed else call()).float()
             first = out if first is None else first
             worst = max(worst, float((out - first).abs().max() / first.abs().max()))
-            flag = torch.tensor([over], device=place)
-            dist.broadcast(flag, 0, group=ranks.group)
-            over = bool(flag)
+            if ranks.size > 1:
+                flag = torch.tensor([over], device=place)
+                dist.broadcast(flag, 0, group=ranks.group)
+                over = bool(flag)
             time.sleep(0.002)
     migrator.close()
     expected = build(layer.slot_map)
@@ -175,6 +196,9 @@ def migrate(
         for a, b in zip(layer.slot_memory(slot), expected.slot_memory(slot), strict=True)
     )
     tokens_E = tuple(layer.load.tokens_E.tolist())
+    same_launches = None
+    if replayed and place.type == "cpu":
+        same_launches = captured(call, place)[0].launches == graph.launches
     return Moved(
         tuple(flipped),
         tuple(steps),
@@ -185,7 +209,20 @@ def migrate(
         calls,
         tuple(errors),
         layer.slot_layout,
+        same_launches,
     )
+
+
+def captured(call: Callable[[], Tensor], place: torch.device) -> tuple[Any, Tensor]:
+    """A graph of the call, a real one on a GPU, and the result that its replays fill."""
+    if place.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as LMDeploy does
+            return graph, call()
+    from tests.helpers.recorded_graph import RecordedGraph  # which needs Triton
+
+    with RecordedGraph() as graph:
+        return graph, call()
 
 
 def layouts(*held: tuple[tuple[int, ...], ...]) -> list[Layout]:

@@ -138,6 +138,7 @@ class LayerExperts:
             down_bias_LD=self.down_bias,
             activation=self.activation,
             check_ids=config.check_expert_ids,
+            movable=balance.graphs_follow(config, self.device),
             layer=self.layer_number,
             context=active().context,
         )

@@ -101,7 +101,6 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
             f"device: {device} has no plug into LMDeploy, whose own experts would run instead of ours: use one of "
             f"{', '.join(SUPPORTED_DEVICES)}, or epbackend.moe.ExpertParallelMoE (docs/layer.md)"
         )
-    balance.check_device(config, device)
     # Imported late: the table imports LMDeploy, whose release has to be checked first.
     from epbackend.engines.lmdeploy.patches import needed
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from epbackend.kernels.id_check import NOTHING as NO_ID
 from epbackend.kernels.id_check import ExpertIdCheck
-from epbackend.kernels.replica_split import EvenReplicas
+from epbackend.kernels.replica_split import EvenReplicas, fill
 from epbackend.kernels.triton.launch import cdiv, named_launch, next_power_of_2
 from epbackend.kernels.triton.permute import MOST_CHOICES, count, count_in_blocks, earlier_twins, load_slots
 from epbackend.placement.replica_split import STRIDE as PRIME
@@ -132,11 +132,14 @@ class EvenSplit:
     def __init__(self, replicas: EvenReplicas, device: torch.device, id_check: ExpertIdCheck | None) -> None:
         self._id_check = id_check
         self._experts, self._most = replicas.slot_ids_EC.shape
+        self._tables = {
+            "slot_ids_EC": torch.tensor(replicas.slot_ids_EC, device=device),
+            "place_EC": torch.tensor(replicas.place_EC, dtype=torch.int32, device=device),
+            "takers_E": torch.tensor(replicas.takers_E, dtype=torch.int32, device=device),
+            "calls_2": torch.zeros(2, dtype=torch.int64, device=device),
+        }
         self._launch = _even_slots.bind(
-            slot_ids_EC=torch.tensor(replicas.slot_ids_EC, device=device),
-            place_EC=torch.tensor(replicas.place_EC, dtype=torch.int32, device=device),
-            takers_E=torch.tensor(replicas.takers_E, dtype=torch.int32, device=device),
-            calls_2=torch.zeros(2, dtype=torch.int64, device=device),
+            **self._tables,
             found_1=id_check.found_1 if id_check else None,
             E=self._experts,
             C=self._most,
@@ -144,6 +147,9 @@ class EvenSplit:
             LANES=next_power_of_2(self._experts + 1),
             BLOCK=BLOCK,
         )
+
+    def become(self, other: EvenSplit) -> None:
+        fill(self._tables.values(), other._tables.values())
 
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
         if self._id_check:

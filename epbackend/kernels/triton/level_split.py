@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from epbackend.kernels.id_check import ExpertIdCheck
-from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
+from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split, fill
 from epbackend.kernels.triton.even_split import (
     BLOCK,
     EvenSplit,
@@ -41,6 +41,7 @@ from epbackend.kernels.triton.even_split import (
 from epbackend.kernels.triton.launch import named_launch, next_power_of_2
 from epbackend.kernels.triton.permute import load_slots
 from epbackend.kernels.triton.tiles import Chip, chip_of
+from epbackend.placement.placement import Layout
 from epbackend.placement.speeds import rank_weights
 
 
@@ -54,6 +55,8 @@ class LevelTable:
     """int32: which of the X an expert is, or -1."""
     single_RJ: Tensor
     """int32: the experts that are on one rank alone; rows end in -1."""
+    replicated_1: Tensor
+    """int32: how many of the rows below are in use, which the kernel looks up, as experts that move change it."""
     expert_X: Tensor
     """int32."""
     slots_XC: Tensor
@@ -78,7 +81,8 @@ class LevelTable:
                 single_of[layout.rank_of_slot_P[slots[0]]].append(expert)
         index_E = np.full(layout.experts, -1)
         index_E[replicated] = np.arange(len(replicated))
-        slots_XC = _padded([kept[expert] for expert in replicated])
+        most_X, most_C, most_J = _room(layout) if replicas.movable else (0, 0, 0)
+        slots_XC = _padded([kept[expert] for expert in replicated], most_X, most_C)
         here_XC = slots_XC >= 0
 
         def on(values: object, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -87,10 +91,15 @@ class LevelTable:
         return cls(
             first_slot_E=on(replicas.slot_ids_EC[:, 0], torch.int64),
             replicated_E=on(index_E),
-            single_RJ=on(_padded(single_of)),
-            expert_X=on(replicated),
+            single_RJ=on(_padded(single_of, 0, most_J)),
+            replicated_1=on([len(replicated)]),
+            expert_X=on([*replicated, *[0] * (len(slots_XC) - len(replicated))]),
             slots_XC=on(
-                _padded([replicas.slot_ids_EC[e, np.isin(layout.slots_EC[e], kept[e])] for e in replicated]),
+                _padded(
+                    [replicas.slot_ids_EC[e, np.isin(layout.slots_EC[e], kept[e])] for e in replicated],
+                    most_X,
+                    most_C,
+                ),
                 torch.int64,
             ),
             ranks_XC=on(np.where(here_XC, layout.rank_of_slot_P[slots_XC], -1)),
@@ -104,12 +113,18 @@ def _one_a_rank(slots_C: np.ndarray, rank_of_slot_P: np.ndarray) -> np.ndarray:
     return slots_C[np.unique(rank_of_slot_P[slots_C], return_index=True)[1]]
 
 
-def _padded(rows: list) -> np.ndarray:
-    """[rows, the longest one] (int64), -1 past the ends."""
-    table = np.full((len(rows), max(map(len, rows), default=0)), -1)
-    for row, values in zip(table, rows, strict=True):
+def _padded(rows: list, height: int, width: int) -> np.ndarray:
+    """[rows, the longest one] (int64), -1 past the ends; as high and as wide as said, if that is more."""
+    table = np.full((max(height, len(rows)), max(width, *map(len, rows), 0)), -1)
+    for row, values in zip(table, rows, strict=False):
         row[: len(values)] = values
     return table
+
+
+def _room(layout: Layout) -> tuple[int, int, int]:
+    """(X, C, J), the most that any layout of the same slots has."""
+    copies = layout.slots - layout.experts
+    return min(layout.experts, copies), min(layout.ranks, copies + 1), int(layout.slots_R.max())
 
 
 GAP_BITS = tl.constexpr(10)
@@ -479,7 +494,7 @@ def level_split(
 ) -> Split:
     """See `epbackend.kernels.Kernels.level_split`; the sum of all counts is below 2^31."""
     table = LevelTable.of(replicas, device)
-    if not len(table.expert_X):  # no expert is on two ranks: the first of its replicas takes all
+    if not len(table.expert_X):  # no expert is on two ranks, or can be: the first of its replicas takes all
         first_E1 = replicas.slot_ids_EC[:, :1]
         return EvenSplit(EvenReplicas(first_E1, first_E1 >= 0), device, id_check)
     return LevelSplit(replicas, table, id_check, chip)
@@ -491,7 +506,7 @@ class LevelSplit:
     def __init__(
         self, replicas: LevelReplicas, table: LevelTable, id_check: ExpertIdCheck | None, chip: Chip | None
     ) -> None:
-        self._replicas, self._id_check, self._chip = replicas, id_check, chip
+        self._replicas, self._table, self._id_check, self._chip = replicas, table, id_check, chip
         self._experts = len(table.first_slot_E)
         (replicated, most), (ranks, single) = table.ranks_XC.shape, table.single_RJ.shape
         self._xs, self._cs = next_power_of_2(replicated), next_power_of_2(most)
@@ -499,6 +514,7 @@ class LevelSplit:
             first_slot_E=table.first_slot_E,
             replicated_E=table.replicated_E,
             single_RJ=table.single_RJ,
+            replicated_1=table.replicated_1,
             expert_X=table.expert_X,
             slots_XC=table.slots_XC,
             ranks_XC=table.ranks_XC,
@@ -509,7 +525,6 @@ class LevelSplit:
             source=replicas.source,
             R=ranks,
             J=single,
-            X=replicated,
             C=most,
             RS=next_power_of_2(ranks),
             JS=next_power_of_2(max(1, single)),
@@ -518,6 +533,11 @@ class LevelSplit:
             LANES=next_power_of_2(self._experts + 1),
             BLOCK=BLOCK,
         )
+
+    def become(self, other: LevelSplit) -> None:
+        mine, new = vars(self._table), vars(other._table)
+        given = [name for name, values in mine.items() if values is not None]
+        fill([mine[name] for name in given], [new[name] for name in given])
 
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
         if self._id_check:
@@ -562,6 +582,7 @@ def _level_slots(
     first_slot_E,
     replicated_E,
     single_RJ,
+    replicated_1,
     expert_X,
     slots_XC,
     ranks_XC,
@@ -577,7 +598,6 @@ def _level_slots(
     node,
     R,
     J,
-    X,
     C,
     RS: tl.constexpr,
     JS: tl.constexpr,
@@ -594,6 +614,7 @@ def _level_slots(
     `stride` is that of counts_GE, which is None where all ranks hold the same tokens; ALL as in `ExpertCounts`.
     """
     lane = tl.arange(0, LANES)
+    X = tl.load(replicated_1)
     if counts_GE is not None:
         tokens = _add_sources(counts_GE, stride, E, G, LANES)
     elif ALL:

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from epbackend.placement.replica_split_reference import GAP_BITS, MOST_SWEEPS
 from epbackend.placement.search.compiled import entry, inner
-
-GAP_BITS = 10
-"""Sweeps end when the largest rank load is proven to be within 2^-10 of the optimum."""
-MOST_SWEEPS = 64
-"""Two are enough on average; of 950 hard layers (chains and rings of 320 ranks) none needed more than 45."""
 
 
 @entry
