@@ -18,7 +18,7 @@ AHEAD = 4
 
 
 class Streams:
-    """Of one rank. `reserve`, `begin_step` and `flipped` belong to the thread that serves, the rest to that which stages."""
+    """Of one rank. `reserve`, `begin_step` and `flipped` belong to the thread that serves, the rest to the other."""
 
     def __init__(self, place: torch.device) -> None:
         self._place = place
