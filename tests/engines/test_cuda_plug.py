@@ -29,6 +29,7 @@ from epbackend.dispatch.base import RankGroup
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.operators import expert_operator
 from epbackend.errors import ConfigError, UnavailableError
+from epbackend.placement.placement import Placement
 from tests.helpers.engine_models import greedy_tokens, prompts
 from tests.helpers.interpreted import with_cuda_experts
 from tests.helpers.moe_modules import (
@@ -154,6 +155,12 @@ def test_w8a8_experts_without_a_layer_number_are_refused(cuda):
     plug.enable(EPConfig.load({"device": "cuda"}))
     with pytest.raises(UnavailableError, match="do not tell which layer"):
         expert_operator(FusedMoEW8A8BuildSpec(2, E, False, torch.bfloat16, torch.int8, 1, None), "cuda")
+
+
+def test_the_log_says_that_nobody_has_seen_experts_move_on_a_gpu(cuda, caplog):
+    config = EPConfig.load({"device": "cuda", "ep_size": 2, "balance": {"on": True, "redundant_experts": 2}})
+    plug.enable(config, Placement.even(2, E, 2, E + 2))
+    assert "balance.on: moving experts on device cuda" in caplog.text
 
 
 def check(dp: int = 1, ep: int = 2, executor: str = "mp", device: str = "cuda") -> None:
