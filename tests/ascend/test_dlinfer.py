@@ -263,6 +263,20 @@ def test_mla_by_dlinfers_operators(call, lengths, queries):
     assert_near(requests.attention(call), requests.expected())
 
 
+def test_int8_rows_of_any_shape(npu):
+    """MLA's keys come as [T, 1, D]; dlinfer's own operator takes [1, T, D]."""
+    from lmdeploy.pytorch.kernels.dlinfer.w8a8_kernels import linear_w8a8
+
+    values_TD, values_ND = torch.randint(-127, 128, (2, 5, 64), dtype=torch.int8).npu()
+    scale_T, scale_N1 = torch.rand(5).npu(), torch.rand(5, 1).npu()
+    rest = (torch.bfloat16, torch.int8)
+    expected = linear_w8a8(values_TD[None], values_ND, scale_T[None], scale_N1, *rest)
+    bridged = patches.int8_rows_of_any_shape.build(linear_w8a8)
+    out = bridged(values_TD[:, None], values_ND, scale_T[:, None], scale_N1, *rest)
+    assert out.shape == (5, 1, 5)
+    assert torch.equal(out.cpu(), expected.cpu().view(5, 1, 5))
+
+
 def test_blocks_below_128_are_refused_by_the_operator(npu):
     if npu == REAL:
         pytest.skip("the limits of real operators are CANN's to check")

@@ -30,14 +30,18 @@ pytestmark = [pytest.mark.ascend, pytest.mark.engine]
 
 QWEN, DEEPSEEK = "tiny-qwen3-moe", "tiny-deepseek-v3"
 EXPERTS, LAYERS = 32, 4
+CHANGES = {"W8A8": (w8a8_checkpoint.round_rows,)}
+"""What a form of a checkpoint rounds beside the type (`answers.rounding`)."""
 LENGTHS = "lmdeploy.pytorch.backends.dlinfer.ascend.op_backend._get_cpu_attention_metadata"
 SIZES = "epbackend.dispatch.collectives.Collectives.all_gather_ints"
 
 
-def compare_with_float32(answers: list[Answer], path: str, dtype: torch.dtype = torch.float16) -> None:
-    """Fail unless they are Hugging Face's for the same weights in float32, but for the rounding of `dtype`."""
+def compare_with_float32(
+    answers: list[Answer], path: str, dtype: torch.dtype = torch.float16, form: str = ""
+) -> None:
+    """Fail unless they are Hugging Face's for the same weights in float32, but for the rounding of `dtype` and form."""
     expected = hugging_face(path)
-    compare(answers, expected, rounding(path, dtype, expected))
+    compare(answers, expected, rounding(path, dtype, expected, *CHANGES.get(form, ())))
 
 
 def with_copies(folder: Path, ranks: int) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def test_experts_move_while_answers_stay_the_same(npu, tmp_path, form):
         settings, dtype = settings | {"engine": {"dtype": "bfloat16"}}, torch.bfloat16
     told = ascend_pipeline.run(npu, 2, path, settings, migrations=3)
     expected = hugging_face(whole)
-    off = rounding(whole, dtype, expected)
+    off = rounding(whole, dtype, expected, *CHANGES.get(form, ()))
     for answers in (told.answers, *told.later):
         compare(answers, expected, off)
     assert told.moved["migrations"] >= 3
@@ -124,7 +128,7 @@ def test_log_probabilities_are_as_exact_as_bfloat16(npu, tmp_path, model, form):
     if form == "W8A8":
         path, whole = map(str, w8a8_checkpoint.write(model, tmp_path))
     told = ascend_pipeline.run(npu, 2, path, {"ep_level": 2, "engine": {"dtype": "bfloat16"}})
-    compare_with_float32(told.answers, whole, torch.bfloat16)
+    compare_with_float32(told.answers, whole, torch.bfloat16, form)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -45,12 +46,16 @@ def hugging_face(path: str, dtype: torch.dtype = torch.float32) -> list[Answer]:
     return answers
 
 
-def rounding(path: str, dtype: torch.dtype, expected: list[Answer]) -> float:
+def rounding(
+    path: str, dtype: torch.dtype, expected: list[Answer], change: Callable[[Any], None] = lambda model: None
+) -> float:
     """How far a log-probability may be off in `dtype`: twice the most that transformers on a CPU is.
 
-    `expected` is what it answers in float32 with the same weights; it is asked for the same tokens.
+    `expected` is what it answers in float32 with the same weights; it is asked for the same tokens. `change` makes its
+    model round what the form of the checkpoint rounds besides.
     """
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    change(plain)
     return 2 * max(
         abs(rounded - exact)
         for ids, answer in zip(_prompts(path), expected, strict=True)

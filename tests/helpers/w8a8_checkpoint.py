@@ -12,7 +12,9 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from epbackend.kernels.int8 import Int8Matrix
@@ -46,6 +48,22 @@ def write(model: str, folder: Path) -> tuple[Path, Path]:
     save_file(quantized, int8 / "model.safetensors", {"format": "pt"})
     save_file(restored, floats / "model.safetensors", {"format": "pt"})
     return int8, floats
+
+
+def round_rows(model: Any) -> None:
+    """Make a model of transformers round the rows of its quantized matrices, as W8A8 does: int8, a scale each.
+
+    What comes to the down matrices inside its experts is left as it is.
+    """
+
+    def rounded(_: torch.nn.Module, args: tuple) -> tuple:
+        rows = args[0].float()
+        scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+        return ((rows / scale).round() * scale).to(args[0].dtype), *args[1:]
+
+    for name, module in model.named_modules():
+        if LINEAR.search(f"{name}.weight") or name.endswith(".experts"):
+            module.register_forward_pre_hook(rounded)
 
 
 if __name__ == "__main__":
