@@ -155,9 +155,9 @@ def migrate(
         return layer(tokens, ids, share, phase="decode")
 
     if replayed:
-        call()
-        graph, replayed_TD = captured(call, place)
-        layer.load.start_over()
+        with layer.load.forgetting():
+            call()
+            graph, replayed_TD = captured(call, place)
     first, worst, calls = None, 0.0, 0
     flipped, steps, errors, published, over = [], [], [], 0, False
     deadline = time.monotonic() + PATIENCE_S
