@@ -185,8 +185,8 @@ class ExpertParallelMoE:
             ranks: this rank's place among those that share the experts.
             settings: how rows travel: one for both phases, or one for each ("prefill", "decode").
             top_k: K, the experts of a token.
-            split: which replica of its expert a token takes: "even", "nearest" or "level" (`epbackend.replica_split`);
-                one for both phases, or one for each.
+            split: which replica of its expert a token takes: "even", "nearest", "level" or "level_by_node"
+                (`epbackend.replica_split`); one for both phases, or one for each.
             device: "cpu", "cuda", "ascend", another package's device, or "auto".
             kernels: one of the device's `kernel_sets`, or "auto".
             gate_up_bias_L2F: added to the first product.

@@ -26,9 +26,12 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """prefill: prompts are read, many tokens a step. decode: answers are written, one token a request and step."""
 
-SplitName = Literal["even", "nearest", "level"]
+SplitName = Literal["even", "nearest", "level", "level_by_node"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 """Which replica of its expert a token takes."""
+LEVEL_BY_NODE: SplitName = "level_by_node"
+LEVELLING: tuple[SplitName, ...] = ("level", LEVEL_BY_NODE)
+"""Those that level the ranks batch by batch."""
 
 AUTO = "auto"
 """Stands for the best device, or dispatcher, that can serve."""

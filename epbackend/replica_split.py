@@ -7,8 +7,8 @@ never given to a token.
 
 `TokenSplit` says which replica of its expert a token takes, batch by batch: `epbackend.placement.replica_split` on
 tensors, between ranks. A *source* is a group of ranks that hold the same tokens (one rank, without attention tensor
-parallelism). All of them get the same answer, and only `level` has to ask the other sources anything: what their tokens
-chose.
+parallelism). All of them get the same answer, and only `level` and `level_by_node` have to ask the other
+sources anything: what their tokens chose.
 
 Letters of shapes: T tokens of this rank, K choices of a token, E logical experts, C replicas of an expert, P slots over
 all ranks, R ranks, L slots of one rank, G sources.
@@ -29,7 +29,7 @@ from epbackend.dispatch.collectives import Collectives
 from epbackend.errors import ConfigError
 from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
-from epbackend.names import SPLITS
+from epbackend.names import LEVEL_BY_NODE, LEVELLING, SPLITS
 from epbackend.placement.placement import Layout
 
 
@@ -146,10 +146,19 @@ def _replicas(name: str, slot_map: SlotMap, spec: LayerSpec, movable: bool) -> E
         # With one replica of each expert there is nothing to split, and nothing to ask the other ranks.
         return EvenReplicas(slot_ids_EC, slot_ids_EC >= 0)
     layout, node = _by_source(slot_map.layout, ranks), _sources_of_node(slot_map.node_size, ranks)
-    if name == "level":
+    if name in LEVELLING:
         gather = _gather(spec) if ranks.sources > 1 else None
+        by_node = name == LEVEL_BY_NODE and 0 < node < ranks.sources
         return LevelReplicas(
-            slot_ids_EC, slot_map.layout, layout, ranks.source, node, gather, slot_map.rank_speed, movable
+            slot_ids_EC,
+            slot_map.layout,
+            layout,
+            ranks.source,
+            node,
+            gather,
+            slot_map.rank_speed,
+            movable,
+            by_node,
         )
     takes_EC = slot_ids_EC >= 0 if name == "even" else _nearest(layout, ranks.source, node)
     if movable:

@@ -28,9 +28,9 @@ from epbackend.placement.planners.search_inputs import SearchInputs
 from epbackend.placement.replica_split import expected_shares
 from epbackend.placement.score import count_moves, imbalances, rank_costs
 
-TARGETS = {"even": 1.005, "nearest": 1.005, "level": 1.10}
-"""What a layer is brought to once it is changed: the worst rank over the mean, where replicas share evenly. `level`
-splits what is left: from 1.10 it comes below 1.05."""
+TARGETS = {"even": 1.005, "nearest": 1.005, "level": 1.10, "level_by_node": 1.10}
+"""What a layer is brought to once it is changed: the worst rank over the mean, where replicas share evenly. The splits
+that level share out what is left: from 1.10 it comes below 1.05."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,12 @@ MOST_NUMBERS = 64
 """Numbers that a heat map has room for."""
 LEAST_CELL = 4
 """Points of the smallest cell of a heat map that has room for a line around it."""
-MARKS = {"even": ("#0072B2", "o"), "nearest": ("#E69F00", "s"), "level": ("#009E73", "D")}
+MARKS = {
+    "even": ("#0072B2", "o"),
+    "nearest": ("#E69F00", "s"),
+    "level": ("#009E73", "D"),
+    "level_by_node": ("#CC79A7", "^"),
+}
 """Of the splits: colours of Okabe and Ito, which colour-blind eyes tell apart."""
 LEAST_PERCENT = 1e-3
 """Where the logarithmic axis ends: it has no zero."""
@@ -228,8 +233,12 @@ def save_score_table(table: ScoreTable, path: Path) -> Path:
         axes.set_title(name, fontsize=LABEL)
         for place, (split, (colour, mark)) in enumerate(MARKS.items()):
             rows = [row for row in table.rows if row.score.split == split]
+            if not rows:
+                continue
             above = [max(100 * (view(row) - 1), LEAST_PERCENT) for row in rows]
-            height = [algorithms.index(row.score.algorithm) + 0.22 * (place - 1) for row in rows]
+            height = [
+                algorithms.index(row.score.algorithm) + 0.22 * (place - (len(MARKS) - 1) / 2) for row in rows
+            ]
             axes.scatter(
                 above, height, s=95, color=colour, marker=mark, label=split, edgecolor="white", zorder=3
             )

@@ -6,7 +6,7 @@ from epbackend.config.issues import ConfigIssue
 from epbackend.config.schema import PhaseDispatchers, Section, Settings, of_phase
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import ConfigError, UnavailableError
-from epbackend.names import AUTO, PHASES, Phase, dispatcher_facts
+from epbackend.names import AUTO, LEVEL_BY_NODE, PHASES, Phase, dispatcher_facts
 from epbackend.placement.speeds import checked_speeds
 
 CUDA_KERNELS = ("triton", "grouped_mm")
@@ -177,7 +177,8 @@ def _placement(config: Settings) -> list[ConfigIssue]:
             reason = "is for planning, but placement.file is a finished placement: keep one of them"
             found.append(ConfigIssue(f"placement.{name}", reason, getattr(placement, name)))
     elif not placement.loads:
-        for name in [*planning, *(["node_size"] if placement.node_size else [])]:
+        useless = placement.node_size and not _by_node(config)
+        for name in [*planning, *(["node_size"] if useless else [])]:
             reason = "has nothing to work on: give recorded loads as placement.loads, or a placement.file"
             found.append(ConfigIssue(f"placement.{name}", reason, getattr(placement, name)))
     if placement.budget is not None and placement.redundant_experts is not None:
@@ -189,6 +190,12 @@ def _placement(config: Settings) -> list[ConfigIssue]:
     if placement.node_size and config.ep_size % placement.node_size:
         reason = f"must divide ep_size {config.ep_size}"
         found.append(ConfigIssue("placement.node_size", reason, placement.node_size))
+    if _by_node(config) and not placement.node_size and placement.file is None:
+        reason = (
+            f"is {LEVEL_BY_NODE}, which has to know which ranks are near each other: set placement.node_size, ranks of "
+            "a node"
+        )
+        found.append(ConfigIssue("placement.split", reason))
     if placement.rank_speed:
         if not placement.given and not config.balance.on:
             reason = (
@@ -201,6 +208,10 @@ def _placement(config: Settings) -> list[ConfigIssue]:
             reason = str(error).removeprefix("rank_speed: ")
             found.append(ConfigIssue("placement.rank_speed", reason, placement.rank_speed))
     return found
+
+
+def _by_node(config: Settings) -> bool:
+    return LEVEL_BY_NODE in map(config.placement.split_of, PHASES)
 
 
 def _balance(config: Settings) -> list[ConfigIssue]:

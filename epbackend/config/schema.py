@@ -198,8 +198,8 @@ class PlacementSettings(Section):
     ] = Field(
         default=(),
         examples=[(1, 1, 0.5, 1), "calibration.json"],
-        description="How fast each rank is, in any unit, or the file that epbackend calibrate wrote: planning and the "
-        "split level balance times, load over speed. Unset: those that the file was planned for, or all alike.",
+        description="How fast each rank is, in any unit, or the file that epbackend calibrate wrote: planning, and the "
+        "splits that level, balance times, load over speed. Unset: those that the file was planned for, or all alike.",
     )
     search_ms: Annotated[float, Field(ge=0)] = Field(
         default=0.0,
@@ -216,8 +216,8 @@ class PlacementSettings(Section):
     ] = Field(
         default="even",
         description="Which replica a token takes: each in turn (even), the nearest, or the one that levels the ranks' "
-        "load (level; one small collective a layer). One for each phase: {prefill: level, decode: nearest}. "
-        "Where it is level in both, refined plans for that.",
+        "load (level; one small collective a layer), and as far as that allows on its node (level_by_node). One for "
+        "each phase: {prefill: level, decode: nearest}. Where both level, refined plans for that.",
     )
 
     @property

@@ -13,13 +13,13 @@ import numpy as np
 from epbackend.config import EPConfig, PlacementSettings
 from epbackend.device import get_device
 from epbackend.errors import ConfigError, UnavailableError
-from epbackend.names import PHASES
+from epbackend.names import LEVEL_BY_NODE, LEVELLING, PHASES
 from epbackend.placement.formats import ReadOptions, read_loads, read_placement
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Layout, Placement, with_speeds
 from epbackend.placement.planners import plan
 from epbackend.placement.renumbering import Renumbering, loads_for, placement_for
-from epbackend.placement.replica_split import level_shares, own_quota
+from epbackend.placement.replica_split import level_by_node_shares, own_quota
 from epbackend.replica_split import SlotMap
 
 MAX_TEXT = 130_000
@@ -62,18 +62,18 @@ def finished_placement(
 
 
 def warm_splits(config: EPConfig) -> None:
-    """Loads the compiled `level` split of the CPU, and compiles it if no earlier run did.
+    """Loads the compiled levelling splits of the CPU, and compiles it if no earlier run did.
 
     The parent does this before its workers start, so that they find it on disk; a worker, before others wait for it.
     """
     splits = map(config.placement.split_of, PHASES)
     if (
         (config.placement.given or config.balance.on)
-        and "level" in splits
+        and set(LEVELLING) & set(splits)
         and get_device(config.device).name == "cpu"
     ):
         layout, counts_RE = Layout.even(2, 2, 4), np.ones((2, 2), dtype=np.int64)
-        own_quota(counts_RE, level_shares(counts_RE.sum(axis=0), layout), layout, source_rank=0)
+        own_quota(counts_RE, level_by_node_shares(counts_RE, layout, node_size=1), layout, source_rank=0)
 
 
 def slot_map_of(placement: Placement | None, layer: int, experts: int, ranks: int) -> SlotMap:
@@ -116,6 +116,10 @@ def _read(
     if dense_layers and layers == len(placement.layers) + len(dense_layers):
         placement = read_placement(file, ReadOptions(ranks=ranks, dense_layers=dense_layers))
     placement = replace(placement, node_size=node_size) if node_size else placement
+    if not placement.node_size and LEVEL_BY_NODE in map(settings.split_of, PHASES):
+        raise ConfigError(
+            f"split: is {LEVEL_BY_NODE}, but {file} does not say which ranks are near each other; set node_size"
+        )
     return with_speeds(placement, settings.rank_speed) if settings.rank_speed else placement
 
 
@@ -142,7 +146,7 @@ def _plan(settings: PlacementSettings, loads: Loads, ranks: int) -> Placement:
     algorithm = settings.algorithm or "refined"
     # The best placement for a split that balances every batch is not the best one for other splits.
     splits = set(map(settings.split_of, PHASES))
-    if algorithm == "refined" and splits == {"level"} and settings.objective == "tokens":
+    if algorithm == "refined" and splits <= set(LEVELLING) and settings.objective == "tokens":
         asked["split"] = "level"
     placement = plan(
         loads,

@@ -171,7 +171,8 @@ class Kernels(Protocol):
     ) -> Split:
         """The same with shares that level the ranks' loads; all ranks must call it together.
 
-        Gives the same integers as `placement.replica_split.assign` with `own_quota` of `level_shares`.
+        Gives the same integers as `placement.replica_split.assign` with `own_quota` of `level_shares`, or of
+        `level_by_node_shares` where `replicas.by_node` is set.
 
         The sources' counts come through the callback `replicas.gather`, not as an argument, because counting is part of
         the split's own launches: with a contract call before the collective and one after it, a large batch would be

@@ -24,7 +24,7 @@ from torch import Tensor
 from epbackend.errors import EPError
 from epbackend.kernels.id_check import ExpertIdCheck, clamp_ids
 from epbackend.placement.placement import Layout
-from epbackend.placement.replica_split import STRIDE, level_shares, own_quota
+from epbackend.placement.replica_split import STRIDE, level_by_node_shares, level_shares, own_quota
 
 
 class Split(Protocol):
@@ -86,6 +86,13 @@ class LevelReplicas:
     """Speeds of the ranks, whose times are levelled, as `placement.speeds.checked_speeds` gives them."""
     movable: bool = False
     """Whether the shapes of all tables shall be those for any layout of these slots; see `Split.become`."""
+    by_node: bool = False
+    """Whether tokens stay on their node where balance allows it: the split `level_by_node`, for several nodes."""
+
+    @property
+    def node_ranks(self) -> int:
+        """Ranks of a node."""
+        return self.node_sources * self.layout.ranks // self.by_source.ranks
 
 
 Count = Callable[[Tensor, int], Tensor]
@@ -174,9 +181,12 @@ def fill(tables: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 
 def level_quota(counts_GE: Tensor, replicas: LevelReplicas) -> Tensor:
-    """quota_P (int64, on the CPU) of the source: `own_quota` of `level_shares`."""
-    counts = counts_GE.cpu().contiguous().numpy()
-    shares_P = level_shares(counts.sum(axis=0), replicas.layout, replicas.rank_speed)
+    """quota_P (int64, on the CPU) of the source: `own_quota` of `level_shares`, or of `level_by_node_shares`."""
+    counts, layout, rank_speed = counts_GE.cpu().contiguous().numpy(), replicas.layout, replicas.rank_speed
+    if replicas.by_node:
+        shares_P = level_by_node_shares(counts, layout, replicas.node_ranks, rank_speed)
+    else:
+        shares_P = level_shares(counts.sum(axis=0), layout, rank_speed)
     quota_P = own_quota(counts, shares_P, replicas.by_source, replicas.source, replicas.node_sources)
     return torch.from_numpy(quota_P)
 

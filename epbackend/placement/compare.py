@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from epbackend.errors import ConfigError
-from epbackend.names import SPLITS
+from epbackend.names import LEVEL_BY_NODE, SPLITS
 from epbackend.placement.loads import Loads
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Placement, Provenance
@@ -63,7 +63,7 @@ def score_table(
     *,
     ranks: int,
     algorithms: Sequence[str] | None = None,
-    splits: Sequence[str] = SPLITS,
+    splits: Sequence[str] | None = None,
     objective: str | Path | Objective = "tokens",
     baseline: Placement | None = None,
     batches: int = 8,
@@ -78,7 +78,7 @@ def score_table(
         loads: recorded windows; drift needs two or more.
         ranks: R.
         algorithms: names for the rows, in order; unless given, all known ones, FOR_LEVEL and UNPLANNED.
-        splits: of `replica_split.SPLITS`.
+        splits: of `replica_split.SPLITS`; unless given, those that differ on so many nodes.
         objective: what is balanced, see `objectives.parse_objective`.
         baseline: the placement in use, from which moves are counted.
         batches: noisy batches to draw for each layer.
@@ -105,6 +105,9 @@ def score_table(
         draw_batches(loads, loads.loaded_layers, batches=batches, concentration=concentration, seed=seed)
         for concentration in (None, CONCENTRATION)
     ]
+    if splits is None:
+        several = asked.get("node_size", 0) not in (0, ranks)
+        splits = SPLITS if several else [split for split in SPLITS if split != LEVEL_BY_NODE]
     rows: list[Row] = []
     left_out: list[tuple[str, str]] = []
     total = len(chosen) * loads.layers

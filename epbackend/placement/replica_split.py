@@ -14,13 +14,14 @@ slots hold replicas:
 | `even`    | `even_shares(counts_E, layout, offset=r)`: replicas get equal shares         | none                 |
 | `nearest` | `nearest_quota(counts_E, layout, r, node_size)`: own rank, own node, rest    | none                 |
 | `level`   | `own_quota(counts_RE, level_shares(tokens_E, layout), layout, r, node_size)` | all-gather of counts |
+| `level_by_node` | the same with `level_by_node_shares(counts_RE, layout, node_size)`     | all-gather of counts |
 
 then `slot_ids_TK = assign(topk_ids_TK, quota_P, layout)`. For every source the quotas of an expert's slots sum to the
-source's count of it; with `level` the sources' quotas of a slot sum to its share. All of it is integer arithmetic: no
-result depends on the order of a sum, the machine or the number of threads.
+source's count of it; with the last two the sources' quotas of a slot sum to its share. All of it is integer
+arithmetic: no result depends on the order of a sum, the machine or the number of threads.
 
 Slots are counted densely here, P of them; `epbackend.replica_split` turns them into the padded slot ids of the data
-path. What `level` computes is written plainly in `replica_split_reference`, and compiled in `search.level_split`.
+path. What these two compute is written plainly in `replica_split_reference`, and compiled in `search.level_split`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from functools import lru_cache
 import numpy as np
 
 from epbackend.errors import ConfigError, did_you_mean
-from epbackend.names import SPLITS
+from epbackend.names import LEVEL_BY_NODE, LEVELLING, SPLITS
 from epbackend.placement.placement import Layout
 from epbackend.placement.speeds import rank_weights
 
@@ -39,6 +40,7 @@ __all__ = [
     "assign",
     "even_shares",
     "expected_shares",
+    "level_by_node_shares",
     "level_shares",
     "nearest_quota",
     "own_quota",
@@ -121,6 +123,32 @@ def level_shares(tokens_E: np.ndarray, layout: Layout, rank_speed: tuple[float, 
 
     counts_E = checked_counts(tokens_E, layout)
     return compiled(counts_E, layout.slots_EC, layout.rank_of_slot_P, rank_weights(rank_speed, layout.ranks))
+
+
+def level_by_node_shares(
+    counts_GE: np.ndarray, layout: Layout, node_size: int, rank_speed: tuple[float, ...] = ()
+) -> np.ndarray:
+    """shares_P (int64) that leave tokens on their node, and send over links what balance needs.
+
+    No rank takes longer than the slowest one does with `level_shares` and 1/64 of that, and no fewer tokens can stay on
+    their node than with these (`own_quota` then leaves them there). Among such shares they are near the best, not
+    proven to be it. With one node they are those of `level_shares`.
+
+    Args:
+        counts_GE: choices of every source; G divides the ranks, of which each source has equally many.
+        layout: of the layer.
+        node_size: ranks per node, which is to divide the ranks.
+        rank_speed: as for `level_shares`.
+    """
+    from epbackend.placement.search.level_split import level_by_node_shares as compiled
+
+    counts_GE = checked_counts(counts_GE, layout)
+    sources_a_node = node_size * len(counts_GE) // layout.ranks
+    counts_ME = np.add.reduceat(counts_GE, np.arange(0, len(counts_GE), sources_a_node), axis=0)
+    if len(counts_ME) == 1:
+        return level_shares(counts_ME[0], layout, rank_speed)
+    weight_R = rank_weights(rank_speed, layout.ranks)
+    return compiled(read_only(counts_ME), layout.slots_EC, layout.rank_of_slot_P, weight_R, node_size)
 
 
 def own_quota(
@@ -224,15 +252,16 @@ def expected_shares(
 ) -> np.ndarray:
     """shares_BP (float64): tokens of every slot in each of B batches, in the unit of `tokens_BE`.
 
-    With `even` and `nearest` it is the expectation if all sources have equal parts of every expert's tokens. `level`
-    splits integer batches as it does when serving, in whole tokens, and real numbers without rounding; it alone heeds
+    All but `level` take it that all sources have equal parts of every expert's tokens. `level` and `level_by_node`
+    split integer batches as they do when serving, in whole tokens, and real numbers without rounding; they alone heed
     speeds.
 
     Raises:
         ConfigError: the split is unknown.
     """
-    if split == "level":
-        return np.stack([_level(tokens_E, layout, rank_speed) for tokens_E in tokens_BE])
+    if split in LEVELLING:
+        nodes = layout.ranks // node_size if split == LEVEL_BY_NODE and node_size else 1
+        return np.stack([_level(tokens_E, layout, nodes, rank_speed) for tokens_E in tokens_BE])
     if split not in SPLITS:
         known = ", ".join(SPLITS)
         raise ConfigError(f"split: {split!r} is unknown{did_you_mean(split, SPLITS)}; known are {known}")
@@ -240,13 +269,13 @@ def expected_shares(
     return tokens_BE[:, layout.slot_to_expert_P] * part_P
 
 
-def _level(tokens_E: np.ndarray, layout: Layout, rank_speed: tuple[float, ...]) -> np.ndarray:
-    """`level_shares` of one batch, as float64."""
+def _level(tokens_E: np.ndarray, layout: Layout, nodes: int, rank_speed: tuple[float, ...]) -> np.ndarray:
+    """`level_by_node_shares` of one batch, of which each node has an equal part, as float64."""
     total = tokens_E.sum()
-    if tokens_E.dtype.kind in "iu" or not total:
-        return level_shares(tokens_E.astype(np.int64), layout, rank_speed).astype(np.float64)
-    scale = WHOLE / total
-    return level_shares(np.rint(tokens_E * scale).astype(np.int64), layout, rank_speed) / scale
+    whole = tokens_E.dtype.kind in "iu" or not total
+    scale = 1.0 if whole else WHOLE / total
+    counts_ME = (np.rint(tokens_E * scale).astype(np.int64) + np.arange(nodes)[:, None]) // nodes
+    return level_by_node_shares(counts_ME, layout, layout.ranks // nodes, rank_speed) / scale
 
 
 def _even_part(layout: Layout) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The `level` split in plain Python: integer for integer what is compiled, and the text to port to another device.
+"""The splits `level` and `level_by_node` in plain Python, integer for integer what is compiled: the text to port.
 
 All is arithmetic of whole tokens, so that neither the order of a sum nor the machine changes a result. An expert's
 slots are in ascending order, and so are their ranks.
@@ -15,6 +15,12 @@ GAP_BITS = 10
 """Sweeps end when the largest rank load is proven to be within 2^-10 of the optimum."""
 MOST_SWEEPS = 64
 """Two are enough on average; of 950 hard layers (chains and rings of 320 ranks) none needed more than 45."""
+BY_NODE_BITS = 6
+"""For tokens that stay on their node a rank may take longer than the slowest of `level`, by 2^-6 of that."""
+BY_NODE_SWEEPS = 16
+"""Most layers need less than 12; where all ranks have to be full to the last token, many more would not do."""
+NO_LIMIT = 2**62
+"""Tokens: more than any rank has."""
 
 Tree = dict[int, tuple[int, int, int]]
 """By rank, in the order of joining: the expert by which it joined, that expert's replica nearer to the root, and its
@@ -141,6 +147,99 @@ def level_tree(
         shares_C[giver] += surplus
         loads_R[rank] -= surplus
         loads_R[ranks_of[expert][giver]] += surplus
+
+
+def level_by_node_shares(
+    counts_ME: np.ndarray, layout: Layout, node_ranks: int, rank_speed: tuple[float, ...] = ()
+) -> np.ndarray:
+    """shares_P (int64) that leave tokens on their node, as far as ranks take hardly longer than with `level`.
+
+    Their limit is the time of the slowest rank under `level`, and 2^-BY_NODE_BITS of it more.
+
+    At first each node's tokens of an expert fill its replicas there, however full they get. Then sweeps fill one
+    expert after the other anew: what fits under the limit at home, and the rest by water-filling wherever
+    it levels, until no rank is above the limit; in between a tree of ranks is levelled, as `level` does. Where that is
+    not reached, or leaves fewer tokens on their node than `level` does, the shares are those of `level`.
+    """
+    weight_R = rank_weights(rank_speed, layout.ranks)
+    tokens_E = counts_ME.sum(axis=0)
+    level_P = level_shares(tokens_E, layout, rank_speed)
+    most_R = _most_loads(level_P, layout, weight_R)
+    slots_of = [_one_slot_a_rank(layout, expert) for expert in range(layout.experts)]
+    ranks_of = [layout.rank_of_slot_P[slots] for slots in slots_of]
+    home_of = [counts_ME[ranks // node_ranks, expert] for expert, ranks in enumerate(ranks_of)]
+    shares_of = [np.zeros(len(ranks), np.int64) for ranks in ranks_of]
+    loads_R = np.zeros(layout.ranks, dtype=np.int64)
+
+    def fill(limit_R: np.ndarray, expert: int) -> None:
+        ranks = ranks_of[expert]
+        loads_R[ranks] -= shares_of[expert]
+        shares_of[expert] = fill_nodes(
+            int(tokens_E[expert]),
+            home_of[expert],
+            loads_R[ranks],
+            weight_R[ranks],
+            limit_R[ranks],
+            ranks // node_ranks,
+        )
+        loads_R[ranks] += shares_of[expert]
+
+    # An expert on one rank comes first: its tokens are there whatever the others do.
+    for expert in sorted(range(layout.experts), key=lambda expert: len(ranks_of[expert]) > 1):
+        fill(np.full(layout.ranks, NO_LIMIT), expert)
+    for sweep in range(BY_NODE_SWEEPS):
+        if (loads_R <= most_R).all():
+            break
+        if sweep % 2:
+            level_tree(
+                loads_R, weight_R, ranks_of, shares_of, grow_tree(loads_R, weight_R, ranks_of, shares_of)
+            )
+        for expert in range(layout.experts):
+            fill(most_R, expert)
+    shares_P = np.zeros(layout.slots, dtype=np.int64)
+    shares_P[np.concatenate(slots_of)] = np.concatenate(shares_of)
+    kept, kept_by_level = (at_home(each_P, counts_ME, layout, node_ranks) for each_P in (shares_P, level_P))
+    return shares_P if kept >= kept_by_level and (loads_R <= most_R).all() else level_P
+
+
+def fill_nodes(
+    tokens: int,
+    home_C: np.ndarray,
+    loads_C: np.ndarray,
+    weight_C: np.ndarray,
+    most_C: np.ndarray,
+    node_C: np.ndarray,
+) -> np.ndarray:
+    """Shares (int64 [C]) of `tokens`, of which home_C are on each replica's node: these stay there, up to most_C.
+
+    >>> one = np.ones(3, np.int64)
+    >>> fill_nodes(9, np.array([6, 6, 3]), np.array([2, 4, 0]), one, one * 5, np.array([0, 0, 1])).tolist()
+    [3, 1, 5]
+    """
+    kept_C = np.zeros(len(loads_C), dtype=np.int64)
+    for node in np.unique(node_C):
+        here = node_C == node
+        kept_C[here] = water_fill(int(home_C[here][0]), loads_C[here], weight_C[here])
+    kept_C = np.minimum(kept_C, np.maximum(most_C - loads_C, 0))
+    return kept_C + water_fill(tokens - int(kept_C.sum()), loads_C + kept_C, weight_C)
+
+
+def at_home(shares_P: np.ndarray, counts_ME: np.ndarray, layout: Layout, node_ranks: int) -> int:
+    """Tokens that stay on their node with these shares."""
+    shares_ME = np.zeros_like(counts_ME)
+    np.add.at(shares_ME, (layout.rank_of_slot_P // node_ranks, layout.slot_to_expert_P), shares_P)
+    return int(np.minimum(shares_ME, counts_ME).sum())
+
+
+def _most_loads(shares_P: np.ndarray, layout: Layout, weight_R: np.ndarray) -> np.ndarray:
+    """most_R: what each rank may have, by the time of the slowest one with these shares and BY_NODE_BITS."""
+    loads_R = np.zeros(layout.ranks, dtype=np.int64)
+    np.add.at(loads_R, layout.rank_of_slot_P, shares_P)
+    root = 0
+    for rank in range(layout.ranks):
+        if loads_R[rank] * weight_R[root] > loads_R[root] * weight_R[rank]:
+            root = rank
+    return (loads_R[root] + (loads_R[root] >> BY_NODE_BITS)) * weight_R // weight_R[root]
 
 
 def _one_slot_a_rank(layout: Layout, expert: int) -> np.ndarray:

@@ -81,8 +81,19 @@ BAD = [
         ["transport: is another name of dispatch_dtype, which says int8: keep one", "(got 'fp8')"],
     ),
     # the placement
-    ({"placement": {"split": "levl"}}, ["placement.split:", "even, nearest or level", "(got 'levl')"]),
+    (
+        {"placement": {"split": "levl"}},
+        ["placement.split:", "even, nearest, level or level_by_node", "(got 'levl')"],
+    ),
     ({"placement": {"split": {"prefill": "level"}}}, ["placement.split.decode:", "missing"]),
+    (
+        {"ep_size": 4, "placement": {"loads": "a", "split": "level_by_node"}},
+        ["placement.split: is level_by_node", "set placement.node_size"],
+    ),
+    (
+        {"ep_size": 4, "placement": {"loads": "a", "split": "level_by_node", "node_size": 3}},
+        ["placement.node_size:", "must divide ep_size 4"],
+    ),
     ({"placement": {"algorithm": "eplp"}}, ["placement.algorithm:", "refined", "did you mean 'eplb'?"]),
     ({"placement": {"redundant": 3}}, ["placement.redundant:", "did you mean"]),
     ({"placement": {"loads": [3]}}, ["placement.loads:", "list of file names"]),

@@ -37,8 +37,12 @@ def level_quota(
     source: int,
     node_sources: int,
     rank_speed: tuple[float, ...] = (),
+    by_node: bool = False,
 ) -> np.ndarray:
-    shares_P = reference.level_shares(counts_GE.sum(axis=0), LAYOUT, rank_speed)
+    if by_node:
+        shares_P = reference.level_by_node_shares(counts_GE, LAYOUT, 2 * node_sources, rank_speed)
+    else:
+        shares_P = reference.level_shares(counts_GE.sum(axis=0), LAYOUT, rank_speed)
     return reference.own_quota(counts_GE, shares_P, by_source, source, node_sources)
 
 
@@ -62,21 +66,38 @@ def test_nearest_is_even_among_the_nearest_replicas(kernels, place, ids, rank):
     assert split(torch.tensor(ids, device=place)).tolist() == expected.tolist()
 
 
-@given(ids=batches, others=st.lists(st.integers(0, 50), min_size=E, max_size=E), source=st.integers(0, 1))
-@pytest.mark.parametrize(("node_sources", "rank_speed"), [(0, ()), (1, (0.5, 1.0, 0.3, 1.0))])
-def test_level_with_two_sources_equals_the_reference(
-    kernels, place, ids, others, source, node_sources, rank_speed
-):
+def level_of_two_sources(
+    kernels, place, ids, others, source, node_sources, rank_speed, by_node=False
+) -> None:
+    """Compares the slots of one source with the reference's."""
     gathered = np.array([counts(ids), others])[:: 1 - 2 * source]
 
     def gather(counts_E: torch.Tensor) -> torch.Tensor:
         assert counts_E.tolist() == counts(ids).tolist()
         return torch.from_numpy(gathered.repeat(2, axis=0)).to(place)[::2]  # a line for each rank
 
-    replicas = LevelReplicas(LAYOUT.slots_EC, LAYOUT, BY_SOURCE, source, node_sources, gather, rank_speed)
+    replicas = LevelReplicas(
+        LAYOUT.slots_EC, LAYOUT, BY_SOURCE, source, node_sources, gather, rank_speed, by_node=by_node
+    )
     found = kernels.level_split(replicas, place, None)(torch.tensor(ids, device=place))
-    quota_P = level_quota(gathered, BY_SOURCE, source, node_sources, rank_speed)
+    quota_P = level_quota(gathered, BY_SOURCE, source, node_sources, rank_speed, by_node)
     assert found.tolist() == splits.assign(np.array(ids), quota_P, LAYOUT).tolist()
+
+
+@given(ids=batches, others=st.lists(st.integers(0, 50), min_size=E, max_size=E), source=st.integers(0, 1))
+@pytest.mark.parametrize(("node_sources", "rank_speed"), [(0, ()), (1, (0.5, 1.0, 0.3, 1.0))])
+def test_level_with_two_sources_equals_the_reference(
+    kernels, place, ids, others, source, node_sources, rank_speed
+):
+    level_of_two_sources(kernels, place, ids, others, source, node_sources, rank_speed)
+
+
+@pytest.mark.parametrize("rank_speed", [(), (0.5, 1.0, 0.3, 1.0)])
+def test_level_by_node_equals_the_reference(kernels, place, rank_speed):
+    """A few batches: the interpreter of Triton takes seconds for one."""
+    ids = np.random.default_rng(0).choice(E, (24, K), p=(0.5, 0.1, 0.1, 0.3)).tolist()
+    for others, source in (([3, 1, 30, 2], 0), ([9, 0, 0, 40], 1)):
+        level_of_two_sources(kernels, place, ids, others, source, 1, rank_speed, by_node=True)
 
 
 @given(ids=batches)

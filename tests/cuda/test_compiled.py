@@ -161,13 +161,16 @@ def test_the_level_split_is_one_launch_after_the_gathering(chip, tokens, launche
         (8, 2, 10, True),
     ],
 )
-def test_the_level_split_compiles_for_layouts_of_all_kinds(experts, ranks, slots, movable):
+@pytest.mark.parametrize("by_node", [False, True])
+def test_the_level_split_compiles_for_layouts_of_all_kinds(experts, ranks, slots, movable, by_node):
     """Few replicas and many, few ranks and many: what fits one shape of a block need not fit another."""
     layout, nowhere = Layout.even(experts, ranks, slots), torch.device("meta")
     counts_GE = meta(layout.ranks, layout.experts, dtype=torch.int64)
     # Where ranks differ in speed it is another program.
     rank_speed = (0.5,) * 4 + (1.0,) * 4 if layout.ranks == 8 else ()
-    replicas = LevelReplicas(layout.slots_EC, layout, layout, 0, 0, lambda _: counts_GE, rank_speed, movable)
+    replicas = LevelReplicas(
+        layout.slots_EC, layout, layout, 0, ranks // 2, lambda _: counts_GE, rank_speed, movable, by_node
+    )
     with compiling_for(H100) as compiled:
         TritonKernels(H100).level_split(replicas, nowhere, None)(meta(64, 8, dtype=torch.int64))
     assert resources(compiled[-1]).spilled <= SMALL_STACK

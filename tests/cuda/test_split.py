@@ -51,14 +51,25 @@ def check(
     node_size: int,
     step: int = 1,
     rank_speed: tuple[float, ...] = (),
+    by_node: bool = False,
 ) -> None:
     """The split of every `step`-th source, beside the CPU's."""
     counts_RE = np.stack([np.bincount(ids.flatten(), minlength=layout.experts) for ids in ids_of])
-    shares_P = split.level_shares(counts_RE.sum(0), layout, rank_speed)
+    if by_node:
+        shares_P = split.level_by_node_shares(counts_RE, layout, node_size, rank_speed)
+    else:
+        shares_P = split.level_shares(counts_RE.sum(0), layout, rank_speed)
     on_device = torch.from_numpy(counts_RE).to(place)
     for source, ids_TK in list(enumerate(ids_of))[::step]:
         replicas = LevelReplicas(
-            layout.slots_EC, layout, layout, source, node_size, lambda _: on_device, rank_speed
+            layout.slots_EC,
+            layout,
+            layout,
+            source,
+            node_size,
+            lambda _: on_device,
+            rank_speed,
+            by_node=by_node,
         )
         quota_P = split.own_quota(counts_RE, shares_P, layout, source, node_size)
         expected = split.assign(ids_TK, quota_P, layout)
@@ -76,6 +87,19 @@ def test_level_equals_the_cpu_where_ranks_differ_in_speed(kernels, place, name):
     layout = LAYOUTS[name]
     rank_speed = checked_speeds([1 / (1 + rank % 3) for rank in range(layout.ranks)], layout.ranks)
     check(kernels, place, layout, draw(layout, seed=len(name)), 0, step=3, rank_speed=rank_speed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "twice on a rank",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("a chain", "many replicas")),
+    ],
+)
+def test_level_by_node_equals_the_cpu(kernels, place, name):
+    layout = LAYOUTS[name]
+    for seed in range(2):
+        check(kernels, place, layout, draw(layout, seed), node_size=2, step=3, by_node=True)
 
 
 @pytest.mark.parametrize("tokens", [500, 501])

@@ -85,30 +85,43 @@ def test_level_where_all_ranks_hold_the_same_tokens(layout, tokens, rank):
     assert torch.equal(split(ids), expected_slots(ids, quota, slot_map))
 
 
-def level_of_all(groups, layout: Layout, token_size: int, tokens: tuple[int, ...], node_size: int) -> bool:
-    """Whether this rank's `level` is the one of the gathered counts."""
+def level_of_all(
+    groups, name: str, layout: Layout, token_size: int, tokens: tuple[int, ...], node_size: int
+) -> bool:
+    """Whether this rank's split is the one of the gathered counts."""
     ranks = groups[token_size]
     slot_map = SlotMap(layout, node_size)
     chosen_by_source = [chosen(count, seed) for seed, count in enumerate(tokens)]
     counts = np.array([np.bincount(ids.flatten(), minlength=E) for ids in chosen_by_source])
     held = layout.experts_of_rank
     grouped = [sum(held[first : first + token_size], ()) for first in range(0, len(held), token_size)]
-    shares = on_arrays.level_shares(counts.sum(axis=0), layout)
+    if name == "level":
+        shares = on_arrays.level_shares(counts.sum(axis=0), layout)
+    else:  # ranks of one source are one node at least
+        shares = on_arrays.level_by_node_shares(counts, layout, max(node_size or layout.ranks, token_size))
     node = node_size // token_size
     quota = on_arrays.own_quota(counts, shares, Layout(tuple(grouped), E), ranks.source, node)
     ids = chosen_by_source[ranks.source]
     found = TokenSplit(
-        "level", slot_map, LayerSpec(ranks, get_device("cpu"), CpuKernels(), DispatchSettings(), 0, K)
+        name, slot_map, LayerSpec(ranks, get_device("cpu"), CpuKernels(), DispatchSettings(), 0, K)
     )(ids)
     return torch.equal(found, expected_slots(ids, quota, slot_map))
 
 
-@pytest.mark.parametrize("node_size", [0, 2])
-@pytest.mark.parametrize("token_size", [1, 2])
-def test_level_asks_the_other_sources(ranks, token_size, node_size):
+@pytest.mark.parametrize(
+    ("name", "token_size", "node_size"),
+    [
+        *[("level", token_size, node_size) for token_size in (1, 2) for node_size in (0, 2)],
+        ("level_by_node", 1, 2),
+        ("level_by_node", 2, 2),
+        ("level_by_node", 2, 1),
+        ("level_by_node", 1, 0),
+    ],
+)
+def test_the_levelling_splits_ask_the_other_sources(ranks, name, token_size, node_size):
     layout = Layout(((0, 1, 2), (3, 4), (0, 0, 3, 1), (2, 0)), E)
     tokens = (20, 0, 3, 11)[: 4 // token_size]
-    assert ranks.run(4, level_of_all, layout, token_size, tokens, node_size) == [True] * 4
+    assert ranks.run(4, level_of_all, name, layout, token_size, tokens, node_size) == [True] * 4
 
 
 @pytest.mark.parametrize("name", on_arrays.SPLITS)
@@ -121,7 +134,9 @@ def test_without_replicas_there_is_nothing_to_split(name):
 
 def test_an_unknown_split_raises():
     replicas = SlotMap.of((0, 1, 0, 1), 2)
-    with pytest.raises(ConfigError, match="split 'random' is unknown; it is one of even, nearest, level"):
+    with pytest.raises(
+        ConfigError, match="split 'random' is unknown; it is one of even, nearest, level, level_by_node"
+    ):
         TokenSplit("random", replicas, spec(0, 2))
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from epbackend.errors import ConfigError
 from epbackend.placement import replica_split_reference as reference
 from epbackend.placement.placement import Layout
-from epbackend.placement.replica_split import even_shares, level_shares
-from epbackend.placement.speeds import checked_speeds
-from tests.helpers.linear_program import optimum
+from epbackend.placement.replica_split import even_shares, level_by_node_shares, level_shares
+from epbackend.placement.speeds import checked_speeds, rank_weights
+from tests.helpers.linear_program import least_crossing, optimum
 from tests.helpers.placement_strategies import layouts
 
 
@@ -132,6 +132,73 @@ def test_never_fuller_than_the_even_split(layout, seed):
     tokens_E = np.random.default_rng(seed).integers(0, 2000, layout.experts)
     level, even = (rank_loads(split(tokens_E, layout), layout).max() for split in (level_shares, even_shares))
     assert within_the_gap(level, even)
+
+
+@st.composite
+def batches_on_nodes(draw):
+    """A layout on several nodes, the counts of all its sources, ranks a node, and speeds."""
+    ranks, node_size = draw(st.sampled_from([(2, 1), (4, 1), (4, 2)]))
+    layout = draw(layouts(ranks=ranks))
+    sources = draw(st.sampled_from([ranks, ranks // node_size]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    counts_GE = random.integers(0, 40, (sources, layout.experts)) * random.integers(
+        0, 2, (sources, layout.experts)
+    )
+    speeds = draw(st.lists(st.sampled_from([1, 0.5, 0.3]), min_size=ranks, max_size=ranks))
+    return layout, counts_GE, node_size, checked_speeds(speeds, ranks)
+
+
+def of_nodes(counts_GE: np.ndarray, layout: Layout, node_size: int) -> np.ndarray:
+    return counts_GE.reshape(layout.ranks // node_size, -1, layout.experts).sum(axis=1)
+
+
+@given(batches_on_nodes())
+def test_by_node_ranks_are_hardly_slower_and_no_fewer_tokens_stay_than_with_level(batch):
+    layout, counts_GE, node_size, rank_speed = batch
+    counts_ME, tokens_E = of_nodes(counts_GE, layout, node_size), counts_GE.sum(axis=0)
+    level_P = level_shares(tokens_E, layout, rank_speed)
+    shares_P = level_by_node_shares(counts_GE, layout, node_size, rank_speed)
+    weight_R = rank_weights(rank_speed, layout.ranks)
+    assert shares_P.min() >= 0
+    assert expert_sums(shares_P, layout) == tokens_E.tolist()
+    slowest, by_level = ((rank_loads(each_P, layout) / weight_R).max() for each_P in (shares_P, level_P))
+    assert slowest <= by_level * (1 + 1 / 64)
+    stays = [reference.at_home(each_P, counts_ME, layout, node_size) for each_P in (shares_P, level_P)]
+    assert stays[0] >= stays[1]
+    plain = reference.level_by_node_shares(counts_ME, layout, node_size, rank_speed)
+    assert shares_P.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("name", ["even", "uneven", "many replicas", "cubes"])
+def test_by_node_hardly_more_tokens_cross_than_the_linear_program_lets(name):
+    """Three hundredths of all tokens; sources differ, as those with topics of their own do."""
+    layout, random = LAYOUTS[name], np.random.default_rng(5)
+    for node_size in (2, layout.ranks // 2):
+        weight_RE = random.lognormal(0, 1, (layout.ranks, layout.experts))
+        counts_RE = np.array([random.multinomial(4000, each / each.sum()) for each in weight_RE])
+        counts_ME = of_nodes(counts_RE, layout, node_size)
+        shares_P = level_by_node_shares(counts_RE, layout, node_size)
+        most = rank_loads(level_shares(counts_RE.sum(axis=0), layout), layout).max() * (1 + 1 / 64)
+        crossing = counts_RE.sum() - reference.at_home(shares_P, counts_ME, layout, node_size)
+        assert crossing - least_crossing(counts_ME, layout, node_size, most) <= 0.03 * counts_RE.sum()
+        assert shares_P.tolist() == reference.level_by_node_shares(counts_ME, layout, node_size).tolist()
+
+
+def test_with_a_replica_of_each_expert_on_each_node_no_token_needs_to_cross():
+    layout = Layout(((0, 1), (2, 3), (0, 3), (1, 2)), 4)
+    counts_RE = np.array([[8, 2, 8, 2], [8, 2, 8, 2], [2, 8, 2, 8], [2, 8, 2, 8]])
+    counts_ME = of_nodes(counts_RE, layout, 2)
+    by_node_P = level_by_node_shares(counts_RE, layout, 2)
+    assert rank_loads(by_node_P, layout).tolist() == [20, 20, 20, 20]
+    assert reference.at_home(by_node_P, counts_ME, layout, 2) == 80
+    level_P = level_shares(counts_RE.sum(axis=0), layout)
+    assert reference.at_home(level_P, counts_ME, layout, 2) < 80
+
+
+def test_by_node_on_one_node_is_level():
+    layout, counts_RE = LAYOUTS["uneven"], np.random.default_rng(1).integers(0, 99, (16, 64))
+    expected = level_shares(counts_RE.sum(axis=0), layout).tolist()
+    assert level_by_node_shares(counts_RE, layout, layout.ranks).tolist() == expected
 
 
 def test_a_small_case_by_hand():

@@ -27,7 +27,7 @@ from epbackend.engines.lmdeploy.load.report import SharedStats, all_rows
 from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError
 from epbackend.moe import ExpertParallelMoE, ExpertWork
-from epbackend.names import PHASES
+from epbackend.names import LEVELLING, PHASES
 from epbackend.placement.placement import Placement, with_speeds
 
 logger = logging.getLogger("epbackend")
@@ -71,6 +71,7 @@ def starting_placement(path: str, config: EPConfig, placement: Placement | None)
                 f"which {config.ep_size} ranks (ep_size) do not divide; use {balance.redundant_experts + short}"
             )
         placement = Placement.even(layers, experts, config.ep_size, slots)
+        placement = replace(placement, node_size=config.placement.node_size)
         placement = with_speeds(placement, config.placement.rank_speed)
     if all((layer.slots_R == 1).all() for layer in placement.layers):
         raise ConfigError(
@@ -125,9 +126,9 @@ def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> 
         checksums=settings.checksum,
         timeout_s=settings.timeout_s,
         objective=config.placement.objective,
-        split="level" if splits == {"level"} else "even",
+        split="level" if splits <= set(LEVELLING) else "even",
         speed_margin=settings.speed_margin,
-        levels="level" in splits,
+        levels=not splits.isdisjoint(LEVELLING),
     )
 
     def tell(report: BalanceReport) -> None:

@@ -1,4 +1,4 @@
-"""The split `level` on the device: one launch from the counts of all sources to a slot for every choice of this one.
+"""The splits `level` and `level_by_node` on the device: one launch from the counts of all sources to one's own slots.
 
 Every program computes the shares and its source's quotas for itself, so that none waits for another, and then places
 the choices of its blocks. In order:
@@ -7,6 +7,7 @@ the choices of its blocks. In order:
     level_shares   how many tokens each replica takes, so that the fullest rank is as empty as can be: sweeps fill each
                    replicated expert's tokens onto its ranks (water-filling), and before every second sweep loads move
                    along a tree of ranks. `epbackend/placement/replica_split_reference.py` says the same in plain Python
+    by_node_shares the shares of `level_by_node`, from those
     own_quota      how many of one source's tokens go to each replica, near ones first
     LevelSplit     the call and the kernel
 
@@ -132,6 +133,12 @@ MOST_SWEEPS = tl.constexpr(64)
 """When to stop, as in the reference: the fullest rank is within 1 / 2^GAP_BITS of the mean of the ranks that it can
 share with, or so many sweeps are done."""
 
+BY_NODE_BITS = tl.constexpr(6)
+BY_NODE_SWEEPS = tl.constexpr(16)
+"""Of `level_by_node`, as in the reference."""
+NO_LIMIT = tl.constexpr(2**31 - 1)
+"""Tokens: as many as any rank can have."""
+
 ORDER_BITS = tl.constexpr(24)
 """Times in 2^-24 of a token for a weight of 1: quotients of whole numbers by weights up to 2^12 keep their order."""
 
@@ -152,7 +159,7 @@ def level_shares(
     XS: tl.constexpr,
     CS: tl.constexpr,
 ):
-    """shares [XS, CS], zero where a row has no replica; `tokens` has a lane for each expert.
+    """(shares [XS, CS], zero where a row has no replica; loads [RS]); `tokens` has a lane for each expert.
 
     Where weight_R is None all ranks have weight 1, and weights are no part of the program.
 
@@ -208,7 +215,203 @@ def level_shares(
             loads, shares = _sweep(loads, weights, shares, tokens_X, ranks_XC, X, C, XS, CS, RS)
         sweep += 1
         going = going & (sweep < MOST_SWEEPS)
-    return shares
+    return shares, loads
+
+
+@triton.jit
+def by_node_shares(
+    level,
+    loads,
+    tokens,
+    counts_GE,
+    stride,
+    single_RJ,
+    expert_X,
+    ranks_XC,
+    sources_XC,
+    weight_R,
+    node,
+    G,
+    R,
+    J,
+    X,
+    C,
+    RS: tl.constexpr,
+    JS: tl.constexpr,
+    XS: tl.constexpr,
+    CS: tl.constexpr,
+):
+    """shares [XS, CS] of `level_by_node`, from the shares and the loads of `level`; `node` is in sources."""
+    nth, each_rank = tl.arange(0, XS), tl.arange(0, RS)
+    expert = tl.load(expert_X + nth, mask=nth < X, other=0)
+    tokens_X = tl.where(nth < X, tl.gather(tokens, expert, 0), 0)
+    home = _home(expert, counts_GE, stride, sources_XC, node, G, X, C, XS, CS)
+    weights = None if weight_R is None else tl.load(weight_R + each_rank, mask=each_rank < R, other=1)
+    most = _most_loads(loads, weights, RS)
+    loads = _single_loads(tokens, single_RJ, R, J, RS, JS)
+    loads, shares = _sweep_nodes(
+        loads,
+        weights,
+        tl.full((RS,), NO_LIMIT, tl.int32),
+        tl.zeros_like(level),
+        tokens_X,
+        home,
+        ranks_XC,
+        sources_XC,
+        node,
+        X,
+        C,
+        XS,
+        CS,
+        RS,
+    )
+    sweep = tl.zeros((), tl.int32)
+    going = tl.max((loads > most).to(tl.int32)) > 0
+    while going:
+        if sweep % 2 == 1:
+            size, total, order, joined, from_replica, to_replica = _grow_tree(
+                loads, weights, shares, ranks_XC, X, C, XS, CS, RS
+            )
+            loads, shares = _level_tree(
+                loads,
+                weights,
+                shares,
+                ranks_XC,
+                C,
+                size,
+                total,
+                order,
+                joined,
+                from_replica,
+                to_replica,
+                XS,
+                CS,
+                RS,
+            )
+        loads, shares = _sweep_nodes(
+            loads, weights, most, shares, tokens_X, home, ranks_XC, sources_XC, node, X, C, XS, CS, RS
+        )
+        sweep += 1
+        going = (tl.max((loads > most).to(tl.int32)) > 0) & (sweep < BY_NODE_SWEEPS)
+    kept, kept_by_level = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    for x in range(0, X):
+        same, at_home = _same_node(sources_XC, x, node, C, CS), _row(home, x, XS)
+        kept += _kept(_row(shares, x, XS), at_home, same, CS)
+        kept_by_level += _kept(_row(level, x, XS), at_home, same, CS)
+    above = tl.max((loads > most).to(tl.int32))
+    return tl.where((above == 0) & (kept >= kept_by_level), shares, level)
+
+
+@triton.jit
+def _sweep_nodes(
+    loads,
+    weights,
+    most,
+    shares,
+    tokens_X,
+    home,
+    ranks_XC,
+    sources_XC,
+    node,
+    X,
+    C,
+    XS: tl.constexpr,
+    CS: tl.constexpr,
+    RS: tl.constexpr,
+):
+    """`_sweep` with `_fill_nodes`."""
+    nth, each_rank = tl.arange(0, XS), tl.arange(0, RS)
+    for x in range(0, X):
+        rank = _ranks(ranks_XC, x, C, CS)
+        at = tl.maximum(rank, 0)
+        loads -= _sum_by_rank(_row(shares, x, XS), rank, each_rank)
+        filled = _fill_nodes(
+            tl.sum(tl.where(nth == x, tokens_X, 0)),
+            _row(home, x, XS),
+            tl.gather(loads, at, 0),
+            None if weights is None else tl.gather(weights, at, 0),
+            tl.gather(most, at, 0),
+            _same_node(sources_XC, x, node, C, CS),
+            rank >= 0,
+            CS,
+        )
+        loads += _sum_by_rank(filled, rank, each_rank)
+        shares = tl.where(nth[:, None] == x, filled[None, :], shares)
+    return loads, shares
+
+
+@triton.jit
+def _home(expert, counts_GE, stride, sources_XC, node, G, X, C, XS: tl.constexpr, CS: tl.constexpr):
+    """[XS, CS]: tokens of the expert on each replica's node."""
+    x, replica = tl.arange(0, XS)[:, None], tl.arange(0, CS)[None, :]
+    holder = tl.load(sources_XC + x * C + replica, mask=(x < X) & (replica < C), other=-1)
+    home = tl.zeros((XS, CS), tl.int32)
+    for nth in range(0, node):
+        source = holder // node * node + nth
+        counts = counts_GE + source.to(tl.int64) * stride + expert[:, None]
+        home += tl.load(counts, mask=(holder >= 0) & (source < G), other=0).to(tl.int32)
+    return home
+
+
+@triton.jit
+def _most_loads(loads, weights, RS: tl.constexpr):
+    """What each rank may have, by the time of the slowest one with these loads and BY_NODE_BITS."""
+    each_rank = tl.arange(0, RS)
+    time = loads if weights is None else (loads.to(tl.int64) << ORDER_BITS) // weights
+    root = each_rank == tl.min(tl.where(time == tl.max(time), each_rank, RS))
+    most = tl.sum(tl.where(root, loads, 0)).to(tl.int64) + tl.zeros((RS,), tl.int64)
+    most += most >> BY_NODE_BITS
+    if weights is not None:
+        most = most * weights // tl.sum(tl.where(root, weights, 0))
+    return tl.where(most < NO_LIMIT, most, NO_LIMIT).to(tl.int32)
+
+
+@triton.jit
+def _same_node(sources_XC, x, node, C, CS: tl.constexpr):
+    """[CS, CS]: whether two replicas of an expert are on one node."""
+    replica = tl.arange(0, CS)
+    holder = tl.load(sources_XC + x * C + replica, mask=replica < C, other=-1)
+    of = tl.where(holder >= 0, holder // node, -1)
+    return (of[:, None] == of[None, :]) & (holder >= 0)[:, None]
+
+
+@triton.jit
+def _fill_nodes(tokens, home, load, weight, most, same, here, CS: tl.constexpr):
+    """What each rank gets of an expert's tokens: those at `home` there, up to `most`, and the rest by water-filling."""
+    under = here
+    before = tl.zeros((), tl.int32) - 1
+    count = tl.sum(under.to(tl.int32))
+    while count != before:
+        before = count
+        total, of = _node_sums(home, load, weight, under, same)
+        under = here & (load <= _part(total, weight, of, weight))
+        count = tl.sum(under.to(tl.int32))
+    total, of = _node_sums(home, load, weight, under, same)
+    filled = tl.where(under, _part(total, weight, of, weight) - load, 0)
+    left = home - tl.sum(tl.where(same, filled[None, :], 0), 1)
+    earlier = tl.arange(0, CS)[None, :] < tl.arange(0, CS)[:, None]
+    nth = tl.sum((same & earlier & under[None, :]).to(tl.int32), 1)
+    filled += (under & (nth < left)).to(tl.int32)
+    kept = tl.where(here, tl.minimum(filled, tl.maximum(most - load, 0)), 0)
+    return kept + _fill(tokens - tl.sum(kept), load + kept, weight, here)
+
+
+@triton.jit
+def _node_sums(home, load, weight, under, same):
+    """`_sums` for each replica, of the ranks of its node."""
+    counted = same & under[None, :]
+    total = home + tl.sum(tl.where(counted, load[None, :], 0), 1)
+    of = tl.sum(tl.where(counted, 1 if weight is None else weight[None, :], 0), 1)
+    return total, tl.maximum(of, 1)
+
+
+@triton.jit
+def _kept(shares, home, same, CS: tl.constexpr):
+    """Tokens of an expert that can stay on their node."""
+    earlier = tl.arange(0, CS)[None, :] < tl.arange(0, CS)[:, None]
+    first = tl.sum((same & earlier).to(tl.int32), 1) == 0
+    of_node = tl.sum(tl.where(same, shares[None, :], 0), 1)
+    return tl.sum(tl.where(first, tl.minimum(home, of_node), 0))
 
 
 @triton.jit
@@ -530,6 +733,7 @@ class LevelSplit:
             JS=next_power_of_2(max(1, single)),
             XS=self._xs,
             CS=self._cs,
+            BY_NODE=replicas.by_node,
             LANES=next_power_of_2(self._experts + 1),
             BLOCK=BLOCK,
         )
@@ -605,6 +809,7 @@ def _level_slots(
     CS: tl.constexpr,
     GS: tl.constexpr,
     CHUNK: tl.constexpr,
+    BY_NODE: tl.constexpr,
     LANES: tl.constexpr,
     ALL: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -621,8 +826,31 @@ def _level_slots(
         tokens = tl.where(lane < E, count_all(ids_S, S, E, LANES, ALL), 0)
     else:
         tokens = tl.load(totals_E + lane, mask=lane < E, other=0).to(tl.int32)
-    quota = level_shares(tokens, single_RJ, expert_X, ranks_XC, weight_R, R, J, X, C, RS, JS, XS, CS)
+    quota, loads = level_shares(tokens, single_RJ, expert_X, ranks_XC, weight_R, R, J, X, C, RS, JS, XS, CS)
     if counts_GE is not None:
+        if BY_NODE:
+            quota = by_node_shares(
+                quota,
+                loads,
+                tokens,
+                counts_GE,
+                stride,
+                single_RJ,
+                expert_X,
+                ranks_XC,
+                sources_XC,
+                weight_R,
+                node,
+                G,
+                R,
+                J,
+                X,
+                C,
+                RS,
+                JS,
+                XS,
+                CS,
+            )
         quota = own_quota(
             quota, counts_GE, stride, expert_X, sources_XC, source, node, G, X, C, XS, CS, GS, CHUNK
         )
