@@ -75,12 +75,12 @@ class Outcome:
 
     @property
     def step_ms_W(self) -> np.ndarray:
-        """A step of each cycle in milliseconds, its part of moving included. C: cycles."""
+        """A step of each cycle in milliseconds, its part of moving included. W: windows served, a cycle each."""
         return np.array([1e3 * (cycle.step_s + self.delay_s(cycle) / self.steps) for cycle in self.cycles])
 
     @property
     def stall_ms_W(self) -> np.ndarray:
-        """How long serving stood still in each cycle, in milliseconds. C: cycles."""
+        """How long serving stood still in each cycle, in milliseconds. W: windows served, a cycle each."""
         return np.array([1e3 * cycle.moving_s * self.waits for cycle in self.cycles])
 
     def total(self, name: str) -> int:

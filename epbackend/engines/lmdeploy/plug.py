@@ -62,8 +62,9 @@ def enable(config: EPConfig, placement: Placement | None = None) -> None:
 def enable_worker() -> None:
     """`enable` with what the parent left in the environment, for the processes that LMDeploy starts."""
     if current() is None:
-        # LMDeploy's own collectives, which a user cannot do anything about.
+        # A user can do nothing about LMDeploy's own collectives, or arrays from Ray that it only reads.
         warnings.filterwarnings("ignore", r".*all_gather_into_tensor. is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         packed = os.environ.get(PLACEMENT_VARIABLE)
         config = EPConfig.from_json(os.environ[CONFIG_VARIABLE])
         warm_splits(config)
