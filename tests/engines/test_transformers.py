@@ -197,7 +197,10 @@ def test_experts_of_another_form_are_refused_by_name(change, said):
 @pytest.mark.parametrize(
     ("placement", "said"),
     [
-        (Placement.even(2, models.EXPERTS, 2), "it has 2 ranks and 2 layers, but ep_size is 2 and Qwen3Moe"),
+        (
+            Placement.even(2, models.EXPERTS, 2),
+            "2 ranks and 2 layers, but ep_size is 2 and the model has 3",
+        ),
         (Placement((Layout(((*range(8), 0), (1,)), 8),) * models.LAYERS), "a rank has 9 slots for 8 experts"),
         (Placement.even(models.LAYERS, 16, 2), "it has 16 experts, but MoE layer 0 has 8"),
     ],

@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 
 from epbackend.config.schema import FEWEST_BLOCKS
-from epbackend.names import DEVICES, PLANNERS, SPLITS
+from epbackend.names import DEVICES, LEVEL_BY_NODE, PLANNERS, SPLITS
 
 POSITIVE = st.integers(1, 1 << 20)
 
@@ -37,7 +37,17 @@ def splits():
 
 @st.composite
 def placements(draw, ep):
-    """A section that goes with `ep` ranks; nothing but a split for one rank."""
+    """A section that goes with `ep` ranks; nothing but a split, and what it needs, for one rank."""
+    section = draw(_placements(ep))
+    split = section.get("split")
+    names = split.values() if isinstance(split, dict) else [split]
+    if LEVEL_BY_NODE in names and "file" not in section:
+        section["node_size"] = section.get("node_size") or ep
+    return section
+
+
+@st.composite
+def _placements(draw, ep):
     split = {"split": splits()}
     if ep == 1:
         return draw(st.fixed_dictionaries({}, optional=split))

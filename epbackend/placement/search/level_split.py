@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from epbackend.placement.replica_split_reference import (
-    BY_NODE_BITS,
-    BY_NODE_SWEEPS,
-    GAP_BITS,
-    MOST_SWEEPS,
-    NO_LIMIT,
-)
 from epbackend.placement.search.compiled import entry, inner
+
+GAP_BITS = 10
+MOST_SWEEPS = 64
+BY_NODE_BITS = 6
+BY_NODE_SWEEPS = 16
+NO_LIMIT = 2**62
+"""As in the reference, not imported from there: numba would go on with old values where they change in that file."""
 
 
 @entry
