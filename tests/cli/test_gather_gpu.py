@@ -65,6 +65,7 @@ epbackend.enable(epbackend.EPConfig.load({{"device": "cuda"}}))
 """
 
 
+@pytest.mark.slow
 def test_what_the_plug_imports_is_gathered(gather_gpu):
     """It is switched on where there is nothing but what the machine has and what was gathered."""
     there = {

@@ -89,13 +89,8 @@ def test_level_equals_the_cpu_where_ranks_differ_in_speed(kernels, place, name):
     check(kernels, place, layout, draw(layout, seed=len(name)), 0, step=3, rank_speed=rank_speed)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "twice on a rank",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("a chain", "many replicas")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["twice on a rank", "a chain", "many replicas"])
 def test_level_by_node_equals_the_cpu(kernels, place, name):
     layout = LAYOUTS[name]
     for seed in range(2):
