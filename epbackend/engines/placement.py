@@ -62,7 +62,7 @@ def finished_placement(
 
 
 def warm_splits(config: EPConfig) -> None:
-    """Loads the compiled levelling splits of the CPU, and compiles it if no earlier run did.
+    """Loads the compiled levelling splits of the CPU, and compiles them if no earlier run did.
 
     The parent does this before its workers start, so that they find it on disk; a worker, before others wait for it.
     """
