@@ -1,6 +1,6 @@
 """Runs the model matrix and writes its table into docs/lmdeploy.md: python -m scripts.model_matrix [NAME ...]
 
-An engine starts for each model and way to spread its experts, one after the other, in twelve minutes on two cores.
+An engine starts for each model and way to spread its experts, one after the other, in twenty minutes on two cores.
 Outcomes are kept in a file (--outcomes), so that what was stopped goes on where it stood; without names all models are
 run.
 """

@@ -221,10 +221,13 @@ class Run:
         return config(self.engine | text, ep_size=self.ep_size, ep_level=self.ep_level, **placement)
 
 
+PROMPTS_AT_2, ANSWERS_AT_2 = {"prefill": 2, "decode": 1}, {"prefill": 1, "decode": 2}
 RUNS = {
     "ep 1": Run(),
-    "ep 2, copies, prompts at level 2": Run(2, {"prefill": 2, "decode": 1}, True),
-    "ep 2, answers at level 2": Run(2, {"prefill": 1, "decode": 2}),
+    "ep 2, prompts at level 2": Run(2, PROMPTS_AT_2),
+    "ep 2, answers at level 2": Run(2, ANSWERS_AT_2),
+    "ep 2, copies, prompts at level 2": Run(2, PROMPTS_AT_2, copies=True),
+    "ep 2, copies, answers at level 2": Run(2, ANSWERS_AT_2, copies=True),
 }
 """Both levels in each run of two ranks: prompts by one, answers by the other."""
 
