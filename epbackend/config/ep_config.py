@@ -25,6 +25,7 @@ from epbackend.config.schema import (
     Settings,
 )
 from epbackend.dispatch.settings import DispatchSettings
+from epbackend.errors import ConfigError
 from epbackend.names import AUTO, Phase
 
 OLD_NAMES = {"transport": "dispatch_dtype"}
@@ -66,6 +67,14 @@ class EPConfig(Settings):
         for text in [*found.notes, *config.warnings()]:
             warnings.warn(text, ConfigWarning, stacklevel=2)
         return config
+
+    @classmethod
+    def require(cls, config: object) -> None:
+        """For calls that take a config: raises ConfigError for a mapping or a path, which `load` would read."""
+        if not isinstance(config, cls):
+            raise ConfigError(
+                f"config: must be an EPConfig, not {type(config).__name__}: EPConfig.load reads a mapping or a file"
+            )
 
     @classmethod
     def from_json(cls, text: str) -> EPConfig:

@@ -26,7 +26,7 @@ from epbackend import EPConfig
 from epbackend.balance import balancer
 from epbackend.device.cuda import CudaDevice
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
-from tests.helpers.answers import Answer, ask, compare, hugging_face
+from tests.helpers.answers import Answer, Rounding, ask, compare, hugging_face
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.rotating_planner import RotatingPlanner
 from tests.helpers.shared_gpu import on_shared_devices
@@ -42,8 +42,8 @@ ENGINE = {
 DTYPES = {"tiny_qwen3_moe": "bfloat16", "tiny_deepseek_v3": "float16"}
 """On a GPU. LMDeploy's own attention leaves DeepSeek-V3 in bfloat16 off by 0.19 on the longest text, against float32
 (H200, without the plug), and ranks that share its heads are off in another way: nothing could be told from that."""
-ROUNDING = 0.15
-"""Of a log-probability in these. 0.04 was seen on a CPU, in bfloat16 against float32."""
+EXACT, ROUNDING = Rounding(1e-4), Rounding(0.15)
+"""Of a log-probability: in float32, and in these. 0.04 was seen on a CPU, in bfloat16 against float32."""
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def lmdeploy_alone(model: str, eager: bool) -> list[Answer]:
         return ask(pipe)
 
 
-def check(model: str, expected: list[Answer], rounding: float, config: dict[str, Any]) -> dict[str, str]:
+def check(model: str, expected: list[Answer], rounding: Rounding, config: dict[str, Any]) -> dict[str, str]:
     """Fail unless the answers are those expected (`answers.compare`). Returns each phase's dispatcher."""
     with epbackend.pipeline(str(MODELS / model), EPConfig.load(config)) as pipe:
         found = ask(pipe)
@@ -89,7 +89,7 @@ def rotating(monkeypatch):
     monkeypatch.setattr(balancer, "Planner", RotatingPlanner)
 
 
-def check_moving(model: str, expected: list[Answer], rounding: float, config: dict[str, Any]) -> None:
+def check_moving(model: str, expected: list[Answer], rounding: Rounding, config: dict[str, Any]) -> None:
     """The same again and again while experts move."""
     deadline = time.monotonic() + PATIENCE_S
     with epbackend.pipeline(str(MODELS / model), EPConfig.load(config | {"balance": BALANCE})) as pipe:
@@ -106,7 +106,7 @@ def test_two_ranks_of_a_cpu_joined_as_on_one_gpu(monkeypatch):
     on_shared_devices(monkeypatch)
     levels = {"prefill": 2, "decode": 1}
     settings = {"device": "cpu", "ep_size": 2, "ep_level": levels, "engine": ENGINE | {"dtype": "float32"}}
-    chosen = check("tiny_qwen3_moe", hugging_face(str(MODELS / "tiny_qwen3_moe")), 1e-4, settings)
+    chosen = check("tiny_qwen3_moe", hugging_face(str(MODELS / "tiny_qwen3_moe")), EXACT, settings)
     assert chosen == {"prefill": "alltoall", "decode": "replicated"}
 
 
@@ -116,7 +116,7 @@ def test_two_ranks_of_a_cpu_joined_as_on_one_gpu(monkeypatch):
 def test_experts_move_between_ranks_joined_as_on_one_gpu(rotating, monkeypatch):
     on_shared_devices(monkeypatch)
     settings = {"device": "cpu", "ep_size": 2, "ep_level": 2, "engine": ENGINE | {"dtype": "float32"}}
-    check_moving("tiny_qwen3_moe", hugging_face(str(MODELS / "tiny_qwen3_moe")), 1e-4, settings)
+    check_moving("tiny_qwen3_moe", hugging_face(str(MODELS / "tiny_qwen3_moe")), EXACT, settings)
 
 
 @pytest.mark.cuda

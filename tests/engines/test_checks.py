@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import lmdeploy
@@ -20,6 +21,7 @@ from epbackend.engines.lmdeploy.architectures import LACKING
 from epbackend.engines.lmdeploy.checkpoint import expert_count
 from epbackend.engines.lmdeploy.checks import GIB
 from epbackend.engines.lmdeploy.patches.engine import cache_blocks
+from epbackend.engines.transformers import distributed_config
 from epbackend.errors import ConfigError, EPError, UnavailableError
 from tests.helpers.processes import engine_workers
 
@@ -47,6 +49,23 @@ def refused(model: str, config: EPConfig, error: type[EPError], match: str) -> N
     with pytest.raises(error, match=match):
         epbackend.pipeline(model, config)
     assert engine_workers() == []
+
+
+@pytest.mark.parametrize("config", [{"ep_size": 2}, "config.yaml", None], ids=["mapping", "path", "nothing"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        partial(epbackend.pipeline, "tiny-qwen3-moe"),
+        partial(epbackend.serve, "tiny-qwen3-moe"),
+        epbackend.enable,
+        lmdeploy_config.engine_config,
+        distributed_config,
+    ],
+    ids=["pipeline", "serve", "enable", "engine_config", "distributed_config"],
+)
+def test_calls_that_take_a_config_say_how_to_load_one(call, config):
+    with pytest.raises(ConfigError, match=r"config: must be an EPConfig, not .*EPConfig\.load"):
+        call(config)
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path):

@@ -72,6 +72,7 @@ def pipeline(
         ConfigError: the model does not suit the settings, or memory does not suffice for the cache.
         WorkerError: a worker process died while starting.
     """
+    EPConfig.require(config)
     if config.engine.backend == "turbomind":
         from epbackend.engines.lmdeploy import turbomind
 
@@ -100,6 +101,7 @@ def serve(
     `record` is a file for the experts' loads, written now and then and at the end: what a placement is planned on.
     `front` is what clients see of the server; the model is called what it is called here, if that says nothing else.
     """
+    EPConfig.require(config)
     check_port(host, port)
     front = front or Front()
     front = replace(front, model_name=front.model_name or model)

@@ -27,6 +27,7 @@ def engine_config(config: EPConfig, dp_rank: int = 0) -> PytorchEngineConfig:
         ConfigError: LMDeploy lacks the dtype on this device, or `engine.extra` asks for a part of its own expert
             parallelism.
     """
+    EPConfig.require(config)
     from lmdeploy import PytorchEngineConfig
 
     engine, device = config.engine, get_device(config.device).name

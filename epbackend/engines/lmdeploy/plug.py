@@ -46,6 +46,7 @@ def enable(config: EPConfig, placement: Placement | None = None) -> None:
         UnavailableError: LMDeploy is missing, is another release or was changed; or the device cannot be used here.
         ConfigError: another config is enabled, or the config's placement cannot be made.
     """
+    EPConfig.require(config)
     if (state := current()) is not None:
         if state.config == config:
             return

@@ -67,6 +67,7 @@ def distributed_config(config: EPConfig, group: dist.ProcessGroup | None = None)
         UnavailableError: transformers has other hooks than those known, or the device cannot be used.
         ConfigError: a setting asks for what is not here.
     """
+    EPConfig.require(config)
     _check_settings(config)
     _replace_hooks()
     made = SpreadConfig(tp_size=config.ep_size // config.engine.dp)
