@@ -47,10 +47,13 @@ def test_a_source_read_from_its_file_is_the_one_of_the_imported_hook(each):
     assert patching.source_in_file(each.target) == inspect.getsource(getattr(owner, name))
 
 
-def test_a_model_is_patched_when_it_is_imported_and_costs_nothing_before():
+def test_models_and_processors_cost_no_import_before_they_are_asked_for():
     script = """
+        import shutil
         import sys
+        import tempfile
         from dataclasses import replace
+        import transformers
         import epbackend
         from epbackend import EPConfig
         from epbackend.engines.lmdeploy import patches, patching
@@ -64,6 +67,23 @@ def test_a_model_is_patched_when_it_is_imported_and_costs_nothing_before():
         from lmdeploy.pytorch.models.deepseek_v2 import DeepseekV2DecoderLayer, DeepseekV2MoE
         assert "epbackend" in DeepseekV2MoE.__init__.__code__.co_filename
         assert "epbackend" in DeepseekV2DecoderLayer.__init__.__code__.co_filename
+
+        from lmdeploy.model import HFChatTemplate
+        from epbackend.models import resolve
+        model = resolve("tiny-qwen3-moe")
+        assert "hello" in HFChatTemplate(model).get_prompt("hello")
+        assert "transformers.processing_utils" not in sys.modules, "two seconds of import in every parent"
+        with tempfile.TemporaryDirectory() as folder:
+            untold = shutil.copytree(model, folder + "/model", ignore=shutil.ignore_patterns("*.jinja"))
+            try:
+                HFChatTemplate(untold)
+            except ValueError as error:
+                assert "chat_template" in str(error)
+            else:
+                raise AssertionError("there is no chat template")
+        assert "transformers.processing_utils" in sys.modules, "a processor may have one"
+        assert transformers.AutoProcessor.__name__ == "AutoProcessor", "transformers' own"
+
         epbackend.disable()
         assert "epbackend" not in DeepseekV2MoE.__init__.__code__.co_filename
         assert sys.meta_path == finders, "no hook is left"

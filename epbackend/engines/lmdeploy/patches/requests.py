@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -36,6 +37,41 @@ def server_is_patched(original: Callable) -> Callable:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         patch_loaded_server()
+
+    return init
+
+
+class _OnFirstUse:
+    """Stands for a name of a module that takes long to import."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._where = module, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        module, name = self._where
+        return getattr(getattr(importlib.import_module(module), name), attribute)
+
+
+@patch(
+    "lmdeploy.model:HFChatTemplate.__init__",
+    why="it imports transformers' processors, for two seconds, where the tokenizer has a chat template of its own too",
+    when="always",
+    fingerprint="33b0c803e1a8",
+)
+def processors_only_where_asked(original: Callable) -> Callable:
+    import transformers
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "AutoProcessor" in vars(transformers):
+            original(self, *args, **kwargs)
+            return
+        # What transformers, a module that imports its names when they are asked for, would import here.
+        transformers.AutoProcessor = _OnFirstUse("transformers.models.auto.processing_auto", "AutoProcessor")
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            vars(transformers).pop("AutoProcessor", None)
 
     return init
 
@@ -272,6 +308,7 @@ _PADDING = "processors cannot tell its padding from a sequence's own tokens"
 
 PATCHES = (
     server_is_patched,
+    processors_only_where_asked,
     requests_are_checked,
     penalty_without_sampling,
     stop_words_are_texts,
