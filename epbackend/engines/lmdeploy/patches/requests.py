@@ -61,17 +61,19 @@ class _OnFirstUse:
 def processors_only_where_asked(original: Callable) -> Callable:
     import transformers
 
+    # Its names are imported when they are first asked for.
+    names = vars(transformers)
+
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if "AutoProcessor" in vars(transformers):
+        if "AutoProcessor" in names:
             original(self, *args, **kwargs)
             return
-        # What transformers, a module that imports its names when they are asked for, would import here.
-        transformers.AutoProcessor = _OnFirstUse("transformers.models.auto.processing_auto", "AutoProcessor")
+        names["AutoProcessor"] = _OnFirstUse("transformers.models.auto.processing_auto", "AutoProcessor")
         try:
             original(self, *args, **kwargs)
         finally:
-            vars(transformers).pop("AutoProcessor", None)
+            names.pop("AutoProcessor", None)
 
     return init
 
