@@ -1,8 +1,9 @@
-"""Models and their reference answers, made once."""
+"""Models and their reference answers, made once; processes that end with their test; a certificate."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from epbackend.device.cuda import CudaDevice
 from epbackend.engines.lmdeploy import disable
+from epbackend.engines.lmdeploy.processes import LOOPBACK
 from tests.helpers import engine_models as models
 from tests.helpers import processes
 
@@ -66,3 +68,15 @@ def _unplugged() -> Iterator[None]:
     """No test leaves the plug enabled for the next."""
     yield
     disable()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A key and a certificate of this machine's own."""
+    key, cert = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", f"subjectAltName=IP:{LOOPBACK}", "-keyout", str(key), "-out", str(cert)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return key, cert

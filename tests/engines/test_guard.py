@@ -27,8 +27,9 @@ async def slow(request):
     return PlainTextResponse("done")
 
 port, drain_seconds = int(sys.argv[1]), float(sys.argv[2])
+tls = dict(zip(("ssl_keyfile", "ssl_certfile"), sys.argv[3:]))
 with signals_unwind(), Guard(drain_seconds).in_place():
-    uvicorn.run(Starlette(routes=[Route("/slow", slow)]), host="127.0.0.1", port=port)
+    uvicorn.run(Starlette(routes=[Route("/slow", slow)]), host="127.0.0.1", port=port, **tls)
 """
 
 
@@ -53,6 +54,26 @@ def test_a_signal_waits_for_requests_as_long_as_it_may(
             running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(timeout=PATIENCE_S) == exit_code
         assert _status(asked) == answered
+
+
+def test_an_idle_client_does_not_hold_the_end_up(certificate, start_process):
+    """It keeps its connection, and TLS waits for its consent to an end: here longer than the test does."""
+    key, cert = certificate
+    port = free_port()
+    patient = f"import asyncio.constants; asyncio.constants.SSL_SHUTDOWN_TIMEOUT = {10 * PATIENCE_S}\n"
+    running = start_process(
+        patient + GUARDED,
+        str(port),
+        str(5 * PATIENCE_S),
+        str(key),
+        str(cert),
+        ready="Application startup complete",
+    )
+    with requests.Session() as client:
+        url = f"https://{LOOPBACK}:{port}/slow?seconds=0"
+        assert client.get(url, timeout=PATIENCE_S, verify=str(cert)).status_code == 200
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(timeout=PATIENCE_S) == 0
 
 
 def _await_line(log, line: str) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,18 +32,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|bot>{% endif %}"
 )
 KEY = {"Authorization": "Bearer second"}
-
-
-@pytest.fixture
-def certificate(tmp_path):
-    """A key and a certificate of this machine's own."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
-         "-addext", f"subjectAltName=IP:{LOOPBACK}", "-keyout", str(key), "-out", str(certificate)],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return key, certificate
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ logger = logging.getLogger("epbackend")
 LINGER_S = 2.0
 """How long a server that has failed still answers, so that clients and probes learn of it."""
 CLOSING_S = 1
-"""How long connections that are still open then have."""
+"""How long connections that are still open then have, and those of idle clients when the server ends."""
 FAMILY_EVERY_S = 1.0
 """How often all processes of the server are looked at."""
 AFTER_RANKS_S = 1.5
@@ -104,6 +104,13 @@ class Guard:
                     "a second SIGTERM changes nothing",
                     "always",
                     self._handle_exit,
+                ),
+                Patch(
+                    "no-wait-for-goodbyes",
+                    "uvicorn:Server._wait_tasks_to_complete",
+                    "clients that keep an idle TLS connection open hold the end up for half a minute",
+                    "always",
+                    _wait_without_idle_clients,
                 ),
             ]
         )
@@ -255,6 +262,33 @@ class Guard:
             original(server, number, frame)
 
         return handle_exit
+
+
+def _wait_without_idle_clients(original: Callable) -> Callable:
+    @functools.wraps(original)
+    async def wait_tasks_to_complete(server: Any) -> None:
+        abandoning = asyncio.ensure_future(_abandon_closing(server.server_state.connections))
+        try:
+            await original(server)
+        finally:
+            abandoning.cancel()
+
+    return wait_tasks_to_complete
+
+
+async def _abandon_closing(connections: set[Any]) -> None:
+    """Ends connections that were closed CLOSING_S ago and have nothing to send: TLS waits for the client to agree."""
+    closing: set[Any] = set()
+    while True:
+        done = {
+            each
+            for each in connections
+            if each.transport.is_closing() and not each.transport.get_write_buffer_size()
+        }
+        for each in done & closing:
+            each.transport.abort()
+        closing = done
+        await asyncio.sleep(CLOSING_S)
 
 
 @contextmanager
