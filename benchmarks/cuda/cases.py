@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from epbackend.kernels.triton import expert_mlp
+from epbackend.kernels.triton.tiles import Chip, Product, Tile, choose_tile
 from epbackend.kernels.triton.tuning import BYTES, ExpertShape
 
-
-@dataclass(frozen=True)
-class Experts(ExpertShape):
-    """The routed experts that one GPU holds."""
-
-    top_k: int
-
-
-QWEN3 = Experts("Qwen3-30B", 128, 2048, 768, 8)
-DEEPSEEK = Experts("DeepSeek-V3, 32 of 256", 32, 7168, 2048, 1)
+QWEN3 = ExpertShape("Qwen3-30B", 128, 2048, 768, 8)
+DEEPSEEK = ExpertShape("DeepSeek-V3, 32 of 256", 32, 7168, 2048, 1)
 """One of eight ranks: of a token's eight choices, one falls here on average. `tokens` counts those choices."""
 
 
@@ -27,7 +24,7 @@ DEEPSEEK = Experts("DeepSeek-V3, 32 of 256", 32, 7168, 2048, 1)
 class Case:
     """One call of the experts: both products and SwiGLU."""
 
-    experts: Experts
+    experts: ExpertShape
     form: str
     tokens: int
     target_tflops: float | None = None
@@ -61,6 +58,20 @@ class Case:
         experts = self.experts
         matrix = 3 * experts.D * experts.F * BYTES[self.form]
         return int((self.counts_L > 0).sum()) * matrix + 2 * 2 * self.rows * experts.D
+
+
+@contextmanager
+def gathering() -> Iterator[None]:
+    """Inside, layers plan to read the rows of gated products where the tokens lie, whatever the table says.
+
+    A layer plans for a number of rows when it first multiplies so many, and keeps to it.
+    """
+
+    def gathered(chip: Chip, product: Product) -> Tile:
+        return replace(choose_tile(chip, product), gather=product.gated)
+
+    with mock.patch.object(expert_mlp, "choose_tile", gathered):
+        yield
 
 
 CASES = (

@@ -48,9 +48,9 @@ def contestants(case: Case, device: torch.device, lmdeploy: LMDeploy | None = No
     ReferenceKernels().unpermute(expected_SD, sorted_rows[0].choice_of_row_S, weights_TK, expected_TD)
 
     def layer(n: int) -> Tensor:
-        permuted = kernels.permute(hidden_TD, ids[n], experts.slots)
+        permuted = kernels.permute(hidden_TD, ids[n], experts.slots, expected=case.rows)
         out_TD = torch.zeros(hidden_TD.shape, device=device)
-        rows_SD = kernels.expert_mlp(permuted.rows_SD, permuted.counts_L, weights)
+        rows_SD = kernels.expert_mlp(permuted.rows_SD, permuted.counts_L, weights, case.rows)
         kernels.unpermute(rows_SD, permuted.choice_of_row_S, weights_TK, out_TD)
         return out_TD.bfloat16()
 

@@ -3,7 +3,7 @@
     python -m benchmarks.cuda.host [--tokens 1 512] [--lmdeploy FOLDER]
 
 Kernels are compiled for an H100 and launched into a driver that does nothing; tensors lie on the CPU, where torch's own
-operators run. So the microseconds, of processor time, are those of Python and of torch on the way to the driver, on
+operators run. "gathered" is our layer whose first product reads its rows where the tokens lie. The microseconds, of processor time, are those of Python and of torch on the way to the driver, on
 this machine: compare the two with each other. They take turns, and the least of many calls counts. What the driver's C
 functions take (a launch, the encoding of a TMA descriptor) is not in it.
 """
@@ -29,13 +29,14 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 
-from benchmarks.cuda.cases import QWEN3, Experts
+from benchmarks.cuda.cases import QWEN3, gathering
 from benchmarks.cuda.lmdeploy import MOE, LMDeploy
 from epbackend.device.cuda import CudaDevice
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.triton.kernels import TritonKernels
 from epbackend.kernels.triton.tiles import H100
+from epbackend.kernels.triton.tuning import ExpertShape
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
 
@@ -122,7 +123,7 @@ def on_hopper() -> Iterator[None]:
         yield
 
 
-def calls(experts: Experts, tokens: int, lmdeploy: LMDeploy | None) -> dict[str, Callable[[], Tensor]]:
+def calls(experts: ExpertShape, tokens: int, lmdeploy: LMDeploy | None) -> dict[str, Callable[[], Tensor]]:
     """Who -> one call of the same layer; few tokens decode."""
     weights = ExpertWeights(
         torch.empty(experts.slots, 2 * experts.F, experts.D, dtype=torch.bfloat16),
@@ -131,25 +132,31 @@ def calls(experts: Experts, tokens: int, lmdeploy: LMDeploy | None) -> dict[str,
     hidden_TD = torch.zeros(tokens, experts.D, dtype=torch.bfloat16)
     scores = torch.rand(tokens, experts.slots).softmax(-1).topk(experts.top_k)
     weights_TK, ids_TK = scores.values, scores.indices
-    layer = ExpertParallelMoE(
-        weights.gate_up,
-        weights.down,
-        slot_map=SlotMap.uniform(experts.slots, 1),
-        ranks=RankGroup.single(),
-        settings=DispatchSettings(),
-        top_k=experts.top_k,
-        renormalize=True,
-        device="cuda",
-    )
 
-    def ours() -> Tensor:
-        return layer(hidden_TD, ids_TK, weights_TK, phase="decode" if tokens <= 256 else "prefill")
+    def layer() -> Callable[[], Tensor]:
+        made = ExpertParallelMoE(
+            weights.gate_up,
+            weights.down,
+            slot_map=SlotMap.uniform(experts.slots, 1),
+            ranks=RankGroup.single(),
+            settings=DispatchSettings(),
+            top_k=experts.top_k,
+            renormalize=True,
+            device="cuda",
+        )
+        phase = "decode" if tokens <= 256 else "prefill"
+        return lambda: made(hidden_TD, ids_TK, weights_TK, phase=phase)
+
+    ours, gathered = layer(), layer()
+    with gathering():
+        gathered()
 
     def theirs() -> Tensor:
         assert lmdeploy
         return lmdeploy.half(hidden_TD, weights, weights_TK, ids_TK, renormalize=True)
 
-    return {"epbackend": ours} | ({"LMDeploy": theirs} if lmdeploy else {})
+    both = {"epbackend": ours, "gathered": gathered}
+    return both | ({"LMDeploy": theirs} if lmdeploy else {})
 
 
 def launches(call: Callable[[], Tensor], stub: StubbedDriver) -> dict[str, int]:
@@ -181,11 +188,11 @@ def main() -> None:
         if lmdeploy:
             stack.enter_context(on_hopper())
         for tokens in asked.tokens:
-            both = calls(QWEN3, tokens, lmdeploy)
-            launched = {who: launches(call, stub) for who, call in both.items()}
-            us = dict.fromkeys(both, float("inf"))
+            every = calls(QWEN3, tokens, lmdeploy)
+            launched = {who: launches(call, stub) for who, call in every.items()}
+            us = dict.fromkeys(every, float("inf"))
             for _ in range(TURNS):
-                for who, call in both.items():
+                for who, call in every.items():
                     us[who] = min(us[who], least_us(call))
             for who, kernels in launched.items():
                 names = ", ".join(f"{count} {name}" for name, count in kernels.items())

@@ -98,7 +98,8 @@ def _of_model(name: str, settings: dict[str, Any], ep_size: int) -> "ExpertShape
     )
     if not experts or not hidden or not inner:
         raise ConfigError(f"tune: {name} has no experts, or config.json does not say how large; use --shape")
-    return ExpertShape(Path(name).name, -(-experts // ep_size), hidden, inner)
+    top_k = max(1, round((text.get("num_experts_per_tok") or 1) / ep_size))
+    return ExpertShape(Path(name).name, -(-experts // ep_size), hidden, inner, top_k)
 
 
 def _form_of(name: str, settings: dict[str, Any]) -> Form:

@@ -112,7 +112,9 @@ class LocalRows:
     def batch(self, number: int) -> Batch:
         """The rows of one pass; `add` takes their results before the next is asked for."""
         window = None if self._bound is None else (number * self._bound, (number + 1) * self._bound)
-        permuted = self._kernels.permute(self._hidden_ND, self._slot_ids_NK, self._slots, window)
+        permuted = self._kernels.permute(
+            self._hidden_ND, self._slot_ids_NK, self._slots, window, self._expected
+        )
         self._permuted = permuted
         expected = min(self._expected, len(permuted.rows_SD))
         return Batch(permuted.rows_SD, permuted.counts_L, expected)

@@ -26,7 +26,8 @@ from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
 from epbackend.kernels.weight_formats import Matrices
 
 Rows = Any
-"""rows_SD; or `int8.Int8Rows`, from a dispatcher that sends them quantized, for kernels that take them."""
+"""rows_SD; or another form, for kernels that take it: `int8.Int8Rows`, from a dispatcher that sends them quantized, or
+`triton.permute.TokenRows`, from a `permute` that leaves them where they are."""
 
 Prepacked = Any
 """The matrices of L slots as `prepack` stores them; only the kernels that made them read them.
@@ -43,7 +44,7 @@ ascend       one tensor [L, N, K], `Int8Weights`, or `npu.kernels.Tiled` (int8 i
 class Permuted:
     """Rows sorted by local slot. A device may return more rows than `counts_L.sum()`: the rest are garbage."""
 
-    rows_SD: Tensor
+    rows_SD: Rows
     counts_L: Tensor
     """int64: rows of each slot."""
     choice_of_row_S: Tensor
@@ -78,11 +79,17 @@ class Kernels(Protocol):
         """counts_L (int64): how many choices fell on each local slot."""
 
     def permute(
-        self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+        self,
+        hidden_TD: Tensor,
+        slot_ids_TK: Tensor,
+        slots: int,
+        window: tuple[int, int] | None = None,
+        expected: int | None = None,
     ) -> Permuted:
         """Copy each token once for each choice of a local slot, sorted by slot, ties in the order of (t, k).
 
-        `window` (first, last) keeps only that range of the sorted rows, so that a pass holds a bounded number.
+        `window` (first, last) keeps only that range of the sorted rows, so that a pass holds a bounded number. With
+        `expected`, that of `expert_mlp`, the rows may come in a form that only `expert_mlp` reads.
         """
 
     def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:

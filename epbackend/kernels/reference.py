@@ -43,7 +43,12 @@ class ReferenceKernels(TorchSplits, TorchQuantization, SlotMemory):
         return torch.bincount(buckets(slot_ids_TK, slots), minlength=slots + 1)[:slots]
 
     def permute(
-        self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+        self,
+        hidden_TD: Tensor,
+        slot_ids_TK: Tensor,
+        slots: int,
+        window: tuple[int, int] | None = None,
+        expected: int | None = None,
     ) -> Permuted:
         bucket_S = buckets(slot_ids_TK, slots)
         counts_L = torch.bincount(bucket_S, minlength=slots + 1)[:slots]

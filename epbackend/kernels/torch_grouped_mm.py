@@ -22,7 +22,12 @@ class GroupedMmKernels(ReferenceKernels):
         return _count(buckets(slot_ids_TK, slots), slots)
 
     def permute(
-        self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+        self,
+        hidden_TD: Tensor,
+        slot_ids_TK: Tensor,
+        slots: int,
+        window: tuple[int, int] | None = None,
+        expected: int | None = None,
     ) -> Permuted:
         bucket_S = buckets(slot_ids_TK, slots)
         first, last = window or (0, len(bucket_S))

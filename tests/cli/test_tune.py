@@ -20,6 +20,7 @@ DEEPSEEK = {
     "hidden_size": 7168,
     "intermediate_size": 18432,
     "moe_intermediate_size": 2048,
+    "num_experts_per_tok": 8,
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
 NESTED = {"text_config": {"num_local_experts": 16, "hidden_size": 5120, "intermediate_size": 8192}}
@@ -33,7 +34,7 @@ def model(folder, settings) -> str:
 def test_experts_are_read_from_a_models_config(tmp_path):
     path, name = model(tmp_path, DEEPSEEK), tmp_path.name
     assert wanted(path, [], 8, None) == [(ExpertShape(name, 32, 7168, 2048), "fp8")]
-    assert wanted(path, [], 1, "half") == [(ExpertShape(name, 256, 7168, 2048), "half")]
+    assert wanted(path, [], 1, "half") == [(ExpertShape(name, 256, 7168, 2048, top_k=8), "half")]
     model(tmp_path, NESTED)
     assert wanted(path, [], 1, None) == [(ExpertShape(name, 16, 5120, 8192), "half")]
     assert wanted("tiny-qwen3-moe", [], 2, None)[0][0].slots == 16

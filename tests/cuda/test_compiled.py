@@ -5,6 +5,8 @@ No GPU is needed: Triton brings ptxas along. What the compiler reports is held a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,7 +21,9 @@ from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas
 from epbackend.kernels.triton import quantize as quantize_module
 from epbackend.kernels.triton.compile_info import compiling_for, resources
+from epbackend.kernels.triton.grouped_matmul import grouped_matmul
 from epbackend.kernels.triton.kernels import TritonKernels
+from epbackend.kernels.triton.permute import TokenRows
 from epbackend.kernels.triton.quantize import dequantize, quantize
 from epbackend.kernels.triton.tiles import (
     A100,
@@ -31,6 +35,7 @@ from epbackend.kernels.triton.tiles import (
     Product,
     Tile,
     choose_tile,
+    row_tiles,
     table,
 )
 from epbackend.kernels.triton.tuning import ExpertShape, TuningCase, compile_candidate
@@ -109,6 +114,29 @@ def test_tiles_fit_their_chip(family, form, rows_per_slot):
             assert "pendings = 1" in kernel.asm["ttgir"]  # one product runs on while the next is prepared
         if form != "float32" and family != "ampere":
             assert "cp.async.bulk" in found.instructions
+
+
+@pytest.mark.parametrize(
+    "entry", table()["families"]["hopper"]["half"]["gated"], ids=lambda each: str(each["up_to"])
+)
+def test_every_gated_tile_fits_with_rows_left_in_place(entry):
+    """Rows come by cp.async then, and weights by TMA all the same."""
+    tile = replace(choose_tile(H100, product := gated_product(entry["up_to"])), gather=True)
+    rows = TokenRows(meta(product.rows // 8, D), meta(product.rows, dtype=torch.int64), 8)
+    with compiling_for(H100) as compiled:
+        schedule = row_tiles(meta(L, dtype=torch.int64), product.rows, tile.rows)
+        grouped_matmul(rows, meta(L, 2 * F, D), schedule, tile, H100, gated=True, dtype=torch.bfloat16)
+    found = resources(compiled[-1])
+    assert found.spilled == 0
+    assert found.programs_per_sm(H100) >= tile.programs
+    assert {"cp.async", "cp.async.bulk"} <= found.instructions
+    if tile.rows >= 64:
+        assert "wgmma" in found.instructions
+        assert "pendings = 1" in compiled[-1].asm["ttgir"]
+
+
+def gated_product(rows_per_slot: float | None) -> Product:
+    return Product("half", True, int(L * (rows_per_slot or 512)), L, 2 * F, D)
 
 
 @pytest.mark.parametrize("entry", [each for each in table()["tuned"] if each["triton"] == VERSION], ids=str)

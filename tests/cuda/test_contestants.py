@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.cuda.cases import Case, Experts
+from benchmarks.cuda.cases import Case
 from benchmarks.cuda.contestants import contestants
 from benchmarks.cuda.layer import Layers
 from epbackend.kernels.triton.tiles import chip_of
-from epbackend.kernels.triton.tuning import LARGEST_ERROR
+from epbackend.kernels.triton.tuning import LARGEST_ERROR, ExpertShape
 
 pytestmark = pytest.mark.cuda
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cuda
 def test_contestants_compute_the_reference(place, form):
     if form == "fp8" and not chip_of(place).fp8:
         pytest.skip("this chip has no float8 matrix units")
-    case = Case(Experts("tiny", slots=3, D=256, F=128, top_k=2), form, tokens=9)
+    case = Case(ExpertShape("tiny", slots=3, D=256, F=128, top_k=2), form, tokens=9)
     found = contestants(case, place)
     assert len(found) == (4 if form == "half" else 2)
     for who in found:
@@ -28,12 +28,12 @@ def test_contestants_compute_the_reference(place, form):
 
 
 def test_layers_follow_each_other(place, monkeypatch):
-    """In both phases, by whoever is there; LMDeploy's kernels want a GPU."""
+    """In both phases, with rows copied and gathered; LMDeploy's kernels want a GPU."""
     monkeypatch.setattr("benchmarks.cuda.layer.DECODED", 3)
-    layers = Layers(None, Experts("tiny", slots=4, D=64, F=32, top_k=2), place)
+    layers = Layers(None, ExpertShape("tiny", slots=4, D=64, F=32, top_k=2), place)
     for tokens in (3, 4):
-        (call,) = layers.calls(tokens).values()
         with torch.inference_mode():
-            out_TD = call()
+            out_TD, gathered_TD = (call() for call in layers.calls(tokens).values())
         assert out_TD.shape == (tokens, 64)
         assert out_TD.isfinite().all()
+        assert torch.equal(out_TD, gathered_TD)

@@ -13,10 +13,14 @@ from tests.helpers.dense import swiglu, tolerance
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from benchmarks.cuda.cases import gathering
 from epbackend.kernels.triton import expert_mlp as products
+from epbackend.kernels.triton import permute as permute_module
 from epbackend.kernels.triton.grouped_matmul import grouped_matmul
+from epbackend.kernels.triton.permute import TokenRows, permute
 from epbackend.kernels.triton.quantize import quantize_fp8, quantize_int8
 from epbackend.kernels.triton.tiles import Tile, chip_of, choose_tile, row_tiles
+from epbackend.kernels.triton.tuning import ExpertShape
 
 pytestmark = [
     pytest.mark.cuda,
@@ -124,6 +128,85 @@ def test_quantizers_read_only_counted_rows(place):
     restored = int8.values_SK[:5].float() * int8.scale_S[:5, None]
     torch.testing.assert_close(restored, rows[:5].float(), rtol=0, atol=float(rows[:5].abs().max()) / 127)
     assert restored[1].count_nonzero() == 0
+
+
+def left_in_place(place, width, dtype=torch.float16):
+    """(tokens, rows left where they lie, counts); the garbage rows past the counts have choice -1."""
+    generator = torch.Generator().manual_seed(width)
+    hidden_TD = torch.randn(23, width, generator=generator).to(place, dtype)
+    slot_ids_TK = torch.randint(-1, 4, (23, 2), generator=generator).to(place)  # -1 and 3 are other ranks'
+    permuted = permute(hidden_TD, slot_ids_TK, 3, copy=False)
+    return hidden_TD, permuted.rows_SD, permuted.counts_L
+
+
+def plainly_copied(rows: TokenRows) -> torch.Tensor:
+    """rows_SD, in plain torch."""
+    return rows.hidden_TD.index_select(0, rows.choice_of_row_S.clamp(min=0) // rows.top_k)
+
+
+@pytest.mark.parametrize("width", [32, 40, 7])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("tma", [False, True], ids=["pointer", "tma"])
+def test_rows_left_in_place_give_what_their_copies_give(place, width, gated, tma):
+    _, rows, counts_L = left_in_place(place, width)
+    valid = int(counts_L.sum())
+    assert 0 < valid < len(rows)
+    weights = draw(place, [1, 1, 1], width, 34, torch.float16)[1]
+    tile = Tile(**{**vars(SMALL), "tma": tma})
+    schedule = row_tiles(counts_L, len(rows), tile.rows)
+    both = [
+        grouped_matmul(each, weights, schedule, tile, chip_of(place), gated=gated, dtype=torch.float16)
+        for each in (rows, plainly_copied(rows))
+    ]
+    assert torch.equal(both[0][:valid], both[1][:valid])
+    assert torch.equal(rows.copied()[:valid], plainly_copied(rows)[:valid])
+
+
+def test_quantizers_read_rows_in_place(place):
+    _, rows, counts_L = left_in_place(place, 2 * BLOCK, torch.bfloat16)
+    schedule, valid = row_tiles(counts_L, len(rows), 16), int(counts_L.sum())
+    found, expected = quantize_int8(rows, schedule), quantize_int8(plainly_copied(rows), schedule)
+    assert torch.equal(found.values_SK[:valid], expected.values_SK[:valid])
+    assert torch.equal(found.scale_S[:valid], expected.scale_S[:valid])
+    if chip_of(place).fp8:
+        found, expected = quantize_fp8(rows, schedule), quantize_fp8(plainly_copied(rows), schedule)
+        assert torch.equal(
+            found.values_SK.view(torch.uint8)[:valid], expected.values_SK.view(torch.uint8)[:valid]
+        )
+        assert torch.equal(found.scale_BS[:, :valid], expected.scale_BS[:, :valid])
+
+
+@pytest.mark.parametrize("form", ["half", "int8", "fp8"])
+@pytest.mark.parametrize("most_choices", [2048, 4], ids=["few", "many"])
+def test_a_layer_copies_no_row_that_its_plan_reads_in_place(cuda, place, monkeypatch, form, most_choices):
+    """From its second call on; the answers are the same."""
+    if form == "fp8" and not chip_of(place).fp8:
+        pytest.skip("this chip has no float8 matrix units")
+    monkeypatch.setattr(permute_module, "MOST_CHOICES", most_choices)
+    kernels, tokens = cuda.kernel_set("triton"), 5
+    shape = ExpertShape("small", slots=3, D=BLOCK, F=BLOCK, top_k=2)
+    weights = ExpertWeights(*shape.weights(form, place))
+    hidden_TD = torch.randn(tokens, BLOCK, device=place).bfloat16()
+    slot_ids_TK, weights_TK = (
+        torch.rand(tokens, 4, device=place).topk(2).indices,
+        torch.rand(tokens, 2, device=place),
+    )
+    rows, sums = [], []
+    with gathering():
+        for _ in range(2):
+            permuted = kernels.permute(hidden_TD, slot_ids_TK, 3, expected=9)
+            rows.append(permuted.rows_SD)
+            out_SD = kernels.expert_mlp(permuted.rows_SD, permuted.counts_L, weights, 9)
+            sums.append(kernels.weighted_sums(out_SD, permuted, weights_TK, torch.bfloat16))
+    assert [isinstance(each, TokenRows) for each in rows] == [False, True]
+    assert torch.equal(*sums)
+    if form == "half":  # other weights, whose plan wants copies
+        other = ExpertWeights(*shape.weights(form, place))
+        given = kernels.permute(hidden_TD, slot_ids_TK, 3, expected=9)
+        out_SD = kernels.expert_mlp(given.rows_SD, given.counts_L, other, 9)
+        copied = cuda.kernel_set("triton").expert_mlp(rows[0], given.counts_L, other, 9)
+        valid = int(given.counts_L.sum())
+        assert torch.equal(out_SD[:valid], copied[:valid])
 
 
 def test_tiles_are_chosen_by_expected_rows(kernels, place, monkeypatch):

@@ -193,7 +193,7 @@ class _Spy:
     def __getattr__(self, name: str):
         return getattr(self._kernels, name)
 
-    def permute(self, hidden_TD, slot_ids_TK, slots, window=None) -> Permuted:
+    def permute(self, hidden_TD, slot_ids_TK, slots, window=None, expected=None) -> Permuted:
         permuted = self._kernels.permute(hidden_TD, slot_ids_TK, slots, window)
         self.most_rows = max(self.most_rows, len(permuted.rows_SD))
         garbage = permuted.rows_SD.new_full((2, hidden_TD.shape[1]), torch.nan)

@@ -65,7 +65,12 @@ class CpuKernels(ReferenceKernels):
         return packed.choice.layout if isinstance(packed, Packed) else super().slot_layout(packed)
 
     def permute(
-        self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+        self,
+        hidden_TD: Tensor,
+        slot_ids_TK: Tensor,
+        slots: int,
+        window: tuple[int, int] | None = None,
+        expected: int | None = None,
     ) -> Permuted:
         """As the reference, by NumPy, whose calls on few numbers take less time than torch's."""
         choices = slot_ids_TK.shape[1]

@@ -117,7 +117,12 @@ class NpuKernels(TorchSplits, TorchQuantization, SlotMemory):
         return (slot_ids_TK.reshape(-1, 1) == slots_L).sum(0)
 
     def permute(
-        self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+        self,
+        hidden_TD: Tensor,
+        slot_ids_TK: Tensor,
+        slots: int,
+        window: tuple[int, int] | None = None,
+        expected: int | None = None,
     ) -> Permuted:
         """Returns T * K rows, or with a window as many as the window is wide."""
         ids_TK = _or_last(slot_ids_TK, slots)

@@ -19,6 +19,7 @@ from epbackend.kernels import ExpertWeights
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.triton.grouped_matmul import GroupedMatmul, Rows, silu_and_mul
 from epbackend.kernels.triton.launch import cdiv, named_launch
+from epbackend.kernels.triton.permute import TokenRows, source_of
 from epbackend.kernels.triton.quantize import Fp8Tokens, quantize_fp8, quantize_int8
 from epbackend.kernels.triton.tiles import (
     Chip,
@@ -74,21 +75,32 @@ class ExpertMlp:
         )
         self._down = ExpertProduct(chip, weights.down, weights.down_bias_LD, gated=False)
 
+    def gathers(self, expected: int) -> bool:
+        """Whether so many rows are best left where they are, as `TokenRows`."""
+        return self._gate_up.gathers(expected)
+
     def __call__(
-        self, rows_SD: Tensor, counts_L: Tensor, expected: int | None = None, total_L: Tensor | None = None
+        self,
+        rows: Tensor | TokenRows,
+        counts_L: Tensor,
+        expected: int | None = None,
+        total_L: Tensor | None = None,
     ) -> Tensor:
         """rows_SD; see `epbackend.kernels.Kernels.expert_mlp`."""
-        rows = len(rows_SD)
-        matmul, tile_rows = self._gate_up.cut(rows if expected is None else expected)
-        schedule = row_tiles(counts_L, rows, tile_rows, total_L)
-        hidden = self._gate_up.multiply(matmul, rows_SD, schedule, rows_SD.dtype)
+        count, dtype = len(rows), source_of(rows)[0].dtype
+        expected = count if expected is None else expected
+        matmul, tile = self._gate_up.cut(expected)
+        schedule = row_tiles(counts_L, count, tile.rows, total_L)
+        if isinstance(rows, TokenRows) and not self.gathers(expected):
+            rows = rows.copied()
+        hidden = self._gate_up.multiply(matmul, rows, schedule, dtype)
         if self._activation is not None:
             assert isinstance(hidden, Tensor)  # only a gated product is stored as float8
             hidden = self._activation(hidden)
-        matmul, tile_rows = self._down.cut(rows if expected is None else expected)
-        if tile_rows != schedule.block_rows:
-            schedule = row_tiles(counts_L, rows, tile_rows)
-        out_SD = self._down.multiply(matmul, hidden, schedule, rows_SD.dtype)
+        matmul, tile = self._down.cut(expected)
+        if tile.rows != schedule.block_rows:
+            schedule = row_tiles(counts_L, count, tile.rows)
+        out_SD = self._down.multiply(matmul, hidden, schedule, dtype)
         assert isinstance(out_SD, Tensor)
         return out_SD
 
@@ -110,10 +122,14 @@ class ExpertProduct:
         self._chip, self._experts, self._bias_LN, self._gated = chip, experts, bias_LN, gated
         self._depth = weight_values(experts).shape[2]
         self._by_tile: dict[Tile, GroupedMatmul] = {}
-        self._by_rows: dict[int, tuple[GroupedMatmul, int]] = {}
+        self._by_rows: dict[int, tuple[GroupedMatmul, Tile]] = {}
 
-    def cut(self, expected: int) -> tuple[GroupedMatmul, int]:
-        """The product for about so many rows, and the rows of its tile."""
+    def gathers(self, expected: int) -> bool:
+        """Whether about so many rows are best read where the tokens lie. What quantizes them does so at no cost."""
+        return not isinstance(self._experts, Tensor) or self.cut(expected)[1].gather
+
+    def cut(self, expected: int) -> tuple[GroupedMatmul, Tile]:
+        """The product for about so many rows, and its tile."""
         found = self._by_rows.get(expected)
         if found is None:
             tile = choose_tile(self._chip, Product.of(expected, self._experts, self._gated))
@@ -123,11 +139,15 @@ class ExpertProduct:
                 )
             if len(self._by_rows) >= MOST_CUTS:
                 self._by_rows.clear()
-            found = self._by_rows[expected] = self._by_tile[tile], tile.rows
+            found = self._by_rows[expected] = self._by_tile[tile], tile
         return found
 
     def multiply(
-        self, matmul: GroupedMatmul, rows: Tensor | Fp8Tokens, schedule: Schedule, dtype: torch.dtype
+        self,
+        matmul: GroupedMatmul,
+        rows: Tensor | TokenRows | Fp8Tokens,
+        schedule: Schedule,
+        dtype: torch.dtype,
     ) -> Tensor | Fp8Tokens:
         """The product in `dtype`, or gated as float8 where the experts are.
 
@@ -136,7 +156,7 @@ class ExpertProduct:
         """
         experts = self._experts
         matching: Rows = rows
-        values_SK = rows if isinstance(rows, Tensor) else rows.values_SK
+        values_SK = rows.values_SK if isinstance(rows, Fp8Tokens) else source_of(rows)[0]
         if values_SK.shape[1] != self._depth:
             raise ConfigError(f"rows are {values_SK.shape[1]} wide, but the experts take {self._depth}")
         if isinstance(experts, Tensor):
@@ -144,15 +164,10 @@ class ExpertProduct:
                 raise ConfigError(
                     f"rows are {values_SK.dtype} and experts {experts.dtype}; load the model in one dtype"
                 )
-        elif isinstance(rows, Tensor):
-            matching = _quantized(rows, experts, schedule)
+        elif not isinstance(rows, Fp8Tokens):
+            quantize = quantize_fp8 if isinstance(experts, Fp8Blocks) else quantize_int8
+            matching = quantize(rows, schedule)
         return matmul(matching, schedule, dtype)
-
-
-def _quantized(rows_SK: Tensor, experts: Experts, schedule: Schedule) -> Rows:
-    """The rows, quantized as the experts are."""
-    by = quantize_fp8 if isinstance(experts, Fp8Blocks) else quantize_int8
-    return by(rows_SK, schedule)
 
 
 def check_same_format(gate_up: Experts, down: Experts) -> None:

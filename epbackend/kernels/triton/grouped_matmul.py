@@ -5,6 +5,8 @@ and huge groups cost what their rows cost, and nothing is read back to the host.
 are multiplied side by side and stored as silu(gate) * up: the wide intermediate never reaches memory. Float8 experts
 get it as float8, with a new scale for each 128 columns, so that the second product reads it as it is.
 
+Rows of the first product may be read where the tokens lie (`TokenRows`), by pointers, without a copy of them.
+
 From the inside out: blocks (loaded by the copy engine's descriptors, TMA, or by pointers; multiplied; stored), the
 inner loops that sum one tile along the depth (`sums`, `scaled_sums`), the kernel, and the call.
 
@@ -25,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.permute import TokenRows, places, source_of
 from epbackend.kernels.triton.quantize import Fp8Tokens, Int8Tokens, empty_fp8, to_fp8
 from epbackend.kernels.triton.tiles import INTERPRETED, Chip, Schedule, Tile
 from epbackend.kernels.weight_formats import Experts
@@ -73,6 +76,31 @@ def load_block(
         inside = (at_row < rows)[:, None] & (at_column < columns)[None, :]
         place = matrix + at_row.to(tl.int64)[:, None] * stride + at_column[None, :]
         block = tl.load(place, mask=inside, other=0.0)
+    return block
+
+
+@triton.jit
+def load_rows(
+    rows_SK,
+    choice_of_row_S,
+    place_M,
+    first,
+    depth,
+    S,
+    row_stride,
+    K: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_K] of the rows from `first` on; where their tokens are read, `place_M` says which."""
+    if choice_of_row_S is not None:
+        column = depth + tl.arange(0, BLOCK_K)
+        place = rows_SK + place_M[:, None] * row_stride + column[None, :]
+        # Without a mask where none is needed: it would be computed for each copy.
+        block = tl.load(place) if K % BLOCK_K == 0 else tl.load(place, mask=(column < K)[None, :], other=0.0)
+    else:
+        block = load_block(rows_SK, first, depth, S, K, row_stride, BLOCK_M, BLOCK_K, TMA)
     return block
 
 
@@ -127,10 +155,12 @@ def store_block(out_SN, values_MN, row_M, end, column_N, N):
 @triton.jit
 def sums(
     rows_SK,
+    choice_of_row_S,
     weight_HK,
     slot,
     column,
     first,
+    end,
     S,
     H,
     row_stride,
@@ -138,6 +168,7 @@ def sums(
     K: tl.constexpr,
     GATED: tl.constexpr,
     TMA: tl.constexpr,
+    TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -148,10 +179,14 @@ def sums(
     Gate and up are one product twice as wide, for which the matrix units read each block of rows once. Without GATED
     up_MN is not used.
     """
+    row_M = first + tl.arange(0, BLOCK_M)
+    place_M = places(choice_of_row_S, row_M, row_M < end, TOP_K)
     if GATED:
         both_MN = tl.zeros((BLOCK_M, 2 * BLOCK_N), DTYPE)
         for depth in range(0, K, BLOCK_K):
-            row_block = load_block(rows_SK, first, depth, S, K, row_stride, BLOCK_M, BLOCK_K, TMA)
+            row_block = load_rows(
+                rows_SK, choice_of_row_S, place_M, first, depth, S, row_stride, K, TMA, BLOCK_M, BLOCK_K
+            )
             pair = load_pair(weight_HK, slot, column, depth, N, K, BLOCK_N, BLOCK_K, TMA)
             both_MN = multiply(row_block, pair, both_MN)
         sum_MN, up_MN = tl.split(tl.permute(tl.reshape(both_MN, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
@@ -159,7 +194,9 @@ def sums(
         sum_MN = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
         up_MN = sum_MN
         for depth in range(0, K, BLOCK_K):
-            row_block = load_block(rows_SK, first, depth, S, K, row_stride, BLOCK_M, BLOCK_K, TMA)
+            row_block = load_rows(
+                rows_SK, choice_of_row_S, place_M, first, depth, S, row_stride, K, TMA, BLOCK_M, BLOCK_K
+            )
             block = load_block(weight_HK, slot * N + column, depth, H, K, K, BLOCK_N, BLOCK_K, TMA)
             sum_MN = multiply(row_block, block, sum_MN)
     return sum_MN, up_MN
@@ -211,8 +248,8 @@ def scaled_sums(
     return sum_MN, up_MN
 
 
-Rows = Tensor | Fp8Tokens | Int8Tokens
-"""The rows that come in, quantized as the experts are."""
+Rows = Tensor | TokenRows | Fp8Tokens | Int8Tokens
+"""The rows that come in, quantized as the experts are; experts that are not can read tokens where they lie."""
 
 
 class GroupedMatmul:
@@ -269,8 +306,13 @@ class GroupedMatmul:
             schedule: Which rows each tile multiplies; its tiles have as many rows as this product's.
             dtype: Of the output, unless it is float8.
         """
-        values_SK, row_scale = _parts(rows)
-        count, device = values_SK.shape[0], values_SK.device
+        choice_of_row_S, top_k = None, 1
+        if isinstance(rows, Tensor | TokenRows):
+            (values_SK, choice_of_row_S, top_k), row_scale = source_of(rows), None
+        else:
+            values_SK, row_scale = _parts(rows)
+        count = len(values_SK) if choice_of_row_S is None else len(choice_of_row_S)
+        device = values_SK.device
         out: Tensor | Fp8Tokens
         if self._to_fp8:
             out = empty_fp8(count, self._columns, device)
@@ -279,9 +321,11 @@ class GroupedMatmul:
         if count == 0:
             return out
         out_SN, out_scale_BS = _parts(out)
-        tma = self._tma and aligned(values_SK)
+        gather = choice_of_row_S is not None
+        tma = self._tma and (gather or aligned(values_SK))
         self._by_tma[tma](
-            rows_SK=matrix(values_SK, self._block, tma),
+            rows_SK=matrix(values_SK, self._block, tma and not gather),
+            choice_of_row_S=choice_of_row_S,
             row_scale=row_scale,
             out_SN=out_SN,
             out_scale_BS=out_scale_BS,
@@ -289,6 +333,7 @@ class GroupedMatmul:
             total_1=schedule.total_1,
             S=count,
             row_stride=values_SK.stride(0),
+            TOP_K=top_k,
             **self._options,
         )
         return out
@@ -309,7 +354,7 @@ def grouped_matmul(
     return GroupedMatmul(experts, tile, chip, gated=gated, bias_LN=bias_LN)(rows, schedule, dtype)
 
 
-def _parts(given: Rows | Experts) -> tuple[Tensor, Tensor | None]:
+def _parts(given: Tensor | Fp8Tokens | Int8Tokens | Experts) -> tuple[Tensor, Tensor | None]:
     """The values, and their scales if they have any."""
     match given:
         case Fp8Tokens():
@@ -327,6 +372,7 @@ def _parts(given: Rows | Experts) -> tuple[Tensor, Tensor | None]:
 @triton.jit(do_not_specialize=["S"])
 def _grouped_matmul(
     rows_SK,
+    choice_of_row_S,
     weight_HK,
     row_scale,
     weight_scale,
@@ -344,6 +390,7 @@ def _grouped_matmul(
     INT8: tl.constexpr,
     GATED: tl.constexpr,
     TMA: tl.constexpr,
+    TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -353,7 +400,8 @@ def _grouped_matmul(
 ):
     """Tiles [BLOCK_M, BLOCK_N] of out_SN, from this program's number on in steps of the number of programs.
 
-    Float8: BLOCK_K is 128, BLOCK_N at most 128, with GATED exactly 128.
+    With `choice_of_row_S` rows_SK are tokens of TOP_K choices each. Float8: BLOCK_K is 128, BLOCK_N at most 128, with
+    GATED exactly 128.
     """
     HEIGHT: tl.constexpr = 2 * N if GATED else N
     row_tiles = tl.load(total_1)
@@ -374,8 +422,8 @@ def _grouped_matmul(
             )  # fmt: skip
         else:
             sum_MN, up_MN = sums(
-                rows_SK, weight_HK, slot, column, first, S, H, row_stride,
-                N, K, GATED, TMA, BLOCK_M, BLOCK_N, BLOCK_K, tl.int32 if INT8 else tl.float32,
+                rows_SK, choice_of_row_S, weight_HK, slot, column, first, end, S, H, row_stride,
+                N, K, GATED, TMA, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, tl.int32 if INT8 else tl.float32,
             )  # fmt: skip
         row_M = first + tl.arange(0, BLOCK_M)
         column_N = column + tl.arange(0, BLOCK_N)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epbackend.errors import ConfigError
-from epbackend.kernels import ExpertWeights, Permuted
+from epbackend.kernels import ExpertWeights, Permuted, Rows
 from epbackend.kernels.fp8 import FP8
 from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.reference import TorchQuantization
@@ -18,6 +18,7 @@ from epbackend.kernels.triton import expert_mlp, permute, quantize
 from epbackend.kernels.triton.even_split import EvenSplit
 from epbackend.kernels.triton.expert_mlp import ExpertMlp, ExpertProduct
 from epbackend.kernels.triton.level_split import level_split
+from epbackend.kernels.triton.permute import source_of
 from epbackend.kernels.triton.tiles import Chip, chip_of, row_tiles
 from epbackend.kernels.weight_formats import Experts, Matrices, SlotMemory, stacked
 
@@ -36,9 +37,18 @@ class TritonKernels(TorchQuantization, SlotMemory):
         return permute.count(slot_ids_TK, slots)
 
     def permute(
-        self, hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+        self,
+        hidden_TD: Tensor,
+        slot_ids_TK: Tensor,
+        slots: int,
+        window: tuple[int, int] | None = None,
+        expected: int | None = None,
     ) -> Permuted:
-        return permute.permute(hidden_TD, slot_ids_TK, slots, window)
+        copy = True
+        if expected is not None and self._planned is not None:
+            first, last = window or (0, slot_ids_TK.numel())
+            copy = not self._planned.gathers(min(expected, slot_ids_TK.numel() - first, last - first))
+        return permute.permute(hidden_TD, slot_ids_TK, slots, window, copy=copy)
 
     def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
         permute.unpermute(rows_SD, choice_of_row_S, weights_TK, out_TD)
@@ -80,16 +90,16 @@ class TritonKernels(TorchQuantization, SlotMemory):
         self, rows_SK: Tensor, packed: Experts, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
         product = ExpertProduct(self._chip_of(rows_SK), packed, bias_LN, gated=False)
-        matmul, tile_rows = product.cut(len(rows_SK))
+        matmul, tile = product.cut(len(rows_SK))
         rows_SN = product.multiply(
-            matmul, rows_SK, row_tiles(counts_L, len(rows_SK), tile_rows), rows_SK.dtype
+            matmul, rows_SK, row_tiles(counts_L, len(rows_SK), tile.rows), rows_SK.dtype
         )
         assert isinstance(rows_SN, Tensor)
         return rows_SN
 
     def expert_mlp(
         self,
-        rows_SD: Tensor,
+        rows_SD: Rows,
         counts_L: Tensor,
         weights: ExpertWeights,
         expected: int | None = None,
@@ -98,7 +108,7 @@ class TritonKernels(TorchQuantization, SlotMemory):
         planned = self._planned
         if planned is None or planned.weights is not weights:
             # Every layer has kernels of its own (`Device.kernel_set`), so that one plan is enough.
-            planned = self._planned = ExpertMlp(self._chip_of(rows_SD), weights)
+            planned = self._planned = ExpertMlp(self._chip_of(source_of(rows_SD)[0]), weights)
         return planned(rows_SD, counts_L, expected, total_L)
 
     def even_split(

@@ -9,7 +9,8 @@
 
 Nothing is read back to the host, so there are as many rows as there may be choices; those past the counts have choice
 -1. A batch of up to MOST_CHOICES takes one launch, in which every program counts all choices for itself instead of
-waiting for others; a larger one takes four.
+waiting for others; a larger one takes four. Where the first product reads its rows by their tokens, they are sorted and
+not copied (`TokenRows`).
 
 `unpermute` is a weighted sum for each token, in float32 and always in the order of the token's choices. Each token
 looks its own rows up, so no two programs add to the same place and no atomics are needed:
@@ -22,6 +23,8 @@ Shapes: T tokens, K choices of a token, D hidden size, L slots, S choices or row
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -83,6 +86,57 @@ def store_choices(choice_of_row_S, row_of_choice_S, slot, choice, S, row, rows, 
     tl.store(choice_of_row_S + choice, -1, mask=(first + choice >= rows) & (first + choice < last))
     return ours
 
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows that are not copied: row s is hidden_TD[choice_of_row_S[s] // top_k], or garbage where the choice is -1."""
+
+    hidden_TD: Tensor
+    choice_of_row_S: Tensor
+    top_k: int
+
+    def __len__(self) -> int:
+        return len(self.choice_of_row_S)
+
+    def copied(self) -> Tensor:
+        """rows_SD; one launch, which leaves garbage unwritten."""
+        hidden_TD, rows = self.hidden_TD, len(self)
+        width = hidden_TD.shape[1]
+        rows_SD = hidden_TD.new_empty(rows, width)
+        if rows:
+            _copy_rows[(cdiv(rows, COPIED_ROWS), cdiv(width, COPIED_COLUMNS))](
+                hidden_TD=hidden_TD,
+                choice_of_row_S=self.choice_of_row_S,
+                rows_SD=rows_SD,
+                S=rows,
+                token_stride=hidden_TD.stride(0),
+                D=width,
+                K=self.top_k,
+                ROWS=COPIED_ROWS,
+                COLUMNS=COPIED_COLUMNS,
+            )
+        return rows_SD
+
+
+def source_of(rows: Tensor | TokenRows) -> tuple[Tensor, Tensor | None, int]:
+    """What a kernel reads rows from, and how `places` finds them there: the choice of each row, and K."""
+    if isinstance(rows, TokenRows):
+        return rows.hidden_TD, rows.choice_of_row_S, rows.top_k
+    return rows, None, 1
+
+
+@triton.jit
+def places(choice_of_row_S, row, valid, TOP_K: tl.constexpr):
+    """int64: where rows lie among what `source_of` gave; rows that are not valid lie anywhere."""
+    if choice_of_row_S is not None:
+        place = tl.load(choice_of_row_S + row, mask=valid, other=0) // TOP_K
+    else:
+        place = row.to(tl.int64)
+    return place
+
+
+COPIED_ROWS, COPIED_COLUMNS = 4, 1024
+"""The part of the hidden states that one program copies: 16 bytes a thread and load in half precision."""
 
 BLOCK = 128
 """Choices of one program. It compares each with each, so a small block is cheap and a large one is not."""
@@ -159,39 +213,50 @@ def _add_up_blocks(counts_BL, totals_L, blocks, slots, CHUNK: tl.constexpr):
 
 
 def permute(
-    hidden_TD: Tensor, slot_ids_TK: Tensor, slots: int, window: tuple[int, int] | None = None
+    hidden_TD: Tensor,
+    slot_ids_TK: Tensor,
+    slots: int,
+    window: tuple[int, int] | None = None,
+    *,
+    copy: bool = True,
 ) -> Permuted:
-    """See `kernels.Kernels.permute`. Rows: T * K, or with a `window` (first, last) at most last - first."""
+    """See `kernels.Kernels.permute`. Rows: T * K, or with a `window` (first, last) at most last - first.
+
+    Without `copy` they come as `TokenRows`.
+    """
     (tokens, top_k), width = slot_ids_TK.shape, hidden_TD.shape[1]
     ids_S = slot_ids_TK.contiguous().view(-1)
     first, last = window or (0, len(ids_S))
     rows = max(0, min(last, len(ids_S)) - first)
+    at_once = copy and len(ids_S) <= MOST_CHOICES
+    choice_of_row_S = torch.empty(rows, dtype=torch.int64, device=hidden_TD.device)
+    left = TokenRows(hidden_TD, choice_of_row_S, top_k)
     out = Permuted(
-        rows_SD=hidden_TD.new_empty(rows, width),
+        rows_SD=hidden_TD.new_empty(rows, width) if at_once else left,
         counts_L=torch.empty(slots, dtype=torch.int64, device=hidden_TD.device),
-        choice_of_row_S=torch.empty(rows, dtype=torch.int64, device=hidden_TD.device),
+        choice_of_row_S=choice_of_row_S,
         row_of_choice_S=torch.empty(len(ids_S), dtype=torch.int32, device=hidden_TD.device),
     )
     if tokens == 0:
         out.counts_L.zero_()
     elif len(ids_S) <= MOST_CHOICES:
-        _permute_in_one(hidden_TD, ids_S, top_k, first, out)
+        _sort_in_one(hidden_TD, ids_S, top_k, first, out)
     else:
-        _permute_in_four(hidden_TD, ids_S, top_k, first, out)
-    return out
+        _sort_in_three(ids_S, first, out)
+    return replace(out, rows_SD=left.copied()) if copy and not at_once else out
 
 
 FEW_BLOCK, FEW_COLUMNS = 16, 512
 """Choices of one program where all are sorted in one launch, and the columns that it copies at a time."""
 
 
-def _permute_in_one(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
+def _sort_in_one(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
     """Fill `out` with the rows from `first` on; for a decode step, where launches cost more than the work itself."""
-    slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
+    slots, rows, width = len(out.counts_L), len(out.choice_of_row_S), hidden_TD.shape[1]
     _permute_few[(cdiv(len(ids_S), FEW_BLOCK),)](
         hidden_TD=hidden_TD,
         ids_S=ids_S,
-        rows_SD=out.rows_SD,
+        rows_SD=None if isinstance(out.rows_SD, TokenRows) else out.rows_SD,
         counts_L=out.counts_L,
         choice_of_row_S=out.choice_of_row_S,
         row_of_choice_S=out.row_of_choice_S,
@@ -230,7 +295,7 @@ def _permute_few(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One block of choices; ALL is a power of two that holds all of them."""
+    """One block of choices; ALL is a power of two that holds all of them. Copies their tokens if `rows_SD` is given."""
     start = tl.program_id(0) * BLOCK
     each = tl.arange(0, ALL)
     every_slot = load_slots(ids_S, each, S, slots)
@@ -246,22 +311,19 @@ def _permute_few(
     ours = store_choices(
         choice_of_row_S, row_of_choice_S, slot, choice, S, row, tl.sum(totals), first, last, slots
     )
-    token = (choice // K).to(tl.int64)
-    for start_column in range(0, D, COLUMNS):
-        column = start_column + tl.arange(0, COLUMNS)
-        inside = ours[:, None] & (column < D)[None, :]
-        values = tl.load(hidden_TD + token[:, None] * token_stride + column[None, :], mask=inside)
-        target = rows_SD + (row - first).to(tl.int64)[:, None] * D + column[None, :]
-        tl.store(target, values, mask=inside)
+    if rows_SD is not None:
+        token = (choice // K).to(tl.int64)
+        for start_column in range(0, D, COLUMNS):
+            column = start_column + tl.arange(0, COLUMNS)
+            inside = ours[:, None] & (column < D)[None, :]
+            values = tl.load(hidden_TD + token[:, None] * token_stride + column[None, :], mask=inside)
+            target = rows_SD + (row - first).to(tl.int64)[:, None] * D + column[None, :]
+            tl.store(target, values, mask=inside)
 
 
-COPIED_ROWS, COPIED_COLUMNS = 4, 1024
-"""The part of the hidden states that one program copies: 16 bytes a thread and load in half precision."""
-
-
-def _permute_in_four(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, out: Permuted) -> None:
-    """Fill `out` with the rows from `first` on: count blocks, add the counts up, place the choices, copy the rows."""
-    slots, (rows, width) = len(out.counts_L), out.rows_SD.shape
+def _sort_in_three(ids_S: Tensor, first: int, out: Permuted) -> None:
+    """Fill `out` with the choices of the rows from `first` on: count blocks, add the counts up, place the choices."""
+    slots, rows = len(out.counts_L), len(out.choice_of_row_S)
     totals_L, before_BL = count_in_blocks(ids_S, slots)
     _place[(len(before_BL),)](
         ids_S=ids_S,
@@ -277,18 +339,6 @@ def _permute_in_four(hidden_TD: Tensor, ids_S: Tensor, top_k: int, first: int, o
         LANES=next_power_of_2(slots + 1),
         BLOCK=BLOCK,
     )
-    if rows:
-        _copy_rows[(cdiv(rows, COPIED_ROWS), cdiv(width, COPIED_COLUMNS))](
-            hidden_TD=hidden_TD,
-            choice_of_row_S=out.choice_of_row_S,
-            rows_SD=out.rows_SD,
-            S=rows,
-            token_stride=hidden_TD.stride(0),
-            D=width,
-            K=top_k,
-            ROWS=COPIED_ROWS,
-            COLUMNS=COPIED_COLUMNS,
-        )
 
 
 @named_launch

@@ -1,7 +1,8 @@
 """Rows in 8 bits: float8 with a scale for each 128 values, int8 with one for each row.
 
 `quantize_fp8` and `quantize_int8` serve the products of quantized experts: they read only the rows that the counts
-cover, so that the rest of a padded buffer costs nothing. `quantize` and `dequantize` are those of
+cover, so that the rest of a padded buffer costs nothing; and they read `TokenRows` where the tokens lie, which spares
+copying the rows first. `quantize` and `dequantize` are those of
 `epbackend.kernels.Kernels`, for rows that travel between ranks, and may read and write views of wider rows.
 
 Shapes: S rows, K their width; T tokens, D their width; B scales of a row; M rows of a block of them.
@@ -19,6 +20,7 @@ from torch import Tensor
 from epbackend.errors import ConfigError
 from epbackend.kernels.fp8 import BLOCK, FP8
 from epbackend.kernels.triton.launch import cdiv, named_launch, next_power_of_2
+from epbackend.kernels.triton.permute import TokenRows, places, source_of
 from epbackend.kernels.triton.tiles import INTERPRETED, Schedule, chip_of, covered_rows
 
 FP8_ROWS = 32
@@ -57,40 +59,46 @@ def empty_fp8(rows: int, width: int, device: torch.device) -> Fp8Tokens:
     return Fp8Tokens(values_SK, torch.empty(width // BLOCK, rows, dtype=torch.float32, device=device))
 
 
-def quantize_fp8(rows_SK: Tensor, schedule: Schedule) -> Fp8Tokens:
-    """`rows_SK` with one scale for each 128 values of a row."""
-    rows, width = rows_SK.shape
-    out = empty_fp8(rows, width, rows_SK.device)
-    if rows:
-        _quantize_fp8[(cdiv(rows, FP8_ROWS), width // BLOCK)](
-            rows_SK=rows_SK,
+def quantize_fp8(rows: Tensor | TokenRows, schedule: Schedule) -> Fp8Tokens:
+    """rows_SK with one scale for each 128 values of a row."""
+    (source, choice_of_row_S, top_k), count = source_of(rows), len(rows)
+    width = source.shape[1]
+    out = empty_fp8(count, width, source.device)
+    if count:
+        _quantize_fp8[(cdiv(count, FP8_ROWS), width // BLOCK)](
+            source=source,
+            choice_of_row_S=choice_of_row_S,
             values_SK=out.values_SK,
             scale_BS=out.scale_BS,
             tiles_M3=schedule.tiles_M3,
             total_1=schedule.total_1,
-            S=rows,
-            row_stride=rows_SK.stride(0),
+            S=count,
+            row_stride=source.stride(0),
             K=width,
+            TOP_K=top_k,
             ROWS=FP8_ROWS,
             BLOCK=BLOCK,
         )
     return out
 
 
-def quantize_int8(rows_SK: Tensor, schedule: Schedule) -> Int8Tokens:
-    """`rows_SK` with one scale a row."""
-    rows, width = rows_SK.shape
-    values_SK = torch.empty(rows, width, dtype=torch.int8, device=rows_SK.device)
-    scale_S = torch.empty(rows, dtype=torch.float32, device=rows_SK.device)
-    if rows:
-        _quantize_int8[(rows,)](
-            rows_SK=rows_SK,
+def quantize_int8(rows: Tensor | TokenRows, schedule: Schedule) -> Int8Tokens:
+    """rows_SK with one scale a row."""
+    (source, choice_of_row_S, top_k), count = source_of(rows), len(rows)
+    width = source.shape[1]
+    values_SK = torch.empty(count, width, dtype=torch.int8, device=source.device)
+    scale_S = torch.empty(count, dtype=torch.float32, device=source.device)
+    if count:
+        _quantize_int8[(count,)](
+            source=source,
+            choice_of_row_S=choice_of_row_S,
             values_SK=values_SK,
             scale_S=scale_S,
             tiles_M3=schedule.tiles_M3,
             total_1=schedule.total_1,
-            row_stride=rows_SK.stride(0),
+            row_stride=source.stride(0),
             K=width,
+            TOP_K=top_k,
             WIDTH=next_power_of_2(width),
             num_warps=8,
         )
@@ -129,7 +137,8 @@ def round_to_int8(scaled):
 @named_launch
 @triton.jit(do_not_specialize=["S"])
 def _quantize_fp8(
-    rows_SK,
+    source,
+    choice_of_row_S,
     values_SK,
     scale_BS,
     tiles_M3,
@@ -137,6 +146,7 @@ def _quantize_fp8(
     S,
     row_stride,
     K: tl.constexpr,
+    TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -145,7 +155,8 @@ def _quantize_fp8(
     block = tl.program_id(1)
     column_N = block * BLOCK + tl.arange(0, BLOCK)
     ours_M = row_M < covered_rows(tiles_M3, total_1)
-    place = rows_SK + row_M.to(tl.int64)[:, None] * row_stride + column_N[None, :]
+    at_M = places(choice_of_row_S, row_M, ours_M, TOP_K)
+    place = source + at_M[:, None] * row_stride + column_N[None, :]
     values_MN, scale_M = to_fp8(tl.load(place, mask=ours_M[:, None], other=0).to(tl.float32))
     tl.store(values_SK + row_M.to(tl.int64)[:, None] * K + column_N[None, :], values_MN, mask=ours_M[:, None])
     tl.store(scale_BS + block.to(tl.int64) * S + row_M, scale_M, mask=ours_M)
@@ -154,13 +165,23 @@ def _quantize_fp8(
 @named_launch
 @triton.jit
 def _quantize_int8(
-    rows_SK, values_SK, scale_S, tiles_M3, total_1, row_stride, K: tl.constexpr, WIDTH: tl.constexpr
+    source,
+    choice_of_row_S,
+    values_SK,
+    scale_S,
+    tiles_M3,
+    total_1,
+    row_stride,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """One row; WIDTH is a power of two that holds it."""
     row = tl.program_id(0).to(tl.int64)
     if row < covered_rows(tiles_M3, total_1):
         column = tl.arange(0, WIDTH)
-        values = tl.load(rows_SK + row * row_stride + column, mask=column < K, other=0).to(tl.float32)
+        at = places(choice_of_row_S, row, row >= 0, TOP_K)
+        values = tl.load(source + at * row_stride + column, mask=column < K, other=0).to(tl.float32)
         scale = int8_scale(tl.max(tl.abs(values)))
         tl.store(values_SK + row * K + column, round_to_int8(values / scale), mask=column < K)
         tl.store(scale_S + row, scale)

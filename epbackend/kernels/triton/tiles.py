@@ -99,6 +99,8 @@ class Tile:
     """Let some warps load and others multiply (Hopper with Triton 3.6)."""
     flatten: bool = False
     """Make one loop of tiles and depth, so that the next tile loads while this one ends."""
+    gather: bool = False
+    """Of a gated product in half precision: read its rows where the tokens lie, by pointers, so that none is copied."""
 
     def constants(self) -> dict[str, Any]:
         """The arguments that every grouped matmul takes, beside the compiler's `num_warps` and `num_stages`."""

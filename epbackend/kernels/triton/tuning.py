@@ -4,6 +4,9 @@ Candidates are compiled first, on all cores; those that spill or do not fit are 
 with that of the tile in use before it is timed. Times are those of calls captured in a CUDA graph, each with other
 data, the median of many replays.
 
+The first product in half precision can read its rows where the tokens lie, or from a copy (`Tile.gather`). So it is
+timed with the sort before it, which copies or does not.
+
 In order: timing, the case (one product with its data), the candidates, the search.
 """
 
@@ -13,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from itertools import product
@@ -30,6 +33,7 @@ from epbackend.kernels.fp8 import BLOCK, FP8, Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.compile_info import compiling_for, resources
 from epbackend.kernels.triton.grouped_matmul import grouped_matmul
+from epbackend.kernels.triton.permute import permute
 from epbackend.kernels.triton.quantize import quantize_fp8, quantize_int8
 from epbackend.kernels.triton.tiles import (
     Chip,
@@ -90,6 +94,8 @@ class ExpertShape:
     slots: int
     D: int
     F: int
+    top_k: int = 1
+    """Choices of a token that fall on this GPU, about."""
 
     def weights(self, weight_format: str, device: torch.device) -> tuple[Experts, Experts]:
         """(gate_up, down), random, in a weight format."""
@@ -116,9 +122,11 @@ class Data:
     """The arguments of one product."""
 
     rows: Any
-    """rows_SK, quantized as the experts are."""
+    """rows_SK, quantized as the experts are; or hidden_TD, with `slot_ids_TK`."""
     experts: Any
     counts_L: Tensor
+    slot_ids_TK: Tensor | None = None
+    """Of a first product that is timed with the sort."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,14 @@ class TuningCase:
 
     def draw(self, device: torch.device) -> Data:
         """Random data; on "meta" the shapes alone."""
-        product = self.product
+        product, experts = self.product, self.experts
+        packed = experts.weights(self.weight_format, device)[0 if self.gated else 1]
+        if self.weight_format == "half" and self.gated:
+            tokens = max(1, product.rows // experts.top_k)
+            ids_TK = torch.rand(tokens, product.slots, device=device).topk(experts.top_k).indices
+            counts_L = torch.empty(product.slots, dtype=torch.int64, device=device)  # the sort counts
+            hidden_TD = torch.randn(tokens, product.depth, dtype=torch.bfloat16, device=device)
+            return Data(hidden_TD, packed, counts_L, ids_TK)
         rows_SK = torch.randn(product.rows, product.depth, dtype=torch.bfloat16, device=device)
         slot_S = torch.randint(product.slots, (product.rows,), device=device)
         counts_L = torch.zeros(product.slots, dtype=torch.int64, device=device)
@@ -168,16 +183,17 @@ class TuningCase:
         quantize = {"half": lambda rows, _: rows, "fp8": quantize_fp8, "int8": quantize_int8}[
             self.weight_format
         ]
-        experts = self.experts.weights(self.weight_format, device)[0 if self.gated else 1]
-        return Data(quantize(rows_SK, schedule), experts, counts_L)
+        return Data(quantize(rows_SK, schedule), packed, counts_L)
 
     def run(self, data: Data, tile: Tile, chip: Chip | None = None) -> Tensor:
-        """The schedule and the product."""
+        """The sort where it is timed, the schedule and the product."""
         chip = chip or chip_of(data.counts_L.device)
-        schedule = row_tiles(data.counts_L, self.rows, tile.rows)
-        out = grouped_matmul(
-            data.rows, data.experts, schedule, tile, chip, gated=self.gated, dtype=torch.bfloat16
-        )
+        rows, counts_L = data.rows, data.counts_L
+        if data.slot_ids_TK is not None:
+            permuted = permute(rows, data.slot_ids_TK, self.experts.slots, copy=not tile.gather)
+            rows, counts_L = permuted.rows_SD, permuted.counts_L
+        schedule = row_tiles(counts_L, self.rows, tile.rows)
+        out = grouped_matmul(rows, data.experts, schedule, tile, chip, gated=self.gated, dtype=torch.bfloat16)
         return out if isinstance(out, Tensor) else out.values_SK
 
 
@@ -205,6 +221,8 @@ def candidates(weight_format: str, gated: bool, family: Tile, chip: Chip) -> lis
         else compute_bound(weight_format, gated, family.rows, chip)
     )
     fitting = [tile for tile in found if _shared_bytes(tile, weight_format, gated) <= chip.shared_bytes]
+    if weight_format == "half" and gated:
+        fitting += [replace(tile, gather=True) for tile in [family, *fitting] if not tile.specialize]
     return list(dict.fromkeys([family, *fitting]))
 
 
