@@ -3,9 +3,10 @@
     python -m benchmarks.cuda.host [--tokens 1 512] [--lmdeploy FOLDER]
 
 Kernels are compiled for an H100 and launched into a driver that does nothing; tensors lie on the CPU, where torch's own
-operators run. "gathered" is our layer whose first product reads its rows where the tokens lie. The microseconds, of processor time, are those of Python and of torch on the way to the driver, on
-this machine: compare the two with each other. They take turns, and the least of many calls counts. What the driver's C
-functions take (a launch, the encoding of a TMA descriptor) is not in it.
+operators run. So the microseconds, of processor time, are those of Python and of torch on the way to the driver, on
+this machine: compare them with each other. All take turns, and the least of many calls counts. What the driver's C
+functions take (a launch, the encoding of a TMA descriptor) is not in it. "gathered" is our layer whose first product
+reads its rows where the tokens lie.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ def test_contestants_compute_the_reference(place, form):
 def test_layers_follow_each_other(place, monkeypatch):
     """In both phases, with rows copied and gathered; LMDeploy's kernels want a GPU."""
     monkeypatch.setattr("benchmarks.cuda.layer.DECODED", 3)
+    monkeypatch.setattr("benchmarks.cuda.layer.LAYERS", 2)
     layers = Layers(None, ExpertShape("tiny", slots=4, D=64, F=32, top_k=2), place)
     for tokens in (3, 4):
         with torch.inference_mode():
