@@ -1,10 +1,12 @@
-"""What the load report costs: host time behind a step of the engine, and throughput of the CPU engine with and without.
+"""What watching the experts costs a step: counting rows by phase, sending them to the host, the board of migrations.
 
     python -m benchmarks.step_cost                       # 58 layers of 256 experts on the CPU, then the engine
     python -m benchmarks.step_cost --place cuda          # the counters on a GPU
-    python -m benchmarks.step_cost --pairs 0             # host time alone
+    python -m benchmarks.step_cost --pairs 0             # host time and layers alone
 
-Wanted: `step` under 20 us, and under 1% between the engine's runs, which take turns (with, without, without, with).
+Wanted: `step` under 20 us, and under 1% between steps of all layers, or runs of the engine, with it and without. They
+take turns (with, without, without, with), and are compared by processor time. The layers are far smaller than a real
+model's with as many experts, so that what is measured is the most it can be.
 """
 
 from __future__ import annotations
@@ -14,19 +16,30 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 import epbackend
 from benchmarks.report import machine, print_table
+from epbackend.balance.board import PLACE
+from epbackend.balance.migration import Migrator
+from epbackend.dispatch.base import DispatchSettings, RankGroup
+from epbackend.dispatch.context import GroupContext
 from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats
 from epbackend.engines.lmdeploy.load.stats_writer import StatsWriter
-from epbackend.moe import LayerStats
+from epbackend.moe import ExpertParallelMoE, LayerStats
+from epbackend.names import Phase
+from epbackend.replica_split import SlotMap
 
 PROMPTS, NEW_TOKENS = 4, 32
+HIDDEN, WIDTH, TOP_K = 128, 64, 8
+STEPS: dict[Phase, int] = {"decode": 8, "prefill": 64}
+"""Tokens of a step of layers."""
 
 
 def main() -> None:
@@ -40,12 +53,16 @@ def main() -> None:
     parser.add_argument(
         "--pairs", type=int, default=40, help="runs of the engine with and without the report"
     )
+    parser.add_argument("--step-pairs", type=int, default=80, help="steps of all layers, watched and not")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(machine())
     print_table(
         f"host microseconds, {args.layers} layers of {args.experts} experts on {args.place}", host_rows(args)
     )
+    if args.place == "cpu":
+        title = f"a step of {args.layers} layers of {args.experts} experts, watched and not"
+        print_table(title, [layers_row(args, phase, tokens) for phase, tokens in STEPS.items()])
     if args.pairs:
         print_table(f"{args.model} on the CPU, with the report and without", [engine_row(args)])
 
@@ -61,6 +78,10 @@ def host_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         counters = writer._counters
         assert counters is not None
         rows = [
+            {
+                "what": "choosing the phase's counters, in all layers",
+                **times(lambda: [each.load.rows_on(each.place, "decode") for each in layers], args.place),
+            },
             {"what": "step, in the serving thread", **times(writer.step, args.place)},
             {
                 "what": "write down, in the thread beside",
@@ -73,12 +94,89 @@ def host_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def layers_row(args: argparse.Namespace, phase: Phase, tokens: int) -> dict[str, Any]:
+    """All that balance does on the serving path while nothing moves, beside layers that do not even count."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / 16
+
+    board, places = SharedStats(1), np.zeros(1, PLACE)
+    context, place = GroupContext(), torch.device("cpu")
+    gate_up, down = numbers(args.experts, 2 * WIDTH, HIDDEN), numbers(args.experts, HIDDEN, WIDTH)
+    hidden = numbers(tokens, HIDDEN)
+    ids = torch.rand(tokens, args.experts, generator=generator).argsort(1)[:, :TOP_K]
+    shares = torch.full((tokens, TOP_K), 1 / TOP_K)
+    layers = [
+        ExpertParallelMoE(
+            gate_up,
+            down,
+            slot_map=SlotMap.uniform(args.experts, 1),
+            ranks=RankGroup.single(),
+            settings=DispatchSettings(),
+            top_k=TOP_K,
+            layer=number,
+            context=context,
+        )
+        for number in range(args.layers)
+    ]
+    with mock.patch.dict(os.environ, {STATS_VARIABLE: board.variable}):
+        writer, migrator = StatsWriter(), Migrator(places, 0, place, 1 << 20)
+        for number, each in enumerate(layers):
+            writer.watch(0, number, each, place)
+            migrator.watch(number, each)
+
+        def step(watched: bool) -> float:
+            counts = nullcontext() if watched else mock.patch.object(LayerStats, "rows_on", _not_counted)
+            with counts:
+                began = time.thread_time()
+                if watched:
+                    migrator.begin_step()
+                for each in layers:
+                    each(hidden, ids, shares, phase)
+                if watched:
+                    writer.step()
+                return 1e3 * (time.thread_time() - began)
+
+        step(True), step(False)
+        pairs = []
+        for pair in range(args.step_pairs):
+            found = {watched: step(watched) for watched in ((True, False) if pair % 2 else (False, True))}
+            pairs.append((found[True], found[False]))
+        counted_L = torch.ones(args.experts, dtype=torch.int64)
+        parts = (
+            migrator.begin_step,
+            writer.step,
+            lambda: [each.load.rows_on(place, phase).add_(counted_L) for each in layers],
+        )
+        alone = sum(times(part)["best"] for part in parts)
+        writer.close()
+    migrator.close()
+    context.close()
+    board.remove()
+    ratios = [100 * (watched / bare - 1) for watched, bare in pairs]
+    quarters, usual = statistics.quantiles(ratios), statistics.median(bare for _, bare in pairs)
+    return {
+        "phase": phase,
+        "tokens": tokens,
+        "ms, not watched": usual,
+        "more, median of pairs": f"{quarters[1]:+.2f}%",
+        "its standard error": f"{0.93 * (quarters[2] - quarters[0]) / len(ratios) ** 0.5:.2f}%",
+        "the parts alone": f"{alone:.0f} us, {alone / usual / 10:.2f}%",
+    }
+
+
+def _not_counted(*_: Any) -> None:
+    """In place of `LayerStats.rows_on`, and as quick as it; a Mock is not."""
+
+
 def layer(experts: int, place: str) -> Any:
     """What the writer needs of an ExpertParallelMoE."""
     load = LayerStats(tuple(range(experts)), experts)
     load.add_call(passes=1, rounds=1)
     where = torch.zeros(1, device=place).device
-    return SimpleSpace(load=load, slot_map=SimpleNamespace(experts=experts), dispatchers={}, place=where)
+    slot_map, ranks = SimpleNamespace(experts=experts), SimpleNamespace(token_rank=0)
+    return SimpleSpace(load=load, slot_map=slot_map, ranks=ranks, dispatchers={}, top_k=TOP_K, place=where)
 
 
 class SimpleSpace(SimpleNamespace):

@@ -84,30 +84,33 @@ class LayerStats:
         """Calls from Python: a replayed CUDA graph makes none."""
         self.passes = Counter()
         self.rounds = Counter()
-        self.rows_L = torch.zeros(len(local_experts), dtype=torch.int64)
-        """Rows of each slot, on the experts' device from the first call on; replays of a CUDA graph count here."""
+        self.rows_2L = torch.zeros(2, len(local_experts), dtype=torch.int64)
+        """Rows of each slot in each of PHASES, on the experts' device from the first call on; replays of a CUDA graph
+        count here, in the phase that was captured."""
+        self._rows_of = _rows_by_phase(self.rows_2L)
         self._placed = False  # until the first call
-        self._experts_L, self._experts = torch.tensor(local_experts), experts
-        self.credit_E = torch.zeros(experts, dtype=torch.int64)
+        self._experts_L = torch.tensor(local_experts)
+        self.credit_2E = torch.zeros(2, experts, dtype=torch.int64)
         """Added to each expert's tokens: what slots counted for an expert that they no longer hold."""
         self.pairs: PairCounter | None = None
         """Where it is set, which experts tokens choose together is counted too."""
         self.work: ExpertWork | None = None
         """Where it is set, what the experts' products take is counted too."""
 
-    def count_in(self, rows_L: Tensor) -> None:
+    def count_in(self, rows_2L: Tensor) -> None:
         """Go on counting there, on the experts' device, so that one allocation can hold the rows of all layers.
 
         To be called before a CUDA graph is captured, which would go on counting in the old place.
         """
-        rows_L.copy_(self.rows_L)
-        self.rows_L, self._placed = rows_L, True
+        rows_2L.copy_(self.rows_2L)
+        self.rows_2L, self._rows_of, self._placed = rows_2L, _rows_by_phase(rows_2L), True
 
-    def rows_on(self, device: torch.device) -> Tensor:
-        """`rows_L` on the experts' device, for kernels that add a batch's counts in place, as graphs need it."""
+    def rows_on(self, device: torch.device, phase: str) -> Tensor:
+        """That phase's part of `rows_2L`, [L], for kernels that add a batch's counts in place, as graphs need it."""
         if not self._placed:
-            self.rows_L, self._placed = self.rows_L.to(device), True
-        return self.rows_L
+            self.rows_2L, self._placed = self.rows_2L.to(device), True
+            self._rows_of = _rows_by_phase(self.rows_2L)
+        return self._rows_of[phase]
 
     def add_call(self, passes: int, rounds: int) -> None:
         self.calls += 1
@@ -118,26 +121,31 @@ class LayerStats:
     def forgetting(self) -> Iterator[None]:
         """What is counted inside is forgotten; the counters stay where they are. Slots keep their experts meanwhile."""
         before = self.calls, replace(self.passes), replace(self.rounds)
-        rows_L = self.rows_L.clone()
+        rows_2L = self.rows_2L.clone()
         with nullcontext() if self.pairs is None else self.pairs.forgetting():
             yield
         self.calls, self.passes, self.rounds = before
-        self.rows_L.copy_(rows_L)
+        self.rows_2L.copy_(rows_2L)
 
     def replace_experts(self, local_experts: tuple[int, ...]) -> None:
         """From now on these experts are in the slots. What was counted, for which it waits, stays with the old ones."""
-        counted_E = self.tokens_E
+        counted_2E = self.tokens_2E
         self.local_experts, self._experts_L = local_experts, torch.tensor(local_experts)
-        self.credit_E = self.credit_E + counted_E - self.tokens_E
+        self.credit_2E = self.credit_2E + counted_2E - self.tokens_2E
 
-    def tokens_of(self, rows_L: Tensor) -> Tensor:
-        """Rows of slots as tokens of logical experts ([E], int64, both on the CPU)."""
-        return self.credit_E.index_add(0, self._experts_L, rows_L)
+    @property
+    def tokens_2E(self) -> Tensor:
+        """Tokens that this rank's experts computed in each of PHASES (int64, on the CPU). It waits for them."""
+        return self.credit_2E.index_add(1, self._experts_L, self.rows_2L.cpu())
 
     @property
     def tokens_E(self) -> Tensor:
-        """Tokens that this rank's experts computed, per logical expert ([E], int64, on the CPU). It waits for them."""
-        return self.tokens_of(self.rows_L.cpu())
+        """The same in both phases together."""
+        return self.tokens_2E.sum(0)
+
+
+def _rows_by_phase(rows_2L: Tensor) -> dict[str, Tensor]:
+    return {phase: rows_2L[at] for at, phase in enumerate(PHASES)}
 
 
 @dataclass(frozen=True)
@@ -281,7 +289,7 @@ class ExpertParallelMoE:
         if padding_T1 is not None:
             slot_ids_TK.masked_fill_(padding_T1, -1)
         exchange = dispatcher.begin(hidden_TD, slot_ids_TK, topk_weights_TK)
-        total_L = self.load.rows_on(hidden_TD.device)
+        total_L = self.load.rows_on(hidden_TD.device, phase)
         for batch in exchange.dispatch():
             counts_L = batch.counts_L
             if len(counts_L) > self._slots:  # the ids after these are of slots that only other ranks have

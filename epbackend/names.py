@@ -25,6 +25,10 @@ from epbackend.errors import ConfigError, UnavailableError, did_you_mean
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """prefill: prompts are read, many tokens a step. decode: answers are written, one token a request and step."""
+BOTH = "both"
+"""Stands for both phases together."""
+BOTH = "both"
+"""Stands for both phases together."""
 
 SplitName = Literal["even", "nearest", "level", "level_by_node"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)

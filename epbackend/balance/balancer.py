@@ -20,8 +20,10 @@ from epbackend.balance.board import Board
 from epbackend.balance.decision import Policy, Proposal
 from epbackend.balance.moves import Migration, changes, parts, route, with_layer
 from epbackend.balance.planner import Planner
+from epbackend.balance.recording import WindowsFile, of_phases
 from epbackend.balance.speed import SpeedWatch
 from epbackend.errors import EPError
+from epbackend.names import BOTH
 from epbackend.placement.placement import Layout, Placement, with_speeds
 
 POLL_S = 0.02
@@ -51,6 +53,8 @@ class Options:
     """By how much measured speeds of ranks must leave those in use; None: they are not measured."""
     levels: bool = False
     """Whether a phase splits by `level`, which heeds speeds where no expert moves too."""
+    phases: str = BOTH
+    """Whose loads are planned for: one of PHASES, or BOTH."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class Reading:
     """What has been counted since the start."""
 
     steps: int
-    tokens_RYE: np.ndarray
-    """Of every layer of the model, int64."""
+    tokens_2RYE: np.ndarray
+    """Of every layer of the model in each of PHASES, int64."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,13 @@ class Balancer:
         options: Options,
         placement: Placement,
         tell: Callable[[BalanceReport], None] = lambda report: None,
+        record: WindowsFile | None = None,
     ) -> None:
-        """`placement`: where the experts live at the start. `tell` gets each report that differs from the last."""
+        """`placement`: where the experts live at the start. `tell` gets each report that differs from the last, and
+        `record` each window that was looked at.
+        """
         self._board, self._read, self._options, self._tell = board, read, options, tell
-        self._placement = placement
+        self._placement, self._record = placement, record
         self._report = BalanceReport(rank_speed=placement.rank_speed)
         self._number = self._connection = 0
         self._planner: Planner | None = None
@@ -175,18 +182,23 @@ class Balancer:
                 self._fails(error)
         finally:
             self._looks.end()
+            if self._record is not None:
+                self._record.save()
 
     def _watch(self, planner: Planner, expert_bytes: int) -> None:
         last, speeds = self._read(), self._speeds()
         while True:
             asked = self._looks.wait(self._options.interval_s)
             if self._stop.is_set():
+                self._record_up_to(self._read())
                 return
             now = self._read()
             if now.steps - last.steps < (1 if asked else self._options.window_steps):
                 continue
-            window_RYE, last = now.tokens_RYE - last.tokens_RYE, now
-            if not window_RYE.any():
+            self._record_up_to(now)
+            window_2RYE, last = now.tokens_2RYE - last.tokens_2RYE, now
+            window_RYE, planned_RYE = window_2RYE.sum(axis=0), of_phases(window_2RYE, self._options.phases)
+            if not planned_RYE.any():
                 continue
             self._note(windows=self._report.windows + 1)
             try:
@@ -194,7 +206,7 @@ class Balancer:
                     self._placement = with_speeds(self._placement, speeds.rank_speed)
                     planner.accept(self._placement)
                     self._tell_speeds(window_RYE.sum(axis=2), expert_bytes)
-                proposal = planner.propose(window_RYE.sum(axis=0))
+                proposal = planner.propose(planned_RYE.sum(axis=0))
                 if proposal is None:
                     continue
                 self._follow(proposal, window_RYE.sum(axis=2), expert_bytes)
@@ -203,6 +215,10 @@ class Balancer:
                 logger.warning("balance: %s", error)
                 self._fails(error)
             last = self._read()  # what was counted on the way belongs to no placement
+
+    def _record_up_to(self, now: Reading) -> None:
+        if self._record is not None:
+            self._record.add(now.tokens_2RYE.sum(axis=1))
 
     def _speeds(self) -> SpeedWatch | None:
         margin = self._options.speed_margin

@@ -96,7 +96,7 @@ def time_experts(
         rows_X: rows on a rank.
         rounds: samples of each point.
     """
-    place, slots = layer.load.rows_L.device, len(layer.load.local_experts)
+    place, slots = layer.load.rows_2L.device, len(layer.load.local_experts)
     experts_A = active_experts(int(layer.slot_map.layout.slots_R.min()))
     rows_SD = torch.randn(max(*rows_X, *experts_A), hidden_size).to(place, dtype)
     seconds = np.zeros((rounds + 1, len(rows_X), len(experts_A)))

@@ -35,7 +35,8 @@ class Board:
 
     state: dict[str, Any]
     """As `GET /epbackend/status` answers."""
-    tokens_RY: np.ndarray
+    of_phase: dict[str, np.ndarray]
+    """The tokens of each phase, [R, Y]."""
     seconds: float
     steps: int
     idle: bool
@@ -44,22 +45,37 @@ class Board:
     @classmethod
     def between(cls, before: dict[str, Any], now: dict[str, Any]) -> "Board":
         """Of two answers of one engine; one that was restarted in between counts from its start."""
-        tokens_RY = np.array(now["tokens_RY"], dtype=np.int64)
+        of_phase = _of_phase(now)
         steps, seconds = now["steps"] - before["steps"], now["at_s"] - before["at_s"]
         if steps > 0 and before["layers"] == now["layers"]:
-            tokens_RY = tokens_RY - np.array(before["tokens_RY"], dtype=np.int64)
-        return cls(now, tokens_RY, seconds, max(steps, 0), idle=steps <= 0)
+            of_phase = {phase: tokens_RY - _of_phase(before)[phase] for phase, tokens_RY in of_phase.items()}
+        return cls(now, of_phase, seconds, max(steps, 0), idle=steps <= 0)
+
+    @property
+    def tokens_RY(self) -> np.ndarray:
+        return np.sum(list(self.of_phase.values()), axis=0)
 
     @property
     def load_RY(self) -> np.ndarray:
         """Each rank's tokens over the ranks' mean; 1 where a layer has none."""
-        mean_Y = self.tokens_RY.mean(axis=0)
-        return np.where(mean_Y > 0, self.tokens_RY / np.maximum(mean_Y, 1e-9), 1.0)
+        return _over_mean(self.tokens_RY)
 
     @property
     def imbalance(self) -> float:
         """Busiest rank over the mean, the mean of the layers."""
-        return float(self.load_RY.max(axis=0).mean()) if self.load_RY.size else 1.0
+        return _imbalance(self.tokens_RY)
+
+    @property
+    def phases(self) -> dict[str, dict[str, float]]:
+        """Of each phase, its share of the tokens and its imbalance."""
+        every = max(1, self.tokens_RY.sum())
+        return {
+            phase: {
+                "share": round(float(tokens_RY.sum() / every), 4),
+                "imbalance": round(_imbalance(tokens_RY), 4),
+            }
+            for phase, tokens_RY in self.of_phase.items()
+        }
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,8 +92,24 @@ class Board:
             "steps_between": self.steps,
             "tokens_per_second": round(self.tokens_per_second, 2),
             "imbalance": round(self.imbalance, 4),
+            "phases": self.phases,
             "load_RY": np.round(self.load_RY, 4).tolist(),
         }
+
+
+def _of_phase(state: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        phase: np.array(tokens_RY, dtype=np.int64) for phase, tokens_RY in state["tokens_of_phase"].items()
+    }
+
+
+def _over_mean(tokens_RY: np.ndarray) -> np.ndarray:
+    mean_Y = tokens_RY.mean(axis=0)
+    return np.where(mean_Y > 0, tokens_RY / np.maximum(mean_Y, 1e-9), 1.0)
+
+
+def _imbalance(tokens_RY: np.ndarray) -> float:
+    return float(_over_mean(tokens_RY).max(axis=0).mean()) if tokens_RY.size else 1.0
 
 
 def top(
@@ -202,6 +234,13 @@ def _facts(board: Board) -> list[tuple[str, str]]:
             f"{board.tokens_per_second:,.0f} tokens/s, {board.steps / board.seconds:,.1f} steps/s",
         ),
         ("imbalance", f"{board.imbalance:.3f} times the mean, {since}"),
+        (
+            "phases",
+            "; ".join(
+                f"{phase} {facts['share']:.0%} of the tokens, {facts['imbalance']:.3f}"
+                for phase, facts in board.phases.items()
+            ),
+        ),
         (
             "steps",
             f"{np.mean(state['step_imbalance_Y']):.3f} times the mean, each of the last thousand by itself",

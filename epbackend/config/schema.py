@@ -248,6 +248,10 @@ class BalanceSettings(Section):
         description="Slots of each layer beyond one an expert, where placement plans none. ep_size must divide the "
         "slots. 0: experts only change places.",
     )
+    phases: Literal["both", "prefill", "decode"] = Field(
+        default="both",
+        description="Whose load is planned for: prompts (prefill), answers (decode), or all tokens alike.",
+    )
     window_steps: Positive = Field(
         default=64, description="Steps of the engine whose load is judged together, at least."
     )
@@ -281,6 +285,12 @@ class BalanceSettings(Section):
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=30.0,
         description="Seconds in which all ranks must have a layer's experts. Otherwise the layer stays as it is.",
+    )
+    record: str | None = Field(
+        default=None,
+        examples=["loads.json", "loads-{phase}.json"],
+        description="A file for the loads of the windows, at most 32 of them, of the phases that are planned for; with "
+        "{phase} in its name one for each phase. plan, compare and simulate read it.",
     )
 
 

@@ -6,6 +6,7 @@ Letters: R ranks, Y layers with experts, E experts, S steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ class LoadReport:
 
     layers: tuple[int, ...]
     """The model's layers that have experts: the second axis of tokens_RYE."""
-    tokens_RYE: np.ndarray
-    """Tokens that rank R computed for expert E of layer Y, int64."""
+    tokens_2RYE: np.ndarray
+    """Tokens that rank R computed for expert E of layer Y in each of PHASES, int64."""
     calls: int
     """Steps of the engine: forward passes through all layers."""
     passes: int
@@ -35,6 +36,11 @@ class LoadReport:
     maxima over the sum of their means, in the last thousand steps."""
     top_k: int
     """Experts that compute a token in each layer; 0: no layer is there yet."""
+
+    @cached_property
+    def tokens_RYE(self) -> np.ndarray:
+        """The same in both phases together."""
+        return self.tokens_2RYE.sum(axis=0)
 
     @property
     def tokens_per_rank(self) -> list[int]:
@@ -53,7 +59,7 @@ class LoadReport:
 
         With `ep_size` 1 every rank computes (its share of) every token, so that one rank has seen them all.
         """
-        loads_YE = np.zeros((layers, self.tokens_RYE.shape[2]), dtype=np.int64)
+        loads_YE = np.zeros((layers, self.tokens_2RYE.shape[3]), dtype=np.int64)
         loads_YE[list(self.layers)] = self.tokens_RYE[:ep_size].sum(axis=0)
         return loads_YE
 
@@ -61,7 +67,7 @@ class LoadReport:
         """The work after `earlier` was read; maxima and step_imbalance_Y stay those of the whole time."""
         return LoadReport(
             self.layers,
-            self.tokens_RYE - earlier.tokens_RYE if earlier.layers else self.tokens_RYE,
+            self.tokens_2RYE - earlier.tokens_2RYE if earlier.layers else self.tokens_2RYE,
             self.calls - earlier.calls,
             self.passes,
             self.rounds,

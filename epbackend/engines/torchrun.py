@@ -23,6 +23,7 @@ from epbackend.engines.load_report import STEPS, LoadReport, step_imbalance_Y
 from epbackend.engines.placement import finished_placement, warm_splits
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.moe import ExpertParallelMoE
+from epbackend.names import PHASES
 from epbackend.placement.placement import Placement
 from epbackend.placement.renumbering import Renumbering
 
@@ -100,36 +101,36 @@ class StepCounts:
 
     def __init__(self, layers: int, slots: int, place: torch.device) -> None:
         """`slots`: the most that a layer has on this rank."""
-        self._rows_YL = torch.zeros(layers, slots, dtype=torch.int64, device=place)
-        self._sums_Y: deque[Tensor] = deque([self._rows_YL.sum(1)], maxlen=STEPS + 1)
+        self._rows_Y2L = torch.zeros(layers, len(PHASES), slots, dtype=torch.int64, device=place)
+        self._sums_Y: deque[Tensor] = deque([self._rows_Y2L.sum((1, 2))], maxlen=STEPS + 1)
         self._layers: list[ExpertParallelMoE] = []
         self._steps = 0
 
     def watch(self, layer: ExpertParallelMoE) -> None:
         """The model's next layer that has experts."""
-        layer.load.count_in(self._rows_YL[len(self._layers)][: len(layer.load.local_experts)])
+        layer.load.count_in(self._rows_Y2L[len(self._layers), :, : len(layer.load.local_experts)])
         self._layers.append(layer)
 
     def end_step(self) -> None:
         """A forward pass through all layers is over."""
         self._steps += 1
-        self._sums_Y.append(self._rows_YL.sum(1))
+        self._sums_Y.append(self._rows_Y2L.sum((1, 2)))
 
     def report(self, ranks: RankGroup, top_k: int) -> LoadReport:
         """Of all ranks, which ask together and get the same."""
         layers = self._layers
         most = max(layer.slot_map.experts for layer in layers)
-        tokens_YE = np.zeros((len(layers), most), dtype=np.int64)
-        for layer, tokens_E in zip(layers, tokens_YE, strict=True):
-            tokens_E[: layer.slot_map.experts] = layer.load.tokens_E.numpy()
+        tokens_2YE = np.zeros((len(PHASES), len(layers), most), dtype=np.int64)
+        for at, layer in enumerate(layers):
+            tokens_2YE[:, at, : layer.slot_map.experts] = layer.load.tokens_2E.numpy()
         passes, rounds = (
             max(getattr(each.load, what).max for each in layers) for what in ("passes", "rounds")
         )
         sums_SY = torch.stack(list(self._sums_Y)).cpu().numpy()
-        of_ranks = gather(ranks, (tokens_YE, passes, rounds, np.diff(sums_SY, axis=0)))
+        of_ranks = gather(ranks, (tokens_2YE, passes, rounds, np.diff(sums_SY, axis=0)))
         return LoadReport(
             layers=tuple(layer.layer for layer in layers),
-            tokens_RYE=np.stack([rank[0] for rank in of_ranks]),
+            tokens_2RYE=np.stack([rank[0] for rank in of_ranks], axis=1),
             calls=self._steps,
             passes=max(rank[1] for rank in of_ranks),
             rounds=max(rank[2] for rank in of_ranks),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from epbackend.balance.board import PLACE
-from tests.helpers.migrating import WAY, migrate, plans
+from tests.helpers.migrating import WAY, assert_all_counted, migrate, plans
 
 pytestmark = pytest.mark.ascend
 
@@ -23,3 +23,4 @@ def test_slots_get_the_bytes_of_their_experts_and_results_stay(npu, ranks, tmp_p
         assert each.right_bytes
         assert each.worst < 0.03
         assert ("FRACTAL_NZ" in each.layout) == (form == "W8A8 tiles")
+    assert_all_counted(seen)

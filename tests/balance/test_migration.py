@@ -11,12 +11,10 @@ from epbackend.balance.board import PLACE
 from tests.helpers.migrating import (
     BROKEN,
     DAMAGED,
-    EXPERTS,
     LATE,
     OTHER_LAYOUT,
-    TOKENS,
-    TOP_K,
     WAY,
+    assert_all_counted,
     migrate,
     plans,
 )
@@ -56,11 +54,7 @@ def test_slots_get_the_bytes_of_their_experts_and_results_stay(ranks, board_file
         assert each.held == WAY[-1].experts_of_rank
         assert each.right_bytes
         assert each.worst < (0.02 if form == "bfloat16" else 1e-5)
-    # Tokens are counted for the expert that computed them, and none is lost on the way.
-    counted_E = np.sum([each.tokens_E for each in seen], axis=0)
-    assert counted_E.sum() == 2 * TOKENS * TOP_K * seen[0].calls
-    assert not (counted_E % seen[0].calls).any()
-    assert len(counted_E) == EXPERTS
+    assert_all_counted(seen)
 
 
 @pytest.mark.slow

@@ -15,7 +15,17 @@ def report(tokens_RYE, layers, **phases):
         phase: {"name": name, "reason": "it suits", "passed_over": [("other", "it does not")]}
         for phase, name in phases.items()
     }
-    return LoadReport(layers, np.array(tokens_RYE), 1, 1, 1, dispatchers, np.full(len(layers), 2.5), top_k=2)
+    tokens_2RYE = np.array([tokens_RYE, np.zeros_like(tokens_RYE)])
+    return LoadReport(
+        layers,
+        tokens_2RYE,
+        1,
+        1,
+        1,
+        dispatchers,
+        np.full(len(layers), 2.5),
+        top_k=2,
+    )
 
 
 TWO_RANKS = report([[[1, 2], [0, 0]], [[0, 0], [3, 9]]], (1, 2), prefill="alltoall", decode="replicated")

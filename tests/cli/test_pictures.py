@@ -20,7 +20,8 @@ def report(tokens_RYE, step_imbalance=2.5) -> LoadReport:
     """A load report of as many layers as the tokens have."""
     tokens = np.array(tokens_RYE)
     layers = tuple(range(tokens.shape[1]))
-    return LoadReport(layers, tokens, 1, 1, 1, {}, np.full(len(layers), step_imbalance), top_k=2)
+    tokens_2RYE = np.stack([tokens, 0 * tokens])
+    return LoadReport(layers, tokens_2RYE, 1, 1, 1, {}, np.full(len(layers), step_imbalance), top_k=2)
 
 
 TWO_RANKS = report([[[1, 2], [0, 0]], [[0, 0], [3, 9]]])

@@ -124,6 +124,7 @@ BAD = [
         ["balance.redundant_experts:", "placement.redundant_experts"],
     ),
     ({"balance": {"window_steps": 0}}, ["balance.window_steps:", "greater than or equal to 1"]),
+    ({"balance": {"phases": "decoding"}}, ["balance.phases:", "'both', 'prefill' or 'decode'"]),
     ({"balance": {"interval_s": 0}}, ["balance.interval_s:", "greater than 0"]),
     ({"balance": {"threshold": 1.1}}, ["balance.threshold:", "less than 1"]),
     ({"balance": {"max_slots": 0}}, ["balance.max_slots:", "greater than or equal to 1"]),

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from epbackend.balance.board import PLACE
 from epbackend.dispatch.base import RankGroup
 from epbackend.placement.placement import Layout
-from tests.helpers.migrating import EXPERTS, TOKENS, TOP_K, WAY, layouts, migrate, plans
+from tests.helpers.migrating import EXPERTS, WAY, assert_all_counted, layouts, migrate, plans
 
 pytestmark = pytest.mark.cuda
 
@@ -60,9 +60,7 @@ def test_what_a_graph_replays_follows_the_experts(cuda, ranks, tmp_path, form, l
         assert each.right_bytes
         assert each.worst < (1e-5 if form == "float32" else 0.03)
         assert each.same_launches
-    counted_E = np.sum([each.tokens_E for each in seen], axis=0)
-    assert counted_E.sum() == 2 * TOKENS * TOP_K * seen[0].calls
-    assert not (counted_E % seen[0].calls).any()
+    assert_all_counted(seen)
 
 
 @pytest.mark.parametrize(
@@ -80,4 +78,4 @@ def test_a_captured_graph_follows_experts_that_change_places_on_their_rank(cuda,
     assert seen.flipped == (1, 2)
     assert seen.right_bytes
     assert seen.worst < (1e-5 if form == "float32" else 0.03)
-    assert sum(seen.tokens_E) == TOKENS * TOP_K * seen.calls
+    assert_all_counted([seen])

@@ -8,14 +8,18 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import requests
 
 import epbackend
 from benchmarks.faults import Case
 from benchmarks.soak import soak
+from epbackend.balance.recording import MOST_WINDOWS
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
 from epbackend.errors import ConfigError, WorkerError
+from epbackend.names import PHASES
+from epbackend.placement.formats import read_loads
 from epbackend.placement.placement import Placement
 from tests.helpers.engine_models import EXPERTS, TOP_K, prompts
 from tests.helpers.engines import GREEDY, await_model, balanced, complete, config
@@ -51,9 +55,12 @@ def await_counts(pipe):
         assert time.monotonic() < deadline, counts
 
 
-def test_experts_move_while_answers_stay_the_same_and_a_killed_planner_is_replaced(checkpoint, reference):
-    """Both on one engine, and what it reports of it."""
-    settings = balanced(ep_size=2, ep_level=2)
+def test_experts_move_while_answers_stay_the_same_and_a_killed_planner_is_replaced(
+    checkpoint, reference, tmp_path
+):
+    """Both on one engine, and what it reports and records of it."""
+    recorded = {phase: tmp_path / f"loads-{phase}.json" for phase in PHASES}
+    settings = balanced(ep_size=2, ep_level=2, balance={"record": str(tmp_path / "loads-{phase}.json")})
     with epbackend.pipeline(str(checkpoint("qwen3-moe")), settings) as pipe:
         expected = reference("qwen3-moe")
         generate_until(pipe, expected, lambda report: report.migrations >= 3)
@@ -63,6 +70,13 @@ def test_experts_move_while_answers_stay_the_same_and_a_killed_planner_is_replac
         done = pipe.balance().migrations
         generate_until(pipe, expected, lambda report: report.migrations > done)
         counted = await_counts(pipe)
+        load = pipe.load()
+    for phase, tokens_RYE in zip(PHASES, load.tokens_2RYE, strict=True):
+        loads = read_loads(recorded[phase])
+        assert 1 < loads.windows <= MOST_WINDOWS
+        assert np.array_equal(loads.tokens_WYE.sum(axis=0), tokens_RYE.sum(axis=0))
+        assert loads.numbering == "original"
+    assert sorted(tmp_path.iterdir()) == sorted(recorded.values())
     report = pipe.balance()
     assert report.failed == 0
     assert report.slots_moved >= report.migrations == report.number
@@ -236,6 +250,10 @@ def test_nothing_is_left_when_the_parent_is_killed_while_experts_move(checkpoint
         ({"balance": {"on": True, "max_mb": 0.01}}, r"balance\.max_mb: 0\.01 MB are less than one expert"),
         ({"balance": {"on": True, "staging_mb": 0.001}}, r"balance\.staging_mb: .*set 0\.0246 or more"),
         ({"balance": {"on": True, "redundant_experts": 3}}, r"balance\.redundant_experts: 3 .*use 4"),
+        (
+            {"balance": {"on": True, "record": "/nowhere/f"}},
+            r"balance\.record: /nowhere/f .*a folder that exists",
+        ),
         ({"balance": {"on": True}, "ep_size": EXPERTS}, r"balance\.on: each of the 16 ranks has one expert"),
     ],
 )

@@ -52,8 +52,8 @@ class Layer:
         self.dispatchers, self.top_k = {"decode": Decision("alltoall", "it suits")}, 2
         self.call(tokens_L, passes, rounds)
 
-    def call(self, tokens_L, passes=1, rounds=1) -> None:
-        self.load.rows_on(torch.device("cpu")).add_(torch.tensor(tokens_L, dtype=torch.int64))
+    def call(self, tokens_L, passes=1, rounds=1, phase="prefill") -> None:
+        self.load.rows_on(torch.device("cpu"), phase).add_(torch.tensor(tokens_L, dtype=torch.int64))
         self.load.add_call(passes, rounds)
 
 
@@ -94,6 +94,24 @@ def test_report_has_the_counters_of_each_rank_and_layer(board, watching):
     assert report.tokens_per_rank == [14, 16]
     assert (report.calls, report.passes, report.rounds) == (7, 2, 3)
     assert report.dispatchers == {"decode": {"name": "alltoall", "reason": "it suits"}}
+
+
+def test_each_phase_is_counted_by_itself_also_where_experts_move(board, watching):
+    """Layers of unequal sizes, so that one takes several lines."""
+    layers = {0: Layer([1, 2]), 1: Layer([0, 1, 2, 3, 4])}
+    writer = watching(0, layers)
+    layers[0].call([5, 0], phase="decode")
+    layers[1].call([0, 10, 20, 30, 40], phase="decode")
+    writer.step()
+    with writer.moving(0, layers[0]):
+        layers[0].load.replace_experts((1, 0))
+    layers[0].call([100, 0], phase="decode")
+    layers[1].call([1, 0, 0, 0, 0])
+    writer.step()
+    prefill_YE, decode_YE = board.report().tokens_2RYE[:, 0]
+    assert prefill_YE.tolist() == [[1, 2, 0, 0, 0], [1, 1, 2, 3, 4]]
+    assert decode_YE.tolist() == [[5, 100, 0, 0, 0], [0, 10, 20, 30, 40]]
+    assert [load.tolist() for load in layers[0].load.tokens_2E] == [[1, 2], [5, 100]]
 
 
 def test_since_subtracts_and_a_report_does_not_change(board, watching):
@@ -276,7 +294,7 @@ def test_a_step_is_three_operations_whatever_the_layers(board, watching):
         seen: list[str] = []
         with (
             Log(),
-            mock.patch.object(LayerStats, "tokens_of", side_effect=AssertionError("Python for a layer")),
+            mock.patch.object(LayerStats, "rows_on", side_effect=AssertionError("Python for a layer")),
         ):
             writer.step()
         assert seen == ["sum", "copy_", "copy_"]
@@ -287,17 +305,17 @@ def test_copies_that_are_half_there_are_not_taken():
     counters = Counters(CPU, 2)
     allocated = [counters.allocate(2)[1] for _ in range(2)]
     for step in range(1, 4):
-        for rows_L in allocated:
-            rows_L += step
+        for rows_2L in allocated:
+            rows_2L += step
         counters.step()
     assert counters.arrived().step == 3
     counters.steps += 1  # asked for, and nothing of it has come
     assert counters.arrived().step == 3
-    counters._host_sums_SN[4, :2] = 20  # its sums
+    counters._host_sums_SN[4, :4] = 20  # its sums
     assert counters.arrived().step == 3
-    counters._host_rows_NW[0] = 10  # one line of two
+    counters._host_rows_NW[:3] = 10  # three lines of four
     assert counters.arrived() is None
-    counters._host_rows_NW[1] = 10
+    counters._host_rows_NW[3] = 10
     assert counters.arrived().step == 4
 
 
@@ -312,7 +330,8 @@ def test_steps_without_tokens():
 
 
 def report(tokens_RYE, layers):
-    return LoadReport(layers, np.array(tokens_RYE), 1, 1, 1, {}, np.ones(len(layers)), top_k=2)
+    tokens_2RYE = np.array([tokens_RYE, np.zeros_like(tokens_RYE)])
+    return LoadReport(layers, tokens_2RYE, 1, 1, 1, {}, np.ones(len(layers)), top_k=2)
 
 
 def test_imbalance_is_the_busiest_rank_over_the_mean():

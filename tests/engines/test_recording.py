@@ -34,7 +34,9 @@ if __name__ == "__main__":
 
 
 def report(tokens_RYE) -> LoadReport:
-    return LoadReport((1, 2, 3), np.array(tokens_RYE), 1, 1, 1, {}, np.ones(3), top_k=2)
+    return LoadReport(
+        (1, 2, 3), np.array([tokens_RYE, np.zeros_like(tokens_RYE)]), 1, 1, 1, {}, np.ones(3), top_k=2
+    )
 
 
 def test_the_file_is_what_planners_read(tmp_path):

@@ -45,7 +45,8 @@ def stats():
     for row, tokens in zip(made._ranks, (10, 30), strict=True):
         row["layers"][[1, 3]] = True
         row["experts"], row["top_k"], row["steps"] = 8, 2, 5
-        row["tokens"][[1, 3], 0] = tokens, 2 * tokens
+        row["tokens"][0, [1, 3], 0] = tokens, 0  # layer 3 has decoded alone
+        row["tokens"][1, [1, 3], 0] = 0, 2 * tokens
     yield made
     made.remove()
 
@@ -73,6 +74,7 @@ def test_the_status_is_read_from_the_memory_of_the_load_report_alone(stats):
     told(stats, planner_age_s=1.0)
     found = json.loads(json.dumps(status(reader)))
     assert found["tokens_RY"] == [[10, 20], [30, 60]]
+    assert found["tokens_of_phase"] == {"prefill": [[10, 0], [30, 0]], "decode": [[0, 20], [0, 60]]}
     assert (found["layers"], found["experts"], found["top_k"], found["steps"]) == ([1, 3], 8, 2, 5)
     assert found["split"] == {"prefill": "level", "decode": "level"}
     assert found["balance"]["windows"] == 7
@@ -104,7 +106,8 @@ def test_no_more_is_told_than_has_room(stats):
 
 
 def test_every_metric_is_exported_with_its_unit(stats):
-    assert exported(stats)["epbackend_expert_tokens_total", ("layer", "3"), ("rank", "1")] == 60
+    decoded = "epbackend_expert_tokens_total", ("layer", "3"), ("phase", "decode"), ("rank", "1")
+    assert exported(stats)[decoded] == 60
     assert not [name for name, *_ in exported(stats) if "_balance_" in name]  # it is off
     told(stats, imbalance_before=1.5, imbalance_after=1.1)
     found = exported(stats)
@@ -163,7 +166,7 @@ def test_a_look_that_is_asked_for_does_not_wait_for_the_interval(stats, monkeypa
 
     def read():
         step = next(steps)
-        return Reading(step, np.full((2, 4, 8), step))
+        return Reading(step, np.full((2, 2, 4, 8), step))
 
     options = Options(1000, 1000.0, 0.9, None, None, 1 << 20, True, 5.0)
     stats.places["layers"], stats.places["expert_bytes"] = 4, 100
@@ -183,12 +186,15 @@ def test_a_look_that_is_asked_for_does_not_wait_for_the_interval(stats, monkeypa
 def test_the_board_shows_the_ranks_and_layers_of_the_last_seconds(stats):
     told(stats, imbalance_before=1.5, imbalance_after=1.1, last_error="rank 1: no memory")
     before = status(stats)
-    now = before | {"at_s": before["at_s"] + 2.0, "steps": 9, "tokens_RY": [[30, 30], [30, 70]]}
+    now = before | {"at_s": before["at_s"] + 2.0, "steps": 9}
+    now["tokens_of_phase"] = {"prefill": [[25, 0], [30, 0]], "decode": [[5, 30], [0, 70]]}
     board = TopBoard.between(before, now)
     assert board.tokens_RY.tolist() == [[20, 10], [0, 10]]
     assert board.tokens_per_second == 20 / 2 / 2.0
     assert board.imbalance == 1.5
     text = _text(drawn(board, 100, 40), 100)
+    assert board.phases["prefill"] == {"share": 0.375, "imbalance": 1.5}
+    assert "decode 62% of the tokens, 1.500" in text
     for part in ("2.00", "5 tokens/s", "1.500 to 1.100", "3 migrations", "rank 1: no memory"):
         assert part in text
     idle = TopBoard.between(before, before | {"at_s": before["at_s"] + 2.0})
@@ -201,7 +207,8 @@ def test_any_number_of_ranks_and_layers_fits_the_terminal(ranks, layers):
     tokens_RY = np.random.default_rng(0).integers(0, 9, (ranks, layers)).tolist()
     state = {
         "at_s": 1.0, "ep_size": ranks, "layers": list(range(layers)), "experts": 8, "top_k": 2, "steps": 3,
-        "tokens_RY": tokens_RY, "step_imbalance_Y": [1.0] * layers, "split": {}, "dispatchers": {}, "balance": None,
+        "tokens_of_phase": {"prefill": tokens_RY, "decode": tokens_RY}, "step_imbalance_Y": [1.0] * layers,
+        "split": {}, "dispatchers": {}, "balance": None,
     }  # fmt: skip
     lines = _text(drawn(TopBoard.between(state | {"steps": 0}, state | {"at_s": 2.0}), 80, 24)).splitlines()
     assert len(lines) <= 24

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,7 @@ from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.kernels.fp8 import BLOCK, Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.moe import ExpertParallelMoE
+from epbackend.names import PHASES
 from epbackend.placement.placement import Layout
 from epbackend.replica_split import SlotMap
 from tests.helpers.layer_case import place_of
@@ -46,13 +47,22 @@ class Moved:
     """Whether every slot holds the very bytes of its expert."""
     worst: float
     """The largest difference of a call's result from that of the first one, as a share of the largest value."""
-    tokens_E: tuple[int, ...]
-    calls: int
+    tokens_2E: np.ndarray
+    """Choices that this rank's experts computed in each of PHASES."""
+    routed_2E: np.ndarray
+    """Those that its own tokens made."""
     errors: tuple[str, ...]
     layout: str
     """How the bytes of a slot are arranged."""
     same_launches: bool | None = None
     """Whether a call at the end launches the kernels of the recorded one, with the same arguments; not on a GPU."""
+
+
+def assert_all_counted(seen: Sequence[Moved]) -> None:
+    """Every choice is counted once, for its expert wherever that was, and in its phase."""
+    counted_2E, routed_2E = sum(each.tokens_2E for each in seen), sum(each.routed_2E for each in seen)
+    assert np.array_equal(counted_2E, routed_2E)
+    assert routed_2E.any()
 
 
 def weights(form: str) -> tuple[object, object]:
@@ -151,14 +161,14 @@ def migrate(
     share = torch.rand(TOKENS, TOP_K, generator=generator)
     tokens, ids, share = tokens.to(place), ids.to(place), share.to(place)
 
-    def call() -> Tensor:
-        return layer(tokens, ids, share, phase="decode")
+    def call(phase: str = "decode") -> Tensor:
+        return layer(tokens, ids, share, phase=phase)
 
     if replayed:
         with layer.load.forgetting():
             call()
             graph, replayed_TD = captured(call, place)
-    first, worst, calls = None, 0.0, 0
+    first, worst, calls, calls_2 = None, 0.0, 0, np.zeros(len(PHASES), int)
     flipped, steps, errors, published, over = [], [], [], 0, False
     deadline = time.monotonic() + PATIENCE_S
     with _fault(fault if ranks.rank == faulty else None):
@@ -178,9 +188,11 @@ def migrate(
             if layer.slot_map is not before:
                 flipped.append(int(places[0]["order"]))
                 steps.append(calls)
+            phase = "decode" if replayed or calls % 3 else "prefill"
+            calls_2[PHASES.index(phase)] += 1
             if replayed:
                 graph.replay()
-            out = (replayed_TD if replayed else call()).float()
+            out = (replayed_TD if replayed else call(phase)).float()
             first = out if first is None else first
             worst = max(worst, float((out - first).abs().max() / first.abs().max()))
             if ranks.size > 1:
@@ -195,7 +207,8 @@ def migrate(
         for slot in range(len(layer.load.local_experts))
         for a, b in zip(layer.slot_memory(slot), expected.slot_memory(slot), strict=True)
     )
-    tokens_E = tuple(layer.load.tokens_E.tolist())
+    tokens_2E = layer.load.tokens_2E.numpy()
+    routed_2E = np.outer(calls_2, ids.cpu().flatten().bincount(minlength=EXPERTS).numpy())
     same_launches = None
     if replayed and place.type == "cpu":
         same_launches = captured(call, place)[0].launches == graph.launches
@@ -205,8 +218,8 @@ def migrate(
         layer.slot_map.layout.experts_of_rank,
         same,
         worst,
-        tokens_E,
-        calls,
+        tokens_2E,
+        routed_2E,
         tuple(errors),
         layer.slot_layout,
         same_launches,

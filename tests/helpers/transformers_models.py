@@ -139,7 +139,7 @@ def answer(
         tokens = continued(model, prompts(0 if config.engine.dp == 1 else rank), new_tokens)
     load = experts.load()
     experts.close()
-    return Answered(tokens, load, [layer.load.rows_L.numel() for layer in experts.layers])
+    return Answered(tokens, load, [layer.load.rows_2L.shape[1] for layer in experts.layers])
 
 
 def refusal(groups: dict[int, RankGroup], path: str, settings: dict[str, Any]) -> str:

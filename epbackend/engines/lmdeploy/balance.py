@@ -18,6 +18,7 @@ import torch
 from epbackend.balance.balancer import Balancer, BalanceReport, Options, Reading
 from epbackend.balance.board import Board
 from epbackend.balance.migration import Migrator
+from epbackend.balance.recording import WindowsFile
 from epbackend.config import EPConfig
 from epbackend.config.checks import SPEEDS_NOT_SEEN
 from epbackend.device import get_device
@@ -28,7 +29,9 @@ from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError
 from epbackend.moe import ExpertParallelMoE, ExpertWork
 from epbackend.names import LEVELLING, PHASES
+from epbackend.placement.loads import NUMBERING
 from epbackend.placement.placement import Placement, with_speeds
+from epbackend.placement.renumbering import Renumbering, numbering_of
 
 logger = logging.getLogger("epbackend")
 
@@ -63,6 +66,8 @@ def starting_placement(path: str, config: EPConfig, placement: Placement | None)
     layers, experts = layer_count(settings), expert_count(settings)
     if layers is None or experts is None:
         raise ConfigError(f"balance.on: {path} does not say how many layers and experts it has")
+    if balance.record is not None:
+        WindowsFile(balance.record, balance.phases, setting="balance.record")
     if placement is None:
         slots = experts + balance.redundant_experts
         if short := -slots % config.ep_size:
@@ -79,7 +84,10 @@ def starting_placement(path: str, config: EPConfig, placement: Placement | None)
             "balance.redundant_experts, or fewer ranks"
         )
     _check_sizes(config, expert_bytes(settings, config.engine.dtype))
-    return placement
+    # What is recorded, and the placement in use that a server gives away, say by whose numbers experts count.
+    options = {NUMBERING: numbering_of(Renumbering.beside(path)), **dict(placement.provenance.options)}
+    provenance = replace(placement.provenance, options=tuple(sorted(options.items())))
+    return replace(placement, provenance=provenance)
 
 
 def _check_sizes(config: EPConfig, length: int | None) -> None:
@@ -110,10 +118,11 @@ def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> 
 
     def read() -> Reading:
         report = stats.report()
-        tokens_RYE = np.zeros((config.ep_size, layers, placement.experts), dtype=np.int64)
+        tokens_2RYE = np.zeros((len(PHASES), config.ep_size, layers, placement.experts), dtype=np.int64)
         known = [number for number in report.layers if number < layers]  # a draft model's come after
-        tokens_RYE[:, known] = report.tokens_RYE[: config.ep_size, : len(known), : placement.experts]
-        return Reading(report.calls, tokens_RYE)
+        counted_2RYE = report.tokens_2RYE[:, : config.ep_size, : len(known), : placement.experts]
+        tokens_2RYE[:, :, known] = counted_2RYE
+        return Reading(report.calls, tokens_2RYE)
 
     splits = {config.placement.split_of(phase) for phase in PHASES}
     options = Options(
@@ -129,6 +138,7 @@ def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> 
         split="level" if splits <= set(LEVELLING) else "even",
         speed_margin=settings.speed_margin,
         levels=not splits.isdisjoint(LEVELLING),
+        phases=settings.phases,
     )
 
     def tell(report: BalanceReport) -> None:
@@ -136,7 +146,11 @@ def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> 
         stats.tell(balance=asdict(replace(report, last_error=error)), balance_at=time.monotonic())
 
     tell(BalanceReport())
-    return Balancer(Board(stats.places), read, options, placement, tell)
+    record = None
+    if settings.record is not None:
+        numbering = dict(placement.provenance.options).get(NUMBERING)
+        record = WindowsFile(settings.record, settings.phases, numbering, "balance.record")
+    return Balancer(Board(stats.places), read, options, placement, tell, record)
 
 
 def watch(number: int, layer: ExpertParallelMoE, place: torch.device) -> None:

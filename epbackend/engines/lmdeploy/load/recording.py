@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from epbackend.balance.recording import EVERY_S, check_writable, replace_file
 from epbackend.engines.lmdeploy.checkpoint import layer_count, read_model_config
 from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.processes import POLL_S, listens
 from epbackend.errors import ConfigError, EPError
-from epbackend.placement.formats import write
 from epbackend.placement.loads import Loads
 from epbackend.placement.renumbering import Renumbering, numbering_of
-
-EVERY_S = 30.0
-"""How often a server's file is brought up to date."""
 
 logger = logging.getLogger("epbackend")
 
@@ -41,12 +37,11 @@ class Recording:
         layers = layer_count(read_model_config(Path(model_path)))
         if layers is None:
             raise ConfigError(f"record: {model_path} does not say how many layers it has (num_hidden_layers)")
-        if not os.access(path.parent, os.W_OK):
-            raise ConfigError(f"record: {path} cannot be written; name a file in a folder that exists")
+        check_writable("record", path)
         return cls(path, layers, ep_size, numbering_of(Renumbering.beside(model_path)))
 
     def write(self, report: LoadReport) -> None:
-        """Replaces the file in one operation: a reader finds the old one or the new one.
+        """Replaces the file in one operation.
 
         Raises:
             EPError: no expert has had a token, or the file cannot be written.
@@ -54,9 +49,7 @@ class Recording:
         if not report.tokens_RYE.any():
             raise EPError(f"{self.path}: nothing to record, no expert has had a token")
         loads = Loads.of(report.loads_YE(self.layers, self.ep_size), [self.path.stem], self.numbering)
-        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        write(loads, unfinished, "sglang")
-        unfinished.replace(self.path)
+        replace_file(loads, self.path)
 
 
 @contextmanager

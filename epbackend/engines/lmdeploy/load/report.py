@@ -43,7 +43,7 @@ LOOK_S = 0.001
 SETTLE_S = 0.25
 """How long a reader waits for ranks to have counted the same steps: busy ones never have for long."""
 
-# The segment is an array of these, one a rank: 5 MB each.
+# The segment is an array of these, one a rank: 7 MB each.
 RANK = np.dtype(
     [
         ("error", "S4096"),
@@ -67,7 +67,7 @@ RANK = np.dtype(
         ("steps", np.int64),
         ("passes", np.int64),
         ("rounds", np.int64),
-        ("tokens", np.int64, (MAX_LAYERS, MAX_EXPERTS)),
+        ("tokens", np.int64, (len(PHASES), MAX_LAYERS, MAX_EXPERTS)),
         ("sums", np.int64, (STEPS, MAX_LAYERS)),  # tokens of each layer after step s, at s % STEPS
         ("balance", PLACE),
     ]
@@ -106,7 +106,7 @@ class StatsReader:
         notes = [json.loads(note) for note in self._ranks["dispatchers"] if note]
         return LoadReport(
             layers=tuple(layers.tolist()),
-            tokens_RYE=np.stack([rank.tokens_YE for rank in ranks]),
+            tokens_2RYE=np.stack([rank.tokens_2YE for rank in ranks], axis=1),
             calls=max(rank.steps for rank in ranks),
             passes=int(self._ranks["passes"].max()),
             rounds=int(self._ranks["rounds"].max()),
@@ -232,7 +232,7 @@ class _Rank:
     """One rank's part of the segment, all of one moment."""
 
     steps: int
-    tokens_YE: np.ndarray
+    tokens_2YE: np.ndarray
     sums_SY: np.ndarray
 
 
@@ -240,7 +240,7 @@ def _read(row: Any, layers: np.ndarray, experts: int) -> _Rank:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         began = int(row["writing"])
-        found = _Rank(int(row["steps"]), row["tokens"][layers, :experts], row["sums"][:, layers])
+        found = _Rank(int(row["steps"]), row["tokens"][:, layers, :experts], row["sums"][:, layers])
         # A writer that was killed half-way stays half-way.
         if (began == row["writing"] and not began % 2) or time.monotonic() > deadline:
             return found
@@ -264,7 +264,7 @@ class Counted:
     sums_SY: np.ndarray
     """Of the steps from `first` to `steps`."""
     layers: np.ndarray
-    tokens_YE: np.ndarray
+    tokens_2YE: np.ndarray
     passes: int
     rounds: int
     top_k: int
@@ -277,9 +277,11 @@ class Counted:
         known = since if since <= steps else 0  # it has started over
         first = max(known + 1, steps - STEPS + 1)
         sums_SY = row["sums"][np.ix_(np.arange(first, steps + 1) % STEPS, layers)]
-        tokens_YE = row["tokens"][layers, : int(row["experts"])]
+        tokens_2YE = row["tokens"][:, layers, : int(row["experts"])]
         passes, rounds, top_k = (int(row[name]) for name in ("passes", "rounds", "top_k"))
-        return cls(steps, first, sums_SY, layers, tokens_YE, passes, rounds, top_k, bytes(row["dispatchers"]))
+        return cls(
+            steps, first, sums_SY, layers, tokens_2YE, passes, rounds, top_k, bytes(row["dispatchers"])
+        )
 
     def write(self, row: Any) -> None:
         """Into that rank's row."""
@@ -287,8 +289,8 @@ class Counted:
             row["layers"] = False
             row["layers"][self.layers] = True
             row["sums"][np.ix_(np.arange(self.first, self.steps + 1) % STEPS, self.layers)] = self.sums_SY
-            row["experts"] = self.tokens_YE.shape[1]
-            row["tokens"][self.layers, : self.tokens_YE.shape[1]] = self.tokens_YE
+            row["experts"] = experts = self.tokens_2YE.shape[2]
+            row["tokens"][:, self.layers, :experts] = self.tokens_2YE
             for name in ("steps", "passes", "rounds", "top_k", "dispatchers"):
                 row[name] = getattr(self, name)
 

@@ -1,12 +1,13 @@
 """A worker's end of the load report: counts the rows of its MoE layers and writes them to the shared statistics.
 
-The rows of all layers are counted in one piece of memory on their device. Each layer has lines of its own there, which
-never move, so that a replayed CUDA graph counts too. After each step of the engine the device adds up every line and
-copies lines and sums to the host: three operations, however many layers there are, and nothing waits for them. Whether
-what has arrived on the host is one whole step can be seen from the values alone. A thread looks a few times a second
-for news or for a reader's request, and writes down all layers at once.
+The rows of all layers are counted in one piece of memory on their device. Each layer has lines of its own there, some
+for prefill and as many for decode, which never move, so that a replayed CUDA graph counts too. After each step of the
+engine the device adds up every line and copies lines and sums to the host: three operations, however many layers there
+are, and nothing waits for them. Whether what has arrived on the host is one whole step can be seen from the values
+alone. A thread looks a few times a second for news or for a reader's request, and writes down all layers at once.
 
-Letters: N lines of counters, W counters of a line, S the steps whose sums are kept, Y layers, E experts, L slots.
+Letters: N lines of counters, W counters of a line, S the steps whose sums are kept, Y layers, E experts, L slots of a
+layer, P slots of all layers.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from epbackend.engines.lmdeploy.load.pairs import PAIRS_VARIABLE
 from epbackend.engines.lmdeploy.load.report import MAX_LAYERS, RANK, STEPS, Counted, rank_row, writing
 from epbackend.kernels.pair_counter import PairCounter
 from epbackend.moe import ExpertParallelMoE
+from epbackend.names import PHASES
 
-LINES = MAX_LAYERS
-"""One for each layer whose slots are at most as many as those of the first; a layer with more takes several."""
+LINES = len(PHASES) * MAX_LAYERS
+"""One for each phase of a layer whose slots are at most as many as those of the first; a layer with more takes several.
+"""
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,10 @@ class Counters:
 
     @torch.inference_mode(False)
     def allocate(self, slots: int) -> tuple[range, Tensor]:
-        """Lines for so many slots, and their counters in one tensor."""
+        """Lines for so many slots, those of prefill first, and their counters, [2, slots]."""
         lines = range(self.lines, self.lines + self._needed(slots))
         self.lines, self._views = lines.stop, None
-        return lines, self._rows_NW.view(-1)[lines.start * self.width :][:slots]
+        return lines, self._rows_NW[lines.start : lines.stop].view(len(PHASES), -1)[:, :slots]
 
     def step(self) -> None:
         """Send what was counted to the host, behind what the current stream has to do for this step."""
@@ -119,7 +122,7 @@ class Counters:
         return Snapshot(int(fitting[0]), int(steps[-1]), rows_NW, sums_SN)
 
     def _needed(self, slots: int) -> int:
-        return max(1, -(-slots // self.width))
+        return len(PHASES) * max(1, -(-slots // self.width))
 
     @torch.inference_mode(False)
     def _make_views(self) -> _Views:
@@ -160,8 +163,13 @@ class _Lines:
     lines: range
     experts_L: tuple[int, ...]
     """The expert in each slot."""
-    credit_E: np.ndarray | None = None
-    """`LayerStats.credit_E`, once experts have moved."""
+    credit_2E: np.ndarray | None = None
+    """`LayerStats.credit_2E`, once experts have moved."""
+
+    def slots_2L(self, width: int) -> np.ndarray:
+        """The places of its slots among all counters."""
+        firsts = self.lines.start + len(self.lines) // len(PHASES) * np.arange(len(PHASES))
+        return firsts[:, None] * width + np.arange(len(self.experts_L))
 
 
 @dataclass(frozen=True)
@@ -172,37 +180,38 @@ class _Map:
     """Of the layers; all that follows is in their order."""
     experts: int
     """The most that a layer has."""
-    slots: np.ndarray
-    """The place of each slot among the counters."""
-    cells: np.ndarray
+    slots_2P: np.ndarray
+    """The places of each slot among the counters."""
+    cells_P: np.ndarray
     """The place of each slot's expert in [layers, experts]."""
     lines: np.ndarray
     firsts: np.ndarray
     """Where in `lines` those of each layer begin."""
-    credit_YE: np.ndarray
+    credit_2YE: np.ndarray
 
     @classmethod
     def of(cls, allocated: dict[int, _Lines], width: int, experts: int) -> _Map:
         many = list(allocated.values())
-        credit_YE = np.zeros((len(many), experts), dtype=np.int64)
-        for credit_E, each in zip(credit_YE, many, strict=True):
-            if each.credit_E is not None:
-                credit_E[: len(each.credit_E)] = each.credit_E
+        credit_2YE = np.zeros((len(PHASES), len(many), experts), dtype=np.int64)
+        for at, each in enumerate(many):
+            if each.credit_2E is not None:
+                credit_2YE[:, at, : each.credit_2E.shape[1]] = each.credit_2E
         return cls(
             np.array(list(allocated)),
             experts,
-            np.concatenate([each.lines.start * width + np.arange(len(each.experts_L)) for each in many]),
+            np.concatenate([each.slots_2L(width) for each in many], axis=1),
             np.concatenate([at * experts + np.array(each.experts_L, int) for at, each in enumerate(many)]),
             np.concatenate([np.array(each.lines) for each in many]),
             np.cumsum([0, *(len(each.lines) for each in many[:-1])]),
-            credit_YE,
+            credit_2YE,
         )
 
-    def tokens_YE(self, shown: Snapshot) -> np.ndarray:
-        """Tokens of each layer's experts, replicas of an expert together."""
-        tokens_YE = self.credit_YE.copy()
-        np.add.at(tokens_YE.reshape(-1), self.cells, shown.rows_NW.reshape(-1)[self.slots])
-        return tokens_YE
+    def tokens_2YE(self, shown: Snapshot) -> np.ndarray:
+        """Tokens of each layer's experts in each phase, replicas of an expert together."""
+        tokens_2YE, rows = self.credit_2YE.copy(), shown.rows_NW.reshape(-1)
+        for tokens_YE, slots_P in zip(tokens_2YE, self.slots_2P, strict=True):
+            np.add.at(tokens_YE.reshape(-1), self.cells_P, rows[slots_P])
+        return tokens_2YE
 
     def sums_SY(self, shown: Snapshot, steps: np.ndarray) -> np.ndarray:
         """Tokens of each layer after each of those steps."""
@@ -250,8 +259,8 @@ class StatsWriter:
                 or not counters.has_room(len(experts_L))
             ):
                 counters = self._begin(Counters(place, len(experts_L)))
-            lines, rows_L = counters.allocate(len(experts_L))
-            layer.load.count_in(rows_L)
+            lines, rows_2L = counters.allocate(len(experts_L))
+            layer.load.count_in(rows_2L)
             if self._pairs is not None and layer.ranks.token_rank == 0:  # the others hold the same tokens
                 layer.load.pairs = self._pairs[number] = PairCounter(layer.slot_map.experts, place)
             self._layers[number], self._allocated[number], self._map = layer, _Lines(lines, experts_L), None
@@ -270,7 +279,7 @@ class StatsWriter:
             if number in self._allocated:
                 load = layer.load
                 self._allocated[number] = replace(
-                    self._allocated[number], experts_L=load.local_experts, credit_E=load.credit_E.numpy()
+                    self._allocated[number], experts_L=load.local_experts, credit_2E=load.credit_2E.numpy()
                 )
                 self._map = None
 
@@ -337,7 +346,7 @@ class StatsWriter:
         """What layers of these numbers have counted, in the shared statistics."""
         for total in ("steps", "passes", "rounds"):
             self._row[total] = 0
-        self._row["tokens"][numbers] = 0
+        self._row["tokens"][:, numbers] = 0
         self._row["sums"][:, numbers] = 0
 
     def _stand_by(self) -> None:
@@ -362,7 +371,7 @@ class StatsWriter:
             loads = [layer.load for layer in self._layers.values()]
             steps = np.arange(max(int(row["steps"]) + 1, shown.oldest), shown.step + 1)
             with writing(row):
-                row["tokens"][places.numbers, : places.experts] = places.tokens_YE(shown)
+                row["tokens"][:, places.numbers, : places.experts] = places.tokens_2YE(shown)
                 row["sums"][np.ix_(steps % STEPS, places.numbers)] = places.sums_SY(shown, steps)
                 row["passes"] = max((load.passes.max for load in loads), default=row["passes"])
                 row["rounds"] = max((load.rounds.max for load in loads), default=row["rounds"])

@@ -13,10 +13,11 @@ import psutil
 
 from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, StatsReader
 from epbackend.errors import EPError
+from epbackend.names import PHASES
 
 
 def status(stats: StatsReader) -> dict[str, Any]:
-    """`at_s` is a clock for differences: `tokens_RY` and `steps` count from the engine's start.
+    """`at_s` is a clock for differences: `tokens_RY`, those of each phase, and `steps` count from the engine's start.
 
     `balance` holds the fields of BalanceReport, and is None where balance is off.
     """
@@ -33,6 +34,10 @@ def status(stats: StatsReader) -> dict[str, Any]:
         "top_k": load.top_k,
         "steps": load.calls,
         "tokens_RY": load.tokens_RYE[:sharing].sum(axis=2).tolist(),
+        "tokens_of_phase": {
+            phase: tokens_RYE[:sharing].sum(axis=2).tolist()
+            for phase, tokens_RYE in zip(PHASES, load.tokens_2RYE, strict=True)
+        },
         "step_imbalance_Y": load.step_imbalance_Y.tolist(),
         "split": about.get("split", {}),
         "dispatchers": {phase: choice["name"] for phase, choice in load.dispatchers.items()},

@@ -31,7 +31,7 @@ LOAD = (
     Known(
         "epbackend_expert_tokens_total",
         "counter",
-        ("rank", "layer"),
+        ("rank", "layer", "phase"),
         "tokens that the rank's experts computed",
     ),
     Known("epbackend_steps_total", "counter", (), "forward passes of the model"),
@@ -105,8 +105,9 @@ class ExpertMetrics(Collector):
         found = status(self._stats)
         samples: dict[str, list[tuple[dict[str, str], float]]] = {
             "epbackend_expert_tokens_total": [
-                ({"rank": str(rank), "layer": str(layer)}, tokens)
-                for rank, tokens_Y in enumerate(found["tokens_RY"])
+                ({"rank": str(rank), "layer": str(layer), "phase": phase}, tokens)
+                for phase, tokens_RY in found["tokens_of_phase"].items()
+                for rank, tokens_Y in enumerate(tokens_RY)
                 for layer, tokens in zip(found["layers"], tokens_Y, strict=True)
             ],
             "epbackend_steps_total": [({}, found["steps"])],
