@@ -1,6 +1,6 @@
 """The planner in a process of its own: planning takes a core for a while, and no rank or scheduler gives it one.
 
-A planner that ends, or does not answer in time, is replaced; the new one starts from the placement in use. It is not
+A planner that ends, is stopped, or does not answer in time, is replaced; the new one starts from the placement in use. It is not
 made by `multiprocessing`, which would have it import the user's program, and with that torch and LMDeploy.
 """
 
@@ -19,6 +19,7 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+import psutil
 
 from epbackend.balance.decision import Policy, Proposal, Rebalancer
 from epbackend.errors import EPError
@@ -27,7 +28,9 @@ from epbackend.placement.placement import Placement
 logger = logging.getLogger("epbackend")
 
 START_S = 60.0
-"""A new process imports and compiles before its first answer."""
+"""A new process imports and compiles before its first proposal."""
+STOPPED_S = 5.0
+"""For so long its process may be stopped (SIGSTOP, a debugger) while an answer is awaited."""
 ENDING_S = 2.0
 POLL_S = 0.1
 
@@ -36,11 +39,10 @@ class Planner:
     """The parent's end of the process. One caller at a time."""
 
     def __init__(self, placement: Placement, policy: Policy, timeout_s: float, stop: Event) -> None:
-        """`timeout_s` for an answer, beyond its start; `stop` ends a wait for one."""
+        """`timeout_s` for an answer, the first ones START_S more; `stop` ends a wait for one."""
         self._placement, self._policy, self._timeout_s, self._stop = placement, policy, timeout_s, stop
         self.restarts = 0
         self.pid: int | None = None
-        self._started_at, self._told = 0.0, False
         self._start()
 
     @property
@@ -57,6 +59,7 @@ class Planner:
         answer = self._ask("propose", tokens_YE)
         if isinstance(answer, str):
             raise EPError(f"the planner failed: {answer}")
+        self._compiled = self._compiled or answer is not None
         return answer
 
     def accept(self, placement: Placement) -> None:
@@ -78,12 +81,7 @@ class Planner:
                 self._connection.send((self._placement, self._policy))
                 self._told = True
             self._connection.send((what, value))
-            deadline = time.monotonic() + START_S + self._timeout_s
-            while not self._connection.poll(POLL_S):
-                if self._stop.is_set():
-                    raise EPError("the engine was closed")
-                if time.monotonic() > deadline:
-                    raise EPError(f"it did not answer within {START_S + self._timeout_s:g} s")
+            self._await_answer()
             return self._connection.recv()
         except (OSError, EOFError, EPError) as error:
             if self._stop.is_set():
@@ -94,6 +92,25 @@ class Planner:
             self.restarts += 1
             raise EPError(f"the planner was started anew: {reason}") from error
 
+    def _await_answer(self) -> None:
+        """Raises EPError where there is none in time."""
+        patience_s = self._timeout_s + (0 if self._compiled else START_S)
+        deadline, stopped_s = time.monotonic() + patience_s, 0.0
+        while not self._connection.poll(POLL_S):
+            if self._stop.is_set():
+                raise EPError("the engine was closed")
+            if time.monotonic() > deadline:
+                raise EPError(f"it did not answer within {patience_s:g} s")
+            # Looks are counted, because this process may have been stopped as well, as by Ctrl-Z.
+            stopped_s = stopped_s + POLL_S if self._stopped() else 0.0
+            if stopped_s > STOPPED_S:
+                raise EPError("it was stopped (SIGSTOP or a debugger)")
+
+    def _stopped(self) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return self._seen.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        return False
+
     def _start(self) -> None:
         self._connection, theirs = Pipe()
         program = (
@@ -102,8 +119,9 @@ class Planner:
         )
         self._process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()])
         theirs.close()
-        self._told = False
+        self._told = self._compiled = False
         self.pid, self._started_at = self._process.pid, time.monotonic()
+        self._seen = psutil.Process(self.pid)
 
 
 def main(file: int) -> None:

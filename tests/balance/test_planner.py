@@ -39,3 +39,29 @@ def test_a_planner_that_is_killed_is_replaced_and_goes_on_from_the_placement_in_
     finally:
         planner.close()
     assert not psutil.pid_exists(planner.pid)
+
+
+def test_a_planner_that_is_stopped_is_replaced_while_its_answer_is_awaited(monkeypatch):
+    """However long it might take to answer; a stopped parent does not count the time in which it is stopped too."""
+    monkeypatch.setattr("epbackend.balance.planner.STOPPED_S", 0.5)
+    planner = Planner(START, Policy(0.0, None, None, expert_bytes=1), timeout_s=3600.0, stop=Event())
+    try:
+        stopped = planner.pid
+        os.kill(stopped, signal.SIGSTOP)
+        with pytest.raises(EPError, match="started anew: it was stopped"):
+            planner.propose(SKEWED_YE)
+        assert (planner.restarts, psutil.pid_exists(stopped)) == (1, False)
+    finally:
+        planner.close()
+
+
+def test_a_planner_that_hangs_has_the_time_to_compile_only_once(monkeypatch):
+    monkeypatch.setattr("epbackend.balance.planner.START_S", 3600.0)
+    planner = Planner(START, Policy(0.0, None, None, expert_bytes=1), timeout_s=0.5, stop=Event())
+    try:
+        assert planner.propose(SKEWED_YE) is not None
+        os.kill(planner.pid, signal.SIGSTOP)  # the shorter of the two limits
+        with pytest.raises(EPError, match=r"started anew: it did not answer within 0\.5 s"):
+            planner.propose(SKEWED_YE)
+    finally:
+        planner.close()
