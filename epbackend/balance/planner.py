@@ -1,7 +1,7 @@
 """The planner in a process of its own: planning takes a core for a while, and no rank or scheduler gives it one.
 
-A planner that ends, is stopped, or does not answer in time, is replaced; the new one starts from the placement in use. It is not
-made by `multiprocessing`, which would have it import the user's program, and with that torch and LMDeploy.
+A planner that ends, is stopped, or does not answer in time, is replaced; the new one starts from the placement in use.
+It is not made by `multiprocessing`, which would have it import the user's program, and with that torch and LMDeploy.
 """
 
 from __future__ import annotations

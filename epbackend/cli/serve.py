@@ -143,8 +143,11 @@ def serve(
     ] = 30.0,
 ) -> None:
     """Serve a model at http://HOST:PORT/v1; with dp > 1 one engine a data-parallel rank, behind one address."""
+    name, ranks = served_model_name or model, settings.world_size
+    on = f"on {ranks} rank{'s' * (ranks > 1)}"
+    scheme, shown_host = "https" if ssl_certfile else "http", f"[{host}]" if ":" in host else host
     front = Front(
-        model_name=served_model_name or model,
+        model_name=name,
         api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file else ())),
         chat_template=chat_template,
         tool_call_parser=tool_call_parser,
@@ -164,12 +167,9 @@ def serve(
         disable_fastapi_docs=disable_fastapi_docs,
         allow_terminate_by_client=allow_terminate_by_client,
         enable_abort_handling=enable_abort_handling,
+        announcement=f"serving {name} at {scheme}://{shown_host}:{port}{root_path}/v1 {on}",
     )
-    error_console.print(
-        f"serving {front.model_name} at {front.scheme}://{host}:{port}{root_path}/v1 ({settings.world_size} ranks)",
-        highlight=False,
-        soft_wrap=True,
-    )
+    error_console.print(f"starting {name} {on}", highlight=False, markup=False, soft_wrap=True)
     try:
         lmdeploy.serve(
             model,

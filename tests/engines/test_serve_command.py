@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -50,11 +50,17 @@ def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_proc
         "--api-key-file", str(keys), "--ssl-keyfile", str(key), "--ssl-certfile", str(cert), "--root-path", "/models/a",
         "--chat-template", str(template), "--log-requests", "--disable-uvicorn-access-log", "--enable-abort-handling",
         "--allow-origins", "https://ui.example",
-        ready="startup complete" if dp == 1 else "",
+        ready="serving tiny-qwen3-moe",
     )  # fmt: skip
     base = f"https://{LOOPBACK}:{port}"
     asked = {"verify": str(cert), "timeout": PATIENCE_S}
-    wait_for(lambda: requests.get(f"{base}/v1/models", headers=KEY, **asked).ok)
+
+    # What it says, in this order, is true when it is said; and no other address than that of the clients.
+    said = f"serving tiny-qwen3-moe at {base}/models/a/v1 on 2 ranks\n"
+    assert running.log.read_text().startswith("starting tiny-qwen3-moe on 2 ranks\n")
+    assert said in running.log.read_text()
+    assert set(re.findall(r"https?://[\w.:]+", running.log.read_text())) == {base}
+    assert requests.get(f"{base}/ready", headers=KEY, **asked).status_code == 200
 
     # The name that was typed, and no other; a key that is in the file, and no other.
     assert [
@@ -90,21 +96,8 @@ def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_proc
     assert "POST /v1/completions" not in log
     # With dp > 1 it comes from the process before the engines.
     assert log.count("expert loads are counted from now on") == (level == "INFO")
-    for noise in ("deprecated", "0it [", "Traceback", "does not support bfloat16"):
+    for noise in ("deprecated", "0it [", "Traceback", "openai_harmony", "does not support bfloat16"):
         assert noise not in log
-
-
-def wait_for(ready) -> None:
-    """Return when `ready` says so; until then the server may not listen."""
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        try:
-            if ready():
-                return
-        except requests.ConnectionError:
-            pass
-        time.sleep(0.3)
-    raise AssertionError("the server does not answer")
 
 
 @pytest.mark.parametrize(
@@ -129,6 +122,7 @@ def test_what_cannot_be_served_is_said_before_anything_starts(words, said):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2, result.output
     assert said in result.stderr
+    assert "serving" not in result.stderr
 
 
 @pytest.mark.parametrize(

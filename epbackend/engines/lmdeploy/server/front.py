@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from epbackend.engines.lmdeploy.patching import Patch, Patches
@@ -49,10 +52,8 @@ class Front:
     disable_fastapi_docs: bool = False
     allow_terminate_by_client: bool = False
     enable_abort_handling: bool = False
-
-    @property
-    def scheme(self) -> str:
-        return "https" if self.ssl_certfile else "http"
+    announcement: str | None = None
+    """A line for stderr, once clients can connect."""
 
     def check(self) -> None:
         """Raises ConfigError for what cannot work, before anything is loaded."""
@@ -121,6 +122,16 @@ class Front:
                 self._uvicorn_run,
             )
         ]
+        if self.announcement is not None:
+            found.append(
+                Patch(
+                    "server-announced",
+                    "uvicorn:Server.startup",
+                    "where clients find it is said when it listens, its engine being ready",
+                    "always",
+                    self._uvicorn_startup,
+                )
+            )
         if self.request_log:
             found.append(
                 Patch(
@@ -140,15 +151,41 @@ class Front:
 
         return run
 
+    def _uvicorn_startup(self, original: Callable) -> Callable:
+        @functools.wraps(original)
+        async def startup(server: Any, *args: Any, **kwargs: Any) -> None:
+            await original(server, *args, **kwargs)
+            if server.started:
+                print(self.announcement, file=sys.stderr, flush=True)
+
+        return startup
+
     def _check_parsers(self) -> None:
         if self.tool_call_parser is None and self.reasoning_parser is None:
             return
-        from lmdeploy.serve.parsers import validate_parser_names
-
         try:
-            validate_parser_names(self.reasoning_parser, self.tool_call_parser, warn_legacy=False)
+            import_parsers().validate_parser_names(
+                self.reasoning_parser, self.tool_call_parser, warn_legacy=False
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from None
+
+
+def import_parsers() -> ModuleType:
+    """LMDeploy's parsers of answers, without what their import says whatever the model: that openai_harmony is missing.
+
+    The plug says it for the model that needs it.
+    """
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "openai_harmony import failed" not in record.getMessage()
+
+    log = logging.getLogger("lmdeploy")
+    log.addFilter(wanted)
+    try:
+        return import_module("lmdeploy.serve.parsers")
+    finally:
+        log.removeFilter(wanted)
 
 
 def _request_log() -> logging.Logger:

@@ -10,8 +10,11 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any
 
 from epbackend.config import EPConfig
@@ -30,7 +33,7 @@ from epbackend.engines.lmdeploy.processes import (
     stop_engines,
 )
 from epbackend.engines.lmdeploy.server.experts import Experts
-from epbackend.engines.lmdeploy.server.front import Front
+from epbackend.engines.lmdeploy.server.front import Front, import_parsers
 from epbackend.engines.lmdeploy.server.guard import Guard, looking_out, signals_unwind
 from epbackend.engines.lmdeploy.server.metrics import ExpertMetrics
 from epbackend.engines.lmdeploy.shown_log import ShownLog
@@ -150,11 +153,13 @@ def _serve_engine(
     guard: Guard,
     kwargs: dict[str, Any],
 ) -> None:
+    import_parsers()
     from lmdeploy.serve.openai import api_server
 
     board = active().board
     try:
         with (
+            _without_hint(api_server),
             guard.in_place(),
             looking_out(
                 guard, None, lambda: board.verdict if board else None, config.timeout_s, active().balancer
@@ -175,6 +180,16 @@ def _serve_engine(
         raise
 
 
+@contextmanager
+def _without_hint(api_server: ModuleType) -> Iterator[None]:
+    """LMDeploy prints where it will listen before it does, with dp > 1 at a port that is not the clients'."""
+    vars(api_server)["print"] = lambda *_: None
+    try:
+        yield
+    finally:
+        del vars(api_server)["print"]
+
+
 def _serve_balanced(
     model_path: str,
     config: EPConfig,
@@ -193,7 +208,9 @@ def _serve_balanced(
     tls: dict[str, Any] = {}
     if kwargs.pop("ssl", False):  # here, and not between us and the engines
         tls = {"ssl_keyfile": os.environ["SSL_KEYFILE"], "ssl_certfile": os.environ["SSL_CERTFILE"]}
-    behind = replace(front, root_path="", access_log=False, ssl_keyfile=None, ssl_certfile=None)
+    behind = replace(
+        front, root_path="", access_log=False, ssl_keyfile=None, ssl_certfile=None, announcement=None
+    )
     board = SharedStats.of(config)
     balancer = balance.start(config, board, placement)
     guard.experts = Experts(board, placement, balancer).app(front.api_keys)
@@ -241,6 +258,7 @@ def _run_engine_server(
     config = EPConfig.from_json(config_json)
     plug.enable(config, placement)
     guard = Guard(drain_seconds=0.0)  # the reverse proxy has drained
+    os.environ.setdefault("UVICORN_LOG_LEVEL", "warning")  # it would tell of its own port
     try:
         with front.shown():
             _serve_engine(model_path, config, dp_rank, LOOPBACK, port, guard, kwargs)

@@ -35,7 +35,15 @@ from epbackend.engines.lmdeploy.load.report import (
 from epbackend.engines.lmdeploy.plug import set_threads
 from epbackend.engines.lmdeploy.processes import ENGINE_VARIABLE
 from epbackend.engines.lmdeploy.state import active
-from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, RankState, judge, look_at
+from epbackend.engines.lmdeploy.workers.process_guard import descendants
+from epbackend.engines.lmdeploy.workers.rank_watch import (
+    ENDED,
+    LOOK_S,
+    RankState,
+    judge,
+    look_at,
+    process_state,
+)
 from epbackend.errors import ConfigError, WorkerError
 
 logger = logging.getLogger("lmdeploy")
@@ -49,6 +57,8 @@ START = {
 }
 """What Ray calls a device -> the command that starts it with so many."""
 
+SERVERS = {"gcs_server": "control store, gcs_server", "raylet": "raylet"}
+"""Processes of Ray, without which it cannot go on -> what the log calls them."""
 OBJECT_STORE_BYTES = 512 << 20
 COUNTS_LOOK_S = 0.05
 """Between two looks whether a reader asks for the load of ranks on other machines."""
@@ -91,7 +101,8 @@ class PluggedRayWorker(RayWorkerWrapper):
 class WatchedRayExecutor(RayExecutor):
     """The engine's end: fails, naming the rank, when one on this machine has ended or does not move on.
 
-    A rank on another machine ends by itself when it is stuck, and Ray tells that it did.
+    A rank on another machine ends by itself when it is stuck, and Ray tells that it did. Of a Ray that this process
+    started the servers are watched too: its clients try for a minute to reach a lost control store, and then end.
     """
 
     _failed = False
@@ -99,6 +110,8 @@ class WatchedRayExecutor(RayExecutor):
     def start(self, forward_event: asyncio.Event) -> None:
         super().start(forward_event)
         self._released, self._running = threading.Event(), RunningTime()
+        started = {each.pid: each.name() for each in descendants(os.getpid())}
+        self._servers = {pid: name for pid, name in started.items() if name in SERVERS}
         active().suspect = lambda: judge(self._ranks(), active().config.timeout_s, failed=True)
         for what, name in ((self._watch, "epbackend-watch"), (self._fetch_counts, "epbackend-counts")):
             threading.Thread(target=what, name=name, daemon=True).start()
@@ -163,8 +176,14 @@ class WatchedRayExecutor(RayExecutor):
             if self._released.wait(LOOK_S):
                 return
             self._running.look()
-            text = judge(self._ranks(), timeout_s)
+            text = judge(self._ranks(), timeout_s) or self._lost_server()
         self._fail(text)
+
+    def _lost_server(self) -> str | None:
+        for pid, name in self._servers.items():
+            if process_state(pid) in ENDED:
+                return f"Ray's {SERVERS[name]} (process {pid}) has ended"
+        return None
 
     def _fail(self, text: str) -> None:
         """Ends the engine. No rank is asked for anything any more: Ray waits for one that does not answer."""
