@@ -237,17 +237,17 @@ def all_cases() -> Iterator[Case]:
         for phase in ("prefill", "decode", "idle"):
             yield Case(dp, ep, executor, f"rank {ep - 1}", name, phase)
         yield Case(dp, ep, executor, "rank 0", name)
-    for name in signals:
-        yield Case(1, 2, "ray", "rank 1", name)
     for (dp, executor), name in itertools.product([(1, "mp"), (2, "ray")], signals):
         yield Case(dp, 2, executor, "engine", name)
+    for victim, name in itertools.product(("rank 1", "raylet", "gcs"), signals):
+        yield Case(1, 2, "ray", victim, name)
     for victim, name in itertools.product(("api server", "raylet", "gcs"), signals):
         yield Case(2, 2, "ray", victim, name)
     for name in signals:
         yield Case(victim="planner", signal=name)
     yield Case(victim="server", signal="SIGKILL")
     yield Case(2, 2, "ray", "server", "SIGKILL")
-    for victim, phase in (("server", "decode"), ("everything", "idle")):
+    for victim, phase in (("server", "decode"), ("everything", "idle"), ("everything", "decode")):
         yield Case(victim=victim, phase=phase, resume_s=10.0)
 
 
@@ -258,9 +258,7 @@ def says(pattern: str, text: str) -> bool:
 
 def row(case: Case, outcome: Outcome) -> str:
     """A line of the table."""
-    client = (
-        f"{outcome.client_status} after {_seconds(outcome.client_s)}" if outcome.client_status else "none"
-    )
+    client = f"{outcome.client_status} after {_seconds(outcome.client_s)}" if outcome.client_status else ""
     if outcome.exit_s is not None:
         end = f"{outcome.exit_code} after {_seconds(outcome.exit_s)}"
     else:
@@ -341,7 +339,7 @@ def _holds_ranks(segment: str, ranks: int) -> bool:
 
 
 def _seconds(value: float | None) -> str:
-    return "never" if value is None else f"{value:.1f} s"
+    return "" if value is None else f"{value:.1f} s"
 
 
 def main() -> None:

@@ -42,7 +42,15 @@ from epbackend.errors import ENGINE_FAILED
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            Case(dp=2, executor="ray", victim="raylet", signal="SIGKILL"), "", marks=pytest.mark.slow
+            Case(dp=2, executor="ray", victim="raylet", signal="SIGKILL"), "raylet", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            Case(executor="ray", victim="gcs", signal="SIGKILL"), "control store", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            Case(dp=2, executor="ray", victim="rank 1", signal="SIGKILL", phase="idle"),
+            "rank 1 ended",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda value: (
@@ -61,14 +69,24 @@ def test_a_lost_process_is_named_to_clients_and_probes_and_ends_the_server(case,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [Case(victim="planner"), Case(victim="everything", phase="idle", resume_s=10.0)],
-    ids=lambda case: case.victim,
+    [
+        Case(victim="planner"),
+        Case(victim="everything", phase="idle", resume_s=10.0),
+        Case(victim="everything", phase="decode", resume_s=10.0),
+    ],
+    ids=lambda case: f"{case.victim}-{case.phase}",
 )
 def test_a_server_outlives_its_planner_and_a_pause_of_all_its_processes(case):
-    """As by Ctrl-Z, or of a container that is frozen; longer than `timeout_s`."""
+    """As by Ctrl-Z, or of a container that is frozen; longer than `timeout_s`, and in the middle of a step too."""
     outcome = faults.run(case)
     assert (outcome.client_status, outcome.health_s, outcome.exit_s) == ("", None, None)
     assert (outcome.answers, outcome.exit_code, outcome.left) == (True, 0, [])
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_takes_all_that_it_started_with_it():
+    outcome = faults.run(Case(dp=2, executor="ray", victim="server", signal="SIGKILL"))
+    assert (outcome.client_status, outcome.exit_code, outcome.left) == ("hung up", -signal.SIGKILL, [])
 
 
 @pytest.mark.slow

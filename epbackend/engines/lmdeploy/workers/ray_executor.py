@@ -112,7 +112,7 @@ class WatchedRayExecutor(RayExecutor):
         self._released, self._running = threading.Event(), RunningTime()
         started = {each.pid: each.name() for each in descendants(os.getpid())}
         self._servers = {pid: name for pid, name in started.items() if name in SERVERS}
-        active().suspect = lambda: judge(self._ranks(), active().config.timeout_s, failed=True)
+        active().suspect = lambda: self._verdict(failed=True)
         for what, name in ((self._watch, "epbackend-watch"), (self._fetch_counts, "epbackend-counts")):
             threading.Thread(target=what, name=name, daemon=True).start()
 
@@ -121,8 +121,7 @@ class WatchedRayExecutor(RayExecutor):
         try:
             await super().wait_tasks()
         except Exception as error:
-            text = judge(self._ranks(), active().config.timeout_s, failed=True) or _cause_of(error)
-            self._fail(text)
+            self._fail(self._verdict(failed=True) or _cause_of(error))
             raise
 
     def stop(self) -> None:
@@ -170,20 +169,20 @@ class WatchedRayExecutor(RayExecutor):
         rows["writer"][ranks] = 0
 
     def _watch(self) -> None:
-        timeout_s = active().config.timeout_s
         text = None
         while text is None:
             if self._released.wait(LOOK_S):
                 return
             self._running.look()
-            text = judge(self._ranks(), timeout_s) or self._lost_server()
+            text = self._verdict()
         self._fail(text)
 
-    def _lost_server(self) -> str | None:
+    def _verdict(self, *, failed: bool = False) -> str | None:
+        """Who is at fault: a server of Ray's, without which ranks end as well, before any rank. See `judge`."""
         for pid, name in self._servers.items():
             if process_state(pid) in ENDED:
                 return f"Ray's {SERVERS[name]} (process {pid}) has ended"
-        return None
+        return judge(self._ranks(), active().config.timeout_s, failed=failed)
 
     def _fail(self, text: str) -> None:
         """Ends the engine. No rank is asked for anything any more: Ray waits for one that does not answer."""
