@@ -43,6 +43,8 @@ class Planner:
         self._placement, self._policy, self._timeout_s, self._stop = placement, policy, timeout_s, stop
         self.restarts = 0
         self.pid: int | None = None
+        # What its process has had: the placement, and the time to compile.
+        self._told, self._compiled = False, False
         self._start()
 
     @property
@@ -119,7 +121,7 @@ class Planner:
         )
         self._process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()])
         theirs.close()
-        self._told = self._compiled = False
+        self._told, self._compiled = False, False
         self.pid, self._started_at = self._process.pid, time.monotonic()
         self._seen = psutil.Process(self.pid)
 

@@ -85,7 +85,8 @@ STARTING = {
     "chat": {"--max-new-tokens": anything, "--chat-template": words},
     "serve": {
         "--port": anything, "--host": texts, "--root-path": words, "--tool-call-parser": words,
-        "--api-key-file": configs, "--reasoning-parser": words, "--chat-template": st.one_of(words, configs), "--max-log-len": anything,
+        "--api-key-file": configs, "--reasoning-parser": words, "--chat-template": st.one_of(words, configs),
+        "--max-log-len": anything,
         "--drain-seconds": anything, "--restart": anything, "--record": configs, "--ssl-keyfile": configs,
         "--ssl-certfile": configs, "--max-concurrent-requests": anything,
     },
