@@ -475,11 +475,11 @@ def gather_on_ranks(problem, expert_P, first_R, most_time, sweeps):
 
 
 @entry
-def visit_moments(expert_P, first_X, node_X, held_EM, both_EE):
-    """Two moments of what a token of each node finds at each of X places: mean_MX, and twice_MX of ordered pairs.
+def visit_moments(expert_P, first_X, node_X, held_EM, pair_EE):
+    """What the tokens of each node find at each of X places: mean_MX choices in all, and twice_MX ordered pairs.
 
-    Place x, a rank or a node, has the slots first_X[x] to first_X[x + 1] - 1 and is on node_X[x]. `both_EE` has the
-    chances of single experts on its diagonal.
+    Place x, a rank or a node, has the slots first_X[x] to first_X[x + 1] - 1 and is on node_X[x]. `pair_EE` are
+    tokens that chose both experts, on the diagonal the expert.
     """
     nodes, places = held_EM.shape[1], node_X.size
     mean_MX, twice_MX = np.zeros((nodes, places)), np.zeros((nodes, places))
@@ -496,7 +496,7 @@ def visit_moments(expert_P, first_X, node_X, held_EM, both_EE):
                 part_P[slot] = 1.0 / holders_E[expert]
                 if held_EM[expert, source] > 0:
                     part_P[slot] = 1.0 / held_EM[expert, home] if source == home else 0.0
-                mean_MX[source, place] += part_P[slot] * both_EE[expert, expert]
+                mean_MX[source, place] += part_P[slot] * pair_EE[expert, expert]
             for slot in range(begin, end):
                 if part_P[slot] == 0.0:
                     continue
@@ -504,6 +504,6 @@ def visit_moments(expert_P, first_X, node_X, held_EM, both_EE):
                 found = 0.0
                 for other in range(begin, slot):
                     if expert_P[other] != expert:
-                        found += part_P[other] * both_EE[expert, expert_P[other]]
+                        found += part_P[other] * pair_EE[expert, expert_P[other]]
                 twice_MX[source, place] += 2.0 * found * part_P[slot]
     return mean_MX, twice_MX
