@@ -93,7 +93,9 @@ def _nodes(problem, expert_P, first_M):
     part_MM = np.empty((nodes, nodes))
     for expert in range(experts):
         for node in range(nodes):
-            found.load_M[node] += problem.share_E[expert] * _load_part(count_EM, expert, total_E[expert], node)
+            found.load_M[node] += problem.share_E[expert] * _load_part(
+                count_EM, expert, total_E[expert], node
+            )
             for source in range(nodes):
                 part_MM[source, node] = _part(found, expert, source, node)
         _apply(problem, found, expert, part_MM)
