@@ -3,7 +3,7 @@
 import json
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
@@ -20,6 +20,7 @@ from epbackend.cli.inputs import (
     load_windows,
 )
 from epbackend.cli.output import JsonOption, console, say, watching
+from epbackend.cli.visits import PairsOption, load_pairs, row_model, visit_facts
 from epbackend.placement.compare import Row, ScoreTable, score_table
 from epbackend.placement.warmup import warm_up
 
@@ -37,13 +38,15 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, help="Of searches and of noisy batches.")] = 0,
     rank_speed: SpeedOption = "",
     rank_slots: RankSlotsOption = "",
+    pairs: PairsOption = None,
     plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out/compare.png"),
     as_json: JsonOption = False,
 ) -> None:
-    """Compare all algorithms and splits: balance, worst layer, noise, drift, time."""
+    """Compare all algorithms and splits: balance, worst layer, noise, drift, time; with pairs, visits and bytes."""
     from epbackend.cli.pictures import save_score_table
 
     recorded = load_windows(loads)
+    together, _ = load_pairs(pairs, None)
     warm_up()  # so that the times are of planning, not of loading machine code
     with watching("comparing") as progress:
         table = score_table(
@@ -56,17 +59,24 @@ def compare(
             seed=seed,
             rank_speed=given_speeds(rank_speed),
             rank_slots=given_slots(rank_slots),
+            pairs=together,
             progress=progress,
         )
     picture = save_score_table(table, plot)
     if as_json:
-        rows = [row.to_dict() for row in table.rows]
+        rows = [row.to_dict() | _visits(row, recorded.experts) for row in table.rows]
         print(json.dumps({"rows": rows, "left_out": dict(table.left_out), "plot": str(picture)}))
         return
     console.print(_table(table, "time of the slowest rank" if rank_speed else "load of the busiest rank"))
+    if together is not None:
+        console.print(_visits_table(table, recorded.experts))
     for algorithm, reason in table.left_out:
         say(console, f"left out: {algorithm}: {reason}", "dim")
     say(console, f"picture: {picture}", "")
+
+
+def _visits(row: Row, experts: int) -> dict[str, Any]:
+    return {} if row.visits is None else {"visits": visit_facts(row.visits, experts)}
 
 
 def _table(table: ScoreTable, what: str) -> Table:
@@ -100,3 +110,24 @@ def _cells(row: Row) -> list[str]:
         row.drift,
     )
     return ["" if ratio is None else f"{ratio:.4f}" for ratio in ratios]
+
+
+def _visits_table(table: ScoreTable, experts: int) -> Table:
+    """A row for each algorithm, under the split that visits suppose."""
+    model = row_model(experts)
+    shown = Table(
+        box=SIMPLE,
+        title=f"a token visits, by its pairs, with split nearest; bytes of {model.name}",
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    shown.add_column("algorithm", no_wrap=True)
+    for column in ("ranks", "nodes", "besides its own", "KB to other nodes", "KB in its node"):
+        shown.add_column(column, justify="right")
+    for row in table.rows:
+        if (visits := row.visits) is not None:
+            sizes = visits.bytes_across(model.row_bytes), visits.bytes_within(model.row_bytes)
+            counts = (f"{count:.3f}" for count in (visits.ranks, visits.nodes, visits.other_nodes))
+            shown.add_row(row.score.algorithm, *counts, *(f"{size / 1e3:.1f}" for size in sizes))
+    return shown

@@ -228,8 +228,11 @@ def save_score_table(table: ScoreTable, path: Path) -> Path:
     }
     shown = {name: view for name, view in views.items() if all(view(row) is not None for row in table.rows)}
     figure = Figure(figsize=(13.3, 1.9 + 0.62 * len(algorithms)), layout="constrained")
-    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, (name, view) in zip(panels, shown.items(), strict=True):
+    visited = [row for row in table.rows if row.visits is not None]
+    panels = figure.subplots(1, len(shown) + bool(visited), sharey=True, squeeze=False)[0]
+    for axes in panels[1 : len(shown)]:
+        axes.sharex(panels[0])
+    for axes, (name, view) in zip(panels, shown.items(), strict=False):
         axes.set_title(name, fontsize=LABEL)
         for place, (split, (colour, mark)) in enumerate(MARKS.items()):
             rows = [row for row in table.rows if row.score.split == split]
@@ -242,12 +245,14 @@ def save_score_table(table: ScoreTable, path: Path) -> Path:
             axes.scatter(
                 above, height, s=95, color=colour, marker=mark, label=split, edgecolor="white", zorder=3
             )
-    for axes in panels:  # only now do they know the axis that they share
+    for axes in panels[: len(shown)]:  # only now do they know the axis that they share
         _dress(axes, len(algorithms))
+    if visited:
+        _draw_visits(panels[-1], {row.score.algorithm: row.visits for row in visited}, algorithms)
     panels[0].set_yticks(range(len(algorithms)), algorithms, fontsize=LABEL)
     handles, labels = panels[0].get_legend_handles_labels()
     names = [f"{label} split" for label in labels]
-    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=LABEL, frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=LABEL, frameon=False)
     scores = [row.score for row in table.rows]
     best = min(scores, key=lambda found: round(found.imbalance_mean, 3))
     was, now = (_percent(100 * (found.imbalance_mean - 1)) for found in (scores[0], best))
@@ -257,6 +262,18 @@ def save_score_table(table: ScoreTable, path: Path) -> Path:
         fontweight="bold",
     )
     return _save(figure, path)
+
+
+def _draw_visits(axes: Axes, visits: dict[str, Visits], algorithms: list[str]) -> None:
+    """A bar for each algorithm: how many nodes besides its own a token visits, or ranks where there is one node."""
+    nodes = len(next(iter(visits.values())).nodes_MM) > 1
+    axes.set_title(f"{'other nodes' if nodes else 'ranks'} that a token visits", fontsize=LABEL)
+    lengths = [found.other_nodes if nodes else found.ranks for found in visits.values()]
+    bars = axes.barh([algorithms.index(name) for name in visits], lengths, 0.6, color=MARKS["nearest"][0])
+    axes.bar_label(bars, fmt="%.2f", padding=4, fontsize=LABEL - 1)
+    axes.margins(x=0.2)
+    axes.tick_params(labelsize=LABEL - 1, left=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def save_simulation(found: Simulation, path: Path) -> Path:

@@ -92,17 +92,21 @@ class Pairs:
         Counts differ from those of independent choices by chance alone, too, and a search finds the largest such
         differences. So each is made smaller by the part that chance explains over all pairs (as James and Stein do).
         """
-        chance_E = self.loads_YE[layer] / max(self.loads_YE[layer].sum() / self.topk, 1e-300)
-        both_EE = self.tokens_YEE[layer] / max(self.loads_YE[layer].sum() / self.topk, 1e-300)
+        tokens_E = self.loads_YE[layer]
+        tokens = tokens_E.sum() / self.topk
+        both_EE = self.tokens_YEE[layer] / max(tokens, 1e-300)
+        chance_E = tokens_E / max(tokens, 1e-300)
         np.fill_diagonal(both_EE, 0.0)
-        alone_EE = np.outer(chance_E, chance_E)
-        np.fill_diagonal(alone_EE, 0.0)
-        alone_EE *= both_EE.sum() / max(alone_EE.sum(), 1e-300)
-        tokens = self.loads_YE[layer].sum() / self.topk
-        possible_EE = alone_EE > 0
-        chi_squared = tokens * ((both_EE - alone_EE)[possible_EE] ** 2 / alone_EE[possible_EE]).sum()
-        real = max(0.0, 1 - possible_EE.sum() / max(chi_squared, 1e-300))
-        both_EE = alone_EE + real * (both_EE - alone_EE)
+        # Alone, each pair would have `scale` times the product of its chances. chi_squared is the sum of
+        # (both - alone) ** 2 / alone over pairs of experts that are chosen at all.
+        scale = both_EE.sum() / max(chance_E.sum() ** 2 - (chance_E**2).sum(), 1e-300)
+        chosen = np.count_nonzero(chance_E)
+        inverse_E = np.divide(1.0, chance_E, out=np.zeros_like(chance_E), where=chance_E > 0)
+        squares = inverse_E @ (both_EE * both_EE) @ inverse_E / max(scale, 1e-300)
+        chi_squared = tokens * (squares - both_EE.sum())
+        real = max(0.0, 1 - chosen * (chosen - 1) / max(chi_squared, 1e-300))
+        both_EE *= real
+        both_EE += np.multiply.outer((1 - real) * scale * chance_E, chance_E)
         np.fill_diagonal(both_EE, chance_E)
         return both_EE
 

@@ -116,10 +116,12 @@ def expected_visits(pair_EE: np.ndarray, topk: int, layout: Layout, node_size: i
     held_EM = np.zeros((layout.experts, nodes), dtype=np.int64)
     np.add.at(held_EM, (expert_P, node_R[layout.rank_of_slot_P]), 1)
     first_R = np.append(0, np.cumsum(layout.slots_R))
-    both_EE = pair_EE / max(np.trace(pair_EE) / topk, 1e-300)
+    tokens = max(np.trace(pair_EE) / topk, 1e-300)
     places = (first_R, node_R), (first_R[::size].copy(), np.arange(nodes))
-    moments = (visit_moments(expert_P, *each, held_EM, both_EE) for each in places)
-    ranks_MR, nodes_MM = (1.0 - chance_of_none(mean, twice, topk) for mean, twice in moments)
+    moments = (visit_moments(expert_P, *each, held_EM, pair_EE) for each in places)
+    mean_MX, twice_MX = (np.hstack(each) / tokens for each in zip(*moments, strict=True))
+    visited_MX = 1.0 - chance_of_none(mean_MX, twice_MX, topk)
+    ranks_MR, nodes_MM = visited_MX[:, : layout.ranks], visited_MX[:, layout.ranks :]
     ranks_MM = ranks_MR.reshape(nodes, nodes, size).sum(axis=2)
     return Visits(float(ranks_MR.sum(axis=1).mean()), float(nodes_MM.sum(axis=1).mean()), nodes_MM, ranks_MM)
 

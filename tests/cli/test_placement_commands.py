@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 from epbackend.cli import COMMANDS, app
 from epbackend.cli.inputs import layer_numbers
+from epbackend.cli.pictures import MARKS
 from epbackend.errors import ConfigError
+from epbackend.names import SPLITS
 from epbackend.placement.formats import read_placement, write
 from epbackend.placement.formats.pairs import write_pairs
 from epbackend.placement.loads import Loads
@@ -18,7 +20,7 @@ from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement
 from epbackend.placement.synthetic import synthetic_loads, synthetic_routes
 from tests.helpers.patience import PATIENCE_S
-from tests.helpers.pictures import drawn_share
+from tests.helpers.pictures import colour_share, drawn_share
 
 
 @pytest.fixture
@@ -253,3 +255,32 @@ def test_plan_with_affinity_visits_less_and_show_draws_the_traffic(run, tmp_path
     without = run("plan", loads, "--ranks", 8, "--affinity", 1.1)
     assert without.exit_code == 2
     assert "affinity: needs --pairs FILE" in str(without.exception) + without.output
+
+
+def test_compare_with_pairs_says_what_tokens_visit(run, tmp_path, counted):
+    loads, pairs = counted
+    plot = tmp_path / "compare.png"
+    asked = ("compare", loads, "--ranks", 8, "--slots", 24, "--node-size", 2, "--plot", plot)
+    said = json.loads(run(*asked, "--pairs", pairs, "--json").stdout)
+    rows = {(row["algorithm"], row["split"]): row for row in said["rows"]}
+    visits = {algorithm: row["visits"] for (algorithm, _), row in rows.items() if "visits" in row}
+    assert {split for (_, split), row in rows.items() if "visits" in row} == {"nearest"}
+    assert set(visits) == {algorithm for algorithm, _ in rows}
+    less, more = visits["refined+affinity"], visits["refined"]
+    for what in ("ranks", "other_nodes", "bytes_across"):
+        assert less[what] < more[what]
+    assert rows["refined+affinity", "nearest"]["imbalance_worst"] <= 1.02 + 1e-9
+    # All four splits are drawn, each in its colour, and bars of visits in the last panel alone.
+    for split in SPLITS:
+        assert colour_share(plot, MARKS[split][0], right=0.72) > 1e-4
+    assert colour_share(plot, MARKS["nearest"][0], left=0.72) > 0.01
+    for split in set(SPLITS) - {"nearest"}:
+        assert colour_share(plot, MARKS[split][0], left=0.72, bottom=0.85) == 0
+    table = run(*asked, "--pairs", pairs).stdout
+    assert f"{less['other_nodes']:.3f}" in table
+    assert f"{less['bytes_within'] / 1e3:.1f}" in table
+    assert "visits" not in run(*asked, "--json").stdout
+    write_pairs(Pairs(np.zeros((3, 16, 16))), tmp_path / "other.npz")
+    refused = run(*asked, "--pairs", tmp_path / "other.npz")
+    assert refused.exit_code == 2
+    assert "has 3 layers, but the loads 2" in str(refused.exception) + refused.output

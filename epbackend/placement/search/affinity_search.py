@@ -41,86 +41,152 @@ class Gathering(NamedTuple):
     """How fast each rank is; 1 where all are alike."""
 
 
-@inner
-def _part(held_EM, expert, holders, source, node):
-    """The part of an expert's choices by tokens of `source` that goes to `node`, where nodes hold so many replicas."""
-    if held_EM[expert, source] > 0:
-        return 1.0 if node == source else 0.0
-    return held_EM[expert, node] / holders
+class Nodes(NamedTuple):
+    """Which nodes hold what, and what follows from it; kept up to date swap by swap."""
+
+    count_EM: np.ndarray
+    """Replicas of each expert on each node."""
+    total_E: np.ndarray
+    """Replicas of each expert."""
+    load_M: np.ndarray
+    """Share of the layer's choices that each node gets."""
+    arrive_ME: np.ndarray
+    """Of what a token of another node finds at a node, what it chooses together with the expert; of all other nodes."""
+    with_MMV: np.ndarray
+    """The same for tokens of each single node (first) at each (second), for the V experts with several replicas."""
+    both_EV: np.ndarray
+    """`Gathering.both_EE` for these."""
+    row_E: np.ndarray
+    """The place of an expert among these, or -1."""
 
 
 @inner
-def _load_part(held_EM, expert, holders, node):
-    """The part of an expert's choices, by the tokens of all nodes, that goes to `node`."""
-    if holders == 1:
-        return float(held_EM[expert, node])
-    if held_EM[expert, node] == 0:
-        return 0.0
-    nodes = held_EM.shape[1]
-    without = 0
-    for other in range(nodes):
-        without += held_EM[expert, other] == 0
-    return (1.0 + without * held_EM[expert, node] / holders) / nodes
-
-
-@inner
-def _change(held_EM, expert, holders, home, away, change_MM):
-    """Writes how the parts change when a replica goes from one node to another."""
-    nodes = held_EM.shape[1]
-    for source in range(nodes):
-        for node in range(nodes):
-            change_MM[source, node] = -_part(held_EM, expert, holders, source, node)
-    held_EM[expert, home] -= 1
-    held_EM[expert, away] += 1
-    for source in range(nodes):
-        for node in range(nodes):
-            change_MM[source, node] += _part(held_EM, expert, holders, source, node)
-    held_EM[expert, home] += 1
-    held_EM[expert, away] -= 1
-
-
-@inner
-def _gain(problem, expert, change_MM, with_EMM):
-    """How much the cost falls by a change of the expert alone."""
-    gain = 0.0
-    for source in range(change_MM.shape[0]):
-        for node in range(change_MM.shape[0]):
-            if source != node and change_MM[source, node] != 0.0:
-                gain += change_MM[source, node] * (
-                    with_EMM[expert, source, node] - problem.price * problem.chance_E[expert]
-                )
-    return gain
-
-
-@inner
-def _moved_gain(problem, expert, home, away, held_EM, holders_E, with_EMM, arrive_EM, change_MM):
-    """How much the cost falls when one replica of the expert goes from one node to another."""
-    if holders_E[expert] == 1:  # then as many choices leave as before
-        return arrive_EM[expert, away] - arrive_EM[expert, home]
-    _change(held_EM, expert, holders_E[expert], home, away, change_MM)
-    return _gain(problem, expert, change_MM, with_EMM)
-
-
-@inner
-def _apply(problem, expert, change_MM, holders_E, with_EMM, arrive_EM, step_M):
-    """Brings what others find beside them up to date with a change of the expert; `with_EMM` only where it is read."""
-    nodes = change_MM.shape[0]
+def _nodes(problem, expert_P, first_M):
+    """Node m has the slots first_M[m] to first_M[m + 1] - 1."""
+    experts, nodes = problem.share_E.size, first_M.size - 1
+    count_EM = np.zeros((experts, nodes), np.int64)
+    total_E = np.zeros(experts, np.int64)
     for node in range(nodes):
-        step_M[node] = -change_MM[node, node]
-        for source in range(nodes):
-            step_M[node] += change_MM[source, node]
-    for other in range(with_EMM.shape[0]):
-        both = problem.both_EE[expert, other]
-        if both == 0.0:
-            continue
+        for slot in range(first_M[node], first_M[node + 1]):
+            count_EM[expert_P[slot], node] += 1
+            total_E[expert_P[slot]] += 1
+    row_E = np.full(experts, -1, np.int64)
+    several = 0
+    for expert in range(experts):
+        if total_E[expert] > 1:
+            row_E[expert] = several
+            several += 1
+    both_EV = np.empty((experts, several))
+    for expert in range(experts):
+        for other in range(experts):
+            if row_E[other] >= 0:
+                both_EV[expert, row_E[other]] = problem.both_EE[expert, other]
+    found = Nodes(
+        count_EM,
+        total_E,
+        np.zeros(nodes),
+        np.zeros((nodes, experts)),
+        np.zeros((nodes, nodes, several)),
+        both_EV,
+        row_E,
+    )
+    part_MM = np.empty((nodes, nodes))
+    for expert in range(experts):
         for node in range(nodes):
-            if step_M[node] != 0.0:
-                arrive_EM[other, node] += both * step_M[node]
-        if holders_E[other] > 1:
+            found.load_M[node] += problem.share_E[expert] * _load_part(
+                count_EM, expert, total_E[expert], node
+            )
             for source in range(nodes):
-                for node in range(nodes):
-                    if change_MM[source, node] != 0.0:
-                        with_EMM[other, source, node] += both * change_MM[source, node]
+                part_MM[source, node] = _part(found, expert, source, node)
+        _apply(problem, found, expert, part_MM)
+    return found
+
+
+@inner
+def _part(nodes, expert, source, node):
+    """The part of an expert's choices by tokens of `source` that goes to `node`."""
+    if nodes.count_EM[expert, source] > 0:
+        return 1.0 if node == source else 0.0
+    return nodes.count_EM[expert, node] / nodes.total_E[expert]
+
+
+@inner
+def _load_part(count_EM, expert, total, node):
+    """The part of an expert's choices, by the tokens of all nodes, that goes to `node`; it has `total` replicas."""
+    if count_EM[expert, node] == 0:
+        return 0.0
+    without = 0
+    for other in range(count_EM.shape[1]):
+        without += count_EM[expert, other] == 0
+    return (1.0 + without * count_EM[expert, node] / total) / count_EM.shape[1]
+
+
+@inner
+def _change(nodes, expert, home, away, change_MM):
+    """Writes how the parts change when a replica goes from one node to another."""
+    for sign in (-1.0, 1.0):
+        for source in range(change_MM.shape[0]):
+            for node in range(change_MM.shape[0]):
+                part = sign * _part(nodes, expert, source, node)
+                change_MM[source, node] = part if sign < 0.0 else change_MM[source, node] + part
+        step = 1 if sign < 0.0 else -1
+        nodes.count_EM[expert, home] -= step
+        nodes.count_EM[expert, away] += step
+
+
+@inner
+def _apply(problem, nodes, expert, change_MM):
+    """Brings what others find beside them up to date with a change of the expert's parts."""
+    for node in range(change_MM.shape[0]):
+        step = -change_MM[node, node]
+        for source in range(change_MM.shape[0]):
+            change = change_MM[source, node]
+            step += change
+            if change != 0.0:
+                _add(nodes.with_MMV[source, node], change, nodes.both_EV[expert])
+        if step != 0.0:
+            _add(nodes.arrive_ME[node], step, problem.both_EE[expert])
+
+
+@inner
+def _add(sums_X, factor, values_X):
+    for index in range(sums_X.size):
+        sums_X[index] += factor * values_X[index]
+
+
+@inner
+def _price_moves(problem, nodes, move_VMM, expert):
+    """Writes how much the cost falls when a replica of an expert with several goes from one node to another.
+
+    Tokens of a node without a replica find one less at the first node and one more at the second. Tokens of the first
+    node leave it where it has none any more, and those of the second no longer do where it had none.
+    """
+    row, count_M, total = nodes.row_E[expert], nodes.count_EM[expert], nodes.total_E[expert]
+    cost = problem.price * problem.chance_E[expert]
+    leave_M, find_M = np.zeros(count_M.size), np.zeros(count_M.size)
+    for source in range(count_M.size):
+        for node in range(count_M.size):
+            if node != source:
+                together = nodes.with_MMV[source, node, row]
+                leave_M[source] += count_M[node] * (together - cost)
+                if count_M[source] == 0:
+                    find_M[node] += together
+    for home in range(count_M.size):
+        for away in range(count_M.size):
+            gain = find_M[away] - find_M[home]
+            if count_M[home] == 1:
+                gain += leave_M[home] + nodes.with_MMV[home, away, row] - cost
+            if count_M[away] == 0:
+                gain += nodes.with_MMV[away, home, row] - leave_M[away]
+            move_VMM[row, home, away] = gain / total if home != away else 0.0
+
+
+@inner
+def _move(nodes, move_VMM, expert, home, away):
+    """How much the cost falls when a replica goes; of an expert with several as `_price_moves` last found it."""
+    if nodes.total_E[expert] == 1:  # then as many choices leave as before
+        return nodes.arrive_ME[away, expert] - nodes.arrive_ME[home, expert]
+    return move_VMM[nodes.row_E[expert], home, away]
 
 
 @entry
@@ -130,123 +196,57 @@ def gather_on_nodes(problem, expert_P, first_M, most_M, sweeps):
     Node m has the slots first_M[m] to first_M[m + 1] - 1. None gets more load than most_M[m], in shares of the layer,
     or than it had. A pair of nodes between which no slot had enough to gain when a sweep began is passed over in it.
     """
-    slots, experts = expert_P.size, problem.share_E.size
-    ranks, nodes = problem.node_R.size, first_M.size - 1
-    held_EM = np.zeros((experts, nodes), np.int64)
-    holders_E = np.zeros(experts, np.int64)
-    for node in range(nodes):
-        for slot in range(first_M[node], first_M[node + 1]):
-            held_EM[expert_P[slot], node] += 1
-            holders_E[expert_P[slot]] += 1
-    with_EMM = np.zeros((experts, nodes, nodes))
-    arrive_EM = np.zeros((experts, nodes))
-    load_M = np.zeros(nodes)
-    change_MM = np.empty((nodes, nodes))
-    other_MM = np.empty((nodes, nodes))
-    step_M = np.empty(nodes)
-    for expert in range(experts):
-        for node in range(nodes):
-            load_M[node] += problem.share_E[expert] * _load_part(held_EM, expert, holders_E[expert], node)
-            for source in range(nodes):
-                change_MM[source, node] = _part(held_EM, expert, holders_E[expert], source, node)
-        _apply(problem, expert, change_MM, holders_E, with_EMM, arrive_EM, step_M)
+    count = first_M.size - 1
+    nodes = _nodes(problem, expert_P, first_M)
+    move_VMM = np.zeros((nodes.both_EV.shape[1], count, count))
+    top_MM = np.empty((count, count))
+    change_MM, other_MM, step_M = np.empty((count, count)), np.empty((count, count)), np.empty(count)
     swaps = 0
-    move_PM = np.empty((slots, nodes))
-    top_MM = np.empty((nodes, nodes))
     for _ in range(sweeps):
         before = swaps
+        for expert in range(nodes.row_E.size):
+            if nodes.row_E[expert] >= 0:
+                _price_moves(problem, nodes, move_VMM, expert)
         top_MM[:] = -np.inf
-        for home in range(nodes):
+        for home in range(count):
             for slot in range(first_M[home], first_M[home + 1]):
-                for away in range(nodes):
-                    gain = _moved_gain(
-                        problem,
-                        expert_P[slot],
-                        home,
-                        away,
-                        held_EM,
-                        holders_E,
-                        with_EMM,
-                        arrive_EM,
-                        change_MM,
-                    )
-                    move_PM[slot, away] = gain
+                for away in range(count):
+                    gain = _move(nodes, move_VMM, expert_P[slot], home, away)
                     top_MM[home, away] = max(top_MM[home, away], gain)
-        for home in range(nodes):
+        for home in range(count):
             for slot in range(first_M[home], first_M[home + 1]):
                 expert = expert_P[slot]
-                best, best_away, best_gain = -1, -1, LEAST_GAIN
-                for away in range(nodes):
-                    own = move_PM[slot, away]
-                    if holders_E[expert] == 1:
-                        own = arrive_EM[expert, away] - arrive_EM[expert, home]
-                    if away == home or own + top_MM[away, home] <= best_gain:
-                        continue
-                    for other in range(first_M[away], first_M[away + 1]):
-                        partner = expert_P[other]
-                        if holders_E[partner] == 1:
-                            gain = own + arrive_EM[partner, home] - arrive_EM[partner, away]
-                            if holders_E[expert] == 1:
-                                gain -= 2 * (nodes - 1) * problem.both_EE[expert, partner]
-                        else:  # of earlier in this sweep: to be computed again before it is believed
-                            gain = own + move_PM[other, home]
-                        if (
-                            gain > best_gain
-                            and partner != expert
-                            and _fits(
-                                problem,
-                                expert,
-                                partner,
-                                home,
-                                away,
-                                held_EM,
-                                holders_E,
-                                load_M,
-                                most_M,
-                                ranks,
-                            )
-                        ):
-                            best, best_away, best_gain = other, away, gain
+                if nodes.row_E[expert] >= 0:
+                    _price_moves(problem, nodes, move_VMM, expert)
+                best, away = _partner(problem, nodes, move_VMM, top_MM, expert_P, first_M, most_M, slot, home)
                 if best < 0:
                     continue
-                partner, away = expert_P[best], best_away
-                gain = _moved_gain(
-                    problem, expert, home, away, held_EM, holders_E, with_EMM, arrive_EM, change_MM
-                )
-                gain += _moved_gain(
-                    problem, partner, away, home, held_EM, holders_E, with_EMM, arrive_EM, other_MM
-                )
-                _change(held_EM, expert, holders_E[expert], home, away, change_MM)
-                _change(held_EM, partner, holders_E[partner], away, home, other_MM)
-                for source in range(nodes):
-                    for node in range(nodes):
+                partner = expert_P[best]
+                if nodes.row_E[partner] >= 0:
+                    _price_moves(problem, nodes, move_VMM, partner)
+                _change(nodes, expert, home, away, change_MM)
+                _change(nodes, partner, away, home, other_MM)
+                gain = _move(nodes, move_VMM, expert, home, away)
+                gain += _move(nodes, move_VMM, partner, away, home)
+                for source in range(count):
+                    for node in range(count):
                         if source != node:
                             together = change_MM[source, node] * other_MM[source, node]
                             gain += together * problem.both_EE[expert, partner]
                 if gain <= LEAST_GAIN:
                     continue
-                for node in range(nodes):
-                    step_M[node] = _swapped_load(
-                        problem, expert, partner, home, away, held_EM, holders_E, node
-                    )
-                for node in range(nodes):
-                    load_M[node] += step_M[node]
-                _apply(problem, expert, change_MM, holders_E, with_EMM, arrive_EM, step_M)
-                _apply(problem, partner, other_MM, holders_E, with_EMM, arrive_EM, step_M)
-                held_EM[expert, home] -= 1
-                held_EM[expert, away] += 1
-                held_EM[partner, away] -= 1
-                held_EM[partner, home] += 1
+                _swapped_load(problem, nodes, expert, partner, home, away, step_M)
+                _add(nodes.load_M, 1.0, step_M)
+                _apply(problem, nodes, expert, change_MM)
+                _apply(problem, nodes, partner, other_MM)
+                nodes.count_EM[expert, home] -= 1
+                nodes.count_EM[expert, away] += 1
+                nodes.count_EM[partner, away] -= 1
+                nodes.count_EM[partner, home] += 1
                 expert_P[slot], expert_P[best] = partner, expert
-                for node in range(nodes):
-                    if holders_E[partner] > 1:
-                        move_PM[slot, node] = _moved_gain(
-                            problem, partner, home, node, held_EM, holders_E, with_EMM, arrive_EM, change_MM
-                        )
-                    if holders_E[expert] > 1:
-                        move_PM[best, node] = _moved_gain(
-                            problem, expert, away, node, held_EM, holders_E, with_EMM, arrive_EM, change_MM
-                        )
+                for moved in (expert, partner):
+                    if nodes.row_E[moved] >= 0:
+                        _price_moves(problem, nodes, move_VMM, moved)
                 swaps += 1
         if swaps == before:
             break
@@ -254,43 +254,65 @@ def gather_on_nodes(problem, expert_P, first_M, most_M, sweeps):
 
 
 @inner
-def _swapped_load(problem, expert, partner, home, away, held_EM, holders_E, node):
-    """What the load of `node` changes by if the expert goes from home to away, and its partner the other way."""
-    change = 0.0
-    for moved, start, end in ((expert, home, away), (partner, away, home)):
-        holders = holders_E[moved]
-        if holders == 1:
-            change += problem.share_E[moved] * ((node == end) - (node == start))
+def _partner(problem, nodes, move_VMM, top_MM, expert_P, first_M, most_M, slot, home):
+    """The slot of another node that it gains most to change places with, and its node; -1 where nothing gains.
+
+    The gain with an expert of several replicas is of earlier in this sweep, and each alone: to be computed again
+    before it is believed.
+    """
+    expert, count = expert_P[slot], first_M.size - 1
+    ranks_of_node = problem.node_R.size // count
+    step_M = np.empty(count)
+    best, best_away, best_gain = -1, -1, LEAST_GAIN
+    for away in range(count):
+        own = _move(nodes, move_VMM, expert, home, away)
+        if away == home or own + top_MM[away, home] <= best_gain:
             continue
-        part = -_load_part(held_EM, moved, holders, node)
-        held_EM[moved, start] -= 1
-        held_EM[moved, end] += 1
-        part += _load_part(held_EM, moved, holders, node)
-        held_EM[moved, start] += 1
-        held_EM[moved, end] -= 1
-        change += problem.share_E[moved] * part
-    return change
+        if nodes.count_EM[expert, away] >= ranks_of_node:
+            continue
+        for other in range(first_M[away], first_M[away + 1]):
+            partner = expert_P[other]
+            gain = own + _move(nodes, move_VMM, partner, away, home)
+            if nodes.total_E[expert] == 1 and nodes.total_E[partner] == 1:
+                gain -= 2 * (count - 1) * problem.both_EE[expert, partner]
+            if gain <= best_gain or partner == expert or nodes.count_EM[partner, home] >= ranks_of_node:
+                continue
+            if _fits(problem, nodes, expert, partner, home, away, most_M, step_M):
+                best, best_away, best_gain = other, away, gain
+    return best, best_away
 
 
 @inner
-def _fits(problem, expert, partner, home, away, held_EM, holders_E, load_M, most_M, ranks):
-    """Whether a swap leaves no rank with two replicas of an expert, and no node with too much load."""
-    ranks_of_node = ranks // load_M.size
-    if held_EM[expert, away] >= ranks_of_node or held_EM[partner, home] >= ranks_of_node:
-        return False
-    if (
-        held_EM[expert, home] == 1
-        and held_EM[expert, away] == 0
-        and held_EM[partner, away] == 1
-        and held_EM[partner, home] == 0
-    ):  # then each takes its load along, and no other node is concerned
-        heavier = problem.share_E[partner] * _load_part(held_EM, partner, holders_E[partner], away)
-        heavier -= problem.share_E[expert] * _load_part(held_EM, expert, holders_E[expert], home)
+def _swapped_load(problem, nodes, expert, partner, home, away, step_M):
+    """Writes what the load of each node changes by if the expert goes from home to away, its partner the other way."""
+    step_M[:] = 0.0
+    for moved, start, end in ((expert, home, away), (partner, away, home)):
+        count_M, total, without = nodes.count_EM[moved], nodes.total_E[moved], 0
+        for node in range(step_M.size):
+            without += count_M[node] == 0
+        then_without = without + (count_M[start] == 1) - (count_M[end] == 0)
+        for node in range(step_M.size):
+            then = count_M[node] - (node == start) + (node == end)
+            if then == count_M[node] and then_without == without:
+                continue
+            part = 0.0
+            if then > 0:
+                part += 1.0 + then_without * then / total
+            if count_M[node] > 0:
+                part -= 1.0 + without * count_M[node] / total
+            step_M[node] += problem.share_E[moved] * part / step_M.size
+
+
+@inner
+def _fits(problem, nodes, expert, partner, home, away, most_M, step_M):
+    """Whether a swap leaves no node with too much load."""
+    if nodes.total_E[expert] == 1 and nodes.total_E[partner] == 1:  # then no other node is concerned
+        heavier = problem.share_E[partner] - problem.share_E[expert]
         full = home if heavier > 0.0 else away
-        return load_M[full] + abs(heavier) <= most_M[full] or heavier == 0.0
-    for node in range(load_M.size):
-        change = _swapped_load(problem, expert, partner, home, away, held_EM, holders_E, node)
-        if change > 0.0 and load_M[node] + change > most_M[node]:
+        return heavier == 0.0 or nodes.load_M[full] + abs(heavier) <= most_M[full]
+    _swapped_load(problem, nodes, expert, partner, home, away, step_M)
+    for node in range(step_M.size):
+        if step_M[node] > 0.0 and nodes.load_M[node] + step_M[node] > most_M[node]:
             return False
     return True
 
@@ -403,25 +425,24 @@ def gather_on_ranks(problem, expert_P, first_R, most_time, sweeps):
     # Of what a token chooses, the part that comes to this replica.
     part_P = np.empty(slots)
     load_R = np.zeros(ranks)
-    with_ER = np.zeros((experts, ranks))
+    with_RE = np.zeros((ranks, experts))
     for slot in range(slots):
         share = problem.share_E[expert_P[slot]]
         part_P[slot] = share_P[slot] / share if share > 0.0 else 1.0
-        rank = problem.rank_P[slot]
-        load_R[rank] += share_P[slot]
-        for other in range(experts):
-            with_ER[other, rank] += part_P[slot] * problem.both_EE[expert_P[slot], other]
+        load_R[problem.rank_P[slot]] += share_P[slot]
+        _add(with_RE[problem.rank_P[slot]], part_P[slot], problem.both_EE[expert_P[slot]])
     most_R = most_time * problem.speed_R
+    size = ranks // (problem.node_R[-1] + 1)
     swaps = 0
     for _ in range(sweeps):
         before = swaps
         for slot in range(slots):
             best, best_gain = -1, LEAST_GAIN
             expert, home = expert_P[slot], problem.rank_P[slot]
-            node = problem.node_R[home]
-            for other in range(slots):
+            first = home - home % size
+            for other in range(first_R[first], first_R[first + size]):
                 rank = problem.rank_P[other]
-                if rank == home or problem.node_R[rank] != node:
+                if rank == home:
                     continue
                 step = share_P[slot] - share_P[other]
                 if step > 0.0 and load_R[rank] + step > most_R[rank]:
@@ -429,8 +450,8 @@ def gather_on_ranks(problem, expert_P, first_R, most_time, sweeps):
                 if step < 0.0 and load_R[home] - step > most_R[home]:
                     continue
                 partner = expert_P[other]
-                gain = part_P[slot] * (with_ER[expert, rank] - with_ER[expert, home])
-                gain += part_P[other] * (with_ER[partner, home] - with_ER[partner, rank])
+                gain = part_P[slot] * (with_RE[rank, expert] - with_RE[home, expert])
+                gain += part_P[other] * (with_RE[home, partner] - with_RE[rank, partner])
                 gain -= 2 * part_P[slot] * part_P[other] * problem.both_EE[expert, partner]
                 if gain <= best_gain or partner == expert:
                     continue
@@ -440,11 +461,9 @@ def gather_on_ranks(problem, expert_P, first_R, most_time, sweeps):
             if best < 0:
                 continue
             partner, rank = expert_P[best], problem.rank_P[best]
-            for third in range(experts):
-                step = part_P[best] * problem.both_EE[partner, third]
-                step -= part_P[slot] * problem.both_EE[expert, third]
-                with_ER[third, home] += step
-                with_ER[third, rank] -= step
+            for place, sign in ((home, 1.0), (rank, -1.0)):
+                _add(with_RE[place], sign * part_P[best], problem.both_EE[partner])
+                _add(with_RE[place], -sign * part_P[slot], problem.both_EE[expert])
             step = share_P[slot] - share_P[best]
             load_R[home] -= step
             load_R[rank] += step
@@ -458,11 +477,11 @@ def gather_on_ranks(problem, expert_P, first_R, most_time, sweeps):
 
 
 @entry
-def visit_moments(expert_P, first_X, node_X, held_EM, both_EE):
-    """Two moments of what a token of each node finds at each of X places: mean_MX, and twice_MX of ordered pairs.
+def visit_moments(expert_P, first_X, node_X, held_EM, pair_EE):
+    """What the tokens of each node find at each of X places: mean_MX choices in all, and twice_MX ordered pairs.
 
-    Place x, a rank or a node, has the slots first_X[x] to first_X[x + 1] - 1 and is on node_X[x]. `both_EE` has the
-    chances of single experts on its diagonal.
+    Place x, a rank or a node, has the slots first_X[x] to first_X[x + 1] - 1 and is on node_X[x]. `pair_EE` are
+    tokens that chose both experts, on the diagonal the expert.
     """
     nodes, places = held_EM.shape[1], node_X.size
     mean_MX, twice_MX = np.zeros((nodes, places)), np.zeros((nodes, places))
@@ -479,7 +498,7 @@ def visit_moments(expert_P, first_X, node_X, held_EM, both_EE):
                 part_P[slot] = 1.0 / holders_E[expert]
                 if held_EM[expert, source] > 0:
                     part_P[slot] = 1.0 / held_EM[expert, home] if source == home else 0.0
-                mean_MX[source, place] += part_P[slot] * both_EE[expert, expert]
+                mean_MX[source, place] += part_P[slot] * pair_EE[expert, expert]
             for slot in range(begin, end):
                 if part_P[slot] == 0.0:
                     continue
@@ -487,6 +506,6 @@ def visit_moments(expert_P, first_X, node_X, held_EM, both_EE):
                 found = 0.0
                 for other in range(begin, slot):
                     if expert_P[other] != expert:
-                        found += part_P[other] * both_EE[expert, expert_P[other]]
+                        found += part_P[other] * pair_EE[expert, expert_P[other]]
                 twice_MX[source, place] += 2.0 * found * part_P[slot]
     return mean_MX, twice_MX
