@@ -1,7 +1,7 @@
 """Records which experts tiny-qwen3-moe chooses, by topic: what `benchmarks.node_splits` and `.affinity` take as routes.
 
 `python -m benchmarks.tiny_routes FOLDER`: writes prose.npz (this project's pages) and code.npz (Python's own library),
-of the last layer, `topk_ids_TK` and the number of experts.
+the array `topk_ids_TK` of the last layer.
 """
 
 from __future__ import annotations
@@ -44,6 +44,5 @@ if __name__ == "__main__":
     chosen = parser.parse_args().folder
     chosen.mkdir(parents=True, exist_ok=True)
     for topic, texts in TOPICS.items():
-        topk_ids_TK = routes("tiny-qwen3-moe", texts)
-        np.savez(chosen / f"{topic}.npz", topk_ids_TK=topk_ids_TK)
-        print(f"{chosen / topic}.npz: {len(topk_ids_TK)} tokens")
+        np.savez(chosen / f"{topic}.npz", topk_ids_TK=routes("tiny-qwen3-moe", texts))
+        print(f"written: {chosen / topic}.npz")
