@@ -228,7 +228,7 @@ def save_score_table(table: ScoreTable, path: Path) -> Path:
     }
     shown = {name: view for name, view in views.items() if all(view(row) is not None for row in table.rows)}
     figure = Figure(figsize=(13.3, 1.9 + 0.62 * len(algorithms)), layout="constrained")
-    visited = [row for row in table.rows if row.visits is not None]
+    visited = {row.score.algorithm: row.visits for row in table.rows if row.visits is not None}
     panels = figure.subplots(1, len(shown) + bool(visited), sharey=True, squeeze=False)[0]
     for axes in panels[1 : len(shown)]:
         axes.sharex(panels[0])
@@ -248,7 +248,7 @@ def save_score_table(table: ScoreTable, path: Path) -> Path:
     for axes in panels[: len(shown)]:  # only now do they know the axis that they share
         _dress(axes, len(algorithms))
     if visited:
-        _draw_visits(panels[-1], {row.score.algorithm: row.visits for row in visited}, algorithms)
+        _draw_visits(panels[-1], visited, algorithms)
     panels[0].set_yticks(range(len(algorithms)), algorithms, fontsize=LABEL)
     handles, labels = panels[0].get_legend_handles_labels()
     names = [f"{label} split" for label in labels]

@@ -85,8 +85,8 @@ def score_table(
     Args:
         loads: recorded windows; drift needs two or more.
         ranks: R.
-        algorithms: names for the rows, in order; unless given, all known ones, FOR_LEVEL and UNPLANNED; with pairs FOR_VISITS
-            too.
+        algorithms: names for the rows, in order; unless given, all known ones, FOR_LEVEL and UNPLANNED; with pairs
+            FOR_VISITS too.
         splits: of `replica_split.SPLITS`; unless given, those that differ on so many nodes.
         objective: what is balanced, see `objectives.parse_objective`.
         baseline: the placement in use, from which moves are counted.
