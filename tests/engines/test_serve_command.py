@@ -101,6 +101,28 @@ def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_proc
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ["serve", "--device", "cpu", "--ep-size", "2", "tiny-qwen3-moe", "--port"],
+        pytest.param(
+            ["run", "--device", "cpu", "lmdeploy", "serve", "api_server", "--ep", "2", "tiny-qwen3-moe",
+             "--server-port"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["serve", "run"],
+)  # fmt: skip
+def test_a_signal_ends_a_server_that_still_loads_its_model(command, start_process):
+    running = start_process(COMMAND, *command, str(free_port()), ready="Loading weights")
+    running.look()
+    running.process.send_signal(signal.SIGTERM)
+    code = running.process.wait(timeout=PATIENCE_S)
+    assert code == (0 if command[0] == "serve" else 128 + signal.SIGTERM)
+    running.assert_nothing_left()
+    assert "Traceback" not in running.log.read_text()
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--ssl-keyfile", "none.pem", "--ssl-certfile", "none.pem"], "ssl_keyfile: none.pem cannot be read"),

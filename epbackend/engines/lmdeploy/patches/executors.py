@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from epbackend.engines.lmdeploy.patching import Patch, built_by, patch, replaced_by
 from epbackend.engines.lmdeploy.state import active
+from epbackend.engines.lmdeploy.workers.process_guard import kill_at_exit
 from epbackend.errors import ConfigError, WorkerError
 
 ALL_NPUS = "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"
@@ -126,6 +127,24 @@ def ranks_meet_in_time(original: Callable) -> Callable:
     return init_process_group
 
 
+@patch(
+    "lmdeploy.pytorch.engine.mp_engine.zmq_engine:ZMQMPEngine._start_mp_proc",
+    why="a signal while the API server starts leaves its engine's process, for which Python waits for ever",
+    when="always",
+    fingerprint="e1154bdb3b6a",
+)
+def interrupted_start_leaves_no_process(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def start_mp_proc(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            if self.proc is not None:
+                kill_at_exit(self.proc)
+
+    return start_mp_proc
+
+
 PATCHES = (
     ranks_meet_in_time,
     Patch(
@@ -176,6 +195,7 @@ PATCHES = (
         replaced_by(f"{_OURS}.workers.mp:run_engine"),
         "753cbf9af5aa",
     ),
+    interrupted_start_leaves_no_process,
     no_engine_in_ray,
     mp_without_a_warning,
     Patch(

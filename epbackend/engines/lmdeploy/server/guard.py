@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -297,17 +297,25 @@ def signals_unwind() -> Iterator[None]:
     it and all its processes at once."""
     seen: list[int] = []
 
+    def unwind() -> NoReturn:
+        if seen[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(0)
+
     def handle(number: int, frame: Any) -> None:
         if seen:
             end_at_once(128 + number)
         seen.append(number)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(0)
+        unwind()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except Exception:
+        # LMDeploy waits for its engine by a condition of a manager, which, interrupted, takes any error for handled.
+        if seen:
+            unwind()
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -344,14 +344,17 @@ class _ServerCondition:
     """The condition by which the engine process reports its port, without an error where the server has closed it.
 
     The server ends the condition's own process as soon as it has read the port, perhaps before that process has
-    confirmed the release.
+    confirmed the release. Where that process has gone before, the server ends.
     """
 
     def __init__(self, condition: Any) -> None:
         self._condition = condition
 
     def __enter__(self) -> None:
-        self._condition.__enter__()
+        try:
+            self._condition.__enter__()
+        except (EOFError, OSError):
+            os._exit(0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -17,6 +17,8 @@ import threading
 import time
 from collections.abc import Iterable
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 
 import psutil
 from tqdm import tqdm
@@ -57,6 +59,22 @@ def kill_all(processes: Iterable[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def kill_at_exit(child: BaseProcess) -> None:
+    """Has this process kill a child that it has not ended, and all that this started, where it ends itself.
+
+    Python would wait for the child; what is ended in order is so before.
+    """
+    Finalize(None, _kill_tree, args=(child,), exitpriority=0)
+
+
+def _kill_tree(child: BaseProcess) -> None:
+    if child.is_alive():
+        assert child.pid is not None
+        of_child = descendants(child.pid)
+        child.kill()
+        kill_all(of_child)
 
 
 def _guard(signals: socket.socket, _keep_open: socket.socket, heed_sigterm: bool) -> None:
