@@ -70,11 +70,12 @@ def kill_at_exit(child: BaseProcess) -> None:
 
 
 def _kill_tree(child: BaseProcess) -> None:
-    if child.is_alive():
-        assert child.pid is not None
-        of_child = descendants(child.pid)
-        child.kill()
-        kill_all(of_child)
+    with contextlib.suppress(ValueError):  # it was ended, and closed
+        if child.is_alive():
+            assert child.pid is not None
+            of_child = descendants(child.pid)
+            child.kill()
+            kill_all(of_child)
 
 
 def _guard(signals: socket.socket, _keep_open: socket.socket, heed_sigterm: bool) -> None:
