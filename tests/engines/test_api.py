@@ -131,6 +131,11 @@ UNNAMED = [
     ("/get_ppl", {"input": [1, 999999]}),
     ("/v1/messages", {"messages": [{"role": "user", "content": ""}], "max_tokens": 4}),
     ("/v1/messages/count_tokens", {"messages": []}),
+    (
+        "/v1/messages/count_tokens",
+        {"messages": [{"role": "system", "content": [{"type": "odd"}]}]},
+    ),
+    ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "system", "content": [{"type": "odd"}]}]}),
     ("/v1/responses", {"input": ""}),
     ("/v1/responses", {"input": "a", "temperature": float("nan")}),
 ]

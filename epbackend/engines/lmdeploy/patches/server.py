@@ -205,6 +205,23 @@ def scores_are_refused(original: Callable) -> Callable:
     return async_get_reward_score
 
 
+@patch(
+    "lmdeploy.serve.anthropic.endpoints.messages_count_tokens:to_lmdeploy_messages",
+    why="system messages without a text leave nothing to count, which is an error of the server's",
+    when="server",
+    fingerprint="198f31f0775c",
+)
+def counted_messages_have_text(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def to_lmdeploy_messages(*args: Any, **kwargs: Any) -> list[dict[str, str]]:
+        messages = original(*args, **kwargs)
+        if not messages:
+            raise ValueError("messages: must not all be empty; system messages are their parts of type text")
+        return messages
+
+    return to_lmdeploy_messages
+
+
 PATCHES = (
     errors_in_openai_form,
     errors_name_their_field,
@@ -217,4 +234,5 @@ PATCHES = (
     chat_logprobs_are_listed,
     logit_bias_can_be_sent,
     scores_are_refused,
+    counted_messages_have_text,
 )
