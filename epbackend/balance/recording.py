@@ -92,7 +92,7 @@ class WindowsFile:
         """A window has ended; these are the tokens of each phase, layer and expert from the engine's start on."""
         window_2YE, self._counted = counted_2YE - self._counted, counted_2YE
         if (window_2YE < 0).any():
-            window_2YE = counted_2YE  # of a model that was built anew, and counts from zero
+            window_2YE = counted_2YE  # of a model that was built again, and counts from zero
         if not window_2YE.any():
             return
         if self._windows and self._in_last < self._span:

@@ -129,7 +129,7 @@ def ranks_meet_in_time(original: Callable) -> Callable:
 
 @patch(
     "lmdeploy.pytorch.engine.mp_engine.zmq_engine:ZMQMPEngine._start_mp_proc",
-    why="a signal while the API server starts leaves its engine's process, for which Python waits for ever",
+    why="a signal while the API server starts leaves its engine's process, for which Python waits without end",
     when="always",
     fingerprint="e1154bdb3b6a",
 )

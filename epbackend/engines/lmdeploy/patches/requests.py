@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -41,15 +40,13 @@ def server_is_patched(original: Callable) -> Callable:
     return init
 
 
-class _OnFirstUse:
-    """Stands for a name of a module that takes long to import."""
+class _LazyProcessor:
+    """Stands for transformers' AutoProcessor, which is imported when something of it is asked for."""
 
-    def __init__(self, module: str, name: str) -> None:
-        self._where = module, name
+    def __getattr__(self, name: str) -> Any:
+        from transformers.models.auto.processing_auto import AutoProcessor
 
-    def __getattr__(self, attribute: str) -> Any:
-        module, name = self._where
-        return getattr(getattr(importlib.import_module(module), name), attribute)
+        return getattr(AutoProcessor, name)
 
 
 @patch(
@@ -69,7 +66,7 @@ def processors_only_where_asked(original: Callable) -> Callable:
         if "AutoProcessor" in names:
             original(self, *args, **kwargs)
             return
-        names["AutoProcessor"] = _OnFirstUse("transformers.models.auto.processing_auto", "AutoProcessor")
+        names["AutoProcessor"] = _LazyProcessor()
         try:
             original(self, *args, **kwargs)
         finally:

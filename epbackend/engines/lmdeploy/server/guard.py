@@ -106,7 +106,7 @@ class Guard:
                     self._handle_exit,
                 ),
                 Patch(
-                    "no-wait-for-goodbyes",
+                    "idle-clients-not-awaited",
                     "uvicorn:Server._wait_tasks_to_complete",
                     "clients that keep an idle TLS connection open hold the end up for half a minute",
                     "always",
