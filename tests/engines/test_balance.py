@@ -70,7 +70,7 @@ def test_experts_move_while_answers_stay_the_same_and_a_killed_planner_is_replac
         done = pipe.balance().migrations
         generate_until(pipe, expected, lambda report: report.migrations > done)
         counted = await_counts(pipe)
-        load = pipe.load()
+    load = pipe.load()  # with what the engine still did after the last answer
     for phase, tokens_RYE in zip(PHASES, load.tokens_2RYE, strict=True):
         loads = read_loads(recorded[phase])
         assert 1 < loads.windows <= MOST_WINDOWS

@@ -121,7 +121,7 @@ class ReplicatedPipeline:
             raise
 
     def load(self) -> LoadReport:
-        """What the experts of every rank did so far; still readable after `close`."""
+        """What the experts of every rank did so far; after `close`, in all steps that the engines made."""
         if self._board is not None:
             self._last_load = self._board.report()
         return self._last_load
@@ -137,15 +137,16 @@ class ReplicatedPipeline:
         if self._board is None:
             return
         atexit.unregister(self.close)
-        self.load()
-        if self._balancer is not None:
-            self._balancer.close()
         for engine, process in zip(self._engines, self._processes, strict=True):
             if process.is_alive():
                 with contextlib.suppress(OSError):  # it may have ended just now
                     engine.send(None)
         # An engine cannot finish a step that another one has left.
         stop_engines(self._processes, grace_s=0 if self._broken else CLOSING_S)
+        # Both read all steps that the engines made.
+        self.load()
+        if self._balancer is not None:
+            self._balancer.close()
         self._board.remove()
         self._board = None
         self._log.close()

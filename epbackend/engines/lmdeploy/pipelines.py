@@ -48,7 +48,7 @@ class ExpertParallelPipeline(Pipeline):
         atexit.register(self.close)
 
     def load(self) -> LoadReport:
-        """What the experts of every rank did so far; still readable after `close`."""
+        """What the experts of every rank did so far; after `close`, in all steps that the engine made."""
         return self._final_load or active().load_report()
 
     def balance(self) -> BalanceReport:
@@ -94,14 +94,15 @@ class ExpertParallelPipeline(Pipeline):
         """Ends the engine and its processes, and disables the plug. A second call does nothing."""
         if self._closed:
             return
-        # Nothing to keep where the report is another process's, or the plug was disabled before.
-        with contextlib.suppress(EPError):
-            self._final_load = self.load()
         self._closed = True
         atexit.unregister(self.close)
         try:
             super().close()
         finally:
+            # The engine may still have made a step after the last answer: what was counted is final only now.
+            # Nothing to keep where the report is another process's, or the plug was disabled before.
+            with contextlib.suppress(EPError):
+                self._final_load = active().load_report()
             plug.disable()
 
     def _request_generator(
