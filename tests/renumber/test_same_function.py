@@ -123,8 +123,8 @@ def test_lmdeploy_with_contiguous_experts_runs_the_planned_placement(name, ranks
     after, new = served(str(tmp_path / "new"), settings, texts)
 
     assert new == old == greedy_tokens(Path(resolve(name)), texts)
-    # The same tokens went to the same experts, which are where they were planned to be. A prompt's last new token may be
-    # fed back or not.
+    # The same tokens went to the same experts, which are where they were planned to be.
+    # A prompt's last new token may be fed back or not.
     renumbered = Renumbering.beside(tmp_path / "new")
     counted_YE = np.take_along_axis(loads.tokens_WYE[0], renumbered.old_YE, axis=1)
     np.testing.assert_allclose(after.loads_YE(4, ranks), counted_YE, rtol=0, atol=len(texts))
