@@ -27,8 +27,6 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 """prefill: prompts are read, many tokens a step. decode: answers are written, one token a request and step."""
 BOTH = "both"
 """Stands for both phases together."""
-BOTH = "both"
-"""Stands for both phases together."""
 
 SplitName = Literal["even", "nearest", "level", "level_by_node"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
@@ -38,7 +36,12 @@ LEVELLING: tuple[SplitName, ...] = ("level", LEVEL_BY_NODE)
 """Those that level the ranks batch by batch."""
 
 AUTO = "auto"
-"""Stands for the best device, or dispatcher, that can serve."""
+"""Stands for the best device, or dispatcher, that can serve, and for a device's own kernels."""
+
+KernelsName = Literal["auto", "triton", "triton_fast_fp8", "grouped_mm", "reference"]
+FAST_FP8: KernelsName = "triton_fast_fp8"
+CUDA_KERNELS: tuple[KernelsName, ...] = ("triton", FAST_FP8, "grouped_mm")
+"""Those that device cuda alone has."""
 
 
 @dataclass(frozen=True)

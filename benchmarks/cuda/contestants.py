@@ -65,6 +65,9 @@ def contestants(case: Case, device: torch.device, lmdeploy: LMDeploy | None = No
         loops = [peers.cublas_loop(each.counts_L.tolist()) for each in sorted_rows]
         found.append(Contestant("torch._grouped_mm", lambda n: by(peers.grouped_mm, n), expected_SD))
         found.append(Contestant("cuBLAS loop", lambda n: by(loops[n], n), expected_SD))
+    if case.form == "fp8":
+        fast = TritonKernels(fast_fp8=True)
+        found.append(Contestant("epbackend, fast fp8", lambda n: by(fast.expert_mlp, n), expected_SD))
     if lmdeploy and case.form in ("half", "fp8"):
         theirs = lmdeploy.half if case.form == "half" else lmdeploy.fp8
         found.append(

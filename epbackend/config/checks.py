@@ -6,10 +6,9 @@ from epbackend.config.issues import ConfigIssue
 from epbackend.config.schema import PhaseDispatchers, Section, Settings, of_phase
 from epbackend.dispatch.settings import DispatchSettings
 from epbackend.errors import ConfigError, UnavailableError
-from epbackend.names import AUTO, LEVEL_BY_NODE, PHASES, Phase, dispatcher_facts
+from epbackend.names import AUTO, CUDA_KERNELS, LEVEL_BY_NODE, PHASES, Phase, dispatcher_facts
 from epbackend.placement.speeds import checked_speeds
 
-CUDA_KERNELS = ("triton", "grouped_mm")
 PLANNING = ("algorithm", "redundant_experts", "budget", "objective", "search_ms")
 """Settings of `placement` that only planning reads."""
 

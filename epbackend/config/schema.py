@@ -33,6 +33,7 @@ from epbackend.names import (
     DISPATCHERS,
     PLANNERS,
     SPLITS,
+    KernelsName,
     NameTable,
     Phase,
     SplitName,
@@ -408,10 +409,11 @@ class Settings(Section):
         examples=[AUTO, *DEVICES.built_in],
         description="Where experts run. A package adds names by entry points of the group epbackend.devices.",
     )
-    kernels: Literal["auto", "triton", "grouped_mm", "reference"] = Field(
+    kernels: KernelsName = Field(
         default="auto",
-        description="Who multiplies. auto: the device's own kernels, on cuda triton. grouped_mm is torch's "
-        "product, for cuda. reference is plain torch: for checks, slow.",
+        description="Who multiplies. auto: the device's own kernels, on cuda triton. triton_fast_fp8 sums float8 "
+        "products with fewer bits, for models in FP8 on cuda. grouped_mm is torch's product, for cuda. reference is "
+        "plain torch: for checks, slow.",
     )
     check_expert_ids: bool = Field(
         default=True,

@@ -14,6 +14,7 @@ import torch
 from epbackend.device.base import Device, Memory
 from epbackend.device.cpu import CpuDevice
 from epbackend.kernels import Kernels
+from epbackend.names import CUDA_KERNELS, FAST_FP8
 
 OLDEST = (8, 0)
 """Compute capability of the oldest chips whose matrix units take bfloat16 (Ampere)."""
@@ -22,7 +23,7 @@ OLDEST = (8, 0)
 class CudaDevice(Device):
     name = "cuda"
     collective_backend = "nccl"
-    kernel_sets = ("triton", "grouped_mm", "reference")
+    kernel_sets = (*CUDA_KERNELS, "reference")
 
     def unavailable(self) -> str | None:
         if find_spec("triton") is None:
@@ -48,10 +49,10 @@ class CudaDevice(Device):
         return self.kernel_set("triton")
 
     def _kernels_named(self, name: str) -> Kernels:
-        if name == "triton":
+        if name in ("triton", FAST_FP8):
             from epbackend.kernels.triton.kernels import TritonKernels  # imports Triton, which takes a second
 
-            return TritonKernels()
+            return TritonKernels(fast_fp8=name == FAST_FP8)
         if name == "grouped_mm":
             from epbackend.kernels.torch_grouped_mm import GroupedMmKernels
 

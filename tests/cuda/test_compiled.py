@@ -116,6 +116,18 @@ def test_tiles_fit_their_chip(family, form, rows_per_slot):
             assert "cp.async.bulk" in found.instructions
 
 
+@pytest.mark.parametrize("rows_per_slot", [8, 512])
+def test_tiles_of_float8_fit_without_promotion(rows_per_slot):
+    rows = L * rows_per_slot
+    weights = ExpertWeights(experts("fp8", 2 * F, D), experts("fp8", D, F))
+    with compiling_for(H100) as compiled:
+        TritonKernels(H100, fast_fp8=True).expert_mlp(meta(rows, D), meta(L, dtype=torch.int64), weights)
+    for kernel in (each for each in compiled if "matmul" in each.metadata.name):
+        found = resources(kernel)
+        assert found.spilled == 0
+        assert found.shared_bytes <= H100.shared_bytes
+
+
 @pytest.mark.parametrize(
     "entry", table()["families"]["hopper"]["half"]["gated"], ids=lambda each: str(each["up_to"])
 )

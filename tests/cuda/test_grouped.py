@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.fp8 import BLOCK, Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
@@ -115,6 +116,27 @@ def test_quantized_experts_are_near_full_precision(kernels, place, weight_format
     expected = ReferenceKernels().expert_mlp(rows[:23].double(), counts_L, ExpertWeights(*full, *wide))
     assert out.dtype == dtype
     assert (out.double() - expected).norm() / expected.norm() < (0.05 if weight_format is Fp8Blocks else 0.03)
+
+
+def test_fast_sums_of_float8_are_near_the_promoted_ones(cuda, kernels, place):
+    """Also where a block is nothing, or very small beside the one before: no ratio of two scales overflows."""
+    if not chip_of(place).fp8:
+        pytest.skip("this chip has no float8 matrix units")
+    fast = cuda.kernel_set("triton_fast_fp8")
+    rows, gate_up, counts_L = draw(place, [5, 0, 18], 3 * BLOCK, 2 * BLOCK, torch.bfloat16, spare=3)
+    rows[:, BLOCK : 2 * BLOCK] *= 1e-30
+    rows[3, BLOCK:] = 0
+    gate_up[:, :, BLOCK : 2 * BLOCK] *= 1e-30
+    down = draw(place, [5, 0, 18], BLOCK, 2 * BLOCK, torch.float32)[1]
+    packed = [Fp8Blocks.of(gate_up.float()), Fp8Blocks.of(down)]
+    found, expected = (
+        each.expert_mlp(rows, counts_L, ExpertWeights(*map(each.prepack, packed)))[:23].double()
+        for each in (fast, kernels)
+    )
+    assert expected.norm() > 0
+    assert (found - expected).norm() / expected.norm() < 0.01
+    with pytest.raises(ConfigError, match=r"^kernels: triton_fast_fp8 .*write triton"):
+        fast.prepack(down)
 
 
 def test_quantizers_read_only_counted_rows(place):

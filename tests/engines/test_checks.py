@@ -167,6 +167,17 @@ def test_each_device_spreads_its_forms_of_experts_alone(write_model, monkeypatch
             checks.check_model(model, EPConfig.load({"device": "cpu"}))
 
 
+@pytest.mark.parametrize(
+    ("quantized", "form"), [({}, "unquantized"), ({"quant_method": "smooth_quant"}, "W8A8")]
+)
+def test_fast_sums_of_float8_are_refused_where_no_expert_is_float8(write_model, monkeypatch, quantized, form):
+    monkeypatch.setattr(checks, "get_device", lambda _: SimpleNamespace(name="cuda"))
+    model = write_model(n_routed_experts=8, **({"quantization_config": quantized} if quantized else {}))
+    config = EPConfig.load({"device": "cuda", "kernels": "triton_fast_fp8"})
+    with pytest.raises(ConfigError, match=rf"^kernels: triton_fast_fp8 .*{form} ones; write triton"):
+        checks.check_model(model, config)
+
+
 def test_a_cache_larger_than_memory_is_refused(checkpoint):
     refused(
         str(checkpoint("qwen3-moe")),

@@ -23,6 +23,7 @@ from epbackend.engines.lmdeploy.devices import dlinfer_package
 from epbackend.engines.lmdeploy.lmdeploy_config import block_size, executor
 from epbackend.engines.placement import finished_placement
 from epbackend.errors import ConfigError, UnavailableError
+from epbackend.names import FAST_FP8
 from epbackend.placement.placement import Placement
 from epbackend.placement.renumbering import Renumbering
 
@@ -99,8 +100,14 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
                 f"ep_size: {config.ep_size} does not divide the {experts} experts of {path}; "
                 f"use one of {', '.join(fitting)}, or a placement"
             )
-    if quantized := quantization(settings):
-        _check_form(form_of_experts(quantized), config, path)
+    form = form_of_experts(quantized) if (quantized := quantization(settings)) else None
+    if form is not None:
+        _check_form(form, config, path)
+    if config.kernels == FAST_FP8 and form != BLOCKED_FP8:
+        raise ConfigError(
+            f"kernels: {FAST_FP8} is for {BLOCKED_FP8} experts, and {path} holds {form or 'unquantized'} ones; write "
+            "triton, or auto"
+        )
 
 
 def check_adapters(config: EPConfig, adapters: Any) -> None:

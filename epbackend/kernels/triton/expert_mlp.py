@@ -62,8 +62,8 @@ def _swiglu(rows_S2F, rows_SF, row_stride, F: tl.constexpr, BLOCK: tl.constexpr)
 class ExpertMlp:
     """The experts of one layer on one chip: both products, with the schedule that they share."""
 
-    def __init__(self, chip: Chip, weights: ExpertWeights) -> None:
-        """Check the weights, and make what depends on them alone.
+    def __init__(self, chip: Chip, weights: ExpertWeights, promote: bool = True) -> None:
+        """Check the weights, and make what depends on them alone; `promote` as in `GroupedMatmul`.
 
         Raises:
             ConfigError: The two matrices differ in format, or the chip does not multiply it.
@@ -71,9 +71,9 @@ class ExpertMlp:
         check_same_format(weights.gate_up, weights.down)
         self.weights, self._activation = weights, weights.activation
         self._gate_up = ExpertProduct(
-            chip, weights.gate_up, weights.gate_up_bias_L2F, gated=weights.activation is None
+            chip, weights.gate_up, weights.gate_up_bias_L2F, gated=weights.activation is None, promote=promote
         )
-        self._down = ExpertProduct(chip, weights.down, weights.down_bias_LD, gated=False)
+        self._down = ExpertProduct(chip, weights.down, weights.down_bias_LD, gated=False, promote=promote)
 
     def gathers(self, expected: int) -> bool:
         """Whether so many rows are best left where they are, as `TokenRows`."""
@@ -112,14 +112,17 @@ MOST_CUTS = 4096
 class ExpertProduct:
     """One of the two products: its tile by the number of rows."""
 
-    def __init__(self, chip: Chip, experts: Experts, bias_LN: Tensor | None, *, gated: bool) -> None:
+    def __init__(
+        self, chip: Chip, experts: Experts, bias_LN: Tensor | None, *, gated: bool, promote: bool = True
+    ) -> None:
         """Raises ConfigError where the chip does not multiply the experts' format."""
         if isinstance(experts, Fp8Blocks) and not chip.fp8:
             raise ConfigError(
                 f"{chip.name} has no float8 matrix units (they come with compute capability 8.9); "
                 "serve this model in bfloat16 or int8"
             )
-        self._chip, self._experts, self._bias_LN, self._gated = chip, experts, bias_LN, gated
+        self._chip, self._experts, self._bias_LN = chip, experts, bias_LN
+        self._gated, self._promote = gated, promote
         self._depth = weight_values(experts).shape[2]
         self._by_tile: dict[Tile, GroupedMatmul] = {}
         self._by_rows: dict[int, tuple[GroupedMatmul, Tile]] = {}
@@ -135,7 +138,12 @@ class ExpertProduct:
             tile = choose_tile(self._chip, Product.of(expected, self._experts, self._gated))
             if tile not in self._by_tile:
                 self._by_tile[tile] = GroupedMatmul(
-                    self._experts, tile, self._chip, gated=self._gated, bias_LN=self._bias_LN
+                    self._experts,
+                    tile,
+                    self._chip,
+                    gated=self._gated,
+                    bias_LN=self._bias_LN,
+                    promote=self._promote,
                 )
             if len(self._by_rows) >= MOST_CUTS:
                 self._by_rows.clear()

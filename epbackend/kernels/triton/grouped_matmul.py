@@ -202,6 +202,27 @@ def sums(
     return sum_MN, up_MN
 
 
+LEAST_SCALE = tl.constexpr(2.0**-60)
+"""Products of smaller scales are taken for this one where they are not promoted: no ratio of two scales overflows."""
+
+
+@triton.jit
+def add_product(sum_MN, unit_M1, block_MK, block_NK, scale_M1, PROMOTE: tl.constexpr):
+    """(sum, unit) with block_MK @ block_NK.T * scale_M1 added to what sum_MN * unit_M1 stands for.
+
+    The matrix units keep fewer bits than float32 when they add up float8 products. With PROMOTE each product is scaled
+    and added in float32, as in DeepGEMM, and units stay 1. Without it the sum stays where it is and changes its unit
+    to the scale of the next product.
+    """
+    if PROMOTE:
+        sum_MN += multiply(block_MK, block_NK, tl.zeros_like(sum_MN)) * scale_M1
+    else:
+        scale_M1 = tl.maximum(scale_M1, LEAST_SCALE)
+        sum_MN = multiply(block_MK, block_NK, sum_MN * (unit_M1 / scale_M1))
+        unit_M1 = scale_M1
+    return sum_MN, unit_M1
+
+
 @triton.jit
 def scaled_sums(
     rows_SK,
@@ -218,16 +239,15 @@ def scaled_sums(
     K: tl.constexpr,
     HEIGHT: tl.constexpr,
     GATED: tl.constexpr,
+    PROMOTE: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The same for float8 blocks with a scale each; sums in float32.
+    """The same for float8 blocks with a scale each; sums in float32, by `add_product`.
 
-    Each 128-deep product is scaled and added in float32, as in DeepGEMM: the matrix units keep fewer bits than float32
-    when they add up float8 products. Gate and up stay two products, because the sums of both beside one product of both
-    would not fit the registers.
+    Gate and up stay two products, because the sums of both beside one product of both would not fit the registers.
     """
     DEEP: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     scale = scale_LBB + (slot * ((HEIGHT + BLOCK_K - 1) // BLOCK_K) + column // BLOCK_K) * DEEP
@@ -235,16 +255,21 @@ def scaled_sums(
     row_M = first + tl.arange(0, BLOCK_M)
     nothing_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_MN, up_MN = nothing_MN, nothing_MN
+    one_M1 = tl.full((BLOCK_M, 1), 1.0, tl.float32)
+    unit_M1, up_unit_M1 = one_M1, one_M1
     for deep in range(0, DEEP):
         row_block = load_block(rows_SK, first, deep * BLOCK_K, S, K, K, BLOCK_M, BLOCK_K, TMA)
         block = load_block(weight_HK, at, deep * BLOCK_K, H, K, K, BLOCK_N, BLOCK_K, TMA)
         row_scale = row_scale_BS + S.to(tl.int64) * deep + row_M
         row_scale_M1 = tl.load(row_scale, mask=row_M < end, other=0)[:, None]
-        sum_MN += multiply(row_block, block, nothing_MN) * (row_scale_M1 * tl.load(scale + deep))
+        scale_M1 = row_scale_M1 * tl.load(scale + deep)
+        sum_MN, unit_M1 = add_product(sum_MN, unit_M1, row_block, block, scale_M1, PROMOTE)
         if GATED:
             up_block = load_block(weight_HK, at + N, deep * BLOCK_K, H, K, K, BLOCK_N, BLOCK_K, TMA)
-            up_scale = tl.load(scale + (N // BLOCK_K) * DEEP + deep)
-            up_MN += multiply(row_block, up_block, nothing_MN) * (row_scale_M1 * up_scale)
+            up_scale_M1 = row_scale_M1 * tl.load(scale + (N // BLOCK_K) * DEEP + deep)
+            up_MN, up_unit_M1 = add_product(up_MN, up_unit_M1, row_block, up_block, up_scale_M1, PROMOTE)
+    if not PROMOTE:
+        sum_MN, up_MN = sum_MN * unit_M1, up_MN * up_unit_M1
     return sum_MN, up_MN
 
 
@@ -256,7 +281,14 @@ class GroupedMatmul:
     """The product with the experts of one layer, cut by one tile; what no call changes is made once."""
 
     def __init__(
-        self, experts: Experts, tile: Tile, chip: Chip, *, gated: bool, bias_LN: Tensor | None = None
+        self,
+        experts: Experts,
+        tile: Tile,
+        chip: Chip,
+        *,
+        gated: bool,
+        bias_LN: Tensor | None = None,
+        promote: bool = True,
     ) -> None:
         """Takes what the calls share.
 
@@ -266,6 +298,7 @@ class GroupedMatmul:
             chip: What the product runs on.
             gated: Whether silu(gate) * up is stored instead of the product.
             bias_LN: Added to the product, before the activation.
+            promote: Whether sums of float8 products go to float32 every 128 values (`add_product`).
         """
         weight_LNK, weight_scale = _parts(experts)
         slots, height, depth = weight_LNK.shape
@@ -288,6 +321,7 @@ class GroupedMatmul:
                 FP8=fp8,
                 INT8=isinstance(experts, Int8Weights),
                 GATED=gated,
+                PROMOTE=promote,
                 TMA=tma,
                 **tile.constants(),
             )
@@ -349,9 +383,11 @@ def grouped_matmul(
     gated: bool,
     dtype: torch.dtype,
     bias_LN: Tensor | None = None,
+    promote: bool = True,
 ) -> Tensor | Fp8Tokens:
     """One call of `GroupedMatmul`."""
-    return GroupedMatmul(experts, tile, chip, gated=gated, bias_LN=bias_LN)(rows, schedule, dtype)
+    product = GroupedMatmul(experts, tile, chip, gated=gated, bias_LN=bias_LN, promote=promote)
+    return product(rows, schedule, dtype)
 
 
 def _parts(given: Tensor | Fp8Tokens | Int8Tokens | Experts) -> tuple[Tensor, Tensor | None]:
@@ -389,6 +425,7 @@ def _grouped_matmul(
     FP8: tl.constexpr,
     INT8: tl.constexpr,
     GATED: tl.constexpr,
+    PROMOTE: tl.constexpr,
     TMA: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -418,7 +455,7 @@ def _grouped_matmul(
         if FP8:
             sum_MN, up_MN = scaled_sums(
                 rows_SK, weight_HK, row_scale, weight_scale, slot, column, first, end, S, H,
-                N, K, HEIGHT, GATED, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+                N, K, HEIGHT, GATED, PROMOTE, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             sum_MN, up_MN = sums(

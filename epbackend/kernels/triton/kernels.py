@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights, Permuted, Rows
-from epbackend.kernels.fp8 import FP8
+from epbackend.kernels.fp8 import FP8, Fp8Blocks
 from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.reference import TorchQuantization
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
@@ -21,6 +21,7 @@ from epbackend.kernels.triton.level_split import level_split
 from epbackend.kernels.triton.permute import source_of
 from epbackend.kernels.triton.tiles import Chip, chip_of, row_tiles
 from epbackend.kernels.weight_formats import Experts, Matrices, SlotMemory, stacked
+from epbackend.names import FAST_FP8
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -28,9 +29,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class TritonKernels(TorchQuantization, SlotMemory):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
-    def __init__(self, chip: Chip | None = None) -> None:
-        """`chip` None: the one that a call's tensors are on."""
-        self._chip = chip
+    def __init__(self, chip: Chip | None = None, *, fast_fp8: bool = False) -> None:
+        """`chip` None: the one that a call's tensors are on. `fast_fp8`: sums of float8 products are not promoted."""
+        self._chip, self._promote = chip, not fast_fp8
         self._planned: ExpertMlp | None = None
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
@@ -77,6 +78,10 @@ class TritonKernels(TorchQuantization, SlotMemory):
     def prepack(self, weights_LNK: Matrices) -> Experts:
         """In LMDeploy's layout; a contiguous tensor and whole quantized formats are used in place."""
         packed = stacked(weights_LNK)
+        if not self._promote and not isinstance(packed, Fp8Blocks):
+            raise ConfigError(
+                f"kernels: {FAST_FP8} is for experts in float8, which these are not; write triton"
+            )
         if not isinstance(packed, Tensor):
             return packed
         if packed.dtype not in DTYPES:
@@ -89,7 +94,7 @@ class TritonKernels(TorchQuantization, SlotMemory):
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Experts, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
-        product = ExpertProduct(self._chip_of(rows_SK), packed, bias_LN, gated=False)
+        product = ExpertProduct(self._chip_of(rows_SK), packed, bias_LN, gated=False, promote=self._promote)
         matmul, tile = product.cut(len(rows_SK))
         rows_SN = product.multiply(
             matmul, rows_SK, row_tiles(counts_L, len(rows_SK), tile.rows), rows_SK.dtype
@@ -108,7 +113,7 @@ class TritonKernels(TorchQuantization, SlotMemory):
         planned = self._planned
         if planned is None or planned.weights is not weights:
             # Every layer has kernels of its own (`Device.kernel_set`), so that one plan is enough.
-            planned = self._planned = ExpertMlp(self._chip_of(source_of(rows_SD)[0]), weights)
+            planned = self._planned = ExpertMlp(self._chip_of(source_of(rows_SD)[0]), weights, self._promote)
         return planned(rows_SD, counts_L, expected, total_L)
 
     def even_split(
