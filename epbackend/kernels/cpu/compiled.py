@@ -48,6 +48,9 @@ LANES = 16
 SCALE_BLOCK = fp8.BLOCK
 """Outputs and inputs that share a scale of float8; a multiple of `BLOCK_N`."""
 
+FLOAT8_IN_SCALES, FLOAT8_IN_SUMS = np.float32(2.0**100), np.float32(2.0**20)
+"""The two factors of 2**120: all of it in the scales would let large ones overflow."""
+
 STORED: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
     torch.bfloat16: np.uint16,
@@ -74,29 +77,37 @@ def instruction(function: Callable[..., Any]) -> Any:
 
 @instruction
 def widened(typing_context: Any, bits: types.Type) -> tuple[Any, Callable[..., Any]]:
-    """One stored weight as float32. Of float8 it gives the value / `products.FLOAT8_UNIT`: its bits as a float16's."""
-    word, half, single = ir.IntType(16), ir.HalfType(), ir.FloatType()
+    """One stored weight as float32. Float8's come out 2**120 times too small, and NaN as 480: see `restore`."""
+    whole, half, single = ir.IntType(32), ir.HalfType(), ir.FloatType()
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         (value,) = arguments
         if bits == types.uint16:
-            high = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            high = builder.shl(builder.zext(value, whole), ir.Constant(whole, 16))
             return builder.bitcast(high, single)
         if bits == types.int16:
             return builder.fpext(builder.bitcast(value, half), single)
         if bits == types.uint8:
-            value = builder.zext(value, word)
-            magnitude = builder.and_(value, ir.Constant(word, 0x7F))
-            sign = builder.shl(builder.and_(value, ir.Constant(word, 0x80)), ir.Constant(word, 8))
-            is_nan = builder.icmp_unsigned("==", magnitude, ir.Constant(word, 0x7F))
-            shifted = builder.shl(magnitude, ir.Constant(word, 7))
-            nan = ir.Constant(word, 0x7E00)
-            return builder.fpext(
-                builder.bitcast(builder.or_(builder.select(is_nan, nan, shifted), sign), half), single
-            )
+            # Sign, exponent and mantissa where float32 has them, by one shift; the sign comes along from its copies.
+            moved = builder.shl(builder.sext(value, whole), ir.Constant(whole, 20))
+            return builder.bitcast(builder.and_(moved, ir.Constant(whole, 0x87F00000)), single)
         return builder.sitofp(value, single) if bits == types.int8 else value
 
     return types.float32(bits), generate
+
+
+@instruction
+def nan_seen(typing_context: Any, before: types.Type, bits: types.Type) -> tuple[Any, Callable[..., Any]]:
+    """`before` (uint8), with its highest bit set where a weight of float8 is NaN; other formats' NaN need no search."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        before, value = arguments
+        if bits != types.uint8:
+            return before
+        magnitude = builder.and_(value, ir.Constant(value.type, 0x7F))
+        return builder.or_(before, builder.add(magnitude, ir.Constant(value.type, 1)))
+
+    return types.uint8(types.uint8, bits), generate
 
 
 @instruction
@@ -132,7 +143,7 @@ def address_of(typing_context: Any, place: types.Type) -> tuple[Any, Callable[..
 
 
 @compiled
-def four_rows(rows_MK, weight_NK, sums_MN, row, output):
+def four_rows(rows_MK, weight_NK, sums_MN, row, first, second):
     """Four rows times two outputs: the eight sums stay in registers, and a weight is widened once for four rows.
 
     Where fewer rows are left, the last one is taken several times.
@@ -141,7 +152,7 @@ def four_rows(rows_MK, weight_NK, sums_MN, row, output):
     row_1, row_2, row_3 = min(row + 1, last), min(row + 2, last), min(row + 3, last)
     # Slices, because only an index that counts up from zero makes vector instructions.
     r0, r1, r2, r3 = rows_MK[row], rows_MK[row_1], rows_MK[row_2], rows_MK[row_3]
-    first_K, second_K = weight_NK[output], weight_NK[output + 1]
+    first_K, second_K = weight_NK[first], weight_NK[second]
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
     for k in range(rows_MK.shape[1]):
         a, b = widened(first_K[k]), widened(second_K[k])
@@ -153,51 +164,100 @@ def four_rows(rows_MK, weight_NK, sums_MN, row, output):
         b1 += b * r1[k]
         b2 += b * r2[k]
         b3 += b * r3[k]
-    sums_MN[row, output], sums_MN[row, output + 1] = a0, b0
-    sums_MN[row_1, output], sums_MN[row_1, output + 1] = a1, b1
-    sums_MN[row_2, output], sums_MN[row_2, output + 1] = a2, b2
-    sums_MN[row_3, output], sums_MN[row_3, output + 1] = a3, b3
+    sums_MN[row, first], sums_MN[row, second] = a0, b0
+    sums_MN[row_1, first], sums_MN[row_1, second] = a1, b1
+    sums_MN[row_2, first], sums_MN[row_2, second] = a2, b2
+    sums_MN[row_3, first], sums_MN[row_3, second] = a3, b3
 
 
 @compiled
-def one_row(rows_MK, weight_NK, sums_MN, row, output):
-    """One row times one output."""
-    row_K, weight_K = rows_MK[row], weight_NK[output]
-    total = np.float32(0)
+def two_rows(rows_MK, weight_NK, sums_MN, row, first, distance):
+    """Two rows times four outputs."""
+    second, third, fourth = first + distance, first + 2 * distance, first + 3 * distance
+    r0, r1 = rows_MK[row], rows_MK[row + 1]
+    first_K, second_K, third_K, fourth_K = (
+        weight_NK[first],
+        weight_NK[second],
+        weight_NK[third],
+        weight_NK[fourth],
+    )
+    a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = np.float32(0)
+    for k in range(rows_MK.shape[1]):
+        a, b, c, d = widened(first_K[k]), widened(second_K[k]), widened(third_K[k]), widened(fourth_K[k])
+        a0 += a * r0[k]
+        a1 += a * r1[k]
+        b0 += b * r0[k]
+        b1 += b * r1[k]
+        c0 += c * r0[k]
+        c1 += c * r1[k]
+        d0 += d * r0[k]
+        d1 += d * r1[k]
+    sums_MN[row, first], sums_MN[row, second], sums_MN[row, third], sums_MN[row, fourth] = a0, b0, c0, d0
+    row += 1
+    sums_MN[row, first], sums_MN[row, second], sums_MN[row, third], sums_MN[row, fourth] = a1, b1, c1, d1
+
+
+@compiled
+def one_row(rows_MK, weight_NK, sums_MN, row, first, distance):
+    """One row times four outputs."""
+    second, third, fourth = first + distance, first + 2 * distance, first + 3 * distance
+    row_K = rows_MK[row]
+    first_K, second_K, third_K, fourth_K = (
+        weight_NK[first],
+        weight_NK[second],
+        weight_NK[third],
+        weight_NK[fourth],
+    )
+    a = b = c = d = np.float32(0)
     for k in range(len(row_K)):
-        total += widened(weight_K[k]) * row_K[k]
-    sums_MN[row, output] = total
+        value = row_K[k]
+        a += widened(first_K[k]) * value
+        b += widened(second_K[k]) * value
+        c += widened(third_K[k]) * value
+        d += widened(fourth_K[k]) * value
+    sums_MN[row, first], sums_MN[row, second], sums_MN[row, third], sums_MN[row, fourth] = a, b, c, d
 
 
 @compiled
 def float_products(rows_MK, weight_NK, sums_MN):
-    """Rows of a slot times some of its outputs."""
-    # A single row that is left over costs less alone.
-    fours = len(rows_MK) - 1 if len(rows_MK) % 4 == 1 else len(rows_MK)
-    pairs = len(weight_NK) // 2 * 2
-    for output in range(0, pairs, 2):
-        for row in range(0, fours, 4):
-            four_rows(rows_MK, weight_NK, sums_MN, row, output)
-        for row in range(fours, len(rows_MK)):
-            one_row(rows_MK, weight_NK, sums_MN, row, output)
-            one_row(rows_MK, weight_NK, sums_MN, row, output + 1)
-    for output in range(pairs, len(weight_NK)):
-        for row in range(len(rows_MK)):
-            one_row(rows_MK, weight_NK, sums_MN, row, output)
+    """Rows of a slot times some of its outputs.
+
+    Outputs that are multiplied together lie apart, and each one's neighbour comes next: so a thread reads several
+    stretches of memory at once, which the processor fetches ahead, and gets more of it than by one stretch.
+    """
+    rows, quarter, half = len(rows_MK), len(weight_NK) // 4, len(weight_NK) // 2
+    fours = rows // 4 * 4 if rows % 4 < 3 else rows
+    if fours:
+        for output in range(half):
+            for row in range(0, fours, 4):
+                four_rows(rows_MK, weight_NK, sums_MN, row, output, output + half)
+    for output in range(quarter):
+        if rows - fours == 2:
+            two_rows(rows_MK, weight_NK, sums_MN, fours, output, quarter)
+        elif rows - fours == 1:
+            one_row(rows_MK, weight_NK, sums_MN, fours, output, quarter)
+    # Outputs that are left over meet rows singly.
+    for row in range(rows):
+        for output in range(2 * half if row < fours else 4 * quarter, len(weight_NK)):
+            one_row(rows_MK, weight_NK, sums_MN, row, output, 0)
 
 
 @compiled
 def widen(weight_NK, scale_BB, start, wide_NK):
     """Fill `wide_NK` with weights, times the scales of their blocks where they have some. `start`: the first output."""
     for output in range(len(weight_NK)):
-        weight_K, wide_K = weight_NK[output], wide_NK[output]
-        for k in range(len(weight_K)):
-            wide_K[k] = widened(weight_K[k])
+        if scale_BB.shape[1] == 0:
+            fill(weight_NK[output], np.float32(1), wide_NK[output])
         for block in range(scale_BB.shape[1]):
-            scale = scale_BB[(start + output) // SCALE_BLOCK, block]
-            part_K = wide_K[block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK]
-            for k in range(len(part_K)):
-                part_K[k] *= scale
+            part = slice(block * SCALE_BLOCK, (block + 1) * SCALE_BLOCK)
+            scale = scale_BB[(start + output) // SCALE_BLOCK, block] * FLOAT8_IN_SCALES
+            fill(weight_NK[output, part], scale, wide_NK[output, part])
+
+
+@compiled
+def fill(weight_K, scale, wide_K):
+    for k in range(len(weight_K)):
+        wide_K[k] = widened(weight_K[k]) * scale
 
 
 @compiled
@@ -207,8 +267,24 @@ def scale_rows(rows_MK, scale_B, scaled_MK):
         for block in range(len(scale_B)):
             row_K = rows_MK[row, block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK]
             scaled_K = scaled_MK[row, block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK]
+            scale = scale_B[block] * FLOAT8_IN_SCALES
             for k in range(len(row_K)):
-                scaled_K[k] = row_K[k] * scale_B[block]
+                scaled_K[k] = row_K[k] * scale
+
+
+@compiled
+def restore(weight_NK, sums_MN):
+    """Give float8's sums what `widened` and the scales left out, or NaN where a weight is NaN.
+
+    Bytes are searched for NaN 32 at a time, which costs less than a choice in the products.
+    """
+    for output in range(len(weight_NK)):
+        weight_K, seen = weight_NK[output], np.uint8(0)
+        for k in range(len(weight_K)):
+            seen = nan_seen(seen, weight_K[k])
+        factor = FLOAT8_IN_SUMS if seen < 128 else np.float32(np.nan)
+        for row in range(len(sums_MN)):
+            sums_MN[row, output] *= factor
 
 
 @compiled
@@ -231,6 +307,8 @@ def float_task(rows_MK, weight_NK, scale_BB, start, wide_NK, sums_MN):
         for begin in range(0, len(rows_MK), ROWS_AT_ONCE):
             end = begin + ROWS_AT_ONCE
             float_products(rows_MK[begin:end], weight_NK, sums_MN[begin:end])
+    if len(scale_BB):
+        restore(weight_NK, sums_MN)
 
 
 @instruction
@@ -395,8 +473,8 @@ def grouped_product(
         last_L: the row after its last one. Rows of no slot stay garbage.
         dtype: of the weights, one of `STORED`.
         outputs: N.
-        scale_LBB: what weights are multiplied by (float32, contiguous): of float8 one for each block, divided by
-            `FLOAT8_UNIT`; of int8 one for each output [L, N, 1]; None for others.
+        scale_LBB: what weights are multiplied by (float32, contiguous): of float8 one for each block; of int8 one for
+            each output [L, N, 1]; None for others.
     """
     threads = torch.get_num_threads()
     sums_SN = torch.empty(len(rows_SK), outputs)
