@@ -5,7 +5,8 @@ one of int8 only with VNNI. Here weights are widened to float32 in registers, so
 once and no wider copy exists. A call takes all slots together: the threads of torch's own OpenMP team draw tasks, each
 of one slot and some of its outputs, so that experts run beside each other and there is one fork and one join.
 
-Shapes: L slots, N outputs and K inputs of a matrix, S rows sorted by slot, B blocks of inputs that share a scale.
+Shapes: L slots, X of them with rows, N outputs and K inputs of a matrix, S rows sorted by slot, B blocks of inputs that
+share a scale.
 """
 
 from __future__ import annotations
@@ -401,8 +402,9 @@ def int8_task(rows_MK, weight_NK, scale_N, sums_MN):
 
 CALL = np.dtype(
     [(name, np.int64) for name in (
-        "rows", "rows_at", "inputs", "sums_at", "outputs", "task_outputs", "slots", "weights_at", "first_at", "last_at",
-        "scales_at", "scale_rows", "scale_columns", "buffers_at", "buffer_rows", "next_task", "next_buffer",
+        "rows", "rows_at", "inputs", "sums_at", "outputs", "task_outputs", "slots", "busy", "busy_at", "weights_at",
+        "first_at", "last_at", "scales_at", "scale_rows", "scale_columns", "buffers_at", "buffer_rows", "next_task",
+        "next_buffer",
     )]
 )  # fmt: skip
 """What the threads of a call read: sizes, and addresses of memory that the caller holds. `next_*` are theirs."""
@@ -423,6 +425,7 @@ def threads_part(dtype: torch.dtype) -> Any:
         rows_SK = carray(pointer(call.rows_at), (call.rows, call.inputs), row_type)
         sums_SN = carray(pointer(call.sums_at), (call.rows, call.outputs), np.float32)
         weights_at_L = carray(pointer(call.weights_at), call.slots, np.int64)
+        busy_X = carray(pointer(call.busy_at), call.busy, np.int64)
         first_L = carray(pointer(call.first_at), call.slots, np.int64)
         last_L = carray(pointer(call.last_at), call.slots, np.int64)
         scale_LBB = carray(
@@ -433,12 +436,10 @@ def threads_part(dtype: torch.dtype) -> Any:
         tasks = (call.outputs + call.task_outputs - 1) // call.task_outputs
         while True:
             number = draw(address + NEXT_TASK)
-            slot, begin = number // tasks, number % tasks * call.task_outputs
-            if slot >= call.slots:
+            if number >= call.busy * tasks:
                 return
+            slot, begin = busy_X[number // tasks], number % tasks * call.task_outputs
             first, last = first_L[slot], last_L[slot]
-            if first == last:
-                continue
             weight_NK = carray(pointer(weights_at_L[slot]), (call.outputs, call.inputs), stored)
             for start in range(begin, min(call.outputs, begin + call.task_outputs), BLOCK_N):
                 stop = min(call.outputs, start + BLOCK_N)
@@ -478,16 +479,17 @@ def grouped_product(
     """
     threads = torch.get_num_threads()
     sums_SN = torch.empty(len(rows_SK), outputs)
-    blocks = np.count_nonzero(last_L > first_L) * -(-outputs // BLOCK_N)
-    task_blocks = TASK_BLOCKS if blocks >= TASK_BLOCKS * TASKS_OF_A_THREAD * threads else 1
+    # Threads draw no tasks of the others, which are most of them where few rows come.
+    busy_X = np.flatnonzero(last_L > first_L)
     widens = dtype in (torch.bfloat16, torch.float16) and (last_L - first_L).max(initial=0) >= MANY_ROWS
     buffer_rows = BLOCK_N if widens or dtype == torch.float8_e4m3fn else 0
     buffers = torch.empty(threads * buffer_rows, rows_SK.shape[1])
     call = np.zeros(1, CALL)
     call["rows"], call["inputs"] = rows_SK.shape
     call["rows_at"], call["sums_at"], call["outputs"] = rows_SK.data_ptr(), sums_SN.data_ptr(), outputs
-    call["task_outputs"] = task_blocks * BLOCK_N
+    call["task_outputs"] = outputs_of_a_task(len(busy_X), outputs, threads)
     call["weights_at"], call["slots"] = weights_at_L.ctypes.data, len(weights_at_L)
+    call["busy_at"], call["busy"] = busy_X.ctypes.data, len(busy_X)
     call["first_at"], call["last_at"] = first_L.ctypes.data, last_L.ctypes.data
     call["buffers_at"], call["buffer_rows"] = buffers.data_ptr(), buffer_rows
     if scale_LBB is not None:
@@ -499,6 +501,12 @@ def grouped_product(
     else:
         team(part.address, address, threads, 0)
     return sums_SN
+
+
+def outputs_of_a_task(slots: int, outputs: int, threads: int) -> int:
+    """So many outputs of a slot that threads go on for long, but do not wait for the last one's task."""
+    blocks = slots * -(-outputs // BLOCK_N)
+    return BLOCK_N * (TASK_BLOCKS if blocks >= TASK_BLOCKS * TASKS_OF_A_THREAD * threads else 1)
 
 
 @cache
