@@ -247,12 +247,13 @@ def float_products(rows_MK, weight_NK, sums_MN):
 def widen(weight_NK, scale_BB, start, wide_NK):
     """Fill `wide_NK` with weights, times the scales of their blocks where they have some. `start`: the first output."""
     for output in range(len(weight_NK)):
+        weight_K, wide_K = weight_NK[output], wide_NK[output]
         if scale_BB.shape[1] == 0:
-            fill(weight_NK[output], np.float32(1), wide_NK[output])
+            fill(weight_K, np.float32(1), wide_K)
         for block in range(scale_BB.shape[1]):
-            part = slice(block * SCALE_BLOCK, (block + 1) * SCALE_BLOCK)
+            begin, end = block * SCALE_BLOCK, (block + 1) * SCALE_BLOCK
             scale = scale_BB[(start + output) // SCALE_BLOCK, block] * FLOAT8_IN_SCALES
-            fill(weight_NK[output, part], scale, wide_NK[output, part])
+            fill(weight_K[begin:end], scale, wide_K[begin:end])
 
 
 @compiled
@@ -265,12 +266,13 @@ def fill(weight_K, scale, wide_K):
 def scale_rows(rows_MK, scale_B, scaled_MK):
     """Fill `scaled_MK` with rows times the scales of the weights that they meet, block by block."""
     for row in range(len(rows_MK)):
+        row_K, scaled_K = rows_MK[row], scaled_MK[row]
         for block in range(len(scale_B)):
-            row_K = rows_MK[row, block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK]
-            scaled_K = scaled_MK[row, block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK]
+            begin, end = block * SCALE_BLOCK, (block + 1) * SCALE_BLOCK
             scale = scale_B[block] * FLOAT8_IN_SCALES
-            for k in range(len(row_K)):
-                scaled_K[k] = row_K[k] * scale
+            part_K, result_K = row_K[begin:end], scaled_K[begin:end]
+            for k in range(len(part_K)):
+                result_K[k] = part_K[k] * scale
 
 
 @compiled
@@ -279,13 +281,17 @@ def restore(weight_NK, sums_MN):
 
     Bytes are searched for NaN 32 at a time, which costs less than a choice in the products.
     """
+    for row in range(len(sums_MN)):
+        sums_N = sums_MN[row]
+        for output in range(len(sums_N)):
+            sums_N[output] *= FLOAT8_IN_SUMS
     for output in range(len(weight_NK)):
         weight_K, seen = weight_NK[output], np.uint8(0)
         for k in range(len(weight_K)):
             seen = nan_seen(seen, weight_K[k])
-        factor = FLOAT8_IN_SUMS if seen < 128 else np.float32(np.nan)
-        for row in range(len(sums_MN)):
-            sums_MN[row, output] *= factor
+        if seen > 127:
+            for row in range(len(sums_MN)):
+                sums_MN[row, output] = np.nan
 
 
 @compiled
