@@ -381,22 +381,23 @@ def int8_tile(
 
 @compiled
 def int8_task(rows_MK, weight_NK, scale_N, sums_MN):
-    """Rows of one slot times a block of its outputs."""
-    inputs, last, pairs = rows_MK.shape[1], len(rows_MK) - 1, len(weight_NK) // 2 * 2
+    """Rows of one slot times a block of its outputs, which are taken as by `float_products`."""
+    inputs, last, half, quarter = rows_MK.shape[1], len(rows_MK) - 1, len(weight_NK) // 2, len(weight_NK) // 4
     rows_at, weights_at, sums_at = rows_MK.ctypes.data, weight_NK.ctypes.data, sums_MN.ctypes.data
     stride = sums_MN.strides[0] // 4
     for begin in range(0, len(rows_MK), ROWS_AT_ONCE):
         end = min(len(rows_MK), begin + ROWS_AT_ONCE)
         fours = end - 1 if (end - begin) % 4 == 1 else end
-        for output in range(0, pairs, 2):
-            two = (output, output + 1)
+        for output in range(half):
             for row in range(begin, fours, 4):
                 four = (row, min(row + 1, last), min(row + 2, last), min(row + 3, last))
-                int8_tile(rows_at, four, weights_at, two, inputs, sums_at, stride)
-            for row in range(fours, end):
-                int8_tile(rows_at, (row,), weights_at, two, inputs, sums_at, stride)
-        for output in range(pairs, len(weight_NK)):
-            for row in range(begin, end):
+                int8_tile(rows_at, four, weights_at, (output, output + half), inputs, sums_at, stride)
+        for row in range(fours, end):
+            for output in range(quarter):
+                apart = (output, output + quarter, output + 2 * quarter, output + 3 * quarter)
+                int8_tile(rows_at, (row,), weights_at, apart, inputs, sums_at, stride)
+        for row in range(begin, end):
+            for output in range(2 * half if row < fours else 4 * quarter, len(weight_NK)):
                 int8_tile(rows_at, (row,), weights_at, (output,), inputs, sums_at, stride)
     for row in range(len(rows_MK)):
         for output in range(len(weight_NK)):
