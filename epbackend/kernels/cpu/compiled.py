@@ -258,6 +258,7 @@ def widen(weight_NK, scale_BB, start, wide_NK):
 
 @compiled
 def fill(weight_K, scale, wide_K):
+    """Fill `wide_K` with weights times one scale."""
     for k in range(len(weight_K)):
         wide_K[k] = widened(weight_K[k]) * scale
 
