@@ -16,6 +16,7 @@ from epbackend.errors import ConfigError
 from epbackend.kernels import fp8, int8
 from epbackend.kernels.cpu import choice
 from epbackend.kernels.cpu.choice import MANY, PRODUCTS, Choice, choose, decide
+from epbackend.kernels.cpu.compiled import outputs_of_a_task
 from epbackend.kernels.cpu.kernels import CpuKernels, Packed
 from epbackend.kernels.reference import ReferenceKernels
 from epbackend.moe import ExpertParallelMoE
@@ -115,16 +116,30 @@ def test_matrices_of_one_tensor_are_used_in_place_and_single_ones_copied():
     assert len(set(kernels.prepack(shared_LNK).at_L)) == 2
 
 
-@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("threads", [1, 2, 8, 64])
 def test_any_number_of_threads(threads):
-    rows_SK, weight_LNK = torch.randn(40, 64), torch.randn(8, 100, 64)
+    """More than there are cores too."""
+    rows_SK, weight_LNK, counts = torch.randn(40, 64), torch.randn(8, 100, 64), [0, 1, 2, 3, 9, 25, 0, 0]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = products_of(rows_SK, weight_LNK, [5] * 8, "compiled")
+        got = products_of(rows_SK, weight_LNK, counts, "compiled")
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(got, products_of(rows_SK, weight_LNK, [5] * 8, "compiled"))
+    assert torch.equal(got, products_of(rows_SK, weight_LNK, counts, "compiled"))
+
+
+@pytest.mark.parametrize("threads", [2, 8, 64])
+@pytest.mark.parametrize(
+    ("slots", "hidden", "width"),
+    [(8, 2048, 768), (8, 7168, 2048), (2, 4096, 14336)],
+    ids=["Qwen3-30B-A3B", "DeepSeek-V3", "Mixtral-8x7B"],
+)
+def test_one_tokens_weights_are_spread_evenly_over_threads(threads, slots, hidden, width):
+    """By arithmetic: threads of equal speed, of which the busiest reads hardly more than its share."""
+    for outputs in (2 * width, hidden):
+        tasks = slots * -(-outputs // outputs_of_a_task(slots, outputs, threads))
+        assert -(-tasks // threads) * threads <= 1.03 * tasks
 
 
 XEON_FP32 = {  # shared/facts/cpu.md: Xeon with AMX, one product 1536 x 2048

@@ -5,7 +5,8 @@ one of int8 only with VNNI. Here weights are widened to float32 in registers, so
 once and no wider copy exists. A call takes all slots together: the threads of torch's own OpenMP team draw tasks, each
 of one slot and some of its outputs, so that experts run beside each other and there is one fork and one join.
 
-Shapes: L slots, N outputs and K inputs of a matrix, S rows sorted by slot, B blocks of inputs that share a scale.
+Shapes: L slots, X of them with rows, N outputs and K inputs of a matrix, S rows sorted by slot, B blocks of inputs that
+share a scale.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ LANES = 16
 SCALE_BLOCK = fp8.BLOCK
 """Outputs and inputs that share a scale of float8; a multiple of `BLOCK_N`."""
 
+FLOAT8_IN_SCALES, FLOAT8_IN_SUMS = np.float32(2.0**100), np.float32(2.0**20)
+"""The two factors of 2**120: all of it in the scales would let large ones overflow."""
+
 STORED: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
     torch.bfloat16: np.uint16,
@@ -74,29 +78,37 @@ def instruction(function: Callable[..., Any]) -> Any:
 
 @instruction
 def widened(typing_context: Any, bits: types.Type) -> tuple[Any, Callable[..., Any]]:
-    """One stored weight as float32. Of float8 it gives the value / `products.FLOAT8_UNIT`: its bits as a float16's."""
-    word, half, single = ir.IntType(16), ir.HalfType(), ir.FloatType()
+    """One stored weight as float32. Float8's come out 2**120 times too small, and NaN as 480: see `restore`."""
+    whole, half, single = ir.IntType(32), ir.HalfType(), ir.FloatType()
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         (value,) = arguments
         if bits == types.uint16:
-            high = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            high = builder.shl(builder.zext(value, whole), ir.Constant(whole, 16))
             return builder.bitcast(high, single)
         if bits == types.int16:
             return builder.fpext(builder.bitcast(value, half), single)
         if bits == types.uint8:
-            value = builder.zext(value, word)
-            magnitude = builder.and_(value, ir.Constant(word, 0x7F))
-            sign = builder.shl(builder.and_(value, ir.Constant(word, 0x80)), ir.Constant(word, 8))
-            is_nan = builder.icmp_unsigned("==", magnitude, ir.Constant(word, 0x7F))
-            shifted = builder.shl(magnitude, ir.Constant(word, 7))
-            nan = ir.Constant(word, 0x7E00)
-            return builder.fpext(
-                builder.bitcast(builder.or_(builder.select(is_nan, nan, shifted), sign), half), single
-            )
+            # Sign, exponent and mantissa where float32 has them, by one shift; the sign comes along from its copies.
+            moved = builder.shl(builder.sext(value, whole), ir.Constant(whole, 20))
+            return builder.bitcast(builder.and_(moved, ir.Constant(whole, 0x87F00000)), single)
         return builder.sitofp(value, single) if bits == types.int8 else value
 
     return types.float32(bits), generate
+
+
+@instruction
+def nan_seen(typing_context: Any, before: types.Type, bits: types.Type) -> tuple[Any, Callable[..., Any]]:
+    """`before` (uint8), with its highest bit set where a weight of float8 is NaN; other formats' NaN need no search."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        before, value = arguments
+        if bits != types.uint8:
+            return before
+        magnitude = builder.and_(value, ir.Constant(value.type, 0x7F))
+        return builder.or_(before, builder.add(magnitude, ir.Constant(value.type, 1)))
+
+    return types.uint8(types.uint8, bits), generate
 
 
 @instruction
@@ -132,7 +144,7 @@ def address_of(typing_context: Any, place: types.Type) -> tuple[Any, Callable[..
 
 
 @compiled
-def four_rows(rows_MK, weight_NK, sums_MN, row, output):
+def four_rows(rows_MK, weight_NK, sums_MN, row, first, second):
     """Four rows times two outputs: the eight sums stay in registers, and a weight is widened once for four rows.
 
     Where fewer rows are left, the last one is taken several times.
@@ -141,7 +153,7 @@ def four_rows(rows_MK, weight_NK, sums_MN, row, output):
     row_1, row_2, row_3 = min(row + 1, last), min(row + 2, last), min(row + 3, last)
     # Slices, because only an index that counts up from zero makes vector instructions.
     r0, r1, r2, r3 = rows_MK[row], rows_MK[row_1], rows_MK[row_2], rows_MK[row_3]
-    first_K, second_K = weight_NK[output], weight_NK[output + 1]
+    first_K, second_K = weight_NK[first], weight_NK[second]
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
     for k in range(rows_MK.shape[1]):
         a, b = widened(first_K[k]), widened(second_K[k])
@@ -153,37 +165,82 @@ def four_rows(rows_MK, weight_NK, sums_MN, row, output):
         b1 += b * r1[k]
         b2 += b * r2[k]
         b3 += b * r3[k]
-    sums_MN[row, output], sums_MN[row, output + 1] = a0, b0
-    sums_MN[row_1, output], sums_MN[row_1, output + 1] = a1, b1
-    sums_MN[row_2, output], sums_MN[row_2, output + 1] = a2, b2
-    sums_MN[row_3, output], sums_MN[row_3, output + 1] = a3, b3
+    sums_MN[row, first], sums_MN[row, second] = a0, b0
+    sums_MN[row_1, first], sums_MN[row_1, second] = a1, b1
+    sums_MN[row_2, first], sums_MN[row_2, second] = a2, b2
+    sums_MN[row_3, first], sums_MN[row_3, second] = a3, b3
 
 
 @compiled
-def one_row(rows_MK, weight_NK, sums_MN, row, output):
-    """One row times one output."""
-    row_K, weight_K = rows_MK[row], weight_NK[output]
-    total = np.float32(0)
+def two_rows(rows_MK, weight_NK, sums_MN, row, first, distance):
+    """Two rows times four outputs."""
+    second, third, fourth = first + distance, first + 2 * distance, first + 3 * distance
+    r0, r1 = rows_MK[row], rows_MK[row + 1]
+    first_K, second_K, third_K, fourth_K = (
+        weight_NK[first],
+        weight_NK[second],
+        weight_NK[third],
+        weight_NK[fourth],
+    )
+    a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = np.float32(0)
+    for k in range(rows_MK.shape[1]):
+        a, b, c, d = widened(first_K[k]), widened(second_K[k]), widened(third_K[k]), widened(fourth_K[k])
+        a0 += a * r0[k]
+        a1 += a * r1[k]
+        b0 += b * r0[k]
+        b1 += b * r1[k]
+        c0 += c * r0[k]
+        c1 += c * r1[k]
+        d0 += d * r0[k]
+        d1 += d * r1[k]
+    sums_MN[row, first], sums_MN[row, second], sums_MN[row, third], sums_MN[row, fourth] = a0, b0, c0, d0
+    row += 1
+    sums_MN[row, first], sums_MN[row, second], sums_MN[row, third], sums_MN[row, fourth] = a1, b1, c1, d1
+
+
+@compiled
+def one_row(rows_MK, weight_NK, sums_MN, row, first, distance):
+    """One row times four outputs."""
+    second, third, fourth = first + distance, first + 2 * distance, first + 3 * distance
+    row_K = rows_MK[row]
+    first_K, second_K, third_K, fourth_K = (
+        weight_NK[first],
+        weight_NK[second],
+        weight_NK[third],
+        weight_NK[fourth],
+    )
+    a = b = c = d = np.float32(0)
     for k in range(len(row_K)):
-        total += widened(weight_K[k]) * row_K[k]
-    sums_MN[row, output] = total
+        value = row_K[k]
+        a += widened(first_K[k]) * value
+        b += widened(second_K[k]) * value
+        c += widened(third_K[k]) * value
+        d += widened(fourth_K[k]) * value
+    sums_MN[row, first], sums_MN[row, second], sums_MN[row, third], sums_MN[row, fourth] = a, b, c, d
 
 
 @compiled
 def float_products(rows_MK, weight_NK, sums_MN):
-    """Rows of a slot times some of its outputs."""
-    # A single row that is left over costs less alone.
-    fours = len(rows_MK) - 1 if len(rows_MK) % 4 == 1 else len(rows_MK)
-    pairs = len(weight_NK) // 2 * 2
-    for output in range(0, pairs, 2):
-        for row in range(0, fours, 4):
-            four_rows(rows_MK, weight_NK, sums_MN, row, output)
-        for row in range(fours, len(rows_MK)):
-            one_row(rows_MK, weight_NK, sums_MN, row, output)
-            one_row(rows_MK, weight_NK, sums_MN, row, output + 1)
-    for output in range(pairs, len(weight_NK)):
-        for row in range(len(rows_MK)):
-            one_row(rows_MK, weight_NK, sums_MN, row, output)
+    """Rows of a slot times some of its outputs.
+
+    Outputs that are multiplied together lie apart, and each one's neighbour comes next: so a thread reads several
+    stretches of memory at once, which the processor fetches ahead, and gets more of it than by one stretch.
+    """
+    rows, quarter, half = len(rows_MK), len(weight_NK) // 4, len(weight_NK) // 2
+    fours = rows // 4 * 4 if rows % 4 < 3 else rows
+    if fours:
+        for output in range(half):
+            for row in range(0, fours, 4):
+                four_rows(rows_MK, weight_NK, sums_MN, row, output, output + half)
+    for output in range(quarter):
+        if rows - fours == 2:
+            two_rows(rows_MK, weight_NK, sums_MN, fours, output, quarter)
+        elif rows - fours == 1:
+            one_row(rows_MK, weight_NK, sums_MN, fours, output, quarter)
+    # Outputs that are left over meet rows singly.
+    for row in range(rows):
+        for output in range(2 * half if row < fours else 4 * quarter, len(weight_NK)):
+            one_row(rows_MK, weight_NK, sums_MN, row, output, 0)
 
 
 @compiled
@@ -191,24 +248,51 @@ def widen(weight_NK, scale_BB, start, wide_NK):
     """Fill `wide_NK` with weights, times the scales of their blocks where they have some. `start`: the first output."""
     for output in range(len(weight_NK)):
         weight_K, wide_K = weight_NK[output], wide_NK[output]
-        for k in range(len(weight_K)):
-            wide_K[k] = widened(weight_K[k])
+        if scale_BB.shape[1] == 0:
+            fill(weight_K, np.float32(1), wide_K)
         for block in range(scale_BB.shape[1]):
-            scale = scale_BB[(start + output) // SCALE_BLOCK, block]
-            part_K = wide_K[block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK]
-            for k in range(len(part_K)):
-                part_K[k] *= scale
+            begin, end = block * SCALE_BLOCK, (block + 1) * SCALE_BLOCK
+            scale = scale_BB[(start + output) // SCALE_BLOCK, block] * FLOAT8_IN_SCALES
+            fill(weight_K[begin:end], scale, wide_K[begin:end])
+
+
+@compiled
+def fill(weight_K, scale, wide_K):
+    """Fill `wide_K` with weights times one scale."""
+    for k in range(len(weight_K)):
+        wide_K[k] = widened(weight_K[k]) * scale
 
 
 @compiled
 def scale_rows(rows_MK, scale_B, scaled_MK):
     """Fill `scaled_MK` with rows times the scales of the weights that they meet, block by block."""
     for row in range(len(rows_MK)):
+        row_K, scaled_K = rows_MK[row], scaled_MK[row]
         for block in range(len(scale_B)):
-            row_K = rows_MK[row, block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK]
-            scaled_K = scaled_MK[row, block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK]
-            for k in range(len(row_K)):
-                scaled_K[k] = row_K[k] * scale_B[block]
+            begin, end = block * SCALE_BLOCK, (block + 1) * SCALE_BLOCK
+            scale = scale_B[block] * FLOAT8_IN_SCALES
+            part_K, result_K = row_K[begin:end], scaled_K[begin:end]
+            for k in range(len(part_K)):
+                result_K[k] = part_K[k] * scale
+
+
+@compiled
+def restore(weight_NK, sums_MN):
+    """Give float8's sums what `widened` and the scales left out, or NaN where a weight is NaN.
+
+    Bytes are searched for NaN 32 at a time, which costs less than a choice in the products.
+    """
+    for row in range(len(sums_MN)):
+        sums_N = sums_MN[row]
+        for output in range(len(sums_N)):
+            sums_N[output] *= FLOAT8_IN_SUMS
+    for output in range(len(weight_NK)):
+        weight_K, seen = weight_NK[output], np.uint8(0)
+        for k in range(len(weight_K)):
+            seen = nan_seen(seen, weight_K[k])
+        if seen > 127:
+            for row in range(len(sums_MN)):
+                sums_MN[row, output] = np.nan
 
 
 @compiled
@@ -231,6 +315,8 @@ def float_task(rows_MK, weight_NK, scale_BB, start, wide_NK, sums_MN):
         for begin in range(0, len(rows_MK), ROWS_AT_ONCE):
             end = begin + ROWS_AT_ONCE
             float_products(rows_MK[begin:end], weight_NK, sums_MN[begin:end])
+    if len(scale_BB):
+        restore(weight_NK, sums_MN)
 
 
 @instruction
@@ -296,22 +382,23 @@ def int8_tile(
 
 @compiled
 def int8_task(rows_MK, weight_NK, scale_N, sums_MN):
-    """Rows of one slot times a block of its outputs."""
-    inputs, last, pairs = rows_MK.shape[1], len(rows_MK) - 1, len(weight_NK) // 2 * 2
+    """Rows of one slot times a block of its outputs, which are taken as by `float_products`."""
+    inputs, last, half, quarter = rows_MK.shape[1], len(rows_MK) - 1, len(weight_NK) // 2, len(weight_NK) // 4
     rows_at, weights_at, sums_at = rows_MK.ctypes.data, weight_NK.ctypes.data, sums_MN.ctypes.data
     stride = sums_MN.strides[0] // 4
     for begin in range(0, len(rows_MK), ROWS_AT_ONCE):
         end = min(len(rows_MK), begin + ROWS_AT_ONCE)
         fours = end - 1 if (end - begin) % 4 == 1 else end
-        for output in range(0, pairs, 2):
-            two = (output, output + 1)
+        for output in range(half):
             for row in range(begin, fours, 4):
                 four = (row, min(row + 1, last), min(row + 2, last), min(row + 3, last))
-                int8_tile(rows_at, four, weights_at, two, inputs, sums_at, stride)
-            for row in range(fours, end):
-                int8_tile(rows_at, (row,), weights_at, two, inputs, sums_at, stride)
-        for output in range(pairs, len(weight_NK)):
-            for row in range(begin, end):
+                int8_tile(rows_at, four, weights_at, (output, output + half), inputs, sums_at, stride)
+        for row in range(fours, end):
+            for output in range(quarter):
+                apart = (output, output + quarter, output + 2 * quarter, output + 3 * quarter)
+                int8_tile(rows_at, (row,), weights_at, apart, inputs, sums_at, stride)
+        for row in range(begin, end):
+            for output in range(2 * half if row < fours else 4 * quarter, len(weight_NK)):
                 int8_tile(rows_at, (row,), weights_at, (output,), inputs, sums_at, stride)
     for row in range(len(rows_MK)):
         for output in range(len(weight_NK)):
@@ -323,8 +410,9 @@ def int8_task(rows_MK, weight_NK, scale_N, sums_MN):
 
 CALL = np.dtype(
     [(name, np.int64) for name in (
-        "rows", "rows_at", "inputs", "sums_at", "outputs", "task_outputs", "slots", "weights_at", "first_at", "last_at",
-        "scales_at", "scale_rows", "scale_columns", "buffers_at", "buffer_rows", "next_task", "next_buffer",
+        "rows", "rows_at", "inputs", "sums_at", "outputs", "task_outputs", "slots", "busy", "busy_at", "weights_at",
+        "first_at", "last_at", "scales_at", "scale_rows", "scale_columns", "buffers_at", "buffer_rows", "next_task",
+        "next_buffer",
     )]
 )  # fmt: skip
 """What the threads of a call read: sizes, and addresses of memory that the caller holds. `next_*` are theirs."""
@@ -345,6 +433,7 @@ def threads_part(dtype: torch.dtype) -> Any:
         rows_SK = carray(pointer(call.rows_at), (call.rows, call.inputs), row_type)
         sums_SN = carray(pointer(call.sums_at), (call.rows, call.outputs), np.float32)
         weights_at_L = carray(pointer(call.weights_at), call.slots, np.int64)
+        busy_X = carray(pointer(call.busy_at), call.busy, np.int64)
         first_L = carray(pointer(call.first_at), call.slots, np.int64)
         last_L = carray(pointer(call.last_at), call.slots, np.int64)
         scale_LBB = carray(
@@ -355,12 +444,10 @@ def threads_part(dtype: torch.dtype) -> Any:
         tasks = (call.outputs + call.task_outputs - 1) // call.task_outputs
         while True:
             number = draw(address + NEXT_TASK)
-            slot, begin = number // tasks, number % tasks * call.task_outputs
-            if slot >= call.slots:
+            if number >= call.busy * tasks:
                 return
+            slot, begin = busy_X[number // tasks], number % tasks * call.task_outputs
             first, last = first_L[slot], last_L[slot]
-            if first == last:
-                continue
             weight_NK = carray(pointer(weights_at_L[slot]), (call.outputs, call.inputs), stored)
             for start in range(begin, min(call.outputs, begin + call.task_outputs), BLOCK_N):
                 stop = min(call.outputs, start + BLOCK_N)
@@ -395,21 +482,22 @@ def grouped_product(
         last_L: the row after its last one. Rows of no slot stay garbage.
         dtype: of the weights, one of `STORED`.
         outputs: N.
-        scale_LBB: what weights are multiplied by (float32, contiguous): of float8 one for each block, divided by
-            `FLOAT8_UNIT`; of int8 one for each output [L, N, 1]; None for others.
+        scale_LBB: what weights are multiplied by (float32, contiguous): of float8 one for each block; of int8 one for
+            each output [L, N, 1]; None for others.
     """
     threads = torch.get_num_threads()
     sums_SN = torch.empty(len(rows_SK), outputs)
-    blocks = np.count_nonzero(last_L > first_L) * -(-outputs // BLOCK_N)
-    task_blocks = TASK_BLOCKS if blocks >= TASK_BLOCKS * TASKS_OF_A_THREAD * threads else 1
+    # Threads draw no tasks of the others, which are most of them where few rows come.
+    busy_X = np.flatnonzero(last_L > first_L)
     widens = dtype in (torch.bfloat16, torch.float16) and (last_L - first_L).max(initial=0) >= MANY_ROWS
     buffer_rows = BLOCK_N if widens or dtype == torch.float8_e4m3fn else 0
     buffers = torch.empty(threads * buffer_rows, rows_SK.shape[1])
     call = np.zeros(1, CALL)
     call["rows"], call["inputs"] = rows_SK.shape
     call["rows_at"], call["sums_at"], call["outputs"] = rows_SK.data_ptr(), sums_SN.data_ptr(), outputs
-    call["task_outputs"] = task_blocks * BLOCK_N
+    call["task_outputs"] = outputs_of_a_task(len(busy_X), outputs, threads)
     call["weights_at"], call["slots"] = weights_at_L.ctypes.data, len(weights_at_L)
+    call["busy_at"], call["busy"] = busy_X.ctypes.data, len(busy_X)
     call["first_at"], call["last_at"] = first_L.ctypes.data, last_L.ctypes.data
     call["buffers_at"], call["buffer_rows"] = buffers.data_ptr(), buffer_rows
     if scale_LBB is not None:
@@ -421,6 +509,12 @@ def grouped_product(
     else:
         team(part.address, address, threads, 0)
     return sums_SN
+
+
+def outputs_of_a_task(slots: int, outputs: int, threads: int) -> int:
+    """So many outputs of a slot that threads go on for long, but do not wait for the last one's task."""
+    blocks = slots * -(-outputs // BLOCK_N)
+    return BLOCK_N * (TASK_BLOCKS if blocks >= TASK_BLOCKS * TASKS_OF_A_THREAD * threads else 1)
 
 
 @cache

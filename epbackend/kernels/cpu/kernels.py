@@ -14,7 +14,6 @@ from torch import Tensor
 from epbackend.kernels import Permuted, Prepacked, fp8, int8, renormalized
 from epbackend.kernels.cpu import products
 from epbackend.kernels.cpu.choice import Choice, choose, compiler_trouble
-from epbackend.kernels.cpu.products import FLOAT8_UNIT
 from epbackend.kernels.reference import ReferenceKernels
 from epbackend.kernels.weight_formats import Matrices, stacked
 
@@ -166,4 +165,4 @@ def _quantized_products(
         values_SK, scale_S = int8.quantize_rows(rows_SK)
         sums_SN = products.compiled(values_SK, *where, packed.scale_LN.unsqueeze(2))
         return sums_SN.mul_(scale_S.unsqueeze(1))
-    return products.compiled(fp8.rounded(rows_SK), *where, packed.scale_LBB * FLOAT8_UNIT)
+    return products.compiled(fp8.rounded(rows_SK), *where, packed.scale_LBB)

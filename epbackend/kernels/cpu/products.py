@@ -20,9 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-FLOAT8_UNIT = 256.0
-"""What `compiled` leaves out of float8 values, whose scales make up for it."""
-
 
 def library(
     rows_SK: Tensor, matrices_L: list[Tensor], first_L: np.ndarray, last_L: np.ndarray, out_SN: Tensor
