@@ -20,14 +20,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,22 +37,29 @@ import torch
 import epbackend
 from benchmarks.report import machine, print_table
 from epbackend.balance.migration import Migrator
+from epbackend.cli.apart import EngineApart
 from epbackend.engines.lmdeploy.balance import starting_placement
 from epbackend.engines.lmdeploy.load.stats_writer import StatsWriter
+from epbackend.errors import EPError
 from epbackend.moe import ExpertParallelMoE, LayerStats
 from epbackend.names import PHASES
 
-LAYERS, EXPERTS, TOP_K, HIDDEN, WIDTH = 4, 32, 4, 256, 512
-TOPICS = ("Congress duty law people", "None not while")
+LAYERS, EXPERTS, TOP_K, HIDDEN, WIDTH = 2, 32, 4, 256, 2048
+TOPICS = ("Congress nation people", "else in")
 PROMPTS, WORDS = 8, 200
 REDUNDANT = 8
 MOVING = {"on": True, "redundant_experts": REDUNDANT, "window_steps": 4, "interval_s": 0.2, "threshold": 0.02}
 ALWAYS_MOVING = {"on": True, "redundant_experts": 8, "window_steps": 8, "interval_s": 0.1, "threshold": 0.0}
 CALM_ROUNDS, MOST_ROUNDS = 4, 16
 """A plan is in use once nothing has moved for so many rounds; a topic waits for it for so many at most."""
+QUIET = 0.05
+"""The most of the machine that other programs use in a round that is judged, where there are so many such pairs:"""
+FEWEST_QUIET = 5
+MOST_PAIRS = 3
+"""Rounds for each quiet one that is wanted."""
 MOST_SHIFTS = 200
-STEPS = 40
-"""Tokens of an answer between two shifts, where steps are compared."""
+SHORT, STEPS = 8, 40
+"""Words of a prompt, and tokens of an answer, where steps are compared; the topic shifts after each."""
 KINDS = ("undisturbed", "a migration under way", "it flips")
 AROUND = 10
 """Undisturbed steps on each side of a step that it is compared with."""
@@ -84,7 +89,7 @@ class Clock:
 
     def watch(self, rank: int, number: int, layer: ExpertParallelMoE) -> None:
         if not len(self._rows):
-            self._rows = np.memmap(self._folder / f"rank-{rank}", STEP, "w+", shape=MOST_STEPS)
+            self._rows = np.memmap(self._folder / f"rank-{rank:03}", STEP, "w+", shape=MOST_STEPS)
         experts = layer.experts
 
         def timed(*args: Any) -> torch.Tensor:
@@ -160,6 +165,8 @@ class Round:
     ended_s: float
     processor_s: float
     """Of all processes of the engine."""
+    others: float
+    """What other programs used of the machine meanwhile, as a part of all cores."""
     imbalance: float
     """The busiest rank's choices over the mean, the mean of the layers."""
     migrations: int
@@ -169,55 +176,22 @@ class Round:
         return self.ended_s - self.began_s
 
 
-class Engine:
-    """An engine in a process of its own, and the clocks of its ranks."""
-
-    def __init__(self, model: str, settings: dict[str, Any], folder: Path) -> None:
-        folder.mkdir()
-        self._folder, self.ranks = folder, settings["ep_size"]
-        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self._started = self._process.submit(_start, model, json.dumps(settings), str(folder))
-
-    def ask(self, prompts: list[str], tokens: int) -> Round:
-        self._started.result()
-        return self._process.submit(_ask, prompts, tokens).result()
-
-    def steps(self) -> list[np.ndarray]:
-        """Those of each rank so far."""
-        found = [np.memmap(self._folder / f"rank-{rank}", STEP, "r") for rank in range(self.ranks)]
-        return [np.array(rows[rows["ended_s"] > 0]) for rows in found]
-
-    def close(self) -> None:
-        with contextlib.suppress(Exception):  # what failed at the start has been raised by `ask`
-            self._process.submit(_stop).result()
-        self._process.shutdown()
-
-
-_pipe: Any = None
-
-
-def _start(model: str, settings: str, folder: str) -> None:
-    global _pipe
-    os.environ[CLOCK_VARIABLE] = folder
-    _pipe = epbackend.pipeline(model, epbackend.EPConfig.from_json(settings))
-
-
-def _ask(prompts: list[str], tokens: int) -> Round:
+def ask(pipe: Any, prompts: list[str], tokens: int) -> Round:
+    """In the process of the engine."""
     from lmdeploy import GenerationConfig
 
     generation = GenerationConfig(max_new_tokens=tokens, do_sample=False, ignore_eos=True)
-    before, processor_s, began_s = _pipe.load(), _processor_s(), time.perf_counter()
-    answers = _pipe(prompts, gen_config=generation, do_preprocess=False)
+    before, processor_s, busy_s, began_s = pipe.load(), _processor_s(), _busy_s(), time.perf_counter()
+    answers = pipe(prompts, gen_config=generation, do_preprocess=False)
     ended_s = time.perf_counter()
-    processor_s = _processor_s() - processor_s
-    load = _pipe.load().since(before)
-    moved = _pipe.balance().migrations if _pipe._balancer else 0
+    processor_s, busy_s = _processor_s() - processor_s, _busy_s() - busy_s
+    others = max(0.0, busy_s - processor_s) / (ended_s - began_s) / (os.cpu_count() or 1)
+    imbalance = float(pipe.load().since(before).imbalance_Y.mean())
+    moved = 0
+    with contextlib.suppress(EPError):  # nothing moves here
+        moved = pipe.balance().migrations
     token_ids = [answer.token_ids for answer in answers]
-    return Round(token_ids, began_s, ended_s, processor_s, float(load.imbalance_Y.mean()), moved)
-
-
-def _stop() -> None:
-    _pipe.close()
+    return Round(token_ids, began_s, ended_s, processor_s, others, imbalance, moved)
 
 
 def _processor_s() -> float:
@@ -228,6 +202,12 @@ def _processor_s() -> float:
             times = process.cpu_times()
             total += times.user + times.system
     return total
+
+
+def _busy_s() -> float:
+    """Processor time of everything on the machine."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait
 
 
 def write_model(folder: Path) -> str:
@@ -268,50 +248,64 @@ def prompts_of(topic: int, round_: int, length: int = WORDS) -> list[str]:
     return [" ".join(random.choice(words, length)) for _ in range(PROMPTS)]
 
 
-@contextlib.contextmanager
-def engines(model: str, settings: dict[str, dict[str, Any]], folder: Path) -> Iterator[dict[str, Engine]]:
-    running = {name: Engine(model, each, folder / name) for name, each in settings.items()}
-    try:
-        yield running
-    finally:
-        for engine in running.values():
-            engine.close()
+def start(model: str, settings: dict[str, Any], clocks: Path) -> EngineApart:
+    """An engine whose ranks write their steps into that folder."""
+    clocks.mkdir()
+    return EngineApart(model, epbackend.EPConfig.load(settings), {CLOCK_VARIABLE: str(clocks)})
+
+
+def steps_in(clocks: Path) -> list[np.ndarray]:
+    """Of each rank, in their order."""
+    found = [np.memmap(file, STEP, "r") for file in sorted(clocks.iterdir())]
+    return [np.array(rows[rows["ended_s"] > 0]) for rows in found]
 
 
 @dataclass
 class Topic:
     """The rounds of both engines once the plan for it is in use."""
 
-    moving: list[Round] = field(default_factory=list)
-    still: list[Round] = field(default_factory=list)
+    pairs: list[tuple[Round, Round]] = field(default_factory=list)
+    """Moving, still."""
     identical: bool = True
     migrations: int = 0
 
+    @property
+    def quiet(self) -> list[tuple[Round, Round]]:
+        """Those in which other programs hardly used the machine."""
+        return [pair for pair in self.pairs if max(each.others for each in pair) < QUIET]
+
     def row(self, name: int, steps: list[np.ndarray]) -> dict[str, Any]:
         """`steps`: of each rank of the engine whose experts stay."""
-        pairs = list(zip(self.moving, self.still, strict=True))
-        ratios = [still.seconds / moving.seconds for moving, still in pairs]
-        quarters = statistics.quantiles(ratios)
-        share, most = zip(*(possible(round_, steps) for round_ in self.still), strict=True)
+        judged = self.quiet if len(self.quiet) >= FEWEST_QUIET else self.pairs
+        still = [still for _, still in judged]
+        share, most = zip(*(possible(round_, steps) for round_ in still), strict=True)
+        more_s = [moving.processor_s / still.processor_s for moving, still in judged]
         return {
             "topic": name,
-            "pairs": len(pairs),
+            "pairs": f"{len(self.pairs)}, quiet {len(self.quiet)}",
             "migrations": self.migrations,
             "tokens identical": self.identical,
-            "imbalance, stay": statistics.mean(each.imbalance for each in self.still),
-            "move": statistics.mean(each.imbalance for each in self.moving),
-            "ms of a round, stay": f"{1e3 * statistics.median(each.seconds for each in self.still):.0f}",
+            "imbalance, stay": statistics.mean(each.imbalance for each in still),
+            "move": statistics.mean(moving.imbalance for moving, _ in judged),
+            "ms, stay": f"{1e3 * statistics.median(each.seconds for each in still):.0f}",
             "experts' share": statistics.median(share),
-            "throughput (quartiles)": "{1:.3f} ({0:.3f}, {2:.3f})".format(*quarters),
+            "times the tokens/s (quartiles)": _quartiles(
+                still.seconds / moving.seconds for moving, still in judged
+            ),
             "at most": f"{statistics.median(most):.3f}",
-            "processor time": f"{sum(each.processor_s for each in self.moving) / sum(each.processor_s for each in self.still):.3f}",
+            "processor time": _quartiles(more_s),
         }
+
+
+def _quartiles(ratios: Iterable[float]) -> str:
+    return "{1:.3f} ({0:.3f}, {2:.3f})".format(*statistics.quantiles(ratios))
 
 
 def possible(round_: Round, steps: list[np.ndarray]) -> tuple[float, float]:
     """The experts' share of a round, of the busiest rank in each layer; and how much faster at most it could be."""
     inside = [
-        rows[(rows["ended_s"] >= round_.began_s) & (rows["ended_s"] <= round_.ended_s)]["experts_s"] for rows in steps
+        rows[(rows["ended_s"] >= round_.began_s) & (rows["ended_s"] <= round_.ended_s)]["experts_s"]
+        for rows in steps
     ]
     whole = min(map(len, inside))
     experts_RSY = np.stack([rows[:whole] for rows in inside])
@@ -331,22 +325,29 @@ def gain(args: argparse.Namespace) -> None:
         (folder / "start.json").write_text(placement.to_json())
         still = settings | {"placement": {"file": str(folder / "start.json")}}
         topics = []
-        with engines(model, {"moving": moving, "still": still}, folder) as pair:
+        with (
+            start(model, moving, folder / "moving") as mover,
+            start(model, still, folder / "still") as stayer,
+        ):
+            mover.wait()
+            stayer.wait()
             moved = 0
             for topic in range(len(TOPICS)):
                 found, calm, round_ = Topic(), 0, 0
-                while len(found.still) < args.pairs:
-                    prompts, names = prompts_of(topic, round_), list(pair)[:: 1 if round_ % 2 else -1]
-                    rounds = {name: pair[name].ask(prompts, args.tokens) for name in names}
-                    found.identical &= rounds["moving"].token_ids == rounds["still"].token_ids
-                    now = rounds["moving"].migrations
+                while len(found.quiet) < args.pairs and len(found.pairs) < MOST_PAIRS * args.pairs:
+                    prompts, turns = (
+                        prompts_of(topic, round_),
+                        (mover, stayer) if round_ % 2 else (stayer, mover),
+                    )
+                    rounds = {engine: engine.call(ask, prompts, args.tokens) for engine in turns}
+                    found.identical &= rounds[mover].token_ids == rounds[stayer].token_ids
+                    now = rounds[mover].migrations
                     found.migrations, calm = found.migrations + now - moved, calm + 1 if now == moved else 0
                     moved, round_ = now, round_ + 1
-                    if calm >= CALM_ROUNDS or found.still or round_ > MOST_ROUNDS:
-                        found.moving.append(rounds["moving"])
-                        found.still.append(rounds["still"])
+                    if calm >= CALM_ROUNDS or found.pairs or round_ > MOST_ROUNDS:
+                        found.pairs.append((rounds[mover], rounds[stayer]))
                 topics.append(found)
-            steps = pair["still"].steps()
+            steps = steps_in(folder / "still")
     title = f"{args.ranks} ranks, {args.tokens} tokens after {PROMPTS} prompts of {WORDS} words: experts move, and stay"
     print_table(title, [topic.row(number + 1, steps) for number, topic in enumerate(topics)])
 
@@ -356,15 +357,18 @@ def steps(args: argparse.Namespace) -> None:
         folder = Path(name)
         (folder / "model").mkdir()
         model = args.model or write_model(folder / "model")
-        with engines(model, {"moving": settings_of(args.ranks) | {"balance": ALWAYS_MOVING}}, folder) as one:
+        settings = settings_of(args.ranks) | {"balance": ALWAYS_MOVING}
+        with start(model, settings, folder / "moving") as engine:
             migrations = round_ = 0
             while migrations < args.migrations and round_ < MOST_SHIFTS:
-                migrations = one["moving"].ask(prompts_of(round_ % len(TOPICS), round_, 8), STEPS).migrations
-                round_ += 1
-            found = [beside_undisturbed(rows) for rows in one["moving"].steps()]
+                prompts = prompts_of(round_ % len(TOPICS), round_, SHORT)
+                migrations, round_ = engine.call(ask, prompts, STEPS).migrations, round_ + 1
+            found = [beside_undisturbed(rows) for rows in steps_in(folder / "moving")]
     for clock, text in (("processor", "processor time of the serving thread"), ("wall", "time on the wall")):
         of_kind = {kind: np.concatenate([rank[clock, kind] for rank in found]) for kind in KINDS}
-        title = f"{text}, over the undisturbed steps around: decode of {PROMPTS} requests on {args.ranks} ranks"
+        title = (
+            f"{text}, over the undisturbed steps around: decode of {PROMPTS} requests on {args.ranks} ranks"
+        )
         print_table(title, [ratios_row(kind, ratios) for kind, ratios in of_kind.items()])
 
 

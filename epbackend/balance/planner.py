@@ -150,7 +150,7 @@ def main(file: int) -> None:
 
 
 def _plan_once() -> None:
-    """Imports and compiles what planning needs: a second of processor time, and a quarter of a minute the first time."""
+    """Imports and compiles what planning needs: a second of processor time, a quarter of a minute the first time."""
     rebalancer = Rebalancer(Placement.even(1, 4, 2, 6), Policy(0.0, None, None, expert_bytes=1))
     rebalancer.observe(np.array([[5, 2, 1, 1]]))
     rebalancer.propose()
