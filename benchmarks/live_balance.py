@@ -55,7 +55,7 @@ CALM_ROUNDS, MOST_ROUNDS = 4, 16
 QUIET = 0.05
 """The most of the machine that other programs use in a round that is judged, where there are so many such pairs:"""
 FEWEST_QUIET = 5
-MOST_PAIRS = 3
+MOST_PAIRS = 2
 """Rounds for each quiet one that is wanted."""
 MOST_SHIFTS = 200
 SHORT, STEPS = 8, 40
@@ -65,7 +65,7 @@ AROUND = 10
 """Undisturbed steps on each side of a step that it is compared with."""
 
 CLOCK_VARIABLE = "EPBACKEND_BENCHMARK_CLOCK"
-MOST_STEPS = 20_000
+MOST_LAYERS, MOST_STEPS = 64, 20_000
 STEP = np.dtype(
     [
         ("began_s", np.float64),  # of time.perf_counter; 0 where nothing can move
@@ -74,7 +74,7 @@ STEP = np.dtype(
         ("phase", np.int64),
         ("moving", np.bool_),
         ("flips", np.int64),
-        ("experts_s", np.float64, LAYERS),  # of processor time
+        ("experts_s", np.float64, MOST_LAYERS),  # of processor time
     ]
 )
 
@@ -181,10 +181,11 @@ def ask(pipe: Any, prompts: list[str], tokens: int) -> Round:
     from lmdeploy import GenerationConfig
 
     generation = GenerationConfig(max_new_tokens=tokens, do_sample=False, ignore_eos=True)
-    before, processor_s, busy_s, began_s = pipe.load(), _processor_s(), _busy_s(), time.perf_counter()
+    ours = psutil.Process(), *psutil.Process().children(recursive=True)
+    before, processor_s, busy_s, began_s = pipe.load(), _processor_s(ours), _busy_s(), time.perf_counter()
     answers = pipe(prompts, gen_config=generation, do_preprocess=False)
     ended_s = time.perf_counter()
-    processor_s, busy_s = _processor_s() - processor_s, _busy_s() - busy_s
+    processor_s, busy_s = _processor_s(ours) - processor_s, _busy_s() - busy_s
     others = max(0.0, busy_s - processor_s) / (ended_s - began_s) / (os.cpu_count() or 1)
     imbalance = float(pipe.load().since(before).imbalance_Y.mean())
     moved = 0
@@ -194,10 +195,9 @@ def ask(pipe: Any, prompts: list[str], tokens: int) -> Round:
     return Round(token_ids, began_s, ended_s, processor_s, others, imbalance, moved)
 
 
-def _processor_s() -> float:
-    here = psutil.Process()
+def _processor_s(processes: Iterable[psutil.Process]) -> float:
     total = 0.0
-    for process in (here, *here.children(recursive=True)):
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             total += times.user + times.system
