@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from epbackend.cli.apart import EngineApart
-from epbackend.errors import ConfigError
+from epbackend.errors import UnavailableError
 from tests.helpers.engines import config
 from tests.helpers.patience import PATIENCE_S
 
@@ -44,7 +44,7 @@ def test_it_ends_with_who_started_it_and_leaves_nothing(sent, checkpoint, start_
 def test_what_its_start_or_a_call_raises_is_raised_here(tmp_path, checkpoint):
     with (
         EngineApart(str(tmp_path), config(ep_size=2)) as engine,
-        pytest.raises(ConfigError, match=r"config\.json"),
+        pytest.raises(UnavailableError, match=r"config\.json"),
     ):
         engine.wait()
     with (
