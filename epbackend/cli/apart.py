@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
@@ -43,8 +44,6 @@ _pipe: Any = None
 
 def _start(model: str, config: str, environment: dict[str, str]) -> None:
     global _pipe
-    import os
-
     import epbackend
     from epbackend.engines.lmdeploy.workers.process_guard import guard_process
 
