@@ -159,20 +159,21 @@ class Balancer:
     def _run(self) -> None:
         options = self._options
         try:
-            while not (expert_bytes := self._board.expert_bytes):
-                if self._stop.wait(min(options.interval_s, START_POLL_S)):
-                    return
-            policy = Policy(
-                threshold=options.threshold,
-                max_slots=options.max_slots,
-                max_bytes=options.max_bytes,
-                expert_bytes=expert_bytes,
-                objective=options.objective,
-                split=options.split,
-            )
-            self._planner = Planner(self._placement, policy, options.timeout_s, self._stop)
+            # Before the ranks serve: what it takes to start it would be taken from them.
+            self._planner = Planner(self._placement, options.timeout_s, self._stop)
             self._note()
             try:
+                while not (expert_bytes := self._board.expert_bytes):
+                    if self._stop.wait(min(options.interval_s, START_POLL_S)):
+                        return
+                self._planner.policy = Policy(
+                    threshold=options.threshold,
+                    max_slots=options.max_slots,
+                    max_bytes=options.max_bytes,
+                    expert_bytes=expert_bytes,
+                    objective=options.objective,
+                    split=options.split,
+                )
                 self._watch(self._planner, expert_bytes)
             finally:
                 self._planner.close()

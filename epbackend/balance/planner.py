@@ -31,16 +31,20 @@ START_S = 60.0
 """A new process imports and compiles before its first proposal."""
 STOPPED_S = 5.0
 """For so long its process may be stopped (SIGSTOP, a debugger) while an answer is awaited."""
-ENDING_S = 2.0
+NICE = 10
+"""Beside ranks that use every core its process gets a tenth of one: enough to start within START_S."""
 POLL_S = 0.1
 
 
 class Planner:
     """The parent's end of the process. One caller at a time."""
 
-    def __init__(self, placement: Placement, policy: Policy, timeout_s: float, stop: Event) -> None:
+    policy: Policy
+    """By which it plans: to be set before the first question. Its process needs time to start, so make it before."""
+
+    def __init__(self, placement: Placement, timeout_s: float, stop: Event) -> None:
         """`timeout_s` for an answer, the first ones START_S more; `stop` ends a wait for one."""
-        self._placement, self._policy, self._timeout_s, self._stop = placement, policy, timeout_s, stop
+        self._placement, self._timeout_s, self._stop = placement, timeout_s, stop
         self.restarts = 0
         self.pid: int | None = None
         # What its process has had: the placement, and the time to compile.
@@ -71,16 +75,13 @@ class Planner:
 
     def close(self) -> None:
         self._connection.close()
-        try:
-            self._process.wait(ENDING_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()  # it holds nothing that would have to be saved, and may be starting or planning
+        self._process.wait()
 
     def _ask(self, what: str, value: Any) -> Any:
         try:
             if not self._told:
-                self._connection.send((self._placement, self._policy))
+                self._connection.send((self._placement, self.policy))
                 self._told = True
             self._connection.send((what, value))
             self._await_answer()
@@ -129,8 +130,9 @@ class Planner:
 def main(file: int) -> None:
     """The process: answers at the other end of the connection until the parent closes it, or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
-    os.nice(5)
+    os.nice(NICE)
     connection = Connection(file)
+    _plan_once()
     with contextlib.suppress(EOFError, OSError):
         rebalancer = Rebalancer(*connection.recv())
         while True:
@@ -145,3 +147,10 @@ def main(file: int) -> None:
             except Exception as error:
                 answer = f"{type(error).__name__}: {error}"
             connection.send(answer)
+
+
+def _plan_once() -> None:
+    """Imports and compiles what planning needs: a second of processor time, a quarter of a minute the first time."""
+    rebalancer = Rebalancer(Placement.even(1, 4, 2, 6), Policy(0.0, None, None, expert_bytes=1))
+    rebalancer.observe(np.array([[5, 2, 1, 1]]))
+    rebalancer.propose()

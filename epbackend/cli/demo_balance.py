@@ -1,7 +1,7 @@
-"""`epbackend demo --balance`: the same questions with experts that move and with experts that stay.
+"""`epbackend demo --balance`: the same questions to an engine whose experts move, and to one whose experts stay.
 
-The topic shifts half-way, from speeches to program text, and with it the experts that are asked for. The first run
-decides how long a topic lasts: until a plan made for it is in use. The second repeats the same rounds.
+Both answer round by round and by turns, so that what else the machine does hits both. The topic shifts half-way, from
+speeches to program text, and with it the experts that are asked for. A topic lasts until a plan made for it is in use.
 """
 
 import time
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from epbackend.cli.output import console
+from epbackend.cli.apart import EngineApart
+from epbackend.cli.output import console, error_console
 from epbackend.cli.pictures import save_rounds
-from epbackend.cli.session import running
 from epbackend.config import EPConfig
 from epbackend.models import resolve
 
@@ -39,7 +39,7 @@ BALANCE = {"on": True, "redundant_experts": 8, "window_steps": 8, "interval_s": 
 NEW_TOKENS = 12
 FEWEST_ROUNDS, MOST_SECONDS = 2, 15.0
 """Of a topic, until a plan has been made for it."""
-JUDGED_ROUNDS = 2
+JUDGED_ROUNDS = 4
 """The last ones of each topic, in which the plan is in use."""
 
 
@@ -53,61 +53,69 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Run:
-    """All rounds of one engine."""
+class Round:
+    """The questions of a topic, answered once by one engine."""
 
-    rounds: tuple[int, ...]
-    """Of each topic."""
     token_ids: list[list[int]]
-    seconds: list[float]
-    """Of each round."""
-    steps: "list[Step]"
-    imbalance: list[float]
-    """The busiest rank over the mean of each round, the mean of the layers."""
+    seconds: float
+    steps: list[Step]
+    imbalance: float
+    """The busiest rank over the mean, the mean of the layers."""
     report: "BalanceReport"
+    """After it."""
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the median round, which what else the machine does leaves alone."""
-        return len(self.token_ids) / len(self.seconds) * NEW_TOKENS / float(np.median(self.seconds))
 
-    @property
-    def judged(self) -> float:
-        """The imbalance of the rounds in which a plan is in use, where there is any."""
-        ends = np.cumsum(self.rounds)
-        chosen = [self.imbalance[end - JUDGED_ROUNDS : end] for end in ends]
-        return float(np.mean(chosen))
+@dataclass(frozen=True)
+class Pair:
+    """The same round of both engines."""
+
+    moving: Round
+    still: Round
 
 
 def balance_demo(model: str, settings: dict[str, Any], out: Path, *, talk: bool) -> dict[str, Any]:
     """The demo's results as one object; with `talk` they are shown as they come."""
     start = time.perf_counter()
     moving = EPConfig.load({**settings, "balance": BALANCE})
-    with_balance = _run(model, moving, talk)
     still = EPConfig.load({**settings, "placement": {"file": str(_start_file(model, moving, out))}})
-    without = _run(model, still, talk, with_balance.rounds)
-    report = with_balance.report
+    topics: list[list[Pair]] = []
+    with EngineApart(model, moving) as mover, EngineApart(model, still) as stayer:
+        with error_console.status(f"starting {model} twice, on {moving.ep_size} ranks each"):
+            mover.wait()
+            stayer.wait()
+        plans = 0
+        for prompts in TOPICS:
+            topics.append(_topic(mover, stayer, prompts, plans, talk))
+            plans = topics[-1][-1].moving.report.plans
+    report = topics[-1][-1].moving.report
+    pairs = [pair for topic in topics for pair in topic]
+    judged = [pair for topic in topics for pair in topic[-JUDGED_ROUNDS:]]
+    quarters = np.quantile([pair.still.seconds / pair.moving.seconds for pair in judged], (0.25, 0.5, 0.75))
     picture = save_rounds(
-        {"experts stay": without.imbalance, "experts move": with_balance.imbalance},
-        with_balance.rounds[0],
+        {
+            "experts stay": [pair.still.imbalance for pair in pairs],
+            "experts move": [pair.moving.imbalance for pair in pairs],
+        },
+        len(topics[0]),
         out / "balance.png",
         title=f"{model} on {moving.ep_size} ranks: {report.migrations} migrations while it answers",
     )
     result = {
-        "tokens_identical": with_balance.token_ids == without.token_ids,
+        "tokens_identical": all(pair.moving.token_ids == pair.still.token_ids for pair in pairs),
         "migrations": report.migrations,
         "slots_moved": report.slots_moved,
         "bytes_moved": report.bytes_moved,
-        "imbalance_before": round(without.judged, 4),
-        "imbalance_after": round(with_balance.judged, 4),
-        "step_ms": step_times(with_balance.steps),
-        "step_ms_without": step_times(without.steps),
-        "throughput_ratio": round(with_balance.tokens_per_second / without.tokens_per_second, 4),
+        "imbalance_before": round(float(np.mean([pair.still.imbalance for pair in judged])), 4),
+        "imbalance_after": round(float(np.mean([pair.moving.imbalance for pair in judged])), 4),
+        "step_ms": step_times([step for pair in pairs for step in pair.moving.steps]),
+        "step_ms_without": step_times([step for pair in pairs for step in pair.still.steps]),
+        "throughput_ratio": round(float(quarters[1]), 4),
+        "throughput_quartiles": [round(float(quarters[0]), 4), round(float(quarters[2]), 4)],
         "ranks": moving.ep_size,
         "model": model,
         "engine": "lmdeploy",
-        "tokens": sum(map(len, with_balance.token_ids)),
-        "rounds": list(with_balance.rounds),
+        "tokens": sum(len(ids) for pair in pairs for ids in pair.moving.token_ids),
+        "rounds": [len(topic) for topic in topics],
         "balance": {name: _rounded(value) for name, value in asdict(report).items()},
         "picture": str(picture),
         "seconds": round(time.perf_counter() - start, 2),
@@ -118,7 +126,7 @@ def balance_demo(model: str, settings: dict[str, Any], out: Path, *, talk: bool)
 
 
 def _start_file(model: str, config: EPConfig, out: Path) -> Path:
-    """The placement that balance starts from, for the run in which nothing moves."""
+    """The placement that balance starts from, for the engine in which nothing moves."""
     from epbackend.engines.lmdeploy.balance import starting_placement
 
     placement = starting_placement(resolve(model), config, None)
@@ -129,57 +137,54 @@ def _start_file(model: str, config: EPConfig, out: Path) -> Path:
     return file
 
 
-def _run(model: str, config: EPConfig, talk: bool, rounds: tuple[int, ...] = ()) -> Run:
-    """Both topics, for as many rounds each as given, or until a plan made in it is in use."""
+def _topic(
+    mover: EngineApart, stayer: EngineApart, prompts: tuple[str, ...], plans: int, talk: bool
+) -> list[Pair]:
+    """Rounds of both, until a plan after those has been in use for JUDGED_ROUNDS."""
+    pairs: list[Pair] = []
+    began, last = time.perf_counter(), 0
+    while not last or len(pairs) < last:
+        turns = (mover, stayer) if len(pairs) % 2 else (stayer, mover)
+        rounds = {engine: engine.call(_answer, prompts, engine is mover) for engine in turns}
+        pairs.append(Pair(rounds[mover], rounds[stayer]))
+        now, late = pairs[-1].moving, time.perf_counter() - began > MOST_SECONDS
+        if not last and len(pairs) >= FEWEST_ROUNDS and (now.report.plans > plans or late):
+            last = len(pairs) + 1 + JUDGED_ROUNDS  # one round for the experts to move in
+        if talk:
+            console.print(
+                f"{prompts[0]!r} and the like, round {len(pairs)}: busiest rank {now.imbalance:.2f} times the mean "
+                f"where experts move, {pairs[-1].still.imbalance:.2f} where they stay; {now.report.migrations} "
+                "migrations so far",
+                highlight=False,
+            )
+    return pairs
+
+
+# What follows runs in the processes of the engines.
+
+
+def _answer(pipe: Any, prompts: tuple[str, ...], moving: bool) -> Round:
+    """Greedy answers; the steps are told by the stream of the first one."""
     from lmdeploy import GenerationConfig
 
     from epbackend.balance.balancer import BalanceReport
 
-    greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True)
-    token_ids, imbalance, seconds, done = [], [], [], []
-    steps: list[Step] = []
-    with running(model, config) as pipe:
-        report = pipe.balance if config.balance.on else BalanceReport
-        before = pipe.load()
-        for topic, prompts in enumerate(TOPICS):
-            began, plans, last, count = time.perf_counter(), report().plans, 0, 0
-            while count < rounds[topic] if rounds else not last or count < last:
-                start = time.perf_counter()
-                token_ids += _answers(pipe, prompts, greedy, report, steps)
-                seconds.append(time.perf_counter() - start)
-                now, count = pipe.load(), count + 1
-                imbalance.append(float(now.since(before).imbalance_Y.mean()))
-                before = now
-                planned = report().plans > plans
-                late = time.perf_counter() - began > MOST_SECONDS
-                if not last and count >= FEWEST_ROUNDS and (planned or late):
-                    last = count + JUDGED_ROUNDS + 1  # one round for the experts to move in
-                if talk:
-                    moved = report().migrations
-                    console.print(
-                        f"topic {topic + 1}, round {count}: busiest rank {imbalance[-1]:.2f} times the mean, "
-                        f"{moved} migrations so far",
-                        highlight=False,
-                    )
-            done.append(count)
-        return Run(tuple(done), token_ids, seconds, steps, imbalance, report())
-
-
-def _answers(
-    pipe: Any, prompts: tuple[str, ...], generation: Any, report: Callable[[], Any], steps: list[Step]
-) -> list[list[int]]:
-    """Token ids of the answers; the steps are told by the stream of the first one."""
+    generation = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True)
+    report: Callable[[], BalanceReport] = pipe.balance if moving else BalanceReport
     token_ids: list[list[int]] = [[] for _ in prompts]
-    last, before = 0.0, report()
+    steps: list[Step] = []
+    last, before, loaded, began = 0.0, report(), pipe.load(), time.perf_counter()
     for part in pipe.stream_infer([*prompts], gen_config=generation, do_preprocess=False):
         token_ids[part.index] += part.token_ids
         if part.index == 0 and part.token_ids:
             now, after = time.perf_counter(), report()
             if last:
-                moving = before.moving or after.moving or before.migrations != after.migrations
-                steps.append(Step(now - last, moving))
+                moved = before.moving or after.moving or before.migrations != after.migrations
+                steps.append(Step(now - last, moved))
             last, before = now, after
-    return token_ids
+    seconds = time.perf_counter() - began
+    imbalance = float(pipe.load().since(loaded).imbalance_Y.mean())
+    return Round(token_ids, seconds, steps, imbalance, report())
 
 
 def step_times(steps: list[Step]) -> dict[str, Any]:
@@ -208,7 +213,12 @@ def _tell(result: dict[str, Any]) -> None:
     )
     console.print(
         f"busiest rank at the end of each topic: {result['imbalance_before']:.3f} times the mean where experts stay, "
-        f"{result['imbalance_after']:.3f} where they move; tokens/s {result['throughput_ratio']:.2f} times",
+        f"{result['imbalance_after']:.3f} where they move",
+        highlight=False,
+    )
+    low, high = result["throughput_quartiles"]
+    console.print(
+        f"tokens/s there, by turns: {result['throughput_ratio']:.2f} times (quartiles {low:.2f} to {high:.2f})",
         highlight=False,
     )
     times = result["step_ms"]

@@ -21,9 +21,15 @@ START = Placement.even(2, 8, 2, 10)
 SKEWED_YE = np.array([[100, 90, 90, 80, 10, 10, 10, 10]] * 2) * 10
 
 
+def started(timeout_s):
+    planner = Planner(START, timeout_s, stop=Event())
+    planner.policy = Policy(0.0, None, None, expert_bytes=1)
+    return planner
+
+
 def test_a_planner_that_is_killed_is_replaced_and_goes_on_from_the_placement_in_use():
     """It has nothing of torch, though this program may, and it ends with its connection."""
-    planner = Planner(START, Policy(0.0, None, None, expert_bytes=1), timeout_s=60.0, stop=Event())
+    planner = started(timeout_s=60.0)
     try:
         first = planner.propose(SKEWED_YE)
         assert first.imbalance_after < first.imbalance_before
@@ -44,7 +50,7 @@ def test_a_planner_that_is_killed_is_replaced_and_goes_on_from_the_placement_in_
 def test_a_planner_that_is_stopped_is_replaced_while_its_answer_is_awaited(monkeypatch):
     """However long it might take to answer; a stopped parent does not count the time in which it is stopped too."""
     monkeypatch.setattr("epbackend.balance.planner.STOPPED_S", 0.5)
-    planner = Planner(START, Policy(0.0, None, None, expert_bytes=1), timeout_s=3600.0, stop=Event())
+    planner = started(timeout_s=3600.0)
     try:
         stopped = planner.pid
         os.kill(stopped, signal.SIGSTOP)
@@ -57,7 +63,7 @@ def test_a_planner_that_is_stopped_is_replaced_while_its_answer_is_awaited(monke
 
 def test_a_planner_that_hangs_has_the_time_to_compile_only_once(monkeypatch):
     monkeypatch.setattr("epbackend.balance.planner.START_S", 3600.0)
-    planner = Planner(START, Policy(0.0, None, None, expert_bytes=1), timeout_s=0.5, stop=Event())
+    planner = started(timeout_s=0.5)
     try:
         assert planner.propose(SKEWED_YE) is not None
         os.kill(planner.pid, signal.SIGSTOP)  # the shorter of the two limits

@@ -120,7 +120,8 @@ def test_demo_of_balance_moves_experts_and_keeps_the_tokens(tmp_path):
     assert said["slots_moved"] >= said["migrations"]
     assert said["bytes_moved"] > 0
     assert said["imbalance_after"] < said["imbalance_before"]
-    assert said["throughput_ratio"] > 0
+    low, high = said["throughput_quartiles"]
+    assert 0 < low <= said["throughput_ratio"] <= high
     assert said["balance"]["failed"] == 0
     assert said["step_ms"]["steps_moving"] > 0
     assert said["step_ms_without"]["steps_moving"] == 0
