@@ -172,6 +172,19 @@ def test_decisions(us, expected):
     assert decide(us) == expected
 
 
+@pytest.mark.parametrize(
+    ("turns", "enough"),
+    [
+        ([[3.0, 1.0, 1.1], [2.0, 2.1, 9.0]], True),
+        ([[1.0, 1.0], [1.0, 1.0]], False),
+        ([[3.0, 1.0, 1.1], [9.0, 2.0, 5.0]], False),  # nobody knows yet how fast the second is
+        ([[3.0, 1.0, 1.1], [9.0, 2.0, *[5.0] * 10]], True),  # a machine that is never quiet
+    ],
+)
+def test_a_product_is_measured_until_turns_agree(turns, enough):
+    assert choice.settled(turns) == enough
+
+
 def test_slots_take_their_products_by_their_rows():
     packed = CpuKernels("library").prepack(torch.randn(3, 6, 10))
     mixed = Packed(packed.matrices_L, Choice("plain", 2, 5), packed.at_L)

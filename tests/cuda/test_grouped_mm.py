@@ -55,6 +55,8 @@ def test_widths_off_16_bytes_raise(grouped, place):
 
 
 def test_unknown_kernels_raise(cuda):
-    with pytest.raises(ConfigError, match=r"'cutlass' are unknown.*triton, triton_fast_fp8, grouped_mm, reference"):
+    with pytest.raises(
+        ConfigError, match=r"'cutlass' are unknown.*triton, triton_fast_fp8, grouped_mm, reference"
+    ):
         cuda.kernel_set("cutlass")
     assert type(cuda.kernel_set("reference")) is ReferenceKernels

@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache
@@ -43,7 +43,9 @@ ROWS = (1, 2, 4, 16, 64)
 OUTPUTS, INPUTS = 1536, 2048
 BYTES = 50_000_000
 """Of the matrices: more than most caches hold, as the experts of a model are."""
-TURNS = 3
+TURNS, MOST_TURNS = 3, 12
+AGREEING = 1.2
+"""Turns go on until the two fastest of each product differ by no more than this factor."""
 PAYS = 0.97
 """More rows than there are get multiplied where that takes less than this part of the time."""
 
@@ -160,7 +162,7 @@ def measure(dtype: torch.dtype) -> Microseconds:
     for rows in ROWS:
         last_L = np.arange(1, slots + 1) * rows
         turns: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(TURNS):
+        while not settled(turns.values()):
             for name, way in ways.items():
                 rows_SK = torch.randn(slots * rows, INPUTS, generator=generator).to(dtype)
                 out_SN = rows_SK.new_empty(len(rows_SK), OUTPUTS)
@@ -170,6 +172,17 @@ def measure(dtype: torch.dtype) -> Microseconds:
         for name, seconds in turns.items():
             us[name][rows] = round(min(seconds) / slots * 1e6, 1)
     return us
+
+
+def settled(turns: Iterable[list[float]]) -> bool:
+    """Whether there are enough turns of each: those that other programs have slowed down do not agree."""
+    for seconds in turns:
+        if len(seconds) < TURNS:
+            return False
+        fastest, second = sorted(seconds)[:2]
+        if second > AGREEING * fastest and len(seconds) < MOST_TURNS:
+            return False
+    return True
 
 
 @cache
