@@ -40,6 +40,7 @@ def forking() -> multiprocessing.context.ForkServerContext:
     loaded = ["epbackend.moe", "tests.helpers.layer_case"]
     if {"tests.engines.conftest", "tests.helpers.forked_engines"} & sys.modules.keys():
         loaded += ["epbackend.engines.lmdeploy.workers.mp", "epbackend.engines.lmdeploy.patches"]
+    loaded += {"tests.helpers.quick_interpreter"} & sys.modules.keys()
     if os.environ.get("TRITON_INTERPRET") and "tests.helpers.moe_modules" in sys.modules:
         loaded.append("tests.helpers.moe_modules")  # the ranks of tests/engines/test_cuda_plug.py
     multiprocessing.set_forkserver_preload(loaded)
