@@ -116,11 +116,13 @@ for _name, _summary in COMMANDS.items():
 
 
 def main() -> None:
-    """Runs one command; SIGTERM unwinds it like Ctrl-C, so that pipelines close and worker processes end.
+    """Runs one command; SIGTERM, or a terminal that closes, unwinds it like Ctrl-C, so that pipelines close.
 
     An error that nobody foresaw is one line too, and exit code 1; its traceback comes with --debug.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, _terminate)
     # Torch would load torch-npu while it is imported itself, and fail on every device where CANN is missing. Device
     # ascend loads it, and says what it lacks.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

@@ -65,9 +65,10 @@ def run_here(monkeypatch, capfd):
         said = capfd.readouterr()
         return subprocess.CompletedProcess(arguments, ended.value.code or 0, said.out, said.err)
 
-    heeded = signal.getsignal(signal.SIGTERM)
+    heeded = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield run_here
-    signal.signal(signal.SIGTERM, heeded)
+    for number, handler in heeded.items():
+        signal.signal(number, handler)
 
 
 def left_memory() -> set[str]:
