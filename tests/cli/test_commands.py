@@ -180,6 +180,15 @@ def test_chat_answers_until_the_input_ends(config_file, run_here):
     assert talk.stdout.count("you:") == 4
 
 
+def test_a_terminal_that_is_not_utf8_shows_what_it_can(run_here, monkeypatch, tmp_path):
+    settings = tmp_path / "größe—2.yaml"
+    settings.write_text("ep_size: 2\n")
+    terminal = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(terminal, encoding="ascii", write_through=True))
+    assert run_here("config", "check", settings).returncode == 0
+    assert rb"gr\xf6\xdfe\u20142.yaml: OK" in terminal.getvalue()
+
+
 def test_ctrl_c_stops_an_answer_and_then_ends_the_chat(config_file):
     talk = subprocess.Popen(
         [EPBACKEND, "chat", "tiny-qwen3-moe", "-c", str(config_file()), "--max-new-tokens", "200"],
