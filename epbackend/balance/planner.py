@@ -129,7 +129,8 @@ class Planner:
 
 def main(file: int) -> None:
     """The process: answers at the other end of the connection until the parent closes it, or ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they may come to all: the parent decides
+        signal.signal(number, signal.SIG_IGN)
     os.nice(NICE)
     connection = Connection(file)
     _plan_once()

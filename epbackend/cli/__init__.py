@@ -3,6 +3,7 @@
 `plan`, `compare`, `convert` and `show` need neither torch nor LMDeploy, and none of them pays for what another imports.
 """
 
+import io
 import os
 import signal
 import sys
@@ -116,11 +117,16 @@ for _name, _summary in COMMANDS.items():
 
 
 def main() -> None:
-    """Runs one command; SIGTERM unwinds it like Ctrl-C, so that pipelines close and worker processes end.
+    """Runs one command; SIGTERM, or a terminal that closes, unwinds it like Ctrl-C, so that pipelines close.
 
     An error that nobody foresaw is one line too, and exit code 1; its traceback comes with --debug.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A model says what it likes, also to a terminal that is not UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Torch would load torch-npu while it is imported itself, and fail on every device where CANN is missing. Device
     # ascend loads it, and says what it lacks.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

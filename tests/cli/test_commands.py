@@ -65,9 +65,10 @@ def run_here(monkeypatch, capfd):
         said = capfd.readouterr()
         return subprocess.CompletedProcess(arguments, ended.value.code or 0, said.out, said.err)
 
-    heeded = signal.getsignal(signal.SIGTERM)
+    heeded = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield run_here
-    signal.signal(signal.SIGTERM, heeded)
+    for number, handler in heeded.items():
+        signal.signal(number, handler)
 
 
 def left_memory() -> set[str]:
@@ -177,6 +178,15 @@ def test_chat_answers_until_the_input_ends(config_file, run_here):
     talk = run_here("chat", "tiny-qwen3-moe", "-c", config_file(), "--max-new-tokens", 4, typed=typed)
     assert talk.returncode == 0, talk.stderr
     assert talk.stdout.count("you:") == 4
+
+
+def test_a_terminal_that_is_not_utf8_shows_what_it_can(run_here, monkeypatch, tmp_path):
+    settings = tmp_path / "größe—2.yaml"
+    settings.write_text("ep_size: 2\n")
+    terminal = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(terminal, encoding="ascii", write_through=True))
+    assert run_here("config", "check", settings).returncode == 0
+    assert rb"gr\xf6\xdfe\u20142.yaml: OK" in terminal.getvalue()
 
 
 def test_ctrl_c_stops_an_answer_and_then_ends_the_chat(config_file):

@@ -10,6 +10,7 @@ import pytest
 import requests
 
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
+from epbackend.engines.lmdeploy.server.guard import TOGETHER_S
 from tests.helpers.patience import PATIENCE_S
 
 GUARDED = """
@@ -34,12 +35,17 @@ with signals_unwind(), Guard(drain_seconds).in_place():
 
 
 @pytest.mark.parametrize(
-    ("drain_seconds", "request_seconds", "signals", "exit_code", "answered"),
-    [(600, 2, 1, 0, 200), (1, 600, 1, 0, 503), (600, 600, 2, 128 + signal.SIGTERM, None)],
-    ids=["a-request-finishes", "it-takes-too-long", "a-second-signal"],
+    ("drain_seconds", "request_seconds", "ending", "again", "exit_code", "answered"),
+    [
+        (600, 2, signal.SIGTERM, False, 0, 200),
+        (1, 600, signal.SIGTERM, False, 0, 503),
+        (600, 600, signal.SIGTERM, True, 128 + signal.SIGTERM, None),
+        (600, 4, signal.SIGHUP, True, 0, 200),
+    ],
+    ids=["a-request-finishes", "it-takes-too-long", "a-second-signal", "a-terminal-closes"],
 )
 def test_a_signal_waits_for_requests_as_long_as_it_may(
-    drain_seconds, request_seconds, signals, exit_code, answered, start_process, tmp_path
+    drain_seconds, request_seconds, ending, again, exit_code, answered, start_process, tmp_path
 ):
     port = free_port()
     running = start_process(GUARDED, str(port), str(drain_seconds), ready="Application startup complete")
@@ -48,10 +54,14 @@ def test_a_signal_waits_for_requests_as_long_as_it_may(
             requests.get, f"http://{LOOPBACK}:{port}/slow?seconds={request_seconds}", timeout=PATIENCE_S
         )
         _await_line(tmp_path / "log", "ASKED")
-        running.process.send_signal(signal.SIGTERM)
-        if signals == 2:
+        running.process.send_signal(ending)
+        running.process.send_signal(
+            ending
+        )  # at once: some programs that start it hand on what it has got already
+        if again:
             _await_line(tmp_path / "log", "Shutting down")
-            running.process.send_signal(signal.SIGTERM)
+            time.sleep(2 * TOGETHER_S)
+            running.process.send_signal(ending)
         assert running.process.wait(timeout=PATIENCE_S) == exit_code
         assert _status(asked) == answered
 

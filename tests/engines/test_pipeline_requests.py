@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +20,14 @@ import epbackend
 from epbackend.errors import ConfigError
 from tests.helpers.engine_models import prompts
 from tests.helpers.engines import GREEDY, config
+from tests.helpers.patience import PATIENCE_S
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
 
 
 @pytest.fixture(scope="module")
 def pipe(checkpoint: Callable[[str], Path]) -> Iterator[Any]:
-    with epbackend.pipeline(str(checkpoint("qwen3-moe")), config(ep_size=2)) as pipe:
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), config({"max_batch_size": 8}, ep_size=2)) as pipe:
         yield pipe
 
 
@@ -34,6 +39,37 @@ def _unplugged() -> None:
 def always(token: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A processor that no other process could import."""
     return lambda ids, logits: torch.full_like(logits, -100.0).index_fill_(0, torch.tensor([token]), 0.0)
+
+
+@pytest.mark.parametrize("how", ["break", "ctrl-c"])
+def test_what_nobody_reads_is_not_computed(how, pipe):
+    """Some of it has begun, some not; and the next request is answered as ever."""
+    endless = GenerationConfig(max_new_tokens=300, ignore_eos=True, do_sample=False)
+    pool = pipe.session_mgr.request_handle_pool
+    many = [prompts()[0]] * (pool.size + 2)
+    expected = pipe(prompts()[1], gen_config=GREEDY, do_preprocess=False).token_ids
+    steps = pipe.load().calls
+    if how == "break":
+        for _ in pipe.stream_infer(many, gen_config=endless, do_preprocess=False):
+            break
+    else:
+        interrupting = threading.Thread(target=_interrupt_after, args=(pipe, steps + 2))
+        interrupting.start()
+        with pytest.raises(KeyboardInterrupt):
+            pipe(many, gen_config=endless, do_preprocess=False)
+        interrupting.join()
+    assert pipe(prompts()[1], gen_config=GREEDY, do_preprocess=False).token_ids == expected
+    deadline = time.monotonic() + PATIENCE_S
+    while pool.num_dispatched:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert pipe.load().calls < steps + 200
+
+
+def _interrupt_after(pipe, steps: int) -> None:
+    while pipe.load().calls < steps:
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_prompts_and_processors_fail_alone(pipe, reference):

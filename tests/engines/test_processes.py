@@ -24,6 +24,7 @@ TWO_RANKS = EPConfig.load({"device": "cpu", "ep_size": 2, "ep_level": 2, "engine
     [
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
         signal.SIGKILL,
     ],
     ids=lambda ending: ending.name,
@@ -34,10 +35,12 @@ def test_no_process_or_memory_is_left_when_the_parent_is_signalled(ending, check
     assert running.segments
     time.sleep(1)  # in the middle of generating, with the ranks in a collective more often than not
 
-    if ending is signal.SIGINT:
-        os.killpg(running.process.pid, ending)  # what Ctrl-C does: every process of the terminal gets it
+    if ending is signal.SIGKILL:
+        running.process.kill()
     else:
-        running.process.send_signal(ending)
+        os.killpg(
+            running.process.pid, ending
+        )  # as by Ctrl-C, or a terminal that is closed: every process gets it
 
     running.process.wait(timeout=PATIENCE_S)
     running.assert_nothing_left()

@@ -33,10 +33,12 @@ if __name__ == "__main__":
     ("engine", "ending", "ready"),
     [
         ({}, signal.SIGTERM, "Application startup complete"),
+        pytest.param({}, signal.SIGINT, "Application startup complete", marks=pytest.mark.slow),
         pytest.param({"dp": 2}, signal.SIGINT, "", marks=pytest.mark.slow),
+        pytest.param({}, signal.SIGHUP, "Application startup complete", marks=pytest.mark.slow),
         pytest.param({}, signal.SIGKILL, "Application startup complete", marks=pytest.mark.slow),
     ],
-    ids=["dp1-sigterm", "dp2-sigint", "dp1-sigkill"],
+    ids=["dp1-sigterm", "dp1-sigint", "dp2-sigint", "dp1-sighup", "dp1-sigkill"],
 )
 def test_a_server_answers_and_leaves_no_process_behind(
     engine, ending, ready, checkpoint, reference, start_process
@@ -58,8 +60,11 @@ def test_a_server_answers_and_leaves_no_process_behind(
 
     listening = {address for each in running.family for address in _listening(each)}
     assert (LOOPBACK, port) in listening
-    os.kill(running.process.pid, ending)
-    running.process.wait(timeout=PATIENCE_S)
+    if ending is signal.SIGKILL:
+        running.process.kill()
+    else:
+        _ends_after_the_answer(running, port, texts[0], ending)
+    assert running.process.wait(timeout=PATIENCE_S) in (0, -signal.SIGINT, -signal.SIGKILL)
     running.assert_nothing_left()
 
 
@@ -78,6 +83,17 @@ def test_an_engine_that_cannot_start_says_why(checkpoint, start_process):
     running = start_process(SERVE, str(checkpoint("qwen3-moe")), settings, str(free_port()), ready=said)
     assert running.process.wait(timeout=PATIENCE_S) == 1
     running.assert_nothing_left()
+
+
+def _ends_after_the_answer(running, port: int, text: str, ending: signal.Signals) -> None:
+    """Also where every process gets the signal: by Ctrl-C, a terminal that closes, systemd's default."""
+    request = {"model": "tiny", "prompt": text, "max_tokens": 100, "ignore_eos": True, "stream": True}
+    url = f"http://{LOOPBACK}:{port}/v1/completions"
+    with requests.post(url, json=request, timeout=PATIENCE_S, stream=True) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.killpg(running.process.pid, ending)
+        assert [line for line in lines if line][-1] == b"data: [DONE]"
 
 
 def _sleeps_and_wakes(port: int, text: str, answer: str) -> None:

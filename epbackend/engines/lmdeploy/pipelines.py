@@ -9,6 +9,7 @@ from typing import Any
 
 from lmdeploy import Pipeline
 from lmdeploy.messages import Response
+from lmdeploy.serve.managers.session_manager import Session
 
 from epbackend.balance.balancer import BalanceReport
 from epbackend.config import EPConfig
@@ -113,9 +114,42 @@ class ExpertParallelPipeline(Pipeline):
         count = 1 if self._is_single(prompts) else len(prompts)
         check_call(count, gen_config, kwargs, experts_told=self.backend_config.enable_return_routed_experts)
         # LMDeploy draws the requests in its event loop, where an error would leave the caller waiting.
-        return iter(list(super()._request_generator(prompts, sessions, gen_config, **kwargs)))
+        requests = list(super()._request_generator(prompts, sessions, gen_config, **kwargs))
+        for session in _sessions(requests):
+            session.epoch = None  # it may have been left before
+        return iter(requests)
+
+    def _infer(self, requests: Any, multiplex: bool, pbar: Any = None, loop: Any = None) -> Iterator[Any]:
+        """As LMDeploy's; what is not read to its end (`break`, Ctrl-C) is not computed to its end either."""
+        requests = list(requests)
+        sessions = _sessions(requests)
+        answers = super()._infer(iter(requests), multiplex, pbar, loop)
+        if not multiplex:  # each is an iterator of its own
+            answers = (self._read(each, sessions) for each in answers)
+        return self._read(answers, sessions)
+
+    def _read(self, answers: Iterator[Any], sessions: list[Session]) -> Iterator[Any]:
+        try:
+            yield from answers
+        except BaseException:
+            if not self._closed:
+                self._run(coro=_leave(sessions))
+            raise
 
     def _raise_failure(self) -> None:
         state = current()
         if state is not None and state.failure is not None:
             raise state.failure
+
+
+def _sessions(requests: list[dict[str, Any]]) -> list[Session]:
+    return [each["session_id"] for each in requests if isinstance(each["session_id"], Session)]
+
+
+async def _leave(sessions: list[Session]) -> None:
+    """Ends the requests of these sessions, which LMDeploy would compute to their end."""
+    for session in sessions:
+        if session._handle is None:
+            session.epoch = -1  # no engine's: LMDeploy drops the request when its turn comes
+        else:
+            await session.async_abort()

@@ -16,7 +16,13 @@ from typing import Any
 
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats, record_error
-from epbackend.engines.lmdeploy.workers.process_guard import GRACE_S, descendants, guard_process, kill_all
+from epbackend.engines.lmdeploy.workers.process_guard import (
+    GRACE_S,
+    descendants,
+    ended_by_us,
+    guard_process,
+    kill_all,
+)
 from epbackend.errors import ConfigError
 
 ENGINE_VARIABLE = "EPBACKEND_ENGINE"
@@ -76,20 +82,22 @@ def start_engines(
     ]
     for process in processes:
         process.start()
+        ended_by_us(process)
     return processes
 
 
 def start_server(target: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
-    """Starts `target(*arguments)` in a process that ends with this one, and that takes its own time after SIGTERM."""
+    """Starts `target(*arguments)` in a process that ends with this one, and that takes its own time after its order."""
     process = multiprocessing.get_context("spawn").Process(
         target=_run_server, args=(target, arguments), name="epbackend-server"
     )
     process.start()
+    ended_by_us(process)
     return process
 
 
 def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0, *, at_once: bool = False) -> None:
-    """Ends the processes: those still there after `grace_s` by SIGTERM, then, or `at_once`, by SIGKILL."""
+    """Ends the processes: those still there after `grace_s` by our order, then, or `at_once`, by SIGKILL."""
     processes = list(processes)
     started_by_them = [each for process in processes for each in descendants(process.pid or 0)]
     if at_once:
@@ -165,7 +173,5 @@ def _run(environment: dict[str, str], target: Callable[..., None], arguments: tu
 
 
 def _run_server(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    # Ctrl-C reaches the process that started this one, which hands on one signal and not two.
-    os.setsid()
-    guard_process(heed_sigterm=False)
+    guard_process(in_its_own_time=True)
     target(*arguments)

@@ -27,6 +27,7 @@ import numpy as np
 
 from epbackend.balance.board import PLACE
 from epbackend.config import EPConfig
+from epbackend.engines.lmdeploy.workers.process_guard import keep_tracker
 from epbackend.engines.load_report import STEPS, LoadReport, step_imbalance_Y
 from epbackend.errors import EPError, UnavailableError
 from epbackend.names import PHASES
@@ -145,6 +146,7 @@ class SharedStats(StatsReader):
     @classmethod
     def of(cls, config: EPConfig) -> SharedStats:
         """Of the deployment that this process is about to start."""
+        keep_tracker()
         split = {phase: config.placement.split_of(phase) for phase in PHASES}
         return cls(config.world_size, pid=os.getpid(), ep_size=config.ep_size, split=split)
 

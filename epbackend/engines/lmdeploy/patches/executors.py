@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from epbackend.engines.lmdeploy.patching import Patch, built_by, patch, replaced_by
 from epbackend.engines.lmdeploy.state import active
-from epbackend.engines.lmdeploy.workers.process_guard import kill_at_exit
+from epbackend.engines.lmdeploy.workers.process_guard import ended_by_us, kill_at_exit
 from epbackend.errors import ConfigError, WorkerError
 
 ALL_NPUS = "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES"
@@ -129,11 +129,12 @@ def ranks_meet_in_time(original: Callable) -> Callable:
 
 @patch(
     "lmdeploy.pytorch.engine.mp_engine.zmq_engine:ZMQMPEngine._start_mp_proc",
-    why="a signal while the API server starts leaves its engine's process, for which Python waits without end",
+    why="a signal while the API server starts leaves its engine's process, for which Python waits without end; Ctrl-C "
+    "while it serves ends that process at once, under requests that the server would finish",
     when="always",
     fingerprint="e1154bdb3b6a",
 )
-def interrupted_start_leaves_no_process(original: Callable) -> Callable:
+def server_ends_its_engine(original: Callable) -> Callable:
     @functools.wraps(original)
     def start_mp_proc(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -141,6 +142,8 @@ def interrupted_start_leaves_no_process(original: Callable) -> Callable:
         finally:
             if self.proc is not None:
                 kill_at_exit(self.proc)
+                if self.proc.is_alive():
+                    ended_by_us(self.proc)
 
     return start_mp_proc
 
@@ -195,7 +198,7 @@ PATCHES = (
         replaced_by(f"{_OURS}.workers.mp:run_engine"),
         "753cbf9af5aa",
     ),
-    interrupted_start_leaves_no_process,
+    server_ends_its_engine,
     no_engine_in_ray,
     mp_without_a_warning,
     Patch(

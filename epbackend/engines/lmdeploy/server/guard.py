@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import psutil
@@ -30,7 +31,7 @@ from epbackend.balance.balancer import Balancer
 from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy.patching import Patch, Patches
 from epbackend.engines.lmdeploy.server.experts import PREFIX
-from epbackend.engines.lmdeploy.workers.process_guard import descendants, kill_all
+from epbackend.engines.lmdeploy.workers.process_guard import descendants, ending_signals, kill_all
 from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, STOPPED, process_state
 
 logger = logging.getLogger("epbackend")
@@ -43,6 +44,8 @@ FAMILY_EVERY_S = 1.0
 """How often all processes of the server are looked at."""
 AFTER_RANKS_S = 1.5
 """How much longer than a rank another process may be stopped: the watch over the ranks knows more, and is first."""
+TOGETHER_S = 0.3
+"""Signals in so short a time are one order."""
 RETRY_AFTER_S = 10
 
 _PACKED = (
@@ -68,11 +71,12 @@ class Guard:
 
     def __init__(self, drain_seconds: float, end: Callable[[], None] | None = None) -> None:
         """`end` is what happens after a failure: by default what a supervisor would do, which uvicorn heeds."""
-        self._end = end or functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+        self._end = end or functools.partial(os.kill, os.getpid(), ending_signals()[0])
         self.failure: str | None = None
         """What the engine failed of; None while it serves."""
         self._drain_seconds = drain_seconds
-        self._draining = False
+        self._asked_at: float | None = None
+        """When it was asked to end."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed = asyncio.Event()
         self.app: Any = None
@@ -97,6 +101,22 @@ class Guard:
                     "LMDeploy's server stays when its engine has failed, and waits for clients without a bound",
                     "always",
                     self._uvicorn_run,
+                ),
+                Patch(
+                    "server-ends-by-these",
+                    "uvicorn.server:HANDLED_SIGNALS",
+                    "it knows no hangup, and ends by what comes to all processes also where its parent decides",
+                    "always",
+                    lambda original: ending_signals(),
+                ),
+                Patch(
+                    "client-ends-by-this",
+                    "lmdeploy.serve.openai.endpoints.management:os",
+                    "a client's request to end sends SIGTERM, which is ignored where a parent decides",
+                    "always",
+                    lambda original: SimpleNamespace(
+                        getpid=os.getpid, kill=lambda pid, _: os.kill(pid, ending_signals()[0])
+                    ),
                 ),
                 Patch(
                     "second-signal",
@@ -190,7 +210,7 @@ class Guard:
                 await answer
                 return
         except asyncio.CancelledError:  # by uvicorn, which would say 500
-            if self._draining and not begun:
+            if self._asked_at is not None and not begun:
                 text = f"the server ends, and gave requests under way {self._drain_seconds:g} s more"
                 await _answer(send, 503, _error(text, "service_unavailable"))
             raise
@@ -219,7 +239,7 @@ class Guard:
         state = await self._ask_app("/health", scope)
         if (await self._ask_app("/is_sleeping", scope)).get("is_sleeping"):
             state = {"status": "sleeping", "message": "The engine sleeps until POST /wakeup."}
-        if self._draining:
+        if self._asked_at is not None:
             state = {"status": "draining", "message": "The server ends."}
         await _answer(send, 200 if state.get("status") == "healthy" else 503, state)
 
@@ -254,11 +274,13 @@ class Guard:
     def _handle_exit(self, original: Callable) -> Callable:
         @functools.wraps(original)
         def handle_exit(server: Any, number: int, frame: Any) -> None:
-            if self._draining and self.failure is None:
-                end_at_once(128 + number)
+            if self._asked_at is not None and self.failure is None:
+                if _is_another(number, self._asked_at):
+                    end_at_once(128 + number)
+                return
             if self.failure is not None:
                 server.config.timeout_graceful_shutdown = CLOSING_S
-            self._draining = True
+            self._asked_at = time.monotonic()
             original(server, number, frame)
 
         return handle_exit
@@ -293,22 +315,23 @@ async def _abandon_closing(connections: set[Any]) -> None:
 
 @contextmanager
 def signals_unwind() -> Iterator[None]:
-    """The first SIGTERM or SIGINT unwinds this process, so that everything that is open gets closed; a second one ends
-    it and all its processes at once."""
-    seen: list[int] = []
+    """The first SIGTERM, SIGINT or SIGHUP unwinds this process, so that everything that is open gets closed; a second
+    one ends it and all its processes at once."""
+    seen: list[tuple[int, float]] = []
 
     def unwind() -> NoReturn:
-        if seen[0] == signal.SIGINT:
+        if seen[0][0] == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(0)
 
     def handle(number: int, frame: Any) -> None:
-        if seen:
+        if not seen:
+            seen.append((number, time.monotonic()))
+            unwind()
+        if _is_another(number, seen[0][1]):
             end_at_once(128 + number)
-        seen.append(number)
-        unwind()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in ending_signals()}
     try:
         yield
     except Exception:
@@ -319,6 +342,15 @@ def signals_unwind() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_another(number: int, first_at: float) -> bool:
+    """Whether it asks again, as a user does who does not want to wait.
+
+    `timeout` and programs that hand signals on (`uv run`) send one to the server and the terminal the same to all; a
+    terminal that closes sends its own and the shell's.
+    """
+    return number != signal.SIGHUP and time.monotonic() > first_at + TOGETHER_S
 
 
 def end_at_once(exit_code: int) -> None:

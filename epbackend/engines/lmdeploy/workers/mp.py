@@ -31,6 +31,7 @@ from lmdeploy.pytorch.engine.executor.mp_executor import (
     MPWorkerWrapper,
     SharedBuffer,
 )
+from lmdeploy.pytorch.engine.mp_engine import zmq_engine
 
 from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy import plug
@@ -38,7 +39,14 @@ from epbackend.engines.lmdeploy.load.report import last_error, rank_row, record_
 from epbackend.engines.lmdeploy.plug import set_threads
 from epbackend.engines.lmdeploy.processes import check_starts
 from epbackend.engines.lmdeploy.state import active
-from epbackend.engines.lmdeploy.workers.process_guard import GRACE_S, descendants, guard_process, kill_all
+from epbackend.engines.lmdeploy.workers.process_guard import (
+    ENDING,
+    GRACE_S,
+    descendants,
+    ended_by_us,
+    guard_process,
+    kill_all,
+)
 from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, judge, look_at
 from epbackend.engines.lmdeploy.workers.ring import off_loop
 from epbackend.errors import ENGINE_FAILED, UnavailableError, WorkerError
@@ -246,8 +254,12 @@ class WatchedExecutor(MPExecutor):
 class GuardedProc(ExecutorProc):
     """A worker process."""
 
+    def start(self, **kwargs: Any) -> None:
+        super().start(**kwargs)
+        ended_by_us(self._proc)
+
     def join(self) -> None:
-        """Waits until the process has ended; one that does not heed its SIGTERM is killed."""
+        """Waits until the process has ended; one that does not heed `close` is killed."""
         if self._proc is None:
             return
         self._proc.join(timeout=2 * GRACE_S)
@@ -274,7 +286,8 @@ class GuardedProc(ExecutorProc):
             super()._main_loop(proc_id, *args, **kwargs)
 
     async def _main_loop_impl(self, proc_id: int, *args: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGTERM, _leave)
+        signal.signal(ENDING, _leave)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # LMDeploy's handler would end it
         with ending_on_error(proc_id):
             await super()._main_loop_impl(proc_id, *args, **kwargs)
 
@@ -296,10 +309,7 @@ class FailFastWorker(MPWorkerWrapper):
 
 
 def _leave(*_: Any) -> None:
-    """Ends this worker: the load of its last steps is written down, the kernel frees the rest.
-
-    LMDeploy's own handler fails on its buffers.
-    """
+    """Ends this worker: the load of its last steps is written down, the kernel frees the rest."""
     try:
         active().stats_writer.close()
     finally:
@@ -323,6 +333,8 @@ def ending_on_error(rank: int) -> Iterator[None]:
 def run_engine(shared_dict: Any, condition: Any, *args: Any, **kwargs: Any) -> None:
     """Stands for `ZMQMPEngine._mp_proc`: loads the plug, then runs the original, and leaves an error's text."""
     guard_process()
+    # It ends by the signals that it names, and would by Ctrl-C at the terminal.
+    zmq_engine.signal = SimpleNamespace(SIGINT=ENDING, SIGTERM=ENDING)
     try:
         plug.enable_worker()
         active().on_failure = _end_engine

@@ -1,13 +1,18 @@
-"""Ends a process of an engine with its parent or on SIGTERM, together with what it started.
+"""Ends a process of an engine with its parent or on the parent's order, together with what it started.
+
+Ctrl-C, a terminal that is closed, systemd's KillMode=control-group and `kill -- -PGID` send a signal to every process
+at once. Only the first process decides what follows: a server lets requests finish, for which it needs its ranks. So
+those behind it ignore such signals, and have one of their own for the order.
 
 A rank that waits in a collective runs no Python signal handler, so a plain worker would outlive its parent and ignore
-SIGTERM. The guard is a thread: collectives release the interpreter lock. Ray's agents would stay for a minute after
+the order. The guard is a thread: collectives release the interpreter lock. Ray's agents would stay for a minute after
 their engine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -15,35 +20,87 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
+from typing import Any
 
 import psutil
 from tqdm import tqdm
 
 GRACE_S = 2.0
-"""Time for a process to end by itself after SIGTERM."""
+"""Time for a process to end by itself after ENDING."""
+ENDING = signal.SIGUSR2
+"""By which a parent ends a process, see `ended_by_us`."""
+TO_ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""What may come to every process at once, and ends the first of them."""
+
+_guarded = False
+"""Whether this is a process behind the first."""
 
 
-def guard_process(heed_sigterm: bool = True) -> None:
+def guard_process(in_its_own_time: bool = False) -> None:
     """Watches over the calling process, started by multiprocessing, until it ends.
 
-    It ends at once where its parent does, and within GRACE_S after SIGTERM if `heed_sigterm`. It ignores SIGINT: Ctrl-C
-    reaches every process of the terminal, and the parent decides what follows. Call it in the main thread.
+    It ends at once where its parent does, and within GRACE_S after ENDING unless it is to take its own time. Signals
+    that may come to every process at once it ignores. Call it in the main thread.
     """
     # A progress bar would make a lock that processes share, which is left over when this one ends at once.
     tqdm.set_lock(threading.RLock())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in TO_ALL:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(ENDING, lambda *_: sys.exit(0))
+    global _guarded
+    _guarded = True
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     # The interpreter writes each signal's number here from its C handler, whatever the main thread is doing.
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(
-        target=_guard, args=(reader, writer, heed_sigterm), name="epbackend-guard", daemon=True
+        target=_guard, args=(reader, writer, in_its_own_time), name="epbackend-guard", daemon=True
     ).start()
+
+
+@contextlib.contextmanager
+def started_heed_signals() -> Iterator[None]:
+    """Programs that this process starts meanwhile heed SIGTERM; they would inherit that it is ignored."""
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL) if ours else None
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
+
+
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """By which a server in this process ends; a hangup is none under `nohup`."""
+    if _guarded:
+        return (ENDING,)
+    return tuple(each for each in TO_ALL if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN)
+
+
+def ended_by_us(child: Any) -> None:
+    """Has `terminate()` of a process of multiprocessing, which runs `guard_process`, send it ENDING.
+
+    So it does at Python's own exit, which asks the object below.
+    """
+    child._popen.terminate = functools.partial(child._popen._send_signal, ENDING)
+
+
+def keep_tracker() -> None:
+    """Starts Python's resource tracker, which removes the shared memory of killed processes, so that it outlives a
+    terminal that is closed.
+
+    It ignores SIGINT and SIGTERM by itself. What is blocked here stays so in what is started here.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGQUIT))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def descendants(pid: int) -> list[psutil.Process]:
@@ -78,7 +135,7 @@ def _kill_tree(child: BaseProcess) -> None:
             kill_all(of_child)
 
 
-def _guard(signals: socket.socket, _keep_open: socket.socket, heed_sigterm: bool) -> None:
+def _guard(signals: socket.socket, _keep_open: socket.socket, in_its_own_time: bool) -> None:
     parent = multiprocessing.parent_process()
     watched: list[socket.socket | int] = [signals]
     if parent is not None:
@@ -87,7 +144,7 @@ def _guard(signals: socket.socket, _keep_open: socket.socket, heed_sigterm: bool
         ready = wait(watched)
         if ready != [signals]:
             _end(1)
-        if signal.SIGTERM in signals.recv(64) and heed_sigterm:
+        if ENDING in signals.recv(64) and not in_its_own_time:
             time.sleep(GRACE_S)
             _end(0)
 

@@ -35,7 +35,7 @@ from epbackend.engines.lmdeploy.load.report import (
 from epbackend.engines.lmdeploy.plug import set_threads
 from epbackend.engines.lmdeploy.processes import ENGINE_VARIABLE
 from epbackend.engines.lmdeploy.state import active
-from epbackend.engines.lmdeploy.workers.process_guard import descendants
+from epbackend.engines.lmdeploy.workers.process_guard import descendants, started_heed_signals
 from epbackend.engines.lmdeploy.workers.rank_watch import (
     ENDED,
     LOOK_S,
@@ -242,7 +242,8 @@ def private_cluster(original: Callable) -> Callable:
         users = ray.is_initialized()
         try:
             if device_type == "cpu":
-                _start_cluster(world_size, ray_address)
+                with started_heed_signals():
+                    _start_cluster(world_size, ray_address)
             if "RAY_ADDRESS" not in os.environ:
                 return original(world_size, ray_address, dp, device_type)
             ray.init(address=ray_address, ignore_reinit_error=True)
