@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -52,7 +53,7 @@ def pytest_configure(config):
     # Pinned, so that no test depends on what this processor is fast at; its own tests try each product.
     os.environ.setdefault("EPBACKEND_CPU_PRODUCT", "onednn")
     if os.environ.get("TRITON_INTERPRET") and find_spec("triton"):
-        pass
+        import_module("tests.helpers.quick_interpreter")
     # A process that a test starts, and that a signal like SIGSEGV ends, leaves the Python stack of all its threads.
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")
     platform = config.getoption("--ascend")
