@@ -41,8 +41,16 @@ def always(token: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return lambda ids, logits: torch.full_like(logits, -100.0).index_fill_(0, torch.tensor([token]), 0.0)
 
 
+@pytest.fixture
+def heeded_ctrl_c():
+    """Who is started in the background by a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("how", ["break", "ctrl-c"])
-def test_what_nobody_reads_is_not_computed(how, pipe):
+def test_what_nobody_reads_is_not_computed(how, pipe, heeded_ctrl_c):
     """Some of it has begun, some not; and the next request is answered as ever."""
     endless = GenerationConfig(max_new_tokens=300, ignore_eos=True, do_sample=False)
     pool = pipe.session_mgr.request_handle_pool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import math
 import pickle
 from dataclasses import dataclass, field
@@ -14,10 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lmdeploy import GenerationConfig, Pipeline
+from lmdeploy.model import BaseChatTemplate
 from lmdeploy.serve.core.async_engine import AsyncEngine
+from lmdeploy.serve.processors.multimodal import MultimodalProcessor
+from lmdeploy.tokenizer import Tokenizer
 
 from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
-from epbackend.engines.lmdeploy.patches.requests import messages_fail_alone
+from epbackend.engines.lmdeploy.patches.requests import LONG, long_prompts_off_the_loop, messages_fail_alone
 from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
 from epbackend.engines.lmdeploy.requests.checks import (
     CALL_ARGUMENTS,
@@ -38,6 +42,7 @@ from epbackend.engines.lmdeploy.requests.logits_processors import (
 )
 from epbackend.engines.lmdeploy.requests.stop_strings import until_stop
 from epbackend.errors import ConfigError, EPError
+from epbackend.models import resolve
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -51,7 +56,7 @@ FIELDS = (*RANGES, "messages", "stop", "response_format", "max_tokens", "logprob
 def test_any_json_is_accepted_or_refused_by_the_name_of_a_field(body):
     refused = None
     try:
-        check_body(body, None, session_len=100)
+        check_body(body, None, session_len=100, token_length=3)
     except BadRequestError as error:
         refused = error
     if refused:
@@ -60,6 +65,45 @@ def test_any_json_is_accepted_or_refused_by_the_name_of_a_field(body):
     else:
         numbers = {name: value for name, value in body.items() if name in RANGES and value is not None}
         assert all(math.isfinite(value) for value in numbers.values())
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": "a" * 301}, "prompt"),
+        ({"prompt": ["a", "b" * 301]}, "prompt"),
+        ({"messages": [{"role": "user", "content": "a" * 301}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a" * 301}]}]},
+            "messages.0.content.0.text",
+        ),
+    ],
+)
+def test_a_text_that_no_session_can_hold_is_refused_by_its_length(body, field):
+    shorter = json.loads(json.dumps(body).replace("a" * 301, "a" * 300).replace("b" * 301, "b"))
+    check_body(shorter, None, session_len=100, token_length=3)
+    with pytest.raises(BadRequestError, match=rf"^{field}: must have at most 300 characters .* not 301$"):
+        check_body(body, None, session_len=100, token_length=3)
+
+
+def test_a_long_prompt_is_tokenized_beside_the_event_loop():
+    """Others are answered meanwhile."""
+    tokenizer = Tokenizer(str(resolve("tiny-qwen3-moe")))
+    text = "the quick brown fox " * (LONG // 4)
+    processor, served = MultimodalProcessor(tokenizer, BaseChatTemplate()), 0
+
+    prompt_input = long_prompts_off_the_loop.build(MultimodalProcessor._get_text_prompt_input)
+
+    async def serve() -> dict:
+        nonlocal served
+        found = asyncio.create_task(prompt_input(processor, text, do_preprocess=False, adapter_name=None))
+        while not found.done():
+            await asyncio.sleep(0.001)
+            served += 1
+        return found.result()
+
+    assert asyncio.run(serve())["input_ids"] == tokenizer.encode(text)
+    assert served > 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import sys
@@ -134,6 +135,30 @@ def requests_are_checked(original: Callable) -> Callable:
         return prepared
 
     return preprocess
+
+
+LONG = 20_000
+"""Characters of a prompt whose tokens take a server's event loop longer than a step of the engine."""
+
+
+@patch(
+    "lmdeploy.serve.processors.multimodal:MultimodalProcessor._get_text_prompt_input",
+    why="a server answers nobody, probes of its health included, while it tokenizes a long prompt",
+    when="always",
+    fingerprint="9ad2988184c5",
+)
+def long_prompts_off_the_loop(original: Callable) -> Callable:
+    from epbackend.engines.lmdeploy.workers.ring import off_loop
+
+    @functools.wraps(original)
+    async def get_text_prompt_input(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        texts = [prompt] if isinstance(prompt, str) else [str(each.get("content")) for each in prompt]
+        if sum(map(len, texts)) < LONG:
+            return await original(self, prompt, *args, **kwargs)
+        # It awaits nothing itself; most of the time is the tokenizer's, without the interpreter lock.
+        return await off_loop(lambda: asyncio.run(original(self, prompt, *args, **kwargs)))
+
+    return get_text_prompt_input
 
 
 @patch(
@@ -309,6 +334,7 @@ PATCHES = (
     server_is_patched,
     processors_only_where_asked,
     requests_are_checked,
+    long_prompts_off_the_loop,
     penalty_without_sampling,
     stop_words_are_texts,
     answers_stop_at_texts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -73,6 +74,12 @@ def errors_name_their_field(original: Callable) -> Callable:
     return validation_exception_handler
 
 
+@cache
+def token_length(tokenizer: Any) -> int:
+    """Characters of the longest token."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
 def _checked(name: str, fingerprint: str) -> Patch:
     """The endpoints of one of its routers, behind the check of their requests."""
 
@@ -88,7 +95,10 @@ def _checked(name: str, fingerprint: str) -> Patch:
                 except ValueError:
                     return  # FastAPI refuses it
                 try:
-                    check_body(body, FIELDS[path], context.async_engine.session_len)
+                    engine = context.async_engine
+                    check_body(
+                        body, FIELDS[path], engine.session_len, token_length(engine.tokenizer.model.model)
+                    )
                 except BadRequestError as error:
                     place = ("body", *error.field.split("."))
                     raise RequestValidationError(

@@ -127,31 +127,39 @@ DISAGGREGATION = frozenset({"migration_request", "with_cache", "preserve_cache"}
 """Read by LMDeploy from the raw request, so no schema has them."""
 
 
-def check_body(body: Any, known: Collection[str] | None, session_len: int) -> None:
+def check_body(
+    body: Any, known: Collection[str] | None, session_len: int, token_length: int | None = None
+) -> None:
     """Checks the JSON of a request by its fields' names.
 
-    `known` are the fields that the endpoint reads; None where others are accepted. `session_len` is the most tokens
-    that a session may have.
+    Args:
+        body: what the client sent.
+        known: the fields that the endpoint reads; None where others are accepted.
+        session_len: the most tokens that a session may have.
+        token_length: characters of the longest token. A text that is too long by that alone is not tokenized, which
+            would take a minute for a prompt of some 50 MB.
 
     Raises:
         BadRequestError: naming the field.
     """
     if not isinstance(body, dict):
         raise BadRequestError("body", f"must be a JSON object, not {_shown(body)}")
+    most = None if token_length is None else session_len * token_length
     given = {field: value for field, value in body.items() if value is not None}
     for field, value in given.items():
         if known is not None and field not in known:
             _refuse_unknown(field, value, known)
         if field in RANGES:
             RANGES[field].check(field, value)
-        if isinstance(value, str):
-            _check_text(field, value)
+        for text in [value] if isinstance(value, str) else value if field == "prompt" else ():
+            if isinstance(text, str):
+                _check_text(field, text, most)
     _check_lengths(given, session_len)
     _check_response_format(given.get("response_format"))
     _check_stop(given.get("stop"))
     # Token ids may stand for messages, as an empty list.
     if "messages" in given and not (given["messages"] == [] and "input_ids" in given):
-        _check_messages(given["messages"])
+        _check_messages(given["messages"], most)
     if given.get("suffix"):
         raise BadRequestError("suffix", "is not supported: it would be ignored; leave it out")
 
@@ -285,7 +293,7 @@ def _check_stop(stop: Any) -> None:
         raise BadRequestError("stop", "must be a text or a list of texts, none of them empty")
 
 
-def _check_messages(messages: Any) -> None:
+def _check_messages(messages: Any, most: int | None) -> None:
     if not isinstance(messages, list):
         raise BadRequestError("messages", f"must be a list of messages, not {_shown(messages)}")
     says_something = False
@@ -306,19 +314,25 @@ def _check_messages(messages: Any) -> None:
                 f"{where}.tool_calls", "must be a list of {'function': {'name': ..., 'arguments': ...}}"
             )
         if isinstance(content, str):
-            _check_text(f"{where}.content", content)
+            _check_text(f"{where}.content", content, most)
         if isinstance(content, list):
             for part_place, part in enumerate(content):
-                _check_part(f"{where}.content.{part_place}", part)
+                _check_part(f"{where}.content.{part_place}", part, most)
         says_something = says_something or bool(calls) or _is_said(content)
     if not says_something:
         raise BadRequestError("messages", "must not all be empty")
 
 
-def _check_text(field: str, text: str) -> None:
-    """JSON can escape halves of surrogate pairs, which are no text."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise BadRequestError(field, "must be Unicode, without single surrogates")
+def _check_text(field: str, text: str, most: int | None) -> None:
+    """`most` characters; None: any number."""
+    if most is not None and len(text) > most:
+        raise BadRequestError(
+            field, f"must have at most {most} characters to fit the context length, not {len(text)}"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can escape halves of surrogate pairs
+        raise BadRequestError(field, "must be Unicode, without single surrogates") from error
 
 
 def _is_said(content: Any) -> bool:
@@ -327,13 +341,13 @@ def _is_said(content: Any) -> bool:
     return bool(content)
 
 
-def _check_part(where: str, part: Any) -> None:
+def _check_part(where: str, part: Any, most: int | None) -> None:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise BadRequestError(f"{where}.type", "must be a text: a part is {'type': 'text', 'text': ...}")
     if part["type"] == "text" and not isinstance(part.get("text"), str):
         raise BadRequestError(f"{where}.text", "must be a text")
     if part["type"] == "text":
-        _check_text(f"{where}.text", part["text"])
+        _check_text(f"{where}.text", part["text"], most)
 
 
 def _are_tool_calls(calls: Any) -> bool:
