@@ -49,7 +49,17 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = (*RANGES, "messages", "stop", "response_format", "max_tokens", "logprobs", "suffix", "guided_json")
+FIELDS = (
+    *RANGES,
+    "prompt",
+    "messages",
+    "stop",
+    "response_format",
+    "max_tokens",
+    "logprobs",
+    "suffix",
+    "guided_json",
+)
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON) | JSON)

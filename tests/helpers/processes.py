@@ -148,8 +148,9 @@ def start(tmp_path: Path, script: str, *arguments: str, ready: str = "READY") ->
 
 
 def _before_the_script() -> None:
-    # A shell's background jobs ignore SIGINT, and would hand that down to what tests start.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A shell's background jobs ignore SIGINT, and nohup's SIGHUP; they would hand that down to what tests start.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     # Scripts run until they are killed: one must not outlive tests that are themselves killed.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -151,7 +151,7 @@ def check_body(
             _refuse_unknown(field, value, known)
         if field in RANGES:
             RANGES[field].check(field, value)
-        for text in [value] if isinstance(value, str) else value if field == "prompt" else ():
+        for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
                 _check_text(field, text, most)
     _check_lengths(given, session_len)
