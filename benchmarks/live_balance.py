@@ -335,10 +335,8 @@ def gain(args: argparse.Namespace) -> None:
             for topic in range(len(TOPICS)):
                 found, calm, round_ = Topic(), 0, 0
                 while len(found.quiet) < args.pairs and len(found.pairs) < MOST_PAIRS * args.pairs:
-                    prompts, turns = (
-                        prompts_of(topic, round_),
-                        (mover, stayer) if round_ % 2 else (stayer, mover),
-                    )
+                    prompts = prompts_of(topic, round_)
+                    turns = (mover, stayer) if round_ % 2 else (stayer, mover)
                     rounds = {engine: engine.call(ask, prompts, args.tokens) for engine in turns}
                     found.identical &= rounds[mover].token_ids == rounds[stayer].token_ids
                     now = rounds[mover].migrations

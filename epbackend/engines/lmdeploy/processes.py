@@ -87,7 +87,7 @@ def start_engines(
 
 
 def start_server(target: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
-    """Starts `target(*arguments)` in a process that ends with this one, and that takes its own time after its order."""
+    """Starts `target(*arguments)` in a process that ends with this one, and that takes its own time after ENDING."""
     process = multiprocessing.get_context("spawn").Process(
         target=_run_server, args=(target, arguments), name="epbackend-server"
     )
@@ -97,7 +97,7 @@ def start_server(target: Callable[..., None], arguments: tuple[Any, ...]) -> Bas
 
 
 def stop_engines(processes: Iterable[BaseProcess], grace_s: float = 0.0, *, at_once: bool = False) -> None:
-    """Ends the processes: those still there after `grace_s` by our order, then, or `at_once`, by SIGKILL."""
+    """Ends the processes: those still there after `grace_s` by ENDING, then, or `at_once`, by SIGKILL."""
     processes = list(processes)
     started_by_them = [each for process in processes for each in descendants(process.pid or 0)]
     if at_once:

@@ -138,7 +138,7 @@ def requests_are_checked(original: Callable) -> Callable:
 
 
 LONG = 20_000
-"""Characters of a prompt whose tokens take a server's event loop longer than a step of the engine."""
+"""Characters from which on it pays: so many take a tokenizer 12 ms, and handing them over 0.5 ms."""
 
 
 @patch(

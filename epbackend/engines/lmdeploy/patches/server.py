@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -74,7 +73,7 @@ def errors_name_their_field(original: Callable) -> Callable:
     return validation_exception_handler
 
 
-@cache
+@functools.cache
 def token_length(tokenizer: Any) -> int:
     """Characters of the longest token."""
     return max(map(len, tokenizer.get_vocab()))
@@ -94,11 +93,10 @@ def _checked(name: str, fingerprint: str) -> Patch:
                     body = await request.json()
                 except ValueError:
                     return  # FastAPI refuses it
+                engine = context.async_engine
+                longest = token_length(engine.tokenizer.model.model)
                 try:
-                    engine = context.async_engine
-                    check_body(
-                        body, FIELDS[path], engine.session_len, token_length(engine.tokenizer.model.model)
-                    )
+                    check_body(body, FIELDS[path], engine.session_len, longest)
                 except BadRequestError as error:
                     place = ("body", *error.field.split("."))
                     raise RequestValidationError(

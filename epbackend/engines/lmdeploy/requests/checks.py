@@ -127,9 +127,7 @@ DISAGGREGATION = frozenset({"migration_request", "with_cache", "preserve_cache"}
 """Read by LMDeploy from the raw request, so no schema has them."""
 
 
-def check_body(
-    body: Any, known: Collection[str] | None, session_len: int, token_length: int | None = None
-) -> None:
+def check_body(body: Any, known: Collection[str] | None, session_len: int, token_length: int) -> None:
     """Checks the JSON of a request by its fields' names.
 
     Args:
@@ -137,14 +135,14 @@ def check_body(
         known: the fields that the endpoint reads; None where others are accepted.
         session_len: the most tokens that a session may have.
         token_length: characters of the longest token. A text that is too long by that alone is not tokenized, which
-            would take a minute for a prompt of some 50 MB.
+            took more than a minute for 50 MB.
 
     Raises:
         BadRequestError: naming the field.
     """
     if not isinstance(body, dict):
         raise BadRequestError("body", f"must be a JSON object, not {_shown(body)}")
-    most = None if token_length is None else session_len * token_length
+    most = session_len * token_length
     given = {field: value for field, value in body.items() if value is not None}
     for field, value in given.items():
         if known is not None and field not in known:
@@ -293,7 +291,7 @@ def _check_stop(stop: Any) -> None:
         raise BadRequestError("stop", "must be a text or a list of texts, none of them empty")
 
 
-def _check_messages(messages: Any, most: int | None) -> None:
+def _check_messages(messages: Any, most: int) -> None:
     if not isinstance(messages, list):
         raise BadRequestError("messages", f"must be a list of messages, not {_shown(messages)}")
     says_something = False
@@ -323,9 +321,9 @@ def _check_messages(messages: Any, most: int | None) -> None:
         raise BadRequestError("messages", "must not all be empty")
 
 
-def _check_text(field: str, text: str, most: int | None) -> None:
-    """`most` characters; None: any number."""
-    if most is not None and len(text) > most:
+def _check_text(field: str, text: str, most: int) -> None:
+    """`most` characters."""
+    if len(text) > most:
         raise BadRequestError(
             field, f"must have at most {most} characters to fit the context length, not {len(text)}"
         )
@@ -341,7 +339,7 @@ def _is_said(content: Any) -> bool:
     return bool(content)
 
 
-def _check_part(where: str, part: Any, most: int | None) -> None:
+def _check_part(where: str, part: Any, most: int) -> None:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise BadRequestError(f"{where}.type", "must be a text: a part is {'type': 'text', 'text': ...}")
     if part["type"] == "text" and not isinstance(part.get("text"), str):
