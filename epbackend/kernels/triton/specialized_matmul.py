@@ -1,0 +1,344 @@
+"""The grouped matmul of Hopper for many rows: one warp loads, two warpgroups multiply.
+
+It computes what `grouped_matmul` computes, a tile in another way. There all warps load, multiply and store together, so
+that the matrix units idle while products are scaled and stored. Here each warpgroup has 64 of the tile's 128 rows and
+waits for no other: while one scales or stores, the other's products run. A warp of its own has the copy engine fill a
+ring of buffers ahead of both, across the ends of tiles. It is written in Gluon, Triton's language for what each warp
+of a program does. Triton's interpreter does not run Gluon: a real GPU is needed.
+
+A tile has 256 columns of the weights: 128 of the gate and 128 of the up matrix, or 256 neighbours. Rows come in blocks
+of 128 bytes, which is what the copy engine lays out for the matrix units. Loader and warpgroups meet at two barriers of
+each buffer: `full` when its bytes have come, `empty` when both warpgroups have multiplied them.
+
+Shapes: those of `grouped_matmul`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from epbackend.kernels.triton.launch import named_launch
+
+BYTES = 128
+"""Of a row in one block."""
+GROUP_ROWS = gl.constexpr(64)
+"""Of a warpgroup: what its matrix instruction takes."""
+COLUMNS = gl.constexpr(128)
+"""Of each of the tile's two halves."""
+SCALED = gl.constexpr(128)
+"""Values of a row, and columns of the weights, that share a scale in float8."""
+MULTIPLYING_REGISTERS, LOADING_REGISTERS = gl.constexpr(232), gl.constexpr(40)
+"""Of a thread. Two warpgroups and the loader's, rounded up to four warps, share 65536."""
+LEAST_SCALE = gl.constexpr(2.0**-60)
+"""As in `grouped_matmul`."""
+
+
+def row_blocks(rows_SK: Tensor) -> TensorDescriptor:
+    """The rows, in blocks of one warpgroup."""
+    return _blocks(rows_SK, GROUP_ROWS.value)
+
+
+def weight_blocks(weight_HK: Tensor) -> TensorDescriptor:
+    """The weights, in blocks of one half of a tile."""
+    return _blocks(weight_HK, COLUMNS.value)
+
+
+def _blocks(matrix: Tensor, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=BYTES, element_bitwidth=8 * matrix.itemsize, rank=2)
+    return TensorDescriptor.from_tensor(matrix, [rows, BYTES // matrix.itemsize], layout)
+
+
+@gluon.constexpr_function
+def sums_layout(dtype):
+    """How the registers of a warpgroup hold [64, 128] sums of products of this dtype."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 256 // dtype.primitive_bitwidth]
+    )
+
+
+@gluon.jit
+def _find_tile(tile, tiles_M3, row_tiles, column_tiles: gl.constexpr, BAND: gl.constexpr):
+    """`grouped_matmul.find_tile`, in Gluon."""
+    band = tile // (BAND * column_tiles)
+    rows_of_band = gl.minimum(row_tiles - band * BAND, BAND)
+    within = tile - band * BAND * column_tiles
+    entry = tiles_M3 + 3 * (band * BAND + within % rows_of_band)
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), within // rows_of_band
+
+
+@gluon.jit
+def _load(
+    rows_SK,
+    weight_HK,
+    rows,
+    weights,
+    full,
+    empty,
+    tiles_M3,
+    total_1,
+    HEIGHT: gl.constexpr,
+    STEP: gl.constexpr,
+    SECOND: gl.constexpr,
+    COLUMN_TILES: gl.constexpr,
+    DEEP: gl.constexpr,
+    BAND: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Fill the ring, buffer after buffer, for all tiles of this program."""
+    BLOCK_K: gl.constexpr = rows_SK.block_type.shape[1]
+    row_tiles = gl.load(total_1)
+    at = 0
+    for tile in range(gl.program_id(0), row_tiles * COLUMN_TILES, gl.num_programs(0)):
+        slot, first, end, column_tile = _find_tile(tile, tiles_M3, row_tiles, COLUMN_TILES, BAND)
+        height = slot * HEIGHT + column_tile * STEP
+        for deep in range(DEEP):
+            stage = at % STAGES
+            ready = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((at // STAGES) & 1) ^ 1)
+            mbarrier.expect(ready, 2 * rows_SK.block_type.nbytes + 2 * weight_HK.block_type.nbytes)
+            depth = deep * BLOCK_K
+            for half in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    rows_SK, [first + half * GROUP_ROWS, depth], ready, rows.index(2 * stage + half)
+                )
+                tma.async_copy_global_to_shared(
+                    weight_HK, [height + half * SECOND, depth], ready, weights.index(2 * stage + half)
+                )
+            at += 1
+
+
+@gluon.jit
+def _sums(rows, weights, full, empty, at, GROUP: gl.constexpr, DEEP: gl.constexpr, STAGES: gl.constexpr):
+    """(left, right) of this group's rows, added up by the matrix units: float32, or int32 of int8."""
+    SUMS: gl.constexpr = sums_layout(rows.dtype)
+    DTYPE: gl.constexpr = gl.int32 if rows.dtype == gl.int8 else gl.float32
+    left_MN = gl.zeros((GROUP_ROWS, COLUMNS), DTYPE, SUMS)
+    right_MN = gl.zeros((GROUP_ROWS, COLUMNS), DTYPE, SUMS)
+    for deep in range(DEEP):
+        stage = (at + deep) % STAGES
+        mbarrier.wait(full.index(stage), ((at + deep) // STAGES) & 1)
+        block = rows.index(2 * stage + GROUP)
+        left = weights.index(2 * stage).permute((1, 0))
+        right = weights.index(2 * stage + 1).permute((1, 0))
+        left_MN = warpgroup_mma(block, left, left_MN, is_async=True)
+        right_MN = warpgroup_mma(block, right, right_MN, is_async=True)
+        # The products of the buffer before this one have ended.
+        left_MN, right_MN = warpgroup_mma_wait(2, deps=(left_MN, right_MN))
+        mbarrier.arrive(empty.index((at + deep + STAGES - 1) % STAGES), pred=deep > 0)
+    left_MN, right_MN = warpgroup_mma_wait(0, deps=(left_MN, right_MN))
+    mbarrier.arrive(empty.index((at + DEEP - 1) % STAGES))
+    return left_MN, right_MN
+
+
+@gluon.jit
+def _scaled_sums(
+    rows,
+    weights,
+    full,
+    empty,
+    row_scale_BS,
+    scale,
+    row_M,
+    inside_M,
+    S,
+    at,
+    GROUP: gl.constexpr,
+    SECOND: gl.constexpr,
+    PROMOTE: gl.constexpr,
+    DEEP: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The same of float8 blocks with a scale each, as `grouped_matmul.add_product` adds them up."""
+    SUMS: gl.constexpr = sums_layout(rows.dtype)
+    nothing_MN = gl.zeros((GROUP_ROWS, COLUMNS), gl.float32, SUMS)
+    left_MN, right_MN = nothing_MN, nothing_MN
+    left_unit_M = gl.full((GROUP_ROWS,), 1.0, gl.float32, gl.SliceLayout(1, SUMS))
+    right_unit_M = left_unit_M
+    for deep in range(DEEP):
+        stage = (at + deep) % STAGES
+        row_scale = row_scale_BS + S.to(gl.int64) * deep + row_M
+        scale_M = gl.load(row_scale, mask=inside_M, other=0.0)
+        left_scale_M = scale_M * gl.load(scale + deep)
+        right_scale_M = scale_M * gl.load(scale + (SECOND // SCALED) * DEEP + deep)
+        mbarrier.wait(full.index(stage), ((at + deep) // STAGES) & 1)
+        block = rows.index(2 * stage + GROUP)
+        left = weights.index(2 * stage).permute((1, 0))
+        right = weights.index(2 * stage + 1).permute((1, 0))
+        if PROMOTE:
+            product = warpgroup_mma(block, left, nothing_MN, use_acc=False, is_async=True)
+            product = warpgroup_mma_wait(0, deps=(product,))
+            left_MN += product * left_scale_M[:, None]
+            product = warpgroup_mma(block, right, nothing_MN, use_acc=False, is_async=True)
+            product = warpgroup_mma_wait(0, deps=(product,))
+        else:
+            left_scale_M = gl.maximum(left_scale_M, LEAST_SCALE)
+            right_scale_M = gl.maximum(right_scale_M, LEAST_SCALE)
+            left_MN = left_MN * (left_unit_M / left_scale_M)[:, None]
+            left_MN = warpgroup_mma(block, left, left_MN, is_async=True)
+            right_MN = right_MN * (right_unit_M / right_scale_M)[:, None]
+            right_MN = warpgroup_mma(block, right, right_MN, is_async=True)
+            left_MN, right_MN = warpgroup_mma_wait(0, deps=(left_MN, right_MN))
+            left_unit_M, right_unit_M = left_scale_M, right_scale_M
+        fence_async_shared()
+        mbarrier.arrive(empty.index(stage))
+        if PROMOTE:
+            right_MN += product * right_scale_M[:, None]
+    if not PROMOTE:
+        left_MN, right_MN = left_MN * left_unit_M[:, None], right_MN * right_unit_M[:, None]
+    return left_MN, right_MN
+
+
+@gluon.jit
+def _store(out_SN, values_MN, first, end, column, N: gl.constexpr):
+    """Store the rows before `end` and the columns before N, 16 bytes a thread."""
+    WIDE: gl.constexpr = 128 // out_SN.dtype.element_ty.primitive_bitwidth
+    BY_ROWS: gl.constexpr = gl.BlockedLayout([1, WIDE], [WIDE // 4, 128 // WIDE], [4, 1], [1, 0])
+    values_MN = gl.convert_layout(values_MN.to(out_SN.dtype.element_ty), BY_ROWS)
+    row_M = first + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, BY_ROWS))
+    column_N = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, BY_ROWS))
+    place = out_SN + row_M.to(gl.int64)[:, None] * N + column_N[None, :]
+    gl.store(place, values_MN, mask=(row_M < end)[:, None] & (column_N < N)[None, :])
+
+
+@gluon.jit
+def _columns(values_N, column, N: gl.constexpr, SUMS: gl.constexpr):
+    """[1, 128] in float32 of a bias or a scale; zeros past N."""
+    column_N = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, SUMS))
+    return gl.load(values_N + column_N, mask=column_N < N, other=0.0).to(gl.float32)[None, :]
+
+
+@gluon.jit
+def _multiply(
+    rows,
+    weights,
+    full,
+    empty,
+    row_scale,
+    weight_scale,
+    bias_LN,
+    out_SN,
+    out_scale_BS,
+    tiles_M3,
+    total_1,
+    S,
+    GROUP: gl.constexpr,
+    N: gl.constexpr,
+    GATED: gl.constexpr,
+    PROMOTE: gl.constexpr,
+    HEIGHT: gl.constexpr,
+    STEP: gl.constexpr,
+    SECOND: gl.constexpr,
+    COLUMN_TILES: gl.constexpr,
+    DEEP: gl.constexpr,
+    BAND: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The GROUP-th 64 rows of all tiles of this program."""
+    SUMS: gl.constexpr = sums_layout(rows.dtype)
+    FP8: gl.constexpr = rows.dtype == gl.float8e4nv
+    row_tiles = gl.load(total_1)
+    at = 0
+    for tile in range(gl.program_id(0), row_tiles * COLUMN_TILES, gl.num_programs(0)):
+        slot, first, end, column_tile = _find_tile(tile, tiles_M3, row_tiles, COLUMN_TILES, BAND)
+        column = column_tile * STEP
+        first += GROUP * GROUP_ROWS
+        if first < end:
+            row_M = first + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, SUMS))
+            inside_M = row_M < end
+            if FP8:
+                scale = weight_scale + (slot * (HEIGHT // SCALED) + column // SCALED) * DEEP
+                left_MN, right_MN = _scaled_sums(
+                    rows, weights, full, empty, row_scale, scale, row_M, inside_M, S, at,
+                    GROUP, SECOND, PROMOTE, DEEP, STAGES,
+                )  # fmt: skip
+            else:
+                left_MN, right_MN = _sums(rows, weights, full, empty, at, GROUP, DEEP, STAGES)
+            if rows.dtype == gl.int8:
+                scale_M1 = gl.load(row_scale + row_M, mask=inside_M, other=0.0)[:, None]
+                scale = weight_scale + slot * HEIGHT
+                left_MN = left_MN.to(gl.float32) * scale_M1 * _columns(scale, column, HEIGHT, SUMS)
+                right_MN = right_MN.to(gl.float32) * scale_M1 * _columns(scale, column + SECOND, HEIGHT, SUMS)
+            if bias_LN is not None:
+                bias = bias_LN + slot * HEIGHT
+                left_MN += _columns(bias, column, HEIGHT, SUMS)
+                right_MN += _columns(bias, column + SECOND, HEIGHT, SUMS)
+            if GATED:
+                left_MN = left_MN / (1.0 + gl.exp(-left_MN)) * right_MN
+            if out_scale_BS is not None:
+                largest_M = gl.max(gl.abs(left_MN), 1)
+                scale_M = gl.where(largest_M > 0, largest_M / 448.0, 1.0)
+                gl.store(out_scale_BS + column_tile.to(gl.int64) * S + row_M, scale_M, mask=inside_M)
+                left_MN = left_MN / scale_M[:, None]
+            _store(out_SN, left_MN, first, end, column, N)
+            if not GATED:
+                _store(out_SN, right_MN, first, end, column + SECOND, N)
+        else:  # the tile ends before this group's rows
+            for deep in range(DEEP):
+                mbarrier.wait(full.index((at + deep) % STAGES), ((at + deep) // STAGES) & 1)
+                mbarrier.arrive(empty.index((at + deep) % STAGES))
+        at += DEEP
+
+
+@named_launch
+@gluon.jit(do_not_specialize=["S"])
+def specialized_matmul(
+    rows_SK,
+    weight_HK,
+    row_scale,
+    weight_scale,
+    bias_LN,
+    out_SN,
+    out_scale_BS,
+    tiles_M3,
+    total_1,
+    S,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    GATED: gl.constexpr,
+    PROMOTE: gl.constexpr,
+    BAND: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Tiles of 128 rows of out_SN, from this program's number on in steps of the number of programs."""
+    HEIGHT: gl.constexpr = 2 * N if GATED else N
+    STEP: gl.constexpr = COLUMNS if GATED else 2 * COLUMNS
+    SECOND: gl.constexpr = N if GATED else COLUMNS
+    COLUMN_TILES: gl.constexpr = (N + STEP - 1) // STEP
+    BLOCK_K: gl.constexpr = rows_SK.block_type.shape[1]
+    DEEP: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    rows = gl.allocate_shared_memory(rows_SK.dtype, [2 * STAGES, GROUP_ROWS, BLOCK_K], rows_SK.layout)
+    weights = gl.allocate_shared_memory(weight_HK.dtype, [2 * STAGES, COLUMNS, BLOCK_K], weight_HK.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                rows, weights, full, empty, row_scale, weight_scale, bias_LN, out_SN, out_scale_BS, tiles_M3, total_1,
+                S, gl.constexpr(0), N, GATED, PROMOTE, HEIGHT, STEP, SECOND, COLUMN_TILES, DEEP, BAND, STAGES,
+            )),
+            (_multiply, (
+                rows, weights, full, empty, row_scale, weight_scale, bias_LN, out_SN, out_scale_BS, tiles_M3, total_1,
+                S, gl.constexpr(1), N, GATED, PROMOTE, HEIGHT, STEP, SECOND, COLUMN_TILES, DEEP, BAND, STAGES,
+            )),
+            (_load, (
+                rows_SK, weight_HK, rows, weights, full, empty, tiles_M3, total_1,
+                HEIGHT, STEP, SECOND, COLUMN_TILES, DEEP, BAND, STAGES,
+            )),
+        ],
+        [4, 1],
+        [MULTIPLYING_REGISTERS, LOADING_REGISTERS],
+    )  # fmt: skip
