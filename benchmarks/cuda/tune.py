@@ -1,6 +1,6 @@
 """Tune the products that are benchmarked, on the GPU at hand: what maintainers run, without typer or pydantic.
 
-    python -m benchmarks.cuda.tune [--only WORDS] [--write | --table FILE] [--no-specialize]
+    python -m benchmarks.cuda.tune [--only WORDS] [--write | --table FILE]
 
 `--write` puts the best tiles into the packaged tiles.json, `--table` into another. Users have `epbackend tune`.
 """
@@ -25,7 +25,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="products whose name contains this")
     parser.add_argument("--write", action="store_true", help="put the best tiles into tiles.json")
     parser.add_argument("--table", type=Path, help="put the best tiles into this file")
-    parser.add_argument("--no-specialize", action="store_true", help="leave warp specialisation out")
     asked = parser.parse_args()
     chip = chip_of(torch.device("cuda", 0))
     print(f"{chip}, torch {torch.__version__}, triton {triton.__version__}")
@@ -33,7 +32,7 @@ def main() -> None:
         case for shape, form in MODELS for case in tuning_cases(shape, form, chip) if asked.only in str(case)
     ]
     table = PACKAGED if asked.write else asked.table
-    for finding in tune(wanted, chip, table, specialize=not asked.no_specialize):
+    for finding in tune(wanted, chip, table):
         print(finding)
         for tile in sorted(finding.us, key=finding.us.__getitem__)[:5]:
             print(f"  {finding.us[tile]:9.1f} us  {tile}")

@@ -21,10 +21,10 @@ from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas
 from epbackend.kernels.triton import quantize as quantize_module
 from epbackend.kernels.triton.compile_info import compiling_for, resources
-from epbackend.kernels.triton.grouped_matmul import grouped_matmul
+from epbackend.kernels.triton.grouped_matmul import GroupedMatmul, grouped_matmul
 from epbackend.kernels.triton.kernels import TritonKernels
 from epbackend.kernels.triton.permute import TokenRows
-from epbackend.kernels.triton.quantize import dequantize, quantize
+from epbackend.kernels.triton.quantize import Int8Tokens, dequantize, quantize
 from epbackend.kernels.triton.tiles import (
     A100,
     B200,
@@ -38,7 +38,7 @@ from epbackend.kernels.triton.tiles import (
     row_tiles,
     table,
 )
-from epbackend.kernels.triton.tuning import ExpertShape, TuningCase, compile_candidate
+from epbackend.kernels.triton.tuning import BYTES, ExpertShape, TuningCase, compile_candidate
 from epbackend.placement.placement import Layout
 
 pytestmark = [
@@ -53,6 +53,10 @@ L, D, F = 128, 2048, 768
 """Qwen3-30B's experts."""
 MATRIX_UNIT = {"ampere": "mma", "hopper": "wgmma", "blackwell": "tcgen05"}
 """The instruction of each family's fast path; a tile of 64 rows or more must use it."""
+
+SCALED_SUMS_SPILL = 80
+"""Bytes a thread of `specialized_matmul` in float8: two sums and the product that is being scaled are 192 of its 232
+registers. On an H200 it is 1.4 times as fast as a tile without spills (2026-11-27)."""
 
 SMALL_STACK = 8
 """Bytes that ptxas puts aside in a kernel that waits for memory anyway."""
@@ -105,7 +109,7 @@ def test_tiles_fit_their_chip(family, form, rows_per_slot):
     for kernel, packed, gated in zip(products, (weights.gate_up, weights.down), (True, False), strict=True):
         tile = choose_tile(chip, Product.of(rows, packed, gated))
         found = resources(kernel)
-        assert found.spilled == 0
+        assert found.spilled <= (SCALED_SUMS_SPILL if tile.specialize and form == "fp8" else 0)
         assert found.shared_bytes <= chip.shared_bytes
         assert found.programs_per_sm(chip) >= tile.programs
         if form in ("half", "fp8") and tile.rows >= 64:
@@ -114,6 +118,29 @@ def test_tiles_fit_their_chip(family, form, rows_per_slot):
             assert "pendings = 1" in kernel.asm["ttgir"]  # one product runs on while the next is prepared
         if form != "float32" and family != "ampere":
             assert "cp.async.bulk" in found.instructions
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["sums", "gated"])
+@pytest.mark.parametrize("form", ["half", "int8"])
+def test_tiles_with_a_warp_that_loads_fit(form, gated):
+    """The packaged table has those of float8 alone; tuning tries the others."""
+    tile = Tile(128, 128 if gated else 256, 128 // BYTES[form], 8, 4, specialize=True)
+    product = GroupedMatmul(experts(form, 2 * F, D), tile, H100, gated=gated)
+    rows = (
+        meta(512, D)
+        if form == "half"
+        else Int8Tokens(meta(512, D, dtype=torch.int8), meta(512, dtype=torch.float32))
+    )
+    with compiling_for(H100) as compiled:
+        product(rows, row_tiles(meta(L, dtype=torch.int64), 512, tile.rows), torch.bfloat16)
+    found = resources(compiled[-1])
+    assert found.spilled == 0
+    assert found.shared_bytes <= H100.shared_bytes
+    assert found.programs_per_sm(H100) == 1
+    assert {"wgmma", "cp.async.bulk"} <= found.instructions
+    assert (
+        "wgmma.wait_group.sync.aligned 2" in compiled[-1].asm["ptx"]
+    )  # products run on while the next are asked for
 
 
 @pytest.mark.parametrize("rows_per_slot", [8, 512])

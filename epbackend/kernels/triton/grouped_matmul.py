@@ -29,16 +29,14 @@ from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.launch import named_launch
 from epbackend.kernels.triton.permute import TokenRows, places, source_of
 from epbackend.kernels.triton.quantize import Fp8Tokens, Int8Tokens, empty_fp8, to_fp8
-from epbackend.kernels.triton.tiles import INTERPRETED, Chip, Schedule, Tile
+from epbackend.kernels.triton.specialized_matmul import (
+    WARPGROUP,
+    row_blocks,
+    specialized_matmul,
+    weight_blocks,
+)
+from epbackend.kernels.triton.tiles import INTERPRETED, Chip, Schedule, Tile, aligned
 from epbackend.kernels.weight_formats import Experts
-
-TMA_BYTES = 16
-
-
-def aligned(tensor: Tensor) -> bool:
-    """Whether TMA can read the tensor: rows contiguous, and base and row stride multiples of 16 bytes."""
-    strides = [stride * tensor.itemsize for stride in tensor.stride()[:-1]]
-    return tensor.stride(-1) == 1 and not any(at % TMA_BYTES for at in (tensor.data_ptr(), *strides))
 
 
 def matrix(tensor: Tensor, block: tuple[int, ...], tma: bool) -> Tensor | TensorDescriptor:
@@ -304,7 +302,22 @@ class GroupedMatmul:
         slots, height, depth = weight_LNK.shape
         self._columns, fp8 = height // 2 if gated else height, isinstance(experts, Fp8Blocks)
         self._to_fp8 = gated and fp8
+        shared = {
+            "weight_scale": weight_scale,
+            "bias_LN": bias_LN,
+            "N": self._columns,
+            "K": depth,
+            "GATED": gated,
+            "PROMOTE": promote,
+        }
         weight = weight_LNK.view(slots * height, depth)
+        self._specialized: Callable[..., None] | None = None
+        if tile.specialize:
+            launch = specialized_matmul.bind(
+                weight_HK=weight_blocks(weight), BAND=tile.band, STAGES=tile.stages, **shared
+            )
+            self._specialized = launch[(chip.sms,)]
+            return
         block: tuple[int, ...] = (tile.columns, tile.depth)
         if gated and not fp8:  # gate and up of a tile are loaded as one block
             weight, block = weight.view(2 * slots, self._columns, depth), (2, *block)
@@ -313,16 +326,11 @@ class GroupedMatmul:
         def bound(tma: bool) -> Callable[..., None]:
             launch = _grouped_matmul.bind(
                 weight_HK=matrix(weight, block, tma),
-                weight_scale=weight_scale,
-                bias_LN=bias_LN,
                 H=slots * height,
-                N=self._columns,
-                K=depth,
                 FP8=fp8,
                 INT8=isinstance(experts, Int8Weights),
-                GATED=gated,
-                PROMOTE=promote,
                 TMA=tma,
+                **shared,
                 **tile.constants(),
             )
             return launch[(chip.sms * tile.programs,)]
@@ -355,19 +363,27 @@ class GroupedMatmul:
         if count == 0:
             return out
         out_SN, out_scale_BS = _parts(out)
+        called = {
+            "row_scale": row_scale,
+            "out_SN": out_SN,
+            "out_scale_BS": out_scale_BS,
+            "tiles_M3": schedule.tiles_M3,
+            "total_1": schedule.total_1,
+            "S": count,
+        }
+        if self._specialized is not None:
+            assert choice_of_row_S is None, "a tile that specializes does not gather"
+            values_SK = values_SK if aligned(values_SK) else values_SK.contiguous()
+            self._specialized(rows_SK=row_blocks(values_SK), num_warps=WARPGROUP, **called)
+            return out
         gather = choice_of_row_S is not None
         tma = self._tma and (gather or aligned(values_SK))
         self._by_tma[tma](
             rows_SK=matrix(values_SK, self._block, tma and not gather),
             choice_of_row_S=choice_of_row_S,
-            row_scale=row_scale,
-            out_SN=out_SN,
-            out_scale_BS=out_scale_BS,
-            tiles_M3=schedule.tiles_M3,
-            total_1=schedule.total_1,
-            S=count,
             row_stride=values_SK.stride(0),
             TOP_K=top_k,
+            **called,
             **self._options,
         )
         return out
@@ -430,7 +446,6 @@ def _grouped_matmul(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
     """Tiles [BLOCK_M, BLOCK_N] of out_SN, from this program's number on in steps of the number of programs.
@@ -446,7 +461,6 @@ def _grouped_matmul(
         row_tiles * column_tiles,
         tl.num_programs(0),
         flatten=FLATTEN,
-        warp_specialize=SPECIALIZE,
     ):
         slot, first, end, column_tile = find_tile(tile, tiles_M3, row_tiles, column_tiles, BAND)
         column = column_tile * BLOCK_N

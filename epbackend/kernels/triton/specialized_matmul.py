@@ -31,6 +31,8 @@ from epbackend.kernels.triton.launch import named_launch
 
 BYTES = 128
 """Of a row in one block."""
+WARPGROUP = 4
+"""Warps whose registers hold the sums of one matrix instruction."""
 GROUP_ROWS = gl.constexpr(64)
 """Of a warpgroup: what its matrix instruction takes."""
 COLUMNS = gl.constexpr(128)
@@ -99,7 +101,7 @@ def _load(
     row_tiles = gl.load(total_1)
     at = 0
     for tile in range(gl.program_id(0), row_tiles * COLUMN_TILES, gl.num_programs(0)):
-        slot, first, end, column_tile = _find_tile(tile, tiles_M3, row_tiles, COLUMN_TILES, BAND)
+        slot, first, _, column_tile = _find_tile(tile, tiles_M3, row_tiles, COLUMN_TILES, BAND)
         height = slot * HEIGHT + column_tile * STEP
         for deep in range(DEEP):
             stage = at % STAGES

@@ -58,6 +58,11 @@ class Chip:
         """Whether it multiplies float8_e4m3fn."""
         return self.capability >= (8, 9)
 
+    @property
+    def specializes(self) -> bool:
+        """Whether it runs `specialized_matmul`: Hopper does, Triton's interpreter does not."""
+        return self.capability[0] == 9 and self != INTERPRETER
+
 
 A100 = Chip("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912)
 L40S = Chip("NVIDIA L40S", (8, 9), 142, 101_376)
@@ -96,7 +101,8 @@ class Tile:
     tma: bool = True
     """Load by the bulk copy engine where chip and alignment allow."""
     specialize: bool = False
-    """Let some warps load and others multiply (Hopper with Triton 3.6)."""
+    """Let one warp load and two warpgroups multiply (`specialized_matmul`): tiles of 128 rows, and of 128 gated or 256
+    plain columns, whatever `warps` says."""
     flatten: bool = False
     """Make one loop of tiles and depth, so that the next tile loads while this one ends."""
     gather: bool = False
@@ -109,7 +115,6 @@ class Tile:
             "BLOCK_N": self.columns,
             "BLOCK_K": self.depth,
             "BAND": self.band,
-            "SPECIALIZE": self.specialize,
             "FLATTEN": self.flatten,
         }
 
@@ -133,10 +138,23 @@ class Product:
     height: int
     """Outputs of a slot's matrix: N, or 2F where the product is gated."""
     depth: int
+    aligned: bool = True
+    """Whether TMA can read the matrices."""
 
     @classmethod
     def of(cls, rows: int, experts: Experts, gated: bool) -> Product:
-        return cls(weight_format(experts), gated, rows, *weight_values(experts).shape)
+        values_LNK = weight_values(experts)
+        slots, height, depth = values_LNK.shape
+        return cls(weight_format(experts), gated, rows, slots, height, depth, aligned(values_LNK))
+
+
+TMA_BYTES = 16
+
+
+def aligned(tensor: Tensor) -> bool:
+    """Whether TMA can read the tensor: rows contiguous, and base and row stride multiples of 16 bytes."""
+    strides = [stride * tensor.itemsize for stride in tensor.stride()[:-1]]
+    return tensor.stride(-1) == 1 and not any(at % TMA_BYTES for at in (tensor.data_ptr(), *strides))
 
 
 def weight_values(experts: Experts) -> Tensor:
@@ -155,15 +173,23 @@ def weight_format(experts: Experts) -> str:
 def choose_tile(chip: Chip, product: Product) -> Tile:
     """The family's first tile that takes the product's mean number of rows a slot, or what tuning put in its place."""
     rows_per_slot = product.rows / product.slots
-    family = family_tiles(chip, product.weight_format, product.gated)
+
+    def serves(tile: dict[str, Any]) -> bool:
+        return not tile.get("specialize") or (chip.specializes and product.aligned)
+
+    family = filter(serves, family_tiles(chip, product.weight_format, product.gated))
     entry = next(each for each in family if each["up_to"] is None or rows_per_slot <= each["up_to"])
     wanted = tuned_for(chip, product, entry["up_to"])
-    tuned = next((each["tile"] for each in table()["tuned"] if wanted.items() <= each.items()), entry)
-    return Tile(**{name: value for name, value in tuned.items() if name != "up_to"})
+    measured = (each["tile"] for each in table()["tuned"] if wanted.items() <= each.items())
+    tile = next(filter(serves, measured), entry)
+    return Tile(**{name: value for name, value in tile.items() if name != "up_to"})
 
 
 def family_tiles(chip: Chip, weight_format: str, gated: bool) -> list[dict[str, Any]]:
-    """The tiles of a chip that was not tuned for, from few rows a slot (`up_to`) to many."""
+    """The tiles of a chip that was not tuned for, from few rows a slot (`up_to`) to many.
+
+    One that specializes is followed by one for the same rows that does not.
+    """
     return table()["families"][FAMILIES[chip.capability[0]]][weight_format]["gated" if gated else "plain"]
 
 

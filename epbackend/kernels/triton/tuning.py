@@ -240,7 +240,7 @@ def memory_bound(weight_format: str, gated: bool) -> list[Tile]:
 
 
 def compute_bound(weight_format: str, gated: bool, rows: int, chip: Chip) -> list[Tile]:
-    """For many rows: large tiles, one or two programs on a multiprocessor, some with warps that only load."""
+    """For many rows: large tiles, one or two programs on a multiprocessor, some with a warp that only loads."""
     sizes = [
         (each, columns, 64 if weight_format == "half" else 128)
         for each, columns in product((64, 128) if rows >= 128 else (32, 64), _columns(weight_format, gated))
@@ -251,10 +251,11 @@ def compute_bound(weight_format: str, gated: bool, rows: int, chip: Chip) -> lis
             sizes, (4, 8), (3, 4), (8, 16), (1, 2), (False, True)
         )
     ]
+    depth = 128 // BYTES[weight_format]
     specialized = [
-        Tile(*size, 4, stages, band=band, specialize=True)
-        for size, stages, band in product(sizes, (2, 3, 4), (8, 16))
-        if chip.capability[0] == 9 and size[0] >= 64
+        Tile(128, 128 if gated else 256, depth, 8, 4, band=band, specialize=True)
+        for band in (4, 8, 16)
+        if chip.specializes and rows >= 64
     ]
     return [tile for tile in pipelined if _registers_fit(tile, gated)] + specialized
 
@@ -311,20 +312,18 @@ class TuningResult:
 def tuning_cases(shape: ExpertShape, weight_format: str, chip: Chip) -> list[TuningCase]:
     """Both products, at the row counts where the family's table changes tiles."""
     return [
-        TuningCase(shape, weight_format, gated, entry["up_to"])
+        TuningCase(shape, weight_format, gated, up_to)
         for gated in (True, False)
-        for entry in family_tiles(chip, weight_format, gated)
+        for up_to in dict.fromkeys(entry["up_to"] for entry in family_tiles(chip, weight_format, gated))
     ]
 
 
-def tune(
-    wanted: Iterable[TuningCase], chip: Chip, table: Path | None, *, specialize: bool = True
-) -> Iterator[TuningResult]:
+def tune(wanted: Iterable[TuningCase], chip: Chip, table: Path | None) -> Iterator[TuningResult]:
     """The result of each case in turn; by then its best tile is written to `table`, if one is named."""
     with _compilers() as pool:
         for case in wanted:
             with torch.inference_mode():
-                result = search(case, chip, pool, specialize=specialize)
+                result = search(case, chip, pool)
             if table:  # at once: a kernel that hangs or breaks the GPU must not cost what is known by then
                 record(
                     table, tuned_for(chip, case.product, case.up_to), result.best, date.today().isoformat()
@@ -333,14 +332,10 @@ def tune(
             yield result
 
 
-def search(case: TuningCase, chip: Chip, pool: ProcessPoolExecutor, *, specialize: bool) -> TuningResult:
+def search(case: TuningCase, chip: Chip, pool: ProcessPoolExecutor) -> TuningResult:
     """Compile all candidates, then time them."""
     in_use = choose_tile(chip, case.product)
-    tiles = [
-        tile
-        for tile in candidates(case.weight_format, case.gated, in_use, chip)
-        if specialize or not tile.specialize
-    ]
+    tiles = candidates(case.weight_format, case.gated, in_use, chip)
     compiles = pool.map(partial(compile_candidate, case, chip), tiles)
     usable = [tile for tile, ok in zip(tiles, compiles, strict=True) if ok and tile != in_use]
     return time_tiles(case, in_use, usable, len(tiles), torch.device("cuda"), time_us)
