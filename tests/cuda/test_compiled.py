@@ -38,7 +38,7 @@ from epbackend.kernels.triton.tiles import (
     row_tiles,
     table,
 )
-from epbackend.kernels.triton.tuning import ExpertShape, TuningCase, compile_candidate
+from epbackend.kernels.triton.tuning import LARGEST_MEAN, ExpertShape, TuningCase, compile_candidate
 from epbackend.placement.placement import Layout
 
 pytestmark = [
@@ -79,7 +79,7 @@ def chip_for(family: str, form: str) -> Chip:
 def cases() -> list[tuple[str, str, float]]:
     """(family, form, rows a slot) that reach every entry of the table."""
     return [
-        (family, form, entry["up_to"] or 512)
+        (family, form, entry["up_to"] or LARGEST_MEAN)
         for family, forms in table()["families"].items()
         for form, kinds in forms.items()
         for entry in kinds["plain"]
@@ -116,7 +116,7 @@ def test_tiles_fit_their_chip(family, form, rows_per_slot):
             assert "cp.async.bulk" in found.instructions
 
 
-@pytest.mark.parametrize("rows_per_slot", [8, 512])
+@pytest.mark.parametrize("rows_per_slot", [8, 16, 512])
 def test_tiles_of_float8_fit_without_promotion(rows_per_slot):
     rows = L * rows_per_slot
     weights = ExpertWeights(experts("fp8", 2 * F, D), experts("fp8", D, F))
@@ -148,7 +148,7 @@ def test_every_gated_tile_fits_with_rows_left_in_place(entry):
 
 
 def gated_product(rows_per_slot: float | None) -> Product:
-    return Product("half", True, int(L * (rows_per_slot or 512)), L, 2 * F, D)
+    return Product("half", True, int(L * (rows_per_slot or LARGEST_MEAN)), L, 2 * F, D)
 
 
 @pytest.mark.parametrize("entry", [each for each in table()["tuned"] if each["triton"] == VERSION], ids=str)
