@@ -38,7 +38,13 @@ from epbackend.kernels.triton.tiles import (
     row_tiles,
     table,
 )
-from epbackend.kernels.triton.tuning import BYTES, ExpertShape, TuningCase, compile_candidate
+from epbackend.kernels.triton.tuning import (
+    LARGEST_MEAN,
+    ExpertShape,
+    TuningCase,
+    compile_candidate,
+    specialized_tile,
+)
 from epbackend.placement.placement import Layout
 
 pytestmark = [
@@ -83,7 +89,7 @@ def chip_for(family: str, form: str) -> Chip:
 def cases() -> list[tuple[str, str, float]]:
     """(family, form, rows a slot) that reach every entry of the table."""
     return [
-        (family, form, entry["up_to"] or 512)
+        (family, form, entry["up_to"] or LARGEST_MEAN)
         for family, forms in table()["families"].items()
         for form, kinds in forms.items()
         for entry in kinds["plain"]
@@ -124,13 +130,9 @@ def test_tiles_fit_their_chip(family, form, rows_per_slot):
 @pytest.mark.parametrize("form", ["half", "int8"])
 def test_tiles_with_a_warp_that_loads_fit(form, gated):
     """The packaged table has those of float8 alone; tuning tries the others."""
-    tile = Tile(128, 128 if gated else 256, 128 // BYTES[form], 8, 4, specialize=True)
-    product = GroupedMatmul(experts(form, 2 * F, D), tile, H100, gated=gated)
-    rows = (
-        meta(512, D)
-        if form == "half"
-        else Int8Tokens(meta(512, D, dtype=torch.int8), meta(512, dtype=torch.float32))
-    )
+    product = GroupedMatmul(experts(form, 2 * F, D), tile := specialized_tile(form, gated), H100, gated=gated)
+    in_bytes = Int8Tokens(meta(512, D, dtype=torch.int8), meta(512, dtype=torch.float32))
+    rows = meta(512, D) if form == "half" else in_bytes
     with compiling_for(H100) as compiled:
         product(rows, row_tiles(meta(L, dtype=torch.int64), 512, tile.rows), torch.bfloat16)
     found = resources(compiled[-1])
@@ -138,12 +140,11 @@ def test_tiles_with_a_warp_that_loads_fit(form, gated):
     assert found.shared_bytes <= H100.shared_bytes
     assert found.programs_per_sm(H100) == 1
     assert {"wgmma", "cp.async.bulk"} <= found.instructions
-    assert (
-        "wgmma.wait_group.sync.aligned 2" in compiled[-1].asm["ptx"]
-    )  # products run on while the next are asked for
+    # A buffer's products run on while those of the next one are asked for.
+    assert "wgmma.wait_group.sync.aligned 2" in compiled[-1].asm["ptx"]
 
 
-@pytest.mark.parametrize("rows_per_slot", [8, 512])
+@pytest.mark.parametrize("rows_per_slot", [8, 16, 512])
 def test_tiles_of_float8_fit_without_promotion(rows_per_slot):
     rows = L * rows_per_slot
     weights = ExpertWeights(experts("fp8", 2 * F, D), experts("fp8", D, F))
@@ -175,7 +176,7 @@ def test_every_gated_tile_fits_with_rows_left_in_place(entry):
 
 
 def gated_product(rows_per_slot: float | None) -> Product:
-    return Product("half", True, int(L * (rows_per_slot or 512)), L, 2 * F, D)
+    return Product("half", True, int(L * (rows_per_slot or LARGEST_MEAN)), L, 2 * F, D)
 
 
 @pytest.mark.parametrize("entry", [each for each in table()["tuned"] if each["triton"] == VERSION], ids=str)

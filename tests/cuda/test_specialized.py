@@ -12,6 +12,7 @@ from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.grouped_matmul import GroupedMatmul
 from epbackend.kernels.triton.quantize import Fp8Tokens, quantize_fp8, quantize_int8
 from epbackend.kernels.triton.tiles import Tile, chip_of, row_tiles
+from epbackend.kernels.triton.tuning import specialized_tile
 from tests.helpers.dense import tolerance
 
 pytestmark = pytest.mark.cuda
@@ -24,13 +25,9 @@ FORMS = {
     "fast fp8": (torch.bfloat16, Fp8Blocks.of, quantize_fp8),
     "int8": (torch.bfloat16, Int8Weights.of, quantize_int8),
 }
+FORMATS = {"fp8": "fp8", "fast fp8": "fp8", "int8": "int8"}
 PLAIN = Tile(64, 128, 128, 8, 2)
 """What it is compared with."""
-
-
-def specialized(gated: bool, form: str) -> Tile:
-    depth = 64 if form in ("bfloat16", "float16") else 128
-    return Tile(128, 128 if gated else 256, depth, 8, 4, band=2, specialize=True)
 
 
 @pytest.fixture
@@ -62,7 +59,7 @@ def test_both_products_agree(hopper, place, counts, form, gated, bias):
     experts, counts_L = pack(weights), torch.tensor(counts, device=place)
     bias_LN = torch.randn(len(counts), columns, device=place, generator=draw).to(dtype) if bias else None
     found = []
-    for tile in (PLAIN, *[specialized(gated, form)] * 5):
+    for tile in (PLAIN, *[specialized_tile(FORMATS.get(form, "half"), gated)] * 5):
         schedule = row_tiles(counts_L, len(rows), tile.rows)
         product = GroupedMatmul(
             experts, tile, hopper, gated=gated, bias_LN=bias_LN, promote=form != "fast fp8"
@@ -80,7 +77,7 @@ def test_odd_shapes_of_half_precision_and_rows_that_tma_cannot_read(hopper, plac
     experts = (torch.randn(3, columns, width, device=place) / width**0.5).bfloat16()
     counts_L = torch.tensor([150, 1, 150], device=place)
     for gated in (False, True):
-        tile = specialized(gated, "bfloat16")
+        tile = specialized_tile("half", gated)
         schedule = row_tiles(counts_L, len(rows), tile.rows)
         found, expected = (
             GroupedMatmul(experts, each, hopper, gated=gated)(rows, each_schedule, torch.bfloat16)

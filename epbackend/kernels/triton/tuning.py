@@ -1,8 +1,8 @@
 """Find the best tile of each product on the GPU at hand: `epbackend tune`.
 
-Candidates are compiled first, on all cores; those that spill or do not fit are dropped there. Each result is compared
-with that of the tile in use before it is timed. Times are those of calls captured in a CUDA graph, each with other
-data, the median of many replays.
+Candidates are compiled on all cores, those of later products while earlier ones are timed; those that spill or do not
+fit are dropped there. Each result is compared with that of the tile in use before it is timed. Times are those of calls
+captured in a CUDA graph, the median of many replays; candidates take turns, since a GPU's clock is not steady.
 
 The first product in half precision can read its rows where the tokens lie, or from a copy (`Tile.gather`). So it is
 timed with the sort before it, which copies or does not.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -48,11 +48,14 @@ from epbackend.kernels.triton.tiles import (
 )
 from epbackend.kernels.weight_formats import Experts
 
-REPLAYS = 20
+REPLAYS, TURNS = 8, 3
 
 
 def time_us(calls: Sequence[Callable[[], object]]) -> float:
-    """Microseconds of one of `calls`, which do the same work on different data, so that no cache holds it."""
+    """Microseconds of one of `calls`, which do the same work on different data, so that no cache holds it.
+
+    All replays are queued before the first is waited for, so that none includes the host's time to launch it.
+    """
     for call in calls:  # compiles, and lets the peers' own tuning run, which a capture would forbid
         call()
     torch.cuda.synchronize()
@@ -62,15 +65,13 @@ def time_us(calls: Sequence[Callable[[], object]]) -> float:
             call()
     for _ in range(3):
         graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    spans = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPLAYS)]
+    for start, end in spans:
         start.record()
         graph.replay()
         end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return median(times)
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) * 1e3 / len(calls) for start, end in spans)
 
 
 BYTES = {"half": 2, "fp8": 1, "int8": 1}
@@ -79,7 +80,7 @@ BYTES = {"half": 2, "fp8": 1, "int8": 1}
 LARGEST_ERROR = {"half": 0.01, "int8": 0.03, "fp8": 0.06}
 """Of a right answer, as a share of the reference's norm: the error of rounding rows to so few bits."""
 
-LARGEST_MEAN = 1024
+LARGEST_MEAN = 2048
 """Rows a slot with which the table's last entry, which has no upper end, is timed."""
 
 MOST_SPILLED = 128
@@ -141,13 +142,15 @@ class TuningCase:
 
     def __str__(self) -> str:
         kind = "gated" if self.gated else "plain"
-        return (
-            f"{self.experts.name} {self.weight_format} {kind} {self.rows / self.experts.slots:g} rows a slot"
-        )
+        return f"{self.experts.name} {self.weight_format} {kind} {self.rows_per_slot:g} rows a slot"
+
+    @property
+    def rows_per_slot(self) -> float:
+        return self.up_to or LARGEST_MEAN
 
     @property
     def rows(self) -> int:
-        return int(self.experts.slots * (self.up_to or LARGEST_MEAN))
+        return int(self.experts.slots * self.rows_per_slot)
 
     @property
     def product(self) -> Product:
@@ -213,51 +216,60 @@ FEWEST_SUMS, MOST_SUMS = 32, 128
 """Accumulators of a thread: with fewer the matrix units wait for data, with more the registers spill."""
 
 
-def candidates(weight_format: str, gated: bool, family: Tile, chip: Chip) -> list[Tile]:
-    """The family's own tile first; then those whose blocks fit the shared memory."""
-    found = (
-        memory_bound(weight_format, gated)
-        if family.rows <= 16
-        else compute_bound(weight_format, gated, family.rows, chip)
-    )
-    fitting = [tile for tile in found if _shared_bytes(tile, weight_format, gated) <= chip.shared_bytes]
+def candidates(case: TuningCase, in_use: Tile, chip: Chip) -> list[Tile]:
+    """The tile in use first; then those whose blocks fit the shared memory."""
+    weight_format, gated, rows = case.weight_format, case.gated, case.rows_per_slot
+    found: list[Tile] = []
+    if rows <= MEMORY_BOUND:
+        found += memory_bound(weight_format, gated, (16, 32) if rows > FEW_ROWS else (16,))
+    if rows > FEW_ROWS:
+        found += compute_bound(weight_format, gated, (64,) if rows <= MEMORY_BOUND else (64, 128), chip)
+    fitting = [
+        tile
+        for tile in found
+        if tile.programs * shared_bytes(tile, weight_format, gated, chip) <= chip.shared_bytes
+    ]
     if weight_format == "half" and gated:
-        fitting += [replace(tile, gather=True) for tile in [family, *fitting] if not tile.specialize]
-    return list(dict.fromkeys([family, *fitting]))
+        fitting += [replace(tile, gather=True) for tile in [in_use, *fitting] if not tile.specialize]
+    return list(dict.fromkeys([in_use, *fitting]))
 
 
-def memory_bound(weight_format: str, gated: bool) -> list[Tile]:
+FEW_ROWS, MEMORY_BOUND = 8, 32
+"""Rows a slot: up to the first number, tiles of 16 rows hardly ever leave rows of a slot to a second tile, which would
+load the slot's weights again; up to the second, loading the weights takes longest whatever the tile."""
+
+
+def memory_bound(weight_format: str, gated: bool, rows: tuple[int, ...]) -> list[Tile]:
     """For few rows, where the bytes in flight count, and how evenly the tiles divide among the programs."""
     columns = (128,) if weight_format == "fp8" and gated else (32, 64, 128)
     depths = (128,) if weight_format == "fp8" else (128, 256)
     return [
-        Tile(16, each, depth, warps, stages, band=1, programs=programs, flatten=flatten)
-        for each, depth, warps, stages, programs, flatten in product(
-            columns, depths, (4, 8), (3, 4, 5), (1, 2, 3, 4), (False, True)
+        Tile(each, width, depth, warps, stages, band=1, programs=programs, flatten=flatten)
+        for each, width, depth, warps, stages, programs, flatten in product(
+            rows, columns, depths, (4, 8), (3, 4, 5), (1, 2, 3, 4), (False, True)
         )
-        if warps == 4 or each == 128
+        if warps == 4 or width == 128
     ]
 
 
-def compute_bound(weight_format: str, gated: bool, rows: int, chip: Chip) -> list[Tile]:
+def compute_bound(weight_format: str, gated: bool, rows: tuple[int, ...], chip: Chip) -> list[Tile]:
     """For many rows: large tiles, one or two programs on a multiprocessor, some with a warp that only loads."""
-    sizes = [
-        (each, columns, 64 if weight_format == "half" else 128)
-        for each, columns in product((64, 128) if rows >= 128 else (32, 64), _columns(weight_format, gated))
-    ]
+    depth = 64 if weight_format == "half" else 128
+    sizes = [(each, columns, depth) for each, columns in product(rows, _columns(weight_format, gated))]
     pipelined = [
         Tile(*size, warps, stages, band=band, programs=programs, flatten=flatten)
         for size, warps, stages, band, programs, flatten in product(
             sizes, (4, 8), (3, 4), (8, 16), (1, 2), (False, True)
         )
     ]
-    depth = 128 // BYTES[weight_format]
-    specialized = [
-        Tile(128, 128 if gated else 256, depth, 8, 4, band=band, specialize=True)
-        for band in (4, 8, 16)
-        if chip.specializes and rows >= 64
-    ]
+    specialized = [specialized_tile(weight_format, gated, band) for band in (4, 8, 16) if chip.specializes]
     return [tile for tile in pipelined if _registers_fit(tile, gated)] + specialized
+
+
+def specialized_tile(weight_format: str, gated: bool, band: int = 8) -> Tile:
+    """The tile of `specialized_matmul`: blocks of 128 bytes of a row, four of them under way."""
+    depth = 128 // BYTES[weight_format]
+    return Tile(128, 128 if gated else 256, depth, warps=8, stages=4, band=band, specialize=True)
 
 
 def _columns(weight_format: str, gated: bool) -> tuple[int, ...]:
@@ -272,17 +284,23 @@ def _registers_fit(tile: Tile, gated: bool) -> bool:
     return FEWEST_SUMS <= sums <= MOST_SUMS and sums * tile.warps * tile.programs <= 8 * MOST_SUMS
 
 
-def _shared_bytes(tile: Tile, weight_format: str, gated: bool) -> int:
-    """Of all programs on a multiprocessor: the blocks in flight."""
+WGMMA_ROWS = 64
+"""The least for which Hopper's matrix units read blocks from shared memory."""
+
+
+def shared_bytes(tile: Tile, weight_format: str, gated: bool, chip: Chip) -> int:
+    """The blocks in flight; where they pass through registers, the one that is multiplied is there."""
     columns = tile.columns * (2 if gated else 1)
-    return (tile.rows + columns) * tile.depth * BYTES[weight_format] * tile.stages * tile.programs
+    in_place = chip.capability[0] in (9, 10) and tile.rows >= WGMMA_ROWS
+    blocks = tile.stages if in_place else tile.stages - 1
+    return (tile.rows + columns) * tile.depth * BYTES[weight_format] * blocks
 
 
 Clock = Callable[[Sequence[Callable[[], object]]], float]
 """Microseconds of one of some calls that do the same."""
 
-FEW_ROWS = 16
-"""Tiles with as few rows are timed several times in a row: one call is too short to time."""
+IN_A_ROW = 8
+"""Calls that are timed together where the rows are few: one is too short to time."""
 
 
 @dataclass(frozen=True)
@@ -318,12 +336,25 @@ def tuning_cases(shape: ExpertShape, weight_format: str, chip: Chip) -> list[Tun
     ]
 
 
-def tune(wanted: Iterable[TuningCase], chip: Chip, table: Path | None) -> Iterator[TuningResult]:
+Choose = Callable[[TuningCase, Tile, Chip], list[Tile]]
+"""The tiles to try for a case, the one in use first."""
+
+
+def tune(
+    wanted: Iterable[TuningCase], chip: Chip, table: Path | None, choose: Choose = candidates
+) -> Iterator[TuningResult]:
     """The result of each case in turn; by then its best tile is written to `table`, if one is named."""
     with _compilers() as pool:
+        compiles = Compiles(pool, chip)
+        searches = []
         for case in wanted:
+            in_use = choose_tile(chip, case.product)
+            tiles = choose(case, in_use, chip)
+            searches.append((case, in_use, {tile: compiles.begun(case, tile) for tile in tiles}))
+        for case, in_use, usable in searches:
+            others = [tile for tile, compiled in usable.items() if tile != in_use and compiled.result()]
             with torch.inference_mode():
-                result = search(case, chip, pool)
+                result = time_tiles(case, in_use, others, len(usable), torch.device("cuda"), time_us)
             if table:  # at once: a kernel that hangs or breaks the GPU must not cost what is known by then
                 record(
                     table, tuned_for(chip, case.product, case.up_to), result.best, date.today().isoformat()
@@ -332,13 +363,19 @@ def tune(wanted: Iterable[TuningCase], chip: Chip, table: Path | None) -> Iterat
             yield result
 
 
-def search(case: TuningCase, chip: Chip, pool: ProcessPoolExecutor) -> TuningResult:
-    """Compile all candidates, then time them."""
-    in_use = choose_tile(chip, case.product)
-    tiles = candidates(case.weight_format, case.gated, in_use, chip)
-    compiles = pool.map(partial(compile_candidate, case, chip), tiles)
-    usable = [tile for tile, ok in zip(tiles, compiles, strict=True) if ok and tile != in_use]
-    return time_tiles(case, in_use, usable, len(tiles), torch.device("cuda"), time_us)
+class Compiles:
+    """Compiles candidates in other processes. The number of rows makes no other kernel."""
+
+    def __init__(self, pool: ProcessPoolExecutor, chip: Chip) -> None:
+        self._pool, self._chip = pool, chip
+        self._begun: dict[tuple[Product, Tile], Future[bool]] = {}
+
+    def begun(self, case: TuningCase, tile: Tile) -> Future[bool]:
+        """Of `compile_candidate`."""
+        kernel = replace(case.product, rows=0), tile
+        if kernel not in self._begun:
+            self._begun[kernel] = self._pool.submit(compile_candidate, case, self._chip, tile)
+        return self._begun[kernel]
 
 
 def time_tiles(
@@ -347,29 +384,35 @@ def time_tiles(
     """Time the tile in use, and the others that give the same answer."""
     data = case.draw(device)
     expected = case.run(data, in_use).float()
-    us = {in_use: _time(case, data, in_use, clock)}
+    times: dict[Tile, list[float]] = {in_use: []}
     dropped = []
     for tile in others:
         try:
             error = float((case.run(data, tile).float() - expected).norm() / expected.norm())
             if error <= LARGEST_ERROR[case.weight_format]:
-                us[tile] = _time(case, data, tile, clock)
+                times[tile] = []
             else:
                 dropped.append(f"wrong by {error:.3f}: {tile}")
         except (RuntimeError, triton.TritonError) as failure:
             dropped.append(f"{str(failure).partition(chr(10))[0]}: {tile}")
+    for _, tile in product(range(TURNS), times):
+        times[tile].append(_time(case, data, tile, clock))
+    us = {tile: median(each) for tile, each in times.items()}
     return TuningResult(case, in_use, us, tried, tuple(dropped))
 
 
 def _time(case: TuningCase, data: Data, tile: Tile, clock: Clock) -> float:
-    return clock([partial(case.run, data, tile)] * (8 if tile.rows <= FEW_ROWS else 1))
+    return clock([partial(case.run, data, tile)] * (IN_A_ROW if case.rows_per_slot <= MEMORY_BOUND else 1))
 
 
 @contextmanager
 def _compilers() -> Iterator[ProcessPoolExecutor]:
     """A process for each core, without stderr: compilers write much about candidates that do not work."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_quiet) as pool:
+    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_quiet)
+    try:
         yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _quiet() -> None:
