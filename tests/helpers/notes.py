@@ -1,4 +1,4 @@
-"""What a long test is doing, for a run that may be cut off: a line at a time in the file that EPBACKEND_TEST_NOTES names."""
+"""What a long test is doing, for a run that may be cut off: lines in the file that EPBACKEND_TEST_NOTES names."""
 
 from __future__ import annotations
 
