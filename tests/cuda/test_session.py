@@ -116,7 +116,8 @@ def test_parts_that_time_nothing_run_side_by_side_and_the_others_alone_after_the
 
 def test_what_is_interrupted_leaves_nothing(tmp_path):
     """Ctrl-C reaches the session alone: its parts run in sessions of their own."""
-    part = "Part('slow', 'it hangs', 90, ([sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(600)'],))"
+    hangs = python("import time; print(1, flush=True); time.sleep(600)")
+    part = f"Part('slow', 'it hangs', 90, ({hangs!r},))"
     session = f"Session(pathlib.Path({str(tmp_path)!r}), 120)"
     code = f"import pathlib, sys; from benchmarks.cuda.session import *; {session}.run_all([{part}])"
     process = subprocess.Popen(python(code), cwd=ROOT)

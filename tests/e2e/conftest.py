@@ -12,9 +12,7 @@ from epbackend import disable
 @pytest.hookimpl(trylast=True)  # after the other order, which puts engines first
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A GPU that is there for minutes may not come to the end."""
-    items.sort(
-        key=lambda item: getattr(item, "callspec", None) and item.callspec.params.get("eager") or False
-    )
+    items.sort(key=lambda item: hasattr(item, "callspec") and item.callspec.params.get("eager", False))
 
 
 @pytest.fixture(autouse=True)
