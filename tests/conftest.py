@@ -10,6 +10,9 @@ from importlib.util import find_spec
 
 import pytest
 
+# A check in a helper says what it found, as one in a test does. Before the first of them is imported.
+pytest.register_assert_rewrite("tests.helpers")
+
 from tests.helpers import ascend
 from tests.helpers.ranks import RankPool
 
@@ -34,6 +37,10 @@ def pytest_addoption(parser):
     )
 
 
+WHOLE_FAILURES = "EPBACKEND_WHOLE_FAILURES"
+"""Set in the environment: a failure is told in so many lines at once, instead of in one."""
+
+
 class FailuresAtOnce:
     """Says why a test failed as soon as it has: a run that is cut off prints no summary."""
 
@@ -41,9 +48,19 @@ class FailuresAtOnce:
         self._terminal = terminal
 
     def pytest_runtest_logreport(self, report):
-        if report.failed:
-            reasons = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
-            self._terminal.write_line(f"\n{report.nodeid}: {' '.join(reasons[:3])}")
+        if not report.failed:
+            return
+        lines = report.longreprtext.splitlines()
+        if most := int(os.environ.get(WHOLE_FAILURES, 0)):
+            said = [
+                line
+                for title, text in report.sections
+                for line in (f"-- {title}", *text.splitlines()[-most:])
+            ]
+            reasons = "\n".join(lines[-most:] + said)
+        else:
+            reasons = " ".join([line for line in lines if line.startswith("E ")][:3])
+        self._terminal.write_line(f"\n{report.nodeid}: {reasons}")
 
 
 @pytest.hookimpl(trylast=True)  # after pytest's own, which makes the reporter

@@ -25,8 +25,10 @@ from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import Any
+from zlib import crc32
 
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.cuda.report import Report, machine_facts
 
@@ -81,7 +83,7 @@ CASES = (Case(64, 128, 1), Case(1, 128, 1), Case(256, 128, 1), Case(16, 128, 1),
 
 
 def write_model(folder: Path, shape: str, layers: int) -> None:
-    """All of a checkpoint but its weights, with the tokenizer of a tiny model."""
+    """A checkpoint whose file of weights holds none (`random_weights`), with the tokenizer of a tiny model."""
     for file in TOKENIZER.iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, folder)
@@ -89,17 +91,18 @@ def write_model(folder: Path, shape: str, layers: int) -> None:
     settings.pop("num_local_experts")
     settings |= SHAPES[shape] | {"num_hidden_layers": layers, "max_position_embeddings": 8192}
     (folder / "config.json").write_text(json.dumps(settings))
+    save_file({}, folder / "model.safetensors")
 
 
 def random_weights(model: torch.nn.Module, *_: Any, device: torch.device | None = None, **__: Any) -> None:
-    """Stands for LMDeploy's `load_model_weights`: the same weights in every process."""
+    """Stands for LMDeploy's `load_model_weights`: the same weights in every process, by their names."""
     from lmdeploy.pytorch.weight_loader.model_weight_loader import process_weights_after_loading
 
     model.to(device)
-    draw = torch.Generator(device or "cpu").manual_seed(0)
     with torch.inference_mode():
-        for weight in model.parameters():
+        for name, weight in model.named_parameters():
             if weight.ndim > 1:
+                draw = torch.Generator(weight.device).manual_seed(crc32(name.encode()))
                 weight.normal_(0, 0.02, generator=draw)
             else:
                 weight.fill_(1)
@@ -238,6 +241,8 @@ def main() -> None:
     asked = parser.parse_args()
     deadline = time.monotonic() + asked.seconds
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # A process for each engine, before it starts: it imports all of LMDeploy to see whether the GPU works.
+    os.environ.setdefault("LMDEPLOY_ENABLE_CHECK_ENV", "0")
     on_gpu = asked.device == "cuda"
     machine = machine_facts() if on_gpu else {"gpu": None}
     report = Report(asked.out, machine | {"shape": asked.shape, "layers": asked.layers})

@@ -2,9 +2,11 @@
 
     python -m benchmarks.cuda.session [--parts e2e layer engine] [--seconds 540] [--out FOLDER] [--list]
 
-Parts run one after the other, each in processes of its own that end with its time. What a part finds is written while
-it runs: session.json (how each part ended), one JSON file a benchmark, and log.txt with what all of them printed. The
-summary comes last, in one screen. Needs no network, and writes nothing but to that folder (and Triton's cache).
+Parts that time nothing run first, side by side; then the others, one after the other on a quiet machine. Each runs in
+processes of its own that end with its time. What a part finds is written while it runs: session.json (how each part
+ended), one JSON file a benchmark, PART.log with what it printed, and notes.txt with what its long tests were doing. The
+summary comes last, in one screen. Needs no network, and writes nothing but to that folder (and Triton's cache, and
+Python's bytecode).
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +31,12 @@ from typing import Any
 
 SHORTEST_S = 20.0
 """A part is not begun with less time than that left."""
+LOOK_S = 0.2
+"""How often it is looked whether a command has ended."""
 GRACE_S = 5.0
 """For a part that is told to end, before it is killed."""
+EVERYWHERE = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": ""}
+"""In the environment of every command. Bytecode is kept: each of many processes would compile what they import."""
 LONGEST_LIST = 12
 """Failures that the summary names."""
 _ENDED = "(PASSED|FAILED|ERROR|SKIPPED)"
@@ -61,13 +69,18 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
     program: str | None = None
     """That must be on the PATH; else the part is skipped."""
+    timed: bool = False
+    """Whether it times something, and so wants the machine for itself."""
 
 
 def parts(out: Path, python: str = sys.executable) -> tuple[Part, ...]:
     """In order of importance."""
-    spread = ["-n", str(max(1, min(9, (os.cpu_count() or 1) * 2 // 3)))] if find_spec("xdist") else []
-    # Engines have several processes each, and ranks that share a GPU wait for each other on it.
-    spread_engines = ["-n", "4"] if find_spec("xdist") else []
+    cores = os.cpu_count() or 1
+    spread = ["-n", str(max(1, min(9, cores * 2 // 3)))] if find_spec("xdist") else []
+    # Engines have several processes each, which mostly wait: for each other's, or for the GPU. Tests are handed out one
+    # by one in their order, the most telling first.
+    one_by_one = ["--dist", "loadgroup", "--no-loadscope-reorder"]
+    spread_engines = ["-n", str(max(1, min(8, cores // 2))), *one_by_one] if find_spec("xdist") else []
 
     def pytest(*arguments: str) -> list[str]:
         # NCCL wants a GPU for each rank.
@@ -77,35 +90,28 @@ def parts(out: Path, python: str = sys.executable) -> tuple[Part, ...]:
     def bench(name: str, *arguments: str) -> list[str]:
         return [python, "-m", f"benchmarks.cuda{name}", *arguments]
 
-    moving = "tests/e2e/test_pipeline.py::test_experts_move_on_gpus"
     engines = [f"tests/engines/test_cuda_{name}.py" for name in ("plug", "graphs")]
+    told = {
+        "EPBACKEND_WHOLE_FAILURES": "60",
+        "EPBACKEND_TEST_NOTES": str(out / "notes.txt"),
+        # A process for each engine, before it starts: it imports all of LMDeploy and asks whether the GPU works.
+        "LMDEPLOY_ENABLE_CHECK_ENV": "0",
+    }
     return (
         Part(
             "tests",
             "kernels and layers, against plain torch",
             150,
             (pytest("tests/cuda", "tests/symmetric", "tests/contract", *spread),),
+            told,
         ),
         Part(
             "e2e",
-            "whole engines against LMDeploy alone; two ranks on the GPU",
-            240,
-            (pytest("tests/e2e", *engines, "--deselect", moving, *spread_engines),),
+            "whole engines against LMDeploy alone; two ranks on the GPU; experts that move under captured graphs",
+            300,
+            (pytest("tests/e2e", *engines, *spread_engines),),
+            told,
         ),
-        Part("moving", "experts that move under captured graphs", 120, (pytest(moving, *spread_engines),)),
-        Part(
-            "layer",
-            "one layer, rows copied and gathered, beside LMDeploy's",
-            120,
-            (bench(".layer", "--out", str(out / "layer.json")),),
-        ),
-        Part(
-            "engine",
-            "whole engine, alone and with the plug in turns",
-            200,
-            (bench(".engine", "--seconds", "170", "--out", str(out / "engine.json")),),
-        ),
-        Part("kernels", "products beside their peers", 150, (bench("", "--out", str(out / "kernels.json")),)),
         Part(
             "sanitizer",
             "memory accesses of every kernel",
@@ -117,23 +123,49 @@ def parts(out: Path, python: str = sys.executable) -> tuple[Part, ...]:
                     *pytest("tests/cuda/test_sanitized.py"),
                 ),
             ),
-            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            told | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             program="compute-sanitizer",
         ),
-        Part("tune", "better tiles", 600, (bench(".tune", "--table", str(out / "tiles.json")),)),
+        Part(
+            "layer",
+            "one layer, rows copied and gathered, beside LMDeploy's",
+            120,
+            (bench(".layer", "--out", str(out / "layer.json")),),
+            timed=True,
+        ),
+        Part(
+            "engine",
+            "whole engine, alone and with the plug in turns",
+            200,
+            (bench(".engine", "--seconds", "170", "--out", str(out / "engine.json")),),
+            timed=True,
+        ),
+        Part(
+            "kernels",
+            "products beside their peers",
+            150,
+            (bench("", "--out", str(out / "kernels.json")),),
+            timed=True,
+        ),
+        Part("tune", "better tiles", 600, (bench(".tune", "--table", str(out / "tiles.json")),), timed=True),
     )
 
 
 class Session:
-    """Runs parts in their order within a time, and keeps a record that is whole at any moment."""
+    """Runs parts within a time, and keeps a record that is whole at any moment."""
 
     def __init__(self, out: Path, seconds: float) -> None:
         self.out, self._deadline = out, time.monotonic() + seconds
         out.mkdir(parents=True, exist_ok=True)
-        self.log = out / "log.txt"
-        self.log.write_text("")
         self.machine: dict[str, Any] = {}
         self.parts: list[dict[str, Any]] = []
+        """How each ended, in the order in which they ended."""
+        self._record = threading.Lock()
+        self._left = threading.Event()
+
+    def log(self, part: str) -> Path:
+        """What the part's commands print."""
+        return self.out / f"{part}.log"
 
     def look(self, python: str = sys.executable) -> str | None:
         """Note which GPU this is; why there is none, if so."""
@@ -152,9 +184,23 @@ class Session:
         self._write()
         return reason
 
+    def run_all(self, wanted: Sequence[Part]) -> None:
+        """Those that time nothing side by side, then the others in their order; all end where this is left early."""
+        beside = [part for part in wanted if not part.timed]
+        with ThreadPoolExecutor(max(1, len(beside))) as threads:
+            try:
+                list(threads.map(self.run, beside))
+            except BaseException:
+                self._left.set()
+                raise
+        for part in wanted:
+            if part.timed:
+                self.run(part)
+
     def run(self, part: Part) -> dict[str, Any]:
         """How it ended: passed, failed, out of time, or skipped and why."""
         began = time.monotonic()
+        print(f"{part.name}: {part.what} ...", flush=True)
         row: dict[str, Any] = {"part": part.name, "what": part.what}
         until = min(self._deadline, began + part.seconds)
         if part.program and shutil.which(part.program) is None:
@@ -162,19 +208,21 @@ class Session:
         elif self._deadline - began < SHORTEST_S:
             row |= {"ended": "skipped", "reason": "no time was left: raise --seconds, or name it in --parts"}
         else:
-            first = self.log.stat().st_size
-            codes = [self._command(command, part.environment, until) for command in part.commands]
-            text = self.log.read_bytes()[first:].decode(errors="replace")
+            self.log(part.name).write_text("")
+            codes = [self._command(part, command, until) for command in part.commands]
+            text = self.log(part.name).read_bytes().decode(errors="replace")
             ended = "out of time" if None in codes else "failed" if any(codes) else "passed"
             row |= {"ended": ended, "exit_codes": codes, **outcomes(text)}
         row["seconds"] = round(time.monotonic() - began, 1)
-        self.parts.append(row)
-        self._write()
+        print(f"{part.name}: {row['ended']} after {row['seconds']:.0f} s", flush=True)
+        with self._record:
+            self.parts.append(row)
+            self._write()
         return row
 
-    def _command(self, command: Sequence[str], environment: Mapping[str, str], until: float) -> int | None:
+    def _command(self, part: Part, command: Sequence[str], until: float) -> int | None:
         """Its exit code; None where its time was up."""
-        with self.log.open("a") as log:
+        with self.log(part.name).open("a") as log:
             print(f"\n$ {' '.join(command)}", file=log, flush=True)
             if time.monotonic() >= until:
                 print("(no time was left)", file=log)
@@ -183,13 +231,14 @@ class Session:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                env={**os.environ, **EVERYWHERE, **part.environment},
                 start_new_session=True,
             )
         try:
-            return process.wait(timeout=until - time.monotonic())
-        except subprocess.TimeoutExpired:
-            return None
+            while process.poll() is None:
+                if time.monotonic() >= until or self._left.wait(LOOK_S):
+                    return None
+            return process.returncode
         finally:
             end_group(process)
 
@@ -232,7 +281,7 @@ def summary(session: Session) -> str:
     failures = [name for row in session.parts for name in row.get("failures", [])]
     lines += [f"  failed: {name}" for name in failures[:LONGEST_LIST]]
     if len(failures) > LONGEST_LIST:
-        lines.append(f"  and {len(failures) - LONGEST_LIST} more, in {session.log}")
+        lines.append(f"  and {len(failures) - LONGEST_LIST} more, in {session.out}/*.log")
     for name, show in (("layer", _layers), ("engine", _engines), ("kernels", _kernels)):
         file = session.out / f"{name}.json"
         if file.exists() and (rows := json.loads(file.read_text())["rows"]):
@@ -295,10 +344,7 @@ def main() -> str | None:
     session = Session(asked.out.resolve(), asked.seconds)
     if reason := session.look():
         return f"no session: {reason}"
-    for part in wanted:
-        print(f"{part.name}: {part.what} ...", flush=True)
-        row = session.run(part)
-        print(f"{part.name}: {row['ended']} after {row['seconds']:.0f} s", flush=True)
+    session.run_all(wanted)
     print(summary(session))
     failed = [row["part"] for row in session.parts if row["ended"] == "failed"]
     return f"failed: {', '.join(failed)}" if failed else None

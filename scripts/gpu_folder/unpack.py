@@ -1,5 +1,9 @@
-"""Unpack the wheels beside this file into a directory, once: python3 unpack.py SITE. Needs nothing but Python."""
+"""Unpack the wheels beside this file into a directory and compile them, once: python3 unpack.py SITE.
 
+Needs nothing but Python. Compiled on all cores, because each of an engine's processes would do it again otherwise.
+"""
+
+import compileall
 import json
 import shutil
 import sys
@@ -49,6 +53,8 @@ def main(site: Path) -> str | None:
     if not done.exists() or json.loads(done.read_text()) != names:
         for wheel in wheels:
             unpack(wheel, site)
+        # A few files are for other versions of Python, which is no matter.
+        compileall.compile_dir(site, quiet=2, workers=0)
         done.write_text(json.dumps(names))
     return None
 

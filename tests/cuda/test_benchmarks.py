@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.cuda.engine import ALONE, CASES, PLUG, SHAPES, Case, race, table, write_model
 from benchmarks.cuda.report import Report
+from epbackend.engines.lmdeploy.checkpoint import check_checkpoint, safetensors_types
 
 pytestmark = pytest.mark.cpu
 FEW = (Case(2, 3, 1), Case(1, 1, 5))
@@ -56,12 +60,26 @@ def test_each_turn_brings_other_texts():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_model_without_weights(shape, tmp_path):
+def test_a_model_whose_file_of_weights_holds_none(shape, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     write_model(tmp_path, shape, 3)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert (config.num_hidden_layers, config.num_experts) == (3, SHAPES[shape]["num_experts"])
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert safetensors_types(tmp_path / "model.safetensors") == {}
+    check_checkpoint(str(tmp_path))
+
+
+@pytest.mark.engine
+def test_the_plugs_side_of_the_engine_runs_on_a_cpu(tmp_path):
+    """Whole, as on a GPU: the model's folder, the engine in a process of its own, turns, the table."""
+    pytest.importorskip("lmdeploy", reason="LMDeploy is not installed")
+    command = [sys.executable, "-m", "benchmarks.cuda.engine", "--device", "cpu", "--shape", "tiny"]
+    command += ["--layers", "2", "--turns", "1", "--only", "1 x 128", "--out", str(tmp_path / "engine.json")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "engine.json").read_text())["rows"]
+    assert [(row["turn"], row["by"], row["out"]) for row in rows] == [(0, PLUG, 128), (1, PLUG, 128)]
+    assert f"{rows[1]['ms']:.1f} ms" in done.stdout
 
 
 def test_a_report_is_whole_after_every_row(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,7 +48,8 @@ def test_a_part_passes_fails_or_is_skipped(tmp_path):
         ("lacking", "skipped"),
     ]
     assert kept(session)[1]["exit_codes"] == [3, 0]
-    assert "\nhello\n" in session.log.read_text()
+    assert "\nhello\n" in session.log("good").read_text()
+    assert "\n1\n" in session.log("bad").read_text()
     assert "no-such-program is not on the PATH" in summary(session)
 
 
@@ -60,7 +62,7 @@ def test_a_part_ends_with_its_time_and_takes_along_what_it_started(tmp_path, mon
     row = session.run(Part("slow", "it hangs", 4, (python(parent), python("print('never')"))))
     assert time.monotonic() - began < 300
     assert (row["ended"], row["exit_codes"]) == ("out of time", [None, None])
-    said = session.log.read_text()
+    said = session.log("slow").read_text()
     assert "\nnever\n" not in said
     started = int(said.strip().splitlines()[1])
     deadline = time.monotonic() + 10
@@ -72,7 +74,70 @@ def test_a_part_ends_with_its_time_and_takes_along_what_it_started(tmp_path, mon
 def test_no_part_begins_where_no_time_is_left(tmp_path):
     session = Session(tmp_path, module.SHORTEST_S - 1)
     assert session.run(Part("late", "it would print", 30, (python("print('no')"),)))["ended"] == "skipped"
-    assert session.log.read_text() == ""
+    assert not session.log("late").exists()
+
+
+MEET = """
+import pathlib, sys, time
+mine, theirs = (pathlib.Path(sys.argv[1]) / name for name in sys.argv[2:])
+mine.touch()
+deadline = time.monotonic() + 60
+while not theirs.exists():
+    assert time.monotonic() < deadline, "it is not there"
+    time.sleep(0.05)
+"""
+"""Passes where the other one runs at the same time."""
+
+
+def meeting(folder: Path, mine: str, theirs: str) -> tuple[list[str]]:
+    return ([*python(MEET), str(folder), mine, theirs],)
+
+
+def test_parts_that_time_nothing_run_side_by_side_and_the_others_alone_after_them(tmp_path):
+    session = Session(tmp_path / "new", 120)
+    alone = f"import pathlib; assert sorted(p.name for p in pathlib.Path({str(tmp_path)!r}).glob('?')) == ['a', 'b']"
+    ends = "import pathlib, time; time.sleep(1); pathlib.Path('{}').touch()"
+    session.run_all(
+        [
+            Part(
+                "first", "is timed", 90, (python(alone), python(ends.format(tmp_path / "ended"))), timed=True
+            ),
+            Part("one", "meets the other", 90, meeting(tmp_path, "a", "b")),
+            Part("two", "meets the other", 90, meeting(tmp_path, "b", "a")),
+            Part(
+                "second", "is timed", 90, (python(f"assert open({str(tmp_path / 'ended')!r})"),), timed=True
+            ),
+        ]
+    )
+    ended = {row["part"]: row["ended"] for row in kept(session)}
+    assert ended == dict.fromkeys(("one", "two", "first", "second"), "passed"), session.log("one").read_text()
+    assert list(ended)[2:] == ["first", "second"]
+
+
+def test_what_is_interrupted_leaves_nothing(tmp_path):
+    """Ctrl-C reaches the session alone: its parts run in sessions of their own."""
+    hangs = python("import time; print(1, flush=True); time.sleep(600)")
+    part = f"Part('slow', 'it hangs', 90, ({hangs!r},))"
+    session = f"Session(pathlib.Path({str(tmp_path)!r}), 120)"
+    code = f"import pathlib, sys; from benchmarks.cuda.session import *; {session}.run_all([{part}])"
+    process = subprocess.Popen(python(code), cwd=ROOT)
+    log = tmp_path / "slow.log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n1\n")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    (row,) = json.loads((tmp_path / "session.json").read_text())["parts"]
+    assert row["ended"] == "out of time"
+    assert row["seconds"] < 60, "its command was ended"
+
+
+def test_bytecode_is_kept_whatever_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    session = Session(tmp_path, 60)
+    session.run(Part("asked", "", 30, (python("import sys; exit(sys.dont_write_bytecode)"),)))
+    assert kept(session)[0]["ended"] == "passed"
 
 
 def test_tests_are_counted_however_far_they_came():

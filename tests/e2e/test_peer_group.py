@@ -81,7 +81,14 @@ def test_a_layer(peers, dispatcher, level, token_size, static):
 @pytest.mark.parametrize("static", [False, True], ids=["exact", "static"])
 @pytest.mark.parametrize(
     ("dispatcher", "level", "token_size"),
-    [("replicated", 1, 2), ("allgather", 1, 1), ("alltoall", 2, 1), ("symmetric", 2, 1), ("symmetric", 2, 2)],
+    [
+        ("replicated", 1, 2),
+        ("allgather", 1, 1),
+        ("alltoall", 2, 1),
+        ("alltoall", 2, 2),
+        ("symmetric", 2, 1),
+        ("symmetric", 2, 2),
+    ],
 )
 def test_a_layer_of_qwen3_30b(peers, dispatcher, level, token_size, static):
     device = CudaDevice()

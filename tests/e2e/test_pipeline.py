@@ -3,12 +3,20 @@
 On a machine with GPUs: `make e2e-cuda`. One GPU is enough: ranks are then joined by `peer_group`, with two GPUs by
 NCCL. What is compared are the log-probabilities that the engine tells of the tokens it chose: on a GPU with those of
 LMDeploy without the plug in the same dtype, on a CPU, where LMDeploy does not run by itself, with Hugging Face's.
+
+A start of an engine takes most of the time. So the most telling cases come first, and LMDeploy without the plug starts
+once for a model and dtype, whatever workers there are.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import time
-from functools import cache
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +35,7 @@ from epbackend.balance import balancer
 from epbackend.device.cuda import CudaDevice
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from tests.helpers.answers import Answer, Rounding, ask, compare, hugging_face
+from tests.helpers.notes import note
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.rotating_planner import RotatingPlanner
 from tests.helpers.shared_gpu import on_shared_devices
@@ -39,11 +48,13 @@ ENGINE = {
     "log_level": "ERROR",
     "extra": {"logprobs_mode": "raw_logprobs"},
 }
-DTYPES = {"tiny_qwen3_moe": "bfloat16", "tiny_deepseek_v3": "float16"}
-"""On a GPU. LMDeploy's own attention leaves DeepSeek-V3 in bfloat16 off by 0.19 on the longest text, against float32
-(H200, without the plug), and ranks that share its heads are off in another way: nothing could be told from that."""
-EXACT, ROUNDING = Rounding(1e-4), Rounding(0.15)
-"""Of a log-probability: in float32, and in these. 0.04 was seen on a CPU, in bfloat16 against float32."""
+EXACT, HALF, BFLOAT16 = Rounding(1e-4), Rounding(0.1, 0.006), Rounding(0.5, 0.03)
+"""In float32, float16 and bfloat16; measured with transformers on a CPU, of the tiny models, against float32.
+
+In float16, rounding that is drawn anew (8 times) moves log-probabilities by 0.0022 on average at most, and one by up to
+0.028 where it chooses another expert. Two experts of one layer swapped move them by 0.0185, one lost by 0.0099. In
+bfloat16 rounding alone moves one by up to 0.23, and all by 0.0166 on average, which hides such mistakes: one case."""
+Answers = Callable[[], list[Answer]]
 
 
 @pytest.fixture
@@ -58,28 +69,45 @@ def gpu(monkeypatch):
         on_shared_devices(monkeypatch)
 
 
-@cache
-def lmdeploy_alone(model: str, eager: bool) -> list[Answer]:
-    """On the same GPU, in the same dtype."""
-    config = EPConfig.load(
-        {"device": "cuda", "engine": ENGINE | {"dtype": DTYPES[model], "eager_mode": eager}}
-    )
-    with lmdeploy.pipeline(
-        str(MODELS / model), backend_config=engine_config(config), log_level="ERROR"
-    ) as pipe:
-        return ask(pipe)
+@pytest.fixture
+def lmdeploy_alone(gpu, tmp_path_factory) -> Callable[[str, str], list[Answer]]:
+    """What LMDeploy answers with a model on the same GPU, in the same dtype; without graphs, which start later."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # of all workers
+
+    def ask_once(model: str, dtype: str) -> list[Answer]:
+        file = shared / f"{model}-{dtype}.json"
+        with file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                config = {"device": "cuda", "engine": ENGINE | {"dtype": dtype, "eager_mode": True}}
+                settings = engine_config(EPConfig.load(config))
+                began = time.monotonic()
+                with lmdeploy.pipeline(
+                    str(MODELS / model), backend_config=settings, log_level="ERROR"
+                ) as pipe:
+                    note(f"LMDeploy alone started in {time.monotonic() - began:.0f} s")
+                    file.write_text(json.dumps([asdict(answer) for answer in ask(pipe)]))
+        return [Answer(**answer) for answer in json.loads(file.read_text())]
+
+    return ask_once
 
 
-def check(model: str, expected: list[Answer], rounding: Rounding, config: dict[str, Any]) -> dict[str, str]:
+def check(model: str, expected: Answers, rounding: Rounding, config: dict[str, Any]) -> dict[str, str]:
     """Fail unless the answers are those expected (`answers.compare`). Returns each phase's dispatcher."""
+    began = time.monotonic()
     with epbackend.pipeline(str(MODELS / model), EPConfig.load(config)) as pipe:
+        note(f"started in {time.monotonic() - began:.0f} s")
         found = ask(pipe)
         load = pipe.load()
-    compare(found, expected, rounding)
+    note(f"answered and ended after {time.monotonic() - began:.0f} s")
+    compare(found, expected(), rounding)
     assert load.tokens_RYE.any(axis=(1, 2)).all(), "every rank computed tokens"
     return {phase: choice["name"] for phase, choice in load.dispatchers.items()}
 
 
+MIGRATIONS = 5
+"""Each is of one layer, and the models have at most four."""
 BALANCE = {"on": True, "redundant_experts": 4, "window_steps": 8, "interval_s": 0.2}
 
 
@@ -89,14 +117,19 @@ def rotating(monkeypatch):
     monkeypatch.setattr(balancer, "Planner", RotatingPlanner)
 
 
-def check_moving(model: str, expected: list[Answer], rounding: Rounding, config: dict[str, Any]) -> None:
-    """The same again and again while experts move."""
-    deadline = time.monotonic() + PATIENCE_S
+def check_moving(model: str, expected: Answers, rounding: Rounding, config: dict[str, Any]) -> None:
+    """The same again and again while experts move, those of a layer more than once."""
+    began, found = time.monotonic(), []
     with epbackend.pipeline(str(MODELS / model), EPConfig.load(config | {"balance": BALANCE})) as pipe:
-        while pipe.balance().migrations < 8:
-            assert time.monotonic() < deadline, pipe.balance()
-            compare(ask(pipe), expected, rounding)
-        assert pipe.balance().failed == 0, pipe.balance()
+        note(f"started in {time.monotonic() - began:.0f} s")
+        while (done := pipe.balance()).migrations < MIGRATIONS:
+            assert time.monotonic() - began < PATIENCE_S, done
+            found.append(ask(pipe))
+            note(f"answered after {time.monotonic() - began:.0f} s; before that {done}")
+        done = pipe.balance()
+    for answers in found:
+        compare(answers, expected(), rounding)
+    assert done.failed == 0, done
 
 
 @pytest.mark.cpu
@@ -106,7 +139,8 @@ def test_two_ranks_of_a_cpu_joined_as_on_one_gpu(monkeypatch):
     on_shared_devices(monkeypatch)
     levels = {"prefill": 2, "decode": 1}
     settings = {"device": "cpu", "ep_size": 2, "ep_level": levels, "engine": ENGINE | {"dtype": "float32"}}
-    chosen = check("tiny_qwen3_moe", hugging_face(str(MODELS / "tiny_qwen3_moe")), EXACT, settings)
+    model = "tiny_qwen3_moe"
+    chosen = check(model, partial(hugging_face, str(MODELS / model)), EXACT, settings)
     assert chosen == {"prefill": "alltoall", "decode": "replicated"}
 
 
@@ -116,7 +150,8 @@ def test_two_ranks_of_a_cpu_joined_as_on_one_gpu(monkeypatch):
 def test_experts_move_between_ranks_joined_as_on_one_gpu(rotating, monkeypatch):
     on_shared_devices(monkeypatch)
     settings = {"device": "cpu", "ep_size": 2, "ep_level": 2, "engine": ENGINE | {"dtype": "float32"}}
-    check_moving("tiny_qwen3_moe", hugging_face(str(MODELS / "tiny_qwen3_moe")), EXACT, settings)
+    model = "tiny_qwen3_moe"
+    check_moving(model, partial(hugging_face, str(MODELS / model)), EXACT, settings)
 
 
 @pytest.mark.cuda
@@ -125,17 +160,17 @@ def test_experts_move_between_ranks_joined_as_on_one_gpu(rotating, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "level", "dispatcher", "split"),
     [
-        ("tiny_qwen3_moe", 1, "replicated", "even"),
         ("tiny_qwen3_moe", 2, "symmetric", "level"),
         ("tiny_deepseek_v3", 2, "alltoall", "nearest"),
+        ("tiny_qwen3_moe", 1, "replicated", "even"),
     ],
 )
-def test_experts_move_on_gpus(gpu, rotating, model, level, dispatcher, split, eager):
+def test_experts_move_on_gpus(lmdeploy_alone, rotating, model, level, dispatcher, split, eager):
     """While captured graphs are replayed."""
-    engine = ENGINE | {"dtype": DTYPES[model], "eager_mode": eager}
+    engine = ENGINE | {"dtype": "float16", "eager_mode": eager}
     settings = {"device": "cuda", "ep_size": 2, "ep_level": level, "dispatcher": dispatcher}
     settings |= {"placement": {"split": split}, "engine": engine}
-    check_moving(model, lmdeploy_alone(model, eager), ROUNDING, settings)
+    check_moving(model, partial(lmdeploy_alone, model, "float16"), HALF, settings)
 
 
 @pytest.mark.cuda
@@ -144,12 +179,20 @@ def test_experts_move_on_gpus(gpu, rotating, model, level, dispatcher, split, ea
 @pytest.mark.parametrize("model", ["tiny_qwen3_moe", "tiny_deepseek_v3"])
 @pytest.mark.parametrize(
     ("ep", "level", "dispatcher"),
-    [(1, 1, "replicated"), (2, 1, "replicated"), (2, 2, "symmetric"), (2, 2, "alltoall")],
+    [(2, 2, "alltoall"), (2, 2, "symmetric"), (2, 1, "replicated"), (1, 1, "replicated")],
 )
-def test_on_gpus(gpu, ep, level, dispatcher, model, eager):
-    engine = ENGINE | {"dtype": DTYPES[model], "eager_mode": eager}
+def test_on_gpus(lmdeploy_alone, ep, level, dispatcher, model, eager):
+    engine = ENGINE | {"dtype": "float16", "eager_mode": eager}
     settings = {"device": "cuda", "ep_size": ep, "ep_level": level, "engine": engine}
     if ep > 1:
         settings["dispatcher"] = dispatcher
-    chosen = check(model, lmdeploy_alone(model, eager), ROUNDING, settings)
+    chosen = check(model, partial(lmdeploy_alone, model, "float16"), HALF, settings)
     assert set(chosen.values()) == {dispatcher}
+
+
+@pytest.mark.cuda
+@pytest.mark.engine
+def test_bfloat16_on_a_gpu(lmdeploy_alone):
+    model = "tiny_qwen3_moe"
+    settings = {"device": "cuda", "engine": ENGINE | {"dtype": "bfloat16"}}
+    check(model, partial(lmdeploy_alone, model, "bfloat16"), BFLOAT16, settings)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
 from epbackend.dispatch.symmetric import OVERLAP
 from epbackend.engines.lmdeploy.workers import mp
 from tests.helpers import peer_group
+
+if TYPE_CHECKING:  # ranks import this file, and do without it
+    import pytest
 
 
 def on_shared_devices(monkeypatch: pytest.MonkeyPatch) -> None:
