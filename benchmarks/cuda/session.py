@@ -45,7 +45,8 @@ OUTCOME = re.compile(
 )
 """A line of pytest -v about one test, by itself or with xdist."""
 FACTS = """
-import json, torch
+import json, os, torch
+from importlib.util import find_spec
 from epbackend.device.cuda import CudaDevice
 device = CudaDevice()
 reason = device.unavailable() or ("TRITON_INTERPRET is set: unset it" if device.emulated else None)
@@ -53,6 +54,9 @@ facts = {"torch": torch.__version__, "reason": reason}
 if not reason:
     from benchmarks.cuda.report import machine_facts
     facts |= machine_facts()
+    found = {name: find_spec(name) for name in ("torch", "transformers", "lmdeploy")}
+    if slow := [name for name, spec in found.items() if spec and not os.path.exists(spec.cached)]:
+        facts["slow"] = f"no bytecode of {', '.join(slow)}"
 print("FACTS" + json.dumps(facts))
 """
 
