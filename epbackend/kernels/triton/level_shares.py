@@ -140,7 +140,7 @@ def by_node_shares(
     loads, shares = _sweep_nodes(
         loads,
         weights,
-        tl.full((RS,), NO_LIMIT, tl.int32),
+        None,
         tl.zeros_like(level),
         tokens_X,
         home,
@@ -207,7 +207,7 @@ def _sweep_nodes(
     CS: tl.constexpr,
     RS: tl.constexpr,
 ):
-    """`_sweep` with `_fill_nodes`."""
+    """`_sweep` with `_fill_nodes`; `most` is None where ranks have no limit."""
     nth, each_rank = tl.arange(0, XS), tl.arange(0, RS)
     for x in range(0, X):
         rank = _ranks(ranks_XC, x, C, CS)
@@ -218,7 +218,7 @@ def _sweep_nodes(
             _row(home, x, XS),
             tl.gather(loads, at, 0),
             None if weights is None else tl.gather(weights, at, 0),
-            tl.gather(most, at, 0),
+            None if most is None else tl.gather(most, at, 0),
             _same_node(sources_XC, x, node, C, CS),
             rank >= 0,
             CS,
@@ -265,7 +265,11 @@ def _same_node(sources_XC, x, node, C, CS: tl.constexpr):
 
 @triton.jit
 def _fill_nodes(tokens, home, load, weight, most, same, here, CS: tl.constexpr):
-    """What each rank gets of an expert's tokens: those at `home` there, up to `most`, and the rest by water-filling."""
+    """What each rank gets of an expert's tokens: those at `home` there, up to `most`, and the rest by water-filling.
+
+    Without a limit `most` is None and never a block of one large number: gathered, that is a shuffled constant, which
+    ptxas 12.8 gets wrong (`compile_info.shuffled_constants`).
+    """
     under = here
     before = tl.zeros((), tl.int32) - 1
     count = tl.sum(under.to(tl.int32))
@@ -280,7 +284,8 @@ def _fill_nodes(tokens, home, load, weight, most, same, here, CS: tl.constexpr):
     earlier = tl.arange(0, CS)[None, :] < tl.arange(0, CS)[:, None]
     nth = tl.sum((same & earlier & under[None, :]).to(tl.int32), 1)
     filled += (under & (nth < left)).to(tl.int32)
-    kept = tl.where(here, tl.minimum(filled, tl.maximum(most - load, 0)), 0)
+    kept = filled if most is None else tl.minimum(filled, tl.maximum(most - load, 0))
+    kept = tl.where(here, kept, 0)
     return kept + _fill(tokens - tl.sum(kept), load + kept, weight, here)
 
 
