@@ -12,6 +12,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+import triton.language as tl
 from triton import knobs
 
 from epbackend.kernels import ExpertWeights
@@ -20,7 +21,7 @@ from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas
 from epbackend.kernels.triton import quantize as quantize_module
-from epbackend.kernels.triton.compile_info import compiling_for, resources
+from epbackend.kernels.triton.compile_info import compiling_for, resources, shuffled_constants
 from epbackend.kernels.triton.grouped_matmul import GroupedMatmul, grouped_matmul
 from epbackend.kernels.triton.kernels import TritonKernels
 from epbackend.kernels.triton.permute import TokenRows
@@ -46,6 +47,7 @@ from epbackend.kernels.triton.tuning import (
     specialized_tile,
 )
 from epbackend.placement.placement import Layout
+from tests.helpers.compiled import compiling
 
 pytestmark = [
     pytest.mark.cpu,
@@ -109,7 +111,7 @@ def test_tiles_fit_their_chip(family, form, rows_per_slot):
     rows = int(L * rows_per_slot)
     weights = ExpertWeights(experts(form, 2 * F, D), experts(form, D, F))
     hidden = meta(rows, D, dtype=torch.float32 if form == "float32" else torch.bfloat16)
-    with compiling_for(chip) as compiled:
+    with compiling(chip) as compiled:
         TritonKernels(chip).expert_mlp(hidden, meta(L, dtype=torch.int64), weights)
     products = [kernel for kernel in compiled if "matmul" in kernel.metadata.name]
     for kernel, packed, gated in zip(products, (weights.gate_up, weights.down), (True, False), strict=True):
@@ -133,7 +135,7 @@ def test_tiles_with_a_warp_that_loads_fit(form, gated):
     product = GroupedMatmul(experts(form, 2 * F, D), tile := specialized_tile(form, gated), H100, gated=gated)
     in_bytes = Int8Tokens(meta(512, D, dtype=torch.int8), meta(512, dtype=torch.float32))
     rows = meta(512, D) if form == "half" else in_bytes
-    with compiling_for(H100) as compiled:
+    with compiling(H100) as compiled:
         product(rows, row_tiles(meta(L, dtype=torch.int64), 512, tile.rows), torch.bfloat16)
     found = resources(compiled[-1])
     assert found.spilled == 0
@@ -148,7 +150,7 @@ def test_tiles_with_a_warp_that_loads_fit(form, gated):
 def test_tiles_of_float8_fit_without_promotion(rows_per_slot):
     rows = L * rows_per_slot
     weights = ExpertWeights(experts("fp8", 2 * F, D), experts("fp8", D, F))
-    with compiling_for(H100) as compiled:
+    with compiling(H100) as compiled:
         TritonKernels(H100, fast_fp8=True).expert_mlp(meta(rows, D), meta(L, dtype=torch.int64), weights)
     for kernel in (each for each in compiled if "matmul" in each.metadata.name):
         found = resources(kernel)
@@ -163,7 +165,7 @@ def test_every_gated_tile_fits_with_rows_left_in_place(entry):
     """Rows come by cp.async then, and weights by TMA all the same."""
     tile = replace(choose_tile(H100, product := gated_product(entry["up_to"])), gather=True)
     rows = TokenRows(meta(product.rows // 8, D), meta(product.rows, dtype=torch.int64), 8)
-    with compiling_for(H100) as compiled:
+    with compiling(H100) as compiled:
         schedule = row_tiles(meta(L, dtype=torch.int64), product.rows, tile.rows)
         grouped_matmul(rows, meta(L, 2 * F, D), schedule, tile, H100, gated=True, dtype=torch.bfloat16)
     found = resources(compiled[-1])
@@ -194,7 +196,7 @@ def test_tuned_tiles_fit_their_chip(entry):
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_permutation_and_swiglu_compile_without_spills(chip, tokens):
     kernels = TritonKernels(chip)
-    with compiling_for(chip) as compiled:
+    with compiling(chip) as compiled:
         ids_TK = meta(tokens, 8, dtype=torch.int64)
         permuted = kernels.permute(meta(tokens, D), ids_TK, L, (0, 999))
         weights_TK, out_TD = meta(tokens, 8, dtype=torch.float32), meta(tokens, D, dtype=torch.float32)
@@ -211,7 +213,7 @@ def test_the_level_split_is_one_launch_after_the_gathering(chip, tokens, launche
     replicas = LevelReplicas(
         layout.slots_EC, layout, layout, 3, 8, lambda _: meta(32, 256, dtype=torch.int64)
     )
-    with compiling_for(chip) as compiled:
+    with compiling(chip) as compiled:
         split = TritonKernels(chip).level_split(replicas, nowhere, ExpertIdCheck(256, nowhere))
         split(meta(tokens, 8, dtype=torch.int64))
     assert len(compiled) == launches
@@ -239,7 +241,7 @@ def test_the_level_split_compiles_for_layouts_of_all_kinds(experts, ranks, slots
     replicas = LevelReplicas(
         layout.slots_EC, layout, layout, 0, ranks // 2, lambda _: counts_GE, rank_speed, movable, by_node
     )
-    with compiling_for(H100) as compiled:
+    with compiling(H100) as compiled:
         TritonKernels(H100).level_split(replicas, nowhere, None)(meta(64, 8, dtype=torch.int64))
     assert resources(compiled[-1]).spilled <= SMALL_STACK
 
@@ -248,7 +250,7 @@ def test_the_level_split_compiles_for_layouts_of_all_kinds(experts, ranks, slots
 def test_the_even_split_takes_one_launch_or_three(tokens, launches):
     layout, nowhere = Layout.even(256, 32, 288), torch.device("meta")
     replicas = EvenReplicas(layout.slots_EC, layout.slots_EC >= 0)
-    with compiling_for(H100) as compiled:
+    with compiling(H100) as compiled:
         TritonKernels(H100).even_split(replicas, nowhere, ExpertIdCheck(256, nowhere))(
             meta(tokens, 8, dtype=torch.int64)
         )
@@ -263,10 +265,25 @@ def test_rows_in_8_bits_move_16_bytes_at_a_time(monkeypatch, chip, form, group):
         pytest.skip(f"{chip.name} has no float8")
     monkeypatch.setattr(quantize_module, "chip_of", lambda device: chip)
     values_SD, scale_SG = meta(8192, 7168, dtype=form), meta(8192, 7168 // group, dtype=torch.float32)
-    with compiling_for(chip) as compiled:
+    with compiling(chip) as compiled:
         quantize(meta(128, 7168), values_SD[:128], scale_SG[:128])
         dequantize(values_SD, scale_SG, meta(8192, 7168))
         dequantize(values_SD, scale_SG, meta(8192, 7168), meta(32, dtype=torch.int64))
     assert all(resources(kernel).spilled == 0 for kernel in compiled)
     assert "ld.global.v4.b32" in compiled[0].asm["ptx"]
     assert all("st.global.v4.b32" in kernel.asm["ptx"] for kernel in compiled[1:])
+
+
+@triton.jit
+def _below_a_limit(lane_of, values, room, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    limit = tl.gather(tl.full((BLOCK,), 7, tl.int32), tl.load(lane_of + lane), 0)
+    tl.store(room + lane, tl.maximum(limit - tl.load(values + lane), 0))
+
+
+def test_a_number_that_lanes_pass_on_is_found():
+    """What `compiling` looks for in every kernel: from this one ptxas 12.8.93 makes max(x - 7, 0) for an H100."""
+    lanes = [meta(32, dtype=torch.int32) for _ in range(3)]
+    with compiling_for(H100) as compiled:
+        _below_a_limit[(1,)](*lanes, BLOCK=32, num_warps=1)
+    assert len(shuffled_constants(compiled[0])) == 1

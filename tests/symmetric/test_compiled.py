@@ -14,7 +14,7 @@ from triton import knobs
 
 from epbackend.kernels.triton import padded
 from epbackend.kernels.triton import symmetric as symmetric_kernels
-from epbackend.kernels.triton.compile_info import compiling_for, resources
+from epbackend.kernels.triton.compile_info import resources
 from epbackend.kernels.triton.symmetric import (
     SymmetricTensor,
     barrier,
@@ -26,6 +26,7 @@ from epbackend.kernels.triton.symmetric import (
     rows_of_choices,
 )
 from epbackend.kernels.triton.tiles import A100, B200, H100, L40S
+from tests.helpers.compiled import compiling
 
 pytestmark = [
     pytest.mark.cpu,
@@ -43,7 +44,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def test_padded_rows_compile(monkeypatch, chip):
     monkeypatch.setattr(padded, "chip_of", lambda device: chip)
     padded_LCD, counts_L, rows_SD = meta(32, 1024, 7168), meta(32, dtype=torch.int32), meta(8192, 7168)
-    with compiling_for(chip) as compiled:
+    with compiling(chip) as compiled:
         padded.compact(padded_LCD, counts_L, rows_SD)
         padded.spread(rows_SD, counts_L, padded_LCD)
     for kernel in compiled:
@@ -70,7 +71,7 @@ def test_the_phases_compile_without_spills(monkeypatch, chip, shape):
         symmetric_tensor(capacity),
     )
     ids_TK = meta(tokens, top_k, dtype=torch.int64)
-    with compiling_for(chip) as compiled:
+    with compiling(chip) as compiled:
         before_BP = exchange_counts(ids_TK, tokens, table, rank)
         offsets = recv_offsets(table.local, rank, slots, (0, capacity))
         row_S = rows_of_choices(ids_TK, before_BP, offsets.bases_P)

@@ -65,7 +65,7 @@ def _move(
     for block in range(tl.program_id(0), tl.max(ends) * column_blocks, tl.num_programs(0)):
         row = block // column_blocks
         column = block % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-        slot = tl.sum((ends <= row).to(tl.int64))
+        slot = tl.sum((ends <= row).to(tl.int32)).to(tl.int64)
         nth = row - tl.max(tl.where(ends <= row, ends, 0))
         sorted_place = rows_SD + row * row_stride + column
         padded_place = padded_LCD + (slot * capacity + nth) * D + column
