@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import WHOLE_FAILURES
-
 pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parents[1]
 FAILS = """
@@ -55,7 +53,7 @@ def test_the_reason_in_a_line(said):
 
 
 def test_the_whole_where_that_is_asked_for(said):
-    at_once = said(**{WHOLE_FAILURES: "60"})
+    at_once = said(EPBACKEND_WHOLE_FAILURES="60")
     assert "values = [1, 2]" in at_once
     assert "E           assert 2 == 1" in at_once
     assert "-- Captured stdout call" in at_once
@@ -63,14 +61,14 @@ def test_the_whole_where_that_is_asked_for(said):
 
 
 def test_its_last_lines_alone(said):
-    at_once = said(**{WHOLE_FAILURES: "3"})
+    at_once = said(EPBACKEND_WHOLE_FAILURES="3")
     assert "E           assert 2 == 1" in at_once
     assert "values = [1, 2]" not in at_once
 
 
 def test_notes_are_read_while_a_test_runs(said, tmp_path):
     notes = tmp_path / "notes.txt"
-    at_once = said(**{WHOLE_FAILURES: "60", "EPBACKEND_TEST_NOTES": str(notes)})
+    at_once = said(EPBACKEND_WHOLE_FAILURES="60", EPBACKEND_TEST_NOTES=str(notes))
     assert notes.read_text().endswith(" test_it.py::test_it (call): asked\n")
     assert ": asked" not in at_once
 

@@ -11,6 +11,8 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+pytest.importorskip("numba", reason="numba is not installed, with which the CPU's own product is compiled")
+
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.errors import ConfigError
 from epbackend.kernels import fp8, int8
