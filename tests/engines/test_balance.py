@@ -65,7 +65,7 @@ def test_experts_move_while_answers_stay_the_same_and_a_killed_planner_is_replac
         expected = reference("qwen3-moe")
         generate_until(pipe, expected, lambda report: report.migrations >= 3)
         os.kill(pipe._balancer.planner_pid, signal.SIGKILL)
-        generate_until(pipe, expected, lambda report: report.planner_restarts == 1)
+        generate_until(pipe, expected, lambda report: report.planner_restarts >= 1)
         assert "planner was started anew" in pipe.balance().last_error
         done = pipe.balance().migrations
         generate_until(pipe, expected, lambda report: report.migrations > done)

@@ -22,10 +22,11 @@ SERVE = """
 import sys
 from epbackend import EPConfig
 from epbackend.engines.lmdeploy import serve
+from tests.helpers.patience import PATIENCE_S
 
 if __name__ == "__main__":
     model, config, port = sys.argv[1:]
-    serve(model, EPConfig.from_json(config), port=int(port), model_name="tiny")
+    serve(model, EPConfig.from_json(config), port=int(port), model_name="tiny", drain_seconds=PATIENCE_S)
 """
 
 

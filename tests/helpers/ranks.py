@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from epbackend.dispatch.base import RankGroup
 from tests.helpers.patience import PATIENCE_S
@@ -126,7 +127,8 @@ def _work(
         world_size=max(SIZES),
         timeout=timedelta(seconds=PATIENCE_S / 2),
     )
-    groups = {size: _groups(rank, size) for size in SIZES}
+    groups = {1: {1: RankGroup.single()}} | {size: _groups(rank, size) for size in SIZES if size > 1}
+    kept = set(distributed_c10d._world.pg_map)
     while True:
         try:
             sys.path[:], task = connection.recv()
@@ -137,16 +139,23 @@ def _work(
             connection.send((None, function(groups[size], *args)))
         except Exception:
             connection.send((traceback.format_exc(), None))
+        _end_groups(kept)
+
+
+def _end_groups(kept: set[dist.ProcessGroup]) -> None:
+    """Those of gloo that a test has made: while one lives, gloo looks a hundred times a second for what has come."""
+    for group, (backend, _) in [*distributed_c10d._world.pg_map.items()]:
+        if backend == "gloo" and group not in kept:
+            dist.destroy_process_group(group)
 
 
 def _groups(rank: int, size: int) -> dict[int, RankGroup]:
     """This rank's place among the first `size` ranks, for each number of ranks that hold the same tokens."""
     group = dist.new_group(range(size))
-    places = {}
-    for token_size in [n for n in SIZES if n <= size]:
+    places = {1: RankGroup.of(group)}
+    for token_size in [n for n in SIZES if 1 < n <= size]:
         for first in range(0, size, token_size):
             token_group = dist.new_group(range(first, first + token_size))
             if first <= rank < first + token_size:
-                shared = token_group if token_size > 1 else None
-                places[token_size] = RankGroup.of(group, shared) if size > 1 else RankGroup.single()
+                places[token_size] = RankGroup.of(group, token_group)
     return places
