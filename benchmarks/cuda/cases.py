@@ -68,7 +68,8 @@ def gathering() -> Iterator[None]:
     """
 
     def gathered(chip: Chip, product: Product) -> Tile:
-        return replace(choose_tile(chip, product), gather=product.gated)
+        tile = choose_tile(chip, product)
+        return replace(tile, gather=product.gated and not tile.specialize)
 
     with mock.patch.object(expert_mlp, "choose_tile", gathered):
         yield

@@ -71,7 +71,18 @@ def test_recording_a_tile_changes_one_line(own):
     assert [file.name for file in copy.parent.iterdir()] == ["copy.json"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"tuned": [{"tile": {"rows": 16, "hue": 3}}]}'])
+NOT_ENOUGH = {"rows": 64, "columns": 64, "depth": 64, "warps": 4, "stages": 4, "specialize": True}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"tuned": [{"tile": {"rows": 16, "hue": 3}}]}',
+        json.dumps({"tuned": [{"tile": NOT_ENOUGH}]}),
+    ],
+)
 def test_a_malformed_table_raises(own, text):
     own.parent.mkdir()
     own.write_text(text)

@@ -83,6 +83,10 @@ def chip_of(device: torch.device) -> Chip:
     return Chip(found.name, (found.major, found.minor), found.multi_processor_count, limits["max_shared_mem"])
 
 
+SPECIALIZED_ROWS = 128
+"""Of a tile of `specialized_matmul`: 64 for each of its warpgroups."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """The piece of a grouped matmul that one program multiplies at a time, and compiler options for it."""
@@ -101,12 +105,18 @@ class Tile:
     tma: bool = True
     """Load by the bulk copy engine where chip and alignment allow."""
     specialize: bool = False
-    """Let one warp load and two warpgroups multiply (`specialized_matmul`): tiles of 128 rows, and of 128 gated or 256
-    plain columns, whatever `warps` says."""
+    """Let one warp load and two warpgroups multiply (`specialized_matmul`), whatever `warps` says."""
     flatten: bool = False
     """Make one loop of tiles and depth, so that the next tile loads while this one ends."""
     gather: bool = False
     """Of a gated product in half precision: read its rows where the tokens lie, by pointers, so that none is copied."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where `specialized_matmul` has no such tile."""
+        if self.specialize and (self.rows != SPECIALIZED_ROWS or self.gather):
+            raise ValueError(
+                f"a tile that specializes has {SPECIALIZED_ROWS} rows and does not gather: {self}"
+            )
 
     def constants(self) -> dict[str, Any]:
         """The arguments that every grouped matmul takes, beside the compiler's `num_warps` and `num_stages`."""

@@ -36,6 +36,7 @@ from epbackend.kernels.triton.grouped_matmul import grouped_matmul
 from epbackend.kernels.triton.permute import permute
 from epbackend.kernels.triton.quantize import quantize_fp8, quantize_int8
 from epbackend.kernels.triton.tiles import (
+    SPECIALIZED_ROWS,
     Chip,
     Product,
     Tile,
@@ -269,7 +270,7 @@ def compute_bound(weight_format: str, gated: bool, rows: tuple[int, ...], chip: 
 def specialized_tile(weight_format: str, gated: bool, band: int = 8) -> Tile:
     """The tile of `specialized_matmul`: blocks of 128 bytes of a row, four of them under way."""
     depth = 128 // BYTES[weight_format]
-    return Tile(128, 128 if gated else 256, depth, warps=8, stages=4, band=band, specialize=True)
+    return Tile(SPECIALIZED_ROWS, 128 if gated else 256, depth, warps=8, stages=4, band=band, specialize=True)
 
 
 def _columns(weight_format: str, gated: bool) -> tuple[int, ...]:
