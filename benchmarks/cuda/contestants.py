@@ -49,10 +49,8 @@ def contestants(case: Case, device: torch.device, lmdeploy: LMDeploy | None = No
 
     def layer(n: int) -> Tensor:
         permuted = kernels.permute(hidden_TD, ids[n], experts.slots, expected=case.rows)
-        out_TD = torch.zeros(hidden_TD.shape, device=device)
         rows_SD = kernels.expert_mlp(permuted.rows_SD, permuted.counts_L, weights, case.rows)
-        kernels.unpermute(rows_SD, permuted.choice_of_row_S, weights_TK, out_TD)
-        return out_TD.bfloat16()
+        return kernels.weighted_sums(rows_SD, permuted, weights_TK, hidden_TD.dtype)
 
     def by(compute: Callable[[Tensor, Tensor, ExpertWeights], Tensor], n: int) -> Tensor:
         return compute(sorted_rows[n].rows_SD, sorted_rows[n].counts_L, weights)
