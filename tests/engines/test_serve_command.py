@@ -60,7 +60,8 @@ def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_proc
     assert running.log.read_text().startswith("starting tiny-qwen3-moe on 2 ranks\n")
     assert said in running.log.read_text()
     assert set(re.findall(r"https?://[\w.:]+", running.log.read_text())) == {base}
-    assert requests.get(f"{base}/ready", headers=KEY, **asked).status_code == 200
+    ready = requests.get(f"{base}/ready", headers=KEY, **asked)
+    assert ready.status_code == 200, ready.text
 
     # The name that was typed, and no other; a key that is in the file, and no other.
     assert [
