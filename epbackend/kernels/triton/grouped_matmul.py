@@ -29,12 +29,6 @@ from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.launch import named_launch
 from epbackend.kernels.triton.permute import TokenRows, places, source_of
 from epbackend.kernels.triton.quantize import Fp8Tokens, Int8Tokens, empty_fp8, to_fp8
-from epbackend.kernels.triton.specialized_matmul import (
-    WARPGROUP,
-    row_blocks,
-    specialized_matmul,
-    weight_blocks,
-)
 from epbackend.kernels.triton.tiles import INTERPRETED, Chip, Schedule, Tile, aligned
 from epbackend.kernels.weight_formats import Experts
 
@@ -313,10 +307,10 @@ class GroupedMatmul:
         weight = weight_LNK.view(slots * height, depth)
         self._specialized: Callable[..., None] | None = None
         if tile.specialize:
-            launch = specialized_matmul.bind(
-                weight_HK=weight_blocks(weight), BAND=tile.band, STAGES=tile.stages, **shared
-            )
-            self._specialized = launch[(chip.sms,)]
+            # Imported where it serves: Gluon is an experimental part of Triton.
+            from epbackend.kernels.triton.specialized_matmul import specialized_matmul
+
+            self._specialized = specialized_matmul(weight, tile, chip, **shared)
             return
         block: tuple[int, ...] = (tile.columns, tile.depth)
         if gated and not fp8:  # gate and up of a tile are loaded as one block
@@ -373,8 +367,7 @@ class GroupedMatmul:
         }
         if self._specialized is not None:
             assert choice_of_row_S is None, "a tile that specializes does not gather"
-            values_SK = values_SK if aligned(values_SK) else values_SK.contiguous()
-            self._specialized(rows_SK=row_blocks(values_SK), num_warps=WARPGROUP, **called)
+            self._specialized(values_SK, **called)
             return out
         gather = choice_of_row_S is not None
         tma = self._tma and (gather or aligned(values_SK))

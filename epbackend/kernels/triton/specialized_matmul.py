@@ -15,6 +15,10 @@ Shapes: those of `grouped_matmul`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from epbackend.kernels.triton.launch import named_launch
+from epbackend.kernels.triton.tiles import Chip, Tile, aligned
 
 BYTES = 128
 """Of a row in one block."""
@@ -45,19 +50,33 @@ LEAST_SCALE = gl.constexpr(2.0**-60)
 """As in `grouped_matmul`."""
 
 
-def row_blocks(rows_SK: Tensor) -> TensorDescriptor:
-    """The rows, in blocks of one warpgroup."""
-    return _blocks(rows_SK, GROUP_ROWS.value)
+def specialized_matmul(weight_HK: Tensor, tile: Tile, chip: Chip, **fixed: Any) -> Callable[..., None]:
+    """The product with one layer's weights, called with rows_SK and the other arguments that change.
 
+    Rows that TMA cannot read are copied. `fixed` are arguments of the kernel that do not change.
+    """
+    kernel = _specialized_matmul.bind(
+        weight_HK=_blocks(weight_HK, COLUMNS.value), BAND=tile.band, STAGES=tile.stages, **fixed
+    )
+    launch = kernel[(chip.sms,)]
 
-def weight_blocks(weight_HK: Tensor) -> TensorDescriptor:
-    """The weights, in blocks of one half of a tile."""
-    return _blocks(weight_HK, COLUMNS.value)
+    def multiply(rows_SK: Tensor, **changing: Any) -> None:
+        rows_SK = rows_SK if aligned(rows_SK) else rows_SK.contiguous()
+        launch(rows_SK=_blocks(rows_SK, GROUP_ROWS.value), num_warps=WARPGROUP, **changing)
+
+    return multiply
 
 
 def _blocks(matrix: Tensor, rows: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=BYTES, element_bitwidth=8 * matrix.itemsize, rank=2)
-    return TensorDescriptor.from_tensor(matrix, [rows, BYTES // matrix.itemsize], layout)
+    """A matrix in blocks of so many rows and 128 bytes of each."""
+    size = matrix.itemsize
+    return TensorDescriptor.from_tensor(matrix, [rows, BYTES // size], _block_layout(size))
+
+
+@cache
+def _block_layout(size: int) -> gl.NVMMASharedLayout:
+    """Of values of so many bytes, as the matrix units read them."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=BYTES, element_bitwidth=8 * size, rank=2)
 
 
 @gluon.constexpr_function
@@ -293,7 +312,7 @@ def _multiply(
 
 @named_launch
 @gluon.jit(do_not_specialize=["S"])
-def specialized_matmul(
+def _specialized_matmul(
     rows_SK,
     weight_HK,
     row_scale,

@@ -37,6 +37,11 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 """Whether Triton's interpreter runs the kernels on a CPU; set by TRITON_INTERPRET=1 before the first import."""
 
 
+GLUON_OF = ("3.6", "3.7")
+"""Versions of Triton whose Gluon, an experimental part of it, compiles `specialized_matmul`; with another one products
+are those of `grouped_matmul` alone."""
+
+
 @dataclass(frozen=True)
 class Chip:
     """A GPU: how many programs it runs at once, and what it can do."""
@@ -61,7 +66,7 @@ class Chip:
     @property
     def specializes(self) -> bool:
         """Whether it runs `specialized_matmul`: Hopper does, Triton's interpreter does not."""
-        return self.capability[0] == 9 and self != INTERPRETER
+        return self.capability[0] == 9 and self != INTERPRETER and triton.__version__.startswith(GLUON_OF)
 
 
 A100 = Chip("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912)
