@@ -32,7 +32,7 @@ START_S = 60.0
 STOPPED_S = 5.0
 """For so long its process may be stopped (SIGSTOP, a debugger) while an answer is awaited."""
 NICE = 10
-"""Beside ranks that use every core its process gets a tenth of one: enough to start within START_S."""
+"""Beside ranks that use every core its process gets a tenth of one."""
 POLL_S = 0.1
 
 
@@ -43,7 +43,7 @@ class Planner:
     """By which it plans: to be set before the first question. Its process needs time to start, so make it before."""
 
     def __init__(self, placement: Placement, timeout_s: float, stop: Event) -> None:
-        """`timeout_s` for an answer, the first ones START_S more; `stop` ends a wait for one."""
+        """`timeout_s` for an answer, the first ones START_S more, not counting waits for a core; `stop` ends a wait."""
         self._placement, self._timeout_s, self._stop = placement, timeout_s, stop
         self.restarts = 0
         self.pid: int | None = None
@@ -98,21 +98,29 @@ class Planner:
     def _await_answer(self) -> None:
         """Raises EPError where there is none in time."""
         patience_s = self._timeout_s + (0 if self._compiled else START_S)
-        deadline, stopped_s = time.monotonic() + patience_s, 0.0
+        spent_s, stopped_s = 0.0, 0.0
+        status, computed_s = self._look()
         while not self._connection.poll(POLL_S):
             if self._stop.is_set():
                 raise EPError("the engine was closed")
-            if time.monotonic() > deadline:
-                raise EPError(f"it did not answer within {patience_s:g} s")
+            before_s = computed_s
+            status, computed_s = self._look()
+            # One that waits for a core is not stuck: beside ranks that use every core a new one would fare no better.
             # Looks are counted, because this process may have been stopped as well, as by Ctrl-Z.
-            stopped_s = stopped_s + POLL_S if self._stopped() else 0.0
+            spent_s += computed_s - before_s if status == psutil.STATUS_RUNNING else POLL_S
+            if spent_s > patience_s:
+                raise EPError(f"it did not answer within {patience_s:g} s")
+            stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            stopped_s = stopped_s + POLL_S if stopped else 0.0
             if stopped_s > STOPPED_S:
                 raise EPError("it was stopped (SIGSTOP or a debugger)")
 
-    def _stopped(self) -> bool:
+    def _look(self) -> tuple[str, float]:
+        """(status, processor time in seconds) of its process."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            return self._seen.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-        return False
+            times = self._seen.cpu_times()
+            return self._seen.status(), times.user + times.system
+        return psutil.STATUS_DEAD, 0.0
 
     def _start(self) -> None:
         self._connection, theirs = Pipe()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 
 import numpy as np
 import psutil
@@ -59,6 +61,27 @@ def test_a_planner_that_is_stopped_is_replaced_while_its_answer_is_awaited(monke
         assert (planner.restarts, psutil.pid_exists(stopped)) == (1, False)
     finally:
         planner.close()
+
+
+@pytest.mark.slow
+def test_a_planner_that_waits_for_a_core_is_not_replaced(monkeypatch):
+    """It shares one with a process that leaves it next to nothing, for longer than it may take."""
+    monkeypatch.setattr("epbackend.balance.planner.START_S", 15.0)
+    core = {min(os.sched_getaffinity(0))}
+    hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    planner = started(timeout_s=1.0)
+    try:
+        for process in (hog, planner):
+            os.sched_setaffinity(process.pid, core)
+        os.sched_setscheduler(planner.pid, os.SCHED_IDLE, os.sched_param(0))
+        Timer(20.0, hog.kill).start()
+        assert planner.propose(SKEWED_YE) is not None
+        assert hog.poll() is not None, "it was not kept from its core"
+        assert planner.restarts == 0
+    finally:
+        planner.close()
+        hog.kill()
+        hog.wait()
 
 
 def test_a_planner_that_hangs_has_the_time_to_compile_only_once(monkeypatch):
