@@ -28,7 +28,7 @@ def own(tmp_path, monkeypatch):
 
 
 def forget() -> None:
-    for cached in (table, choose_tile):
+    for cached in (table, choose_tile, tiles._say_that_gluon_differs):
         cached.cache_clear()
 
 
@@ -58,6 +58,22 @@ def test_the_users_table_comes_before_the_packaged_one(own):
         record(own_table(), wanted, replace(tile, stages=9), "2026-01-01")
         forget()
         assert choose_tile(H100, PRODUCT).stages == 9
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_another_triton_leaves_gluon_out_and_says_so_once(monkeypatch, caplog, form):
+    many = replace(PRODUCT, weight_format=form, rows=128 * 500)
+    forget()
+    assert choose_tile(H100, many).specialize
+    assert not choose_tile(H100, replace(many, aligned=False)).specialize
+    monkeypatch.setattr(tiles.triton, "__version__", "3.9.1")
+    forget()
+    for gated in (True, False):
+        assert not choose_tile(H100, replace(many, gated=gated)).specialize
+    assert [record.getMessage()[:12] for record in caplog.records] == ["Triton 3.9.1"]
+    assert not choose_tile(tiles.B200, many).specialize
+    monkeypatch.undo()
+    forget()
 
 
 def test_recording_a_tile_changes_one_line(own):

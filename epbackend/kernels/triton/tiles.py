@@ -14,6 +14,7 @@ Shapes: L slots, N outputs and K inputs of a matrix, M row tiles.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -37,9 +38,11 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 """Whether Triton's interpreter runs the kernels on a CPU; set by TRITON_INTERPRET=1 before the first import."""
 
 
+logger = logging.getLogger("epbackend")
+
 GLUON_OF = ("3.6", "3.7")
 """Versions of Triton whose Gluon, an experimental part of it, compiles `specialized_matmul`; with another one products
-are those of `grouped_matmul` alone."""
+are those of `grouped_matmul` alone, and the log says so."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Chip:
     @property
     def specializes(self) -> bool:
         """Whether it runs `specialized_matmul`: Hopper does, Triton's interpreter does not."""
-        return self.capability[0] == 9 and self != INTERPRETER and triton.__version__.startswith(GLUON_OF)
+        return self.capability[0] == 9 and self != INTERPRETER and _knows_gluon()
 
 
 A100 = Chip("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912)
@@ -190,7 +193,11 @@ def choose_tile(chip: Chip, product: Product) -> Tile:
     rows_per_slot = product.rows / product.slots
 
     def serves(tile: dict[str, Any]) -> bool:
-        return not tile.get("specialize") or (chip.specializes and product.aligned)
+        if not tile.get("specialize"):
+            return True
+        if chip.capability[0] == 9 and not _knows_gluon():
+            _say_that_gluon_differs()
+        return chip.specializes and product.aligned
 
     family = filter(serves, family_tiles(chip, product.weight_format, product.gated))
     entry = next(each for each in family if each["up_to"] is None or rows_per_slot <= each["up_to"])
@@ -198,6 +205,21 @@ def choose_tile(chip: Chip, product: Product) -> Tile:
     measured = (each["tile"] for each in table()["tuned"] if wanted.items() <= each.items())
     tile = next(filter(serves, measured), entry)
     return Tile(**{name: value for name, value in tile.items() if name != "up_to"})
+
+
+def _knows_gluon() -> bool:
+    return triton.__version__.startswith(GLUON_OF)
+
+
+@cache
+def _say_that_gluon_differs() -> None:
+    """Once."""
+    logger.warning(
+        "Triton %s is not among those with which this GPU's fastest products in 8 bits were compiled (%s): others take "
+        "their place, up to a third slower with many rows",
+        triton.__version__,
+        ", ".join(GLUON_OF),
+    )
 
 
 def family_tiles(chip: Chip, weight_format: str, gated: bool) -> list[dict[str, Any]]:
