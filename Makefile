@@ -26,7 +26,7 @@ MINUTES ?= 20
 RANKS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-ascend test test-cpu test-suite test-triton test-beside test-cuda e2e-cuda gpu test-ascend test-vendor test-full lint soak bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
+.PHONY: help setup demo demo-ascend test test-cpu test-cuda e2e-cuda gpu test-ascend test-vendor test-full lint soak bench bench-ascend bench-cuda tune-cuda gather-gpu clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,20 +66,13 @@ demo: setup ## the main job: a LMDeploy pipeline whose experts live in two proce
 demo-ascend: setup $(NPU_WHEEL)/.ready ## the same on two emulated NPUs, with LMDeploy's, dlinfer's and torch-npu's own code; DEVICE=npu for real ones
 	$(BIN)/python -m tests.helpers.ascend_demo --device $(or $(filter-out A3,$(DEVICE)),A2) --dispatcher mc2
 
-# The suite's engines leave a third of two cores idle: what only computes runs beside them, and lets them go first.
-test: setup ## everything that this machine can check: the suite, and beside it lint, Triton's interpreter and emulated NPUs
-	@$(MAKE) --no-print-directory --jobs 2 test-suite test-beside
+test: setup ## everything that this machine can check, lint beside the first tests
+	@$(MAKE) --no-print-directory --jobs 2 lint test-cpu
+	@$(MAKE) --no-print-directory test-ascend
 
-test-cpu: test-suite test-triton ## the suite on the CPU, the CUDA kernels in Triton's interpreter; tests of a device that is missing skip with the reason
-
-test-suite: setup
+test-cpu: setup ## the suite on the CPU, the CUDA kernels in Triton's interpreter; tests of a device that is missing skip with the reason
 	$(SUITE) -m "not slow"
-
-test-triton: setup
 	$(INTERPRETED) -m "cuda and not layer and not slow"
-
-test-beside:
-	@nice -n 5 $(MAKE) --no-print-directory lint test-triton test-ascend
 
 # A machine with a GPU brings its own Python with torch, triton and pytest; nothing is installed there.
 test-cuda: ## the contract suite and the kernels' own tests on a CUDA GPU
