@@ -25,7 +25,7 @@ pytestmark = [
 def test_a_layer_call_takes_few_launches(tokens, most):
     """Those of docs/cuda.md: weights are renormalized, and the load is counted, in kernels that run anyway."""
     with stubbed_gpu() as stub, torch.inference_mode():
-        by = calls(ExpertShape("small", slots=8, D=64, F=32, top_k=8), tokens, None)
+        by = calls(ExpertShape("small", slots=16, D=64, F=32, top_k=8), tokens, None)
         found = {who: launches(call, stub) for who, call in by.items()}
     # Many rows are copied by a launch of their own, unless the first product reads them where the tokens lie.
     assert {who: sum(each.values()) for who, each in found.items()} == {

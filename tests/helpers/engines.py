@@ -55,4 +55,6 @@ def complete(port: int, text: str, host: str = LOOPBACK) -> str:
         "ignore_eos": True,
     }
     response = requests.post(f"http://{host}:{port}/v1/completions", json=request, timeout=PATIENCE_S)
-    return response.json()["choices"][0]["text"]
+    said = response.json()
+    assert "choices" in said, said
+    return said["choices"][0]["text"]
