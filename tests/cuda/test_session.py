@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,9 @@ def test_what_is_interrupted_leaves_nothing(tmp_path):
     part = f"Part('slow', 'it hangs', 90, ({hangs!r},))"
     session = f"Session(pathlib.Path({str(tmp_path)!r}), 120)"
     code = f"import pathlib, sys; from benchmarks.cuda.session import *; {session}.run_all([{part}])"
-    process = subprocess.Popen(python(code), cwd=ROOT)
+    # What a shell starts in the background ignores Ctrl-C, and so would what it starts.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(python(code), cwd=ROOT, preexec_fn=heeding)
     log = tmp_path / "slow.log"
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text().endswith("\n1\n")):
