@@ -59,8 +59,8 @@ TAILS = (
 )
 """Up to 256, where a tile of 128 rows often has few of them."""
 
-COPIED_BEST = 256
-"""Rows a slot from which on it may pay to read rows where the tokens lie; and few rows, which cost a copy's launch."""
+GATHERED_FROM = 256
+"""Rows a slot from which on it may pay to read rows where the tokens lie."""
 
 
 def shortlist(case: TuningCase, in_use: Tile, chip: Chip) -> list[Tile]:
@@ -83,6 +83,6 @@ def shortlist(case: TuningCase, in_use: Tile, chip: Chip) -> list[Tile]:
         found = PREFILL + (TAILS if rows <= 256 else ())
     if not case.gated:
         found = tuple(replace(tile, columns=2 * tile.columns) for tile in found)
-    gathers = case.gated and rows >= COPIED_BEST
+    gathers = case.gated and rows >= GATHERED_FROM
     gathered = [replace(tile, gather=True) for tile in found[:2] if gathers]
     return list(dict.fromkeys([in_use, *found, *specialized, *gathered]))

@@ -29,27 +29,13 @@ from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.triton.launch import named_launch
 from epbackend.kernels.triton.permute import TokenRows, places, source_of
 from epbackend.kernels.triton.quantize import Fp8Tokens, Int8Tokens, empty_fp8, to_fp8
-from epbackend.kernels.triton.tiles import INTERPRETED, Chip, Schedule, Tile, aligned
+from epbackend.kernels.triton.tiles import INTERPRETED, Chip, Schedule, Tile, aligned, find_tile
 from epbackend.kernels.weight_formats import Experts
 
 
 def matrix(tensor: Tensor, block: tuple[int, ...], tma: bool) -> Tensor | TensorDescriptor:
     """`tensor` as a kernel takes it, in blocks of that shape; a descriptor is made on the host and passed by value."""
     return TensorDescriptor.from_tensor(tensor, list(block)) if tma else tensor
-
-
-@triton.jit
-def find_tile(tile, tiles_M3, row_tiles, column_tiles, BAND: tl.constexpr):
-    """(slot, first row, end of the slot's rows, column tile) of a tile, by its number.
-
-    Tiles come in bands of BAND row tiles, and within a band column after column: those that run at the same time share
-    BAND row blocks and few column blocks, which stay in the L2 cache.
-    """
-    band = tile // (BAND * column_tiles)
-    rows_of_band = tl.minimum(row_tiles - band * BAND, BAND)
-    within = tile - band * BAND * column_tiles
-    entry = tiles_M3 + 3 * (band * BAND + within % rows_of_band)
-    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), within // rows_of_band
 
 
 @triton.jit

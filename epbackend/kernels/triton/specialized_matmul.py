@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from epbackend.kernels.triton.launch import named_launch
-from epbackend.kernels.triton.tiles import Chip, Tile, aligned
+from epbackend.kernels.triton.tiles import Chip, Tile, aligned, find_tile
 
 BYTES = 128
 """Of a row in one block."""
@@ -88,16 +88,6 @@ def sums_layout(dtype):
 
 
 @gluon.jit
-def _find_tile(tile, tiles_M3, row_tiles, column_tiles: gl.constexpr, BAND: gl.constexpr):
-    """`grouped_matmul.find_tile`, in Gluon."""
-    band = tile // (BAND * column_tiles)
-    rows_of_band = gl.minimum(row_tiles - band * BAND, BAND)
-    within = tile - band * BAND * column_tiles
-    entry = tiles_M3 + 3 * (band * BAND + within % rows_of_band)
-    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), within // rows_of_band
-
-
-@gluon.jit
 def _load(
     rows_SK,
     weight_HK,
@@ -120,7 +110,7 @@ def _load(
     row_tiles = gl.load(total_1)
     at = 0
     for tile in range(gl.program_id(0), row_tiles * COLUMN_TILES, gl.num_programs(0)):
-        slot, first, _, column_tile = _find_tile(tile, tiles_M3, row_tiles, COLUMN_TILES, BAND)
+        slot, first, _, column_tile = find_tile(tile, tiles_M3, row_tiles, COLUMN_TILES, BAND)
         height = slot * HEIGHT + column_tile * STEP
         for deep in range(DEEP):
             stage = at % STAGES
@@ -168,13 +158,13 @@ def _scaled_sums(
     full,
     empty,
     row_scale_BS,
-    scale,
+    left_scale,
+    right_scale,
     row_M,
     inside_M,
     S,
     at,
     GROUP: gl.constexpr,
-    SECOND: gl.constexpr,
     PROMOTE: gl.constexpr,
     DEEP: gl.constexpr,
     STAGES: gl.constexpr,
@@ -189,8 +179,8 @@ def _scaled_sums(
         stage = (at + deep) % STAGES
         row_scale = row_scale_BS + S.to(gl.int64) * deep + row_M
         scale_M = gl.load(row_scale, mask=inside_M, other=0.0)
-        left_scale_M = scale_M * gl.load(scale + deep)
-        right_scale_M = scale_M * gl.load(scale + (SECOND // SCALED) * DEEP + deep)
+        left_scale_M = scale_M * gl.load(left_scale + deep)
+        right_scale_M = scale_M * gl.load(right_scale + deep)
         mbarrier.wait(full.index(stage), ((at + deep) // STAGES) & 1)
         block = rows.index(2 * stage + GROUP)
         left = weights.index(2 * stage).permute((1, 0))
@@ -270,17 +260,19 @@ def _multiply(
     row_tiles = gl.load(total_1)
     at = 0
     for tile in range(gl.program_id(0), row_tiles * COLUMN_TILES, gl.num_programs(0)):
-        slot, first, end, column_tile = _find_tile(tile, tiles_M3, row_tiles, COLUMN_TILES, BAND)
+        slot, first, end, column_tile = find_tile(tile, tiles_M3, row_tiles, COLUMN_TILES, BAND)
         column = column_tile * STEP
         first += GROUP * GROUP_ROWS
         if first < end:
             row_M = first + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, SUMS))
             inside_M = row_M < end
             if FP8:
-                scale = weight_scale + (slot * (HEIGHT // SCALED) + column // SCALED) * DEEP
+                scale = weight_scale + slot * (HEIGHT // SCALED) * DEEP
+                # A tile at the end of an odd number of halves has no right one, and stores none.
+                right = gl.minimum((column + SECOND) // SCALED, HEIGHT // SCALED - 1)
                 left_MN, right_MN = _scaled_sums(
-                    rows, weights, full, empty, row_scale, scale, row_M, inside_M, S, at,
-                    GROUP, SECOND, PROMOTE, DEEP, STAGES,
+                    rows, weights, full, empty, row_scale, scale + column // SCALED * DEEP, scale + right * DEEP,
+                    row_M, inside_M, S, at, GROUP, PROMOTE, DEEP, STAGES,
                 )  # fmt: skip
             else:
                 left_MN, right_MN = _sums(rows, weights, full, empty, at, GROUP, DEEP, STAGES)

@@ -1,7 +1,7 @@
 """How a grouped matmul is cut for a chip: the chip, the tile that a product gets, and the schedule of row tiles.
 
-`tiles.json` has two lists of tiles. "families" are chosen by hand from the static model and checked to compile without
-spills; "tuned" holds what was measured on a chip with a version of Triton, and serves that chip and version alone. What
+`tiles.json` has two lists of tiles. "families" are chosen by hand, from a static model and one H200's figures, and
+checked to compile; "tuned" holds what was measured on a chip with a version of Triton, and serves that chip and version alone. What
 `epbackend tune` measures goes into a table of the user's own, which comes first.
 
 The schedule says which rows each tile multiplies; it is computed on the device from the counts. Example:
@@ -364,3 +364,17 @@ def covered_rows(tiles_M3, total_1):
     """The sum of the counts, read off the schedule: where the last tile's slot ends."""
     tiles = tl.load(total_1)
     return tl.load(tiles_M3 + 3 * tiles - 1, mask=tiles > 0, other=0)
+
+
+@triton.jit
+def find_tile(tile, tiles_M3, row_tiles, column_tiles, BAND: tl.constexpr):
+    """(slot, first row, end of the slot's rows, column tile) of a tile, by its number.
+
+    Tiles come in bands of BAND row tiles, and within a band column after column: those that run at the same time share
+    BAND row blocks and few column blocks, which stay in the L2 cache.
+    """
+    band = tile // (BAND * column_tiles)
+    rows_of_band = tl.minimum(row_tiles - band * BAND, BAND)
+    within = tile - band * BAND * column_tiles
+    entry = tiles_M3 + 3 * (band * BAND + within % rows_of_band)
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), within // rows_of_band
