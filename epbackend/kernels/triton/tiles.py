@@ -1,8 +1,8 @@
 """How a grouped matmul is cut for a chip: the chip, the tile that a product gets, and the schedule of row tiles.
 
 `tiles.json` has two lists of tiles. "families" are chosen by hand, from a static model and one H200's figures, and
-checked to compile; "tuned" holds what was measured on a chip with a version of Triton, and serves that chip and version alone. What
-`epbackend tune` measures goes into a table of the user's own, which comes first.
+checked to compile; "tuned" holds what was measured on a chip with a version of Triton, and serves that chip and version
+alone. What `epbackend tune` measures goes into a table of the user's own, which comes first.
 
 The schedule says which rows each tile multiplies; it is computed on the device from the counts. Example:
 counts_L = [3, 0, 130] with blocks of 128 rows gives tiles_M3 = [[0, 0, 3], [2, 3, 133], [2, 131, 133]] and
