@@ -131,7 +131,7 @@ def test_tiles_fit_their_chip(family, form, rows_per_slot):
 @pytest.mark.parametrize("gated", [False, True], ids=["sums", "gated"])
 @pytest.mark.parametrize("form", ["half", "int8"])
 def test_tiles_with_a_warp_that_loads_fit(form, gated):
-    """The packaged table has those of float8 alone; tuning tries the others."""
+    """The packaged table has those of float8 and int8; tuning tries the others too."""
     product = GroupedMatmul(experts(form, 2 * F, D), tile := specialized_tile(form, gated), H100, gated=gated)
     in_bytes = Int8Tokens(meta(512, D, dtype=torch.int8), meta(512, dtype=torch.float32))
     rows = meta(512, D) if form == "half" else in_bytes
