@@ -98,7 +98,8 @@ def parts(out: Path, python: str = sys.executable) -> tuple[Part, ...]:
     told = {
         "EPBACKEND_WHOLE_FAILURES": "60",
         "EPBACKEND_TEST_NOTES": str(out / "notes.txt"),
-        # A process for each engine, before it starts: it imports all of LMDeploy and asks whether the GPU works.
+        # A process for each engine, before it starts: it imports all of LMDeploy and asks whether the GPU works. One
+        # test has it checked all the same.
         "LMDEPLOY_ENABLE_CHECK_ENV": "0",
     }
     return (

@@ -28,6 +28,7 @@ pytest.importorskip(
 )
 
 import lmdeploy
+from lmdeploy.pytorch import envs
 
 import epbackend
 from epbackend import EPConfig
@@ -171,6 +172,17 @@ def test_experts_move_on_gpus(lmdeploy_alone, rotating, model, level, dispatcher
     settings = {"device": "cuda", "ep_size": 2, "ep_level": level, "dispatcher": dispatcher}
     settings |= {"placement": {"split": split}, "engine": engine}
     check_moving(model, partial(lmdeploy_alone, model, "float16"), HALF, settings)
+
+
+@pytest.mark.cuda
+@pytest.mark.engine
+def test_lmdeploy_checks_the_environment_of_two_ranks(lmdeploy_alone, monkeypatch):
+    """In a process that it spawns for each engine; `make gpu` spares the other tests that time."""
+    monkeypatch.setattr(envs, "enable_check_env", True)
+    monkeypatch.setenv("LMDEPLOY_ENABLE_CHECK_ENV", "1")
+    model, engine = "tiny_qwen3_moe", ENGINE | {"dtype": "float16", "eager_mode": True}
+    settings = {"device": "cuda", "ep_size": 2, "ep_level": 2, "engine": engine}
+    check(model, partial(lmdeploy_alone, model, "float16"), HALF, settings)
 
 
 @pytest.mark.cuda
