@@ -24,10 +24,12 @@ from tests.helpers.patience import PATIENCE_S
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
 
+CONFIG = config({"max_batch_size": 8}, ep_size=2)
+
 
 @pytest.fixture(scope="module")
 def pipe(checkpoint: Callable[[str], Path]) -> Iterator[Any]:
-    with epbackend.pipeline(str(checkpoint("qwen3-moe")), config({"max_batch_size": 8}, ep_size=2)) as pipe:
+    with epbackend.pipeline(str(checkpoint("qwen3-moe")), CONFIG) as pipe:
         yield pipe
 
 
@@ -171,3 +173,11 @@ def test_options_have_an_effect_or_are_refused(pipe, reference):
     stop = plain.text[5:12]
     stopped = pipe(text, gen_config=replace(GREEDY, stop_words=[stop]), do_preprocess=False)
     assert (stopped.text, stopped.finish_reason) == (plain.text[: plain.text.index(stop)], "stop")
+
+
+def test_a_second_pipeline_is_refused_and_the_first_goes_on(pipe, checkpoint):
+    """It would write to the same load report, and the end of the one would take the plug from the other."""
+    expected = pipe(prompts()[0], gen_config=GREEDY, do_preprocess=False).token_ids
+    with pytest.raises(ConfigError, match="has a pipeline already: close it first"):
+        epbackend.pipeline(str(checkpoint("qwen3-moe")), CONFIG)
+    assert pipe(prompts()[0], gen_config=GREEDY, do_preprocess=False).token_ids == expected

@@ -18,14 +18,14 @@ from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.requests.checks import check_call
 from epbackend.engines.lmdeploy.state import active, current
-from epbackend.errors import EPError
+from epbackend.errors import ConfigError, EPError
 from epbackend.placement.placement import Placement
 
 
 class ExpertParallelPipeline(Pipeline):
     """LMDeploy's pipeline; in addition it reports the load of the experts, and fails by an error when a rank dies.
 
-    Close it, or use it as a context manager: that ends its processes and disables the plug.
+    Close it, or use it as a context manager: that ends its processes and disables the plug. So a process has one.
     """
 
     def __init__(
@@ -36,7 +36,19 @@ class ExpertParallelPipeline(Pipeline):
         placement: Placement | None = None,
         **kwargs: Any,
     ) -> None:
+        """Starts the engine; `kwargs` are those of LMDeploy's pipeline.
+
+        Raises:
+            ConfigError: this process has another one; or as `plug.enable`.
+            UnavailableError: as `plug.enable`.
+            WorkerError: a worker process died while starting.
+        """
+        if (state := current()) is not None and state.of_pipeline:
+            raise ConfigError(
+                "this process has a pipeline already: close it first, or make the other one in a process of its own"
+            )
         plug.enable(config, placement)
+        active().of_pipeline = True
         self._closed = False
         self._final_load: LoadReport | None = None
         kwargs.setdefault("log_level", config.engine.log_level)

@@ -52,7 +52,8 @@ class PlugState:
     """In the process that owns the load report, while experts move."""
     migrator: Migrator | None = None
     """In a rank whose experts move."""
-
+    of_pipeline: bool = False
+    """Whether a pipeline of ours has it, whose end is the plug's."""
     log: ShownLog | None = None
 
     def __post_init__(self) -> None:
