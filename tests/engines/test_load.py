@@ -390,6 +390,12 @@ def test_a_removed_board_leaves_no_shared_memory(board):
     assert not path.exists()
 
 
+def test_a_board_that_systemd_removed_ends_like_any_other(board):
+    (Path("/dev/shm") / board._memory.name).unlink()
+    assert board.report().calls == 0  # what is mapped stays
+    board.remove()
+
+
 def test_without_a_board_nothing_is_written(monkeypatch, watching):
     monkeypatch.delenv(STATS_VARIABLE, raising=False)
     layer = Layer([1])

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from threading import Lock
@@ -207,8 +208,7 @@ class SharedStats(StatsReader):
     def remove(self) -> None:
         """Removes the segment. Workers that still run go on writing to memory that is not read."""
         del self._ranks
-        self._memory.close()
-        self._memory.unlink()
+        remove_segment(self._memory)
 
 
 def take_room(memory: SharedMemory, what: str) -> None:
@@ -221,12 +221,24 @@ def take_room(memory: SharedMemory, what: str) -> None:
         with (Path("/dev/shm") / memory.name).open("r+b") as segment:
             os.posix_fallocate(segment.fileno(), 0, memory.size)
     except OSError as error:
-        memory.close()
-        memory.unlink()
+        remove_segment(memory)
         raise UnavailableError(
             f"/dev/shm has no room for {what}, {memory.size / 1e6:.0f} MB ({error.strerror}): free some, or give the "
             "container more (docker: --shm-size; Kubernetes: an emptyDir with medium Memory)"
         ) from error
+
+
+def remove_segment(memory: SharedMemory) -> None:
+    """Closes a segment that this process made, and removes it where systemd has not.
+
+    With its default, RemoveIPC=yes, systemd removes the segments of a user whose last session has ended, also those of
+    processes that run on. They keep what they have mapped.
+    """
+    memory.close()
+    try:
+        memory.unlink()
+    except FileNotFoundError:
+        resource_tracker.unregister(memory._name, "shared_memory")  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

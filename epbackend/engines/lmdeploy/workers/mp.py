@@ -35,7 +35,13 @@ from lmdeploy.pytorch.engine.mp_engine import zmq_engine
 
 from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.load.report import last_error, rank_row, record_error, take_room
+from epbackend.engines.lmdeploy.load.report import (
+    last_error,
+    rank_row,
+    record_error,
+    remove_segment,
+    take_room,
+)
 from epbackend.engines.lmdeploy.plug import set_threads
 from epbackend.engines.lmdeploy.processes import check_starts
 from epbackend.engines.lmdeploy.state import active
@@ -81,10 +87,23 @@ def _no_handler() -> Iterator[None]:
 class AllocatedBuffer(SharedBuffer):
     """What the parent and a rank tell each other goes through it; it has its memory before anything is told."""
 
+    is_closed: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.is_create:
             take_room(self.shm, "one of the buffers through which the ranks' processes are told what to do")
+
+    def close(self) -> None:
+        """As LMDeploy's, also where the segment has been removed by somebody else."""
+        if self.is_closed:
+            return
+        if self.is_create:
+            remove_segment(self.shm)
+        else:
+            self.shm.close()
+        self.notifier.close()
+        self.is_closed = True
 
 
 class WatchedExecutor(MPExecutor):
