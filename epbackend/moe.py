@@ -36,7 +36,7 @@ from epbackend.dispatch.context import GroupContext
 from epbackend.errors import ConfigError, EPError
 from epbackend.kernels import ExpertWeights, Rows, renormalized
 from epbackend.kernels.pair_counter import PairCounter
-from epbackend.kernels.weight_formats import Matrices, outputs
+from epbackend.kernels.weight_formats import Matrices, sides
 from epbackend.names import PHASES
 from epbackend.replica_split import SlotMap, TokenSplit
 
@@ -187,7 +187,7 @@ class ExpertParallelMoE:
                 gate above: one tensor, `Int8Weights` or `Fp8Blocks` of all, or any iterable of matrices
                 (`epbackend.kernels.weight_formats`). The CPU copies single matrices one by one and keeps no
                 reference to them, so that from a generator that reads the checkpoint they never exist twice; whole
-                forms are used where they are, unless the CPU reorders them for oneDNN.
+                forms are used where they are, unless the CPU reorders them for oneDNN, or Ascend W8A8 into tiles.
             down_LDF: the second matrix of each, [D, F], in the same form.
             slot_map: which expert each slot of every rank holds.
             ranks: this rank's place among those that share the experts.
@@ -218,6 +218,11 @@ class ExpertParallelMoE:
         self.slot_map, self.ranks, self.top_k, self.layer = slot_map, ranks, top_k, layer
         self.context, self._owns_context, self._closed = context or GroupContext(), context is None, False
         """What it shares on its process groups; `context.watch` watches replays of its CUDA graphs."""
+        of_gate_up, of_down = sides(gate_up_L2FD), sides(down_LDF)
+        _check_fit(of_gate_up, of_down, gated=activation is None)
+        slots = len(slot_map.local_experts(ranks.rank))
+        _check_bias("gate_up_bias_L2F", gate_up_bias_L2F, slots, of_gate_up)
+        _check_bias("down_bias_LD", down_bias_LD, slots, of_down)
         found = get_device(device)
         self._kernels = found.kernel_set(kernels)
         settings_of, split_of = _by_phase("settings", settings), _by_phase("split", split)
@@ -229,7 +234,7 @@ class ExpertParallelMoE:
                 settings_of[phase],
                 slot_map.slots_per_rank,
                 top_k,
-                hidden_size=outputs(down_LDF),
+                hidden_size=of_down[0] if of_down else None,
                 renormalize=renormalize,
                 layer=layer,
                 context=self.context,
@@ -240,7 +245,7 @@ class ExpertParallelMoE:
         self._specs, self._split_of = specs, split_of
         self._check_ids, self._movable = check_ids, movable
         self._splits = self._splits_by(slot_map, check_ids)
-        self._slots = slots = len(slot_map.local_experts(ranks.rank))
+        self._slots = slots
         self._dispatchers = {phase: dispatcher for phase, (dispatcher, _) in chosen.items()}
         self.dispatchers: dict[str, Decision] = {phase: choice for phase, (_, choice) in chosen.items()}
         """How rows travel in each phase, and why."""
@@ -267,8 +272,8 @@ class ExpertParallelMoE:
 
         `topk_ids_TK` are logical experts. All ranks make the call together and name the same phase. Rows for which
         `padding_T1` (bool) is true are no tokens: no expert computes or counts them, and what is returned for them
-        means nothing. They are found on the device, so that a replayed CUDA graph leaves out others than the captured
-        one.
+        means nothing. `mc2` wants them after all tokens. They are found on the device, so that a replayed CUDA graph
+        leaves out others than the captured one.
 
         Raises:
             CollectiveError: a rank does not take part in time.
@@ -390,6 +395,34 @@ def _by_phase(name: str, value: Value | Mapping[str, Value]) -> Mapping[str, Val
     if set(found) != set(PHASES):
         raise ConfigError(f"{name}: needed for {' and '.join(PHASES)}, not for {sorted(found)}")
     return found
+
+
+def _check_fit(gate_up: tuple[int, int] | None, down: tuple[int, int] | None, *, gated: bool) -> None:
+    """Check that one matrix takes what the other gives, by their sides where these are known.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if gate_up is None or down is None:
+        return
+    if gate_up[1] != down[0] or (gated and gate_up[0] != 2 * down[1]):
+        raise ConfigError(
+            f"gate_up_L2FD holds matrices of {gate_up[0]} x {gate_up[1]} and down_LDF of {down[0]} x {down[1]}; they "
+            "must be 2F x D and D x F"
+        )
+
+
+def _check_bias(name: str, bias_LN: Tensor | None, slots: int, matrix: tuple[int, int] | None) -> None:
+    """Check that a bias has a row for each slot, and a value for each output.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if bias_LN is None:
+        return
+    expected = (slots, matrix[0] if matrix else bias_LN.shape[-1])
+    if bias_LN.shape != expected:
+        raise ConfigError(f"{name} has the shape {list(bias_LN.shape)}, and must have {list(expected)}")
 
 
 def _exactly(slots: int, matrices: Matrices, name: str) -> Matrices:

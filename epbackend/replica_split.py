@@ -41,7 +41,7 @@ class SlotMap:
     node_size: int = 0
     """Ranks of a node, whose ranks reach each other faster; 0: all ranks are one node."""
     rank_speed: tuple[float, ...] = ()
-    """Speeds of the ranks beside the fastest one, which the split `level` heeds; empty: equally fast."""
+    """Speeds of the ranks beside the fastest one, which the splits that level heed; empty: equally fast."""
 
     @classmethod
     def uniform(cls, experts: int, ranks: int) -> SlotMap:
@@ -110,7 +110,7 @@ class TokenSplit:
         self._split: Split | None = None
 
     def __call__(self, topk_ids_TK: Tensor) -> Tensor:
-        """slot_ids_TK (int64) for logical ids in [0, E). With `level` all ranks make the call together.
+        """slot_ids_TK (int64) for logical ids in [0, E). With the splits that level, all ranks make the call together.
 
         Raises:
             ConfigError: an id is of no expert: at once on a CPU, on other devices in a later call.

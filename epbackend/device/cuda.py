@@ -18,6 +18,8 @@ from epbackend.names import CUDA_KERNELS, FAST_FP8
 
 OLDEST = (8, 0)
 """Compute capability of the oldest chips whose matrix units take bfloat16 (Ampere)."""
+NEWEST = 12
+"""The last major one in `kernels.triton.tiles.FAMILIES`."""
 
 
 class CudaDevice(Device):
@@ -34,9 +36,14 @@ class CudaDevice(Device):
             return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch, or use device cpu"
         if not torch.cuda.is_available():
             return "torch sees no CUDA GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use device cpu"
-        if torch.cuda.get_device_capability() < OLDEST:
+        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        if capability < OLDEST:
+            return f"{name} is older than Ampere, which the kernels need; use device cpu"
+        if capability[0] > NEWEST:
+            major, minor = capability
             return (
-                f"{torch.cuda.get_device_name()} is older than Ampere, which the kernels need; use device cpu"
+                f"{name} has compute capability {major}.{minor}, and this release has tiles for those up to {NEWEST}: "
+                "update epbackend, or use device cpu"
             )
         return None
 

@@ -154,7 +154,7 @@ class Dispatcher(ABC):
     @classmethod
     def missing(cls) -> str | None:
         """What this machine lacks for it; None if nothing."""
-        return None if dist.is_available() else "this torch is built without torch.distributed"
+        return None
 
     @classmethod
     def unsupported(cls, spec: LayerSpec) -> str | None:

@@ -32,9 +32,19 @@ class BufferLink:
         self._hidden = 0
 
     def reserve(self, tokens: int, slots: int) -> None:
-        """Size the buffer for the low-latency mode with `tokens` tokens of a rank and `slots` slots in all."""
+        """Size the buffer for the low-latency mode with `tokens` tokens of a rank and `slots` slots in all.
+
+        Raises:
+            ConfigError: it is there already, and too small.
+        """
         before = self._reserved or (0, 0)
-        self._reserved = max(tokens, before[0]), max(slots, before[1])
+        wanted = max(tokens, before[0]), max(slots, before[1])
+        if self._buffer is not None and wanted != self._reserved:
+            raise ConfigError(
+                f"deepep has its buffer, and a layer made after the first call needs a larger one ({tokens} tokens, "
+                f"{slots} slots): make all layers of the process group first"
+            )
+        self._reserved = wanted
 
     def open(self, hidden: int) -> Any:
         """The `deep_ep.Buffer`, made when all ranks first ask for it together.

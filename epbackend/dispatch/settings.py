@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from epbackend.names import DispatcherFacts, dispatcher_names
+from epbackend.errors import ConfigError
+from epbackend.names import AUTO, DispatcherFacts, dispatcher_names
 
 UNBOUNDED = "nothing bounds this phase's tokens (decode is bounded by engine.max_batch_size)"
 """Why what is sized by `max_tokens` cannot serve."""
@@ -44,8 +45,21 @@ class DispatchSettings:
     """Seconds until a collective that does not finish becomes an error that names the ranks which do not answer."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.dispatcher, str):
-            object.__setattr__(self, "dispatcher", dispatcher_names(self.dispatcher))
+        """Raises ConfigError where a number cannot be meant."""
+        names = dispatcher_names(self.dispatcher) if isinstance(self.dispatcher, str) else self.dispatcher
+        object.__setattr__(self, "dispatcher", names if names != (AUTO,) else ())
+        if AUTO in self.dispatcher:
+            raise ConfigError(f"dispatcher: {', '.join(names)}; write {AUTO} alone, or names alone")
+        lengths = [length for length, _ in self.buffer_scale_factors]
+        if lengths != sorted(set(lengths), reverse=True) or any(
+            scale <= 0 for _, scale in self.buffer_scale_factors
+        ):
+            raise ConfigError(
+                f"buffer_scale_factors {self.buffer_scale_factors}: lengths must descend and scales be above 0"
+            )
+        for name in ("overlap_chunks", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, and must be above 0")
 
     def rules_out(self, facts: DispatcherFacts, token_groups: int) -> str | None:
         """Why a dispatcher cannot serve this phase, whatever the model and the machine; None if it may.

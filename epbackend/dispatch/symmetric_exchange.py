@@ -19,7 +19,7 @@ from epbackend.kernels.triton.symmetric import (
     dispatch,
     exchange_counts,
     recv_offsets,
-    rows_of_choices,
+    rows_at_receivers,
 )
 
 ALIGNMENT = 16
@@ -98,7 +98,7 @@ class SymmetricExchange(Exchange):
             self._peers.barrier(self._spec.layer)
             offsets = self._offsets(number=0)
             rounds, longest = self._needs(offsets, start)
-            row_S = rows_of_choices(slot_ids_TK, before_BP, offsets.bases_P)
+            row_S = rows_at_receivers(slot_ids_TK, before_BP, offsets.bases_P)
             yield Part(start, offsets, row_S, rounds, self._encoded(self._slice(self._hidden_TD, start)))
             start += self._capacity.tokens
 

@@ -32,10 +32,15 @@ class Fp8Blocks:
     def __post_init__(self) -> None:
         slots, columns, depth = self.values_LNK.shape
         expected = (slots, -(-columns // BLOCK), -(-depth // BLOCK))
-        if self.values_LNK.dtype != FP8 or self.scale_LBB.shape != expected:
+        if (self.values_LNK.dtype, self.scale_LBB.dtype, self.scale_LBB.shape) != (
+            FP8,
+            torch.float32,
+            expected,
+        ):
             raise ConfigError(
-                f"fp8 experts need {FP8} weights and scales of shape {list(expected)}, one for each 128 x 128 block; "
-                f"these are {self.values_LNK.dtype} with scales of shape {list(self.scale_LBB.shape)}"
+                f"fp8 experts need {FP8} weights and torch.float32 scales of shape {list(expected)}, one for each "
+                f"128 x 128 block; these are {self.values_LNK.dtype} with scales of shape "
+                f"{list(self.scale_LBB.shape)} in {self.scale_LBB.dtype}"
             )
 
     def __len__(self) -> int:

@@ -44,10 +44,16 @@ class Int8Weights:
     """float32, positive."""
 
     def __post_init__(self) -> None:
-        if self.values_LNK.dtype != torch.int8 or self.scale_LN.shape != self.values_LNK.shape[:2]:
+        expected = self.values_LNK.shape[:2]
+        if (self.values_LNK.dtype, self.scale_LN.dtype, self.scale_LN.shape) != (
+            torch.int8,
+            torch.float32,
+            expected,
+        ):
             raise ConfigError(
-                f"int8 experts need torch.int8 values and scales of shape {list(self.values_LNK.shape[:2])}, one for "
-                f"each output; these are {self.values_LNK.dtype} with scales of shape {list(self.scale_LN.shape)}"
+                f"int8 experts need torch.int8 values and torch.float32 scales of shape {list(expected)}, one for each "
+                f"output; these are {self.values_LNK.dtype} with scales of shape {list(self.scale_LN.shape)} in "
+                f"{self.scale_LN.dtype}"
             )
 
     def __len__(self) -> int:

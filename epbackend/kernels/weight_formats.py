@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epbackend.errors import UnavailableError
+from epbackend.errors import ConfigError, UnavailableError
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Matrix, Int8Weights
 
@@ -19,11 +19,38 @@ Matrices = Experts | Iterable[Tensor | Int8Matrix]
 """The same, or one matrix after the other, all of one format."""
 
 
-def outputs(matrices: Matrices) -> int | None:
-    """N of the matrices; None for an iterable, which does not say before it is used up."""
-    if isinstance(matrices, Tensor):
-        return matrices.shape[1]
-    return matrices.values_LNK.shape[1] if isinstance(matrices, Fp8Blocks | Int8Weights) else None
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""What kernels multiply that is not quantized."""
+
+
+def check_float(dtype: torch.dtype, device: str) -> None:
+    """Check that experts given as plain tensors can be multiplied.
+
+    Raises:
+        ConfigError: They are of integers, or of floats that no kernel takes.
+    """
+    if dtype not in FLOATS:
+        raise ConfigError(
+            f"experts are {dtype}, but device {device} multiplies {', '.join(map(str, FLOATS))}; convert "
+            "them, or quantize them (epbackend.kernels.int8, epbackend.kernels.fp8)"
+        )
+
+
+def check_width(rows_SK: Tensor, depth: int) -> None:
+    """Check that rows are as wide as the matrices that they are multiplied with.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if rows_SK.shape[1] != depth:
+        raise ConfigError(f"rows are {rows_SK.shape[1]} wide, but the experts take {depth}")
+
+
+def sides(matrices: Matrices) -> tuple[int, int] | None:
+    """(N, K) of the matrices; None for an iterable, which does not say before it is used up."""
+    if isinstance(matrices, Fp8Blocks | Int8Weights):
+        matrices = matrices.values_LNK
+    return (matrices.shape[1], matrices.shape[2]) if isinstance(matrices, Tensor) else None
 
 
 def stacked(matrices: Matrices) -> Experts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -107,6 +107,15 @@ def test_wrong_and_failing_tiles_are_dropped(place, monkeypatch):
         "wrong by 1.000",
         "out of resources: shared memory",
     ]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_a_rank_of_two_slots_has_rows_to_tune_with(gated, place):
+    """A quarter of a row for each slot, as the table's first entries are for."""
+    case = TuningCase(ExpertShape("few", slots=2, D=128, F=128, top_k=1), "half", gated, 0.25)
+    data = case.draw(place)
+    assert len(case.run(data, replace(IN_USE, rows=16), H100 if knobs.runtime.interpret else None))
 
 
 @pytest.mark.cuda

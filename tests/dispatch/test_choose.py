@@ -57,6 +57,25 @@ def test_the_next_is_taken_only_where_it_is_named():
         choose(spec(4, level=2, dispatcher="mc2"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dispatcher": "auto, alltoall"}, "dispatcher: auto, alltoall; write auto alone, or names alone"),
+        ({"buffer_scale_factors": ((0, 2.0), (64, 0.5))}, "lengths must descend"),
+        ({"buffer_scale_factors": ((64, 0.0),)}, "scales be above 0"),
+        ({"overlap_chunks": 0}, "overlap_chunks is 0, and must be above 0"),
+        ({"timeout_s": -1.0}, "timeout_s is -1.0, and must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DispatchSettings(**settings)
+
+
+def test_auto_by_name_is_auto():
+    assert DispatchSettings(dispatcher=("auto",)) == DispatchSettings(dispatcher="auto") == DispatchSettings()
+
+
 def test_a_static_call_says_what_it_costs():
     _, choice = choose(spec(4, level=2, static=True))
     assert (choice.name, "every token to every rank" in choice.reason) == ("alltoall", True)

@@ -178,6 +178,20 @@ def test_fast_sums_of_float8_are_refused_where_no_expert_is_float8(write_model, 
         checks.check_model(model, config)
 
 
+@pytest.mark.parametrize(
+    ("kernels", "split"), [("reference", "even"), ("grouped_mm", "level"), ("grouped_mm", "level_by_node")]
+)
+def test_kernels_that_wait_for_the_host_are_refused_where_graphs_are_captured(kernels, split):
+    settings = {"device": "cuda", "ep_size": 2, "kernels": kernels}
+    settings["placement"] = {"loads": "loads.json", "split": split, "node_size": 1}
+    with pytest.raises(
+        ConfigError, match=f"kernels: {kernels} .* set engine.eager_mode: true, or kernels: triton"
+    ):
+        plug.enable(EPConfig.load(settings))
+    checks.check_graphs(EPConfig.load(settings | {"engine": {"eager_mode": True}}))
+    checks.check_graphs(EPConfig.load(settings | {"kernels": "triton"}))
+
+
 def test_a_cache_larger_than_memory_is_refused(checkpoint):
     refused(
         str(checkpoint("qwen3-moe")),

@@ -22,7 +22,7 @@ from epbackend.replica_split import SlotMap
 from tests.helpers.dense import dense_moe, swiglu, tolerance
 
 D, F = 12, 10
-SPLITS = ("even", "nearest", "level")
+SPLITS = ("even", "nearest", "level", "level_by_node")
 # The expert in each slot: in order, with replicas of experts 0, 3 and 5; in no order; 13 slots, for unequal ranks.
 REPLICAS = (0, 1, 2, 3, 4, 5, 6, 7, 0, 3, 0, 5)
 SHUFFLED = (5, 5, 2, 0, 7, 1, 5, 4, 6, 3, 5, 2)

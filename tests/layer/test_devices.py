@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 
-from epbackend.device import devices, get_device
+from epbackend.device import cpu, devices, get_device
+from epbackend.device.base import Memory
+from epbackend.device.cuda import NEWEST, CudaDevice
 from epbackend.errors import UnavailableError
 
 
 def test_the_cpu_is_always_there():
-    cpu = devices()["cpu"]
-    assert cpu.unavailable() is None
-    assert (cpu.collective_backend, cpu.torch_device(3)) == ("gloo", torch.device("cpu"))
-    memory = cpu.memory()
+    device = devices()["cpu"]
+    assert device.unavailable() is None
+    assert (device.collective_backend, device.torch_device(3)) == ("gloo", torch.device("cpu"))
+    memory = device.memory()
     assert 0 < memory.free <= memory.total
+
+
+@pytest.mark.parametrize(
+    ("version", "names"),
+    [
+        (2, ("memory.max", "memory.current", "inactive_file", "active_file")),
+        (1, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file")),
+    ],
+)
+def test_what_a_container_has_read_from_files_counts_as_free(version, names, tmp_path, monkeypatch):
+    limit, used, inactive, active = names
+    (tmp_path / limit).write_text("4000\n")
+    (tmp_path / used).write_text("3000\n")
+    (tmp_path / "memory.stat").write_text(f"anon 500\n{inactive} 900\n{active} 600\n")
+    monkeypatch.setattr(
+        cpu, "CONTROL_GROUPS", tuple(replace(each, folder=tmp_path) for each in cpu.CONTROL_GROUPS)
+    )
+    assert get_device("cpu").memory() == Memory(4000, 2500)
+
+
+def test_without_a_limit_all_memory_is_free(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("max")
+    monkeypatch.setattr(cpu, "CONTROL_GROUPS", (replace(cpu.CONTROL_GROUPS[0], folder=tmp_path),))
+    assert get_device("cpu").memory().total > 1 << 30
 
 
 def test_auto_tries_the_cpu_last():
@@ -55,3 +84,24 @@ def test_a_device_without_kernels_gives_its_reason(name):
         get_device(name)
     with pytest.raises(UnavailableError, match=f"device {name} cannot be used"):
         _ = device.kernels
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [
+        ((7, 5), "is older than Ampere"),
+        ((13, 0), "compute capability 13.0.*tiles for those up to 12: update"),
+    ],
+)
+def test_gpus_that_the_kernels_are_not_made_for_are_refused(capability, reason, monkeypatch):
+    tiles = pytest.importorskip("epbackend.kernels.triton.tiles")
+    assert max(tiles.FAMILIES) == NEWEST
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, found in (
+        ("is_available", True),
+        ("get_device_name", "a GPU"),
+        ("get_device_capability", capability),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    assert re.search(reason, str(CudaDevice().unavailable()))

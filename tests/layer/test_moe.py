@@ -6,12 +6,16 @@ import gc
 import subprocess
 import sys
 import weakref
+from dataclasses import fields
 
 import pytest
 import torch
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.errors import ConfigError, UnavailableError
+from epbackend.kernels.cpu.choice import FORCED, PRODUCTS
+from epbackend.kernels.fp8 import Fp8Blocks
+from epbackend.kernels.int8 import Int8Weights
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
 
@@ -41,11 +45,58 @@ def build(**changes) -> ExpertParallelMoE:
         ({"device": "tpu"}, "device 'tpu' is unknown; known are auto, cuda, ascend, cpu"),
         ({"kernels": "triton"}, "kernels 'triton' are unknown for device cpu; known are auto, reference"),
         ({"settings": DispatchSettings(topk_scaling_factor=0.3)}, "smallest factor that works is 0.5"),
+        (
+            {"down_LDF": torch.randn(4, 8, 12)},
+            "of 12 x 8 and down_LDF of 8 x 12; they must be 2F x D and D x F",
+        ),
+        (
+            {"gate_up_L2FD": torch.randn(4, 12, 9)},
+            "of 12 x 9 and down_LDF of 8 x 6; they must be 2F x D and D x F",
+        ),
+        (
+            {"gate_up_L2FD": torch.ones(4, 12, 8, dtype=torch.int8)},
+            "experts are torch.int8, but device cpu",
+        ),
+        (
+            {"down_LDF": torch.ones(4, 8, 6, dtype=torch.float64)},
+            "experts are torch.float64, but device cpu",
+        ),
+        (
+            {"gate_up_L2FD": (torch.randn(12, 8 + slot // 3) for slot in range(4))},
+            r"the first is \[12, 8\] in torch.float32, another \[12, 9\] in torch.float32",
+        ),
+        (
+            {"gate_up_bias_L2F": torch.zeros(3, 12)},
+            r"gate_up_bias_L2F has .* \[3, 12\], and must have \[4, 12\]",
+        ),
+        ({"down_bias_LD": torch.zeros(4, 6)}, r"down_bias_LD has .* \[4, 6\], and must have \[4, 8\]"),
     ],
 )
 def test_arguments_that_do_not_fit_raise(changes, message):
     with pytest.raises(ConfigError, match=message):
         build(**changes)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("width", [4, 9, 16])
+def test_tokens_of_another_width_are_refused(product, width, monkeypatch):
+    monkeypatch.setenv(FORCED, product)
+    layer = build()
+    with pytest.raises(ConfigError, match=f"rows are {width} wide, but the experts take 8"):
+        layer(torch.randn(5, width), torch.randint(0, 4, (5, 2)), torch.rand(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("form", "weights"),
+    [("int8", Int8Weights.of(torch.randn(4, 12, 8))), ("fp8", Fp8Blocks.of(torch.randn(4, 12, 8)))],
+    ids=["int8", "fp8"],
+)
+def test_scales_of_another_dtype_are_refused(form, weights):
+    values, scales = (getattr(weights, each.name) for each in fields(weights))
+    with pytest.raises(
+        ConfigError, match=f"{form} experts need .* torch.float32 scales .* in torch.bfloat16"
+    ):
+        type(weights)(values, scales.bfloat16())
 
 
 @pytest.mark.parametrize(

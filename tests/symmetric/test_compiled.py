@@ -23,7 +23,7 @@ from epbackend.kernels.triton.symmetric import (
     dispatch,
     exchange_counts,
     recv_offsets,
-    rows_of_choices,
+    rows_at_receivers,
 )
 from epbackend.kernels.triton.tiles import A100, B200, H100, L40S
 from tests.helpers.compiled import compiling
@@ -74,7 +74,7 @@ def test_the_phases_compile_without_spills(monkeypatch, chip, shape):
     with compiling(chip) as compiled:
         before_BP = exchange_counts(ids_TK, tokens, table, rank)
         offsets = recv_offsets(table.local, rank, slots, (0, capacity))
-        row_S = rows_of_choices(ids_TK, before_BP, offsets.bases_P)
+        row_S = rows_at_receivers(ids_TK, before_BP, offsets.bases_P)
         dispatch(meta(tokens, width), ids_TK, row_S, 0, rows, choice_of_row, rank * choices, slots)
         combine_send(rows.local, offsets.counts_L, choice_of_row.local, results)
         combine_reduce(

@@ -13,6 +13,7 @@ from triton import knobs
 
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.dispatch.context import GroupContext
+from epbackend.errors import ConfigError
 from epbackend.kernels.triton.padded import compact, spread
 from tests.helpers import deep_ep_stand_in
 from tests.helpers.layer_case import Case, Seen, layer_equals_dense
@@ -37,6 +38,22 @@ def test_both_modes_in_turn(ranks, size, token_size):
     prefill = replace(decode, tokens=(11, 3), settings=NORMAL)
     for seen in ranks.run(size, layers, [decode, prefill, replace(decode, tokens=(2, 9))]):
         assert [layer.dispatcher for layer in seen] == ["deepep"] * 3
+
+
+def a_layer_that_comes_late(groups: dict[int, RankGroup]) -> str:
+    deep_ep_stand_in.install()
+    with GroupContext() as context:
+        first = Case(2, (6, 0), NORMAL, dtype=torch.bfloat16, hidden=16, device="cuda")
+        layer_equals_dense(groups, first, context)
+        with pytest.raises(ConfigError) as raised:
+            layer_equals_dense(groups, replace(first, settings=LOW_LATENCY), context)
+    return str(raised.value)
+
+
+@pytest.mark.skipif(not knobs.runtime.interpret, reason="the stand-in is for CPUs")
+def test_a_layer_for_which_the_buffer_is_too_small_is_refused(ranks):
+    for said in ranks.run(2, a_layer_that_comes_late):
+        assert "a layer made after the first call needs a larger one (9 tokens" in said
 
 
 @pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0], [4, 4, 4]])

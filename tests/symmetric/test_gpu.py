@@ -27,7 +27,7 @@ from epbackend.kernels.triton.symmetric import (
     dispatch,
     exchange_counts,
     recv_offsets,
-    rows_of_choices,
+    rows_at_receivers,
 )
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
@@ -211,7 +211,7 @@ def test_rows_past_two_to_the_31_elements():
     choice_of_row = symmetric_tensor(tokens * top_k, dtype=torch.int64)
     before_BP = exchange_counts(ids_TK, tokens, table, 0)
     offsets = recv_offsets(table.local, 0, top_k, (0, tokens * top_k))
-    row_S = rows_of_choices(ids_TK, before_BP, offsets.bases_P)
+    row_S = rows_at_receivers(ids_TK, before_BP, offsets.bases_P)
     dispatch(hidden_TD, ids_TK, row_S, 0, rows, choice_of_row, 0, top_k)
     assert rows.local.numel() > 1 << 31
     assert torch.equal(rows.local[-tokens:], hidden_TD)

@@ -19,7 +19,7 @@ from epbackend.kernels.triton.symmetric import (
     dispatch,
     exchange_counts,
     recv_offsets,
-    rows_of_choices,
+    rows_at_receivers,
 )
 
 pytestmark = pytest.mark.cuda
@@ -65,7 +65,7 @@ def test_rows_arrive_sorted_and_results_come_back(place_of, case):
     before = [exchange_counts(ids[rank], tokens_R[rank], tables[rank], rank) for rank in range(ranks)]
     offsets = [recv_offsets(table.local, rank, slots, (0, capacity)) for rank, table in enumerate(tables)]
     row_of_choices_R = [
-        rows_of_choices(ids[rank], before[rank], offsets[rank].bases_P) for rank in range(ranks)
+        rows_at_receivers(ids[rank], before[rank], offsets[rank].bases_P) for rank in range(ranks)
     ]
 
     # One rank that holds all tokens, padded to as many on each, sorts them like this.
@@ -124,7 +124,9 @@ def test_strided_tokens_weights_and_wide_rows(place_of):
     (results,) = symmetric_tensors(1, (tokens * top_k, width), torch.float32, place_of)
     before = exchange_counts(ids_TK, tokens, table, 0)
     offset = recv_offsets(table.local, 0, 1, (0, tokens * top_k))
-    dispatch(hidden_TD, ids_TK, rows_of_choices(ids_TK, before, offset.bases_P), 0, rows, choice_of_row, 0, 1)
+    dispatch(
+        hidden_TD, ids_TK, rows_at_receivers(ids_TK, before, offset.bases_P), 0, rows, choice_of_row, 0, 1
+    )
     combine_send(rows.local, offset.counts_L, choice_of_row.local, results)
     out_TD = torch.zeros(tokens, 2 * width, device=place_of)[:, :width]
     combine_reduce(results.local, ids_TK, weights_TK, 1, out_TD)
@@ -138,6 +140,6 @@ def test_more_choices_than_one_block_counts(place_of):
     ids_TK = torch.randint(0, slots, (tokens, top_k), generator=torch.Generator().manual_seed(1)).to(place_of)
     (table,) = symmetric_tensors(1, (1, slots + 1), torch.int32, place_of)
     before = exchange_counts(ids_TK, tokens, table, 0)
-    row_S = rows_of_choices(ids_TK, before, recv_offsets(table.local, 0, slots, (0, 999)).bases_P)
+    row_S = rows_at_receivers(ids_TK, before, recv_offsets(table.local, 0, slots, (0, 999)).bases_P)
     order = ReferenceKernels().permute(hidden_TD, ids_TK, slots).choice_of_row_S
     assert torch.equal(row_S[order], torch.arange(tokens * top_k, device=place_of))

@@ -23,7 +23,7 @@ from epbackend.engines.lmdeploy.devices import dlinfer_package
 from epbackend.engines.lmdeploy.lmdeploy_config import block_size, executor
 from epbackend.engines.placement import finished_placement
 from epbackend.errors import ConfigError, UnavailableError
-from epbackend.names import FAST_FP8
+from epbackend.names import FAST_FP8, LEVELLING
 from epbackend.placement.placement import Placement
 from epbackend.placement.renumbering import Renumbering
 
@@ -107,6 +107,19 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
         raise ConfigError(
             f"kernels: {FAST_FP8} is for {BLOCKED_FP8} experts, and {path} holds {form or 'unquantized'} ones; write "
             "triton, or auto"
+        )
+
+
+def check_graphs(config: EPConfig) -> None:
+    """Raises ConfigError for kernels that wait for the host, where a decode step is captured in a CUDA graph."""
+    replicas = config.placement.given or config.balance.on
+    levelled = replicas and config.placement.split_of("decode") in LEVELLING
+    waiting = config.kernels == "reference" or (config.kernels == "grouped_mm" and levelled)
+    if waiting and config.captures_graphs:
+        what = "multiply" if config.kernels == "reference" else "level a batch"
+        raise ConfigError(
+            f"kernels: {config.kernels} {what} with the host's help, which a CUDA graph cannot hold: set "
+            "engine.eager_mode: true, or kernels: triton"
         )
 
 

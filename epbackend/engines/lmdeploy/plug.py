@@ -15,6 +15,7 @@ import torch
 from epbackend.config import EPConfig
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy import balance
+from epbackend.engines.lmdeploy.checks import check_graphs
 from epbackend.engines.lmdeploy.lmdeploy_config import executor
 from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats
 from epbackend.engines.lmdeploy.patching import check_version
@@ -55,6 +56,7 @@ def enable(config: EPConfig, placement: Placement | None = None) -> None:
         raise ConfigError(
             "engine.backend: turbomind takes no plug; use epbackend.pipeline or serve, or remove the setting"
         )
+    check_graphs(config)
     placement = placement or finished_placement(config)
     warm_splits(config)
     _switch_on(config, placement, worker=False)

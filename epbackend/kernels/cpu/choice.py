@@ -31,6 +31,7 @@ from filelock import FileLock
 
 from epbackend.errors import ConfigError, did_you_mean
 from epbackend.kernels.cpu import products
+from epbackend.kernels.weight_formats import FLOATS
 
 logger = logging.getLogger("epbackend")
 
@@ -53,8 +54,6 @@ MANY = 1 << 62
 """More rows than any slot has."""
 LOCK_S = 60
 """How long a process waits for another's measurement, which takes a second or two, before it makes its own."""
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Microseconds = dict[str, dict[int, float]]
 """product -> rows -> microseconds of one matrix."""

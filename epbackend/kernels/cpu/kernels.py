@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from epbackend.errors import ConfigError
 from epbackend.kernels import Permuted, Prepacked, fp8, int8, renormalized
 from epbackend.kernels.cpu import products
 from epbackend.kernels.cpu.choice import Choice, choose, compiler_trouble
 from epbackend.kernels.reference import ReferenceKernels
-from epbackend.kernels.weight_formats import Matrices, stacked
+from epbackend.kernels.weight_formats import Matrices, check_float, check_width, stacked
 
 BLOCK_ROWS = 256
 
@@ -32,6 +33,11 @@ class Packed:
     def __len__(self) -> int:
         return len(self.matrices_L)
 
+    @property
+    def depth(self) -> int:
+        """K of the matrices."""
+        return self.matrices_L[0].shape[1]
+
 
 class CpuKernels(ReferenceKernels):
     """Faster than the reference, and right on every processor: what it has no fast product of, it widens to float32."""
@@ -45,12 +51,19 @@ class CpuKernels(ReferenceKernels):
             return stacked(weights_LNK)
         # Slots that share memory could not be replaced one by one.
         in_place = isinstance(weights_LNK, Tensor) and weights_LNK.is_contiguous()
-        choice: Choice | None = None
+        choice, first = None, None
         packed: list[Tensor] = []
         for weight in (matrices := iter(weights_LNK)):
             if isinstance(weight, int8.Int8Matrix):
                 return stacked([weight, *matrices])
-            choice = choice or choose(weight.dtype, self._product)
+            if first is None or choice is None:
+                check_float(weight.dtype, "cpu")
+                choice, first = choose(weight.dtype, self._product), weight
+            if (weight.shape, weight.dtype) != (first.shape, first.dtype):
+                raise ConfigError(
+                    f"experts are matrices of one shape and dtype; the first is {list(first.shape)} in {first.dtype}, "
+                    f"another {list(weight.shape)} in {weight.dtype}"
+                )
             packed.append(_packed(weight.detach(), choice, in_place))
         at_L = [0 if weight_NK.is_mkldnn else weight_NK.data_ptr() for weight_NK in packed]
         return Packed(packed, choice or Choice.of("library"), np.array(at_L, np.int64))
@@ -109,6 +122,7 @@ class CpuKernels(ReferenceKernels):
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Prepacked, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
+        check_width(rows_SK, packed.depth if isinstance(packed, Packed) else packed.values_LNK.shape[2])
         if not isinstance(packed, Packed) and compiler_trouble():
             return super().grouped_matmul(rows_SK, packed, counts_L, bias_LN)
         rows_L = counts_L.numpy()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.kernels.int8 import Int8Weights
+from epbackend.kernels.weight_formats import FLOATS
 
 FRACTAL_NZ = 29
 """Its number among CANN's formats."""
@@ -324,7 +325,6 @@ MOST_GROUPS = 1024
 INNER_LIMIT = 65536
 """Rows and columns of a matrix stay below it."""
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZED = (torch.bfloat16, torch.float16)
 """Dtypes of rows that the operators quantize."""
 

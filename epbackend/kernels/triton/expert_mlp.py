@@ -31,7 +31,7 @@ from epbackend.kernels.triton.tiles import (
     weight_format,
     weight_values,
 )
-from epbackend.kernels.weight_formats import Experts
+from epbackend.kernels.weight_formats import Experts, check_width
 
 BLOCK = 1024
 
@@ -165,8 +165,7 @@ class ExpertProduct:
         experts = self._experts
         matching: Rows = rows
         values_SK = rows.values_SK if isinstance(rows, Fp8Tokens) else source_of(rows)[0]
-        if values_SK.shape[1] != self._depth:
-            raise ConfigError(f"rows are {values_SK.shape[1]} wide, but the experts take {self._depth}")
+        check_width(values_SK, self._depth)
         if isinstance(experts, Tensor):
             if values_SK.dtype != experts.dtype:
                 raise ConfigError(

@@ -20,10 +20,8 @@ from epbackend.kernels.triton.expert_mlp import ExpertMlp, ExpertProduct
 from epbackend.kernels.triton.level_split import level_split
 from epbackend.kernels.triton.permute import source_of
 from epbackend.kernels.triton.tiles import Chip, chip_of, row_tiles
-from epbackend.kernels.weight_formats import Experts, Matrices, SlotMemory, stacked
+from epbackend.kernels.weight_formats import Experts, Matrices, SlotMemory, check_float, stacked
 from epbackend.names import FAST_FP8
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class TritonKernels(TorchQuantization, SlotMemory):
@@ -84,11 +82,7 @@ class TritonKernels(TorchQuantization, SlotMemory):
             )
         if not isinstance(packed, Tensor):
             return packed
-        if packed.dtype not in DTYPES:
-            raise ConfigError(
-                f"experts are {packed.dtype}, but device cuda multiplies {', '.join(map(str, DTYPES))}; convert "
-                "them, or quantize them (epbackend.kernels.int8, epbackend.kernels.fp8)"
-            )
+        check_float(packed.dtype, "cuda")
         return packed
 
     def grouped_matmul(

@@ -34,7 +34,7 @@ from torch import Tensor
 from epbackend.kernels import Permuted
 from epbackend.kernels.triton.launch import cdiv, named_launch, next_power_of_2
 
-# The parts of the sort, which `symmetric.py` and `replica_split.py` use too.
+# The parts of the sort, which `symmetric.py`, `even_split.py` and `level_split.py` use too.
 
 
 @triton.jit

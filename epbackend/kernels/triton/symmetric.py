@@ -4,7 +4,7 @@ The phases of one exchange; at each arrow all ranks meet at a barrier:
 
        exchange_counts     every rank writes its row of counts into every rank's table
     -> recv_offsets,       the table says where each choice's row lies on its expert's rank,
-       rows_of_choices,
+       rows_at_receivers,
        dispatch            and there it is stored, in 8 bits if it travels so
     -> (experts)           on the rows where they lie, or in their own dtype again
        combine_send        each result is stored at the token's own rank, in the place of its choice
@@ -238,12 +238,12 @@ def _recv_offsets(
         store_counts(counts_L, totals, first, last, slots, LANES)
 
 
-def rows_of_choices(slot_ids_TK: Tensor, before_BP: Tensor, bases_P: Tensor) -> Tensor:
+def rows_at_receivers(slot_ids_TK: Tensor, before_BP: Tensor, bases_P: Tensor) -> Tensor:
     """row_S (int64): the row of each choice on its slot's rank; -1 for choices of no slot."""
     row_S = torch.empty(slot_ids_TK.numel(), dtype=torch.int64, device=slot_ids_TK.device)
     if len(before_BP):
         ids_S = slot_ids_TK.contiguous().view(-1)
-        _rows_of_choices[(len(before_BP),)](
+        _rows_at_receivers[(len(before_BP),)](
             ids_S=ids_S,
             before_BP=before_BP,
             bases_P=bases_P,
@@ -257,7 +257,7 @@ def rows_of_choices(slot_ids_TK: Tensor, before_BP: Tensor, bases_P: Tensor) -> 
 
 @named_launch
 @triton.jit(do_not_specialize=["S"])
-def _rows_of_choices(ids_S, before_BP, bases_P, row_S, S, P, BLOCK: tl.constexpr):
+def _rows_at_receivers(ids_S, before_BP, bases_P, row_S, S, P, BLOCK: tl.constexpr):
     """One block of choices."""
     block = tl.program_id(0)
     choice = block * BLOCK + tl.arange(0, BLOCK)
@@ -284,7 +284,7 @@ def dispatch(
     Args:
         hidden_TD: the tokens' rows.
         slot_ids_TK: the slots of their choices.
-        row_S: int64, the row of each choice on its slot's rank, from `rows_of_choices`.
+        row_S: int64, the row of each choice on its slot's rank, from `rows_at_receivers`.
         first_row: only choices travel whose row lies in the window from here on, as long as the receive buffer.
         rows: the receive buffers, [C, D].
         choice_of_row: int64 [C]: the choice that each row serves, counted over all ranks.

@@ -151,7 +151,7 @@ class TuningCase:
 
     @property
     def rows(self) -> int:
-        return int(self.experts.slots * self.rows_per_slot)
+        return max(1, int(self.experts.slots * self.rows_per_slot))
 
     @property
     def product(self) -> Product:
@@ -192,11 +192,11 @@ class TuningCase:
     def run(self, data: Data, tile: Tile, chip: Chip | None = None) -> Tensor:
         """The sort where it is timed, the schedule and the product."""
         chip = chip or chip_of(data.counts_L.device)
-        rows, counts_L = data.rows, data.counts_L
+        rows, counts_L, count = data.rows, data.counts_L, self.rows
         if data.slot_ids_TK is not None:
             permuted = permute(rows, data.slot_ids_TK, self.experts.slots, copy=not tile.gather)
-            rows, counts_L = permuted.rows_SD, permuted.counts_L
-        schedule = row_tiles(counts_L, self.rows, tile.rows)
+            rows, counts_L, count = permuted.rows_SD, permuted.counts_L, data.slot_ids_TK.numel()
+        schedule = row_tiles(counts_L, count, tile.rows)
         out = grouped_matmul(rows, data.experts, schedule, tile, chip, gated=self.gated, dtype=torch.bfloat16)
         return out if isinstance(out, Tensor) else out.values_SK
 
