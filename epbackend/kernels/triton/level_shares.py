@@ -13,6 +13,8 @@ a rank, G sources. XS, CS, RS and JS are powers of two that hold X, C, R and J.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -31,17 +33,46 @@ ORDER_BITS = tl.constexpr(24)
 """Times in 2^-24 of a token for a weight of 1: quotients of whole numbers by weights up to 2^12 keep their order."""
 
 
+class Singles(NamedTuple):
+    """The experts that are on one rank alone; rows of single_RJ end in -1."""
+
+    single_RJ: Any
+    R: Any
+    J: Any
+
+
+class Replicated(NamedTuple):
+    """The experts that are on several ranks; rows of ranks_XC and of sources_XC end in -1."""
+
+    expert_X: Any
+    ranks_XC: Any
+    sources_XC: Any
+    X: Any
+    C: Any
+
+
+class Tree(NamedTuple):
+    """The ranks to which tokens of the fullest one for its weight, the root, can move; -1 or 0 for others."""
+
+    size: Any
+    total: Any
+    """Their load."""
+    order: Any
+    """[RS]: when a rank joined; the root is 0, and ranks outside are -1."""
+    joined: Any
+    """[RS]: by which of the X experts it did."""
+    from_replica: Any
+    """[RS]: that expert's replica on its parent in the tree."""
+    to_replica: Any
+    """[RS]: that expert's replica on itself."""
+
+
 @triton.jit
 def level_shares(
     tokens,
-    single_RJ,
-    expert_X,
-    ranks_XC,
+    singles,
+    replicated,
     weight_R,
-    R,
-    J,
-    X,
-    C,
     RS: tl.constexpr,
     JS: tl.constexpr,
     XS: tl.constexpr,
@@ -53,54 +84,37 @@ def level_shares(
 
     Every step follows from the one before. Loads of all ranks and shares of all replicas stay in registers.
     """
-    loads = _single_loads(tokens, single_RJ, R, J, RS, JS)
+    loads = _single_loads(tokens, singles, RS, JS)
     nth = tl.arange(0, XS)
-    tokens_X = tl.gather(tokens, tl.load(expert_X + nth, mask=nth < X, other=0), 0)
-    tokens_X = tl.where(nth < X, tokens_X, 0)
+    tokens_X = tl.gather(tokens, tl.load(replicated.expert_X + nth, mask=nth < replicated.X, other=0), 0)
+    tokens_X = tl.where(nth < replicated.X, tokens_X, 0)
     each_rank = tl.arange(0, RS)
     each, replica = nth[:, None], tl.arange(0, CS)[None, :]
-    here = (each < X) & (replica < C)
-    rank = tl.load(ranks_XC + each * C + replica, mask=here, other=-1)
+    here = (each < replicated.X) & (replica < replicated.C)
+    rank = tl.load(replicated.ranks_XC + each * replicated.C + replica, mask=here, other=-1)
     here = here & (rank >= 0)
     if weight_R is None:
         weights = None
         weight = here.to(tl.int32)
     else:
-        weights = tl.load(weight_R + each_rank, mask=each_rank < R, other=1)
+        weights = tl.load(weight_R + each_rank, mask=each_rank < singles.R, other=1)
         weight = tl.load(weight_R + rank, mask=here, other=0)
     of = tl.maximum(tl.sum(weight, 1), 1)[:, None]
     shares = tl.where(here, _part(tokens_X[:, None], weight, of, weights), 0)
     left = tokens_X - tl.sum(shares, 1)
     shares += (here & (replica < left[:, None])).to(tl.int32)
-    for x in range(0, X):
-        loads += _sum_by_rank(_row(shares, x, XS), _ranks(ranks_XC, x, C, CS), each_rank)
+    for x in range(0, replicated.X):
+        loads += _sum_by_rank(_row(shares, x), _ranks(replicated, x, CS), each_rank)
     sweep = tl.zeros((), tl.int32)
     going = sweep == 0
     while going:
-        size, total, order, joined, from_replica, to_replica = _grow_tree(
-            loads, weights, shares, ranks_XC, X, C, XS, CS, RS
-        )
-        most = tl.sum(tl.where(order == 0, loads, 0))
-        going = most - (most >> GAP_BITS) > _bound(total, size, order, weights)
+        tree = _grow_tree(loads, weights, shares, replicated)
+        most = tl.sum(tl.where(tree.order == 0, loads, 0))
+        going = most - (most >> GAP_BITS) > _bound(tree, weights)
         if going:
             if sweep % 2 == 1:
-                loads, shares = _level_tree(
-                    loads,
-                    weights,
-                    shares,
-                    ranks_XC,
-                    C,
-                    size,
-                    total,
-                    order,
-                    joined,
-                    from_replica,
-                    to_replica,
-                    XS,
-                    CS,
-                    RS,
-                )
-            loads, shares = _sweep(loads, weights, shares, tokens_X, ranks_XC, X, C, XS, CS, RS)
+                loads, shares = _level_tree(loads, weights, shares, replicated, tree)
+            loads, shares = _sweep(loads, weights, shares, tokens_X, replicated)
         sweep += 1
         going = going & (sweep < MOST_SWEEPS)
     return shares, loads
@@ -108,120 +122,55 @@ def level_shares(
 
 @triton.jit
 def by_node_shares(
-    level,
-    loads,
-    tokens,
-    counts_GE,
-    stride,
-    single_RJ,
-    expert_X,
-    ranks_XC,
-    sources_XC,
-    weight_R,
-    node,
-    G,
-    R,
-    J,
-    X,
-    C,
-    RS: tl.constexpr,
-    JS: tl.constexpr,
-    XS: tl.constexpr,
-    CS: tl.constexpr,
+    level, loads, tokens, counts_GE, stride, singles, replicated, weight_R, node, G, JS: tl.constexpr
 ):
     """shares [XS, CS] of `level_by_node`, from the shares and the loads of `level`; `node` is in sources."""
+    XS: tl.constexpr = level.shape[0]
+    CS: tl.constexpr = level.shape[1]
+    RS: tl.constexpr = loads.shape[0]
     nth, each_rank = tl.arange(0, XS), tl.arange(0, RS)
-    expert = tl.load(expert_X + nth, mask=nth < X, other=0)
-    tokens_X = tl.where(nth < X, tl.gather(tokens, expert, 0), 0)
-    home = _home(expert, counts_GE, stride, sources_XC, node, G, X, C, XS, CS)
-    weights = None if weight_R is None else tl.load(weight_R + each_rank, mask=each_rank < R, other=1)
-    most = _most_loads(loads, weights, RS)
-    loads = _single_loads(tokens, single_RJ, R, J, RS, JS)
-    loads, shares = _sweep_nodes(
-        loads,
-        weights,
-        None,
-        tl.zeros_like(level),
-        tokens_X,
-        home,
-        ranks_XC,
-        sources_XC,
-        node,
-        X,
-        C,
-        XS,
-        CS,
-        RS,
-    )
+    expert = tl.load(replicated.expert_X + nth, mask=nth < replicated.X, other=0)
+    tokens_X = tl.where(nth < replicated.X, tl.gather(tokens, expert, 0), 0)
+    home = _home(expert, counts_GE, stride, replicated, node, G, CS)
+    weights = None if weight_R is None else tl.load(weight_R + each_rank, mask=each_rank < singles.R, other=1)
+    most = _most_loads(loads, weights)
+    loads = _single_loads(tokens, singles, RS, JS)
+    loads, shares = _sweep_nodes(loads, weights, None, tl.zeros_like(level), tokens_X, home, replicated, node)
     sweep = tl.zeros((), tl.int32)
     going = tl.max((loads > most).to(tl.int32)) > 0
     while going:
         if sweep % 2 == 1:
-            size, total, order, joined, from_replica, to_replica = _grow_tree(
-                loads, weights, shares, ranks_XC, X, C, XS, CS, RS
-            )
-            loads, shares = _level_tree(
-                loads,
-                weights,
-                shares,
-                ranks_XC,
-                C,
-                size,
-                total,
-                order,
-                joined,
-                from_replica,
-                to_replica,
-                XS,
-                CS,
-                RS,
-            )
-        loads, shares = _sweep_nodes(
-            loads, weights, most, shares, tokens_X, home, ranks_XC, sources_XC, node, X, C, XS, CS, RS
-        )
+            tree = _grow_tree(loads, weights, shares, replicated)
+            loads, shares = _level_tree(loads, weights, shares, replicated, tree)
+        loads, shares = _sweep_nodes(loads, weights, most, shares, tokens_X, home, replicated, node)
         sweep += 1
         going = (tl.max((loads > most).to(tl.int32)) > 0) & (sweep < BY_NODE_SWEEPS)
     kept, kept_by_level = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    for x in range(0, X):
-        same, at_home = _same_node(sources_XC, x, node, C, CS), _row(home, x, XS)
-        kept += _kept(_row(shares, x, XS), at_home, same, CS)
-        kept_by_level += _kept(_row(level, x, XS), at_home, same, CS)
+    for x in range(0, replicated.X):
+        same, at_home = _same_node(replicated, x, node, CS), _row(home, x)
+        kept += _kept(_row(shares, x), at_home, same)
+        kept_by_level += _kept(_row(level, x), at_home, same)
     above = tl.max((loads > most).to(tl.int32))
     return tl.where((above == 0) & (kept >= kept_by_level), shares, level)
 
 
 @triton.jit
-def _sweep_nodes(
-    loads,
-    weights,
-    most,
-    shares,
-    tokens_X,
-    home,
-    ranks_XC,
-    sources_XC,
-    node,
-    X,
-    C,
-    XS: tl.constexpr,
-    CS: tl.constexpr,
-    RS: tl.constexpr,
-):
+def _sweep_nodes(loads, weights, most, shares, tokens_X, home, replicated, node):
     """`_sweep` with `_fill_nodes`; `most` is None where ranks have no limit."""
-    nth, each_rank = tl.arange(0, XS), tl.arange(0, RS)
-    for x in range(0, X):
-        rank = _ranks(ranks_XC, x, C, CS)
+    CS: tl.constexpr = shares.shape[1]
+    nth, each_rank = tl.arange(0, shares.shape[0]), tl.arange(0, loads.shape[0])
+    for x in range(0, replicated.X):
+        rank = _ranks(replicated, x, CS)
         at = tl.maximum(rank, 0)
-        loads -= _sum_by_rank(_row(shares, x, XS), rank, each_rank)
+        loads -= _sum_by_rank(_row(shares, x), rank, each_rank)
         filled = _fill_nodes(
             tl.sum(tl.where(nth == x, tokens_X, 0)),
-            _row(home, x, XS),
+            _row(home, x),
             tl.gather(loads, at, 0),
             None if weights is None else tl.gather(weights, at, 0),
             None if most is None else tl.gather(most, at, 0),
-            _same_node(sources_XC, x, node, C, CS),
+            _same_node(replicated, x, node, CS),
             rank >= 0,
-            CS,
         )
         loads += _sum_by_rank(filled, rank, each_rank)
         shares = tl.where(nth[:, None] == x, filled[None, :], shares)
@@ -229,10 +178,12 @@ def _sweep_nodes(
 
 
 @triton.jit
-def _home(expert, counts_GE, stride, sources_XC, node, G, X, C, XS: tl.constexpr, CS: tl.constexpr):
+def _home(expert, counts_GE, stride, replicated, node, G, CS: tl.constexpr):
     """[XS, CS]: tokens of the expert on each replica's node."""
+    XS: tl.constexpr = expert.shape[0]
     x, replica = tl.arange(0, XS)[:, None], tl.arange(0, CS)[None, :]
-    holder = tl.load(sources_XC + x * C + replica, mask=(x < X) & (replica < C), other=-1)
+    here = (x < replicated.X) & (replica < replicated.C)
+    holder = tl.load(replicated.sources_XC + x * replicated.C + replica, mask=here, other=-1)
     home = tl.zeros((XS, CS), tl.int32)
     for nth in range(0, node):
         source = holder // node * node + nth
@@ -242,8 +193,9 @@ def _home(expert, counts_GE, stride, sources_XC, node, G, X, C, XS: tl.constexpr
 
 
 @triton.jit
-def _most_loads(loads, weights, RS: tl.constexpr):
+def _most_loads(loads, weights):
     """What each rank may have, by the time of the slowest one with these loads and BY_NODE_BITS."""
+    RS: tl.constexpr = loads.shape[0]
     each_rank = tl.arange(0, RS)
     time = loads if weights is None else (loads.to(tl.int64) << ORDER_BITS) // weights
     root = each_rank == tl.min(tl.where(time == tl.max(time), each_rank, RS))
@@ -255,16 +207,17 @@ def _most_loads(loads, weights, RS: tl.constexpr):
 
 
 @triton.jit
-def _same_node(sources_XC, x, node, C, CS: tl.constexpr):
+def _same_node(replicated, x, node, CS: tl.constexpr):
     """[CS, CS]: whether two replicas of an expert are on one node."""
     replica = tl.arange(0, CS)
-    holder = tl.load(sources_XC + x * C + replica, mask=replica < C, other=-1)
+    place = replicated.sources_XC + x * replicated.C + replica
+    holder = tl.load(place, mask=replica < replicated.C, other=-1)
     of = tl.where(holder >= 0, holder // node, -1)
     return (of[:, None] == of[None, :]) & (holder >= 0)[:, None]
 
 
 @triton.jit
-def _fill_nodes(tokens, home, load, weight, most, same, here, CS: tl.constexpr):
+def _fill_nodes(tokens, home, load, weight, most, same, here):
     """What each rank gets of an expert's tokens: those at `home` there, up to `most`, and the rest by water-filling.
 
     Without a limit `most` is None and never a block of one large number: gathered, that is a shuffled constant, which
@@ -281,7 +234,8 @@ def _fill_nodes(tokens, home, load, weight, most, same, here, CS: tl.constexpr):
     total, of = _node_sums(home, load, weight, under, same)
     filled = tl.where(under, _part(total, weight, of, weight) - load, 0)
     left = home - tl.sum(tl.where(same, filled[None, :], 0), 1)
-    earlier = tl.arange(0, CS)[None, :] < tl.arange(0, CS)[:, None]
+    replica = tl.arange(0, home.shape[0])
+    earlier = replica[None, :] < replica[:, None]
     nth = tl.sum((same & earlier & under[None, :]).to(tl.int32), 1)
     filled += (under & (nth < left)).to(tl.int32)
     kept = filled if most is None else tl.minimum(filled, tl.maximum(most - load, 0))
@@ -299,36 +253,39 @@ def _node_sums(home, load, weight, under, same):
 
 
 @triton.jit
-def _kept(shares, home, same, CS: tl.constexpr):
+def _kept(shares, home, same):
     """Tokens of an expert that can stay on their node."""
-    earlier = tl.arange(0, CS)[None, :] < tl.arange(0, CS)[:, None]
+    replica = tl.arange(0, home.shape[0])
+    earlier = replica[None, :] < replica[:, None]
     first = tl.sum((same & earlier).to(tl.int32), 1) == 0
     of_node = tl.sum(tl.where(same, shares[None, :], 0), 1)
     return tl.sum(tl.where(first, tl.minimum(home, of_node), 0))
 
 
 @triton.jit
-def _single_loads(tokens, single_RJ, R, J, RS: tl.constexpr, JS: tl.constexpr):
+def _single_loads(tokens, singles, RS: tl.constexpr, JS: tl.constexpr):
     """Tokens of each rank's unreplicated experts; -1 in lanes past the ranks, which are then never the fullest."""
     flat = tl.arange(0, RS * JS)
     rank, place = flat // JS, flat % JS
-    expert = tl.load(single_RJ + rank * J + place, mask=(rank < R) & (place < J), other=-1)
+    here = (rank < singles.R) & (place < singles.J)
+    expert = tl.load(singles.single_RJ + rank * singles.J + place, mask=here, other=-1)
     of_single = tl.where(expert >= 0, tl.gather(tokens, tl.maximum(expert, 0), 0), 0)
     loads = tl.sum(tl.reshape(of_single, (RS, JS)), 1)
-    return tl.where(tl.arange(0, RS) < R, loads, -1)
+    return tl.where(tl.arange(0, RS) < singles.R, loads, -1)
 
 
 @triton.jit
-def _ranks(ranks_XC, x, C, CS: tl.constexpr):
+def _ranks(replicated, x, CS: tl.constexpr):
     """The ranks of one expert's replicas, -1 past them."""
     replica = tl.arange(0, CS)
-    return tl.load(ranks_XC + x * C + replica, mask=replica < C, other=-1)
+    place = replicated.ranks_XC + x * replicated.C + replica
+    return tl.load(place, mask=replica < replicated.C, other=-1)
 
 
 @triton.jit
-def _row(shares, x, XS: tl.constexpr):
+def _row(shares, x):
     """shares[x]."""
-    return tl.sum(tl.where(tl.arange(0, XS)[:, None] == x, shares, 0), 0)
+    return tl.sum(tl.where(tl.arange(0, shares.shape[0])[:, None] == x, shares, 0), 0)
 
 
 @triton.jit
@@ -338,14 +295,13 @@ def _sum_by_rank(values, rank, each_rank):
 
 
 @triton.jit
-def _sweep(
-    loads, weights, shares, tokens_X, ranks_XC, X, C, XS: tl.constexpr, CS: tl.constexpr, RS: tl.constexpr
-):
+def _sweep(loads, weights, shares, tokens_X, replicated):
     """Fill the tokens of every replicated expert onto its ranks again, one expert after the other."""
-    each_rank = tl.arange(0, RS)
-    for x in range(0, X):
-        rank = _ranks(ranks_XC, x, C, CS)
-        loads -= _sum_by_rank(_row(shares, x, XS), rank, each_rank)
+    XS: tl.constexpr = shares.shape[0]
+    each_rank = tl.arange(0, loads.shape[0])
+    for x in range(0, replicated.X):
+        rank = _ranks(replicated, x, shares.shape[1])
+        loads -= _sum_by_rank(_row(shares, x), rank, each_rank)
         tokens = tl.sum(tl.where(tl.arange(0, XS) == x, tokens_X, 0))
         weight = None if weights is None else tl.gather(weights, tl.maximum(rank, 0), 0)
         filled = _fill(tokens, tl.gather(loads, tl.maximum(rank, 0), 0), weight, rank >= 0)
@@ -393,14 +349,10 @@ def _sums(tokens, load, weight, under):
 
 
 @triton.jit
-def _grow_tree(loads, weights, shares, ranks_XC, X, C, XS: tl.constexpr, CS: tl.constexpr, RS: tl.constexpr):
-    """The tree of ranks to which tokens of the fullest rank for its weight, its root, can move.
-
-    Its size, its load, and its edges.
-
-    For each rank: its `order` of joining, or -1; the expert by which it `joined`, that expert's replica on the parent
-    (`from_replica`), and its replica on the rank itself (`to_replica`).
-    """
+def _grow_tree(loads, weights, shares, replicated):
+    """The tree whose root is the fullest rank for its weight."""
+    CS: tl.constexpr = shares.shape[1]
+    RS: tl.constexpr = loads.shape[0]
     each_rank, replica = tl.arange(0, RS), tl.arange(0, CS)
     time = loads
     if weights is not None:
@@ -413,10 +365,10 @@ def _grow_tree(loads, weights, shares, ranks_XC, X, C, XS: tl.constexpr, CS: tl.
     size = grown + 1
     while size > grown:
         grown = size
-        for x in range(0, X):
-            rank = _ranks(ranks_XC, x, C, CS)
+        for x in range(0, replicated.X):
+            rank = _ranks(replicated, x, CS)
             inside = tl.gather(order, tl.maximum(rank, 0), 0) >= 0
-            gives = (rank >= 0) & inside & (_row(shares, x, XS) > 0)
+            gives = (rank >= 0) & inside & (_row(shares, x) > 0)
             first_giving = tl.min(tl.where(gives, replica, CS))
             joins = ((rank >= 0) & (inside == 0) & (first_giving < CS)).to(tl.int32)
             place = size + tl.cumsum(joins) - joins
@@ -427,60 +379,53 @@ def _grow_tree(loads, weights, shares, ranks_XC, X, C, XS: tl.constexpr, CS: tl.
             to_replica = tl.where(new, _sum_by_rank(replica * joins, rank, each_rank), to_replica)
             total += tl.sum(tl.where(new, loads, 0))
             size += tl.sum(joins)
-    return size, total, order, joined, from_replica, to_replica
+    return Tree(size, total, order, joined, from_replica, to_replica)
 
 
 @triton.jit
-def _tree_weight(size, order, weights):
+def _tree_weight(tree, weights):
     """The weight of the tree's ranks."""
-    return size if weights is None else tl.sum(tl.where(order >= 0, weights, 0))
+    return tree.size if weights is None else tl.sum(tl.where(tree.order >= 0, weights, 0))
 
 
 @triton.jit
-def _bound(total, size, order, weights):
+def _bound(tree, weights):
     """The root's part of the tree's load, rounded up."""
-    of = _tree_weight(size, order, weights)
+    of = _tree_weight(tree, weights)
     if weights is None:
-        bound = (total + of - 1) // of
+        bound = (tree.total + of - 1) // of
     else:
-        weight = tl.sum(tl.where(order == 0, weights, 0))
-        level = total // of
-        bound = level * weight + (((total - level * of).to(tl.int64) * weight + of - 1) // of).to(tl.int32)
+        weight = tl.sum(tl.where(tree.order == 0, weights, 0))
+        level = tree.total // of
+        bound = level * weight + (((tree.total - level * of).to(tl.int64) * weight + of - 1) // of).to(
+            tl.int32
+        )
     return bound
 
 
 @triton.jit
-def _level_tree(
-    loads,
-    weights,
-    shares,
-    ranks_XC,
-    C,
-    size,
-    total,
-    order,
-    joined,
-    from_replica,
-    to_replica,
-    XS: tl.constexpr,
-    CS: tl.constexpr,
-    RS: tl.constexpr,
-):
+def _level_tree(loads, weights, shares, replicated, tree):
     """Move loads along the tree, from its leaves to the root, as far as the shares along its edges allow."""
+    XS: tl.constexpr = shares.shape[0]
+    CS: tl.constexpr = shares.shape[1]
+    RS: tl.constexpr = loads.shape[0]
     each, replica, each_rank = tl.arange(0, XS)[:, None], tl.arange(0, CS)[None, :], tl.arange(0, RS)
-    parts = tl.where(order >= 0, _part(total, weights, _tree_weight(size, order, weights), weights), 0)
-    left = total - tl.sum(parts)
-    for step in range(1, size):
-        index = size - step
-        here = order == index
-        x = tl.sum(tl.where(here, joined, 0))
-        gives, takes = tl.sum(tl.where(here, from_replica, 0)), tl.sum(tl.where(here, to_replica, 0))
+    parts = tl.where(tree.order >= 0, _part(tree.total, weights, _tree_weight(tree, weights), weights), 0)
+    left = tree.total - tl.sum(parts)
+    for step in range(1, tree.size):
+        index = tree.size - step
+        here = tree.order == index
+        x = tl.sum(tl.where(here, tree.joined, 0))
+        gives, takes = (
+            tl.sum(tl.where(here, tree.from_replica, 0)),
+            tl.sum(tl.where(here, tree.to_replica, 0)),
+        )
         given = (each == x) & (replica == gives)
         taken = (each == x) & (replica == takes)
         surplus = tl.sum(tl.where(here, loads - parts, 0)) - (index < left).to(tl.int32)
         surplus = tl.minimum(surplus, tl.sum(tl.sum(tl.where(taken, shares, 0), 1)))
         surplus = tl.maximum(surplus, -tl.sum(tl.sum(tl.where(given, shares, 0), 1)))
         shares += tl.where(given, surplus, 0) - tl.where(taken, surplus, 0)
-        parent = tl.load(ranks_XC + x * C + gives)
+        parent = tl.load(replicated.ranks_XC + x * replicated.C + gives)
         loads += tl.where(each_rank == parent, surplus, 0) - tl.where(here, surplus, 0)
     return loads, shares

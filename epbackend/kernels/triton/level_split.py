@@ -37,7 +37,7 @@ from epbackend.kernels.triton.even_split import (
     store_slots,
 )
 from epbackend.kernels.triton.launch import named_launch, next_power_of_2
-from epbackend.kernels.triton.level_shares import by_node_shares, level_shares
+from epbackend.kernels.triton.level_shares import Replicated, Singles, by_node_shares, level_shares
 from epbackend.kernels.triton.permute import load_slots
 from epbackend.kernels.triton.tiles import Chip, chip_of
 from epbackend.placement.placement import Layout
@@ -137,39 +137,28 @@ def gather_flat(values, index, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def own_quota(
-    shares,
-    counts_GE,
-    stride,
-    expert_X,
-    sources_XC,
-    source,
-    node,
-    G,
-    X,
-    C,
-    XS: tl.constexpr,
-    CS: tl.constexpr,
-    GS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def own_quota(shares, counts_GE, stride, replicated, source, node, G, GS: tl.constexpr, CHUNK: tl.constexpr):
     """quota [XS, CS] of `source`, from the shares [XS, CS] of all; CHUNK experts at a time.
 
     Sources and replicas are matched within blocks of one source first, then of a node, then of all. In each block the
     tokens that its sources still have lie on one line, and the shares that its replicas still have free on another: a
     source's quota of a replica is the overlap of their two intervals.
     """
+    XS: tl.constexpr = shares.shape[0]
+    CS: tl.constexpr = shares.shape[1]
     each = tl.arange(0, XS)[:, None]
     replica, sources = tl.arange(0, CS)[None, :], tl.arange(0, GS)[None, :]
     quota = tl.zeros_like(shares)
-    for start in range(0, X, CHUNK):
+    for start in range(0, replicated.X, CHUNK):
         x = (start + tl.arange(0, CHUNK))[:, None]
-        expert = tl.load(expert_X + x, mask=x < X, other=0)
+        used = x < replicated.X
+        expert = tl.load(replicated.expert_X + x, mask=used, other=0)
         counts = counts_GE + sources.to(tl.int64) * stride + expert
-        tokens = tl.load(counts, mask=(x < X) & (sources < G), other=0).to(tl.int32)
-        holder = tl.load(sources_XC + x * C + replica, mask=(x < X) & (replica < C), other=-1)
+        tokens = tl.load(counts, mask=used & (sources < G), other=0).to(tl.int32)
+        place = replicated.sources_XC + x * replicated.C + replica
+        holder = tl.load(place, mask=used & (replica < replicated.C), other=-1)
         free = gather_flat(shares, tl.minimum(x, XS - 1) * CS + replica, XS * CS, CHUNK, CS)
-        free = tl.where(x < X, free, 0)
+        free = tl.where(used, free, 0)
         part = tl.zeros_like(free)
         for step in tl.static_range(3):
             if step == 0:
@@ -359,34 +348,15 @@ def _level_slots(
         tokens = tl.where(lane < E, count_all(ids_S, S, E, LANES, ALL), 0)
     else:
         tokens = tl.load(totals_E + lane, mask=lane < E, other=0).to(tl.int32)
-    quota, loads = level_shares(tokens, single_RJ, expert_X, ranks_XC, weight_R, R, J, X, C, RS, JS, XS, CS)
+    singles = Singles(single_RJ, R, J)
+    replicated = Replicated(expert_X, ranks_XC, sources_XC, X, C)
+    quota, loads = level_shares(tokens, singles, replicated, weight_R, RS, JS, XS, CS)
     if counts_GE is not None:
         if BY_NODE:
             quota = by_node_shares(
-                quota,
-                loads,
-                tokens,
-                counts_GE,
-                stride,
-                single_RJ,
-                expert_X,
-                ranks_XC,
-                sources_XC,
-                weight_R,
-                node,
-                G,
-                R,
-                J,
-                X,
-                C,
-                RS,
-                JS,
-                XS,
-                CS,
+                quota, loads, tokens, counts_GE, stride, singles, replicated, weight_R, node, G, JS
             )
-        quota = own_quota(
-            quota, counts_GE, stride, expert_X, sources_XC, source, node, G, X, C, XS, CS, GS, CHUNK
-        )
+        quota = own_quota(quota, counts_GE, stride, replicated, source, node, G, GS, CHUNK)
     slot_of_first = tl.load(first_slot_E)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         choice = block * BLOCK + tl.arange(0, BLOCK)
