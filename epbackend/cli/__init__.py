@@ -56,6 +56,8 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
+            if ctx.invoked_subcommand == "run" and RUN_VARIABLE in os.environ:
+                raise  # by the program that it runs, which has errors of its own
             raise _exit(_not_installed(error, str(ctx.invoked_subcommand))) from error
         except EPError as error:
             raise _exit(error) from error

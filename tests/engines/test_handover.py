@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import requests
@@ -81,6 +83,19 @@ def test_a_script_spreads_the_experts(tmp_path, start_process):
     running = start_process(COMMAND, "run", *options, "python", str(script), "--config", "mine", ready=said)
     assert running.process.wait(timeout=PATIENCE_S) == 0
     running.assert_nothing_left()
+
+
+def test_a_script_that_fails_says_what_python_says(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text("import no_such_package_of_mine\n")
+    words = ("run", "--device", "cpu", "python", str(script))
+    ended = subprocess.run(
+        [sys.executable, "-c", COMMAND, *words], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert ended.returncode == 1
+    assert f'File "{script}", line 1' in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("ModuleNotFoundError: No module named 'no_such_package")
+    assert "pip install" not in ended.stderr
 
 
 def test_what_the_program_sets_and_what_run_was_told_become_one_config():
