@@ -39,13 +39,25 @@ def read_mapping(path: str | PathLike[str]) -> dict[str, Any]:
     return content
 
 
+def load_json(text: str) -> Any:
+    """A value as JSON files have it: a key is given once. Raises ValueError or RecursionError."""
+    return json.loads(text, object_pairs_hook=_unique_pairs)
+
+
+def load_yaml(text: str) -> Any:
+    """A value as YAML files have it: likewise, and `on:` is a name. Raises yaml.YAMLError or RecursionError."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def _parse_json(text: str, path: Path) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique_pairs)
+        return load_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
     except _DuplicateKeyError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except ValueError as error:  # of a whole number with thousands of digits
+        raise ConfigError(f"{path}: a number cannot be read: {_first_clause(error)}") from None
 
 
 class _DuplicateKeyError(ValueError):
@@ -63,7 +75,7 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_yaml(text: str, path: Path) -> Any:
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        return load_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -72,8 +84,19 @@ def _parse_yaml(text: str, path: Path) -> Any:
         raise ConfigError(f"{path}: is not YAML: {error}") from None
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; this loader refuses them. `on:` is a name here."""
+class _Loader(yaml.SafeLoader):
+    """Refuses two equal keys, of which PyYAML keeps the last without a word. Its errors have a place."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if type(value) is int:
+                str(value)  # which has a limit that hexadecimal numbers otherwise pass, and no message could show them
+            return value
+        except (ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            # PyYAML takes what looks like a date or a number for one: 2024-13-45, 0x_, !!int "".
+            problem = f"{str(node.value)[:40]!r} cannot be read ({_first_clause(error)}): quote it, if it is text"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -85,3 +108,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:bool":
                 key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
+
+
+def _first_clause(error: Exception) -> str:
+    """What is wrong, without the remedy of those who write programs."""
+    return str(error).partition(";")[0]

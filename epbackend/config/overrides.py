@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from epbackend.config.files import load_json, load_yaml
 from epbackend.errors import ConfigError
 
 
@@ -43,12 +43,15 @@ def read_value(text: str, origin: str) -> Any:
     Raises:
         ConfigError: it is neither.
     """
-    with suppress(ValueError):  # YAML would read 1e6 as a word
-        return json.loads(text)
     try:
-        return yaml.safe_load(text)
+        with suppress(ValueError):  # YAML would read 1e6 as a word
+            return load_json(text)
+        return load_yaml(text)
+    except RecursionError:
+        raise ConfigError(f"{origin}: the value is nested too deeply") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}={text}: the value is not YAML: {error}") from None
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{origin}={text[:80]}: the value is not YAML: {problem}") from None
 
 
 def with_overrides(settings: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:

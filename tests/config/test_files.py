@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epbackend.config import EPConfig
+from epbackend.config.overrides import assignment
 from epbackend.errors import ConfigError
 
 
@@ -41,12 +42,45 @@ def write(tmp_path):
         ("a.yaml", "? [a, b]\n: 1\n", r"line 1, column 3: found unhashable key"),
         ("a.json", "[" * 5000, r"nested too deeply"),
         ("a.yaml", "[" * 5000, r"nested too deeply"),
+        ("a.yaml", "ep_size: 2\nplacement: {file: 2024-13-45}\n", r"line 2, column 19: '2024-13-45' .* quote it"),
+        ("a.yaml", "ep_size: 0x_\n", r"line 1, column 10: '0x_' cannot be read"),
+        ("a.yaml", 'ep_size: !!int ""\n', r"line 1, column 10: '' cannot be read"),
+        ("a.yaml", "ep_size: !!bool maybe\n", r"line 1, column 10: 'maybe' cannot be read"),
+        ("a.yaml", "ep_size: !!timestamp now\n", r"line 1, column 10: 'now' cannot be read"),
+        ("a.yaml", f"timeout_s: {'1:' * 300}1.5\n", r"line 1, column 12: '1:1:.* cannot be read"),
+        ("a.yaml", f"ep_size: 0x{'f' * 5000}\n", r"line 1, column 10: '0xff.* cannot be read"),
+        ("a.json", f'{{"ep_size": {"9" * 5000}}}', r"a\.json: a number cannot be read: Exceeds the limit"),
         ("a.yaml", "engine:\n  extra: &loop {revision: *loop}\n", r"engine\.extra.*[Rr]ecursion"),
     ],
 )
 def test_malformed_file_is_refused_with_its_place(write, name, text, message):
     with pytest.raises(ConfigError, match=message):
         EPConfig.load(write(name, text))
+
+
+def test_values_of_the_command_line_are_read_as_in_a_file():
+    given = map(assignment, ["ep_size=2", "balance={on: on}", "balance.threshold=1e-1", "engine.dtype=float32"])
+    config = EPConfig.load({}, given)
+    assert (config.balance.on, config.balance.threshold, config.engine.dtype) == (True, 0.1, "float32")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("placement.file=2024-13-45", "--set placement.file=2024-13-45: .*month must be in 1..12.*quote it"),
+        ("ep_size=0x_", "--set ep_size=0x_: .*'0x_' cannot be read"),
+        (f"ep_size={'9' * 5000}", "--set ep_size=9+: .*cannot be read"),
+        (f"ep_size={'[' * 5000}", "--set ep_size: .*nested too deeply"),
+        ("balance={on: true, on: false}", "--set balance=.*'on' is given twice"),
+        ('balance={"on": true, "on": false}', "--set balance=.*'on' is given twice"),
+        ("engine.extra={a: 1", "--set engine.extra={a: 1: .*expected ',' or '}'"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_malformed_value_of_the_command_line_is_refused_with_its_option(text, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        assignment(text)
+    assert len(str(refused.value)) < 400
 
 
 def test_missing_file_and_directory_are_refused(tmp_path):
