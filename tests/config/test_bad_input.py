@@ -95,6 +95,10 @@ BAD = [
         ["placement.node_size:", "must divide ep_size 4"],
     ),
     ({"placement": {"algorithm": "eplp"}}, ["placement.algorithm:", "refined", "did you mean 'eplb'?"]),
+    (
+        {"ep_size": 2, "placement": {"loads": "a", "algorithm": "incremental"}},
+        ["placement.algorithm: moves experts from a placement in use", "use refined, or balance.on"],
+    ),
     ({"placement": {"redundant": 3}}, ["placement.redundant:", "did you mean"]),
     ({"placement": {"loads": [3]}}, ["placement.loads:", "list of file names"]),
     ({"ep_size": 2, "placement": {"loads": "a", "budget": -1}}, ["placement.budget:", "(got -1)"]),

@@ -185,7 +185,6 @@ def test_a_placement_of_something_else_is_refused_before_anything_starts(placeme
             r"redundant_experts: 3 beside 32.*use 4, or a budget",
         ),
         ({"loads": "loads.json", "objective": "speed"}, "placement: objective: .*speed"),
-        ({"loads": "loads.json", "algorithm": "incremental"}, "placement: .*current"),
     ],
 )
 def test_a_section_that_cannot_be_planned_names_the_setting(section, message, tmp_path, monkeypatch):
