@@ -181,7 +181,9 @@ def _placement(config: Settings) -> list[ConfigIssue]:
             reason = "has nothing to work on: give recorded loads as placement.loads, or a placement.file"
             found.append(ConfigIssue(f"placement.{name}", reason, getattr(placement, name)))
     if placement.algorithm == "incremental":
-        reason = "moves experts from a placement in use, and there is none at a start: use refined, or balance.on"
+        reason = (
+            "moves experts from a placement in use, and there is none at a start: use refined, or balance.on"
+        )
         found.append(ConfigIssue("placement.algorithm", reason, placement.algorithm))
     if placement.budget is not None and placement.redundant_experts is not None:
         reason = "is for all layers together, placement.redundant_experts for each: keep one of them"

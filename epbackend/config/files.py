@@ -91,11 +91,15 @@ class _Loader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep)
             if type(value) is int:
-                str(value)  # which has a limit that hexadecimal numbers otherwise pass, and no message could show them
+                str(
+                    value
+                )  # which has a limit that hexadecimal numbers otherwise pass, and no message could show them
             return value
         except (ValueError, ArithmeticError, LookupError, AttributeError) as error:
             # PyYAML takes what looks like a date or a number for one: 2024-13-45, 0x_, !!int "".
-            problem = f"{str(node.value)[:40]!r} cannot be read ({_first_clause(error)}): quote it, if it is text"
+            problem = (
+                f"{str(node.value)[:40]!r} cannot be read ({_first_clause(error)}): quote it, if it is text"
+            )
             raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -42,7 +42,11 @@ def write(tmp_path):
         ("a.yaml", "? [a, b]\n: 1\n", r"line 1, column 3: found unhashable key"),
         ("a.json", "[" * 5000, r"nested too deeply"),
         ("a.yaml", "[" * 5000, r"nested too deeply"),
-        ("a.yaml", "ep_size: 2\nplacement: {file: 2024-13-45}\n", r"line 2, column 19: '2024-13-45' .* quote it"),
+        (
+            "a.yaml",
+            "ep_size: 2\nplacement: {file: 2024-13-45}\n",
+            r"line 2, column 19: '2024-13-45' .* quote it",
+        ),
         ("a.yaml", "ep_size: 0x_\n", r"line 1, column 10: '0x_' cannot be read"),
         ("a.yaml", 'ep_size: !!int ""\n', r"line 1, column 10: '' cannot be read"),
         ("a.yaml", "ep_size: !!bool maybe\n", r"line 1, column 10: 'maybe' cannot be read"),
@@ -59,7 +63,9 @@ def test_malformed_file_is_refused_with_its_place(write, name, text, message):
 
 
 def test_values_of_the_command_line_are_read_as_in_a_file():
-    given = map(assignment, ["ep_size=2", "balance={on: on}", "balance.threshold=1e-1", "engine.dtype=float32"])
+    given = map(
+        assignment, ["ep_size=2", "balance={on: on}", "balance.threshold=1e-1", "engine.dtype=float32"]
+    )
     config = EPConfig.load({}, given)
     assert (config.balance.on, config.balance.threshold, config.engine.dtype) == (True, 0.1, "float32")
 

@@ -90,7 +90,11 @@ def test_a_script_that_fails_says_what_python_says(tmp_path):
     script.write_text("import no_such_package_of_mine\n")
     words = ("run", "--device", "cpu", "python", str(script))
     ended = subprocess.run(
-        [sys.executable, "-c", COMMAND, *words], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        [sys.executable, "-c", COMMAND, *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert ended.returncode == 1
     assert f'File "{script}", line 1' in ended.stderr
