@@ -47,7 +47,8 @@ def simulate(
     ] = 1,
     split: Annotated[str, typer.Option(help="How replicas share tokens: even, nearest or level.")] = "even",
     node_size: Annotated[
-        int | None, typer.Option(help="Ranks a node. [default: 8, or all ranks where 8 do not divide them]")
+        int | None,
+        typer.Option(help="Ranks a node; 0: one node. [default: 8, or 0 where 8 do not divide the ranks]"),
     ] = None,
     rank_speed: SpeedOption = "",
     threshold: Annotated[
@@ -67,7 +68,7 @@ def simulate(
         _of_experts(model, windows.experts),
         H100,
         ranks,
-        node_size or _node(ranks),
+        _node(ranks) if node_size is None else node_size or ranks,
         tokens,
         split,
         checked_speeds(given_speeds(rank_speed), ranks),

@@ -126,8 +126,9 @@ def test_the_command_prints_a_table_for_people(run):
     assert result.exit_code == 0, result.output
     for words in (*LABELS.values(), "2 layers", "planning:", "memory of a rank"):
         assert words in result.stdout
-    result, _ = run("--ranks", 8, windows=1)
+    result, _ = run("--ranks", 16, "--node-size", 0, "--json", windows=1)
     assert "one window of loads never changes" in result.stderr
+    assert json.loads(result.stdout)["node_size"] == 16  # 0 is one node, here as in plan and compare
 
 
 @pytest.mark.parametrize(
