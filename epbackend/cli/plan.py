@@ -91,8 +91,9 @@ def plan(
         "rank_speed": given_speeds(rank_speed),
         "rank_slots": given_slots(rank_slots),
     }
-    recorded = load_windows(loads).with_dense(layer_numbers(dense_layers))
-    before = read_placement(current, ReadOptions(ranks=ranks)) if current else None
+    dense = layer_numbers(dense_layers)
+    recorded = load_windows(loads).with_dense(dense)
+    before = read_placement(current, ReadOptions(ranks, dense_layers=dense)) if current else None
     counted, gathering = load_pairs(pairs, affinity)
     if gathering:
         warm_up_affinity()
@@ -146,11 +147,13 @@ def _options(extra: list[str] | None, asked: dict[str, Any]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise ConfigError(f"option: {text!r} must be NAME=VALUE")
-        if name in (*asked, "current", "progress"):
+        if name in (*asked, "current", "affinity"):
             raise ConfigError(f"option: {name} has an option of its own, --{name.replace('_', '-')}")
+        if name in ("loads", "progress"):
+            raise ConfigError(f"option: {name} is no option of an algorithm (loads are the argument LOADS)")
         try:
             options[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[name] = value
     return options
 

@@ -8,7 +8,15 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from epbackend.cli.inputs import LoadsOption, algorithm_in_words, described, load_windows, unplanned
+from epbackend.cli.inputs import (
+    DenseOption,
+    LoadsOption,
+    algorithm_in_words,
+    described,
+    layer_numbers,
+    load_windows,
+    unplanned,
+)
 from epbackend.cli.output import console, say
 from epbackend.cli.pictures import rank_loads_YR, save_before_after, save_traffic
 from epbackend.cli.visits import PairsOption, load_pairs, visits_table
@@ -35,6 +43,7 @@ def show(
         ),
     ] = Path("out/placement.png"),
     ranks: Annotated[int | None, typer.Option(help="Ranks, where the file does not say (sglang).")] = None,
+    dense_layers: DenseOption = "",
     pairs: PairsOption = None,
     traffic: Annotated[
         Path,
@@ -42,7 +51,8 @@ def show(
     ] = Path("out/traffic.png"),
 ) -> None:
     """Show a placement; with LOADS, the load of each rank without it and with it."""
-    found = read_placement(placement, ReadOptions(ranks=ranks))
+    dense = layer_numbers(dense_layers)
+    found = read_placement(placement, ReadOptions(ranks, dense_layers=dense))
     say(console, f"{placement}: {described(found)}", "bold")
     say(console, _origin(found), "")
     say(console, _replicas(found), "")
@@ -52,7 +62,7 @@ def show(
     if not loads:
         say(console, "Give recorded LOADS as well to see what it does to them.", "dim")
         return
-    recorded = load_windows(loads)
+    recorded = load_windows(loads).with_dense(dense)
     if (recorded.layers, recorded.experts) != (len(found.layers), found.experts):
         raise ConfigError(
             f"loads: have {recorded.layers} layers of {recorded.experts} experts, {placement} has "

@@ -38,7 +38,7 @@ OPTIONS = {
         "--objective": objectives, "--node-size": anything, "--budget": anything,
         "--search-ms": st.one_of(st.sampled_from(["0", "1", "-1", "nan", "inf"]), texts), "--seed": anything,
         "--current": st.sampled_from(["placement.json", "loads.json", "none.json"]),
-        "--option": st.sampled_from(["topology=ring", "topology=9", "groups=0", "x", "=", "ranks=1", "a=b"]),
+        "--option": st.sampled_from(["topology=ring", "topology=9", "groups=0", "x", "=", "ranks=1", "a=b", "loads=x"]),
         "--json": st.none(),
     },
     "compare": {
@@ -51,7 +51,7 @@ OPTIONS = {
         "--split": st.sampled_from([*SPLITS, "", "x"]), "--node-size": anything, "--threshold": texts,
         "--max-slots": anything, "--max-bytes": anything, "--json": st.none(),
     },
-    "show": {"--ranks": anything},
+    "show": {"--ranks": anything, "--dense-layers": anything},
     "convert": {
         "--to": st.one_of(st.sampled_from([*LOADS, *PLACEMENTS]), texts),
         "--from": st.one_of(st.sampled_from([*LOADS, *PLACEMENTS]), texts),

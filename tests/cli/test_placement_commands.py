@@ -13,7 +13,7 @@ from epbackend.cli.inputs import layer_numbers
 from epbackend.cli.pictures import MARKS
 from epbackend.errors import ConfigError
 from epbackend.names import SPLITS
-from epbackend.placement.formats import read_placement, write
+from epbackend.placement.formats import read_loads, read_placement, write
 from epbackend.placement.formats.pairs import write_pairs
 from epbackend.placement.loads import Loads
 from epbackend.placement.pairs import Pairs
@@ -99,6 +99,11 @@ def test_option_of_one_algorithm_is_refused_by_others(run, recorded):
         (("plan", "{recorded}", "--ranks", 4, "--algorithm", "refind"), "did you mean 'refined'"),
         (("plan", "{recorded}", "--ranks", 4, "--option", "groups"), "option: 'groups' must be NAME=VALUE"),
         (("plan", "{recorded}", "--ranks", 4, "--option", "seed=1"), "option: seed"),
+        (("plan", "{recorded}", "--ranks", 4, "--option", "affinity=1.02"), "of its own, --affinity"),
+        (("plan", "{recorded}", "--ranks", 4, "--option", "loads=x"), "the argument LOADS"),
+        (("plan", "{recorded}", "--ranks", 4, "--option", "progress=1"), "option: progress is no option"),
+        (("plan", "{recorded}", "--ranks", 4, "--option", f"groups={'[' * 5000}"), "groups: is no option"),
+        (("plan", "{recorded}", "--ranks", 4, "--dense-layers", "0-1"), "dense_layers: [0] are there"),
         (("plan", "{recorded}", "--ranks", 4, "--current", "{recorded}"), "holds loads, not a placement"),
         (("show", "{recorded}"), "holds loads, not a placement"),
         (("convert", "{recorded}", "x", "--to", "omni"), "'omni' is no format of loads to write"),
@@ -147,6 +152,25 @@ def test_convert_there_and_back_keeps_the_placement(run, tmp_path, planned):
     )
     assert back.exit_code == 0, back.output
     assert read_placement(tmp_path / "p.json").layers[1:] == read_placement(planned).layers[1:]
+
+
+def test_a_map_without_dense_layers_is_planned_from_and_shown(run, tmp_path, recorded, planned):
+    """Beside loads that have the dense layer, as we record them, and beside loads that leave it out."""
+    there, rest = tmp_path / "map.json", tmp_path / "rest.npy"
+    assert run("convert", planned, there, "--to", "vllm-ascend", "--dense-layers", "0").exit_code == 0
+    np.save(rest, read_loads(recorded).tokens_WYE[0][1:])
+    for loads in (recorded, rest):
+        result = run(
+            "plan", loads, "--ranks", 4, "--algorithm", "incremental", "--current", there, "--dense-layers", "0",
+            "--json",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        said = json.loads(result.stdout)
+        assert (said["layers"], said["slots_over_all_layers"]) == (4, 5 * 20)
+        shown = run("show", there, loads, "--dense-layers", "0", "--plot", tmp_path / "heat.png")
+        assert shown.exit_code == 0, shown.output
+        assert "5 layers, 16 experts in 20 slots a layer" in shown.stdout
+        assert "mean of 4" in shown.stdout
 
 
 def test_convert_warns_of_layers_that_look_dense(run, tmp_path, planned):
