@@ -68,8 +68,10 @@ class ExpertWork:
         self._products_44 = products_44
 
     def add(self, counts_L: Tensor, seconds: float) -> None:
-        """A call with so many rows of each slot."""
+        """A call with so many rows of each slot. One without rows computes nothing, and says nothing of the speed."""
         counts = counts_L.numpy()
+        if not counts.any():
+            return
         call_4 = np.array([1.0, counts.sum(), np.count_nonzero(counts), seconds])
         self._products_44 += call_4[:, None] * call_4
 

@@ -55,7 +55,7 @@ class SpeedWatch:
 
 
 def relative_speeds(work_R44: np.ndarray) -> np.ndarray | None:
-    """Speeds of ranks, float64 [R], their geometric mean 1; None where a rank has made no call.
+    """Speeds of ranks, float64 [R], their geometric mean 1; None where a rank has had no row.
 
     Args:
         work_R44: the sums of products of each rank's calls in the window, see `ExpertWork`.

@@ -31,8 +31,24 @@ def test_calls_are_added_up():
     counted = ExpertWork(work_44)
     counted.add(torch.tensor([2, 0, 3]), 0.5)
     counted.add(torch.tensor([0, 0, 0]), 0.25)
-    calls_C4 = np.array([[1, 5, 2, 0.5], [1, 0, 0, 0.25]])
+    counted.add(torch.tensor([1, 0, 0]), 0.25)
+    calls_C4 = np.array([[1, 5, 2, 0.5], [1, 1, 1, 0.25]])
     np.testing.assert_allclose(work_44, calls_C4.T @ calls_C4)
+
+
+@pytest.mark.parametrize(("ranks", "empty"), [(4, 0.5), (2, 0.9)])
+def test_calls_without_rows_make_no_rank_look_slow_or_fast(ranks, empty):
+    """They take a fifth of the time of a call with a single row, which the cost of a call cannot explain."""
+    draw = np.random.default_rng(0)
+    work_R44 = np.zeros((ranks, 4, 4))
+    for rank in range(ranks):
+        counted = ExpertWork(work_R44[rank])
+        for _ in range(400):
+            counts_L = draw.poisson(0.5, 8) * (rank > 0 or draw.random() > empty)
+            seconds = 350e-6 + 1e-6 * counts_L.sum() if counts_L.any() else 67e-6
+            counted.add(torch.from_numpy(counts_L), seconds * draw.lognormal(0, 0.1))
+    speed_R = relative_speeds(work_R44)
+    np.testing.assert_allclose(speed_R / speed_R.max(), 1, atol=0.05)
 
 
 @pytest.mark.parametrize("cost", [(20e-6, 1e-6, 30e-6), (0, 1e-5, 0), (1e-3, 0, 0)])
