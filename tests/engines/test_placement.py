@@ -184,12 +184,14 @@ def test_a_placement_of_something_else_is_refused_before_anything_starts(placeme
             {"loads": "loads.json", "redundant_experts": 3},
             r"redundant_experts: 3 beside 32.*use 4, or a budget",
         ),
+        ({"loads": "quiet.json"}, "placement: loads: no expert has had a token.*record"),
         ({"loads": "loads.json", "objective": "speed"}, "placement: objective: .*speed"),
     ],
 )
 def test_a_section_that_cannot_be_planned_names_the_setting(section, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(Loads.of(skewed_loads(QWEN)), tmp_path / "loads.json", "sglang")
+    write(Loads.of(np.zeros((LAYERS, EXPERTS))), tmp_path / "quiet.json", "sglang")
     with pytest.raises(ConfigError, match=message):
         finished_placement(config(ep_size=2, placement=section))
 

@@ -49,7 +49,11 @@ def questions(draw):
     windows = draw(st.integers(1, 3))
     rows = st.lists(st.integers(0, 1000), min_size=experts, max_size=experts)
     tokens_WYE = np.array(
-        draw(st.lists(st.lists(rows, min_size=2, max_size=2), min_size=windows, max_size=windows))
+        draw(
+            st.lists(st.lists(rows, min_size=2, max_size=2), min_size=windows, max_size=windows).filter(
+                np.any
+            )
+        )
     )
     if draw(st.booleans()) and ranks <= experts:
         loaded = int(tokens_WYE.any(axis=(0, 2)).sum())

@@ -31,7 +31,7 @@ def questions(draw):
     experts = ranks * each
     more = draw(st.integers(0, min(each, ranks - 1)))
     tokens = st.lists(st.integers(0, 1000), min_size=experts, max_size=experts)
-    loads_YE = np.array(draw(st.lists(tokens, min_size=1, max_size=3)), dtype=float)
+    loads_YE = np.array(draw(st.lists(tokens, min_size=1, max_size=3).filter(np.any)), dtype=float)
     return loads_YE, ranks, experts + more * ranks
 
 
@@ -62,8 +62,24 @@ def test_never_worse_than_the_even_layout_and_never_twice_on_a_rank(algorithm, q
 
 @pytest.mark.parametrize("algorithm", PLANNERS)
 def test_layers_without_load_are_even(algorithm):
-    placement = plan(np.zeros((2, 8)), ranks=4, slots=12, algorithm=algorithm)
-    assert placement.layers == (Layout.even(8, 4, 12),) * 2
+    loads_YE = skewed(3, 8) * [[0], [1], [0]]
+    placement = plan(loads_YE, ranks=4, slots=12, algorithm=algorithm)
+    assert placement.layers[::2] == (Layout.even(8, 4, 12),) * 2
+
+
+@pytest.mark.parametrize("algorithm", planner_names())
+def test_loads_without_a_token_are_refused(algorithm):
+    with pytest.raises(ConfigError, match="loads: no expert has had a token"):
+        plan(np.zeros((2, 8)), ranks=4, algorithm=algorithm)
+
+
+@pytest.mark.parametrize("algorithm", ["eplb", "lplb"])
+def test_slots_in_use_that_ranks_do_not_divide_are_refused_by_who_needs_equal_ranks(algorithm):
+    in_use = Placement.even(2, 8, 2, 11)
+    with pytest.raises(ConfigError, match="slots: 11 cannot be spread evenly over 2 ranks"):
+        plan(skewed(2, 8), ranks=2, algorithm=algorithm, current=in_use)
+    for other in ("refined", "omni", "incremental"):
+        assert plan(skewed(2, 8), ranks=2, algorithm=other, current=in_use).slots == 11
 
 
 @pytest.mark.parametrize("algorithm", PLANNERS)

@@ -25,7 +25,7 @@ def questions(draw):
     experts, ranks = draw(st.integers(1, 12)), draw(st.integers(1, 6))
     least = -(-max(experts, ranks) // ranks)
     slots = ranks * draw(st.integers(least, experts))
-    tokens = draw(st.lists(st.integers(0, 1000), min_size=experts, max_size=experts))
+    tokens = draw(st.lists(st.integers(0, 1000), min_size=experts, max_size=experts).filter(any))
     return np.array(tokens, dtype=float), ranks, slots
 
 

@@ -102,8 +102,11 @@ def checked_rank_slots(
 
 
 def check_task(task: Task) -> None:
-    """Raises ConfigError, with the field and the remedy, for ranks, slots and nodes that do not go together."""
+    """Raises ConfigError, with the field and the remedy, for loads without a token, and for ranks, slots and nodes that
+    do not go together."""
     experts, ranks, slots = task.loads.experts, task.ranks, task.slots
+    if not task.loads.loaded_layers:
+        raise ConfigError("loads: no expert has had a token: there is nothing to plan on; record a real run")
     check_ranks(ranks)
     if task.current is not None:
         _check_current(task.current, task.loads, ranks)
@@ -122,12 +125,8 @@ def check_task(task: Task) -> None:
             f"slots: {slots} are more than {experts * ranks}, a replica of each of {experts} experts on each of "
             f"{ranks} ranks; use fewer"
         )
-    if slots % ranks and task.budget is None and task.current is None and not task.slots_R:
-        above = -(-slots // ranks) * ranks
-        raise ConfigError(
-            f"slots: {slots} cannot be spread evenly over {ranks} ranks; use a multiple of the ranks "
-            f"such as {above}, or a budget"
-        )
+    if task.budget is None and task.current is None and not task.slots_R:
+        check_even(task)
     if task.budget is not None and task.budget > (
         most := len(task.loads.loaded_layers) * experts * (ranks - 1)
     ):
@@ -137,6 +136,17 @@ def check_task(task: Task) -> None:
     if task.node_size and ranks % task.node_size:
         raise ConfigError(
             f"node_size: {task.node_size} ranks a node do not divide the {ranks} ranks; use a divisor, or 0"
+        )
+
+
+def check_even(task: Task) -> None:
+    """Raises ConfigError for slots that the ranks do not divide, as those of a placement in use may be."""
+    slots, ranks = task.slots, task.ranks
+    if slots % ranks:
+        above = -(-slots // ranks) * ranks
+        raise ConfigError(
+            f"slots: {slots} cannot be spread evenly over {ranks} ranks; use a multiple of the ranks "
+            f"such as {above}, or a budget"
         )
 
 

@@ -20,12 +20,13 @@ import numpy as np
 from epbackend.errors import ConfigError
 from epbackend.placement.loads import whole_number
 from epbackend.placement.placement import Layout
-from epbackend.placement.planners.base import Task, all_layers, refuse_unknown
+from epbackend.placement.planners.base import Task, all_layers, check_even, refuse_unknown
 
 
 def plan_layers(task: Task) -> tuple[Layout, ...]:
     """See the module. Several windows are planned as their mixture."""
     refuse_unknown("eplb", task, options=("groups",))
+    check_even(task)
     groups = whole_number("groups", task.options.get("groups", 1), 1)
     if task.loads.experts % groups:
         raise ConfigError(

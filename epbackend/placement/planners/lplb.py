@@ -19,13 +19,14 @@ import numpy as np
 
 from epbackend.errors import ConfigError, did_you_mean
 from epbackend.placement.placement import Layout
-from epbackend.placement.planners.base import Task, all_layers, refuse_unknown
+from epbackend.placement.planners.base import Task, all_layers, check_even, refuse_unknown
 from epbackend.placement.planners.eplb import rebalance
 
 
 def plan_layers(task: Task) -> tuple[Layout, ...]:
     """See the module. Several windows are planned as their mixture."""
     refuse_unknown("lplb", task, options=("topology", "r2o"))
+    check_even(task)
     experts, ranks = task.loads.experts, task.ranks
     r2o_RJ = _over_all_ranks(_matrix(task), ranks)
     loaded = list(task.loads.loaded_layers)
