@@ -21,7 +21,7 @@ from epbackend.device import get_device
 from epbackend.dispatch.base import RankGroup
 from epbackend.engines.load_report import STEPS, LoadReport, step_imbalance_Y
 from epbackend.engines.placement import finished_placement, warm_splits
-from epbackend.errors import ConfigError, UnavailableError
+from epbackend.errors import ConfigError, EPError, UnavailableError
 from epbackend.moe import ExpertParallelMoE
 from epbackend.names import PHASES
 from epbackend.placement.placement import Placement
@@ -65,21 +65,27 @@ def agreed_placement(
     Raises:
         UnavailableError: the first rank lacks what it plans on.
         ConfigError: it cannot plan, its placement is another model's, or the ranks were given different configs.
+        EPError: it failed otherwise, as by a planner of a third party.
     """
-    found: Placement | ConfigError | UnavailableError | None = None
+    found: Placement | EPError | None = None
+    cause: Exception | None = None
     if ranks.rank == 0:
         dense = tuple(sorted(set(range(layers)).difference(with_experts)))
         try:
             found = finished_placement(config, layers, dense, Renumbering.beside(model_path))
             warm_splits(config)
-        except (ConfigError, UnavailableError) as error:
+        except EPError as error:
             found = error
+        except (
+            Exception
+        ) as error:  # of any kind: the others wait for an answer, and may be unable to unpickle it
+            found, cause = EPError(f"placement: rank 0 failed: {type(error).__name__}: {error}"), error
     answers = gather(ranks, (config.to_json(), found))
     if len({text for text, _ in answers}) > 1:
         raise ConfigError("the ranks were given different configs; give all the same")
     found = answers[0][1]
-    if isinstance(found, Exception):
-        raise found
+    if isinstance(found, EPError):
+        raise found from cause
     if found is not None and (found.ranks, len(found.layers)) != (ranks.size, layers):
         raise ConfigError(
             f"placement: it has {found.ranks} ranks and {len(found.layers)} layers, but ep_size is {ranks.size} and "

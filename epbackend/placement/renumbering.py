@@ -144,7 +144,9 @@ def loads_for(renumbering: Renumbering | None, loads: Loads) -> Loads:
     if not _translates(renumbering, known, f"loads: {', '.join(loads.names)} count"):
         return loads
     assert renumbering is not None
-    old_WYE = np.broadcast_to(_rows_for(renumbering.old_YE, loads.layers), loads.tokens_WYE.shape)
+    old_WYE = np.broadcast_to(
+        _rows_for(renumbering.old_YE, loads.layers, loads.experts), loads.tokens_WYE.shape
+    )
     tokens_WYE = np.take_along_axis(loads.tokens_WYE, old_WYE, axis=2)
     return Loads(tokens_WYE, loads.names, renumbering.name)
 
@@ -160,7 +162,7 @@ def placement_for(renumbering: Renumbering | None, placement: Placement) -> Plac
     if not _translates(renumbering, known, "placement: it counts"):
         return placement
     assert renumbering is not None
-    new_YE = _rows_for(renumbering.new_YE, len(placement.layers))
+    new_YE = _rows_for(renumbering.new_YE, len(placement.layers), placement.experts)
     layers = tuple(
         Layout(tuple(tuple(new_E[list(held)].tolist()) for held in layer.experts_of_rank), layer.experts)
         for layer, new_E in zip(placement.layers, new_YE, strict=True)
@@ -196,12 +198,13 @@ def _translates(renumbering: Renumbering | None, known: Any, what: str) -> bool:
     return True
 
 
-def _rows_for(number_YE: np.ndarray, layers: int) -> np.ndarray:
+def _rows_for(number_YE: np.ndarray, layers: int, experts: int) -> np.ndarray:
     """The numbers of all layers. Raises ConfigError for loads or a placement of another model."""
-    if len(number_YE) != layers:
-        raise ConfigError(
-            f"layers: {layers}, but the renumbered checkpoint has {len(number_YE)}; use those of the same model"
-        )
+    for name, given, known in zip(("layers", "experts"), (layers, experts), number_YE.shape, strict=True):
+        if given != known:
+            raise ConfigError(
+                f"{name}: {given}, but the renumbered checkpoint has {known}; use those of the same model"
+            )
     return number_YE
 
 

@@ -215,6 +215,21 @@ def test_placements_that_do_not_fit_the_model_are_refused_on_every_rank(
         assert said in refused
 
 
+def test_a_planner_that_fails_on_the_first_rank_ends_all_of_them(ranks, saved, placed, tmp_path, monkeypatch):
+    """One of a third party, with an error of its own that the other ranks do not even know."""
+    code = "class Slip(Exception): pass\n\ndef plan(task): raise Slip('what a pity')\n"
+    (tmp_path / "slipping.py").write_text(code)
+    info = tmp_path / "slipping-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slipping\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[epbackend.planners]\nslipping = slipping:plan\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    placement = placed("even", (0, 2)) | {"algorithm": "slipping"}
+    settings = {"ep_size": 2, "engine": {"dp": 2}, "placement": placement}
+    for refused in ranks.run(2, models.refusal, str(saved("qwen3_moe")), settings):
+        assert refused == "placement: rank 0 failed: Slip: what a pity"
+
+
 def test_a_checkpoint_without_an_expert_is_refused_and_a_spread_model_is_not_saved(saved, tmp_path):
     asked = distributed_config(EPConfig.load({"device": "cpu"}))
     model = AutoModelForCausalLM.from_pretrained(saved("qwen3_moe"), distributed_config=asked)

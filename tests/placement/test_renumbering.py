@@ -97,8 +97,21 @@ def test_what_counts_by_another_checkpoint_is_refused(renumbering):
     placement = plan(loads(numbering="other"), ranks=2)
     with pytest.raises(ConfigError, match=r"placement: it counts experts by the numbers of .* other"):
         placement_for(renumbering, placement)
-    with pytest.raises(ConfigError, match="layers: 2, but"):
-        loads_for(Renumbering(np.array([[1, 0, 2, 3]])), loads(numbering=ORIGINAL))
+
+
+@pytest.mark.parametrize(
+    ("old_YE", "said"),
+    [
+        ([[1, 0, 2, 3]], "layers: 2, but the renumbered checkpoint has 1"),
+        ([[2, 1, 0]] * 2, "experts: 4, but .* 3"),
+    ],
+)
+def test_what_counts_the_experts_of_another_model_is_refused(old_YE, said):
+    renumbering, known = Renumbering(np.array(old_YE)), loads(numbering=ORIGINAL)
+    with pytest.raises(ConfigError, match=said):
+        loads_for(renumbering, known)
+    with pytest.raises(ConfigError, match=said):
+        placement_for(renumbering, plan(known, ranks=2))
 
 
 def test_a_placement_of_the_original_is_translated(renumbering, tmp_path):
