@@ -1,17 +1,36 @@
 """Broken, truncated and hostile files: one clear error each, nothing run, no memory taken for what a header claims."""
 
+import contextlib
 import json
 import os
 import pickle
 import re
 import tracemalloc
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from epbackend.errors import ConfigError
-from epbackend.placement.formats import ReadOptions, read, read_loads, read_placement
+from epbackend.placement import plan
+from epbackend.placement.formats import (
+    LOADS,
+    PLACEMENTS,
+    ReadOptions,
+    read,
+    read_loads,
+    read_placement,
+    write,
+)
+from epbackend.placement.formats.pairs import read_pairs, write_pairs
+from epbackend.placement.loads import Loads
+from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement
 
 MOST_MEMORY = 64 << 20
@@ -69,6 +88,9 @@ def refused(tmp_path):
         ("1,2\n3\n", "line 2: has 1 numbers, the first one has 2"),
         ("1,x\n", "line 1: 'x' is no number"),
         ("some text\n", "line 1: 'some text' is no number"),
+        (",,\n", "has no number in any line"),
+        ("1,2\n3," + "4" * 140_000, "line 2: is no csv: field larger than field limit"),
+        ("1,2\r3,4\n", "line 1: is no csv: new-line character"),
         ("layer,expert,tokens\n", "has a header and no counts"),
         ("layer,expert,tokens\n0,0\n", "line 2: has 2 fields, the header 3"),
         ("layer,expert,tokens\n0,0,1\n0,0,1\n", "layer 0, expert 0: is there more than once"),
@@ -89,6 +111,7 @@ def test_broken_loads_are_refused_with_the_reason(refused, content, message):
 
 
 def npy_header(shape, dtype="<f8"):
+    """Of an array; the shape may be a text."""
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
@@ -103,6 +126,9 @@ def npy_header(shape, dtype="<f8"):
         (npy_header((2, 2), "|O"), "pickled objects are never loaded"),
         (npy_header((2,)) + b"\0" * 16, r"shape: \(2,\) is neither"),
         (npy_header((0, 4)), "none of them 0"),
+        (npy_header((-2, -2)) + b"\0" * 32, r"is truncated: .* shape \(-2, -2\)"),
+        (npy_header("(2, 3"), "broken npy header"),
+        (npy_header("{[]: 1}"), "broken npy header"),
     ],
 )
 def test_broken_npy_is_refused_with_the_reason(refused, content, message):
@@ -115,6 +141,14 @@ def test_a_large_file_is_not_read(tmp_path, refused):
             file.write(head)
             file.truncate(1 << 31)  # sparse: takes no room
         assert "2048 MiB, more than the" in refused(None)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("a" * 300, "cannot be read"), ("a\0b", "is no path of a file")]
+)
+def test_what_cannot_be_a_path_is_refused(path, message):
+    with pytest.raises(ConfigError, match=message):
+        read_loads(path)
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path):
@@ -220,6 +254,85 @@ def test_slots_that_lmdeploy_cannot_fill_are_refused(tmp_path):
             ConfigError, match=f"slots: {slots} must be a multiple of the 2 ranks, from 3 to 6"
         ):
             read(tmp_path / "a.json", options=ReadOptions(ranks=2, slots=slots))
+
+
+NPUS = {"model_gen_config.json": '{"num_moe_layers": 1, "num_of_experts": 2}', "decode_0.csv": "1,2\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"decode_0.csv": ""}, "decode_0.csv: has no number in any line"),
+        ({"decode_0.csv": "\n\n"}, "decode_0.csv: has no number in any line"),
+        ({"prefill_0.csv": "1,2\n"}, "of NPUs 0, 0; there must be one of each"),
+    ],
+)
+def test_hot_spots_that_say_nothing_or_twice_are_refused(tmp_path, files, message):
+    for name, content in {**NPUS, **files}.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_loads(tmp_path)
+
+
+@dataclass(frozen=True)
+class GoodFile:
+    path: Path
+    content: bytes
+    read: Callable[[Path], object]
+    given: Path
+    """What the reader is given: the file, or the folder that it is in."""
+
+
+@pytest.fixture(scope="module")
+def good_files(tmp_path_factory):
+    """One of each format."""
+    folder = tmp_path_factory.mktemp("good")
+    loads = Loads.of(np.arange(8).reshape(2, 4) ** 2, numbering="original")
+    sized = ReadOptions(ranks=2, slots=4)
+    files = []
+
+    def add(name, reader, given=None):
+        path = folder / name
+        files.append(GoodFile(path, path.read_bytes(), reader, given or path))
+
+    for name in (name for name, form in LOADS.items() if form.write):
+        write(loads, folder / f"loads-{name}", name)
+        add(f"loads-{name}", read_loads)
+    for name in PLACEMENTS:
+        write(plan(loads, ranks=2), folder / f"placement-{name}", name)
+        add(f"placement-{name}", partial(read_placement, options=sized))
+    for name in ("pairs.npz", "pairs.json"):
+        write_pairs(Pairs(np.ones((2, 4, 4)), numbering="original"), folder / name)
+        add(name, read_pairs)
+    for name, content in NPUS.items():
+        (folder / name).write_text(content)
+        add(name, read_loads, folder)
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch.save({"logical_count": torch.ones(3, 2, 4), "rank": 0}, folder / "recorded.pt")
+        add("recorded.pt", read_loads)
+    return files
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore:Reading `.npy`")
+def test_a_damaged_file_is_read_or_refused_by_name(good_files, data):
+    """A byte is another one, or the end is missing."""
+    file = data.draw(st.sampled_from(good_files))
+    at = data.draw(st.integers(0, len(file.content) - 1))
+    byte = data.draw(st.none() | st.integers(0, 255) | st.sampled_from(b"[](){},:-'0 \n\r"))
+    rest = b"" if byte is None else bytes([byte]) + file.content[at + 1 :]
+    file.path.write_bytes(file.content[:at] + rest)
+    said = ""
+    try:
+        file.read(file.given)
+    except ConfigError as error:
+        said = str(error)
+    finally:
+        file.path.write_bytes(file.content)
+    assert re.fullmatch(rf"({re.escape(str(file.given))}: .+)?", said), "in one line"
 
 
 def test_an_unknown_format_is_refused(tmp_path):

@@ -9,6 +9,7 @@ input: sizes are checked before parsing, and no pickle is ever run.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -185,7 +186,9 @@ def _read(
 ) -> tuple[File, Loads | Placement]:
     """The file, and what it holds in the first format that matches; errors start with the path."""
     hotspots = path / mindie_hotspots.CONFIG
-    file = File(hotspots if hotspots.is_file() else path)
+    file = File(
+        hotspots if os.path.isfile(hotspots) else path
+    )  # Path.is_file raises for a name that is too long
     try:
         if file.kind == PICKLE:
             raise ConfigError("is a pickle, which may run any code: never read; save it as JSON, CSV or npy")

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import stat
+import struct
+import tokenize
+import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +23,23 @@ MAX_TEXT_BYTES = 32 << 20
 MAX_BINARY_BYTES = 1 << 30
 MAX_VALUES = 1 << 26
 """Numbers in one array: 1000 steps of 256 experts in 256 layers."""
+
+BROKEN = (
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What zipfile, NumPy, pickletools and torch raise for damaged files."""
 
 NPY, ZIP, PICKLE, JSON, TEXT = "npy", "zip", "pickle", "JSON", "text"
 
@@ -42,6 +64,8 @@ class File:
             raise ConfigError("there is no such file") from None
         except OSError as error:
             raise ConfigError(f"cannot be read: {error.strerror}") from None
+        except ValueError as error:  # a null character
+            raise ConfigError(f"is no path of a file: {error}") from None
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError("is no regular file; give the path of a file")
         return status.st_size
@@ -98,6 +122,11 @@ class File:
                 return file.read(count)
         except OSError as error:
             raise ConfigError(f"cannot be read: {error.strerror}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What a library says of a broken file, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_values(shape: tuple[int, ...]) -> None:

@@ -33,19 +33,26 @@ def _read(file: File) -> Loads:
         raise ConfigError(
             f"{MAP}: the experts were moved while this was recorded; record without load balancing"
         )
-    of_rank = {
-        int(found[1]): each for each in file.path.parent.iterdir() if (found := OF_RANK.fullmatch(each.name))
-    }
-    if sorted(of_rank) != list(range(len(of_rank))) or not of_rank:
-        said = ", ".join(map(str, sorted(of_rank))) or "none"
+    of_rank = _files_of_ranks(file.path.parent)
+    if [rank for rank, _ in of_rank] != list(range(len(of_rank))) or not of_rank:
+        said = ", ".join(str(rank) for rank, _ in of_rank) or "none"
         raise ConfigError(f"the csv files beside it are of NPUs {said}; there must be one of each, from 0 on")
-    tokens_YE = np.concatenate([_total_YL(of_rank[rank], layers) for rank in sorted(of_rank)], axis=1)
+    tokens_YE = np.concatenate([_total_YL(path, layers) for _, path in of_rank], axis=1)
     if tokens_YE.shape[1] != experts:
         raise ConfigError(
             f"{EXPERTS}: {experts}, but the csv files have {tokens_YE.shape[1]} columns together; record without "
             "redundant experts, and give the files of all NPUs"
         )
     return Loads.of(tokens_YE, [file.path.resolve().parent.name])
+
+
+def _files_of_ranks(folder: Path) -> list[tuple[int, Path]]:
+    """The csv files of a folder by their NPUs; one that has two is there twice."""
+    try:
+        names = [each.name for each in folder.iterdir()]
+    except OSError as error:
+        raise ConfigError(f"the folder cannot be read: {error.strerror}") from None
+    return sorted((int(found[1]), folder / name) for name in names if (found := OF_RANK.fullmatch(name)))
 
 
 def _total_YL(path: Path, layers: int) -> np.ndarray:

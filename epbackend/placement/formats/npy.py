@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import math
+from typing import IO
 
 import numpy as np
 
 from epbackend.errors import ConfigError
 from epbackend.placement.formats.base import LoadsFormat
-from epbackend.placement.formats.file import MAX_BINARY_BYTES, NPY, File, check_values
+from epbackend.placement.formats.file import BROKEN, MAX_BINARY_BYTES, NPY, File, check_values, first_line
 from epbackend.placement.loads import Loads
+
+NUMBERS, TEXT = "iufb", "U"
+"""Kinds of NumPy's types."""
 
 
 def read_array(file: File) -> np.ndarray:
@@ -18,28 +22,39 @@ def read_array(file: File) -> np.ndarray:
     file.check_size(MAX_BINARY_BYTES)
     try:
         with file.path.open("rb") as opened:
-            version = np.lib.format.read_magic(opened)
-            if version > (2, 0):  # 3.0 differs only in the names of record fields, which are not numbers
-                raise ConfigError(f"is npy of version {version}; save a plain array of numbers")
-            header = (
-                np.lib.format.read_array_header_1_0
-                if version < (2, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = header(opened)
-            start = opened.tell()
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"has a broken npy header: {error}") from None
-    if dtype.kind not in "iufb":
+            return array_in(opened, file.size)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}") from None
+
+
+def array_in(opened: IO[bytes], size: int, kinds: str = NUMBERS) -> np.ndarray:
+    """The array in an open npy file, or a member of an archive, of so many bytes; checked as `read_array` says.
+
+    `kinds` are those of the types that it may have, as NumPy calls them.
+    """
+    try:
+        version = np.lib.format.read_magic(opened)
+        if version > (2, 0):  # 3.0 differs only in the names of record fields, which are not numbers
+            raise ConfigError(f"is npy of version {version}; save a plain array of numbers")
+        header = (
+            np.lib.format.read_array_header_1_0 if version < (2, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = header(opened)
+        start = opened.tell()
+    except BROKEN as error:
+        raise ConfigError(f"has a broken npy header: {first_line(error)}") from None
+    if dtype.kind not in kinds:
         raise ConfigError(
-            f"holds {dtype}, not numbers; pickled objects are never loaded: save integers or floats"
+            f"holds {dtype}, not {'a text' if kinds == TEXT else 'numbers'}; pickled objects are never loaded"
         )
     check_values(shape)
-    if file.size != start + math.prod(shape) * dtype.itemsize:
-        raise ConfigError(
-            f"is truncated: a {dtype} array of shape {shape} does not fit its {file.size:,} bytes"
-        )
-    return np.load(file.path, allow_pickle=False)
+    if min(shape, default=0) < 0 or size != start + math.prod(shape) * dtype.itemsize:
+        raise ConfigError(f"is truncated: a {dtype} array of shape {shape} does not fit its {size:,} bytes")
+    try:
+        opened.seek(0)
+        return np.lib.format.read_array(opened, allow_pickle=False)
+    except BROKEN as error:
+        raise ConfigError(f"is a broken npy: {first_line(error)}") from None
 
 
 def array_bytes(array: np.ndarray) -> bytes:

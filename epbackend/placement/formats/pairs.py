@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from epbackend.errors import ConfigError
-from epbackend.placement.formats.file import MAX_VALUES, ZIP, File, json_rows, number_array
+from epbackend.placement.formats.file import (
+    BROKEN,
+    MAX_VALUES,
+    ZIP,
+    File,
+    first_line,
+    json_rows,
+    number_array,
+)
+from epbackend.placement.formats.npy import NUMBERS, TEXT, array_in
 from epbackend.placement.loads import NUMBERING
 from epbackend.placement.pairs import Pairs
 
@@ -63,23 +72,30 @@ def write_pairs(pairs: Pairs, path: str | Path) -> None:
 def _from_npz(file: File) -> tuple[np.ndarray, str | None]:
     try:
         with zipfile.ZipFile(file.path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-            if unpacked > 8 * MAX_VALUES:
+            sizes = {member.filename: member.file_size for member in archive.infolist()}
+            if (unpacked := sum(sizes.values())) > 8 * MAX_VALUES:
                 raise ConfigError(
                     f"unpacks to {unpacked >> 20} MiB, more than the {8 * MAX_VALUES >> 20} MiB that are read"
                 )
-        with np.load(file.path, allow_pickle=False) as arrays:
-            if PAIRS not in arrays.files:
+            if f"{PAIRS}.npy" not in sizes:
                 raise ConfigError(
                     f"pairs: the npz has no array {PAIRS}; record them (epbackend record --pairs)"
                 )
-            tokens_YEE = arrays[PAIRS]
-            numbering = str(arrays[NUMBERING]) if NUMBERING in arrays.files else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"is a broken npz: {error}") from None
-    if tokens_YEE.dtype.kind not in "iuf":
-        raise ConfigError(f"{PAIRS}: holds {tokens_YEE.dtype}, not numbers")
+            tokens_YEE = _member(archive, PAIRS, NUMBERS)
+            numbering = _member(archive, NUMBERING, TEXT).item() if f"{NUMBERING}.npy" in sizes else None
+    except BROKEN as error:
+        raise ConfigError(f"is a broken npz: {first_line(error)}") from None
     return tokens_YEE, numbering
+
+
+def _member(archive: zipfile.ZipFile, name: str, kinds: str) -> np.ndarray:
+    """The array of that name. Raises ConfigError for one of another kind, and what zipfile raises."""
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as opened:
+        try:
+            return array_in(opened, member.file_size, kinds)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
 
 def _json_bytes(pairs: Pairs) -> bytes:

@@ -6,31 +6,19 @@ listed, not run: it may name tensors only. Then torch reads it with `weights_onl
 
 from __future__ import annotations
 
-import pickle
 import pickletools
 import zipfile
 from typing import Any
 
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.placement.formats.base import LoadsFormat
-from epbackend.placement.formats.file import MAX_BINARY_BYTES, ZIP, File, check_values
+from epbackend.placement.formats.file import BROKEN, MAX_BINARY_BYTES, ZIP, File, check_values, first_line
 from epbackend.placement.loads import Loads
 
 MAX_PICKLE_BYTES = 1 << 20
 NAMING = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
 """The opcodes that name something to import; torch.save writes the first one only."""
 HARMLESS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
-BROKEN = (
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    OSError,
-    IndexError,
-)
-"""What zipfile, pickletools and torch raise for damaged files."""
 
 
 def _read(file: File) -> Loads:
@@ -38,14 +26,18 @@ def _read(file: File) -> Loads:
     try:
         _check_archive(file)
     except BROKEN as error:
-        raise ConfigError(f"is truncated or no recording of torch.save: {error}") from None
+        raise ConfigError(f"is truncated or no recording of torch.save: {first_line(error)}") from None
     count: Any = _load(file).get("logical_count")
     if getattr(count, "ndim", None) not in (2, 3):
         raise ConfigError("logical_count: is missing; record with --expert-distribution-recorder-mode stat")
     check_values(tuple(count.shape))  # a tensor of few bytes may have any shape, by strides of 0
     steps = count if count.ndim == 3 else count[None]
-    # Added up as they are stored, counts of half precision would lose tokens.
-    return Loads.of(steps.double().sum(dim=0).numpy(), [file.name])
+    try:
+        # Added up as they are stored, counts of half precision would lose tokens.
+        total_YE = steps.double().sum(dim=0).numpy()
+    except BROKEN as error:
+        raise ConfigError(f"logical_count: is {count.dtype}, not counts: {first_line(error)}") from None
+    return Loads.of(total_YE, [file.name])
 
 
 def _check_archive(file: File) -> None:
@@ -81,7 +73,7 @@ def _load(file: File) -> dict[str, Any]:
     try:
         content = torch.load(file.path, map_location="cpu", weights_only=True, mmap=True)
     except BROKEN as error:
-        raise ConfigError(f"is damaged: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"is damaged: {first_line(error)}") from None
     return content if isinstance(content, dict) else {}
 
 

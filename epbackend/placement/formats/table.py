@@ -8,8 +8,8 @@ from __future__ import annotations
 import csv
 import io
 from array import array
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 
 import numpy as np
 
@@ -22,29 +22,40 @@ HEADER = ["layer", "expert", "tokens"]
 
 
 def _read(file: File) -> Loads:
-    rows = ((number, row) for number, row in enumerate(csv.reader(io.StringIO(file.text)), 1) if any(row))
-    first, head = next(rows)
-    names = [cell.strip().lower() for cell in head]
+    rows = _rows(file)
+    head = list(islice(rows, 1))
+    names = [cell.strip().lower() for _, cells in head for cell in cells]
     if names in (HEADER, ["window", *HEADER]):
         return _read_list(rows, file.name, named=len(names) > len(HEADER))
-    return Loads.of(_matrix(chain([(first, head)], rows), head), [file.name])
+    return Loads.of(_matrix(chain(head, rows)), [file.name])
 
 
 def read_matrix(file: File) -> np.ndarray:
     """The numbers of a csv file without a header, float64. Raises ConfigError, with the line, for anything else."""
-    rows = [(number, row) for number, row in enumerate(csv.reader(io.StringIO(file.text)), 1) if any(row)]
-    return _matrix(rows, rows[0][1] if rows else [])
+    return _matrix(_rows(file))
 
 
-def _matrix(rows: Iterable[tuple[int, list[str]]], head: list[str]) -> np.ndarray:
-    values = array("d")
+def _rows(file: File) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of each row that is not empty. Raises ConfigError, with the line, for text that is no csv."""
+    lines = csv.reader(io.StringIO(file.text))
+    try:
+        yield from ((number, row) for number, row in enumerate(lines, 1) if any(row))
+    except csv.Error as error:
+        raise ConfigError(f"line {lines.line_num}: is no csv: {error}") from None
+
+
+def _matrix(rows: Iterable[tuple[int, list[str]]]) -> np.ndarray:
+    values, width = array("d"), 0
     for number, row in rows:
-        if len(row) != len(head):
+        width = width or len(row)
+        if len(row) != width:
             raise ConfigError(
-                f"line {number}: has {len(row)} numbers, the first one has {len(head)}; make them equal"
+                f"line {number}: has {len(row)} numbers, the first one has {width}; make them equal"
             )
         values.extend(_number(float, cell, number) for cell in row)
-    return np.array(values).reshape(-1, max(1, len(head)))
+    if not width:
+        raise ConfigError("has no number in any line")
+    return np.array(values).reshape(-1, width)
 
 
 def _read_list(rows: Iterable[tuple[int, list[str]]], name: str, *, named: bool) -> Loads:
