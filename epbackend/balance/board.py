@@ -6,7 +6,7 @@
     rank     when step k + lead begins: flips, or drops, and says so    -> the parent
 
 Why no rank can miss the flip: ranks make the same steps, and each step holds a collective among all of them. No rank
-begins step k + lead before its device has done step k (`migration.HostLead`), which it can only after rank 0 has sent
+begins step k + lead before its device has done step k (`streams.Streams.lead`), which it can only after rank 0 has sent
 something in step k, as it does after it has decided. On a CPU the lead is 1: a host ends one step before the next.
 Rank 0 is the only one that decides, once for each number. The parent can ask for the end of a migration (`cancel`), no
 more.

@@ -63,13 +63,15 @@ class Planner:
             EPError: the process ended, stuck or refused; it has been replaced where it had to be.
         """
         answer = self._ask("propose", tokens_YE)
-        if isinstance(answer, str):
-            raise EPError(f"the planner failed: {answer}")
         self._compiled = self._compiled or answer is not None
         return answer
 
     def accept(self, placement: Placement) -> None:
-        """The placement in use from now on."""
+        """The placement in use from now on.
+
+        Raises:
+            EPError: as for `propose`.
+        """
         self._placement = placement
         self._ask("accept", placement)
 
@@ -79,6 +81,12 @@ class Planner:
         self._process.wait()
 
     def _ask(self, what: str, value: Any) -> Any:
+        answer = self._answer(what, value)
+        if isinstance(answer, str):
+            raise EPError(f"the planner failed: {answer}")
+        return answer
+
+    def _answer(self, what: str, value: Any) -> Any:
         try:
             if not self._told:
                 self._connection.send((self._placement, self.policy))

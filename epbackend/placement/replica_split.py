@@ -137,13 +137,13 @@ def level_by_node_shares(
     Args:
         counts_GE: choices of every source; G divides the ranks, of which each source has equally many.
         layout: of the layer.
-        node_size: ranks per node, which is to divide the ranks.
+        node_size: ranks per node, which is to divide the ranks; 0: all ranks are one node.
         rank_speed: as for `level_shares`.
     """
     from epbackend.placement.search.level_split import level_by_node_shares as compiled
 
     counts_GE = checked_counts(counts_GE, layout)
-    sources_a_node = node_size * len(counts_GE) // layout.ranks
+    sources_a_node = (node_size or layout.ranks) * len(counts_GE) // layout.ranks
     counts_ME = np.add.reduceat(counts_GE, np.arange(0, len(counts_GE), sources_a_node), axis=0)
     if len(counts_ME) == 1:
         return level_shares(counts_ME[0], layout, rank_speed)

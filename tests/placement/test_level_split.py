@@ -225,7 +225,8 @@ def test_with_a_replica_of_each_expert_on_each_node_no_token_needs_to_cross():
 def test_by_node_on_one_node_is_level():
     layout, counts_RE = LAYOUTS["uneven"], np.random.default_rng(1).integers(0, 99, (16, 64))
     expected = level_shares(counts_RE.sum(axis=0), layout).tolist()
-    assert level_by_node_shares(counts_RE, layout, layout.ranks).tolist() == expected
+    for node_size in (layout.ranks, 0):
+        assert level_by_node_shares(counts_RE, layout, node_size).tolist() == expected
 
 
 def test_a_small_case_by_hand():
