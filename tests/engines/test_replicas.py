@@ -2,15 +2,132 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
 import pytest
+from lmdeploy import GenerationConfig
+from lmdeploy.messages import Response
 
 import epbackend
+from epbackend.engines.lmdeploy import dp_pipeline, pipelines, processes
 from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
-from epbackend.errors import ConfigError, WorkerError
+from epbackend.errors import ConfigError, EPError, WorkerError
+from epbackend.placement.placement import Placement
 from tests.helpers.engine_models import NEW_TOKENS, TOP_K, prompts
-from tests.helpers.engines import GREEDY, config
+from tests.helpers.engines import GREEDY, balanced, config
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import GENERATE
+from tests.helpers.ranks import forking
+
+TWO = config({"dp": 2}, ep_size=2)
+
+
+class Echo:
+    """What stands for an engine: two parts a prompt, the second what a logits processor makes of it."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def stream_infer(self, prompts: list[str], gen_config: Any, **_: Any) -> Iterator[Response]:
+        configs = gen_config if isinstance(gen_config, list) else [gen_config] * len(prompts)
+        for index, (prompt, each) in enumerate(zip(prompts, configs, strict=True)):
+            if prompt == "fails":
+                raise ValueError("no such token")
+            if prompt == "is lost":
+                raise WorkerError("rank 1 was killed")
+            processors = each.logits_processors if each is not None else None
+            yield Response("answer to ", 0, 0, index=index)
+            yield Response(processors[0](prompt) if processors else prompt, 0, 0, index=index)
+
+    def close(self) -> None:
+        pass
+
+
+def serve_echo(*arguments: Any) -> None:
+    pipelines.ExpertParallelPipeline = Echo
+    dp_pipeline._serve_pipe(*arguments)
+
+
+@contextmanager
+def two_echoes() -> Iterator[ReplicatedPipeline]:
+    """Two engine processes that do no more than Echo."""
+    forked = SimpleNamespace(get_context=lambda method: forking())
+    with mock.patch.object(processes, "multiprocessing", forked):
+        with mock.patch.object(dp_pipeline, "_serve_pipe", serve_echo):
+            pipe = ReplicatedPipeline("none", TWO)
+        with pipe:
+            yield pipe
+
+
+@pytest.fixture(scope="module")
+def echoing() -> Iterator[ReplicatedPipeline]:
+    with two_echoes() as pipe:
+        yield pipe
+
+
+def texts_of(responses: list[Response]) -> list[str]:
+    return [each.text for each in responses]
+
+
+def test_a_call_that_cannot_be_sent_leaves_no_answers_to_the_next(echoing):
+    lock = GenerationConfig(logits_processors=[threading.Lock()])
+    with pytest.raises(ConfigError, match=r"^gen_config: cannot be pickled \(.*lock"):
+        echoing(["a", "b"], gen_config=[GenerationConfig(), lock])
+    assert echoing("c").text == "answer to c"
+    louder = GenerationConfig(logits_processors=[lambda prompt: prompt.upper()])
+    assert texts_of(echoing(["a", "b"], gen_config=[GenerationConfig(), louder])) == [
+        "answer to a",
+        "answer to B",
+    ]
+
+
+def test_one_call_at_a_time(echoing):
+    stream = echoing.stream_infer(["a", "b", "c", "d", "e"])
+    assert next(stream).text == "answer to "
+    with pytest.raises(EPError, match=r"another call of this pipeline is under way.* or close\(\) it"):
+        echoing("f")
+    assert len(list(stream)) == 9
+    for _ in echoing.stream_infer(["a", "b", "c"]):
+        break
+    assert texts_of(echoing(["f", "g"])) == ["answer to f", "answer to g"]
+
+
+def test_a_call_that_one_engine_cannot_answer_fails_alone(echoing):
+    with pytest.raises(EPError, match="engine of dp rank 1 cannot answer: ValueError: no such token"):
+        echoing(["a", "fails", "b"])
+    assert texts_of(echoing(["f", "g"])) == ["answer to f", "answer to g"]
+
+
+def test_after_an_engine_is_lost_every_call_says_so():
+    with two_echoes() as pipe:
+        for texts in (["a", "b", "c", "is lost"], "d"):
+            with pytest.raises(WorkerError, match="rank 1 was killed"):
+                pipe(texts)
+    with pytest.raises(EPError, match="closed; make another"):
+        pipe("e")
+
+
+def test_a_start_that_fails_leaves_nothing(monkeypatch):
+    """No shared memory, no balancer, and the log as it was."""
+    monkeypatch.setenv("RAY_ADDRESS", "nohost.invalid:6379")
+    before = _left_behind()
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS=nohost\.invalid:6379"):
+        ReplicatedPipeline("none", balanced({"dp": 2}, ep_size=2), Placement.even(4, 8, 2))
+    assert _left_behind() == before
+
+
+def _left_behind() -> tuple[Any, ...]:
+    log = logging.getLogger("epbackend")
+    segments = {each.name for each in Path("/dev/shm").iterdir() if each.stat().st_uid == os.getuid()}
+    return segments, {each.name for each in threading.enumerate()}, log.level, list(log.handlers)
 
 
 @pytest.mark.parametrize("name", ["chat", "session", "get_ppl", "get_reward_score", "batch_infer"])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, cast
+
+import cloudpickle
 
 from epbackend.balance.balancer import BalanceReport
 from epbackend.config import EPConfig
@@ -18,12 +21,14 @@ from epbackend.engines.lmdeploy.processes import start_engines, stop_engines
 from epbackend.engines.lmdeploy.requests.checks import check_call
 from epbackend.engines.lmdeploy.shown_log import ShownLog
 from epbackend.engines.placement import warm_splits
-from epbackend.errors import EPError, WorkerError
+from epbackend.errors import ConfigError, EPError, WorkerError
 from epbackend.placement.placement import Placement
 
 if TYPE_CHECKING:
     from lmdeploy import GenerationConfig
     from lmdeploy.messages import Response
+
+logger = logging.getLogger("epbackend")
 
 CLOSING_S = 10.0
 """Time that the engines have for closing by themselves; Ray takes a few seconds."""
@@ -48,31 +53,27 @@ class ReplicatedPipeline:
     def __init__(
         self, model_path: str, config: EPConfig, placement: Placement | None = None, **kwargs: Any
     ) -> None:
-        self._log = ShownLog(config.engine.log_level)
-        warm_splits(config)
-        self._board: SharedStats | None = SharedStats.of(config)
-        self._balancer = balance.start(config, self._board, placement)
-        self._broken = False
+        self._failure: EPError | None = None
+        """What no call can get over."""
+        self._open = False
+        """Whether a call is under way."""
+        self._busy: list[Connection] = []
+        """Engines whose part of a call has not been read to its end."""
         self._experts_told = bool(config.engine.extra.get("enable_return_routed_experts"))
-        ends = [Pipe() for _ in range(config.engine.dp)]
-        self._engines = [ours for ours, _ in ends]
-        self._processes = start_engines(
-            config,
-            self._board,
-            _serve_pipe,
-            [
-                (theirs, model_path, config.to_json(), rank, placement, kwargs)
-                for rank, (_, theirs) in enumerate(ends)
-            ],
-        )
-        for _, theirs in ends:
-            theirs.close()
-        atexit.register(self.close)
-        try:
+        with contextlib.ExitStack() as started:
+            started.enter_context(ShownLog(config.engine.log_level))
+            warm_splits(config)
+            self._board: SharedStats | None = SharedStats.of(config)
+            started.callback(self._board.remove)
+            self._balancer = balance.start(config, self._board, placement)
+            if self._balancer is not None:
+                started.callback(self._balancer.close)
+            started.callback(self.load)  # it and the balancer read all steps that the engines made
+            self._start_engines(model_path, config, placement, kwargs)
+            started.callback(self._end_engines)
             self._await_ready()
-        except BaseException:
-            self.close()
-            raise
+            self._started = started.pop_all()
+        atexit.register(self.close)
 
     def __call__(self, prompts: Any, gen_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
         return self.infer(prompts, gen_config, **kwargs)
@@ -82,8 +83,8 @@ class ReplicatedPipeline:
 
         Raises:
             WorkerError: an engine died, before or meanwhile.
-            ConfigError: an argument, or an option of the GenerationConfig, would be ignored.
-            EPError: the pipeline is closed.
+            ConfigError: an argument, or an option of the GenerationConfig, would be ignored or cannot be pickled.
+            EPError: the pipeline is closed, another call is under way, or an engine could not answer.
         """
         whole: dict[int, Response] = {}
         for part in self.stream_infer(prompts, gen_config=gen_config, stream_response=False, **kwargs):
@@ -94,31 +95,33 @@ class ReplicatedPipeline:
         self, prompts: Any, gen_config: GenerationConfig | list | None = None, **kwargs: Any
     ) -> Iterator[Response]:
         """Parts of the responses as they come; `index` tells the prompt of each. Raises as `infer` does."""
-        if self._board is None:
-            raise EPError("this pipeline is closed; make another one")
+        if self._failure is not None:
+            raise self._failure
+        if self._open:
+            raise EPError(
+                "another call of this pipeline is under way, and its answers would be mixed up with this one's: read "
+                "what stream_infer returned to its end, or close() it"
+            )
         prompts = [prompts] if _is_single(prompts) else list(prompts)
         check_call(len(prompts), gen_config, kwargs, experts_told=self._experts_told)
-        busy = []
-        for rank, engine in enumerate(self._engines):
-            index = list(range(rank, len(prompts), len(self._engines)))
-            if index:
-                configs = [gen_config[i] for i in index] if isinstance(gen_config, list) else gen_config
-                self._send(engine, _Work([prompts[i] for i in index], index, configs, kwargs))
-                busy.append(engine)
+        shares = [
+            _share(prompts, range(first, len(prompts), len(self._engines)), gen_config, kwargs)
+            for first in range(min(len(self._engines), len(prompts)))
+        ]
+        self._open = True
         try:
-            while busy:
-                for engine in cast("list[Connection]", wait(busy)):
-                    part = self._receive(engine)
-                    if part is None:
-                        busy.remove(engine)
-                    else:
-                        yield part
-        except (GeneratorExit, KeyboardInterrupt):
-            # The rest is not wanted, and the next call must not find it in the pipes.
-            for engine in busy:
-                while self._receive(engine) is not None:
-                    pass
-            raise
+            self._drain()  # of a call whose end was interrupted
+            for engine, share in zip(self._engines, shares, strict=False):
+                self._busy.append(engine)
+                with self._whole_message(engine):
+                    engine.send_bytes(share)
+            for part in self._received():
+                if isinstance(part, EPError):
+                    raise part
+                yield part
+        finally:
+            self._open = False
+            self._drain()
 
     def load(self) -> LoadReport:
         """What the experts of every rank did so far; after `close`, in all steps that the engines made."""
@@ -137,19 +140,9 @@ class ReplicatedPipeline:
         if self._board is None:
             return
         atexit.unregister(self.close)
-        for engine, process in zip(self._engines, self._processes, strict=True):
-            if process.is_alive():
-                with contextlib.suppress(OSError):  # it may have ended just now
-                    engine.send(None)
-        # An engine cannot finish a step that another one has left.
-        stop_engines(self._processes, grace_s=0 if self._broken else CLOSING_S)
-        # Both read all steps that the engines made.
-        self.load()
-        if self._balancer is not None:
-            self._balancer.close()
-        self._board.remove()
+        self._started.close()
         self._board = None
-        self._log.close()
+        self._failure = EPError("this pipeline is closed; make another one")
 
     def __getattr__(self, name: str) -> Any:
         from lmdeploy.pipeline import Pipeline
@@ -167,32 +160,72 @@ class ReplicatedPipeline:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _start_engines(
+        self, model_path: str, config: EPConfig, placement: Placement | None, arguments: dict[str, Any]
+    ) -> None:
+        assert self._board is not None
+        ends = [Pipe() for _ in range(config.engine.dp)]
+        self._engines = [ours for ours, _ in ends]
+        self._processes = start_engines(
+            config,
+            self._board,
+            _serve_pipe,
+            [
+                (theirs, model_path, config.to_json(), rank, placement, arguments)
+                for rank, (_, theirs) in enumerate(ends)
+            ],
+        )
+        for _, theirs in ends:
+            theirs.close()
+
+    def _end_engines(self) -> None:
+        for engine, process in zip(self._engines, self._processes, strict=True):
+            if process.is_alive():
+                with contextlib.suppress(OSError):  # it may have ended just now
+                    engine.send_bytes(b"")
+        # An engine cannot finish a step that another one has left.
+        stop_engines(self._processes, grace_s=0 if self._failure else CLOSING_S)
+
     def _await_ready(self) -> None:
-        waiting = list(self._engines)
-        while waiting:
-            for engine in cast("list[Connection]", wait(waiting)):
-                self._receive(engine)
-                waiting.remove(engine)
+        self._busy = list(self._engines)
+        for error in self._received():
+            assert isinstance(error, EPError)
+            self._failure = error
+            raise error
 
-    def _send(self, engine: Connection, work: _Work) -> None:
-        try:
-            engine.send(work)
-        except OSError:
-            raise self._death(engine) from None
+    def _received(self) -> Iterator[Response | EPError]:
+        """Parts of responses from the busy engines, and the errors by which an engine ended its own, until all have."""
+        while self._busy:
+            for engine in cast("list[Connection]", wait(self._busy)):
+                with self._whole_message(engine):
+                    received = engine.recv()
+                if isinstance(received, WorkerError):
+                    self._failure = received
+                    raise received
+                if received is None or isinstance(received, EPError):
+                    self._busy.remove(engine)
+                if received is not None:
+                    yield received
 
-    def _receive(self, engine: Connection) -> Response | None:
-        """A part of a response, or None at the end of the work."""
+    def _drain(self) -> None:
+        """What is left of a call that ended early is not wanted, and the next one must not find it in the pipes."""
+        if self._failure is None:
+            for _ in self._received():
+                pass
+
+    @contextlib.contextmanager
+    def _whole_message(self, engine: Connection) -> Iterator[None]:
+        """After a message that was cut off, nothing can be read any more."""
         try:
-            received = engine.recv()
+            yield
         except (EOFError, OSError):
-            raise self._death(engine) from None
-        if isinstance(received, BaseException):
-            self._broken = True
-            raise received
-        return received
+            self._failure = self._failure or self._death(engine)
+            raise self._failure from None
+        except BaseException:
+            self._failure = EPError("this pipeline was interrupted within a message; make another one")
+            raise
 
     def _death(self, engine: Connection) -> WorkerError:
-        self._broken = True
         rank = self._engines.index(engine)
         process = self._processes[rank]
         process.join(timeout=1)
@@ -210,6 +243,32 @@ def _is_single(prompts: Any) -> bool:
     )
 
 
+def _share(prompts: list[Any], places: range, gen_config: Any, arguments: dict[str, Any]) -> bytes:
+    """What the engine that answers the prompts at these places gets: all of it, before any engine gets a word.
+
+    Raises:
+        ConfigError: something of it cannot be pickled.
+    """
+    index = list(places)
+    configs = [gen_config[i] for i in index] if isinstance(gen_config, list) else gen_config
+    try:
+        return cloudpickle.dumps(_Work([prompts[i] for i in index], index, configs, arguments))
+    except Exception as error:  # whatever an object's own pickling raises
+        given = {"prompts": prompts, "gen_config": gen_config, **arguments}
+        name = next((name for name, value in given.items() if not _can_be_pickled(value)), "prompts")
+        raise ConfigError(
+            f"{name}: cannot be pickled ({error}), and with engine.dp > 1 the engines are processes of their own"
+        ) from error
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value)
+    except Exception:
+        return False
+    return True
+
+
 def _serve_pipe(
     connection: Connection,
     model_path: str,
@@ -225,10 +284,8 @@ def _serve_pipe(
         config = EPConfig.from_json(config_json)
         pipe = ExpertParallelPipeline(model_path, config, dp_rank, placement, **kwargs)
         connection.send(None)
-        while (work := connection.recv()) is not None:
-            for part in pipe.stream_infer(work.prompts, gen_config=work.gen_config, **work.arguments):
-                connection.send(replace(part, index=work.index[part.index]))
-            connection.send(None)
+        while packed := connection.recv_bytes():
+            connection.send(_answer(pipe, packed, connection, dp_rank))
         pipe.close()
     except EPError as error:
         connection.send(error)
@@ -237,3 +294,23 @@ def _serve_pipe(
             WorkerError(f"the engine of dp rank {dp_rank} failed: {type(error).__name__}: {error}")
         )
         raise
+
+
+def _answer(pipe: Any, packed: bytes, connection: Connection, dp_rank: int) -> EPError | None:
+    """Sends the parts of the responses. What is returned ends the call: None, or why it fails, alone.
+
+    Raises:
+        WorkerError: the engine has failed.
+    """
+    try:
+        work: _Work = cloudpickle.loads(packed)
+        for part in pipe.stream_infer(work.prompts, gen_config=work.gen_config, **work.arguments):
+            connection.send(replace(part, index=work.index[part.index]))
+    except WorkerError:
+        raise
+    except EPError as error:
+        return error
+    except Exception as error:
+        logger.exception("a call failed")
+        return EPError(f"the engine of dp rank {dp_rank} cannot answer: {type(error).__name__}: {error}")
+    return None

@@ -64,6 +64,9 @@ def start_engines(
     """Starts `target(*arguments_of_its_rank)` in a process for each of the dp engines.
 
     The processes end with their parent. Their ranks meet at a port of this machine.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names no host.
     """
     environment = {
         "LMDEPLOY_DP_MASTER_ADDR": own_address(),
@@ -80,9 +83,15 @@ def start_engines(
         )
         for dp_rank, each in enumerate(arguments)
     ]
-    for process in processes:
-        process.start()
-        ended_by_us(process)
+    started: list[BaseProcess] = []
+    try:
+        for process in processes:
+            process.start()
+            started.append(process)
+            ended_by_us(process)
+    except BaseException:
+        stop_engines(started, at_once=True)
+        raise
     return processes
 
 
