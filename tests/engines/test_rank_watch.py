@@ -39,6 +39,10 @@ TIMED_OUT = RankState(0, ended=True, exit_code=1, said="RuntimeError: Timed out 
             [TIMED_OUT, RankState(1, ended=True, exit_code=-9, where=DECODE)],
             "rank 1 was killed by SIGKILL, in a decode",
         ),
+        (
+            [RankState(0), RankState(1, ended=True, exit_code=-40)],
+            "rank 1 was killed by signal 40, in no step",
+        ),
         ([TIMED_OUT, RankState(1, ended=True)], "rank 1 ended without a word"),
         ([TIMED_OUT, RankState(1)], "rank 0 failed: RuntimeError: Timed out"),
         # With dp > 1 the other engines' ranks end when they are closed, and that is no failure of this one.

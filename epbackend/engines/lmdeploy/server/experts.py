@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -21,6 +20,7 @@ from starlette.routing import Route
 from epbackend.balance.balancer import Balancer
 from epbackend.engines.lmdeploy.load.report import StatsReader
 from epbackend.engines.lmdeploy.load.status import status
+from epbackend.engines.lmdeploy.server.answers import asks_for_key, error_form
 from epbackend.errors import EPError
 from epbackend.placement.placement import Placement
 
@@ -40,18 +40,13 @@ class Experts:
 
     def app(self, api_keys: Sequence[str]) -> Starlette:
         """The ASGI application. `api_keys`: of which a request must bring one, if there are any."""
-        keys = []
-        if api_keys:
-            from lmdeploy.serve.utils.server_utils import AuthenticationMiddleware
-
-            keys.append(Middleware(AuthenticationMiddleware, tokens=list(api_keys)))
         # Functions that are not async run in threads, so that streams go on meanwhile.
         routes = [
             Route(f"{PREFIX}status", self._status),
             Route(f"{PREFIX}placement", self._placement),
             Route(f"{PREFIX}rebalance", self._rebalance, methods=["POST"]),
         ]
-        return Starlette(routes=routes, middleware=keys)
+        return Starlette(routes=routes, middleware=asks_for_key(api_keys))
 
     def _status(self, request: Request) -> Response:
         return JSONResponse(status(self.stats))
@@ -78,6 +73,4 @@ class Experts:
 
 
 def _refused(code: int, message: str) -> Response:
-    """In OpenAI's form."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": error}, code)
+    return JSONResponse(error_form(message, "invalid_request_error"), code)

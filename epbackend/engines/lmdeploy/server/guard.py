@@ -30,6 +30,7 @@ import psutil
 from epbackend.balance.balancer import Balancer
 from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy.patching import Patch, Patches
+from epbackend.engines.lmdeploy.server.answers import UNAVAILABLE, WHEN_UNAVAILABLE, error_form
 from epbackend.engines.lmdeploy.server.experts import PREFIX
 from epbackend.engines.lmdeploy.workers.process_guard import descendants, ending_signals, kill_all
 from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, STOPPED, process_state
@@ -46,7 +47,8 @@ AFTER_RANKS_S = 1.5
 """How much longer than a rank another process may be stopped: the watch over the ranks knows more, and is first."""
 TOGETHER_S = 0.3
 """Signals in so short a time are one order."""
-RETRY_AFTER_S = 10
+NOT_IMPLEMENTED = "not_implemented_error"
+"""Kind of the error that comes with status 501."""
 
 _PACKED = (
     "the experts' weights are packed for their device when they are loaded, and cannot be replaced while the server "
@@ -70,8 +72,8 @@ class Guard:
     """The state of one server, and the ASGI application around it."""
 
     def __init__(self, drain_seconds: float, end: Callable[[], None] | None = None) -> None:
-        """`end` is what happens after a failure: by default what a supervisor would do, which uvicorn heeds."""
-        self._end = end or functools.partial(os.kill, os.getpid(), ending_signals()[0])
+        """`end` is what happens after a failure: by default `end_server`."""
+        self._end = end or end_server
         self.failure: str | None = None
         """What the engine failed of; None while it serves."""
         self._drain_seconds = drain_seconds
@@ -114,9 +116,7 @@ class Guard:
                     "lmdeploy.serve.openai.endpoints.management:os",
                     "a client's request to end sends SIGTERM, which is ignored where a parent decides",
                     "always",
-                    lambda original: SimpleNamespace(
-                        getpid=os.getpid, kill=lambda pid, _: os.kill(pid, ending_signals()[0])
-                    ),
+                    lambda original: SimpleNamespace(getpid=os.getpid, kill=lambda *_: end_server()),
                 ),
                 Patch(
                     "second-signal",
@@ -167,7 +167,7 @@ class Guard:
         elif self.experts is not None and path.startswith(PREFIX):
             await self.experts(scope, receive, send)
         elif reason := _refused(path, scope):
-            await _answer(send, 501, _error(f"{path}: {reason}", "not_implemented_error"))
+            await _answer(send, 501, error_form(f"{path}: {reason}", NOT_IMPLEMENTED, NOT_IMPLEMENTED))
         else:
             await self._pass_on(scope, receive, send, path)
 
@@ -212,7 +212,7 @@ class Guard:
         except asyncio.CancelledError:  # by uvicorn, which would say 500
             if self._asked_at is not None and not begun:
                 text = f"the server ends, and gave requests under way {self._drain_seconds:g} s more"
-                await _answer(send, 503, _error(text, "service_unavailable"))
+                await _answer(send, 503, _unavailable(text))
             raise
         finally:
             failed.cancel()
@@ -224,7 +224,7 @@ class Guard:
             await self._say_failure(path, send)
         else:
             # A stream has its status already. It ends by an error, and without the end that clients wait for.
-            event = f"data: {json.dumps(_error(self.failure, 'service_unavailable'))}\n\n".encode()
+            event = f"data: {json.dumps(_unavailable(self.failure))}\n\n".encode()
             with contextlib.suppress(Exception):  # or it had ended just before
                 await send({"type": "http.response.body", "body": event, "more_body": False})
 
@@ -232,7 +232,7 @@ class Guard:
         if path in ("/health", "/ready"):
             await _answer(send, 503, {"status": "unhealthy", "message": self.failure})
         else:
-            await _answer(send, 503, _error(self.failure or "", "service_unavailable"))
+            await _answer(send, 503, _unavailable(self.failure or ""))
 
     async def _say_ready(self, scope: Any, send: Any) -> None:
         """503 while it does not take requests: it has failed, it drains, or its engine sleeps."""
@@ -353,6 +353,11 @@ def _is_another(number: int, first_at: float) -> bool:
     return number != signal.SIGHUP and time.monotonic() > first_at + TOGETHER_S
 
 
+def end_server() -> None:
+    """Ends the server in this process as its supervisor would, or where a parent decides, as that would."""
+    os.kill(os.getpid(), ending_signals()[0])
+
+
 def end_at_once(exit_code: int) -> None:
     """Ends this process and all that it started. Shared memory is removed by the tracker, which ends last."""
     tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
@@ -370,9 +375,9 @@ def looking_out(
 ) -> Iterator[None]:
     """Tells the guard of an engine that fails while it serves, which it begins and ends within the block.
 
-    That is one that left a verdict, one of whose `processes` ended (None: the one that LMDeploy starts for its engine),
-    or of which any process at all is stopped for longer than `timeout_s`; but for the planner, whom the balancer
-    replaces. What a failed engine leaves of Ray is ended.
+    It has failed when it left a verdict, when one of its `processes` ended (None: the one that LMDeploy starts for it),
+    or when any process is stopped for longer than `timeout_s`. The planner may be stopped: the balancer replaces it.
+    What a failed engine leaves of Ray is ended.
     """
     stop, seen = threading.Event(), dict[int, psutil.Process]()
     arguments = (guard, processes, verdict, timeout_s, balancer, seen, stop)
@@ -408,14 +413,16 @@ def _look_out(
     while not guard.serving:
         if stop.wait(LOOK_S):
             return
-    watched = processes or [
-        each for each in multiprocessing.active_children() if each.name == "mp_engine_proc"
-    ]
+    watched = processes
+    if watched is None:
+        watched = [each for each in multiprocessing.active_children() if each.name == "mp_engine_proc"]
     while not stop.is_set():
         ended = wait([each.sentinel for each in watched], timeout=LOOK_S)
         if not guard.serving:
             return
         text = verdict()
+        if text is None and processes is None and not watched:
+            text = "the engine's process ended as soon as the server had started; its log is above"
         if text is None and ended:
             first = next(each for each in watched if each.sentinel in ended)
             text = f"the engine's process {first.name} ended with exit code {_exit_code(first)}; its log is above"
@@ -464,15 +471,14 @@ def _refused(path: str, scope: Any) -> str | None:
     return REFUSED.get(path)
 
 
-def _error(message: str, kind: str) -> dict[str, Any]:
-    """In OpenAI's form."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": kind}}
+def _unavailable(message: str) -> dict[str, Any]:
+    return error_form(message, UNAVAILABLE, UNAVAILABLE)
 
 
 async def _answer(send: Any, status: int, content: dict[str, Any]) -> None:
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 503:
-        headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+        headers += [(name.encode(), value.encode()) for name, value in WHEN_UNAVAILABLE.items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -2,23 +2,32 @@
 
 LMDeploy's own proxy knows two endpoints, answers 200 whatever an engine said, lists a model once an engine, has no
 health and keeps a dead engine for a minute and a half. Here status, headers and body are the engine's own, for every
-endpoint. Metrics are those of all engines; what concerns the whole deployment (sleep, wake-up, abort) goes to each.
+endpoint, and an engine hears of a client that hangs up. Metrics are those of all engines; what concerns the whole
+deployment goes to each (sleep, wake-up, abort), or is done here (its end).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from epbackend.engines.lmdeploy.server.answers import (
+    UNAVAILABLE,
+    WHEN_UNAVAILABLE,
+    asks_for_key,
+    error_form,
+)
 
 ALL_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"]
 NOT_PASSED_ON = frozenset(
@@ -27,6 +36,8 @@ NOT_PASSED_ON = frozenset(
 """Headers of one connection (RFC 9110, 7.6.1), which the next one has of its own."""
 NOTHING: Mapping[str, str] = {}
 FOR_ALL = ("/sleep", "/wakeup", "/abort_request")
+HUNG_UP = 499
+"""Status of an answer that nobody gets, as nginx has it."""
 
 
 class ReverseProxy:
@@ -38,9 +49,13 @@ class ReverseProxy:
         self._own_metrics = metrics
         self._session: aiohttp.ClientSession | None = None
 
-    def app(self) -> Starlette:
-        """The ASGI application."""
+    def app(self, end: Callable[[], None] | None = None, api_keys: Sequence[str] = ()) -> Starlette:
+        """The ASGI application. `end` is what a client may call, with one of `api_keys` if there are any."""
         whole = [Route(path, self._to_all, methods=["POST"]) for path in FOR_ALL]
+        if end is not None:
+            whole.append(
+                Route("/terminate", _ending(end), methods=["GET"], middleware=asks_for_key(api_keys))
+            )
         return Starlette(
             routes=[
                 Route("/health", self._to_all),
@@ -48,6 +63,7 @@ class ReverseProxy:
                 *whole,
                 Route("/{path:path}", self._to_one, methods=ALL_METHODS),
             ],
+            exception_handlers={ClientDisconnect: _nobody_waits},
             lifespan=self._connected,
         )
 
@@ -65,7 +81,8 @@ class ReverseProxy:
         engine = min(self._under_way, key=lambda each: self._under_way[each])
         self._under_way[engine] += 1
         try:
-            answer = await self._send(request, engine)
+            await request.body()
+            answer = await _while_connected(request, self._send(request, engine))
         except BaseException as error:
             self._under_way[engine] -= 1
             if isinstance(error, aiohttp.ClientError):
@@ -91,7 +108,11 @@ class ReverseProxy:
 
     async def _metrics(self, request: Request) -> Response:
         answers = await self._ask_all(request, {"accept-encoding": "identity"})
-        texts = [bytes(each.body).decode() for each in answers if each.status_code == 200]
+        texts = {
+            engine: bytes(each.body).decode()
+            for engine, each in enumerate(answers)
+            if each.status_code == 200
+        }
         if not texts:  # no key, or no metrics
             return answers[0]
         registry = CollectorRegistry()
@@ -130,12 +151,13 @@ class ReverseProxy:
 class _Merged:
     """A collector of what several engines report; a sample that does not say whose it is, gets the engine's number."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Mapping[int, str]) -> None:
+        """`texts`: what each engine that has answered reports, by its number."""
         self._texts = texts
 
     def collect(self) -> list[Metric]:
         families: dict[str, Metric] = {}
-        for engine, text in enumerate(self._texts):
+        for engine, text in self._texts.items():
             for family in text_string_to_metric_families(text):
                 merged = families.setdefault(
                     family.name, Metric(family.name, family.documentation, family.type, family.unit)
@@ -145,13 +167,46 @@ class _Merged:
         return list(families.values())
 
 
+async def _while_connected(
+    request: Request, asking: Coroutine[Any, Any, aiohttp.ClientResponse]
+) -> aiohttp.ClientResponse:
+    """The engine's answer to a request whose body has been read.
+
+    Raises:
+        ClientDisconnect: the client has hung up, and so have we, which is how the engine hears of it.
+    """
+    asked, hung_up = asyncio.ensure_future(asking), asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait({asked, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+        if not asked.done():
+            raise ClientDisconnect
+        return await asked
+    finally:
+        asked.cancel()
+        hung_up.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _nobody_waits(request: Request, error: Exception) -> Response:
+    return Response(status_code=HUNG_UP)
+
+
+def _ending(end: Callable[[], None]) -> Callable[[Request], Awaitable[Response]]:
+    async def terminate(request: Request) -> Response:
+        end()
+        return Response()
+
+    return terminate
+
+
 def _passed_on(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() not in NOT_PASSED_ON}
 
 
 def _unreachable(engine: str, error: Exception) -> Response:
     text = f"the engine at {engine} does not answer: {error}"
-    content = {
-        "error": {"message": text, "type": "service_unavailable", "param": None, "code": "unreachable"}
-    }
-    return JSONResponse(content, status_code=503, headers={"retry-after": "10"})
+    return JSONResponse(error_form(text, UNAVAILABLE, "unreachable"), 503, WHEN_UNAVAILABLE)

@@ -82,6 +82,13 @@ def ending_signals() -> tuple[signal.Signals, ...]:
     return tuple(each for each in TO_ALL if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN)
 
 
+def signal_name(number: int) -> str:
+    """As SIGKILL; the number alone for a real-time signal, most of which have no name."""
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
 def ended_by_us(child: Any) -> None:
     """Has `terminate()` of a process of multiprocessing, which runs `guard_process`, send it ENDING.
 

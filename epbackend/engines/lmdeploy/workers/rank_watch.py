@@ -14,13 +14,12 @@ from typing import Any
 
 from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy.load.report import PULSE_PHASES
+from epbackend.engines.lmdeploy.workers.process_guard import signal_name
 from epbackend.engines.lmdeploy.workers.pulse import WAITS, where
 
 LOOK_S = 0.25
 SETTLE_S = 1.0
 """After `timeout_s`, so that the ranks have told where they stand."""
-
-
 SILENT_S = 3.0
 """Without a sign of life for so long, a rank is the one to name when others fail."""
 STOPPED, ENDED = ("T", "t"), ("Z", "X", "")
@@ -62,11 +61,16 @@ def look_at(
     exit_code: Callable[[], int | None] | None = None,
     said: str | None = None,
 ) -> RankState:
-    """What a rank's row of the shared statistics and its process show now; `row` None: it shows nothing.
+    """What a rank's row of the shared statistics and its process show now.
 
-    `running` is the time of the thread that looks.
-
-    `exit_code` is for a child of this process: /proc calls one ended while some of its threads still end.
+    Args:
+        rank: its number.
+        row: of RANK; None shows nothing.
+        running: the time of the thread that looks.
+        own: whether it is a rank of the engine that looks.
+        exit_code: of a child of this process, None while it runs: /proc calls one ended while some of its threads
+            still end. Without it /proc decides.
+        said: the error that it left.
     """
     process = 0 if row is None else int(row["pid"])
     state = process_state(process) if process else "R"
@@ -137,7 +141,7 @@ def _killed(rank: RankState) -> str:
     if rank.exit_code is None:
         how = "ended without a word, as one that was killed does"
     else:
-        how = f"was killed by {signal.Signals(-rank.exit_code).name}"
+        how = f"was killed by {signal_name(-rank.exit_code)}"
     memory = rank.exit_code in (None, -signal.SIGKILL)
     remedy = "; where the system ran out of memory, lower engine.cache_gb" if memory else ""
     return f"rank {rank.rank} {how}, in {rank.where}{remedy}"
