@@ -6,65 +6,24 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 from lmdeploy import GenerationConfig
 from lmdeploy.messages import Response
 
 import epbackend
-from epbackend.engines.lmdeploy import dp_pipeline, pipelines, processes
 from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
+from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
+from epbackend.engines.lmdeploy.server.serve import serve_model
 from epbackend.errors import ConfigError, EPError, WorkerError
 from epbackend.placement.placement import Placement
 from tests.helpers.engine_models import NEW_TOKENS, TOP_K, prompts
 from tests.helpers.engines import GREEDY, balanced, config
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import GENERATE
-from tests.helpers.ranks import forking
-
-TWO = config({"dp": 2}, ep_size=2)
-
-
-class Echo:
-    """What stands for an engine: two parts a prompt, the second what a logits processor makes of it."""
-
-    def __init__(self, *arguments: Any) -> None:
-        pass
-
-    def stream_infer(self, prompts: list[str], gen_config: Any, **_: Any) -> Iterator[Response]:
-        configs = gen_config if isinstance(gen_config, list) else [gen_config] * len(prompts)
-        for index, (prompt, each) in enumerate(zip(prompts, configs, strict=True)):
-            if prompt == "fails":
-                raise ValueError("no such token")
-            if prompt == "is lost":
-                raise WorkerError("rank 1 was killed")
-            processors = each.logits_processors if each is not None else None
-            yield Response("answer to ", 0, 0, index=index)
-            yield Response(processors[0](prompt) if processors else prompt, 0, 0, index=index)
-
-    def close(self) -> None:
-        pass
-
-
-def serve_echo(*arguments: Any) -> None:
-    pipelines.ExpertParallelPipeline = Echo
-    dp_pipeline._serve_pipe(*arguments)
-
-
-@contextmanager
-def two_echoes() -> Iterator[ReplicatedPipeline]:
-    """Two engine processes that do no more than Echo."""
-    forked = SimpleNamespace(get_context=lambda method: forking())
-    with mock.patch.object(processes, "multiprocessing", forked):
-        with mock.patch.object(dp_pipeline, "_serve_pipe", serve_echo):
-            pipe = ReplicatedPipeline("none", TWO)
-        with pipe:
-            yield pipe
+from tests.helpers.stand_ins import two_echoes
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +74,16 @@ def test_after_an_engine_is_lost_every_call_says_so():
         pipe("e")
 
 
-def test_a_start_that_fails_leaves_nothing(monkeypatch):
+@pytest.mark.parametrize("kind", ["pipeline", "server"])
+def test_a_start_that_fails_leaves_nothing(kind, monkeypatch):
     """No shared memory, no balancer, and the log as it was."""
     monkeypatch.setenv("RAY_ADDRESS", "nohost.invalid:6379")
+    settings, placement = balanced({"dp": 2}, ep_size=2), Placement.even(4, 8, 2)
     before = _left_behind()
+    arguments = (placement,) if kind == "pipeline" else (LOOPBACK, free_port(), placement)
+    start = ReplicatedPipeline if kind == "pipeline" else serve_model
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS=nohost\.invalid:6379"):
-        ReplicatedPipeline("none", balanced({"dp": 2}, ep_size=2), Placement.even(4, 8, 2))
+        start("none", settings, *arguments)
     assert _left_behind() == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from epbackend.engines.lmdeploy.patching import Patch, Patches
 from epbackend.errors import ConfigError
@@ -62,6 +63,7 @@ class Front:
                 raise ConfigError(f"{name}: {file} cannot be read")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile belong together: give both, or neither")
+        self._check_certificate()
         if self.root_path and not self.root_path.startswith("/"):
             raise ConfigError(f"root_path: {self.root_path} must begin with a slash, as /models/a")
         self._check_parsers()
@@ -159,6 +161,26 @@ class Front:
                 print(self.announcement, file=sys.stderr, flush=True)
 
         return startup
+
+    def _check_certificate(self) -> None:
+        if self.ssl_keyfile is None or self.ssl_certfile is None:
+            return
+
+        def passphrase() -> NoReturn:
+            raise ConfigError(
+                f"ssl_keyfile: {self.ssl_keyfile} wants a passphrase, and nobody may be there to type it; write a "
+                "key without one by `openssl pkey -in FILE -out NEW`"
+            )
+
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                self.ssl_certfile, self.ssl_keyfile, passphrase
+            )
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(
+                f"ssl_keyfile: {self.ssl_keyfile} with ssl_certfile {self.ssl_certfile} cannot be used: {error}; both "
+                "are PEM files, the certificate is of this key"
+            ) from None
 
     def _check_parsers(self) -> None:
         if self.tool_call_parser is None and self.reasoning_parser is None:
