@@ -97,7 +97,7 @@ def serve(
     ] = None,
     allow_credentials: Annotated[bool, typer.Option("--allow-credentials", rich_help_panel=TLS)] = False,
     allow_terminate_by_client: Annotated[
-        bool, typer.Option("--allow-terminate-by-client", help="POST /terminate.", rich_help_panel=TLS)
+        bool, typer.Option("--allow-terminate-by-client", help="GET /terminate.", rich_help_panel=TLS)
     ] = False,
     enable_abort_handling: Annotated[
         bool, typer.Option("--enable-abort-handling", help="POST /abort_request.", rich_help_panel=TLS)

@@ -33,6 +33,23 @@ with signals_unwind(), Guard(drain_seconds).in_place():
     uvicorn.run(Starlette(routes=[Route("/slow", slow)]), host="127.0.0.1", port=port, **tls)
 """
 
+ENDED_BY_A_CLIENT = """
+import sys
+from types import SimpleNamespace
+import uvicorn
+from fastapi import APIRouter, FastAPI
+from lmdeploy.serve.openai.endpoints import management
+from epbackend.engines.lmdeploy.server.guard import Guard
+from epbackend.engines.lmdeploy.workers.process_guard import guard_process
+
+guard_process(in_its_own_time=True)
+router, app = APIRouter(), FastAPI()
+management.register(router, SimpleNamespace(allow_terminate_by_client=True))
+app.include_router(router)
+with Guard(drain_seconds=1).in_place():
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]))
+"""
+
 
 @pytest.mark.parametrize(
     ("drain_seconds", "request_seconds", "ending", "again", "exit_code", "answered"),
@@ -84,6 +101,14 @@ def test_an_idle_client_does_not_hold_the_end_up(certificate, start_process):
         assert client.get(url, timeout=PATIENCE_S, verify=str(cert)).status_code == 200
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(timeout=PATIENCE_S) == 0
+
+
+def test_a_client_ends_a_server_that_has_a_parent(start_process):
+    """By LMDeploy's own endpoint, whose SIGTERM such a server ignores."""
+    port = free_port()
+    running = start_process(ENDED_BY_A_CLIENT, str(port), ready="Application startup complete")
+    assert requests.get(f"http://{LOOPBACK}:{port}/terminate", timeout=PATIENCE_S).status_code == 200
+    assert running.process.wait(timeout=PATIENCE_S) == 0
 
 
 def _await_line(log, line: str) -> None:

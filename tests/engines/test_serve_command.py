@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import signal
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,9 +17,13 @@ from typer.testing import CliRunner
 from epbackend.cli import app
 from epbackend.engines.lmdeploy.checkpoint import locate
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
+from epbackend.engines.lmdeploy.server import serve
 from epbackend.engines.lmdeploy.server.chat_templates import chat_template_config
-from epbackend.errors import ConfigError
+from epbackend.engines.lmdeploy.server.front import Front
+from epbackend.errors import ConfigError, EngineFailedError
+from tests.helpers.engines import config
 from tests.helpers.patience import PATIENCE_S
+from tests.helpers.stand_ins import scripted_servers
 
 COMMAND = """
 from epbackend.cli import main
@@ -49,7 +54,7 @@ def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_proc
         "--set", "engine.cache_gb=0.05", "--set", "engine.session_len=256",
         "--api-key-file", str(keys), "--ssl-keyfile", str(key), "--ssl-certfile", str(cert), "--root-path", "/models/a",
         "--chat-template", str(template), "--log-requests", "--disable-uvicorn-access-log", "--enable-abort-handling",
-        "--allow-origins", "https://ui.example",
+        "--allow-terminate-by-client", "--allow-origins", "https://ui.example",
         ready="serving tiny-qwen3-moe",
     )  # fmt: skip
     base = f"https://{LOOPBACK}:{port}"
@@ -88,8 +93,12 @@ def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_proc
         assert description["servers"] == [{"url": "/models/a"}]
 
     running.look()
-    os.kill(running.process.pid, signal.SIGTERM)
-    running.process.wait(timeout=PATIENCE_S)
+    if dp == 1:
+        os.kill(running.process.pid, signal.SIGTERM)
+    else:
+        assert requests.get(f"{base}/terminate", **asked).status_code == 401
+        assert requests.get(f"{base}/terminate", headers=KEY, **asked).status_code == 200
+    assert running.process.wait(timeout=PATIENCE_S) == 0
     running.assert_nothing_left()
     log = running.log.read_text()
     assert "prompt='def main('" in log
@@ -128,6 +137,7 @@ def test_a_signal_ends_a_server_that_still_loads_its_model(command, start_proces
     [
         (["--ssl-keyfile", "none.pem", "--ssl-certfile", "none.pem"], "ssl_keyfile: none.pem cannot be read"),
         (["--ssl-keyfile", __file__], "ssl_keyfile and ssl_certfile belong together"),
+        (["--drain-seconds", "inf"], "drain_seconds: must be a number of seconds from 0 on, not inf"),
         (["--root-path", "a"], "root_path: a must begin with a slash"),
         (["--api-key-file", "none"], "api_key_file: none cannot be read"),
         (["--tool-call-parser", "none"], "The tool parser none is not in the parser list"),
@@ -146,6 +156,51 @@ def test_what_cannot_be_served_is_said_before_anything_starts(words, said):
     assert result.exit_code == 2, result.output
     assert said in result.stderr
     assert "serving" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "cert", "said"),
+    [
+        ("key.pem", "key.pem", "cannot be used: "),
+        ("key.pem", ".", "cannot be used: "),
+        ("foreign.pem", "certificate.pem", "cannot be used: .*certificate is of this key"),
+        ("locked.pem", "certificate.pem", "wants a passphrase, .*openssl pkey"),
+        ("log.txt", "certificate.pem", "cannot be used: "),
+    ],
+)
+def test_tls_files_that_cannot_be_used_are_named(key, cert, said, certificate, tmp_path):
+    """Before the model is loaded, and without asking whoever sits at the terminal."""
+    (tmp_path / "log.txt").write_text("no key")
+    make = ["openssl", "genpkey", "-quiet", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    subprocess.run([*make, "-out", str(tmp_path / "foreign.pem")], check=True)
+    lock = ["-aes256", "-passout", "pass:word", "-out", str(tmp_path / "locked.pem")]
+    subprocess.run(["openssl", "pkey", "-in", str(tmp_path / "key.pem"), *lock], check=True)
+    with pytest.raises(ConfigError, match=rf"^ssl_keyfile: .*{key}.*{said}"):
+        Front(ssl_keyfile=tmp_path / key, ssl_certfile=tmp_path / cert).check()
+
+
+def test_good_tls_files_are_taken(certificate):
+    Front(ssl_keyfile=certificate[0], ssl_certfile=certificate[1]).check()
+
+
+def test_a_server_is_started_again_when_it_fails_or_is_killed(tmp_path, caplog):
+    script = tmp_path / "script"
+    arguments = (str(tmp_path), config(), LOOPBACK, free_port())
+    with scripted_servers():
+        script.write_text("killed\nfails\nends as after a signal")
+        serve.serve_model(*arguments, restart=2)
+        assert "the server was killed by SIGKILL; the server is started again (2 times left)" in caplog.text
+        assert "rank 1 ended; the server is started again (1 times left)" in caplog.text
+
+        script.write_text("fails\nkilled\nends as after a signal")
+        with pytest.raises(EngineFailedError, match="after 1 restarts: the server was killed by SIGKILL"):
+            serve.serve_model(*arguments, restart=1)
+
+
+def test_a_server_that_cannot_start_says_so_as_without_restart(tmp_path):
+    (tmp_path / "script").write_text("cannot\nends as after a signal")
+    with scripted_servers(), pytest.raises(ConfigError, match=r"^engine\.dp: cannot be 3$"):
+        serve.serve_model(str(tmp_path), config(), LOOPBACK, free_port(), restart=2)
 
 
 @pytest.mark.parametrize(

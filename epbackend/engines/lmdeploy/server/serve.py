@@ -7,12 +7,15 @@ seconds. With `restart` a process above it starts it again.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any
@@ -34,12 +37,13 @@ from epbackend.engines.lmdeploy.processes import (
 )
 from epbackend.engines.lmdeploy.server.experts import Experts
 from epbackend.engines.lmdeploy.server.front import Front, import_parsers
-from epbackend.engines.lmdeploy.server.guard import Guard, looking_out, signals_unwind
+from epbackend.engines.lmdeploy.server.guard import Guard, end_server, looking_out, signals_unwind
 from epbackend.engines.lmdeploy.server.metrics import ExpertMetrics
 from epbackend.engines.lmdeploy.shown_log import ShownLog
 from epbackend.engines.lmdeploy.state import active
+from epbackend.engines.lmdeploy.workers.process_guard import signal_name
 from epbackend.engines.placement import warm_splits
-from epbackend.errors import ENGINE_FAILED, EngineFailedError, WorkerError
+from epbackend.errors import ENGINE_FAILED, ConfigError, EngineFailedError, EPError, WorkerError
 from epbackend.placement.placement import Placement
 
 RESTART_AFTER_S = 1.0
@@ -64,14 +68,18 @@ def serve_model(
 
     With `engine.dp` > 1 a reverse proxy listens at host and port, and its engines at free ports of this machine alone.
     `recording` saves the experts' loads, `front` says what clients see. A signal lets requests finish for
-    `drain_seconds` at most; a second one ends all at once. After a failure of the engine the server is started again,
-    `restart` times. Further arguments go to LMDeploy's `api_server.serve`.
+    `drain_seconds` at most; a second one ends all at once. After a failure of the engine, or where it was killed, the
+    server is started again, `restart` times. Further arguments go to LMDeploy's `api_server.serve`.
 
     Raises:
-        ConfigError: the port is in use; checked before anything is loaded.
+        ConfigError: the port is in use, or an argument cannot be right; checked before anything is loaded.
         EngineFailedError: the engine failed while it served, and was not or cannot be started again.
         WorkerError: the engine did not start.
     """
+    if not (math.isfinite(drain_seconds) and drain_seconds >= 0):
+        raise ConfigError(f"drain_seconds: must be a number of seconds from 0 on, not {drain_seconds}")
+    if restart < 0:
+        raise ConfigError(f"restart: must be how often to start again, from 0 on, not {restart}")
     check_port(host, port)
     front = front or Front()
     kwargs = {"log_level": config.engine.log_level, **front.engine_arguments(model_path), **kwargs}
@@ -84,30 +92,49 @@ def serve_model(
 
 
 def _serve_again(arguments: tuple[Any, ...], restarts: int) -> None:
-    """Runs the server in a process of its own, and again whenever its engine fails."""
+    """Runs the server in a process of its own, and again whenever its engine fails or it is killed."""
     for left in range(restarts, -1, -1):
-        server = start_server(_serve_child, arguments)
+        failure = _serve_in_child(arguments)
+        if failure is None:
+            return
+        if left:
+            logger.error("%s; the server is started again (%d times left)", failure, left)
+            time.sleep(RESTART_AFTER_S)
+    raise EngineFailedError(f"the engine failed once more after {restarts} restarts: {failure}")
+
+
+def _serve_in_child(arguments: tuple[Any, ...]) -> EngineFailedError | None:
+    """Returns when the server has ended: what it failed of, or None where it was asked to end.
+
+    Raises:
+        EPError: it could not start, and said why.
+        WorkerError: it could not start.
+    """
+    ours, theirs = Pipe(duplex=False)
+    with ours, theirs:
+        server = start_server(_serve_child, (theirs, *arguments))
         try:
             server.join()
         except BaseException:  # SIGTERM or SIGINT: it drains
             server.terminate()
             server.join()
             raise
-        if server.exitcode == 0:
-            return
-        if server.exitcode != ENGINE_FAILED:
-            raise WorkerError(f"the server ended with exit code {server.exitcode}; its log is above")
-        if left:
-            logger.error("the server is started again (%d times left)", left)
-            time.sleep(RESTART_AFTER_S)
-    raise EngineFailedError(f"the engine failed once more after {restarts} restarts; its log is above")
+        error: EPError | None = ours.recv() if ours.poll() else None
+    code = server.exitcode or 0
+    if isinstance(error, EngineFailedError) or (error is None and code == 0):
+        return error
+    if code < 0:
+        return EngineFailedError(f"the server was killed by {signal_name(-code)}")
+    raise error or WorkerError(f"the server ended with exit code {code}; its log is above")
 
 
-def _serve_child(*arguments: Any) -> None:
+def _serve_child(failed: Connection, *arguments: Any) -> None:
+    """The process of `_serve_in_child`, which it tells of the error that it ends by."""
     try:
         _serve_once(*arguments)
-    except EngineFailedError:
-        sys.exit(ENGINE_FAILED)
+    except EPError as error:
+        failed.send(error)
+        sys.exit(error.exit_code)
 
 
 def _serve_once(
@@ -157,12 +184,20 @@ def _serve_engine(
     from lmdeploy.serve.openai import api_server
 
     board = active().board
+    # An actor of Ray is no process of ours.
+    processes: list[BaseProcess] | None = (
+        [] if config.engine.extra.get("mp_engine_backend") == "ray" else None
+    )
     try:
         with (
             _without_hint(api_server),
             guard.in_place(),
             looking_out(
-                guard, None, lambda: board.verdict if board else None, config.timeout_s, active().balancer
+                guard,
+                processes,
+                lambda: board.verdict if board else None,
+                config.timeout_s,
+                active().balancer,
             ),
         ):
             api_server.serve(
@@ -205,30 +240,34 @@ def _serve_balanced(
 
     from epbackend.engines.lmdeploy.server.reverse_proxy import ReverseProxy
 
+    # A client's order to end is heeded here: of an engine that ends, we would say that it has failed.
+    end = end_server if kwargs.pop("allow_terminate_by_client", False) else None
     tls: dict[str, Any] = {}
     if kwargs.pop("ssl", False):  # here, and not between us and the engines
         tls = {"ssl_keyfile": os.environ["SSL_KEYFILE"], "ssl_certfile": os.environ["SSL_CERTFILE"]}
     behind = replace(
         front, root_path="", access_log=False, ssl_keyfile=None, ssl_certfile=None, announcement=None
     )
-    board = SharedStats.of(config)
-    balancer = balance.start(config, board, placement)
-    guard.experts = Experts(board, placement, balancer).app(front.api_keys)
     ports = [free_port() for _ in range(config.engine.dp)]
-    processes = start_engines(
-        config,
-        board,
-        _run_engine_server,
-        [
+    addresses = [(LOOPBACK, each) for each in ports]
+    with ExitStack() as started:
+        board = SharedStats.of(config)
+        started.callback(board.remove)
+        balancer = balance.start(config, board, placement)
+        guard.experts = Experts(board, placement, balancer).app(front.api_keys)
+        arguments = [
             (model_path, config.to_json(), dp_rank, engine_port, placement, behind, kwargs)
             for dp_rank, engine_port in enumerate(ports)
-        ],
-    )
-    addresses = [(LOOPBACK, each) for each in ports]
-    try:
+        ]
+        processes: list[BaseProcess] = []
+        # Of engines that have failed nothing can be closed in order, and a stopped process would be waited for.
+        started.callback(lambda: stop_engines(processes, at_once=guard.failure is not None))
+        if balancer is not None:
+            started.callback(balancer.close)
+        processes += start_engines(config, board, _run_engine_server, arguments)
         _await_engines(processes, addresses, board)
         engines = [f"http://{LOOPBACK}:{each}" for each in ports]
-        app = ReverseProxy(engines, ExpertMetrics(board)).app()
+        app = ReverseProxy(engines, ExpertMetrics(board)).app(end, front.api_keys)
         with (
             recording_server(recording, board.report, addresses),
             guard.in_place(),
@@ -237,12 +276,6 @@ def _serve_balanced(
             uvicorn.run(
                 app, host=host, port=port, log_level=os.getenv("UVICORN_LOG_LEVEL", "info").lower(), **tls
             )
-    finally:
-        if balancer is not None:
-            balancer.close()
-        # Of engines that have failed nothing can be closed in order, and a stopped process would be waited for.
-        stop_engines(processes, at_once=guard.failure is not None)
-        board.remove()
 
 
 def _run_engine_server(
