@@ -183,7 +183,8 @@ def test_health_is_that_of_all_and_a_failure_is_told(deployment):
     assert requests.get(f"{url}/health").status_code == requests.get(f"{url}/ready").status_code == 200
     refused = requests.post(f"{url}/update_weights", json={})
     assert (refused.status_code, "packed" in refused.text) == (501, True)
-    assert requests.post(f"{url}/sleep?level=2").status_code == 501
+    for level in ("2", "02", "+2", "%32", "%EF%BC%92", "1&level=2"):
+        assert requests.post(f"{url}/sleep?level={level}").status_code == 501, level
 
     engines[1].healthy = False
     assert requests.get(f"{url}/health").status_code == requests.get(f"{url}/ready").status_code == 503

@@ -24,6 +24,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import SimpleNamespace
 from typing import Any, NoReturn
+from urllib.parse import parse_qsl
 
 import psutil
 
@@ -466,9 +467,17 @@ def _stopped_one(
 
 
 def _refused(path: str, scope: Any) -> str | None:
-    if path == "/sleep" and b"level=2" in scope.get("query_string", b"").split(b"&"):
+    if path == "/sleep" and any(map(_is_deep, parse_qsl(scope.get("query_string", b"").decode("latin-1")))):
         return DEEP_SLEEP
     return REFUSED.get(path)
+
+
+def _is_deep(argument: tuple[str, str]) -> bool:
+    """Whether LMDeploy would read level 2 from this argument of a query: it calls `int`, to which 02 and +2 are 2."""
+    name, value = argument
+    with contextlib.suppress(ValueError):
+        return name == "level" and int(value) == 2
+    return False
 
 
 def _unavailable(message: str) -> dict[str, Any]:
