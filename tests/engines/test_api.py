@@ -111,6 +111,11 @@ BAD = [
     ("/v1/completions", COMPLETE | {"suffix": "a"}, "suffix"),
     ("/v1/completions", COMPLETE | {"best_of": 2}, "best_of"),
     ("/v1/completions", COMPLETE | {"stop_token_ids": [2048]}, "stop_token_ids"),
+    *[
+        (path, body | {field: value}, field)
+        for path, body in (("/v1/completions", COMPLETE), ("/v1/chat/completions", CHAT))
+        for field, value in (("preserve_cache", True), ("with_cache", True), ("migration_request", 1))
+    ],
     ("/generate", {"input_ids": [999999]}, "prompt"),
     ("/generate", {"input_ids": [-1]}, "prompt"),
     ("/generate", GENERATE | {"stop_token_ids": [-5]}, "stop_token_ids"),

@@ -121,6 +121,29 @@ def test_prompts_and_processors_fail_alone(pipe, reference):
     assert [answer.token_ids for answer in again] == reference("qwen3-moe")[:4]
 
 
+def test_log_probabilities_of_a_prompt_are_read_beside_others_answers(pipe, reference):
+    """All of them wait at once: LMDeploy would put them into one batch."""
+    texts = prompts()[:3]
+    reading = GenerationConfig(max_new_tokens=0, logprobs=1, logprob_start_len=0)
+    alone = pipe(texts[1], gen_config=reading, do_preprocess=False)
+    assert alone.finish_reason == "length"
+    for configs in ([GREEDY, reading, GREEDY], [reading, reading, GREEDY]):
+        answers = pipe(texts, gen_config=configs, do_preprocess=False)
+        assert answers[1].logprobs[0].keys() == alone.logprobs[0].keys()
+        for place in range(3):
+            if configs[place] is GREEDY:
+                assert answers[place].token_ids == reference("qwen3-moe")[place]
+
+
+def test_a_prompt_may_fill_its_session(pipe, reference):
+    """LMDeploy's ranks ended with the next answer."""
+    (perplexity,) = pipe.get_ppl([[5] * pipe.async_engine.session_len])
+    assert perplexity > 1
+    for _ in range(2):
+        answers = pipe(prompts()[:2], gen_config=GREEDY, do_preprocess=False)
+        assert [answer.token_ids for answer in answers] == reference("qwen3-moe")[:2]
+
+
 def test_processors_see_a_sequence_without_padding(pipe, checkpoint):
     """In a batch of sequences of several lengths, some of which join later and some without processors."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("qwen3-moe"))

@@ -24,6 +24,7 @@ from epbackend.engines.lmdeploy.patches.requests import LONG, long_prompts_off_t
 from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
 from epbackend.engines.lmdeploy.requests.checks import (
     CALL_ARGUMENTS,
+    DISAGGREGATION,
     RANGES,
     BadRequestError,
     check_body,
@@ -126,12 +127,36 @@ def test_a_long_prompt_is_tokenized_beside_the_event_loop():
         GenerationConfig(repetition_ngram_size=10**30, repetition_ngram_threshold=1),
         GenerationConfig(logprobs=513),
         GenerationConfig(top_k=10**30),
+        # Values of a wrong type: from Python, no schema converts them.
+        GenerationConfig(top_k=5.0),
+        GenerationConfig(logprobs=2.0),
+        GenerationConfig(min_new_tokens=5.0),
+        GenerationConfig(random_seed=1.5),
+        GenerationConfig(random_seed=True),
+        GenerationConfig(logprobs=1, logprob_start_len=0.5),
+        # The engine is not disaggregated.
+        GenerationConfig(preserve_cache=True),
+        GenerationConfig(with_cache=True),
+        GenerationConfig(migration_request={"protocol": 1}),
     ],
 )
 def test_what_would_end_the_engine_is_refused(generation):
     check_generation([1, 511], GenerationConfig(), 512)
     with pytest.raises(BadRequestError):
         check_generation([1, 511], generation, 512)
+
+
+@pytest.mark.parametrize("field", DISAGGREGATION)
+def test_a_disaggregated_engine_has_its_own_fields(field):
+    for check in (
+        lambda **role: check_body({field: {"a": 1}}, {"prompt"}, 100, 3, **role),
+        lambda **role: check_generation([1], GenerationConfig(**{field: {"a": 1}}), 512, **role),
+    ):
+        check(disaggregated=True)
+        with pytest.raises(BadRequestError, match=rf"^{field}: needs a disaggregated engine"):
+            check()
+    check_body({field: None}, {"prompt"}, 100, 3)
+    check_body({field: False}, {"prompt"}, 100, 3)
 
 
 @pytest.mark.parametrize("ids", [[], [512], [-1], [2**70], [0.5], ["a"], [None]])

@@ -15,6 +15,7 @@ from epbackend.engines.lmdeploy.requests.checks import (
     BadRequestError,
     check_adapter,
     check_generation,
+    is_disaggregated,
     vocabulary_size,
     within_vocabulary,
 )
@@ -99,6 +100,8 @@ def requests_are_checked(original: Callable) -> Callable:
         if gen_config is None:
             return
         if gen_config.response_format is not None:
+            if not isinstance(gen_config.response_format, dict):
+                raise BadRequestError("response_format", "must be a dict such as {'type': 'json_object'}")
             try:
                 ensure_response_format_compilable(gen_config.response_format)
             except ValueError as error:
@@ -125,7 +128,12 @@ def requests_are_checked(original: Callable) -> Callable:
         vocabulary = vocabulary_size(self.hf_cfg)
         try:
             # The ids of images may lie outside the vocabulary.
-            check_generation(ids, generation, None if prepared.inputs.get("multimodal") else vocabulary)
+            check_generation(
+                ids,
+                generation,
+                None if prepared.inputs.get("multimodal") else vocabulary,
+                disaggregated=is_disaggregated(self.backend_config),
+            )
         except BadRequestError as error:
             self.session_mgr.remove(prepared.session)
             raise RequestError(ErrorCode.INVALID_REQUEST, str(error)) from error
@@ -245,7 +253,12 @@ def engine_inputs_are_checked(original: Callable) -> Callable:
         generation = gen_config or GenerationConfig()
         vocabulary = self.engine.model_config.vocab_size
         try:
-            check_generation(input_ids, generation, None if kwargs.get("multimodal") else vocabulary)
+            check_generation(
+                input_ids,
+                generation,
+                None if kwargs.get("multimodal") else vocabulary,
+                disaggregated=is_disaggregated(self.engine.engine_config),
+            )
             generation.logits_processors = for_ranks(generation.logits_processors, len(input_ids))
         except BadRequestError as error:
             logger.error("session %s is refused: %s", session_id, error)
@@ -285,6 +298,48 @@ def messages_fail_alone(original: Callable) -> Callable:
                 self._response(req.resp, ResponseType.INTERNAL_ENGINE_ERROR)
 
     return on_add_message
+
+
+@patch(
+    "lmdeploy.pytorch.engine.engine:Engine._add_message",
+    why="a prompt that fills its session (get_ppl takes it) is to be answered with no token; the ranks add it to those "
+    "that they decode all the same, and end by it in the next step",
+    when="always",
+    fingerprint="144bcff87da7",
+)
+def full_sessions_get_a_token(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def add_message(self: Any, reqs: list[Any]) -> None:
+        wanted = [req.data["sampling_param"].max_new_tokens for req in reqs]
+        original(self, reqs)
+        for req, tokens in zip(reqs, wanted, strict=True):
+            options = req.data["sampling_param"]
+            if tokens > 0 and options.max_new_tokens < 0:  # images became more tokens than the prompt had
+                raise ValueError("the prompt has more tokens than a session may have")
+            if tokens > 0:
+                options.max_new_tokens = max(1, options.max_new_tokens)  # the last token needs no cache
+
+    return add_message
+
+
+@patch(
+    "lmdeploy.pytorch.paging.prefill_scheduler:_PrefillScheduler.schedule",
+    why="a prompt whose log probabilities are read ends the engine when one that is to be answered is in its batch",
+    when="always",
+    fingerprint="56943db1b680",
+)
+def prompts_are_read_apart(original: Callable) -> Callable:
+    """Its ranks take a batch with one such prompt for a batch of them, and keep nothing to decode from."""
+
+    @functools.wraps(original)
+    def schedule(self: Any, *, waiting: list[Any], **kwargs: Any) -> list[Any]:
+        read = [seq for seq in waiting if seq.sampling_param.logprob_start_len >= 0]
+        answered = [seq for seq in waiting if seq.sampling_param.logprob_start_len < 0]
+        # The kind of who waits longest is first; where none of it can begin, the other may.
+        first, second = (read, answered) if waiting[:1] == read[:1] else (answered, read)
+        return original(self, waiting=first, **kwargs) or original(self, waiting=second, **kwargs)
+
+    return schedule
 
 
 @patch(
@@ -340,6 +395,8 @@ PATCHES = (
     answers_stop_at_texts,
     engine_inputs_are_checked,
     messages_fail_alone,
+    full_sessions_get_a_token,
+    prompts_are_read_apart,
     processors_fail_alone,
     failed_processors_are_told,
     Patch(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
-from lmdeploy.serve.openai.errors import create_request_error_response
+from lmdeploy.serve.openai.errors import create_error_response, create_request_error_response
 from lmdeploy.serve.openai.protocol import ChatCompletionRequest, GenerateReqInput
 from lmdeploy.serve.utils.server_utils import protocol_error_response
 from starlette.responses import JSONResponse
 
 from epbackend.engines.lmdeploy.patching import Patch, patch
 from epbackend.engines.lmdeploy.requests import completions
-from epbackend.engines.lmdeploy.requests.checks import BadRequestError, check_body
+from epbackend.engines.lmdeploy.requests.checks import BadRequestError, check_body, is_disaggregated
 from epbackend.engines.lmdeploy.requests.logits_processors import logit_bias, output_penalties
 from epbackend.engines.lmdeploy.requests.token_logprobs import chat_logprobs, showing
 
@@ -86,17 +87,23 @@ def _checked(name: str, fingerprint: str) -> Patch:
         @functools.wraps(original)
         def create_router(context: Any) -> APIRouter:
             async def check(request: Request) -> None:
-                path = request.url.path.removeprefix(request.scope.get("root_path", ""))
-                if path not in FIELDS or "json" not in request.headers.get("content-type", ""):
+                path = request.scope["route"].path
+                if path not in FIELDS:
                     return
                 try:
                     body = await request.json()
-                except ValueError:
+                except (ValueError, RecursionError):
                     return  # FastAPI refuses it
                 engine = context.async_engine
                 longest = token_length(engine.tokenizer.model.model)
                 try:
-                    check_body(body, FIELDS[path], engine.session_len, longest)
+                    check_body(
+                        body,
+                        FIELDS[path],
+                        engine.session_len,
+                        longest,
+                        disaggregated=is_disaggregated(context.engine_config),
+                    )
                 except BadRequestError as error:
                     place = ("body", *error.field.split("."))
                     raise RequestValidationError(
@@ -117,6 +124,29 @@ def _checked(name: str, fingerprint: str) -> Patch:
         build,
         fingerprint,
     )
+
+
+@patch(
+    "lmdeploy.serve.openai.endpoints.distserve:register",
+    why="any client could end the sessions of others, by their numbers, where no engine is disaggregated",
+    when="server",
+    fingerprint="8f139cae4169",
+)
+def distserve_where_disaggregated(original: Callable) -> Callable:
+    def register(router: APIRouter, context: Any) -> None:
+        if is_disaggregated(context.engine_config):
+            original(router, context)
+            return
+
+        @router.api_route("/distserve/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+        async def refuse(rest: str) -> JSONResponse:
+            return create_error_response(
+                HTTPStatus.NOT_IMPLEMENTED,
+                f"/distserve/{rest}: needs a disaggregated engine, whose role is Prefill or Decode; this one's is not",
+                "not_implemented_error",
+            )
+
+    return register
 
 
 @patch(
@@ -236,6 +266,7 @@ PATCHES = (
     _checked("create_openai_router", "4dee79f2d847"),
     _checked("create_anthropic_router", "934d423ab90b"),
     _checked("create_responses_router", "785a191fbef0"),
+    distserve_where_disaggregated,
     completions_as_openai,
     chats_have_penalties,
     chats_show_what_was_asked,

@@ -40,10 +40,13 @@ class Range:
     above_low: bool = False
     """Whether `low` itself is excluded."""
 
-    def check(self, field: str, value: Any) -> None:
-        """Raises BadRequestError unless the value is such a number, by its JSON type too."""
+    def check(self, field: str, value: Any, *, exact: bool = False) -> None:
+        """Raises BadRequestError unless the value is such a number, by its JSON type too.
+
+        Clients may write an integer as 5.0, which its schema converts; `exact` is for those that nobody converts.
+        """
         kind = "an integer" if self.integer else "a finite number"
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int if exact and self.integer else int | float):
             raise BadRequestError(field, f"must be {kind}, not {_shown(value)}")
         if isinstance(value, float) and (not math.isfinite(value) or (self.integer and value % 1)):
             raise BadRequestError(field, f"must be {kind}, not {value}")
@@ -123,11 +126,38 @@ CALL_ARGUMENTS = frozenset(
 )
 """What a pipeline's call takes beside prompts, sessions and gen_config; `multiplex` comes from LMDeploy's `chat`."""
 
-DISAGGREGATION = frozenset({"migration_request", "with_cache", "preserve_cache"})
-"""Read by LMDeploy from the raw request, so no schema has them."""
+DISAGGREGATION = ("migration_request", "with_cache", "preserve_cache")
+"""Read by LMDeploy from the raw request, so no schema has them. An engine that is not disaggregated (its role is
+Hybrid) waits for ever by the first, and ends by the last."""
+
+OPTIONS = {
+    "temperature": RANGES["temperature"],
+    "top_p": Range(0, 1),
+    "min_p": RANGES["min_p"],
+    "top_k": COUNT_OR_NONE,
+    "repetition_penalty": RANGES["repetition_penalty"],
+    "repetition_ngram_size": COUNT_OR_NONE,
+    "repetition_ngram_threshold": COUNT_OR_NONE,
+    "max_new_tokens": COUNT_OR_NONE,
+    "min_new_tokens": COUNT_OR_NONE,
+    "random_seed": Range(-math.inf, math.inf, integer=True),
+    "logprobs": Range(-1, 2**31, integer=True),
+    "logprob_start_len": RANGES["logprob_start_len"],
+}
+"""Option of a GenerationConfig -> what it may be. From Python, no schema has converted it."""
+
+OPTIONAL = frozenset({"min_new_tokens", "random_seed", "logprobs"})
+"""Those that may be None as the engine gets them."""
 
 
-def check_body(body: Any, known: Collection[str] | None, session_len: int, token_length: int) -> None:
+def check_body(
+    body: Any,
+    known: Collection[str] | None,
+    session_len: int,
+    token_length: int,
+    *,
+    disaggregated: bool = False,
+) -> None:
     """Checks the JSON of a request by its fields' names.
 
     Args:
@@ -136,6 +166,7 @@ def check_body(body: Any, known: Collection[str] | None, session_len: int, token
         session_len: the most tokens that a session may have.
         token_length: characters of the longest token. A text that is too long by that alone is not tokenized, which
             took more than a minute for 50 MB.
+        disaggregated: whether the engine is one for prefill or decoding alone.
 
     Raises:
         BadRequestError: naming the field.
@@ -145,7 +176,9 @@ def check_body(body: Any, known: Collection[str] | None, session_len: int, token
     most = session_len * token_length
     given = {field: value for field, value in body.items() if value is not None}
     for field, value in given.items():
-        if known is not None and field not in known:
+        if field in DISAGGREGATION:
+            _check_disaggregation(field, value, disaggregated)
+        elif known is not None and field not in known:
             _refuse_unknown(field, value, known)
         if field in RANGES:
             RANGES[field].check(field, value)
@@ -162,8 +195,12 @@ def check_body(body: Any, known: Collection[str] | None, session_len: int, token
         raise BadRequestError("suffix", "is not supported: it would be ignored; leave it out")
 
 
-def check_generation(input_ids: Sequence[int], generation: Any, vocabulary: int | None) -> None:
+def check_generation(
+    input_ids: Sequence[int], generation: Any, vocabulary: int | None, *, disaggregated: bool = False
+) -> None:
     """Checks token ids and a GenerationConfig, as the engine would get them.
+
+    `disaggregated`: whether the engine is one for prefill or decoding alone.
 
     Raises:
         BadRequestError: naming the field.
@@ -174,14 +211,16 @@ def check_generation(input_ids: Sequence[int], generation: Any, vocabulary: int 
     for field in ("stop_token_ids", "bad_token_ids"):
         _check_ids(field, getattr(generation, field) or (), vocabulary)
     _check_stop(generation.stop_words)
-    for field in ("temperature", "top_k", "min_p", "repetition_penalty"):
-        RANGES[field].check(field, getattr(generation, field))
-    Range(0, 1).check("top_p", generation.top_p)
-    COUNT_OR_NONE.check("max_new_tokens", generation.max_new_tokens)
-    for field in ("min_new_tokens", "repetition_ngram_size", "repetition_ngram_threshold"):
-        COUNT_OR_NONE.check(field, getattr(generation, field) or 0)
-    most = COUNT_OR_NONE.high if vocabulary is None else vocabulary
-    Range(0, most, integer=True).check("logprobs", max(0, generation.logprobs or 0))
+    for field, allowed in OPTIONS.items():
+        value = getattr(generation, field)
+        if value is not None or field not in OPTIONAL:
+            allowed.check(field, value, exact=True)
+    if vocabulary is not None and (generation.logprobs or 0) > vocabulary:
+        raise BadRequestError(
+            "logprobs", f"must be at most {vocabulary}, the size of the vocabulary, not {generation.logprobs}"
+        )
+    for field in DISAGGREGATION:
+        _check_disaggregation(field, getattr(generation, field), disaggregated)
 
 
 def check_call(prompts: int, gen_config: Any, arguments: Collection[str], *, experts_told: bool) -> None:
@@ -236,6 +275,12 @@ def check_adapter(name: str | None, adapters: Collection[str]) -> None:
         raise BadRequestError("adapter_name", f"the engine has no adapter {name!r}; {has}")
 
 
+def is_disaggregated(engine_config: Any) -> bool:
+    """Whether the engine of this configuration of LMDeploy's is one for prefill or decoding alone."""
+    role = getattr(engine_config, "role", None)
+    return role is not None and role.name != "Hybrid"
+
+
 def within_vocabulary(top_k: int, vocabulary: int | None) -> int:
     """`top_k` as the engine can sort it: all tokens (0) where it asks for more than there are."""
     return 0 if vocabulary is not None and top_k >= vocabulary else top_k
@@ -248,13 +293,21 @@ def vocabulary_size(hf_config: Any) -> int | None:
 
 
 def _refuse_unknown(field: str, value: Any, known: Collection[str]) -> None:
-    if not value or field in WITHOUT_EFFECT or field in DISAGGREGATION or NEUTRAL.get(field) == value:
+    if not value or field in WITHOUT_EFFECT or NEUTRAL.get(field) == value:
         return
     if field in INSTEAD:
         raise BadRequestError(field, f"is not supported: it would be ignored; use {INSTEAD[field]}")
     raise BadRequestError(
         field, f"is no field of this endpoint: it would be ignored; leave it out{did_you_mean(field, known)}"
     )
+
+
+def _check_disaggregation(field: str, value: Any, disaggregated: bool) -> None:
+    if value and not disaggregated:
+        raise BadRequestError(
+            field,
+            "needs a disaggregated engine (role Prefill or Decode), which this one is not; leave it out",
+        )
 
 
 def _check_lengths(given: Mapping[str, Any], session_len: int) -> None:
