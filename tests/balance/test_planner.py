@@ -44,7 +44,7 @@ def test_a_planner_that_is_killed_is_replaced_and_goes_on_from_the_placement_in_
         assert planner.propose(SKEWED_YE) is None  # level already
         with pytest.raises(EPError, match="the planner failed: ConfigError"):
             planner.propose(SKEWED_YE[:1])
-        with pytest.raises(EPError, match="the planner failed: ConfigError: .*other slots than before"):
+        with pytest.raises(EPError, match=r"the planner failed: ConfigError: .*other slots than before"):
             planner.accept(Placement.even(2, 8, 2, 12))
     finally:
         planner.close()
