@@ -138,6 +138,7 @@ def test_a_signal_ends_a_server_that_still_loads_its_model(command, start_proces
         (["--ssl-keyfile", "none.pem", "--ssl-certfile", "none.pem"], "ssl_keyfile: none.pem cannot be read"),
         (["--ssl-keyfile", __file__], "ssl_keyfile and ssl_certfile belong together"),
         (["--drain-seconds", "inf"], "drain_seconds: must be a number of seconds from 0 on, not inf"),
+        (["--api-key", ""], "api_keys: one is empty"),
         (["--root-path", "a"], "root_path: a must begin with a slash"),
         (["--api-key-file", "none"], "api_key_file: none cannot be read"),
         (["--tool-call-parser", "none"], "The tool parser none is not in the parser list"),
@@ -177,6 +178,12 @@ def test_tls_files_that_cannot_be_used_are_named(key, cert, said, certificate, t
     subprocess.run(["openssl", "pkey", "-in", str(tmp_path / "key.pem"), *lock], check=True)
     with pytest.raises(ConfigError, match=rf"^ssl_keyfile: .*{key}.*{said}"):
         Front(ssl_keyfile=tmp_path / key, ssl_certfile=tmp_path / cert).check()
+
+
+@pytest.mark.parametrize(("option", "value"), [("api_keys", ("a", "")), ("max_concurrent_requests", 0)])
+def test_options_that_only_python_lets_through_are_named(option, value):
+    with pytest.raises(ConfigError, match=f"^{option}: "):
+        Front(**{option: value}).check()
 
 
 def test_good_tls_files_are_taken(certificate):

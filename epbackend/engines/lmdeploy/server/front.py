@@ -64,6 +64,12 @@ class Front:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile belong together: give both, or neither")
         self._check_certificate()
+        if not all(self.api_keys):
+            raise ConfigError("api_keys: one is empty, and a request without a key would bring it; remove it")
+        if self.max_concurrent_requests is not None and self.max_concurrent_requests < 1:
+            raise ConfigError(
+                f"max_concurrent_requests: {self.max_concurrent_requests} would let no request through; use 1 or more"
+            )
         if self.root_path and not self.root_path.startswith("/"):
             raise ConfigError(f"root_path: {self.root_path} must begin with a slash, as /models/a")
         self._check_parsers()
