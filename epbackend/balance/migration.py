@@ -145,10 +145,10 @@ class Migrator:
             try:
                 self._staged = self._stage(migration)
             except Exception as error:
+                self._seat.answer_failed(migration.number, f"{type(error).__name__}: {error}")
                 self._connections.drop()
                 self._streams.forsake()
                 logger.warning("rank %d staged nothing of layer %d: %s", self._rank, migration.layer, error)
-                self._seat.answer_failed(migration.number, f"{type(error).__name__}: {error}")
             else:
                 self._seat.answer_staged(migration.number)
 

@@ -30,6 +30,7 @@ class Streams:
         self._flip: Any = None
         self._near: Tensor | None = None
         self._host: Tensor | None = None
+        self._host_bytes = 0
 
     @torch.inference_mode(False)
     def reserve(self, experts_bytes: int, messages_bytes: int) -> None:
@@ -44,21 +45,26 @@ class Streams:
             return
         if self._near is None or len(self._near) < experts_bytes:
             self._near = torch.empty(experts_bytes, dtype=torch.uint8, device=self._place)
-        if self._host is None or len(self._host) < messages_bytes:
-            self._host = _pinned(messages_bytes)
+        if self._host_bytes < messages_bytes:
+            self._host, self._host_bytes = _pinned(messages_bytes), messages_bytes
         # What the stream has been given so far may still use that memory, or load experts that are to be sent.
         self._flip = self._marked()
 
     def messages(self, sizes: list[int]) -> list[Tensor]:
-        """Memory of the host for messages of so many bytes; on a device the same for every migration."""
-        if self._host is None:
+        """Memory of the host for messages of so many bytes; on a device the same for every migration.
+
+        Raises:
+            RuntimeError: it was forsaken, and the host has no other.
+        """
+        if self._module is None:
             return [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        if self._host is None:
+            self._host = _pinned(self._host_bytes)
         return list(self._host[: sum(sizes)].split(sizes))
 
     def forsake(self) -> None:
-        """Never again use the memory of messages, into which one may still come."""
-        if self._host is not None:
-            self._host = _pinned(len(self._host))
+        """Never again use the memory of messages, into which one may still come. The next migration takes other."""
+        self._host = None
 
     def begin_step(self) -> None:
         """Wait until the device has done all but the last steps, as it nearly always has."""

@@ -9,6 +9,7 @@ A message is one expert: its bytes, and behind them what it is and their checksu
 
 from __future__ import annotations
 
+import socket
 import time
 import zlib
 from collections.abc import Callable
@@ -68,7 +69,7 @@ class Connections:
         if self._store is None:
             timeout = timedelta(seconds=timeout_s)
             if self._rank == LEADER:
-                self._store = dist.TCPStore(LOOPBACK, 0, None, True, timeout, wait_for_workers=False)
+                self._store = _own_store(timeout)
                 self._seat.listen(self._store.port)
             else:
                 deadline = time.monotonic() + timeout_s
@@ -80,6 +81,16 @@ class Connections:
                     LOOPBACK, self._seat.port, None, False, timeout, wait_for_workers=False
                 )
         return self._store
+
+
+def _own_store(timeout: timedelta) -> dist.TCPStore:
+    """A store that listens to this machine alone; one that opens its port itself listens at every address."""
+    listener = socket.socket()
+    listener.bind((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        LOOPBACK, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def stage(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 
-from epbackend.balance.board import PLACE
+from epbackend.balance.board import PLACE, Seat
+from epbackend.balance.transfer import Connections
 from tests.helpers.migrating import (
     BROKEN,
     DAMAGED,
@@ -91,6 +93,14 @@ def test_a_failure_before_the_flip_leaves_weights_and_map_and_the_next_one_works
         assert each.held == WAY[1].experts_of_rank
         assert each.worst < 1e-4
     assert said in " ".join(seen[0].errors)
+
+
+def test_the_ranks_meet_where_no_other_machine_can_come():
+    places = np.zeros(1, PLACE)
+    connections = Connections(Seat(places, 0), rank=0, ranks=1)
+    connections.group(plans(WAY)[0])
+    found = [each.laddr for each in psutil.Process().net_connections("inet") if each.status == "LISTEN"]
+    assert [at.ip for at in found if at.port == places[0]["port"]] == ["127.0.0.1"]
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,22 @@ def test_messages_lie_in_one_piece_of_memory_until_one_of_them_may_come_late(dev
     assert streams.messages([16])[0].data_ptr() != again[0].data_ptr()
 
 
+def test_a_host_without_memory_fails_the_next_migration_and_not_the_one_that_is_given_up(device, monkeypatch):
+    """The thread that gives it up has still to answer for it."""
+    streams = Streams(torch.device("meta"))
+    streams.reserve(48, 64)
+
+    def none_left(size):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as full:
+        full.setattr(module, "_pinned", none_left)
+        streams.forsake()
+        with pytest.raises(RuntimeError, match="no memory"):
+            streams.messages([16])
+    assert [len(each) for each in streams.messages([40, 24])] == [40, 24]
+
+
 def test_on_a_cpu_nothing_is_reserved_or_waited_for():
     streams = Streams(torch.device("cpu"))
     streams.reserve(1 << 60, 1 << 60)
