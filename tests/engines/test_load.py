@@ -1,4 +1,4 @@
-"""The board: what workers write is what the parent reads; the segment is the parent's and goes with it."""
+"""The load report: what workers write is what the parent reads; the segment is the parent's and goes with it."""
 
 from __future__ import annotations
 
@@ -74,21 +74,21 @@ def watching():
 
 
 @pytest.fixture
-def board(monkeypatch, watching):
-    board = SharedStats(2)
-    monkeypatch.setenv(STATS_VARIABLE, board.variable)
-    yield board
-    if board._memory.buf is not None:
-        board.remove()
+def stats(monkeypatch, watching):
+    stats = SharedStats(2)
+    monkeypatch.setenv(STATS_VARIABLE, stats.variable)
+    yield stats
+    if stats._memory.buf is not None:
+        stats.remove()
 
 
-def test_report_has_the_counters_of_each_rank_and_layer(board, watching):
+def test_report_has_the_counters_of_each_rank_and_layer(stats, watching):
     for rank in (0, 1):
         layers = {index: Layer([rank, index, 5], rank + 1, index) for index in (1, 3)}
         writer = watching(rank, layers)
         for _ in range(7):
             writer.step()
-    report = board.report()
+    report = stats.report()
     assert report.layers == (1, 3)
     assert report.tokens_RYE.tolist() == [[[0, 1, 5], [0, 3, 5]], [[1, 1, 5], [1, 3, 5]]]
     assert report.tokens_per_rank == [14, 16]
@@ -96,7 +96,7 @@ def test_report_has_the_counters_of_each_rank_and_layer(board, watching):
     assert report.dispatchers == {"decode": {"name": "alltoall", "reason": "it suits"}}
 
 
-def test_each_phase_is_counted_by_itself_also_where_experts_move(board, watching):
+def test_each_phase_is_counted_by_itself_also_where_experts_move(stats, watching):
     """Layers of unequal sizes, so that one takes several lines."""
     layers = {0: Layer([1, 2]), 1: Layer([0, 1, 2, 3, 4])}
     writer = watching(0, layers)
@@ -108,50 +108,50 @@ def test_each_phase_is_counted_by_itself_also_where_experts_move(board, watching
     layers[0].call([100, 0], phase="decode")
     layers[1].call([1, 0, 0, 0, 0])
     writer.step()
-    prefill_YE, decode_YE = board.report().tokens_2RYE[:, 0]
+    prefill_YE, decode_YE = stats.report().tokens_2RYE[:, 0]
     assert prefill_YE.tolist() == [[1, 2, 0, 0, 0], [1, 1, 2, 3, 4]]
     assert decode_YE.tolist() == [[5, 100, 0, 0, 0], [0, 10, 20, 30, 40]]
     assert [load.tolist() for load in layers[0].load.tokens_2E] == [[1, 2], [5, 100]]
 
 
-def test_since_subtracts_and_a_report_does_not_change(board, watching):
+def test_since_subtracts_and_a_report_does_not_change(stats, watching):
     layer = Layer([1, 2])
     writer = watching(0, {0: layer})
-    nothing = board.report()
+    nothing = stats.report()
     writer.step()
-    first = board.report()
+    first = stats.report()
     layer.call([4, 3])
     for _ in range(3):
         writer.step()
-    second = board.report()
+    second = stats.report()
     assert first.tokens_RYE[0].tolist() == [[1, 2]]
     assert second.since(first).tokens_RYE[0].tolist() == [[4, 3]]
     assert second.since(first).calls == 3
     assert np.array_equal(first.since(nothing).tokens_RYE, first.tokens_RYE)
 
 
-def test_a_model_that_replaces_another_starts_at_zero(board, watching):
+def test_a_model_that_replaces_another_starts_at_zero(stats, watching):
     first = Layer([6, 6])
     writer = watching(0, {0: first})
     writer.step()
     second = Layer([1, 2])
     writer.watch(0, 0, second, CPU)
     writer.step()
-    report = board.report()
+    report = stats.report()
     assert (report.tokens_RYE[0].tolist(), report.calls) == ([[1, 2]], 1)
 
 
-def test_a_layer_is_not_kept_alive(board, watching):
+def test_a_layer_is_not_kept_alive(stats, watching):
     layer = Layer([1])
     writer, gone = watching(0, {0: layer}), weakref.ref(layer)
     writer.step()
     del layer
     writer.step()
     assert gone() is None
-    assert board.report().calls == 1
+    assert stats.report().calls == 1
 
 
-def test_layers_with_other_numbers_of_experts(board, watching):
+def test_layers_with_other_numbers_of_experts(stats, watching):
     """More slots than the first layer has, fewer, none; of slots with the same expert, the tokens are added up."""
     layers = {0: Layer([1, 2]), 2: Layer([1, 2, 3, 4, 5]), 3: Layer([7]), 5: Layer([]), 6: Layer([1, 1])}
     layers[4] = Layer([1, 2, 4], experts=(2, 0, 2))
@@ -159,7 +159,7 @@ def test_layers_with_other_numbers_of_experts(board, watching):
     for _ in range(2):
         layers[2].call([0, 0, 0, 0, 9])
         writer.step()
-    report = board.report()
+    report = stats.report()
     assert report.layers == (0, 2, 3, 4, 5, 6)
     assert report.tokens_RYE[1].tolist() == [
         [1, 2, 0, 0, 0],
@@ -171,7 +171,7 @@ def test_layers_with_other_numbers_of_experts(board, watching):
     ]
 
 
-def test_a_layer_that_comes_late_joins_the_others(board, watching):
+def test_a_layer_that_comes_late_joins_the_others(stats, watching):
     """A draft model may be loaded after the first step; one that has a number of the model's takes its place."""
     layers = {0: Layer([1, 2]), 1: Layer([3, 4])}
     writer = watching(0, layers)
@@ -181,51 +181,51 @@ def test_a_layer_that_comes_late_joins_the_others(board, watching):
     writer.watch(0, 2, late, CPU)
     layers[0].call([1, 0])
     writer.step()
-    report = board.report()
+    report = stats.report()
     assert (report.layers, report.calls) == ((0, 1, 2), 2)
     assert report.tokens_RYE[0].tolist() == [[2, 2], [5, 5], [7, 0]]
 
 
-def test_more_layers_than_there_are_lines(board, watching):
+def test_more_layers_than_there_are_lines(stats, watching):
     """Models that are built one after the other, and never run, take no more room than one."""
     writer = watching(0, {})
     layers = [Layer([1]) for _ in range(2 * MAX_LAYERS)]
     for layer in layers:
         writer.watch(0, 3, layer, CPU)
     writer.step()
-    assert board.report().tokens_RYE.sum() == 1
+    assert stats.report().tokens_RYE.sum() == 1
 
 
-def test_a_report_has_every_step_that_has_ended(board, watching):
+def test_a_report_has_every_step_that_has_ended(stats, watching):
     """However soon after it one asks."""
     layer = Layer([0])
     writer = watching(0, {0: layer})
     for step in range(1, 6):
         layer.call([step])
         writer.step()
-        report = board.report()
+        report = stats.report()
         assert (report.calls, report.tokens_RYE.sum()) == (step, step * (step + 1) // 2)
 
 
-def test_what_nobody_asks_for_is_written_down_too(board, watching, monkeypatch):
+def test_what_nobody_asks_for_is_written_down_too(stats, watching, monkeypatch):
     """A worker may be killed, and its load is wanted nevertheless."""
     monkeypatch.setattr(stats_writer, "EVERY_S", 0.01)
     layer = Layer([3])
     writer = watching(0, {0: layer})
     writer.step()
     deadline = time.monotonic() + PATIENCE_S
-    while not board._ranks["tokens"].any() and time.monotonic() < deadline:
+    while not stats._ranks["tokens"].any() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert board._ranks["tokens"].sum() == 3
+    assert stats._ranks["tokens"].sum() == 3
 
 
-def test_a_worker_that_is_gone_is_not_waited_for(board, caplog):
+def test_a_worker_that_is_gone_is_not_waited_for(stats, caplog):
     process = multiprocessing.get_context("spawn").Process(target=step_and_die)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert board._ranks["writer"][0] == process.pid
-    assert board.report().tokens_RYE[0].tolist() == [[4, 2]]
+    assert stats._ranks["writer"][0] == process.pid
+    assert stats.report().tokens_RYE[0].tolist() == [[4, 2]]
     assert not caplog.messages
 
 
@@ -238,48 +238,48 @@ def step_and_die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_does_not_answer_is_told_of(board, monkeypatch, caplog):
+def test_a_worker_that_does_not_answer_is_told_of(stats, monkeypatch, caplog):
     monkeypatch.setattr(load_report, "PATIENCE_S", 0.05)
-    board._ranks["writer"][1] = os.getpid()
-    assert board.report().calls == 0
+    stats._ranks["writer"][1] = os.getpid()
+    assert stats.report().calls == 0
     (line,) = caplog.messages
     assert line.startswith("rank 1 is busy: its part of the load report is older")
 
 
-def test_a_closed_writer_has_written_all_and_counts_no_more(board, watching):
+def test_a_closed_writer_has_written_all_and_counts_no_more(stats, watching):
     layer = Layer([1])
     writer = watching(0, {0: layer})
     writer.step()
     writer.close()
-    assert board.report().tokens_RYE.sum() == 1
+    assert stats.report().tokens_RYE.sum() == 1
     layer.call([1])
     writer.step()
-    assert board.report().tokens_RYE.sum() == 1
+    assert stats.report().tokens_RYE.sum() == 1
 
 
 @pytest.mark.parametrize("served", [0, 3], ids=["at the start", "after a sleep"])
-def test_what_a_warm_up_counts_is_no_load_and_what_was_counted_before_stays(board, watching, served):
+def test_what_a_warm_up_counts_is_no_load_and_what_was_counted_before_stays(stats, watching, served):
     layers = {0: Layer([0, 0]), 2: Layer([0, 0])}
     writer = watching(0, layers)
     for _ in range(served):
         layers[0].call([1, 0])
         writer.step()
-    before = board.report()
+    before = stats.report()
     with writer.forgetting():
         layers[0].call([7, 0], passes=3, rounds=2)
         layers[2].call([1, 1])
         writer.step()
     if served:
-        assert (board.report().calls, board.report().tokens_RYE.tolist()) == (3, before.tokens_RYE.tolist())
+        assert (stats.report().calls, stats.report().tokens_RYE.tolist()) == (3, before.tokens_RYE.tolist())
     layers[0].call([0, 2])
     writer.step()
-    report = board.report()
+    report = stats.report()
     assert report.layers == (0, 2)
     assert report.tokens_RYE[0].tolist() == [[served, 2], [0, 0]]
     assert (report.calls, report.passes, report.rounds) == (served + 1, 1, 1)
 
 
-def test_a_step_is_three_operations_whatever_the_layers(board, watching):
+def test_a_step_is_three_operations_whatever_the_layers(stats, watching):
     """What it costs the serving thread, which no test can time."""
 
     class Log(TorchDispatchMode):
@@ -340,7 +340,7 @@ def test_imbalance_is_the_busiest_rank_over_the_mean():
     assert report(np.zeros((2, 0, 0), dtype=np.int64), ()).imbalance_Y.size == 0
 
 
-def test_step_imbalance_is_taken_step_by_step(board, watching):
+def test_step_imbalance_is_taken_step_by_step(stats, watching):
     """Two ranks that are busy in turn are level over the run, and twice as busy as need be in each step."""
     layers = [Layer([0]), Layer([0])]
     writers = [watching(rank, {0: layer}) for rank, layer in enumerate(layers)]
@@ -348,20 +348,20 @@ def test_step_imbalance_is_taken_step_by_step(board, watching):
         for rank, (layer, writer) in enumerate(zip(layers, writers, strict=True)):
             layer.call([3 * ((step + rank) % 2)])
             writer.step()
-    report = board.report()
+    report = stats.report()
     assert report.imbalance_Y == pytest.approx([1.0], abs=0.01)
     assert report.step_imbalance_Y == pytest.approx([2.0])
 
 
-def test_steps_of_a_rank_that_is_behind_are_left_out(board, watching):
+def test_steps_of_a_rank_that_is_behind_are_left_out(stats, watching):
     layers = [Layer([2]), Layer([1])]
     first, second = (watching(rank, {0: layer}) for rank, layer in enumerate(layers))
     first.step()
-    assert board.report().step_imbalance_Y.tolist() == [1.0]
+    assert stats.report().step_imbalance_Y.tolist() == [1.0]
     second.step()
     layers[0].call([7])
     first.step()
-    assert board.report().step_imbalance_Y == pytest.approx([2 / 1.5])
+    assert stats.report().step_imbalance_Y == pytest.approx([2 / 1.5])
 
 
 def test_loads_add_up_replicas_and_count_shards_once():
@@ -371,7 +371,7 @@ def test_loads_add_up_replicas_and_count_shards_once():
     assert both.loads_YE(4, ep_size=1).tolist() == [[0, 0], [3, 0], [0, 0], [1, 1]]
 
 
-def test_the_error_of_a_worker_is_read_by_its_parent(board):
+def test_the_error_of_a_worker_is_read_by_its_parent(stats):
     process = multiprocessing.get_context("spawn").Process(
         target=load_report.record_error, args=(1, "no such weight: ö")
     )
@@ -380,23 +380,23 @@ def test_the_error_of_a_worker_is_read_by_its_parent(board):
     assert load_report.last_error(1) == "no such weight: ö"
     assert load_report.last_error(0) is None
     # The worker's end has not taken the segment along.
-    assert (Path("/dev/shm") / board._memory.name).exists()
+    assert (Path("/dev/shm") / stats._memory.name).exists()
 
 
-def test_a_removed_board_leaves_no_shared_memory(board):
-    path = Path("/dev/shm") / board._memory.name
+def test_removed_stats_leave_no_shared_memory(stats):
+    path = Path("/dev/shm") / stats._memory.name
     assert path.exists()
-    board.remove()
+    stats.remove()
     assert not path.exists()
 
 
-def test_a_board_that_systemd_removed_ends_like_any_other(board):
-    (Path("/dev/shm") / board._memory.name).unlink()
-    assert board.report().calls == 0  # what is mapped stays
-    board.remove()
+def test_stats_that_systemd_removed_end_like_any_others(stats):
+    (Path("/dev/shm") / stats._memory.name).unlink()
+    assert stats.report().calls == 0  # what is mapped stays
+    stats.remove()
 
 
-def test_without_a_board_nothing_is_written(monkeypatch, watching):
+def test_without_stats_nothing_is_written(monkeypatch, watching):
     monkeypatch.delenv(STATS_VARIABLE, raising=False)
     layer = Layer([1])
     watching(0, {0: layer}).step()
@@ -405,6 +405,6 @@ def test_without_a_board_nothing_is_written(monkeypatch, watching):
 
 
 @pytest.mark.parametrize(("index", "experts"), [(MAX_LAYERS, 8), (0, MAX_EXPERTS + 1)])
-def test_layers_and_experts_beyond_the_board_are_refused(index, experts):
+def test_layers_and_experts_beyond_the_segment_are_refused(index, experts):
     with pytest.raises(EPError, match=f"{MAX_LAYERS} layers of {MAX_EXPERTS} experts"):
         load_report.check_room(index, experts)

@@ -63,9 +63,9 @@ class ReplicatedPipeline:
         with contextlib.ExitStack() as started:
             started.enter_context(ShownLog(config.engine.log_level))
             warm_splits(config)
-            self._board: SharedStats | None = SharedStats.of(config)
-            started.callback(self._board.remove)
-            self._balancer = balance.start(config, self._board, placement)
+            self._stats: SharedStats | None = SharedStats.of(config)
+            started.callback(self._stats.remove)
+            self._balancer = balance.start(config, self._stats, placement)
             if self._balancer is not None:
                 started.callback(self._balancer.close)
             started.callback(self.load)  # it and the balancer read all steps that the engines made
@@ -125,8 +125,8 @@ class ReplicatedPipeline:
 
     def load(self) -> LoadReport:
         """What the experts of every rank did so far; after `close`, in all steps that the engines made."""
-        if self._board is not None:
-            self._last_load = self._board.report()
+        if self._stats is not None:
+            self._last_load = self._stats.report()
         return self._last_load
 
     def balance(self) -> BalanceReport:
@@ -137,11 +137,11 @@ class ReplicatedPipeline:
 
     def close(self) -> None:
         """Ends all engines and their processes. A second call does nothing."""
-        if self._board is None:
+        if self._stats is None:
             return
         atexit.unregister(self.close)
         self._started.close()
-        self._board = None
+        self._stats = None
         self._failure = EPError("this pipeline is closed; make another one")
 
     def __getattr__(self, name: str) -> Any:
@@ -163,12 +163,12 @@ class ReplicatedPipeline:
     def _start_engines(
         self, model_path: str, config: EPConfig, placement: Placement | None, arguments: dict[str, Any]
     ) -> None:
-        assert self._board is not None
+        assert self._stats is not None
         ends = [Pipe() for _ in range(config.engine.dp)]
         self._engines = [ours for ours, _ in ends]
         self._processes = start_engines(
             config,
-            self._board,
+            self._stats,
             _serve_pipe,
             [
                 (theirs, model_path, config.to_json(), rank, placement, arguments)

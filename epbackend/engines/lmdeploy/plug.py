@@ -115,9 +115,9 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
         # Workers write to their starter's statistics, and so do the engines of one deployment. Any other process that
         # finds one in its environment was only started from a process with an engine.
         if STATS_VARIABLE not in os.environ or not (worker or config.engine.dp > 1):
-            state.board = SharedStats.of(config)
-            state.set_environment(STATS_VARIABLE, state.board.variable)
-            state.balancer = balance.start(config, state.board, placement)
+            state.stats = SharedStats.of(config)
+            state.set_environment(STATS_VARIABLE, state.stats.variable)
+            state.balancer = balance.start(config, state.stats, placement)
         # The parent has checked the hooks, and reading the sources again would delay every worker.
         state.patches.apply(needed(device, config.ep_size, executor(config)), check=not worker)
     except BaseException:

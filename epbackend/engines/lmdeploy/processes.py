@@ -59,7 +59,7 @@ def check_starts(config: EPConfig) -> None:
 
 
 def start_engines(
-    config: EPConfig, board: SharedStats, target: Callable[..., None], arguments: Iterable[tuple]
+    config: EPConfig, stats: SharedStats, target: Callable[..., None], arguments: Iterable[tuple]
 ) -> list[BaseProcess]:
     """Starts `target(*arguments_of_its_rank)` in a process for each of the dp engines.
 
@@ -71,7 +71,7 @@ def start_engines(
     environment = {
         "LMDEPLOY_DP_MASTER_ADDR": own_address(),
         "LMDEPLOY_DP_MASTER_PORT": str(free_port()),
-        STATS_VARIABLE: board.variable,
+        STATS_VARIABLE: stats.variable,
     }
     context = multiprocessing.get_context("spawn")
     # Not daemons: an API server starts a process for its engine.

@@ -35,7 +35,7 @@ class PlugState:
     patches: Patches = field(default_factory=Patches)
     environment: dict[str, str | None] = field(default_factory=dict)
     """The variables we set, as they were before."""
-    board: SharedStats | None = None
+    stats: SharedStats | None = None
     stats_writer: StatsWriter = field(default_factory=StatsWriter)
     real_tokens: RealTokens = field(default_factory=RealTokens)
     context: GroupContext = field(default_factory=GroupContext)
@@ -83,9 +83,9 @@ class PlugState:
         Raises:
             EPError: this process is itself part of an engine, whose starter has the report.
         """
-        if self.board is None:
+        if self.stats is None:
             raise EPError("the load report belongs to the process that started the engines")
-        return self.board.report()
+        return self.stats.report()
 
     def switch_off(self) -> None:
         self.patches.restore()
@@ -96,8 +96,8 @@ class PlugState:
             self.migrator.close()
         self.stats_writer.close()
         self.context.close()
-        if self.board is not None:
-            self.board.remove()
+        if self.stats is not None:
+            self.stats.remove()
         for name, value in self.environment.items():
             if value is None:
                 os.environ.pop(name, None)

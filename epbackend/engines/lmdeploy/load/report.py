@@ -33,7 +33,7 @@ from epbackend.engines.load_report import STEPS, LoadReport, step_imbalance_Y
 from epbackend.errors import EPError, UnavailableError
 from epbackend.names import PHASES
 
-STATS_VARIABLE = "EPBACKEND_LOAD_BOARD"
+STATS_VARIABLE = "EPBACKEND_LOAD_STATS"
 """Names the segment to worker processes, as `ranks:name`."""
 
 MAX_LAYERS, MAX_EXPERTS = 256, 1024

@@ -155,7 +155,7 @@ def _serve_once(
             if config.engine.dp == 1:
                 plug.enable(config, placement)
                 try:
-                    stats, balancer = active().board, active().balancer
+                    stats, balancer = active().stats, active().balancer
                     assert stats is not None, "it is this process that starts the engine"
                     guard.experts = Experts(stats, placement, balancer).app(front.api_keys)
                     with ExpertMetrics(stats), recording_server(recording, stats.report, [(host, port)]):
@@ -183,7 +183,7 @@ def _serve_engine(
     import_parsers()
     from lmdeploy.serve.openai import api_server
 
-    board = active().board
+    stats = active().stats
     # An actor of Ray is no process of ours.
     processes: list[BaseProcess] | None = (
         [] if config.engine.extra.get("mp_engine_backend") == "ray" else None
@@ -195,7 +195,7 @@ def _serve_engine(
             looking_out(
                 guard,
                 processes,
-                lambda: board.verdict if board else None,
+                lambda: stats.verdict if stats else None,
                 config.timeout_s,
                 active().balancer,
             ),
@@ -251,10 +251,10 @@ def _serve_balanced(
     ports = [free_port() for _ in range(config.engine.dp)]
     addresses = [(LOOPBACK, each) for each in ports]
     with ExitStack() as started:
-        board = SharedStats.of(config)
-        started.callback(board.remove)
-        balancer = balance.start(config, board, placement)
-        guard.experts = Experts(board, placement, balancer).app(front.api_keys)
+        stats = SharedStats.of(config)
+        started.callback(stats.remove)
+        balancer = balance.start(config, stats, placement)
+        guard.experts = Experts(stats, placement, balancer).app(front.api_keys)
         arguments = [
             (model_path, config.to_json(), dp_rank, engine_port, placement, behind, kwargs)
             for dp_rank, engine_port in enumerate(ports)
@@ -264,14 +264,14 @@ def _serve_balanced(
         started.callback(lambda: stop_engines(processes, at_once=guard.failure is not None))
         if balancer is not None:
             started.callback(balancer.close)
-        processes += start_engines(config, board, _run_engine_server, arguments)
-        _await_engines(processes, addresses, board)
+        processes += start_engines(config, stats, _run_engine_server, arguments)
+        _await_engines(processes, addresses, stats)
         engines = [f"http://{LOOPBACK}:{each}" for each in ports]
-        app = ReverseProxy(engines, ExpertMetrics(board)).app(end, front.api_keys)
+        app = ReverseProxy(engines, ExpertMetrics(stats)).app(end, front.api_keys)
         with (
-            recording_server(recording, board.report, addresses),
+            recording_server(recording, stats.report, addresses),
             guard.in_place(),
-            looking_out(guard, processes, lambda: board.verdict, config.timeout_s, balancer),
+            looking_out(guard, processes, lambda: stats.verdict, config.timeout_s, balancer),
         ):
             uvicorn.run(
                 app, host=host, port=port, log_level=os.getenv("UVICORN_LOG_LEVEL", "info").lower(), **tls
@@ -301,12 +301,12 @@ def _run_engine_server(
 
 
 def _await_engines(
-    processes: list[BaseProcess], addresses: list[tuple[str, int]], board: SharedStats
+    processes: list[BaseProcess], addresses: list[tuple[str, int]], stats: SharedStats
 ) -> None:
     """Returns when all engines listen; raises WorkerError where one ends before."""
     while not all(map(listens, addresses)):
         for process in processes:
             if process.exitcode is not None:
-                how = board.verdict or f"exit code {process.exitcode}; its log is above"
+                how = stats.verdict or f"exit code {process.exitcode}; its log is above"
                 raise WorkerError(f"{process.name} ended while it started: {how}")
         time.sleep(POLL_S)
