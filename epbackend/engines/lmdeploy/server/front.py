@@ -112,7 +112,7 @@ class Front:
             environment = {"SSL_KEYFILE": str(self.ssl_keyfile), "SSL_CERTFILE": str(self.ssl_certfile)}
         before = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
-        patches.apply(self._patches())
+        patches.apply(self.patches())
         try:
             yield
         finally:
@@ -120,7 +120,8 @@ class Front:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
-    def _patches(self) -> list[Patch]:
+    def patches(self) -> list[Patch]:
+        """What is replaced while our server runs, for what clients see of it."""
         found = [
             Patch(
                 "server-front",

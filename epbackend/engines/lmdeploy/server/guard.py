@@ -96,49 +96,51 @@ class Guard:
     def in_place(self) -> Iterator[None]:
         """Servers that uvicorn runs meanwhile in this process are behind the guard."""
         patches = Patches()
-        patches.apply(
-            [
-                Patch(
-                    "server-behind-guard",
-                    "uvicorn:run",
-                    "LMDeploy's server stays when its engine has failed, and waits for clients without a bound",
-                    "always",
-                    self._uvicorn_run,
-                ),
-                Patch(
-                    "server-ends-by-these",
-                    "uvicorn.server:HANDLED_SIGNALS",
-                    "it knows no hangup, and ends by what comes to all processes also where its parent decides",
-                    "always",
-                    lambda original: ending_signals(),
-                ),
-                Patch(
-                    "client-ends-by-this",
-                    "lmdeploy.serve.openai.endpoints.management:os",
-                    "a client's request to end sends SIGTERM, which is ignored where a parent decides",
-                    "always",
-                    lambda original: SimpleNamespace(getpid=os.getpid, kill=lambda *_: end_server()),
-                ),
-                Patch(
-                    "second-signal",
-                    "uvicorn:Server.handle_exit",
-                    "a second SIGTERM changes nothing",
-                    "always",
-                    self._handle_exit,
-                ),
-                Patch(
-                    "idle-clients-not-awaited",
-                    "uvicorn:Server._wait_tasks_to_complete",
-                    "clients that keep an idle TLS connection open hold the end up for half a minute",
-                    "always",
-                    _wait_without_idle_clients,
-                ),
-            ]
-        )
+        patches.apply(self.patches())
         try:
             yield
         finally:
             patches.restore()
+
+    def patches(self) -> list[Patch]:
+        """What is replaced meanwhile."""
+        return [
+            Patch(
+                "server-behind-guard",
+                "uvicorn:run",
+                "LMDeploy's server stays when its engine has failed, and waits for clients without a bound",
+                "always",
+                self._uvicorn_run,
+            ),
+            Patch(
+                "server-ends-by-these",
+                "uvicorn.server:HANDLED_SIGNALS",
+                "it knows no hangup, and ends by what comes to all processes also where its parent decides",
+                "always",
+                lambda original: ending_signals(),
+            ),
+            Patch(
+                "client-ends-by-this",
+                "lmdeploy.serve.openai.endpoints.management:os",
+                "a client's request to end sends SIGTERM, which is ignored where a parent decides",
+                "always",
+                lambda original: SimpleNamespace(getpid=os.getpid, kill=lambda *_: end_server()),
+            ),
+            Patch(
+                "second-signal",
+                "uvicorn:Server.handle_exit",
+                "a second SIGTERM changes nothing",
+                "always",
+                self._handle_exit,
+            ),
+            Patch(
+                "idle-clients-not-awaited",
+                "uvicorn:Server._wait_tasks_to_complete",
+                "clients that keep an idle TLS connection open hold the end up for half a minute",
+                "always",
+                _wait_without_idle_clients,
+            ),
+        ]
 
     def fail(self, text: str) -> None:
         """The engine has failed: tells all clients, ends the server soon. From any thread, while it is `serving`."""
