@@ -10,7 +10,7 @@ import typer
 
 from epbackend.cli.demo_balance import balance_demo
 from epbackend.cli.loads import facts, imbalance, imbalance_in_words, print_load
-from epbackend.cli.output import JsonOption, console, error_console, json_stdout
+from epbackend.cli.output import JsonOption, check_target, console, error_console, json_stdout
 from epbackend.cli.pictures import save_imbalance, save_load
 from epbackend.cli.session import Answer, ask, running
 from epbackend.config import EPConfig
@@ -24,6 +24,10 @@ PROMPTS = (
     "Call me Ishmael",
 )
 REDUNDANT_EXPERTS = 8
+SESSION_LEN = 512
+"""Tokens of a prompt and its answer: LMDeploy ends a longer answer there, Hugging Face goes on."""
+LONGEST_ANSWER = SESSION_LEN - 1 - max(map(len, PROMPTS))
+"""Whatever the tokenizer: at most a token for each character, and one before them."""
 Engine = Literal["lmdeploy", "transformers"]
 
 
@@ -31,7 +35,7 @@ def engine_settings(engine: Engine, ranks: int) -> dict[str, Any]:
     """The settings of the demo's engine; with transformers each rank has prompts of its own."""
     of_engine: dict[str, Any] = {
         "dtype": "float32",
-        "session_len": 512,
+        "session_len": SESSION_LEN,
         "max_batch_size": 8,
         "cache_gb": 0.1,
         "log_level": "ERROR",
@@ -66,7 +70,9 @@ def demo(
         Literal["1", "2", "4"] | None,
         typer.Option(help="Processes that share the experts: 2, and 4 with --balance.", show_default=False),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 40,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=LONGEST_ANSWER, help="Tokens of each answer.")
+    ] = 40,
     engine: Annotated[Engine, typer.Option(help="Who runs the model around the experts.")] = "lmdeploy",
     balance: Annotated[
         bool, typer.Option("--balance", help="Instead: experts that move between ranks while they answer.")
@@ -82,6 +88,7 @@ def demo(
         raise ConfigError(
             "--balance: experts do not move while transformers runs a model; use --engine lmdeploy"
         )
+    check_target("out", out / "expert-load.png")
     settings = engine_settings(engine, int(ranks or ("4" if balance else "2")))
 
     def show(talk: bool) -> dict[str, Any]:
