@@ -33,6 +33,7 @@ def check_writable(setting: str, path: Path) -> None:
     """Raises ConfigError where nothing could be written there."""
     if (
         path.is_dir()
+        or not path.parent.is_dir()
         or not os.access(path.parent, os.W_OK)
         or (path.exists() and not os.access(path, os.W_OK))
     ):

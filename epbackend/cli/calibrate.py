@@ -1,7 +1,6 @@
 """`epbackend calibrate`: how fast the ranks of a configuration are, and what their experts take."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
+from epbackend.balance.recording import check_writable
 from epbackend.cli.output import JsonOption, console, json_stdout
 from epbackend.cli.session import ModelArgument, running, takes_config
 from epbackend.config import EPConfig
@@ -86,8 +86,7 @@ def _check(config: EPConfig, out: Path) -> None:
             f"device: {config.device} is emulated here, so that no times can be measured; use cpu, or a machine that "
             "has it"
         )
-    if not os.access(out.parent, os.W_OK) or out.is_dir():
-        raise ConfigError(f"out: {out} cannot be written; name a file in a folder that exists")
+    check_writable("out", out)
 
 
 def _run(model: str, config: EPConfig, rows_X: tuple[int, ...]) -> "Calibration":

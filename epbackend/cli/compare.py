@@ -43,8 +43,9 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare all algorithms and splits: balance, worst layer, noise, drift, time; with pairs, visits and bytes."""
-    from epbackend.cli.pictures import save_score_table
+    from epbackend.cli.pictures import check_plot, save_score_table
 
+    check_plot(plot)
     recorded = load_windows(loads)
     together, _ = load_pairs(pairs, None)
     warm_up()  # so that the times are of planning, not of loading machine code

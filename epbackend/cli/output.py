@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from epbackend.errors import ConfigError
+
 if TYPE_CHECKING:
     from epbackend.config import EPConfig
     from epbackend.config.overrides import Override
@@ -39,6 +41,20 @@ def read_config(
     return config, [str(warning.message) for warning in caught if warning.category is ConfigWarning]
 
 
+def check_target(option: str, path: Path) -> None:
+    """Raises ConfigError where no file could be written there: before the work, whose results would be lost.
+
+    Folders that are missing are made later.
+    """
+    place = path.absolute()
+    there = next(each for each in (place, *place.parents) if os.path.exists(each))
+    taken = there.is_dir() if there == place else not there.is_dir()
+    if taken or not os.access(there, os.W_OK):
+        raise ConfigError(
+            f"{option}: {path} cannot be written; name a file, in a folder that you may write to"
+        )
+
+
 @contextmanager
 def watching(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on the terminal, gone when all is done; yields the function that moves it to (done, total)."""
@@ -59,7 +75,7 @@ def json_stdout() -> Iterator[Callable[[dict[str, Any]], None]]:
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:
-        yield lambda answer: _write(stdout, json.dumps(answer, ensure_ascii=False) + "\n")
+        yield lambda answer: _write(stdout, json.dumps(answer) + "\n")
     finally:
         sys.stdout.flush()
         os.dup2(stdout, 1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from epbackend.cli.inputs import algorithm_in_words, slots_in_words
+from epbackend.cli.output import check_target
 from epbackend.errors import ConfigError
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
@@ -41,6 +42,15 @@ MARKS = {
 """Of the splits: colours of Okabe and Ito, which colour-blind eyes tell apart."""
 LEAST_PERCENT = 1e-3
 """Where the logarithmic axis ends: it has no zero."""
+
+
+def check_plot(path: Path) -> None:
+    """Raises ConfigError where no picture could be written there, before what it shows is computed."""
+    from matplotlib.figure import Figure
+
+    check_target("plot", path)
+    if path.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
+        raise ConfigError(f"plot: {path} is no picture's name; name a .png, .svg or .pdf")
 
 
 def save_load(load: LoadReport, path: Path, *, title: str) -> Path:

@@ -25,7 +25,7 @@ from epbackend.cli.inputs import (
     load_windows,
     unplanned,
 )
-from epbackend.cli.output import JsonOption, console, say, watching
+from epbackend.cli.output import JsonOption, check_target, console, say, watching
 from epbackend.cli.visits import AffinityOption, PairsOption, load_pairs, visit_facts, visits_table
 from epbackend.errors import ConfigError
 from epbackend.names import PLANNERS
@@ -91,6 +91,13 @@ def plan(
         "rank_speed": given_speeds(rank_speed),
         "rank_slots": given_slots(rank_slots),
     }
+    if out:
+        check_target("out", out)
+    if plot:
+        # Imported late: matplotlib takes longer to import than most plans take.
+        from epbackend.cli.pictures import check_plot, save_before_after
+
+        check_plot(plot)
     dense = layer_numbers(dense_layers)
     recorded = load_windows(loads).with_dense(dense)
     before = read_placement(current, ReadOptions(ranks, dense_layers=dense)) if current else None
@@ -126,9 +133,6 @@ def plan(
         write(placement, out, "epbackend")
         result["out"] = str(out)
     if plot:
-        # Imported late: matplotlib takes longer to import than most plans take.
-        from epbackend.cli.pictures import save_before_after
-
         reference = with_speeds(reference, placement.rank_speed)
         result["plot"] = str(save_before_after(reference, placement, recorded, plot))
     if as_json:

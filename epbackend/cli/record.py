@@ -1,13 +1,14 @@
 """`epbackend record`: the loads of a real run, to plan a placement on."""
 
 import json
-import os
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from epbackend.balance.recording import check_writable
 from epbackend.cli.loads import facts, print_load
 from epbackend.cli.output import JsonOption, console, json_stdout
 from epbackend.cli.session import ModelArgument, running, takes_config
@@ -18,7 +19,7 @@ from epbackend.errors import ConfigError, EPError
 @takes_config
 def record(
     model: ModelArgument,
-    prompts: Annotated[Path, typer.Option(help="One prompt a line, or a JSON list of them.")],
+    prompts: Annotated[Path, typer.Option(help="One prompt a line; or, named .json, a list of them.")],
     out: Annotated[Path, typer.Option(help="JSON for the loads of every layer: what plan and SGLang read.")],
     settings: EPConfig,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 64,
@@ -46,23 +47,35 @@ def record(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file.
+    """The prompts of a file: a JSON list where its name ends in .json, otherwise one a line.
 
     Raises:
-        ConfigError: the file is missing, has no prompt, or its JSON is no list of texts.
+        ConfigError: the file is missing, has no prompt, or its JSON is no list of texts; or it is such a list under
+            another name.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        prompts = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except OSError as error:
-        raise ConfigError(f"prompts: {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"prompts: {path} is neither text nor JSON: {error}") from None
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError(f"prompts: {path} must be a list of texts")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompts: {path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    if path.suffix.lower() == ".json":
+        prompts = _list_of_texts(text, path)
+    elif re.match(r'\s*\[\s*"', text):  # not as [INST] does
+        raise ConfigError(f"prompts: {path} begins as a JSON list does: give it a name that ends in .json")
+    else:
+        prompts = text.splitlines()
     if not (found := [prompt for prompt in prompts if prompt.strip()]):
         raise ConfigError(f"prompts: {path} has none; write one a line")
     return found
+
+
+def _list_of_texts(text: str, path: Path) -> list[str]:
+    try:
+        prompts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"prompts: {path} is no JSON: {error}") from None
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(f"prompts: {path} must be a list of texts")
+    return prompts
 
 
 def _run(
@@ -77,8 +90,10 @@ def _run(
     from epbackend.placement.formats.pairs import write_pairs
 
     recording = Recording.of(out, locate(model), config.ep_size)
-    if pairs is not None and not os.access(pairs.parent, os.W_OK):
-        raise ConfigError(f"pairs: {pairs} cannot be written; name a file in a folder that exists")
+    if pairs is not None:
+        check_writable("pairs", pairs)
+        if pairs.resolve() == out.resolve():
+            raise ConfigError(f"pairs: {pairs} is --out as well; name another file")
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
     with ExitStack() as stack:
         if pairs is not None:

@@ -60,8 +60,9 @@ def simulate(
     as_json: JsonOption = False,
 ) -> None:
     """Serve LOADS, in their order, by a cost model: no balance, EPLB once, EPLB anew each cycle, and epbackend."""
-    from epbackend.cli.pictures import save_simulation
+    from epbackend.cli.pictures import check_plot, save_simulation
 
+    check_plot(plot)
     shape = find_model(model or USUAL)
     windows = load_windows(loads, shape.layers, shape.experts, shape.dense_layers)
     cost = CostModel(

@@ -90,7 +90,9 @@ def full(path):
 
 def test_where_nothing_can_be_written_is_said_at_once(tmp_path):
     (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
     for path in (
+        tmp_path / "file" / "loads.json",
         tmp_path / "nowhere" / "loads.json",
         tmp_path / "folder",
         tmp_path / "nowhere" / "{phase}.json",

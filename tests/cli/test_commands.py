@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from epbackend.cli import main
+from epbackend.cli.record import read_prompts
 from epbackend.placement.formats.pairs import read_pairs
 from epbackend.placement.objectives import read_table
 from epbackend.placement.speeds import parse_speeds
@@ -249,14 +250,15 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(
 @pytest.mark.parametrize(
     "prompts",
     [
-        pytest.param("The whale\n\nThe ship\n", marks=pytest.mark.slow, id="lines"),
-        pytest.param('["The whale", "The ship"]', id="json"),
+        pytest.param(("lines", "[INST] The whale\n\nThe ship\n"), marks=pytest.mark.slow, id="lines"),
+        pytest.param(("list.json", '["The whale", "The ship"]'), id="json"),
     ],
 )
 def test_record_writes_the_loads_of_every_layer(config_file, tmp_path, prompts, run_here):
-    (tmp_path / "prompts").write_text(prompts)
+    file, text = prompts
+    (tmp_path / file).write_text(text)
     result = run_here(
-        "record", "tiny-deepseek-v3", "--config", config_file(), "--prompts", "prompts", "--out", "loads.json",
+        "record", "tiny-deepseek-v3", "--config", config_file(), "--prompts", file, "--out", "loads.json",
         "--max-new-tokens", 4, "--pairs", "pairs.npz", "--json", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -311,6 +313,7 @@ def test_calibrate_finds_a_rank_that_gets_a_third_of_its_time(config_file, tmp_p
         (["--tokens", "16,1"], "tokens: '16,1' must be"),
         (["--tokens", "7"], "tokens: '7' must be"),
         (["--out", "nowhere/speeds.json"], "out: nowhere/speeds.json cannot be written"),
+        (["--out", "config.json/speeds.json"], "out: config.json/speeds.json cannot be written"),
     ],
 )
 def test_calibrate_refuses_in_one_line(config_file, tmp_path, options, message, run_here):
@@ -331,20 +334,66 @@ def test_calibrate_refuses_in_one_line(config_file, tmp_path, options, message, 
 
 
 @pytest.mark.parametrize(
-    ("prompts", "message"),
+    ("file", "text", "message"),
     [
-        (None, "cannot be read"),
-        ("\n \n", "has none"),
-        ("[1]", "list of texts"),
-        ("[", "neither text nor JSON"),
+        ("prompts", None, "cannot be read: No such file"),
+        ("prompts", b"\xff", "cannot be read: 'utf-8' codec"),
+        ("prompts", b"\n \n", "has none"),
+        ("prompts", b'[\n  "The whale"\n]', "begins as a JSON list does: give it a name that ends in .json"),
+        ("prompts.json", b"[1]", "list of texts"),
+        ("prompts.json", b'"whale"', "list of texts"),
+        ("prompts.json", b"[", "no JSON"),
+        ("prompts.json", b"[" * 5000, "no JSON"),
     ],
 )
-def test_record_refuses_a_file_without_prompts(tmp_path, prompts, message, run_here):
-    if prompts is not None:
-        (tmp_path / "prompts").write_text(prompts)
-    result = run_here("record", "tiny-qwen3-moe", "--prompts", "prompts", "--out", "loads.json", cwd=tmp_path)
+def test_record_refuses_a_file_without_prompts(tmp_path, file, text, message, run_here):
+    if text is not None:
+        (tmp_path / file).write_bytes(text)
+    result = run_here("record", "tiny-qwen3-moe", "--prompts", file, "--out", "loads.json", cwd=tmp_path)
     assert result.returncode == 2
-    assert "error: prompts: prompts" in result.stderr
+    assert f"error: prompts: {file}" in result.stderr
+    assert message in result.stderr
+
+
+def test_lines_of_prompts_may_begin_as_they_like(tmp_path):
+    (tmp_path / "prompts.txt").write_text("[INST] The whale [/INST]\n[1] The ship\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["[INST] The whale [/INST]", "[1] The ship"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ("folder", "pairs: folder cannot be written"),
+        ("nowhere/pairs.npz", "pairs: nowhere/pairs.npz cannot be written"),
+        ("prompts/pairs.npz", "pairs: prompts/pairs.npz cannot be written"),
+        ("./loads.json", "pairs: loads.json is --out as well"),
+    ],
+)
+def test_record_refuses_pairs_that_would_be_lost_before_it_starts(
+    tmp_path, config_file, pairs, message, run_here
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "prompts").write_text("The whale")
+    result = run_here(
+        "record", "tiny-qwen3-moe", "-c", config_file(), "--prompts", "prompts", "--out", "loads.json", "--pairs",
+        pairs, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "loads.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-new-tokens", 600], "482"),  # its sessions have 512 tokens
+        (["--out", "file"], "out: file/expert-load.png cannot be written"),
+    ],
+)
+def test_demo_refuses_what_cannot_succeed(tmp_path, options, message, run_here):
+    (tmp_path / "file").write_text("")
+    result = run_here("demo", *options, cwd=tmp_path)
+    assert result.returncode == 2
     assert message in result.stderr
 
 

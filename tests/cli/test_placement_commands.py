@@ -105,6 +105,10 @@ def test_option_of_one_algorithm_is_refused_by_others(run, recorded):
         (("plan", "{recorded}", "--ranks", 4, "--option", f"groups={'[' * 5000}"), "groups: is no option"),
         (("plan", "{recorded}", "--ranks", 4, "--dense-layers", "0-1"), "dense_layers: [0] are there"),
         (("plan", "{recorded}", "--ranks", 4, "--current", "{recorded}"), "holds loads, not a placement"),
+        (("plan", "none.json", "--ranks", 4, "--out", "/"), "out: / cannot be written"),
+        (("plan", "none.json", "--ranks", 4, "--plot", "/x.mp3"), "plot: /x.mp3 is no picture's name"),
+        (("compare", "none.json", "--ranks", 4, "--plot", "{recorded}"), "is no picture's name; name a .png"),
+        (("simulate", "none.json", "--ranks", 4, "--plot", "{recorded}/x.png"), "x.png cannot be written"),
         (("show", "{recorded}"), "holds loads, not a placement"),
         (("convert", "{recorded}", "x", "--to", "omni"), "'omni' is no format of loads to write"),
         (
