@@ -79,6 +79,23 @@ def test_two_ranks_answer_batches_of_their_own_with_copies_of_busy_experts(ranks
     assert {choice["name"] for choice in load.dispatchers.values()} == {"alltoall"}
 
 
+def test_a_rank_goes_on_until_the_others_of_its_group_have_their_answers(ranks, saved, expected):
+    """Two of four processes, to which the other two say nothing: one rank has fewer tokens to answer, then none."""
+    rounds = [[NEW_TOKENS, 3], [0, NEW_TOKENS], [2, 0]]
+    settings = {"ep_size": 2, "engine": {"dp": 2}}
+    found = ranks.run(2, models.answer_unevenly, str(saved("mixtral")), settings, rounds)
+    for rank, answers in enumerate(found):
+        wanted = [[each[: new[rank]] for each in expected("mixtral", rank)] for new in rounds]
+        assert answers == [each if new[rank] else [] for each, new in zip(wanted, rounds, strict=True)]
+
+
+def test_ranks_with_one_batch_are_told_that_none_can_join_only(saved):
+    asked = distributed_config(EPConfig.load({"device": "cpu"}))
+    model = AutoModelForCausalLM.from_pretrained(saved("mixtral"), distributed_config=asked)
+    with pytest.raises(EPError, match=r"join_step: it is for ranks with batches of their own \(engine.dp"):
+        spread_experts(model).join_generate()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", models.ARCHITECTURES)
 def test_every_architecture_on_one_two_and_four_ranks(ranks, saved, expected, architecture):

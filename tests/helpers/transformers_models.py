@@ -95,15 +95,17 @@ def prompts(rank: int) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (1 + rank % 3, 4 + rank), generator=chosen)
 
 
-def continued(model: Any, batch: torch.Tensor, new_tokens: int) -> list[list[int]]:
-    """Each prompt's next tokens, greedily."""
+def continued(
+    model: Any, batch: torch.Tensor, new_tokens: int, together: bool | None = False
+) -> list[list[int]]:
+    """Each prompt's next tokens, greedily; `together`: until all ranks have theirs, None: as transformers decides."""
     done = model.generate(
         batch,
         attention_mask=torch.ones_like(batch),
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,
-        synced_gpus=False,
+        synced_gpus=together,
     )
     return done[:, batch.shape[1] :].tolist()
 
@@ -140,6 +142,25 @@ def answer(
     load = experts.load()
     experts.close()
     return Answered(tokens, load, [layer.load.rows_2L.shape[1] for layer in experts.layers])
+
+
+def answer_unevenly(
+    groups: dict[int, RankGroup], path: str, settings: dict[str, Any], rounds: list[list[int]]
+) -> list[list[list[int]]]:
+    """On one rank: its own batch continued in each round, by as many tokens as its number there; 0: it joins only."""
+    quiet()
+    asked = distributed_config(EPConfig.load({"device": "cpu", **settings}), groups[1].group)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, distributed_config=asked)
+    experts, rank = spread_experts(model), groups[1].rank
+    answers = []
+    for new_tokens in rounds:
+        if new_tokens[rank]:
+            answers.append(continued(model, prompts(rank), new_tokens[rank], together=None))
+        else:
+            experts.join_generate()
+            answers.append([])
+    experts.close()
+    return answers
 
 
 def refusal(groups: dict[int, RankGroup], path: str, settings: dict[str, Any]) -> str:

@@ -121,9 +121,12 @@ def _distributing(original: Any) -> Any:
         model = original.__func__(cls, model, distributed_config, mesh_manager)
         if isinstance(distributed_config, SpreadConfig):
             ranks = distributed_config.ranks
-            setattr(model, HELD, SpreadExperts(model, distributed_config.ep, ranks))
-            # generate() then goes on until every rank has its answer, as it does with FSDP.
-            model._is_fsdp_managed_module = ranks.sources > 1 and ranks.group is dist.group.WORLD
+            held = SpreadExperts(model, distributed_config.ep, ranks)
+            setattr(model, HELD, held)
+            if ranks.sources > 1:
+                # generate() then goes on until every rank has its answer, as it does with FSDP: every one of ours.
+                model._is_fsdp_managed_module = True
+                model._has_unfinished_sequences = held.any_unfinished
         return model
 
     return classmethod(maybe_distribute_model)

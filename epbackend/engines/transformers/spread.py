@@ -120,7 +120,16 @@ class SpreadExperts:
             self.layers.append(layer)
 
     def join_step(self) -> None:
-        """One step of the others, with no token of one's own: for a rank that has nothing to answer meanwhile."""
+        """One step of the others, with no token of one's own: for a rank that has nothing to answer meanwhile.
+
+        Raises:
+            EPError: the ranks have the same batch, so that none can do without the model.
+        """
+        if self.ranks.sources == 1:
+            raise EPError(
+                "join_step: it is for ranks with batches of their own (engine.dp: as ep_size); with the same batch all "
+                "of them call the model"
+            )
         self._agree("decode")
         ids_0K = torch.empty(0, self._top_k, dtype=torch.int64, device=self._empty_0D.device)
         for index in range(len(self.layers)):
@@ -128,15 +137,21 @@ class SpreadExperts:
         self._end_step()
 
     def join_generate(self) -> None:
-        """All steps of the others' `generate`, with no prompt of one's own. They must have batches of their own."""
+        """All steps of the others' `generate`, with no prompt of one's own. Raises EPError as `join_step` does."""
         self.join_step()  # the prompts, whose step gives the first token too
-        self._others_go_on()
-        while self._others_go_on():
+        device = self._empty_0D.device
+        self.any_unfinished(True, True, device)
+        while self.any_unfinished(True, True, device):
             self.join_step()
 
-    def _others_go_on(self) -> bool:
-        """As transformers asks in `_has_unfinished_sequences`, before each token."""
-        going = torch.zeros((), device=self._empty_0D.device)
+    def any_unfinished(self, this_peer_finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+        """Whether a rank goes on: what `generate` asks before each token, among our ranks.
+
+        In place of transformers' `_has_unfinished_sequences`, which asks all processes there are.
+        """
+        if not synced_gpus:
+            return not this_peer_finished
+        going = torch.tensor(float(not this_peer_finished), device=device)
         dist.all_reduce(going, group=self.ranks.group)
         return bool(going)
 
