@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from epbackend.cli import app as command
+from epbackend.engines.lmdeploy.requests.tokenizing import LONG
 from epbackend.models import resolve
 from tests.helpers.api import SESSION_LEN, Server, served
 from tests.helpers.patience import PATIENCE_S
@@ -45,6 +46,7 @@ ANY_SAMPLING = [
     ("stop", ""),
     ("stop", [""]),
     ("stop", {"a": 1}),
+    ("stop", ["a"] * 100),
     ("guided_regex", "a"),
     ("no_such_option", 1),
 ]
@@ -110,6 +112,12 @@ BAD = [
     ("/v1/completions", COMPLETE | {"logprobs": 99}, "logprobs"),
     ("/v1/completions", COMPLETE | {"suffix": "a"}, "suffix"),
     ("/v1/completions", COMPLETE | {"best_of": 2}, "best_of"),
+    ("/v1/completions", COMPLETE | {"prompt": ["a"] * 100, "n": 100}, "prompt"),
+    (
+        "/v1/chat/completions",
+        CHAT | {"chat_template_kwargs": {"chat_template": "{{ messages }}"}},
+        "chat_template_kwargs",
+    ),
     ("/v1/completions", COMPLETE | {"stop_token_ids": [2048]}, "stop_token_ids"),
     *[
         (path, body | {field: value}, field)
@@ -132,6 +140,11 @@ UNNAMED = [
     ("/v1/embeddings", {"input": "a"}),
     ("/pooling", {"input": "a"}),
     ("/pooling", {"input": [999999]}),
+    ("/pooling", {"input": ["\ud800"]}),
+    ("/v1/encode", {"input": "\ud800"}),
+    ("/v1/encode", {"input": ["a" * 20_000]}),
+    ("/v1/encode", {"input": "a", "add_special_tokens": True}),
+    ("/get_ppl", {"input": "\ud800"}),
     ("/get_ppl", {"input": ""}),
     ("/get_ppl", {"input": [1, 999999]}),
     ("/v1/messages", {"messages": [{"role": "user", "content": ""}], "max_tokens": 4}),
@@ -197,6 +210,31 @@ def test_bad_requests_are_refused_by_field_and_disturb_nobody(server):
     response = server.post("/v1/completions", COMPLETE | {"model": "another"})
     assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
     assert server.greedy() == before
+
+
+def test_no_spelling_of_a_request_escapes_its_check(server):
+    for kind in ("application/JSON", "Application/json; charset=utf-8"):
+        body = json.dumps(COMPLETE | {"model": server.model, "preserve_cache": True})
+        response = requests.post(
+            f"{server.url}/v1/completions", data=body, headers={"Content-Type": kind}, timeout=PATIENCE_S
+        )
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "preserve_cache"), kind
+
+
+def test_only_disaggregated_engines_have_a_distserve(server):
+    for path in ("free_cache", "p2p_drop_connect", "engine_info"):
+        response = server.post(f"/distserve/{path}", {"remote_engine_id": "a", "remote_session_id": 1})
+        assert (response.status_code, "disaggregated" in response.text) == (501, True)
+
+
+def test_texts_are_encoded_and_weighed(server, tokenizer):
+    long = "the quick brown fox " * 300
+    texts = [long] * (LONG // len(long) + 1)
+    for given in ("a b", texts):
+        encoded = server.post("/v1/encode", {"input": given}).json()["input_ids"]
+        assert encoded == tokenizer(given).input_ids
+    by_ids = server.post("/get_ppl", {"input": tokenizer(PROMPTS[2]).input_ids}).json()["ppl"]
+    assert server.post("/get_ppl", {"input": PROMPTS[2]}).json()["ppl"] == by_ids
 
 
 def test_what_is_large_or_unusual_is_served(server):

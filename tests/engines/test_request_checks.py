@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from lmdeploy import GenerationConfig, Pipeline
 from lmdeploy.model import BaseChatTemplate
 from lmdeploy.serve.core.async_engine import AsyncEngine
+from lmdeploy.serve.openai.protocol import Function, Tool
 from lmdeploy.serve.processors.multimodal import MultimodalProcessor
 from lmdeploy.tokenizer import Tokenizer
 
-from epbackend.engines.lmdeploy.patches.requests import LONG, long_prompts_off_the_loop, messages_fail_alone
+from epbackend.engines.lmdeploy.patches.requests import long_prompts_off_the_loop, messages_fail_alone
+from epbackend.engines.lmdeploy.patches.server import check_session
 from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
 from epbackend.engines.lmdeploy.requests.checks import (
     CALL_ARGUMENTS,
@@ -29,6 +31,7 @@ from epbackend.engines.lmdeploy.requests.checks import (
     BadRequestError,
     check_body,
     check_call,
+    check_format,
     check_generation,
 )
 from epbackend.engines.lmdeploy.requests.logits_processors import (
@@ -41,6 +44,7 @@ from epbackend.engines.lmdeploy.requests.logits_processors import (
     logit_bias,
 )
 from epbackend.engines.lmdeploy.requests.stop_strings import until_stop
+from epbackend.engines.lmdeploy.requests.tokenizing import LONG, is_long
 from epbackend.errors import ConfigError, EPError
 from epbackend.models import resolve
 
@@ -59,6 +63,8 @@ FIELDS = (
     "logprobs",
     "suffix",
     "guided_json",
+    "tools",
+    "chat_template_kwargs",
 )
 
 
@@ -94,6 +100,77 @@ def test_a_text_that_no_session_can_hold_is_refused_by_its_length(body, field):
     check_body(shorter, None, session_len=100, token_length=3)
     with pytest.raises(BadRequestError, match=rf"^{field}: must have at most 300 characters .* not 301$"):
         check_body(body, None, session_len=100, token_length=3)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"stop": ["a"] * 65}, "stop: must be at most 64 texts, not 65"),
+        ({"stop": "a" * 1001}, "stop: must have at most 1000 characters, not 1001"),
+        ({"tools": [{"function": {"parameters": {"a": ["b" * 301]}}}]}, "tools: must have at most 300 "),
+        ({"tools": [{"function": {"parameters": {"\ud800": 1}}}]}, "tools: must be Unicode"),
+        ({"input": ["a", {"content": [{"text": "b" * 301}]}]}, "input: must have at most 300 "),
+        ({"messages": [{"role": "user", "content": "a"}] * 101}, "messages: must be at most 100 "),
+        (
+            {"chat_template_kwargs": {"chat_template": "{{ messages }}"}},
+            "chat_template_kwargs.chat_template: ",
+        ),
+    ],
+)
+def test_what_would_hold_the_event_loop_is_refused(body, said):
+    with pytest.raises(BadRequestError) as refused:
+        check_body(body, None, session_len=100, token_length=3)
+    assert str(refused.value).startswith(said)
+
+
+def test_a_session_of_another_request_is_refused():
+    sessions = SimpleNamespace(user_session_id_map={5: 0})
+    for body in (
+        {"session_id": 6},
+        {"session_id": -1},
+        {"session_id": None},
+        {"session_id": "5"},
+        {},
+        [],
+        None,
+    ):
+        check_session(body, sessions)
+    with pytest.raises(BadRequestError, match=r"^session_id: 5 has a request already"):
+        check_session({"session_id": 5}, sessions)
+
+
+def test_a_schema_that_takes_minutes_to_read_is_refused():
+    """A grammar library's time grows with the third power of the depth, and nothing else is served meanwhile."""
+    schema: dict = {"type": "string"}
+    for _ in range(60):
+        schema = {"type": "array", "items": schema}
+    form = {"type": "json_schema", "json_schema": {"name": "deep", "schema": schema}}
+    check_format(form)
+    with pytest.raises(BadRequestError, match=r"^response_format: .*64 levels"):
+        check_format({"type": "json_schema", "json_schema": form})
+    with pytest.raises(BadRequestError, match=r"^response_format: must be a dict"):
+        check_format("json")
+
+
+def test_pictures_are_no_text():
+    picture = "data:image/png;base64," + "A" * 1000
+    for body in (
+        {"prompt": "a", "image_data": picture},
+        {"prompt": "a", "image_data": [{"url": picture}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture}}]}]},
+    ):
+        check_body(body, None, session_len=100, token_length=3)
+
+
+def test_tools_and_templates_count_for_the_length_of_a_prompt():
+    tool = Tool(function=Function(name="f", parameters={"a": ["b" * LONG]}))
+    for value in (tool, {"tools": [tool]}, [{"role": "user", "content": ""}] * LONG, "a" * LONG):
+        assert is_long([value])
+    assert not is_long(["a", {"b": Tool(function=Function(name="f"))}, list(range(LONG))])
+    deep: list = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert not is_long(deep)
 
 
 def test_a_long_prompt_is_tokenized_beside_the_event_loop():

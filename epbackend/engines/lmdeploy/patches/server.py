@@ -12,12 +12,18 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 from lmdeploy.serve.openai.errors import create_error_response, create_request_error_response
-from lmdeploy.serve.openai.protocol import ChatCompletionRequest, GenerateReqInput
+from lmdeploy.serve.openai.protocol import (
+    ChatCompletionRequest,
+    EncodeRequest,
+    GenerateReqInput,
+    PoolingRequest,
+    PPLRequest,
+)
 from lmdeploy.serve.utils.server_utils import protocol_error_response
 from starlette.responses import JSONResponse
 
 from epbackend.engines.lmdeploy.patching import Patch, patch
-from epbackend.engines.lmdeploy.requests import completions
+from epbackend.engines.lmdeploy.requests import completions, tokenizing
 from epbackend.engines.lmdeploy.requests.checks import BadRequestError, check_body, is_disaggregated
 from epbackend.engines.lmdeploy.requests.logits_processors import logit_bias, output_penalties
 from epbackend.engines.lmdeploy.requests.token_logprobs import chat_logprobs, showing
@@ -35,8 +41,11 @@ FIELDS: dict[str, frozenset[str] | None] = {
     "/v1/messages": None,
     "/v1/messages/count_tokens": None,
     "/v1/responses": None,
+    "/v1/encode": frozenset(EncodeRequest.model_fields),
+    "/get_ppl": frozenset(PPLRequest.model_fields),
+    "/pooling": frozenset(PoolingRequest.model_fields),
 }
-"""Endpoints that take prompts -> the fields that they read; None where what they ignore is their protocol's affair."""
+"""Endpoints that take texts -> the fields that they read; None where what they ignore is their protocol's affair."""
 
 
 @patch(
@@ -80,6 +89,15 @@ def token_length(tokenizer: Any) -> int:
     return max(map(len, tokenizer.get_vocab()))
 
 
+def check_session(body: Any, sessions: Any) -> None:
+    """Raises BadRequestError for a session of another request, which LMDeploy takes for an error of its own."""
+    session_id = body.get("session_id") if isinstance(body, dict) else None
+    if isinstance(session_id, int) and session_id in sessions.user_session_id_map:
+        raise BadRequestError(
+            "session_id", f"{session_id} has a request already; take another, or leave it out"
+        )
+
+
 def _checked(name: str, fingerprint: str) -> Patch:
     """The endpoints of one of its routers, behind the check of their requests."""
 
@@ -97,6 +115,7 @@ def _checked(name: str, fingerprint: str) -> Patch:
                 engine = context.async_engine
                 longest = token_length(engine.tokenizer.model.model)
                 try:
+                    check_session(body, context.session_manager)
                     check_body(
                         body,
                         FIELDS[path],
@@ -157,6 +176,16 @@ def distserve_where_disaggregated(original: Callable) -> Callable:
 )
 def completions_as_openai(original: Callable) -> Callable:
     return functools.partial(completions.register, theirs=original)
+
+
+@patch(
+    "lmdeploy.serve.openai.endpoints.auxiliary:register",
+    why="a server answers nobody while these tokenize long texts",
+    when="server",
+    fingerprint="289a45a1bbad",
+)
+def texts_off_the_loop(original: Callable) -> Callable:
+    return functools.partial(tokenizing.register, theirs=original)
 
 
 @patch(
@@ -268,6 +297,7 @@ PATCHES = (
     _checked("create_responses_router", "785a191fbef0"),
     distserve_where_disaggregated,
     completions_as_openai,
+    texts_off_the_loop,
     chats_have_penalties,
     chats_show_what_was_asked,
     chat_logprobs_are_listed,

@@ -8,15 +8,22 @@ GenerationConfig, just before the engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from epbackend.errors import ConfigError, did_you_mean
 
 INT64 = 2**63
+STOPS = 64
+"""The most stop strings of a request: each is looked for in every part of an answer."""
+STOP_LENGTH = 1000
+"""The most characters of one."""
+CHOICES = 4096
+"""The most answers that one request may ask for: prompts, times `n`."""
 ALMOST_ZERO = 1e-4
 """A temperature below it overflows the logits; its limit is the greedy answer."""
 
@@ -126,6 +133,37 @@ CALL_ARGUMENTS = frozenset(
 )
 """What a pipeline's call takes beside prompts, sessions and gen_config; `multiplex` comes from LMDeploy's `chat`."""
 
+NESTING = 64
+"""The most levels of a response format: to read 64 takes a grammar library 0.3 s, 400 of them minutes."""
+
+MEDIA = frozenset(
+    f"{medium}{form}"
+    for medium in ("image", "video", "audio", "time_series")
+    for form in ("", "_url", "_data")
+) | {"input_audio", "source"}
+"""Fields that hold a picture or sound, by its address or whole: they are no text of a prompt."""
+
+OF_THE_SERVER = frozenset(
+    {
+        "chat_template",
+        "conversation",
+        "messages",
+        "max_length",
+        "padding",
+        "prompt",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+"""Arguments of transformers' `apply_chat_template` that no client may set: a template of its own is a program, which
+may loop without an end."""
+
 DISAGGREGATION = ("migration_request", "with_cache", "preserve_cache")
 """Read by LMDeploy from the raw request, so no schema has them. An engine that is not disaggregated (its role is
 Hybrid) waits for ever by the first, and ends by the last."""
@@ -182,15 +220,16 @@ def check_body(
             _refuse_unknown(field, value, known)
         if field in RANGES:
             RANGES[field].check(field, value)
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str):
-                _check_text(field, text, most)
     _check_lengths(given, session_len)
     _check_response_format(given.get("response_format"))
     _check_stop(given.get("stop"))
     # Token ids may stand for messages, as an empty list.
     if "messages" in given and not (given["messages"] == [] and "input_ids" in given):
-        _check_messages(given["messages"], most)
+        _check_messages(given["messages"], session_len, most)
+    _check_template_options(given.get("chat_template_kwargs"))
+    for field, value in given.items():
+        for text in () if field in MEDIA else texts_in(value):
+            _check_text(field, text, most)
     if given.get("suffix"):
         raise BadRequestError("suffix", "is not supported: it would be ignored; leave it out")
 
@@ -275,6 +314,38 @@ def check_adapter(name: str | None, adapters: Collection[str]) -> None:
         raise BadRequestError("adapter_name", f"the engine has no adapter {name!r}; {has}")
 
 
+def check_format(wanted: Any) -> None:
+    """Raises BadRequestError for a response format that is none, or takes too long to read."""
+    if not isinstance(wanted, dict):
+        raise BadRequestError("response_format", "must be a dict such as {'type': 'json_object'}")
+    level: list[Any] = [wanted]
+    for _ in range(NESTING):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    if level:
+        raise BadRequestError("response_format", f"must have at most {NESTING} levels of lists and objects")
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in a JSON value or in LMDeploy's objects made of one, names of fields too, but for MEDIA."""
+    rest = [value]
+    while rest:  # the value may be nested more deeply than Python calls
+        one = rest.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, list):
+            rest.extend(each for each in one if not isinstance(each, int))  # token ids are many
+        elif isinstance(one, dict):
+            rest.extend(one)
+            rest.extend(inner for name, inner in one.items() if name not in MEDIA)
+        elif isinstance(one, BaseModel):
+            rest.append(vars(one))
+
+
 def is_disaggregated(engine_config: Any) -> bool:
     """Whether the engine of this configuration of LMDeploy's is one for prefill or decoding alone."""
     role = getattr(engine_config, "role", None)
@@ -342,11 +413,28 @@ def _check_stop(stop: Any) -> None:
     words = [stop] if isinstance(stop, str) else stop
     if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
         raise BadRequestError("stop", "must be a text or a list of texts, none of them empty")
+    if len(words) > STOPS:
+        raise BadRequestError("stop", f"must be at most {STOPS} texts, not {len(words)}")
+    for word in words:
+        _check_text("stop", word, STOP_LENGTH, why="")
 
 
-def _check_messages(messages: Any, most: int) -> None:
+def _check_template_options(options: Any) -> None:
+    for name in options if isinstance(options, dict) else ():
+        if name in OF_THE_SERVER:
+            raise BadRequestError(
+                f"chat_template_kwargs.{name}",
+                "is the server's to say: variables of the model's chat template can be set; leave it out",
+            )
+
+
+def _check_messages(messages: Any, session_len: int, most: int) -> None:
     if not isinstance(messages, list):
         raise BadRequestError("messages", f"must be a list of messages, not {_shown(messages)}")
+    if len(messages) > session_len:  # each has one token at least
+        raise BadRequestError(
+            "messages", f"must be at most {session_len} to fit the context length, not {len(messages)}"
+        )
     says_something = False
     for place, message in enumerate(messages):
         where = f"messages.{place}"
@@ -374,12 +462,10 @@ def _check_messages(messages: Any, most: int) -> None:
         raise BadRequestError("messages", "must not all be empty")
 
 
-def _check_text(field: str, text: str, most: int) -> None:
+def _check_text(field: str, text: str, most: int, why: str = " to fit the context length") -> None:
     """`most` characters."""
     if len(text) > most:
-        raise BadRequestError(
-            field, f"must have at most {most} characters to fit the context length, not {len(text)}"
-        )
+        raise BadRequestError(field, f"must have at most {most} characters{why}, not {len(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can escape halves of surrogate pairs

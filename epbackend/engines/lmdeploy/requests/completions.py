@@ -38,7 +38,12 @@ from lmdeploy.serve.utils.request_cleanup import cleanup_result_generators, with
 from lmdeploy.serve.utils.server_utils import validate_json_request
 from pydantic import StrictInt
 
-from epbackend.engines.lmdeploy.requests.checks import DISAGGREGATION, BadRequestError, vocabulary_size
+from epbackend.engines.lmdeploy.requests.checks import (
+    CHOICES,
+    DISAGGREGATION,
+    BadRequestError,
+    vocabulary_size,
+)
 from epbackend.engines.lmdeploy.requests.logits_processors import logit_bias, output_penalties
 from epbackend.engines.lmdeploy.requests.token_logprobs import completion_logprobs
 
@@ -131,6 +136,12 @@ async def _begin(request: CompletionRequest, context: Any) -> list[Choice]:
     count = request.n or 1
     if request.session_id not in (None, -1) and len(prompts) * count > 1:
         raise BadRequestError("session_id", "can be given with one prompt and n: 1 only; leave it out")
+    if len(prompts) * count > CHOICES:
+        raise BadRequestError(
+            "prompt",
+            f"{len(prompts)} prompts with n: {count} ask for {len(prompts) * count} choices; at most {CHOICES} may be "
+            "asked for at once, so send several requests",
+        )
     vocabulary = vocabulary_size(engine.hf_cfg) or len(tokenizer)
     processors: list[Any] = [
         *([logit_bias(request.logit_bias, vocabulary)] if request.logit_bias else []),
@@ -174,6 +185,7 @@ async def _begin(request: CompletionRequest, context: Any) -> list[Choice]:
                     ),
                 )
             for _ in range(count):
+                await asyncio.sleep(0)  # others are served meanwhile: nothing below waits
                 seed = None if request.seed is None else request.seed + len(choices)
                 prepared = await prepare(prompt, seed)
                 ids = list(prepared.inputs["input_ids"])
