@@ -102,6 +102,23 @@ def layer_numbers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def with_dense(loads: Loads, dense_layers: tuple[int, ...]) -> Loads:
+    """The loads of the whole model: where they leave out its layers without experts, these are put back.
+
+    Raises:
+        ConfigError: there are no such layers in a model of so many; or some are there without a token, and some not.
+    """
+    there = set(dense_layers) & (set(range(loads.layers)) - set(loads.loaded_layers))
+    if there == set(dense_layers):
+        return loads
+    if there:
+        raise ConfigError(
+            f"dense_layers: {sorted(there)} are in the loads without a token, as layers without experts are, but not "
+            f"{sorted(set(dense_layers) - there)}; name exactly the layers that have none"
+        )
+    return loads.with_dense(dense_layers)
+
+
 def unplanned(loads: Loads, ranks: int) -> Placement:
     """The placement without planning: experts in order, and replicas only where ranks would be empty."""
     return Placement.even(loads.layers, loads.experts, ranks, max(loads.experts, ranks))

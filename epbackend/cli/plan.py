@@ -24,6 +24,7 @@ from epbackend.cli.inputs import (
     layer_numbers,
     load_windows,
     unplanned,
+    with_dense,
 )
 from epbackend.cli.output import JsonOption, check_target, console, say, watching
 from epbackend.cli.visits import AffinityOption, PairsOption, load_pairs, visit_facts, visits_table
@@ -99,7 +100,7 @@ def plan(
 
         check_plot(plot)
     dense = layer_numbers(dense_layers)
-    recorded = load_windows(loads).with_dense(dense)
+    recorded = with_dense(load_windows(loads), dense)
     before = read_placement(current, ReadOptions(ranks, dense_layers=dense)) if current else None
     counted, gathering = load_pairs(pairs, affinity)
     if gathering:

@@ -16,6 +16,7 @@ from epbackend.cli.inputs import (
     layer_numbers,
     load_windows,
     unplanned,
+    with_dense,
 )
 from epbackend.cli.output import console, say
 from epbackend.cli.pictures import rank_loads_YR, save_before_after, save_traffic
@@ -62,7 +63,7 @@ def show(
     if not loads:
         say(console, "Give recorded LOADS as well to see what it does to them.", "dim")
         return
-    recorded = load_windows(loads).with_dense(dense)
+    recorded = with_dense(load_windows(loads), dense)
     if (recorded.layers, recorded.experts) != (len(found.layers), found.experts):
         raise ConfigError(
             f"loads: have {recorded.layers} layers of {recorded.experts} experts, {placement} has "

@@ -100,20 +100,11 @@ class Loads:
         return tuple(np.flatnonzero(self.tokens_WYE.any(axis=(0, 2))).tolist())
 
     def with_dense(self, dense_layers: Sequence[int]) -> Loads:
-        """The loads of the whole model, where these leave out its layers without experts; others as they are.
+        """The loads of the whole model, where these leave out its layers without experts.
 
         Raises:
-            ConfigError: there are no such layers in a model of so many; or some are there without a token, and some
-                not.
+            ConfigError: there are no such layers in a model of so many.
         """
-        empty = set(range(self.layers)) - set(self.loaded_layers)
-        if empty >= set(dense_layers):
-            return self
-        if there := sorted(empty & set(dense_layers)):
-            raise ConfigError(
-                f"dense_layers: {there} are there without a token, as layers without experts are, but not "
-                f"{sorted(set(dense_layers) - empty)}; name exactly the layers that have none"
-            )
         every = self.layers + len(set(dense_layers))
         if beyond := [layer for layer in dense_layers if not 0 <= layer < every]:
             raise ConfigError(

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from epbackend.cli import COMMANDS, app
-from epbackend.cli.inputs import layer_numbers
+from epbackend.cli.inputs import layer_numbers, with_dense
 from epbackend.cli.pictures import MARKS
 from epbackend.errors import ConfigError
 from epbackend.names import SPLITS
@@ -103,7 +103,7 @@ def test_option_of_one_algorithm_is_refused_by_others(run, recorded):
         (("plan", "{recorded}", "--ranks", 4, "--option", "loads=x"), "the argument LOADS"),
         (("plan", "{recorded}", "--ranks", 4, "--option", "progress=1"), "option: progress is no option"),
         (("plan", "{recorded}", "--ranks", 4, "--option", f"groups={'[' * 5000}"), "groups: is no option"),
-        (("plan", "{recorded}", "--ranks", 4, "--dense-layers", "0-1"), "dense_layers: [0] are there"),
+        (("plan", "{recorded}", "--ranks", 4, "--dense-layers", "0-1"), "dense_layers: [0] are in the loads"),
         (("plan", "{recorded}", "--ranks", 4, "--current", "{recorded}"), "holds loads, not a placement"),
         (("plan", "none.json", "--ranks", 4, "--out", "/"), "out: / cannot be written"),
         (("plan", "none.json", "--ranks", 4, "--plot", "/x.mp3"), "plot: /x.mp3 is no picture's name"),
@@ -156,6 +156,20 @@ def test_convert_there_and_back_keeps_the_placement(run, tmp_path, planned):
     )
     assert back.exit_code == 0, back.output
     assert read_placement(tmp_path / "p.json").layers[1:] == read_placement(planned).layers[1:]
+
+
+def test_layers_without_experts_are_put_back_once():
+    loads = Loads.of(np.array([[1, 2], [3, 4]]))
+    whole = with_dense(loads, (0, 2))
+    assert whole.tokens_WYE[0].tolist() == [[0, 0], [1, 2], [0, 0], [3, 4]]
+    assert with_dense(whole, (0, 2)) is whole
+    assert with_dense(loads, ()) is loads
+    with pytest.raises(
+        ConfigError, match=r"dense_layers: \[0, 2\] are in the loads without a token, .* \[3\]"
+    ):
+        with_dense(whole, (0, 2, 3))
+    with pytest.raises(ConfigError, match="dense_layers: 3 is no layer of a model with 3"):
+        with_dense(loads, (3,))
 
 
 def test_a_map_without_dense_layers_is_planned_from_and_shown(run, tmp_path, recorded, planned):

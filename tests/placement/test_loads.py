@@ -26,18 +26,6 @@ def test_loads_are_a_copy_that_cannot_be_written_to():
         loads.tokens_WYE[0, 0, 0] = 2
 
 
-def test_layers_without_experts_are_put_back_once():
-    loads = Loads.of(np.array([[1, 2], [3, 4]]))
-    whole = loads.with_dense((0, 2))
-    assert whole.tokens_WYE[0].tolist() == [[0, 0], [1, 2], [0, 0], [3, 4]]
-    assert whole.with_dense((0, 2)) is whole
-    assert loads.with_dense(()) is loads
-    with pytest.raises(ConfigError, match=r"dense_layers: \[0, 2\] are there without a token, .* not \[3\]"):
-        whole.with_dense((0, 2, 3))
-    with pytest.raises(ConfigError, match="dense_layers: 3 is no layer of a model with 3"):
-        loads.with_dense((3,))
-
-
 def test_in_a_mixture_windows_count_equally_whatever_their_tokens():
     loads = Loads.of([np.array([[10.0, 30.0]]), np.array([[300.0, 100.0]])])
     assert loads.mixture_YE() == pytest.approx(np.array([[110.0, 110.0]]))
