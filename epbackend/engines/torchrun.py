@@ -76,9 +76,8 @@ def agreed_placement(
             warm_splits(config)
         except EPError as error:
             found = error
-        except (
-            Exception
-        ) as error:  # of any kind: the others wait for an answer, and may be unable to unpickle it
+        except Exception as error:
+            # The others wait for an answer, and may be unable to unpickle this one.
             found, cause = EPError(f"placement: rank 0 failed: {type(error).__name__}: {error}"), error
     answers = gather(ranks, (config.to_json(), found))
     if len({text for text, _ in answers}) > 1:

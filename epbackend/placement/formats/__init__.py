@@ -186,9 +186,8 @@ def _read(
 ) -> tuple[File, Loads | Placement]:
     """The file, and what it holds in the first format that matches; errors start with the path."""
     hotspots = path / mindie_hotspots.CONFIG
-    file = File(
-        hotspots if os.path.isfile(hotspots) else path
-    )  # Path.is_file raises for a name that is too long
+    # Path.is_file raises for a name that is too long.
+    file = File(hotspots if os.path.isfile(hotspots) else path)
     try:
         if file.kind == PICKLE:
             raise ConfigError("is a pickle, which may run any code: never read; save it as JSON, CSV or npy")
