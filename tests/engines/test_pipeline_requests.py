@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from lmdeploy import GenerationConfig
+from lmdeploy.pytorch.engine.guided_process import GuidedDecodingManager
 from transformers import AutoTokenizer
 
 import epbackend
+from epbackend.engines.lmdeploy.patches import requests
+from epbackend.engines.lmdeploy.requests import formats
 from epbackend.errors import ConfigError
 from tests.helpers.engine_models import prompts
 from tests.helpers.engines import GREEDY, config
@@ -204,3 +207,23 @@ def test_a_second_pipeline_is_refused_and_the_first_goes_on(pipe, checkpoint):
     with pytest.raises(ConfigError, match="has a pipeline already: close it first"):
         epbackend.pipeline(str(checkpoint("qwen3-moe")), CONFIG)
     assert pipe(prompts()[0], gen_config=GREEDY, do_preprocess=False).token_ids == expected
+
+
+def test_a_response_format_that_takes_too_long_is_refused_alone(pipe, monkeypatch):
+    """The ranks would compile it within a step, and answer nobody meanwhile."""
+    long, short = (
+        GenerationConfig(max_new_tokens=3, response_format={"type": "regex_schema", "regex_schema": text})
+        for text in ("a?" * 400, "[0-9]{3}")
+    )
+    with monkeypatch.context() as hurry:
+        hurry.setattr(formats, "DEADLINE_S", 0.05)
+        refused = pipe(prompts()[0], gen_config=long, do_preprocess=False)
+    assert (refused.finish_reason, refused.token_ids) == ("error", [])
+    assert "response_format: is not compiled within 0.05 s" in refused.error_message
+    # While the thread that was given up still compiles.
+    assert pipe(prompts()[0], gen_config=short, do_preprocess=False).text.isdigit()
+
+
+def test_compiled_response_formats_are_forgotten(pipe, checkpoint):
+    manager = GuidedDecodingManager(AutoTokenizer.from_pretrained(checkpoint("qwen3-moe")), None)
+    assert manager.compiler.cache_limit_bytes == requests.FORMATS_BYTES

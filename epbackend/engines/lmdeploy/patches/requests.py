@@ -8,13 +8,13 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from epbackend.engines.lmdeploy.patching import Patch, patch
 from epbackend.engines.lmdeploy.requests.checks import (
     ALMOST_ZERO,
     BadRequestError,
     check_adapter,
-    check_format,
     check_generation,
     is_disaggregated,
     vocabulary_size,
@@ -93,19 +93,22 @@ def patch_loaded_server() -> None:
     fingerprint="d588f51ecea7",
 )
 def requests_are_checked(original: Callable) -> Callable:
-    from lmdeploy._guided_decoding import ensure_response_format_compilable
     from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
+
+    from epbackend.engines.lmdeploy.requests.formats import FormatTrials
+
+    trials: WeakKeyDictionary[Any, FormatTrials] = WeakKeyDictionary()
+
+    async def check_response_format(engine: Any, wanted: Any) -> None:
+        if wanted is not None:
+            if engine not in trials:
+                trials[engine] = FormatTrials(engine.tokenizer.model.model, vocabulary_size(engine.hf_cfg))
+            await trials[engine].check(wanted)
 
     def check_wishes(gen_config: Any, tokenizer: Any) -> None:
         """What LMDeploy takes from a GenerationConfig without a word, and cannot do."""
         if gen_config is None:
             return
-        if gen_config.response_format is not None:
-            check_format(gen_config.response_format)
-            try:
-                ensure_response_format_compilable(gen_config.response_format)
-            except ValueError as error:
-                raise BadRequestError("response_format", str(error)) from error
         for word in gen_config.bad_words or ():
             if len(tokenizer.encode(word, add_bos=False)) != 1:
                 raise BadRequestError(
@@ -119,6 +122,7 @@ def requests_are_checked(original: Callable) -> Callable:
     ) -> Any:
         try:
             check_wishes(gen_config, self.tokenizer)
+            await check_response_format(self, getattr(gen_config, "response_format", None))
             check_adapter(kwargs.get("adapter_name"), getattr(self.backend_config, "adapters", None) or ())
         except ValueError as error:
             self.session_mgr.remove(session_id)
@@ -338,6 +342,23 @@ def prompts_are_read_apart(original: Callable) -> Callable:
     return schedule
 
 
+FORMATS_BYTES = 256 << 20
+"""Of compiled response formats, which a process keeps for those who ask for them again."""
+
+
+@patch(
+    "xgrammar:GrammarCompiler.__init__",
+    why="every response format that was ever asked for stays in the memory of each rank",
+    when="always",
+)
+def formats_are_forgotten(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{"cache_limit_bytes": FORMATS_BYTES} | kwargs)
+
+    return init
+
+
 @patch(
     "lmdeploy.pytorch.engine.logits_process:_apply_custom_logits_processors",
     why="an error in one processor ends the rank; and it shows processors the padding of shorter sequences",
@@ -393,6 +414,7 @@ PATCHES = (
     messages_fail_alone,
     full_sessions_get_a_token,
     prompts_are_read_apart,
+    formats_are_forgotten,
     processors_fail_alone,
     failed_processors_are_told,
     Patch(
