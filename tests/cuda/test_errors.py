@@ -64,6 +64,6 @@ def test_scales_of_the_wrong_shape_raise():
     with pytest.raises(ConfigError, match=r"scales of shape \[2, 2, 2\], one for each 128 x 128 block"):
         Fp8Blocks(blocks.values_LNK, blocks.scale_LBB[:, :1])
     with pytest.raises(
-        ConfigError, match=r"int8 experts need torch.int8 values and scales of shape \[2, 3\]"
+        ConfigError, match=r"int8 experts need torch.int8 values and torch.float32 scales of shape \[2, 3\]"
     ):
         Int8Weights(rows.values_LNK, rows.scale_LN.T)
