@@ -91,9 +91,7 @@ class _Loader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep)
             if type(value) is int:
-                str(
-                    value
-                )  # which has a limit that hexadecimal numbers otherwise pass, and no message could show them
+                str(value)  # raises for one that no message could show, which hexadecimal digits may write
             return value
         except (ValueError, ArithmeticError, LookupError, AttributeError) as error:
             # PyYAML takes what looks like a date or a number for one: 2024-13-45, 0x_, !!int "".

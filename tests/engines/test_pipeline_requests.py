@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import epbackend
 from epbackend.engines.lmdeploy.patches import requests
-from epbackend.engines.lmdeploy.requests import formats
+from epbackend.engines.lmdeploy.requests import response_formats
 from epbackend.errors import ConfigError
 from tests.helpers.engine_models import prompts
 from tests.helpers.engines import GREEDY, config
@@ -216,7 +216,7 @@ def test_a_response_format_that_takes_too_long_is_refused_alone(pipe, monkeypatc
         for text in ("a?" * 400, "[0-9]{3}")
     )
     with monkeypatch.context() as hurry:
-        hurry.setattr(formats, "DEADLINE_S", 0.05)
+        hurry.setattr(response_formats, "DEADLINE_S", 0.05)
         refused = pipe(prompts()[0], gen_config=long, do_preprocess=False)
     assert (refused.finish_reason, refused.token_ids) == ("error", [])
     assert "response_format: is not compiled within 0.05 s" in refused.error_message

@@ -24,6 +24,7 @@ from lmdeploy.tokenizer import Tokenizer
 from epbackend.engines.lmdeploy.patches.requests import long_prompts_off_the_loop, messages_fail_alone
 from epbackend.engines.lmdeploy.patches.server import check_session
 from epbackend.engines.lmdeploy.pipelines import ExpertParallelPipeline
+from epbackend.engines.lmdeploy.requests import response_formats
 from epbackend.engines.lmdeploy.requests.checks import (
     CALL_ARGUMENTS,
     DISAGGREGATION,
@@ -409,3 +410,16 @@ def test_a_message_that_cannot_be_added_ends_its_own_session():
     messages_fail_alone.build(add)(engine, reqs)
     assert (added, ended) == ([1, 1], [0])
     assert [(resp, kind.name) for resp, kind in told] == [(0, "INTERNAL_ENGINE_ERROR")]
+
+
+def test_a_response_format_whose_turn_does_not_come_is_refused(monkeypatch):
+    """And not let through untried, whichever clock ends first."""
+    monkeypatch.setattr(response_formats, "DEADLINE_S", 0.05)
+    monkeypatch.setattr(response_formats, "AT_ONCE", 1)
+    trials = response_formats.FormatTrials(None, None)
+    wanted = {"type": "regex_schema", "regex_schema": "[0-9]{3}"}
+    with trials._free:
+        with pytest.raises(TimeoutError):
+            trials._try(wanted, until=0.0)
+        with pytest.raises(BadRequestError, match="try again later"):
+            asyncio.run(trials.check(wanted))

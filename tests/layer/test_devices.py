@@ -23,13 +23,14 @@ def test_the_cpu_is_always_there():
 
 
 @pytest.mark.parametrize(
-    ("version", "names"),
+    "names",
     [
-        (2, ("memory.max", "memory.current", "inactive_file", "active_file")),
-        (1, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file")),
+        ("memory.max", "memory.current", "inactive_file", "active_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file"),
     ],
+    ids=["cgroup v2", "cgroup v1"],
 )
-def test_what_a_container_has_read_from_files_counts_as_free(version, names, tmp_path, monkeypatch):
+def test_what_a_container_has_read_from_files_counts_as_free(names, tmp_path, monkeypatch):
     limit, used, inactive, active = names
     (tmp_path / limit).write_text("4000\n")
     (tmp_path / used).write_text("3000\n")

@@ -95,7 +95,7 @@ def patch_loaded_server() -> None:
 def requests_are_checked(original: Callable) -> Callable:
     from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 
-    from epbackend.engines.lmdeploy.requests.formats import FormatTrials
+    from epbackend.engines.lmdeploy.requests.response_formats import FormatTrials
 
     trials: WeakKeyDictionary[Any, FormatTrials] = WeakKeyDictionary()
 

@@ -165,8 +165,8 @@ OF_THE_SERVER = frozenset(
 may loop without an end."""
 
 DISAGGREGATION = ("migration_request", "with_cache", "preserve_cache")
-"""Read by LMDeploy from the raw request, so no schema has them. An engine that is not disaggregated (its role is
-Hybrid) waits for ever by the first, and ends by the last."""
+"""Read by LMDeploy from the raw request, so no schema has them. In an engine that is not disaggregated (its role is
+Hybrid) the first makes a request wait forever, and the last ends the engine."""
 
 OPTIONS = {
     "temperature": RANGES["temperature"],

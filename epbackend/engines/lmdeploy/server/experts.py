@@ -20,7 +20,7 @@ from starlette.routing import Route
 from epbackend.balance.balancer import Balancer
 from epbackend.engines.lmdeploy.load.report import StatsReader
 from epbackend.engines.lmdeploy.load.status import status
-from epbackend.engines.lmdeploy.server.answers import asks_for_key, error_form
+from epbackend.engines.lmdeploy.server.front import asks_for_key, error_form
 from epbackend.errors import EPError
 from epbackend.placement.placement import Placement
 

@@ -1,4 +1,5 @@
-"""What a server shows to its clients: name, keys, chat template, parsers, TLS, CORS, its path, its request log."""
+"""What a server shows to its clients: name, keys, chat template, parsers, TLS, CORS, its path, its request log, and the
+form of its own errors."""
 
 from __future__ import annotations
 
@@ -7,18 +8,25 @@ import logging
 import os
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from epbackend.engines.lmdeploy.patching import Patch, Patches
 from epbackend.errors import ConfigError
 
+if TYPE_CHECKING:
+    from starlette.middleware import Middleware
+
 EVERYTHING = ("*",)
+UNAVAILABLE = "service_unavailable"
+"""Kind of the error that comes with status 503."""
+WHEN_UNAVAILABLE: Mapping[str, str] = {"retry-after": "10"}
+"""Headers of an answer with status 503: seconds in which a server is often started again."""
 
 
 @dataclass(frozen=True)
@@ -223,3 +231,19 @@ def _request_log() -> logging.Logger:
     log = logging.getLogger("epbackend.requests")
     log.setLevel(REQUEST_LOG_LEVEL)
     return log
+
+
+def error_form(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it; `kind` is its type."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def asks_for_key(api_keys: Sequence[str]) -> list[Middleware]:
+    """Middleware by which a request must bring one of the keys (`Authorization: Bearer KEY`); none for no keys."""
+    if not api_keys:
+        return []
+    # Imported late: `Front` is read where neither of them is needed.
+    from lmdeploy.serve.utils.server_utils import AuthenticationMiddleware
+    from starlette.middleware import Middleware
+
+    return [Middleware(AuthenticationMiddleware, tokens=list(api_keys))]

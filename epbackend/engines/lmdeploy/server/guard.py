@@ -31,8 +31,8 @@ import psutil
 from epbackend.balance.balancer import Balancer
 from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy.patching import Patch, Patches
-from epbackend.engines.lmdeploy.server.answers import UNAVAILABLE, WHEN_UNAVAILABLE, error_form
 from epbackend.engines.lmdeploy.server.experts import PREFIX
+from epbackend.engines.lmdeploy.server.front import UNAVAILABLE, WHEN_UNAVAILABLE, error_form
 from epbackend.engines.lmdeploy.workers.process_guard import descendants, ending_signals, kill_all
 from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, STOPPED, process_state
 

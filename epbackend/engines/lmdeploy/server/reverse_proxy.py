@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from epbackend.engines.lmdeploy.server.answers import (
+from epbackend.engines.lmdeploy.server.front import (
     UNAVAILABLE,
     WHEN_UNAVAILABLE,
     asks_for_key,

@@ -1,4 +1,4 @@
-"""Response formats are compiled by way of trial, before the ranks compile them within a step.
+"""Response formats are compiled as a trial, before the ranks compile them within a step.
 
 Nothing tells beforehand how long the grammar library takes for one: the regex `a?` a thousand times over takes minutes.
 The ranks would answer nobody meanwhile, and end after `timeout_s` as if they were stuck. The library lets other threads
@@ -51,15 +51,16 @@ class FormatTrials:
             await asyncio.wait_for(off_loop(functools.partial(self._try, wanted, until)), DEADLINE_S)
         except TimeoutError:
             raise BadRequestError(
-                "response_format", f"is not compiled within {DEADLINE_S:g} s; write a simpler one"
+                "response_format",
+                f"is not compiled within {DEADLINE_S:g} s; write a simpler one, or try again later",
             ) from None
         except ValueError as error:
             raise BadRequestError("response_format", str(error)) from error
 
     def _try(self, wanted: dict[str, Any], until: float) -> None:
-        """Compiles it, unless `until` is over before its turn comes."""
+        """Compiles it. Raises TimeoutError where its turn does not come before `until`."""
         if not self._free.acquire(timeout=max(0.0, until - time.monotonic())):
-            return
+            raise TimeoutError
         try:
             ensure_response_format_compilable(wanted)
             guided_process.compile_response_format(self._ready_compiler(), wanted)
