@@ -85,8 +85,7 @@ class SlotMap:
     def slot_ids_EC(self) -> np.ndarray:
         """The ids of each expert's slots in ascending order, int64; C is the most replicas, shorter rows end in -1."""
         layout = self.layout
-        first_R = np.cumsum(layout.slots_R) - layout.slots_R
-        place_P = np.arange(layout.slots) - first_R[layout.rank_of_slot_P]
+        place_P = np.arange(layout.slots) - layout.first_R[layout.rank_of_slot_P]
         ids_P = layout.rank_of_slot_P * self.slots_per_rank + place_P
         return np.where(layout.slots_EC < 0, -1, ids_P[layout.slots_EC])
 

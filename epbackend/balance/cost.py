@@ -129,7 +129,7 @@ class CostModel:
         )
         choices = self.ranks * self.tokens * self.model.topk
         _, active_P = activated(choices).features(shares_BP[0], 1.0)
-        first_R = np.cumsum(layout.slots_R) - layout.slots_R
+        first_R = layout.first_R[:-1]
         share_R, active_R = (np.add.reduceat(each_P, first_R) for each_P in (shares_BP[0], active_P))
         operations_R = share_R * choices * self.model.flops / self.machine.flops_s
         weights_R = active_R * self.model.expert_bytes / self.machine.memory_bytes_s

@@ -260,8 +260,7 @@ class _Layers:
         from epbackend.placement.search.layer_search import relieve
 
         before = self._placement.layers[layer]
-        first_R = np.concatenate(([0], np.cumsum(before.slots_R)))
-        problem = self._inputs.problem(layer, first_R)
+        problem = self._inputs.problem(layer, before.first_R)
         expert_P = before.slot_to_expert_P.copy()  # numba would compile once more for a read-only array
         least = self._inputs.least_cost(layer, before.slots)
         cost, imbalance = self.now(layer)

@@ -138,7 +138,7 @@ def _tries(problem: Gathering, layout: Layout, limit: float) -> Iterator[Layout]
     """Other layouts, the most gathered first; not all of them keep within the limit."""
     from epbackend.placement.search.affinity_search import gather_on_nodes, gather_on_ranks, pack_ranks
 
-    first_R = np.append(0, np.cumsum(layout.slots_R))
+    first_R = layout.first_R
     nodes, speed = int(problem.node_R[-1]) + 1, problem.speed_R.sum()
     if nodes > 1:
         first_M = first_R[:: layout.ranks // nodes].copy()

@@ -123,6 +123,12 @@ class Layout:
         """Slots of each rank, int64."""
         return _frozen([len(held) for held in self.experts_of_rank])
 
+    @property
+    def first_R(self) -> np.ndarray:
+        """The first slot of each rank, and at the end the number of slots, int64 [R + 1]. A new array each time: numba
+        would compile once more for a read-only one."""
+        return np.concatenate(([0], np.cumsum(self.slots_R)))
+
     @cached_property
     def slot_to_expert_P(self) -> np.ndarray:
         """The logical expert of every slot, int64."""

@@ -142,8 +142,7 @@ def rank_costs(
     Over its speed, where speeds are given.
     """
     if objective == TOKENS:
-        first_slot_R = np.cumsum(layout.slots_R) - layout.slots_R
-        costs_BR = np.add.reduceat(shares_BP, first_slot_R, axis=1)
+        costs_BR = np.add.reduceat(shares_BP, layout.first_R[:-1], axis=1)
     else:
         costs_BR = np.stack(
             [objective.rank_costs(s_P, layout.rank_of_slot_P, layout.ranks) for s_P in shares_BP]

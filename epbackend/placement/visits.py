@@ -115,7 +115,7 @@ def expected_visits(pair_EE: np.ndarray, topk: int, layout: Layout, node_size: i
     expert_P = layout.slot_to_expert_P.copy()  # numba would compile once more for a read-only array
     held_EM = np.zeros((layout.experts, nodes), dtype=np.int64)
     np.add.at(held_EM, (expert_P, node_R[layout.rank_of_slot_P]), 1)
-    first_R = np.append(0, np.cumsum(layout.slots_R))
+    first_R = layout.first_R
     tokens = max(np.trace(pair_EE) / topk, 1e-300)
     places = (first_R, node_R), (first_R[::size].copy(), np.arange(nodes))
     moments = (visit_moments(expert_P, *each, held_EM, pair_EE) for each in places)

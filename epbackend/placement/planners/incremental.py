@@ -85,8 +85,7 @@ def _replan(inputs: SearchInputs, layer: int, before: Layout, target: float, see
     """One layer: as it is if nothing better is found."""
     from epbackend.placement.search.layer_search import improve, relieve, slots_cost
 
-    first_R = np.concatenate(([0], np.cumsum(before.slots_R)))
-    problem = inputs.problem(layer, first_R)
+    problem = inputs.problem(layer, before.first_R)
     before_P = before.slot_to_expert_P.copy()  # numba would compile once more for a read-only array
     least = inputs.least_cost(layer, before.slots)
     expert_P, _, reached = relieve(problem, before_P, target, least, 0.0, before_P.size)
