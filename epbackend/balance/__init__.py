@@ -1,6 +1,6 @@
 """Balance while serving: watch the experts' load, plan again where it pays, move experts while the engine goes on.
 
-- `forecast` foretells the coming window, `decision` says when a new placement pays, and which; `planner` runs them
+- `forecast` predicts the coming window, `decision` says when a new placement pays, and which; `planner` runs them
   in a process of its own.
 - `speed` tells from the steps how fast ranks are; `calibration` times their experts before.
 - `cost` is the time of a step and of moves, by a model; `simulation` is a whole sequence of windows by it.

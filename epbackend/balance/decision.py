@@ -1,7 +1,7 @@
 """Whether it pays to move experts, and which: a `Rebalancer` sees the loads window by window, and proposes a placement.
 
 A layer is planned again, by the steps of the planner `incremental`, where the experts' time that a step is expected to
-save is worth more than what moving them takes. The loads to plan for are foretold (`forecast`); the gain is judged on
+save is worth more than what moving them takes. The loads to plan for are predicted (`forecast`); the gain is judged on
 the recent windows where these vary by chance. Layers that bring most for each moved slot come first, until the budget
 of a cycle is spent; the last of them is changed as far as the budget goes.
 
@@ -203,7 +203,7 @@ class Rebalancer:
         ways = np.bincount(self._forecast.way_Y[list(layers.loaded)], minlength=len(WAYS))
         reason = (
             f"{len(taken)} of {len(layers.loaded)} layers change, {moved} slots move: busiest rank {before:.3f} to "
-            f"{after:.3f} times the mean, expected; foretold by {WAYS[int(ways.argmax())]} in most layers"
+            f"{after:.3f} times the mean, expected; predicted by {WAYS[int(ways.argmax())]} in most layers"
         )
         if left_out := wanted - len(taken):
             reason += f"; {left_out} more layers wait for the next cycle's budget"

@@ -1,11 +1,11 @@
-"""What the next window of loads will look like, from the windows so far; of each layer by what has foretold it best.
+"""What the next window of loads will look like, from the windows so far; of each layer by what has predicted it best.
 
-Three ways to foretell the shares of a layer's experts: the last window again; the exponential average of all so far;
-their trend, by Holt's linear method (1957). Each window is first foretold by all three, and then judges them, by the
+Three ways to predict the shares of a layer's experts: the last window again; the exponential average of all so far;
+their trend, by Holt's linear method (1957). Each window is first predicted by all three, and then judges them, by the
 total variation distance. A layer keeps to its last window as long as neither of the others was clearly nearer to what
 came. So noise is averaged out while the load is steady, and a load that jumps is followed at once.
 
-Letters: Z ways to foretell, B windows to judge by.
+Letters: Z ways to predict, B windows to judge by.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Forecast:
         self._windows_Y = np.zeros(layers, np.int64)
         self._recent: deque[np.ndarray] = deque(maxlen=MEMORY)
         self._average_YE, self._level_YE, self._slope_YE = np.zeros((3, layers, experts))
-        self._foretold_ZYE = np.zeros((len(WAYS), layers, experts))
+        self._predicted_ZYE = np.zeros((len(WAYS), layers, experts))
         self._error_ZY = np.zeros((len(WAYS), layers))
 
     def observe(self, tokens_YE: np.ndarray) -> None:
@@ -53,7 +53,7 @@ class Forecast:
 
         judged_Y = came_Y & (self._windows_Y > 0)
         weight_Y = np.where(self._windows_Y > 1, SMOOTHING, 1.0) * judged_Y
-        distance_ZY = np.abs(self._foretold_ZYE - share_YE).sum(axis=2) / 2
+        distance_ZY = np.abs(self._predicted_ZYE - share_YE).sum(axis=2) / 2
         self._error_ZY += weight_Y * (distance_ZY - self._error_ZY)
 
         weight_Y1 = (np.where(self._windows_Y > 0, SMOOTHING, 1.0) * came_Y)[:, None]
@@ -66,18 +66,18 @@ class Forecast:
         self._slope_YE += weight_Y1 * judged_Y[:, None] * (rise_YE - self._slope_YE)
 
         self._windows_Y += came_Y
-        last_YE = np.where(came_Y[:, None], share_YE, self._foretold_ZYE[0])
+        last_YE = np.where(came_Y[:, None], share_YE, self._predicted_ZYE[0])
         trend_YE = _shares(np.maximum(self._level_YE + self._slope_YE, 0.0))
-        self._foretold_ZYE = np.stack([last_YE, self._average_YE, trend_YE])
+        self._predicted_ZYE = np.stack([last_YE, self._average_YE, trend_YE])
         clear_Y = self._error_ZY.min(axis=0) < CLEARLY * self._error_ZY[0]
         trusted_Y = clear_Y & (self._windows_Y >= LEAST_WINDOWS)
         self.way_Y = np.where(trusted_Y, self._error_ZY.argmin(axis=0), 0)
-        self.shares_YE = np.take_along_axis(self._foretold_ZYE, self.way_Y[None, :, None], axis=0)[0]
+        self.shares_YE = np.take_along_axis(self._predicted_ZYE, self.way_Y[None, :, None], axis=0)[0]
 
     def judges(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """What to judge a placement of the layer by: shares_BE of windows, and weight_B, which sum to 1.
 
-        What is foretold; but where the average foretells best, the recent windows one by one: a placement that fits the
+        What is predicted; but where the average predicts best, the recent windows one by one: a placement that fits the
         noise of a single window is then found to gain nothing. The layer must have had a token.
         """
         windows = [share_YE[layer] for share_YE in reversed(self._recent) if share_YE[layer].any()]

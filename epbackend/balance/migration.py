@@ -147,7 +147,7 @@ class Migrator:
             except Exception as error:
                 self._seat.answer_failed(migration.number, f"{type(error).__name__}: {error}")
                 self._connections.drop()
-                self._streams.forsake()
+                self._streams.discard()
                 logger.warning("rank %d staged nothing of layer %d: %s", self._rank, migration.layer, error)
             else:
                 self._seat.answer_staged(migration.number)

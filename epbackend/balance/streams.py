@@ -54,7 +54,7 @@ class Streams:
         """Memory of the host for messages of so many bytes; on a device the same for every migration.
 
         Raises:
-            RuntimeError: it was forsaken, and the host has no other.
+            RuntimeError: it was discarded, and the host has no other.
         """
         if self._module is None:
             return [torch.empty(size, dtype=torch.uint8) for size in sizes]
@@ -62,7 +62,7 @@ class Streams:
             self._host = _pinned(self._host_bytes)
         return list(self._host[: sum(sizes)].split(sizes))
 
-    def forsake(self) -> None:
+    def discard(self) -> None:
         """Never again use the memory of messages, into which one may still come. The next migration takes other."""
         self._host = None
 

@@ -29,7 +29,7 @@ SHARED = re.compile(r"shared\w*\..+")
 """Experts that every token goes to: they have no number."""
 IN_STACK = re.compile(r"(?P<stack>.*)\b(?:layers|blocks|h)\.(?P<layer>\d+)(?P<tail>\..*)?")
 DRAFT = re.compile(r"mtp|nextn")
-"""In the names of layers that foretell tokens for speculative decoding."""
+"""In the names of layers that predict tokens for speculative decoding."""
 NAMES_EXPERT = re.compile(r"experts\\?\.\d")
 
 

@@ -50,7 +50,7 @@ def test_a_proposal_pays_keeps_to_the_budget_and_to_the_slots(seed, shape, slots
     )
     rebalancer = Rebalancer(planned(loads(seed), ranks, all_slots), given)
     price = 1000 / 1e8 * LAYERS / horizon_s
-    for window in range(3):  # so few that each is foretold by the one before, and judged by it
+    for window in range(3):  # so few that each is predicted by the one before, and judged by it
         tokens_YE = loads(seed + window // 2)
         rebalancer.observe(tokens_YE)
         before, proposal = rebalancer.placement, rebalancer.propose()

@@ -1,4 +1,4 @@
-"""Which way of foretelling is taken, and that it is nearer to what comes."""
+"""Which way of predicting is taken, and that it is nearer to what comes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fed(windows):
     return forecast
 
 
-def test_a_steady_load_is_foretold_by_its_average_nearer_than_by_its_last_window():
+def test_a_steady_load_is_predicted_by_its_average_nearer_than_by_its_last_window():
     windows = [drawn(shares(1), seed=seed) for seed in range(20)]
     forecast = fed(windows)
     assert {WAYS[way] for way in forecast.way_Y} == {"average"}
@@ -43,7 +43,7 @@ def test_a_steady_load_is_foretold_by_its_average_nearer_than_by_its_last_window
     assert judges_BE[0] == pytest.approx(last[0])
 
 
-def test_a_load_that_goes_over_evenly_is_foretold_by_its_trend():
+def test_a_load_that_goes_over_evenly_is_predicted_by_its_trend():
     forecast = fed([shares(1) * (1 - t) + shares(2) * t for t in np.linspace(0, 0.9, 10)])
     assert {WAYS[way] for way in forecast.way_Y} == {"trend"}
     coming, last = shares(2), shares(1) * 0.1 + shares(2) * 0.9

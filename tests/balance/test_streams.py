@@ -113,7 +113,7 @@ def test_messages_lie_in_one_piece_of_memory_until_one_of_them_may_come_late(dev
     first, again = streams.messages([40, 8]), streams.messages([16])
     assert [len(each) for each in (*first, *again)] == [40, 8, 16]
     assert first[0].data_ptr() == again[0].data_ptr()
-    streams.forsake()
+    streams.discard()
     assert streams.messages([16])[0].data_ptr() != again[0].data_ptr()
 
 
@@ -127,7 +127,7 @@ def test_a_host_without_memory_fails_the_next_migration_and_not_the_one_that_is_
 
     with monkeypatch.context() as full:
         full.setattr(module, "_pinned", none_left)
-        streams.forsake()
+        streams.discard()
         with pytest.raises(RuntimeError, match="no memory"):
             streams.messages([16])
     assert [len(each) for each in streams.messages([40, 24])] == [40, 24]

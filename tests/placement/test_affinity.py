@@ -1,4 +1,4 @@
-"""Pairs, the visits that they foretell, and plans for fewer of them within a limit of balance."""
+"""Pairs, the visits that they predict, and plans for fewer of them within a limit of balance."""
 
 import json
 import re

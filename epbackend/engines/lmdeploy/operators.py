@@ -147,7 +147,7 @@ class LayerExperts:
         active().stats_writer.watch(rank, self.layer_number, self.layer, values.device)
         decode = self.settings["decode"]
         if decode.static and decode.max_tokens:
-            active().real_tokens.foresee(decode.max_tokens, values.device)
+            active().real_tokens.expect(decode.max_tokens, values.device)
         balance.watch(self.layer_number, self.layer, values.device)
 
     def forward(

@@ -24,7 +24,7 @@ class RealTokens:
     def __init__(self) -> None:
         self.warming_up = False
         self._place_M1: Tensor | None = None
-        """0, 1, ...; None until a captured call is foreseen."""
+        """0, 1, ...; None until a captured call is expected."""
         self._padding_M1: Tensor | None = None
         """Whether a row is none. Graphs read it, so it stays where it is."""
 
@@ -38,7 +38,7 @@ class RealTokens:
             self.warming_up = False
 
     @torch.inference_mode(False)
-    def foresee(self, most: int, device: torch.device) -> None:
+    def expect(self, most: int, device: torch.device) -> None:
         """Static calls with up to so many rows will come; to be called before the first of them."""
         if self._place_M1 is None or len(self._place_M1) < most:
             self._place_M1 = torch.arange(most, device=device)[:, None]
@@ -55,5 +55,5 @@ class RealTokens:
             torch.ge(self._place_M1, tokens if self.are_in(step) else 0, out=self._padding_M1)
 
     def padding(self, rows: int) -> Tensor | None:
-        """padding_T1 (bool) for a static call with so many rows; None where none was foreseen."""
+        """padding_T1 (bool) for a static call with so many rows; None where none was expected."""
         return None if self._padding_M1 is None else self._padding_M1[:rows]

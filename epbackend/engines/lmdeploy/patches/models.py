@@ -274,7 +274,7 @@ def latent_is_not_quantized(original: Callable) -> Callable:
 
 
 PATCHES = (
-    # Who takes it from another comes first: it must be imported while that one has its original.
+    # Modules that import this function come before the module that defines it.
     _as_released("draft-configs-as-released", "lmdeploy.pytorch.engine.config_builder"),
     _as_released("configs-as-released", "lmdeploy.pytorch.transformers"),
     _as_released("checked-configs-as-released", "lmdeploy.hf_configs"),

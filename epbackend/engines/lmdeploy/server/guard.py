@@ -376,7 +376,7 @@ def looking_out(
     timeout_s: float,
     balancer: Balancer | None,
 ) -> Iterator[None]:
-    """Tells the guard of an engine that fails while it serves, which it begins and ends within the block.
+    """Tells the guard of an engine that fails while it serves, started and stopped with the block.
 
     It has failed when it left a verdict, when one of its `processes` ended (None: the one that LMDeploy starts for it),
     or when any process is stopped for longer than `timeout_s`. The planner may be stopped: the balancer replaces it.

@@ -5,8 +5,8 @@ at once. Only the first process decides what follows: a server lets requests fin
 those behind it ignore such signals, and have one of their own for the order.
 
 A rank that waits in a collective runs no Python signal handler, so a plain worker would outlive its parent and ignore
-the order. The guard is a thread: collectives release the interpreter lock. Ray's agents would stay for a minute after
-their engine.
+the order. The guard is a thread: collectives release the interpreter lock. Without this, Ray's agents would stay for a
+minute after their engine.
 """
 
 from __future__ import annotations
