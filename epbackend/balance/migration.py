@@ -55,16 +55,16 @@ class Migrator:
         self,
         places: np.ndarray,
         rank: int,
-        place: torch.device,
+        device: torch.device,
         staging_bytes: int,
         recount: Recount = _no_count,
     ) -> None:
-        """`places` are those of all ranks at the board; this rank's experts are at `place`.
+        """`places` are those of all ranks at the board; this rank's experts are on `device`.
 
         A migration holds at most `staging_bytes` of experts here; where that is no CPU, on the host and there, in
         memory that the first layers reserve.
         """
-        self._place, self._streams = place, Streams(place)
+        self._device, self._streams = device, Streams(device)
         self._seat, self._rank = Seat(places, rank, self._streams.lead), rank
         self._connections = Connections(self._seat, rank, len(places))
         self._staging_bytes, self._recount = staging_bytes, recount
@@ -167,7 +167,7 @@ class Migrator:
             )
         slot_map = replace(layer.slot_map, layout=migration.after, rank_speed=migration.rank_speed)
         with self._streams.beside():
-            relocation = layer.prepare(slot_map, self._place)
+            relocation = layer.prepare(slot_map, self._device)
             experts = stage(
                 migration,
                 self._rank,

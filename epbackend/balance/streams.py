@@ -20,9 +20,9 @@ AHEAD = 4
 class Streams:
     """Of one rank. `reserve`, `begin_step` and `flipped` belong to the thread that serves, the rest to the other."""
 
-    def __init__(self, place: torch.device) -> None:
-        self._place = place
-        self._module: Any = None if place.type == "cpu" else torch.get_device_module(place.type)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device.type)
         self.lead = 1 if self._module is None else AHEAD
         """No step k + lead begins here before step k is done."""
         self._ends: deque[Any] = deque()
@@ -44,7 +44,7 @@ class Streams:
         if self._module is None:
             return
         if self._near is None or len(self._near) < experts_bytes:
-            self._near = torch.empty(experts_bytes, dtype=torch.uint8, device=self._place)
+            self._near = torch.empty(experts_bytes, dtype=torch.uint8, device=self._device)
         if self._host_bytes < messages_bytes:
             self._host, self._host_bytes = _pinned(messages_bytes), messages_bytes
         # What the stream has been given so far may still use that memory, or load experts that are to be sent.
@@ -86,7 +86,7 @@ class Streams:
         if self._module is None:
             yield
             return
-        with self._module.device(self._place):
+        with self._module.device(self._device):
             if self._stream is None:
                 self._stream = self._module.Stream()
             if self._flip is not None:

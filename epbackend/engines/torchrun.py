@@ -104,9 +104,9 @@ def gather(ranks: RankGroup, mine: Any) -> list[Any]:
 class StepCounts:
     """What a model's layers have counted on this rank when each of its last steps ended."""
 
-    def __init__(self, layers: int, slots: int, place: torch.device) -> None:
+    def __init__(self, layers: int, slots: int, device: torch.device) -> None:
         """`slots`: the most that a layer has on this rank."""
-        self._rows_Y2L = torch.zeros(layers, len(PHASES), slots, dtype=torch.int64, device=place)
+        self._rows_Y2L = torch.zeros(layers, len(PHASES), slots, dtype=torch.int64, device=device)
         self._sums_Y: deque[Tensor] = deque([self._rows_Y2L.sum((1, 2))], maxlen=STEPS + 1)
         self._layers: list[ExpertParallelMoE] = []
         self._steps = 0

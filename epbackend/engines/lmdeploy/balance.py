@@ -153,7 +153,14 @@ def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> 
     return Balancer(Board(stats.places), read, options, placement, tell, record)
 
 
-def watch(number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
+def report_of(balancer: Balancer | None) -> BalanceReport:
+    """What moving experts has done so far. Raises EPError where there is no balancer."""
+    if balancer is None:
+        raise EPError("no expert moves here: set balance.on: true, with ep_size > 1")
+    return balancer.report()
+
+
+def watch(number: int, layer: ExpertParallelMoE, device: torch.device) -> None:
     """A layer of this rank, which takes part in migrations if they are on and its parent can lead them."""
     plug = active()
     if not plug.config.balance.on or plug.placement is None or number >= len(plug.placement.layers):
@@ -164,11 +171,11 @@ def watch(number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
             raise EPError("balance.on: all ranks must run on the machine of their parent; remove it")
         staging_bytes = int(plug.config.balance.staging_mb * MB)
         plug.migrator = Migrator(
-            rows["balance"], layer.ranks.rank, place, staging_bytes, plug.stats_writer.moving
+            rows["balance"], layer.ranks.rank, device, staging_bytes, plug.stats_writer.moving
         )
     plug.migrator.watch(number, layer)
     if plug.config.balance.speed_margin is not None:
-        if place.type != "cpu":  # a device named "auto" is known here alone
+        if device.type != "cpu":  # a device named "auto" is known here alone
             raise ConfigError(f"balance.speed_margin: {SPEEDS_NOT_SEEN}")
         places: Any = all_rows()
         layer.load.work = ExpertWork(places["balance"][layer.ranks.rank]["work"])

@@ -55,8 +55,8 @@ class Snapshot:
 class Counters:
     """Lines of `width` counters each on one device, and their copies on the host."""
 
-    def __init__(self, place: torch.device, width: int) -> None:
-        self.place, self.width = place, max(1, width)
+    def __init__(self, device: torch.device, width: int) -> None:
+        self.device, self.width = device, max(1, width)
         self.steps = 0
         """Steps that were asked for; the device may be behind."""
         self.used = False
@@ -65,11 +65,11 @@ class Counters:
         """Lines that are allocated."""
         shape = LINES, self.width
         # Only into pinned memory does a device copy while the host goes on.
-        on_host: Any = {"dtype": torch.int64, "pin_memory": place.type != "cpu"}
+        on_host: Any = {"dtype": torch.int64, "pin_memory": device.type != "cpu"}
         # Models are loaded in inference mode, whose tensors could not be changed outside of it.
         with torch.inference_mode(False):
-            self._rows_NW = torch.zeros(shape, dtype=torch.int64, device=place)
-            self._sums_N = torch.zeros(LINES, dtype=torch.int64, device=place)
+            self._rows_NW = torch.zeros(shape, dtype=torch.int64, device=device)
+            self._sums_N = torch.zeros(LINES, dtype=torch.int64, device=device)
             self._host_rows_NW = torch.zeros(shape, **on_host)
             self._host_sums_SN = torch.zeros(STEPS, LINES, **on_host)
         self._views: _Views | None = None
@@ -95,7 +95,7 @@ class Counters:
     @contextmanager
     def forgetting(self) -> Iterator[None]:
         """Steps inside are forgotten, once the device has done them; the counters themselves are the layers'."""
-        synchronize = getattr(torch, self.place.type).synchronize
+        synchronize = getattr(torch, self.device.type).synchronize
         synchronize()
         before, steps = (self._host_rows_NW.clone(), self._host_sums_SN.clone()), self.steps
         yield
@@ -240,8 +240,8 @@ class StatsWriter:
         """Those that are watched, by their numbers."""
         return dict(self._layers)
 
-    def watch(self, rank: int, number: int, layer: ExpertParallelMoE, place: torch.device) -> None:
-        """Counts what the layer of that number, whose experts are at `place`, does from now on.
+    def watch(self, rank: int, number: int, layer: ExpertParallelMoE, device: torch.device) -> None:
+        """Counts what the layer of that number, whose experts are on `device`, does from now on.
 
         A layer number that comes again after a step belongs to another model: counting then starts from zero.
         """
@@ -254,15 +254,15 @@ class StatsWriter:
             counters = self._counters
             if (
                 counters is None
-                or counters.place != place
+                or counters.device != device
                 or (counters.used and number in self._allocated)
                 or not counters.has_room(len(experts_L))
             ):
-                counters = self._begin(Counters(place, len(experts_L)))
+                counters = self._begin(Counters(device, len(experts_L)))
             lines, rows_2L = counters.allocate(len(experts_L))
             layer.load.count_in(rows_2L)
             if self._pairs is not None and layer.ranks.token_rank == 0:  # the others hold the same tokens
-                layer.load.pairs = self._pairs[number] = PairCounter(layer.slot_map.experts, place)
+                layer.load.pairs = self._pairs[number] = PairCounter(layer.slot_map.experts, device)
             self._layers[number], self._allocated[number], self._map = layer, _Lines(lines, experts_L), None
             self._row["layers"][number] = True
             self._row["experts"] = max(self._row["experts"], layer.slot_map.experts)
