@@ -145,8 +145,8 @@ class Server:
         if victim == "everything":  # parents first: none sees that its children are stopped
             return [self.process.pid, *(each.pid for each in descendants(self.process.pid))]
         if victim.startswith("rank "):
-            board = next(each for each in self.segments if _holds_ranks(each, ranks))
-            pids = np.memmap(board, RANK, mode="r", shape=ranks)["pid"]
+            stats = next(each for each in self.segments if _holds_ranks(each, ranks))
+            pids = np.memmap(stats, RANK, mode="r", shape=ranks)["pid"]
             return [int(pids[int(victim.removeprefix("rank "))])]
         if victim == "planner":
             return [each.pid for each in descendants(self.process.pid) if PLANNER in " ".join(each.cmdline())]

@@ -69,8 +69,8 @@ def main() -> None:
 
 def host_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The serving thread's part, once a step, and the other thread's, four times a second."""
-    board = SharedStats(1)
-    with mock.patch.dict(os.environ, {STATS_VARIABLE: board.variable}):
+    stats = SharedStats(1)
+    with mock.patch.dict(os.environ, {STATS_VARIABLE: stats.variable}):
         writer, layers = StatsWriter(), [layer(args.experts, args.place) for _ in range(args.layers)]
         for number, each in enumerate(layers):
             writer.watch(0, number, each, each.place)
@@ -87,10 +87,10 @@ def host_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "what": "write down, in the thread beside",
                 **times(lambda: writer._write_down(counters)),
             },
-            {"what": "report, in the parent (it waits for the thread)", **times(board.report, repeat=1)},
+            {"what": "report, in the parent (it waits for the thread)", **times(stats.report, repeat=1)},
         ]
         writer.close()
-    board.remove()
+    stats.remove()
     return rows
 
 
@@ -101,7 +101,7 @@ def layers_row(args: argparse.Namespace, phase: Phase, tokens: int) -> dict[str,
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) / 16
 
-    board, places = SharedStats(1), np.zeros(1, PLACE)
+    stats, places = SharedStats(1), np.zeros(1, PLACE)
     context, place = GroupContext(), torch.device("cpu")
     gate_up, down = numbers(args.experts, 2 * WIDTH, HIDDEN), numbers(args.experts, HIDDEN, WIDTH)
     hidden = numbers(tokens, HIDDEN)
@@ -120,7 +120,7 @@ def layers_row(args: argparse.Namespace, phase: Phase, tokens: int) -> dict[str,
         )
         for number in range(args.layers)
     ]
-    with mock.patch.dict(os.environ, {STATS_VARIABLE: board.variable}):
+    with mock.patch.dict(os.environ, {STATS_VARIABLE: stats.variable}):
         writer, migrator = StatsWriter(), Migrator(places, 0, place, 1 << 20)
         for number, each in enumerate(layers):
             writer.watch(0, number, each, place)
@@ -153,7 +153,7 @@ def layers_row(args: argparse.Namespace, phase: Phase, tokens: int) -> dict[str,
         writer.close()
     migrator.close()
     context.close()
-    board.remove()
+    stats.remove()
     ratios = [100 * (watched / bare - 1) for watched, bare in pairs]
     quarters, usual = statistics.quantiles(ratios), statistics.median(bare for _, bare in pairs)
     return {

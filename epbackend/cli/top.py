@@ -1,4 +1,4 @@
-"""`epbackend top`: what the experts of a running engine do, as a live board in the terminal."""
+"""`epbackend top`: what the experts of a running engine do, as a live view in the terminal."""
 
 import json
 import os
@@ -30,7 +30,7 @@ Source = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Board:
+class View:
     """What happened between two looks; where nothing did, since the engine's start."""
 
     state: dict[str, Any]
@@ -43,7 +43,7 @@ class Board:
     """Whether there was no step between the looks."""
 
     @classmethod
-    def between(cls, before: dict[str, Any], now: dict[str, Any]) -> "Board":
+    def between(cls, before: dict[str, Any], now: dict[str, Any]) -> "View":
         """Of two answers of one engine; one that was restarted in between counts from its start."""
         of_phase = _of_phase(now)
         steps, seconds = now["steps"] - before["steps"], now["at_s"] - before["at_s"]
@@ -122,7 +122,7 @@ def top(
         ),
     ] = None,
     interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Two looks, then the board once.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Two looks, then the view once.")] = False,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="EPBACKEND_API_KEY", show_envvar=True, help="The server's key."),
@@ -134,18 +134,18 @@ def top(
     before = look()
     if once or as_json:
         time.sleep(interval)
-        board = Board.between(before, look())
+        view = View.between(before, look())
         if as_json:
-            print(json.dumps(board.facts()))
+            print(json.dumps(view.facts()))
         else:
-            console.print(drawn(board, console.width, None))
+            console.print(drawn(view, console.width, None))
         return
     try:
         with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
             while True:
                 time.sleep(interval)
                 now = look()
-                live.update(drawn(Board.between(before, now), console.width, console.height), refresh=True)
+                live.update(drawn(View.between(before, now), console.width, console.height), refresh=True)
                 before = now
     except KeyboardInterrupt:
         return
@@ -211,34 +211,34 @@ def local_engine(pid: str | None) -> Source:
     return look
 
 
-def drawn(board: Board, width: int, height: int | None) -> RenderableType:
-    """The board for a terminal of so many columns and lines (None: any number)."""
-    state = board.state
+def drawn(view: View, width: int, height: int | None) -> RenderableType:
+    """The view for a terminal of so many columns and lines (None: any number)."""
+    state = view.state
     if not state["layers"]:
         return Text(f"{state['ep_size']} ranks; no step yet")
     head = Table.grid(padding=(0, 2))
-    for line in _facts(board):
+    for line in _facts(view):
         head.add_row(*line)
     ranks = max(1, min(state["ep_size"], (width - WIDTH - 4) // WIDTH))
     rows = len(state["layers"]) if height is None else max(1, height - head.row_count - 5)
-    return Group(head, Text(), _heat_map(board, ranks, rows))
+    return Group(head, Text(), _heat_map(view, ranks, rows))
 
 
-def _facts(board: Board) -> list[tuple[str, str]]:
-    state, balance = board.state, board.state["balance"]
-    since = "since its start, idle now" if board.idle else f"in the last {board.seconds:.1f} s"
+def _facts(view: View) -> list[tuple[str, str]]:
+    state, balance = view.state, view.state["balance"]
+    since = "since its start, idle now" if view.idle else f"in the last {view.seconds:.1f} s"
     splits, ways = (" / ".join(dict.fromkeys(state[name].values())) for name in ("split", "dispatchers"))
     lines = [
         (
             "throughput",
-            f"{board.tokens_per_second:,.0f} tokens/s, {board.steps / board.seconds:,.1f} steps/s",
+            f"{view.tokens_per_second:,.0f} tokens/s, {view.steps / view.seconds:,.1f} steps/s",
         ),
-        ("imbalance", f"{board.imbalance:.3f} times the mean, {since}"),
+        ("imbalance", f"{view.imbalance:.3f} times the mean, {since}"),
         (
             "phases",
             "; ".join(
                 f"{phase} {facts['share']:.0%} of the tokens, {facts['imbalance']:.3f}"
-                for phase, facts in board.phases.items()
+                for phase, facts in view.phases.items()
             ),
         ),
         (
@@ -263,17 +263,17 @@ def _facts(board: Board) -> list[tuple[str, str]]:
     return [*lines, ("last error", balance["last_error"])] if balance["last_error"] else lines
 
 
-def _heat_map(board: Board, ranks: int, rows: int) -> Table:
+def _heat_map(view: View, ranks: int, rows: int) -> Table:
     """Load over the mean, layers down and ranks across; where there is no room, of the worst of neighbours."""
-    layers = np.array(board.state["layers"])
-    columns = np.array_split(np.arange(board.state["ep_size"]), ranks)
+    layers = np.array(view.state["layers"])
+    columns = np.array_split(np.arange(view.state["ep_size"]), ranks)
     lines = np.array_split(np.arange(len(layers)), min(rows, len(layers)))
     table = Table(box=None, padding=0, title="load of a rank over the ranks' mean", title_justify="left")
     table.add_column("layer", justify="right", width=WIDTH + 2)
     for column in columns:
         table.add_column(_span(column), justify="right", width=WIDTH)
     for line in lines:
-        worst = [float(board.load_RY[np.ix_(column, line)].max()) for column in columns]
+        worst = [float(view.load_RY[np.ix_(column, line)].max()) for column in columns]
         table.add_row(_span(layers[line]), *(Text(f"{load:.2f} ", style=_shade(load)) for load in worst))
     return table
 

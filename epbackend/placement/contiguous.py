@@ -1,6 +1,6 @@
 """Plans for engines that give each rank a contiguous block of experts: the order in which experts are to be numbered.
 
-There are no copies: experts only change places. Where the router chooses groups of experts first (group-limited
+There are no replicas: experts only change places. Where the router chooses groups of experts first (group-limited
 routing), an expert stays in its group, and groups move as wholes: the function of the layer is then the same.
 """
 

@@ -175,7 +175,7 @@ def plan_renumbering(
     rank_speed: Sequence[float] | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """Plans without copies on recorded loads, for engines with `ranks` contiguous blocks of experts.
+    """Plans without replicas on recorded loads, for engines with `ranks` contiguous blocks of experts.
 
     `rank_speed`: how fast each rank is, in any unit; it is then times that are balanced.
 

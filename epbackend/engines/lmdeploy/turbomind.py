@@ -1,6 +1,6 @@
 """TurboMind, LMDeploy's other engine, from the same config (`engine.backend: turbomind`): CUDA only, written in C++.
 
-It spreads experts by itself, a contiguous block to each rank, without copies and without a hook from Python: the
+It spreads experts by itself, a contiguous block to each rank, without replicas and without a hook from Python: the
 settings of our data path, of placement and of balance are refused (`config.checks`), and what balances it is a
 checkpoint whose experts are numbered for it (`epbackend renumber`). LMDeploy's own pipeline and server run it.
 """

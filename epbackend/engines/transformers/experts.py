@@ -24,7 +24,7 @@ TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", 
 
 
 @dataclass(frozen=True)
-class ExpertWeights:
+class LoadedExperts:
     """The experts of this rank's slots, taken out of their module."""
 
     gate_up_L2FD: Tensor
@@ -66,7 +66,7 @@ class ExpertsModule:
                 torch.empty(shape, dtype=old.dtype, device="meta"), requires_grad=False
             )
 
-    def take_weights(self) -> ExpertWeights:
+    def take_weights(self) -> LoadedExperts:
         """The loaded weights; the module keeps an empty place of each, so that memory has them once."""
         taken = {name: self.module._parameters[name].detach() for name in self.parameters}
         for name, weight in taken.items():
@@ -77,7 +77,7 @@ class ExpertsModule:
         if self.module.is_transposed:
             first, second = first.transpose(1, 2), second.transpose(1, 2)
         first_bias, second_bias = biases or (None, None)
-        return ExpertWeights(first, second, first_bias, second_bias, self._activation())
+        return LoadedExperts(first, second, first_bias, second_bias, self._activation())
 
     def _activation(self) -> Callable[[Tensor], Tensor] | None:
         """From the rows of the first product to those of the second; None: SwiGLU, for which kernels have their own."""

@@ -122,8 +122,8 @@ def _padded(rows: list, height: int, width: int) -> np.ndarray:
 
 def _room(layout: Layout) -> tuple[int, int, int]:
     """(X, C, J), the most that any layout of the same slots has."""
-    copies = layout.slots - layout.experts
-    return min(layout.experts, copies), min(layout.ranks, copies + 1), int(layout.slots_R.max())
+    redundant = layout.slots - layout.experts
+    return min(layout.experts, redundant), min(layout.ranks, redundant + 1), int(layout.slots_R.max())
 
 
 @triton.jit

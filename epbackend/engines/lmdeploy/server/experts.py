@@ -30,7 +30,7 @@ WAIT_S = 10.0
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertEndpoints:
     """Those of one deployment."""
 
     stats: StatsReader

@@ -35,8 +35,8 @@ from epbackend.engines.lmdeploy.processes import (
     start_server,
     stop_engines,
 )
-from epbackend.engines.lmdeploy.server.experts import Experts
-from epbackend.engines.lmdeploy.server.front import Front, import_parsers
+from epbackend.engines.lmdeploy.server.experts import ExpertEndpoints
+from epbackend.engines.lmdeploy.server.front import DRAIN_S, Front, import_parsers
 from epbackend.engines.lmdeploy.server.guard import Guard, end_server, looking_out, signals_unwind
 from epbackend.engines.lmdeploy.server.metrics import ExpertMetrics
 from epbackend.engines.lmdeploy.shown_log import ShownLog
@@ -157,7 +157,7 @@ def _serve_once(
                 try:
                     stats, balancer = active().stats, active().balancer
                     assert stats is not None, "it is this process that starts the engine"
-                    guard.experts = Experts(stats, placement, balancer).app(front.api_keys)
+                    guard.experts = ExpertEndpoints(stats, placement, balancer).app(front.api_keys)
                     with ExpertMetrics(stats), recording_server(recording, stats.report, [(host, port)]):
                         _serve_engine(model_path, config, 0, host, port, guard, kwargs)
                 finally:
@@ -254,7 +254,7 @@ def _serve_balanced(
         stats = SharedStats.of(config)
         started.callback(stats.remove)
         balancer = balance.start(config, stats, placement)
-        guard.experts = Experts(stats, placement, balancer).app(front.api_keys)
+        guard.experts = ExpertEndpoints(stats, placement, balancer).app(front.api_keys)
         arguments = [
             (model_path, config.to_json(), dp_rank, engine_port, placement, behind, kwargs)
             for dp_rank, engine_port in enumerate(ports)
