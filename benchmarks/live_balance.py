@@ -35,7 +35,7 @@ import psutil
 import torch
 
 import epbackend
-from benchmarks.report import machine, print_table
+from benchmarks.report import command_line, machine, print_table
 from epbackend.balance.migration import Migrator
 from epbackend.cli.apart import EngineApart
 from epbackend.engines.lmdeploy.balance import starting_placement
@@ -410,9 +410,7 @@ def settings_of(ranks: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("what", choices=("gain", "steps"))
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=20, help="rounds of each topic once its plan is in use")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.report import OURS, PEER, command_line, print_table, save
+from benchmarks.report import OURS, PEER, command_line, figure, print_table, save
 from epbackend.placement import Loads, Placement, count_moves, plan, read_loads, synthetic_loads
 from epbackend.placement.compare import mean_imbalance
 from epbackend.placement.replica_split import level_shares
@@ -225,12 +225,6 @@ def drift(loads: Loads) -> Rows:
             }
         )
     return rows
-
-
-def figure(value: float, target: float | None, digits: int = 4) -> str:
-    """The value, and whether it meets its target if there is one."""
-    text = f"{value:.{digits}f}"
-    return text if target is None else f"{text} ({'ok' if value <= target else 'MISSED'}: {target:g})"
 
 
 def picture(placed: Rows, split: Rows) -> Figure:

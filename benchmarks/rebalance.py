@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.report import OURS, PEER, command_line, print_table, save
+from benchmarks.report import OURS, PEER, command_line, figure, print_table, save
 from epbackend.balance.cost import H100, MODELS, CostModel
 from epbackend.balance.simulation import Simulation, sequence, simulate
 from epbackend.placement import Loads, read_loads, synthetic_loads
@@ -57,19 +57,13 @@ def row(cycles: int, found: Simulation) -> dict[str, Any]:
         "imbalance anew, ours": "{anew:.3f}, {ours:.3f}".format(**facts["imbalance"]),
         "% moved: anew": f"{100 * facts['slots_moved_share']['anew']:.1f}",
         "ours": f"{100 * facts['slots_moved_share']['ours']:.1f}",
-        "ours, worst": _figure(100 * most, SHARES.get(ranks)),
+        "ours, worst": figure(100 * most, SHARES.get(ranks), 2),
         "GB: anew": f"{facts['bytes_moved']['anew'] / facts['cycles'] / 1e9:.1f}",
         "GB: ours": f"{facts['bytes_moved']['ours'] / facts['cycles'] / 1e9:.1f}",
         "ms: anew waits, ours delays": f"{facts['stall_ms']['anew']:.0f}, {facts['delay_ms']['ours']:.0f}",
-        "planning ms a layer": _figure(facts["planning_ms_per_layer"], planned),
+        "planning ms a layer": figure(facts["planning_ms_per_layer"], planned, 2),
         "worst": f"{facts['planning_ms_per_layer_worst']:.2f}",
     }
-
-
-def _figure(value: float, target: float | None) -> str:
-    """The value, and whether it meets its target if there is one."""
-    text = f"{value:.2f}"
-    return text if target is None else f"{text} ({'ok' if value <= target else 'MISSED'}: {target:g})"
 
 
 def picture(rows: Rows) -> Figure:

@@ -50,6 +50,12 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     Console(width=console.width if console.is_terminal else 200).print(table)
 
 
+def figure(value: float, target: float | None, digits: int = 4) -> str:
+    """The value, and whether it meets its target if there is one."""
+    text = f"{value:.{digits}f}"
+    return text if target is None else f"{text} ({'ok' if value <= target else 'MISSED'}: {target:g})"
+
+
 def save(name: str, figures: dict[str, Any], picture: Figure) -> None:
     """Write results/NAME.json and results/NAME.png."""
     RESULTS.mkdir(exist_ok=True)

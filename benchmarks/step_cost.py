@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import epbackend
-from benchmarks.report import machine, print_table
+from benchmarks.report import command_line, machine, print_table
 from epbackend.balance.board import PLACE
 from epbackend.balance.migration import Migrator
 from epbackend.dispatch.base import DispatchSettings, RankGroup
@@ -43,9 +43,7 @@ STEPS: dict[Phase, int] = {"decode": 8, "prefill": 64}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--layers", type=int, default=58)
     parser.add_argument("--experts", type=int, default=256, help="of each layer on this rank")
     parser.add_argument("--place", default="cpu", help="device of the counters")
