@@ -1,14 +1,15 @@
-"""What carries the rows: speeds and latencies, each with its source."""
+"""What carries the rows: speeds and latencies, each with its source, of an H100 in `epbackend.balance.cost`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from epbackend.balance.cost import H100 as GPU
+
 NODE = 8
 """GPUs that NVLink joins."""
 
-MEMORY = 3.0e12
-"""Bytes / s of a GPU's memory: a copy measured on an H100 80GB HBM3."""
+MEMORY = GPU.memory_bytes_s
 
 LAUNCH_US = 2.0
 """Of one kernel in a CUDA graph, its ramp up and down included: an assumption."""
@@ -40,12 +41,9 @@ def ring_us(ranks: int) -> float:
 class Fabric:
     """Bytes / s that one GPU can send while it receives as many."""
 
-    name: str
     nvlink: float
     network: float
 
 
-H100 = Fabric("H100", nvlink=360e9, network=48e9)
-"""NVLink: 80% of the data sheet's 450 GB/s, the share that DeepEP reports for H800 (160 of 200). Network: InfiniBand
-400 Gb/s a GPU, of which NCCL's maintainers expect 46 to 48 GB/s (NVIDIA/nccl-tests issue 290)."""
-H800 = Fabric("H800", nvlink=160e9, network=48e9)
+H100 = Fabric(GPU.node_bytes_s, GPU.network_bytes_s)
+H800 = Fabric(nvlink=160e9, network=48e9)

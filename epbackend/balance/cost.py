@@ -37,8 +37,8 @@ class Machine:
 
 H100 = Machine("H100", flops_s=650e12, memory_bytes_s=3.0e12, node_bytes_s=360e9, network_bytes_s=48e9)
 """Operations: our FP8 experts of DeepSeek-V3, 65,536 rows, measured (docs/benchmarks.md). Memory: a copy, measured.
-Node: 80% of NVLink's 450 GB/s, the share that DeepEP reports for H800. Network: InfiniBand of 400 Gb/s a GPU, of which
-NCCL's maintainers expect 46 to 48 GB/s (NVIDIA/nccl-tests issue 290)."""
+Node: 80% of NVLink's 450 GB/s, the share that DeepEP reports for H800 (160 of 200). Network: InfiniBand of 400 Gb/s a
+GPU, of which NCCL's maintainers expect 46 to 48 GB/s (NVIDIA/nccl-tests issue 290)."""
 
 
 @dataclass(frozen=True)
