@@ -134,14 +134,7 @@ async def _begin(request: CompletionRequest, context: Any) -> list[Choice]:
     tokenizer = engine.tokenizer.model.model
     prompts = _prompts(request.prompt)
     count = request.n or 1
-    if request.session_id not in (None, -1) and len(prompts) * count > 1:
-        raise BadRequestError("session_id", "can be given with one prompt and n: 1 only; leave it out")
-    if len(prompts) * count > CHOICES:
-        raise BadRequestError(
-            "prompt",
-            f"{len(prompts)} prompts with n: {count} ask for {len(prompts) * count} choices; at most {CHOICES} may be "
-            "asked for at once, so send several requests",
-        )
+    _check_counts(request, len(prompts), count)
     vocabulary = vocabulary_size(engine.hf_cfg) or len(tokenizer)
     processors: list[Any] = [
         *([logit_bias(request.logit_bias, vocabulary)] if request.logit_bias else []),
@@ -204,6 +197,18 @@ async def _begin(request: CompletionRequest, context: Any) -> list[Choice]:
             context.session_manager.remove(each.session)
         raise
     return choices
+
+
+def _check_counts(request: CompletionRequest, prompts: int, count: int) -> None:
+    """Raises BadRequestError for more choices of these prompts than may be asked for at once, or than a session has."""
+    if request.session_id not in (None, -1) and prompts * count > 1:
+        raise BadRequestError("session_id", "can be given with one prompt and n: 1 only; leave it out")
+    if prompts * count > CHOICES:
+        raise BadRequestError(
+            "prompt",
+            f"{prompts} prompts with n: {count} ask for {prompts * count} choices; at most {CHOICES} may be "
+            "asked for at once, so send several requests",
+        )
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
