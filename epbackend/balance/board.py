@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import zlib
 from enum import Enum
+from typing import Any
 
 import numpy as np
 
@@ -127,8 +128,13 @@ class Board:
 
     def errors(self) -> list[str]:
         """What ranks say of the migration published last."""
-        texts = [bytes(place["error"]).rstrip(b"\0").decode(errors="replace") for place in self._places]
+        texts = [text_in(place["error"]) for place in self._places]
         return [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+
+
+def text_in(field: Any) -> str:
+    """What a field of bytes in shared memory says."""
+    return bytes(field).rstrip(b"\0").decode(errors="replace")
 
 
 class Seat:

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from epbackend.balance.board import PLACE
+from epbackend.balance.board import PLACE, text_in
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.workers.process_guard import keep_tracker
+from epbackend.engines.lmdeploy.workers.process_guard import ENDED, keep_tracker, process_state
 from epbackend.engines.load_report import STEPS, LoadReport, step_imbalance_Y
 from epbackend.errors import EPError, UnavailableError
 from epbackend.names import PHASES
@@ -187,7 +187,7 @@ class SharedStats(StatsReader):
     @property
     def verdict(self) -> str | None:
         """Why an engine that writes here ended, as its watch has found; None while all is well."""
-        return bytes(self._ranks[0]["verdict"]).rstrip(b"\0").decode(errors="replace") or None
+        return text_in(self._ranks[0]["verdict"]) or None
 
     @property
     def places(self) -> np.ndarray:
@@ -199,7 +199,7 @@ class SharedStats(StatsReader):
         self._ranks["asked"] += 1
         deadline = time.monotonic() + PATIENCE_S
         for rank, row in enumerate(self._ranks):
-            while row["answered"] != row["asked"] and _runs(int(row["writer"])):
+            while row["answered"] != row["asked"] and process_state(int(row["writer"])) not in ENDED:
                 if time.monotonic() > deadline:
                     logger.warning("rank %d is busy: its part of the load report is older", rank)
                     break
@@ -317,15 +317,6 @@ def writing(row: Any) -> Iterator[None]:
     row["writing"] += 1
 
 
-def _runs(process: int) -> bool:
-    """Whether that process is there and has not ended (a zombie has)."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
-
-
 def check_room(layer: int, experts: int) -> None:
     """Raises EPError for a layer or experts that the segment has no room for."""
     if layer >= MAX_LAYERS or experts > MAX_EXPERTS:
@@ -345,7 +336,7 @@ def record_error(rank: int, text: str) -> None:
 def last_error(rank: int) -> str | None:
     """What the worker of that rank failed of; None where it did not fail by an exception."""
     row = rank_row(rank)
-    return None if row is None else bytes(row["error"]).rstrip(b"\0").decode(errors="replace") or None
+    return None if row is None else text_in(row["error"]) or None
 
 
 def record_verdict(text: str) -> None:

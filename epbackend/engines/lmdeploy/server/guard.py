@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import SimpleNamespace
@@ -33,8 +32,15 @@ from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy.patching import Patch, Patches
 from epbackend.engines.lmdeploy.server.experts import PREFIX
 from epbackend.engines.lmdeploy.server.front import UNAVAILABLE, WHEN_UNAVAILABLE, error_form
-from epbackend.engines.lmdeploy.workers.process_guard import descendants, ending_signals, kill_all
-from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, STOPPED, process_state
+from epbackend.engines.lmdeploy.workers.process_guard import (
+    STOPPED,
+    descendants,
+    end_at_once,
+    ending_signals,
+    kill_all,
+    process_state,
+)
+from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S
 
 logger = logging.getLogger("epbackend")
 
@@ -359,13 +365,6 @@ def _is_another(number: int, first_at: float) -> bool:
 def end_server() -> None:
     """Ends the server in this process as its supervisor would, or where a parent decides, as that would."""
     os.kill(os.getpid(), ending_signals()[0])
-
-
-def end_at_once(exit_code: int) -> None:
-    """Ends this process and all that it started. Shared memory is removed by the tracker, which ends last."""
-    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
-    kill_all(each for each in descendants(os.getpid()) if each.pid != tracker)
-    os._exit(exit_code)
 
 
 @contextmanager

@@ -36,8 +36,6 @@ from lmdeploy.pytorch.engine.mp_engine import zmq_engine
 from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.load.report import (
-    last_error,
-    rank_row,
     record_error,
     remove_segment,
     take_room,
@@ -48,10 +46,9 @@ from epbackend.engines.lmdeploy.state import active
 from epbackend.engines.lmdeploy.workers.process_guard import (
     ENDING,
     GRACE_S,
-    descendants,
+    end_at_once,
     ended_by_us,
     guard_process,
-    kill_all,
 )
 from epbackend.engines.lmdeploy.workers.rank_watch import LOOK_S, judge, look_at
 from epbackend.engines.lmdeploy.workers.ring import off_loop
@@ -255,10 +252,7 @@ class WatchedExecutor(MPExecutor):
                 return
             running.look()
             text = judge(
-                [
-                    look_at(rank, rank_row(rank), running, exit_code=each.exit_code, said=last_error(rank))
-                    for rank, each in enumerate(self.procs)
-                ],
+                [look_at(rank, running, exit_code=each.exit_code) for rank, each in enumerate(self.procs)],
                 timeout_s,
             )
         failure = WorkerError(f"{text}. The other ranks were stopped; the log above tells more.")
@@ -367,8 +361,7 @@ def run_engine(shared_dict: Any, condition: Any, *args: Any, **kwargs: Any) -> N
 
 def _end_engine(failure: WorkerError) -> None:
     """Ends the server's engine process, whose ranks are of no use any more: the server sees it and knows why."""
-    kill_all(descendants(os.getpid()))
-    os._exit(ENGINE_FAILED)
+    end_at_once(ENGINE_FAILED)
 
 
 class _ServerCondition:

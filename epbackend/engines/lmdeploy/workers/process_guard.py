@@ -25,6 +25,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -36,6 +37,9 @@ ENDING = signal.SIGUSR2
 """By which a parent ends a process, see `ended_by_us`."""
 TO_ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """What may come to every process at once, and ends the first of them."""
+
+STOPPED, ENDED = ("T", "t"), ("Z", "X", "")
+"""States of a process, as /proc has them."""
 
 _guarded = False
 """Whether this is a process behind the first."""
@@ -110,6 +114,14 @@ def keep_tracker() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def process_state(process: int) -> str:
+    """The letter in /proc; an empty text where there is no such process."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
 def descendants(pid: int) -> list[psutil.Process]:
     """The processes that this one started, and those that they started; none where it has ended."""
     try:
@@ -123,6 +135,13 @@ def kill_all(processes: Iterable[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def end_at_once(exit_code: int) -> None:
+    """Ends this process and all that it started. Shared memory is removed by the tracker, which ends last."""
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
+    kill_all(each for each in descendants(os.getpid()) if each.pid != tracker)
+    os._exit(exit_code)
 
 
 def kill_at_exit(child: BaseProcess) -> None:
@@ -150,12 +169,7 @@ def _guard(signals: socket.socket, _keep_open: socket.socket, in_its_own_time: b
     while True:
         ready = wait(watched)
         if ready != [signals]:
-            _end(1)
+            end_at_once(1)
         if ENDING in signals.recv(64) and not in_its_own_time:
             time.sleep(GRACE_S)
-            _end(0)
-
-
-def _end(exit_code: int) -> None:
-    kill_all(descendants(os.getpid()))
-    os._exit(exit_code)
+            end_at_once(0)

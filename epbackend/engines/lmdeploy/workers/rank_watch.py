@@ -9,12 +9,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from epbackend.balance.board import text_in
 from epbackend.dispatch.watchdog import RunningTime
-from epbackend.engines.lmdeploy.load.report import PULSE_PHASES
-from epbackend.engines.lmdeploy.workers.process_guard import signal_name
+from epbackend.engines.lmdeploy.load.report import PULSE_PHASES, last_error, rank_row
+from epbackend.engines.lmdeploy.workers.process_guard import ENDED, STOPPED, process_state, signal_name
 from epbackend.engines.lmdeploy.workers.pulse import WAITS, where
 
 LOOK_S = 0.25
@@ -22,8 +21,6 @@ SETTLE_S = 1.0
 """After `timeout_s`, so that the ranks have told where they stand."""
 SILENT_S = 3.0
 """Without a sign of life for so long, a rank is the one to name when others fail."""
-STOPPED, ENDED = ("T", "t"), ("Z", "X", "")
-"""States of a process, as /proc has them."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +51,21 @@ class RankState:
 
 def look_at(
     rank: int,
-    row: Any,
     running: RunningTime,
     *,
     own: bool = True,
     exit_code: Callable[[], int | None] | None = None,
-    said: str | None = None,
 ) -> RankState:
-    """What a rank's row of the shared statistics and its process show now.
+    """What a rank's row of the shared statistics, where there is one, and its process show now.
 
     Args:
         rank: its number.
-        row: of RANK; None shows nothing.
         running: the time of the thread that looks.
         own: whether it is a rank of the engine that looks.
         exit_code: of a child of this process, None while it runs: /proc calls one ended while some of its threads
             still end. Without it /proc decides.
-        said: the error that it left.
     """
+    row, said = rank_row(rank), last_error(rank)
     process = 0 if row is None else int(row["pid"])
     state = process_state(process) if process else "R"
     code = exit_code() if exit_code else None
@@ -90,7 +84,7 @@ def look_at(
         still_s=running.age_s(float(row["moved"])) if PULSE_PHASES[int(row["phase"])] else 0.0,
         progress=int(row["layer"]),
         where=where(row),
-        place=bytes(row["place"]).rstrip(b"\0").decode(errors="replace"),
+        place=text_in(row["place"]),
     )
 
 
@@ -127,14 +121,6 @@ def judge(ranks: Sequence[RankState], timeout_s: float, *, failed: bool = False)
         f"rank {worst.rank} {'hangs' if busy else 'waits without end'}: {worst.where} has not moved on for "
         f"{worst.still_s:.0f} s (timeout_s {timeout_s:g}); it {worst.place or 'does not tell where it stands'}"
     )
-
-
-def process_state(process: int) -> str:
-    """The letter in /proc; an empty text where there is no such process."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
 
 
 def _killed(rank: RankState) -> str:

@@ -28,8 +28,6 @@ from epbackend.engines.lmdeploy.load.report import (
     PATIENCE_S,
     Counted,
     all_rows,
-    last_error,
-    rank_row,
     record_error,
 )
 from epbackend.engines.lmdeploy.plug import set_threads
@@ -209,8 +207,7 @@ class WatchedRayExecutor(RayExecutor):
     def _ranks(self) -> list[RankState]:
         """Of all engines: which one is at fault, the own ones alone do not show."""
         return [
-            look_at(rank, rank_row(rank), self._running, own=rank in self._own, said=last_error(rank))
-            for rank in range(active().config.world_size)
+            look_at(rank, self._running, own=rank in self._own) for rank in range(active().config.world_size)
         ]
 
 
