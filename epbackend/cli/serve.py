@@ -10,7 +10,7 @@ from epbackend.cli.output import error_console
 from epbackend.cli.session import ModelArgument, takes_config
 from epbackend.config import EPConfig
 from epbackend.engines import lmdeploy
-from epbackend.engines.lmdeploy.server.front import EVERYTHING, Front
+from epbackend.engines.lmdeploy.server.front import DRAIN_S, EVERYTHING, Front
 from epbackend.errors import ConfigError
 
 API, TLS, LOG = "Answers", "Access: keys, TLS, CORS", "Logs and records"
@@ -140,7 +140,7 @@ def serve(
         typer.Option(
             min=0, help="After SIGTERM, requests may finish for so long; a second one ends at once."
         ),
-    ] = 30.0,
+    ] = DRAIN_S,
 ) -> None:
     """Serve a model at http://HOST:PORT/v1; with dp > 1 one engine a data-parallel rank, behind one address."""
     name, ranks = served_model_name or model, settings.world_size

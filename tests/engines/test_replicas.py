@@ -16,6 +16,7 @@ from lmdeploy.messages import Response
 import epbackend
 from epbackend.engines.lmdeploy.dp_pipeline import ReplicatedPipeline
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
+from epbackend.engines.lmdeploy.server.front import Front
 from epbackend.engines.lmdeploy.server.serve import serve_model
 from epbackend.errors import ConfigError, EPError, WorkerError
 from epbackend.placement.placement import Placement
@@ -80,7 +81,7 @@ def test_a_start_that_fails_leaves_nothing(kind, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "nohost.invalid:6379")
     settings, placement = balanced({"dp": 2}, ep_size=2), Placement.even(4, 8, 2)
     before = _left_behind()
-    arguments = (placement,) if kind == "pipeline" else (LOOPBACK, free_port(), placement)
+    arguments = (placement,) if kind == "pipeline" else (LOOPBACK, free_port(), placement, None, Front())
     start = ReplicatedPipeline if kind == "pipeline" else serve_model
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS=nohost\.invalid:6379"):
         start("none", settings, *arguments)

@@ -192,7 +192,7 @@ def test_good_tls_files_are_taken(certificate):
 
 def test_a_server_is_started_again_when_it_fails_or_is_killed(tmp_path, caplog):
     script = tmp_path / "script"
-    arguments = (str(tmp_path), config(), LOOPBACK, free_port())
+    arguments = (str(tmp_path), config(), LOOPBACK, free_port(), None, None, Front())
     with scripted_servers():
         script.write_text("killed\nfails\nends as after a signal")
         serve.serve_model(*arguments, restart=2)
@@ -207,7 +207,7 @@ def test_a_server_is_started_again_when_it_fails_or_is_killed(tmp_path, caplog):
 def test_a_server_that_cannot_start_says_so_as_without_restart(tmp_path):
     (tmp_path / "script").write_text("cannot\nends as after a signal")
     with scripted_servers(), pytest.raises(ConfigError, match=r"^engine\.dp: cannot be 3$"):
-        serve.serve_model(str(tmp_path), config(), LOOPBACK, free_port(), restart=2)
+        serve.serve_model(str(tmp_path), config(), LOOPBACK, free_port(), None, None, Front(), restart=2)
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,11 @@ from epbackend.engines.lmdeploy.checkpoint import (
     read_model_config,
 )
 from epbackend.engines.lmdeploy.patching import check_version
-from epbackend.engines.lmdeploy.server.front import Front
+from epbackend.engines.lmdeploy.server.front import DRAIN_S, Front
 from epbackend.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     from lmdeploy import Pipeline, TurbomindEngineConfig
-
-OWN_DRAIN_S = 30.0
-"""The default of a server that can drain, which LMDeploy's own cannot."""
 
 
 def pipeline(model: str, config: EPConfig, **kwargs: Any) -> Pipeline:
@@ -51,7 +48,7 @@ def serve(
     *,
     record: Path | None = None,
     restart: int = 0,
-    drain_seconds: float = OWN_DRAIN_S,
+    drain_seconds: float = DRAIN_S,
     **kwargs: Any,
 ) -> None:
     """LMDeploy's own server with TurboMind; further arguments go to its `api_server.serve`. Raises as `pipeline` does,
@@ -59,7 +56,7 @@ def serve(
     for name, asked in (
         ("record", record is not None),
         ("restart", restart > 0),
-        ("drain_seconds", drain_seconds != OWN_DRAIN_S),
+        ("drain_seconds", drain_seconds != DRAIN_S),
     ):
         if asked:
             raise ConfigError(f"{name}: LMDeploy's server with TurboMind cannot do that; leave it out")

@@ -28,6 +28,9 @@ UNAVAILABLE = "service_unavailable"
 WHEN_UNAVAILABLE: Mapping[str, str] = {"retry-after": "10"}
 """Headers of an answer with status 503: seconds in which a server is often started again."""
 
+DRAIN_S = 30.0
+"""For which requests may finish after a signal, unless a server is told otherwise."""
+
 
 @dataclass(frozen=True)
 class Front:

@@ -28,7 +28,6 @@ from epbackend.engines.lmdeploy.load.report import SharedStats, last_error
 from epbackend.engines.lmdeploy.processes import (
     LOOPBACK,
     POLL_S,
-    check_port,
     free_port,
     listens,
     start_engines,
@@ -56,12 +55,12 @@ def serve_model(
     config: EPConfig,
     host: str,
     port: int,
-    placement: Placement | None = None,
-    recording: Recording | None = None,
-    front: Front | None = None,
+    placement: Placement | None,
+    recording: Recording | None,
+    front: Front,
     *,
     restart: int = 0,
-    drain_seconds: float = 30.0,
+    drain_seconds: float = DRAIN_S,
     **kwargs: Any,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then ends every process. Call it in the main thread.
@@ -72,7 +71,7 @@ def serve_model(
     server is started again, `restart` times. Further arguments go to LMDeploy's `api_server.serve`.
 
     Raises:
-        ConfigError: the port is in use, or an argument cannot be right; checked before anything is loaded.
+        ConfigError: an argument cannot be right; checked before anything is loaded.
         EngineFailedError: the engine failed while it served, and was not or cannot be started again.
         WorkerError: the engine did not start.
     """
@@ -80,8 +79,6 @@ def serve_model(
         raise ConfigError(f"drain_seconds: must be a number of seconds from 0 on, not {drain_seconds}")
     if restart < 0:
         raise ConfigError(f"restart: must be how often to start again, from 0 on, not {restart}")
-    check_port(host, port)
-    front = front or Front()
     kwargs = {"log_level": config.engine.log_level, **front.engine_arguments(model_path), **kwargs}
     arguments = (model_path, config.to_json(), host, port, placement, recording, front, drain_seconds, kwargs)
     if restart:
@@ -184,17 +181,13 @@ def _serve_engine(
     from lmdeploy.serve.openai import api_server
 
     stats = active().stats
-    # An actor of Ray is no process of ours.
-    processes: list[BaseProcess] | None = (
-        [] if config.engine.extra.get("mp_engine_backend") == "ray" else None
-    )
     try:
         with (
             _without_hint(api_server),
             guard.in_place(),
             looking_out(
                 guard,
-                processes,
+                None,
                 lambda: stats.verdict if stats else None,
                 config.timeout_s,
                 active().balancer,
