@@ -9,50 +9,26 @@ be shorter), as planners take them for equals.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 
-from epbackend.errors import ConfigError, EPError
+from epbackend.errors import EPError
+from epbackend.files import check_target, replace_file
 from epbackend.names import BOTH, PHASES
-from epbackend.placement.formats import write
+from epbackend.placement.formats.sglang import loads_bytes
 from epbackend.placement.loads import Loads
 
 MOST_WINDOWS = 32
 EVERY_S = 30.0
 """How often a file is brought up to date."""
+SETTING = "balance.record"
+"""Of the configuration, where the name of a file comes from."""
 BY_PHASE = "{phase}"
 """In the name of a file: one for each of PHASES."""
 
 logger = logging.getLogger("epbackend")
-
-
-def check_writable(setting: str, path: Path) -> None:
-    """Raises ConfigError where nothing could be written there."""
-    if (
-        path.is_dir()
-        or not path.parent.is_dir()
-        or not os.access(path.parent, os.W_OK)
-        or (path.exists() and not os.access(path, os.W_OK))
-    ):
-        raise ConfigError(f"{setting}: {path} cannot be written; name a file in a folder that exists")
-
-
-def replace_file(loads: Loads, path: Path) -> None:
-    """Writes the loads in one operation: a reader finds the old file or the new one, also where this fails.
-
-    Raises:
-        EPError: it cannot be written.
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(loads, unfinished, "sglang")
-        unfinished.replace(path)
-    except (OSError, ConfigError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise EPError(f"{path}: cannot be written: {getattr(error, 'strerror', error)}") from None
 
 
 def of_phases(tokens_2X: np.ndarray, phases: str) -> np.ndarray:
@@ -63,14 +39,13 @@ def of_phases(tokens_2X: np.ndarray, phases: str) -> np.ndarray:
 class WindowsFile:
     """What the windows of one engine held. A file that cannot be written is a warning, and is tried again."""
 
-    def __init__(self, path: str, phases: str, numbering: str | None = None, setting: str = "record") -> None:
+    def __init__(self, path: str, phases: str, numbering: str | None = None) -> None:
         """Counts from zero.
 
         Args:
             path: of the file; with BY_PHASE in it, of one for each phase.
             phases: whose loads a single file holds: one of PHASES, or BOTH.
             numbering: by whose numbers experts are counted.
-            setting: named by messages.
 
         Raises:
             ConfigError: nothing could be written there.
@@ -79,8 +54,8 @@ class WindowsFile:
         if BY_PHASE in path:
             self._files = {Path(path.replace(BY_PHASE, phase)): phase for phase in PHASES}
         for file in self._files:
-            check_writable(setting, file)
-        self._numbering, self._setting = numbering, setting
+            check_target(SETTING, file, replaced=True)
+        self._numbering = numbering
         self._windows: list[np.ndarray] = []
         """Tokens of each, [2, Y, E]; the last one may still grow."""
         self._names: list[str] = []
@@ -122,11 +97,11 @@ class WindowsFile:
                 ]
                 if found:
                     tokens, names = zip(*found, strict=True)
-                    replace_file(Loads.of(tokens, names, self._numbering), path)
+                    replace_file(path, loads_bytes(Loads.of(tokens, names, self._numbering)))
             self._failed = False
         except EPError as error:
             if not self._failed:
-                logger.warning("%s: %s; serving goes on, and it is tried again", self._setting, error)
+                logger.warning("%s: %s; serving goes on, and it is tried again", SETTING, error)
             self._failed = True
 
 

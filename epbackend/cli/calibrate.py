@@ -9,12 +9,12 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from epbackend.balance.recording import check_writable
 from epbackend.cli.output import JsonOption, console, json_stdout
 from epbackend.cli.session import ModelArgument, running, takes_config
 from epbackend.config import EPConfig
 from epbackend.device import get_device
 from epbackend.errors import ConfigError, UnavailableError
+from epbackend.files import check_target, replace_file
 from epbackend.placement.objectives import DEFAULT_BATCH
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _check(config: EPConfig, out: Path) -> None:
             f"device: {config.device} is emulated here, so that no times can be measured; use cpu, or a machine that "
             "has it"
         )
-    check_writable("out", out)
+    check_target("out", out, replaced=True)
 
 
 def _run(model: str, config: EPConfig, rows_X: tuple[int, ...]) -> "Calibration":
@@ -97,10 +97,7 @@ def _run(model: str, config: EPConfig, rows_X: tuple[int, ...]) -> "Calibration"
 
 
 def _write(found: "Calibration", batch: int, out: Path) -> None:
-    """All or nothing."""
-    unfinished = out.with_name(f".{out.name}.part")
-    unfinished.write_text(json.dumps(found.to_dict(batch)) + "\n", encoding="utf-8")
-    unfinished.replace(out)
+    replace_file(out, f"{json.dumps(found.to_dict(batch))}\n".encode())
 
 
 def _tell(found: "Calibration", out: Path) -> None:

@@ -6,15 +6,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from epbackend.errors import ConfigError
+from epbackend.files import check_target as check_target
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from epbackend.config import EPConfig
     from epbackend.config.overrides import Override
 
@@ -39,20 +40,6 @@ def read_config(
         warnings.simplefilter("always", ConfigWarning)
         config = EPConfig.load(source, overrides)
     return config, [str(warning.message) for warning in caught if warning.category is ConfigWarning]
-
-
-def check_target(option: str, path: Path) -> None:
-    """Raises ConfigError where no file could be written there: before the work, whose results would be lost.
-
-    Folders that are missing are made later.
-    """
-    place = path.absolute()
-    there = next(each for each in (place, *place.parents) if os.path.exists(each))
-    taken = there.is_dir() if there == place else not there.is_dir()
-    if taken or not os.access(there, os.W_OK):
-        raise ConfigError(
-            f"{option}: {path} cannot be written; name a file, in a folder that you may write to"
-        )
 
 
 @contextmanager

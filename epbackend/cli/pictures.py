@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from epbackend.cli.inputs import algorithm_in_words, slots_in_words
-from epbackend.cli.output import check_target
 from epbackend.errors import ConfigError
+from epbackend.files import check_target
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
 

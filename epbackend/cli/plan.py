@@ -26,9 +26,10 @@ from epbackend.cli.inputs import (
     unplanned,
     with_dense,
 )
-from epbackend.cli.output import JsonOption, check_target, console, say, watching
+from epbackend.cli.output import JsonOption, console, say, watching
 from epbackend.cli.visits import AffinityOption, PairsOption, load_pairs, visit_facts, visits_table
 from epbackend.errors import ConfigError
+from epbackend.files import check_target
 from epbackend.names import PLANNERS
 from epbackend.placement import planners
 from epbackend.placement.formats import ReadOptions, read_placement, write

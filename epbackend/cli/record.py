@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from epbackend.balance.recording import check_writable
 from epbackend.cli.loads import facts, print_load
 from epbackend.cli.output import JsonOption, console, json_stdout
 from epbackend.cli.session import ModelArgument, running, takes_config
 from epbackend.config import EPConfig
 from epbackend.errors import ConfigError, EPError
+from epbackend.files import check_target
 
 
 @takes_config
@@ -91,7 +91,7 @@ def _run(
 
     recording = Recording.of(out, locate(model), config.ep_size)
     if pairs is not None:
-        check_writable("pairs", pairs)
+        check_target("pairs", pairs)
         if pairs.resolve() == out.resolve():
             raise ConfigError(f"pairs: {pairs} is --out as well; name another file")
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)

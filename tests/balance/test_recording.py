@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,14 +62,14 @@ def test_a_model_that_counts_from_zero_again_goes_on_in_the_same_file(tmp_path):
 
 def test_a_disk_that_is_full_is_one_warning_and_what_comes_later_is_written(tmp_path, monkeypatch, caplog):
     """The file of before stays whole meanwhile."""
-    file = WindowsFile(str(tmp_path / "loads.json"), "both", setting="balance.record")
+    file = WindowsFile(str(tmp_path / "loads.json"), "both")
     counts = counted(4)
     file.add(counts[0])
     file.save()
     before = (tmp_path / "loads.json").read_bytes()
     monkeypatch.setattr(recording, "EVERY_S", 0.0)
     with monkeypatch.context() as broken, caplog.at_level(logging.WARNING, "epbackend"):
-        broken.setattr(recording, "write", lambda loads, path, name: full(path))
+        broken.setattr(Path, "write_bytes", full)
         file.save()
         for counted_2YE in counts[1:3]:
             file.add(counted_2YE)
@@ -82,7 +83,14 @@ def test_a_disk_that_is_full_is_one_warning_and_what_comes_later_is_written(tmp_
     assert np.array_equal(read_loads(tmp_path / "loads.json").tokens_WYE.sum(axis=0), counts[3].sum(axis=0))
 
 
-def full(path):
+def test_a_folder_that_is_missing_is_made(tmp_path):
+    file = WindowsFile(str(tmp_path / "new" / "newer" / "{phase}.json"), "both")
+    file.add(counted(1)[0])
+    file.save()
+    assert (tmp_path / "new" / "newer" / "decode.json").exists()
+
+
+def full(path, content):
     """What a full disk does to a file: half of it is there."""
     path.write_text("{")
     raise OSError(28, "No space left on device")
@@ -93,11 +101,10 @@ def test_where_nothing_can_be_written_is_said_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (
         tmp_path / "file" / "loads.json",
-        tmp_path / "nowhere" / "loads.json",
         tmp_path / "folder",
-        tmp_path / "nowhere" / "{phase}.json",
+        tmp_path / "file" / "{phase}.json",
     ):
         with pytest.raises(
-            ConfigError, match=r"balance\.record: .* cannot be written; name a file in a folder"
+            ConfigError, match=r"balance\.record: .* cannot be written; name a file, in a folder"
         ):
-            WindowsFile(str(path), "both", setting="balance.record")
+            WindowsFile(str(path), "both")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from epbackend.cli.output import check_target
 from epbackend.errors import ConfigError
+from epbackend.files import check_target
 from tests.helpers.patience import PATIENCE_S
 
 SAYING = """

@@ -218,11 +218,11 @@ def test_a_measurement_leaves_torchs_random_numbers_alone(own_cache):
 
 def test_a_full_disk_costs_the_table_and_nothing_else(own_cache, monkeypatch, caplog):
     def full(self, *_):
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(choice.Path, "write_text", full)
+    monkeypatch.setattr(choice.Path, "write_bytes", full)
     assert choose(torch.float32).layout in ("plain", "onednn")
-    assert "cannot be written (No space left on device)" in caplog.text
+    assert "cannot be written: No space left on device" in caplog.text
     assert not own_cache.exists()
 
 

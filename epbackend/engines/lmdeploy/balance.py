@@ -67,7 +67,7 @@ def starting_placement(path: str, config: EPConfig, placement: Placement | None)
     if layers is None or experts is None:
         raise ConfigError(f"balance.on: {path} does not say how many layers and experts it has")
     if balance.record is not None:
-        WindowsFile(balance.record, balance.phases, setting="balance.record")
+        WindowsFile(balance.record, balance.phases)
     if placement is None:
         slots = experts + balance.redundant_experts
         if short := -slots % config.ep_size:
@@ -148,8 +148,7 @@ def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> 
     tell(BalanceReport())
     record = None
     if settings.record is not None:
-        numbering = dict(placement.provenance.options).get(NUMBERING)
-        record = WindowsFile(settings.record, settings.phases, numbering, "balance.record")
+        record = WindowsFile(settings.record, settings.phases, placement.numbering)
     return Balancer(Board(stats.places), read, options, placement, tell, record)
 
 

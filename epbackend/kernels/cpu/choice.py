@@ -30,6 +30,7 @@ import torch
 from filelock import FileLock
 
 from epbackend.errors import ConfigError, did_you_mean
+from epbackend.files import cache_folder, replace_file
 from epbackend.kernels.cpu import products
 from epbackend.kernels.weight_formats import FLOATS
 
@@ -221,13 +222,10 @@ def _kept_or_measured(dtype: torch.dtype) -> dict[str, Any]:
         entry = _measured(dtype)
         table = _read(path)
         table[_key()] = {**entries, name: entry}
-        beside = path.with_suffix(f".{os.getpid()}")
         try:
-            beside.write_text(json.dumps(table, indent=1) + "\n")
-            beside.replace(path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            logger.warning("%s cannot be written (%s): the next process measures again", path, error)
+            replace_file(path, f"{json.dumps(table, indent=1)}\n".encode())
+        except ConfigError as error:
+            logger.warning("%s; the next process measures again", error)
         return entry
 
 
@@ -254,7 +252,7 @@ def report() -> dict[str, Any]:
 
 def table_path() -> Path:
     """Where measurements are kept, in the user's cache; the file may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "epbackend" / "cpu.json"
+    return cache_folder() / "cpu.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from epbackend.errors import ConfigError
+from epbackend.files import cache_folder, replace_file
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.triton.launch import named_launch, next_power_of_2
 from epbackend.kernels.weight_formats import Experts
@@ -258,8 +259,7 @@ def own_table() -> Path:
     """The user's table, which may not exist yet: $EPBACKEND_TILES, or else a file in the user's cache."""
     if named := os.environ.get(OWN_TABLE):
         return Path(named)
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "epbackend" / "tiles.json"
+    return cache_folder() / "tiles.json"
 
 
 def _tuned_in(path: Path) -> list[dict[str, Any]]:
@@ -285,10 +285,7 @@ def record(path: Path, tuned: dict[str, Any], tile: Tile, date: str) -> None:
     stored["tuned"] = [*others, {**tuned, "date": date, "tile": asdict(tile)}]
     innermost = re.compile(r"\{[^{}]*\}")  # on one line each
     text = innermost.sub(lambda found: json.dumps(json.loads(found[0])), json.dumps(stored, indent=1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(text + "\n")
-    beside.replace(path)
+    replace_file(path, f"{text}\n".encode())
 
 
 @dataclass(frozen=True)

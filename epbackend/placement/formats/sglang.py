@@ -46,7 +46,8 @@ def _read_loads(file: File) -> Loads:
     return Loads(count, tuple(names), numbering)
 
 
-def _write_loads(loads: Loads) -> bytes:
+def loads_bytes(loads: Loads) -> bytes:
+    """The file that holds these loads."""
     windows = [json_rows(tokens_YE) for tokens_YE in loads.tokens_WYE]
     head = "" if loads.numbering is None else f'"{NUMBERING}": {json.dumps(loads.numbering)},\n'
     if loads.windows == 1:
@@ -89,7 +90,7 @@ LOADS = LoadsFormat(
     f'JSON with "{COUNT}", what epbackend records and SGLang reads',
     lambda file: COUNT in file.keys,
     _read_loads,
-    _write_loads,
+    loads_bytes,
     lambda file: file.json.get("rank"),
 )
 PLACEMENT = PlacementFormat(

@@ -17,6 +17,7 @@ import torch
 
 from epbackend.balance.calibration import Calibration, active_experts, time_experts
 from epbackend.errors import EPError
+from epbackend.files import replace_file
 from epbackend.moe import ExpertParallelMoE
 
 CALIBRATE_VARIABLE = "EPBACKEND_CALIBRATE"
@@ -55,9 +56,7 @@ def calibrate(layers: Mapping[int, ExpertParallelMoE], hidden_size: int, dtype: 
         "slots": int(layer.slot_map.layout.slots_R.min()),
         "microseconds": microseconds_XA.tolist(),
     }
-    unfinished = folder / f".{layer.ranks.rank}"
-    unfinished.write_text(json.dumps(found))
-    unfinished.replace(folder / f"rank{layer.ranks.rank}.json")
+    replace_file(folder / f"rank{layer.ranks.rank}.json", json.dumps(found).encode())
 
 
 def _read(folder: Path, ranks: int, rows_X: tuple[int, ...]) -> Calibration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from epbackend.errors import EPError
+from epbackend.files import replace_file
 from epbackend.kernels.pair_counter import PairCounter
 from epbackend.placement.pairs import Pairs
 
@@ -45,11 +47,10 @@ def counting_pairs(
 
 def write_down(counters: Mapping[int, PairCounter]) -> None:
     """Leaves this worker's file, with the pairs of each layer by its number."""
-    folder = Path(os.environ[PAIRS_VARIABLE])
-    unfinished = folder / f".{os.getpid()}.npz"
+    buffer = io.BytesIO()
     arrays: dict[str, Any] = {str(layer): each.tokens_EE.numpy() for layer, each in counters.items()}
-    np.savez_compressed(unfinished, **arrays)
-    unfinished.replace(folder / f"{os.getpid()}.npz")
+    np.savez_compressed(buffer, **arrays)
+    replace_file(Path(os.environ[PAIRS_VARIABLE]) / f"{os.getpid()}.npz", buffer.getvalue())
 
 
 def _read(folder: Path, ranks: int, layers: int, name: str, numbering: str | None) -> Pairs:

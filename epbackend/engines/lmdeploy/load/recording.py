@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from epbackend.balance.recording import EVERY_S, check_writable, replace_file
+from epbackend.balance.recording import EVERY_S
 from epbackend.engines.lmdeploy.checkpoint import layer_count, read_model_config
 from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.processes import POLL_S, listens
 from epbackend.errors import ConfigError, EPError
+from epbackend.files import check_target, replace_file
+from epbackend.placement.formats.sglang import loads_bytes
 from epbackend.placement.loads import Loads
 from epbackend.placement.renumbering import Renumbering, numbering_of
 
@@ -37,7 +39,7 @@ class Recording:
         layers = layer_count(read_model_config(Path(model_path)))
         if layers is None:
             raise ConfigError(f"record: {model_path} does not say how many layers it has (num_hidden_layers)")
-        check_writable("record", path)
+        check_target("record", path, replaced=True)
         return cls(path, layers, ep_size, numbering_of(Renumbering.beside(model_path)))
 
     def write(self, report: LoadReport) -> None:
@@ -49,7 +51,7 @@ class Recording:
         if not report.tokens_RYE.any():
             raise EPError(f"{self.path}: nothing to record, no expert has had a token")
         loads = Loads.of(report.loads_YE(self.layers, self.ep_size), [self.path.stem], self.numbering)
-        replace_file(loads, self.path)
+        replace_file(self.path, loads_bytes(loads))
 
 
 @contextmanager
