@@ -32,11 +32,12 @@ from epbackend.errors import ConfigError
 from epbackend.files import check_target
 from epbackend.names import PLANNERS
 from epbackend.placement import planners
+from epbackend.placement.affinity import Affinity
 from epbackend.placement.formats import ReadOptions, read_placement, write
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement, with_speeds
 from epbackend.placement.score import Score, score
-from epbackend.placement.visits import placement_visits
+from epbackend.placement.visits import Visits, placement_visits
 from epbackend.placement.warmup import warm_up, warm_up_affinity
 
 COMPILED = ("refined", "incremental")
@@ -108,26 +109,20 @@ def plan(
         warm_up_affinity()
     if algorithm in COMPILED:
         warm_up()  # so that the seconds below are of planning, not of loading machine code
-    with watching("planning") as progress:
-        start = time.perf_counter()
-        placement = planners.plan(
-            recorded, **asked, current=before, affinity=gathering, progress=progress, **_options(extra, asked)
-        )
-        seconds = time.perf_counter() - start
+    asked |= {"current": before, **_options(extra, asked)}
+    start = time.perf_counter()
+    placement = _planned("planning", recorded, asked, gathering)
+    seconds = time.perf_counter() - start
 
     reference = before or unplanned(recorded, ranks)
     judged = score(placement, recorded, objective=objective, baseline=before)
     result = {**judged.to_dict(), **_more(placement, recorded), "seconds": round(seconds, 4)}
-    visits = {}
+    visits: dict[str, Visits] = {}
     if counted:
         # On the nodes that are asked for, whatever the placement before was made for.
         named = {algorithm_in_words(reference): replace(reference, node_size=node_size)}
         if gathering:
-            with watching("planning without affinity") as progress:
-                plain = planners.plan(
-                    recorded, **asked, current=before, progress=progress, **_options(extra, asked)
-                )
-            named["balanced"] = plain
+            named["balanced"] = _planned("planning without affinity", recorded, asked)
         named["planned"] = placement
         visits = {name: placement_visits(each, counted) for name, each in named.items()}
         result["visits"] = {name: visit_facts(each, placement.experts) for name, each in visits.items()}
@@ -144,6 +139,12 @@ def plan(
         _print(result, placement, reference, was)
         if visits:
             console.print(visits_table(visits, placement.experts))
+
+
+def _planned(what: str, loads: Loads, asked: dict[str, Any], affinity: Affinity | None = None) -> Placement:
+    """`what` is shown meanwhile."""
+    with watching(what) as progress:
+        return planners.plan(loads, **asked, affinity=affinity, progress=progress)
 
 
 def _options(extra: list[str] | None, asked: dict[str, Any]) -> dict[str, Any]:
