@@ -22,7 +22,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,18 +41,6 @@ from epbackend.names import PHASES
 from epbackend.replica_split import SlotMap, TokenSplit
 
 Value = TypeVar("Value")
-
-
-@dataclass
-class Counter:
-    """Adds up one number a call."""
-
-    total: int = 0
-    max: int = 0
-
-    def add(self, value: int) -> None:
-        self.total += value
-        self.max = max(self.max, value)
 
 
 class ExpertWork:
@@ -84,8 +72,8 @@ class LayerStats:
         """The expert in each of the rank's slots."""
         self.calls = 0
         """Calls from Python: a replayed CUDA graph makes none."""
-        self.passes = Counter()
-        self.rounds = Counter()
+        self.most_passes = self.most_rounds = 0
+        """Of any call."""
         self.rows_2L = torch.zeros(2, len(local_experts), dtype=torch.int64)
         """Rows of each slot in each of PHASES, on the experts' device from the first call on; replays of a CUDA graph
         count here, in the phase that was captured."""
@@ -116,17 +104,17 @@ class LayerStats:
 
     def add_call(self, passes: int, rounds: int) -> None:
         self.calls += 1
-        self.passes.add(passes)
-        self.rounds.add(rounds)
+        self.most_passes = max(self.most_passes, passes)
+        self.most_rounds = max(self.most_rounds, rounds)
 
     @contextmanager
     def forgetting(self) -> Iterator[None]:
         """What is counted inside is forgotten; the counters stay where they are. Slots keep their experts meanwhile."""
-        before = self.calls, replace(self.passes), replace(self.rounds)
+        before = self.calls, self.most_passes, self.most_rounds
         rows_2L = self.rows_2L.clone()
         with nullcontext() if self.pairs is None else self.pairs.forgetting():
             yield
-        self.calls, self.passes, self.rounds = before
+        self.calls, self.most_passes, self.most_rounds = before
         self.rows_2L.copy_(rows_2L)
 
     def replace_experts(self, local_experts: tuple[int, ...]) -> None:

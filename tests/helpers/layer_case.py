@@ -142,8 +142,8 @@ def layer_equals_dense(groups: dict[int, RankGroup], case: Case, context: GroupC
     chosen = torch.bincount(ids.flatten(), minlength=experts).tolist()
     return Seen(
         layer.dispatchers["prefill"].name,
-        load.passes.max,
-        load.rounds.max,
+        load.most_passes,
+        load.most_rounds,
         spy.batches,
         spy.most_rows,
         load.tokens_E.tolist(),

@@ -337,17 +337,13 @@ class StatsWriter:
         self._counters, self._allocated = counters, {}
         with writing(self._row):
             numbers = np.flatnonzero(self._row["layers"])
-            self._clear(numbers)
             self._row["layers"][numbers] = False
+            self._row["tokens"][:, numbers] = 0
+            self._row["sums"][:, numbers] = 0
+            for total in ("steps", "passes", "rounds"):
+                self._row[total] = 0
             self._row["experts"] = 0
         return counters
-
-    def _clear(self, numbers: np.ndarray) -> None:
-        """What layers of these numbers have counted, in the shared statistics."""
-        for total in ("steps", "passes", "rounds"):
-            self._row[total] = 0
-        self._row["tokens"][:, numbers] = 0
-        self._row["sums"][:, numbers] = 0
 
     def _stand_by(self) -> None:
         """Answers the readers. Looking is cheap; writing without a request is done seldom."""
@@ -373,8 +369,8 @@ class StatsWriter:
             with writing(row):
                 row["tokens"][:, places.numbers, : places.experts] = places.tokens_2YE(shown)
                 row["sums"][np.ix_(steps % STEPS, places.numbers)] = places.sums_SY(shown, steps)
-                row["passes"] = max((load.passes.max for load in loads), default=row["passes"])
-                row["rounds"] = max((load.rounds.max for load in loads), default=row["rounds"])
+                row["passes"] = max((load.most_passes for load in loads), default=row["passes"])
+                row["rounds"] = max((load.most_rounds for load in loads), default=row["rounds"])
                 row["steps"] = shown.step
             return shown.step
 
