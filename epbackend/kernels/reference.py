@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from epbackend.kernels import ExpertWeights, Permuted, Prepacked, fp8, int8, renormalized
+from epbackend.kernels import ExpertWeights, Kernels, Permuted, Prepacked, fp8, int8, renormalized
 from epbackend.kernels.replica_split import TorchSplits
 from epbackend.kernels.weight_formats import Matrices, SlotMemory, stacked
 
@@ -36,7 +36,25 @@ class TorchQuantization:
         out_TD.copy_(values_TD.float() * scale_TB)
 
 
-class ReferenceKernels(TorchSplits, TorchQuantization, SlotMemory):
+class SummedByUnpermute:
+    """`weighted_sums` of `epbackend.kernels.Kernels`, for devices whose `unpermute` is all that it takes."""
+
+    def weighted_sums(
+        self: Kernels,
+        rows_SD: Tensor,
+        permuted: Permuted,
+        weights_TK: Tensor,
+        dtype: torch.dtype,
+        renormalize: bool = False,
+    ) -> Tensor:
+        if renormalize:
+            weights_TK = renormalized(weights_TK)
+        sums_TD = rows_SD.new_zeros(len(weights_TK), rows_SD.shape[1], dtype=torch.float32)
+        self.unpermute(rows_SD, permuted.choice_of_row_S, weights_TK, sums_TD)
+        return sums_TD.to(dtype)
+
+
+class ReferenceKernels(TorchSplits, TorchQuantization, SummedByUnpermute, SlotMemory):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
@@ -68,20 +86,6 @@ class ReferenceKernels(TorchSplits, TorchQuantization, SlotMemory):
             rows_SD, choice_of_row_S = rows_SD[valid_S], choice_of_row_S[valid_S]
         weight_S1 = weights_TK.take(choice_of_row_S).float().unsqueeze(1)
         out_TD.index_add_(0, choice_of_row_S // weights_TK.shape[1], rows_SD.float() * weight_S1)
-
-    def weighted_sums(
-        self,
-        rows_SD: Tensor,
-        permuted: Permuted,
-        weights_TK: Tensor,
-        dtype: torch.dtype,
-        renormalize: bool = False,
-    ) -> Tensor:
-        if renormalize:
-            weights_TK = renormalized(weights_TK)
-        sums_TD = rows_SD.new_zeros(len(weights_TK), rows_SD.shape[1], dtype=torch.float32)
-        self.unpermute(rows_SD, permuted.choice_of_row_S, weights_TK, sums_TD)
-        return sums_TD.to(dtype)
 
     def prepack(self, weights_LNK: Matrices) -> Prepacked:
         return stacked(weights_LNK)

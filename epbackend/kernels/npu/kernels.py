@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from epbackend.errors import ConfigError
-from epbackend.kernels import ExpertWeights, Permuted, renormalized
+from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Rows, Int8Weights
 from epbackend.kernels.npu import ops
-from epbackend.kernels.reference import TorchQuantization
+from epbackend.kernels.reference import SummedByUnpermute, TorchQuantization
 from epbackend.kernels.replica_split import TorchSplits
 from epbackend.kernels.weight_formats import Matrices, SlotMemory, stacked
 
@@ -108,7 +108,7 @@ NpuWeights = Tensor | Int8Weights | Tiled
 """What `prepack` stores; the plain ones are read through transposed views."""
 
 
-class NpuKernels(TorchSplits, TorchQuantization, SlotMemory):
+class NpuKernels(TorchSplits, TorchQuantization, SummedByUnpermute, SlotMemory):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
@@ -144,20 +144,6 @@ class NpuKernels(TorchSplits, TorchQuantization, SlotMemory):
         # float32 rows: the operator rounds its sums to the type of the rows.
         sums_TD = ops.token_unpermute(rows_SD.float(), row_TK.reshape(-1), weights_TK)
         out_TD.add_(sums_TD.masked_fill(own_T1 < 0, 0))
-
-    def weighted_sums(
-        self,
-        rows_SD: Tensor,
-        permuted: Permuted,
-        weights_TK: Tensor,
-        dtype: torch.dtype,
-        renormalize: bool = False,
-    ) -> Tensor:
-        if renormalize:
-            weights_TK = renormalized(weights_TK)
-        sums_TD = rows_SD.new_zeros(len(weights_TK), rows_SD.shape[1], dtype=torch.float32)
-        self.unpermute(rows_SD, permuted.choice_of_row_S, weights_TK, sums_TD)
-        return sums_TD.to(dtype)
 
     def prepack(self, weights_LNK: Matrices) -> NpuWeights:
         """Int8 matrices are copied into tiles where the operators take them; float ones stay as they are."""
