@@ -22,6 +22,7 @@ from torch import Tensor
 from epbackend.device.base import Device
 from epbackend.dispatch.context import GroupContext
 from epbackend.dispatch.settings import DispatchSettings
+from epbackend.errors import ConfigError
 from epbackend.kernels import Kernels, Rows
 from epbackend.names import PHASES, DispatcherFacts, Phase
 
@@ -183,6 +184,14 @@ class Dispatcher(ABC):
     def reason(cls, spec: LayerSpec) -> str:
         """What to say for people where it is chosen for the spec."""
         return cls.summary
+
+    def check_tokens(self, tokens: int, most: int) -> None:
+        """Raises ConfigError where a call has more tokens than the phase may have."""
+        if tokens > most:
+            raise ConfigError(
+                f"MoE layer {self.spec.layer}: {tokens} tokens in a call that may have {most}; "
+                "raise engine.max_batch_size"
+            )
 
     @abstractmethod
     def begin(self, hidden_TD: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Exchange:

@@ -140,11 +140,7 @@ class DeepEp(Dispatcher):
         tokens = hidden_TD, slot_ids_TK.long(), weights_TK.float()
         if self._tokens is None:
             return _NormalExchange(self.spec, self._link, *tokens)
-        if len(hidden_TD) > self._tokens:
-            raise ConfigError(
-                f"MoE layer {self.spec.layer}: {len(hidden_TD)} tokens in a call that may have {self._tokens}; "
-                "raise engine.max_batch_size"
-            )
+        self.check_tokens(len(hidden_TD), self._tokens)
         return _LowLatencyExchange(self.spec, self._link, self._tokens, *tokens)
 
 

@@ -34,6 +34,8 @@ from epbackend.kernels.npu import ops
 log = logging.getLogger(__name__)
 
 MOST_EXPERTS = 1024
+MOST_TOP_K = 16
+"""12 for the algorithm fullmesh_v2 of A3, which is not used."""
 MEGABYTE = 1 << 20
 DEFAULT_BUFFER_MB = 200
 """HCCL's own, and the least that we ask for."""
@@ -47,11 +49,8 @@ class Limits:
     """`comm_alg` of the operators."""
     ranks: Container[int]
     ranks_in_words: str
-    slots: int
-    """Most experts of a rank."""
     slots_of_older: int
-    """The same before CANN 9.0 (op-plugin 26.0.0), and where it is not known which CANN is here."""
-    top_k: int
+    """Most experts of a rank before CANN 9.0 (op-plugin 26.0.0), and where it is not known which CANN is here."""
     tokens: int
     """Most tokens of a rank and call."""
     hidden: Container[int]
@@ -63,9 +62,7 @@ LIMITS = {
         algorithm="fullmesh",
         ranks=(2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128, 256),
         ranks_in_words="2 to 8, 16, 32, 64, 128 or 256",
-        slots=MOST_EXPERTS,
         slots_of_older=24,  # 26.0.0 has no such limit
-        top_k=16,
         tokens=256,
         hidden=range(32, 7169, 32),
         hidden_in_words="a multiple of 32 up to 7168",
@@ -74,9 +71,7 @@ LIMITS = {
         algorithm="",
         ranks=range(2, 769),
         ranks_in_words="2 to 768",
-        slots=MOST_EXPERTS,
         slots_of_older=MOST_EXPERTS,
-        top_k=16,  # 12 is for the algorithm fullmesh_v2
         tokens=512,
         hidden=range(1024, 8193),
         hidden_in_words="1024 to 8192",
@@ -100,18 +95,15 @@ def broken(
         return f"it is for {' and '.join(LIMITS)}, and this chip is {chip}"
     if ranks not in limits.ranks:
         return f"on {chip} ep_size must be {limits.ranks_in_words}, and is {ranks}"
-    older = not _since(cann, UNLIMITED_SINCE)
-    most = limits.slots_of_older if older else limits.slots
-    if slots > most:
-        remedy = f" or take CANN {UNLIMITED_SINCE}.0" if slots <= limits.slots else ""
-        with_cann = f" with CANN {cann or 'of an unknown release'}" if remedy else ""
-        return (
-            f"on {chip}{with_cann} a rank may hold {most} experts, and holds {slots}: raise ep_size{remedy}"
-        )
     if slots * ranks > MOST_EXPERTS:
         return f"there may be {MOST_EXPERTS} experts with their replicas, and there are {slots * ranks}"
-    if top_k > limits.top_k:
-        return f"on {chip} a token may choose {limits.top_k} experts, and this model's chooses {top_k}"
+    if slots > limits.slots_of_older and not _since(cann, UNLIMITED_SINCE):
+        return (
+            f"on {chip} with CANN {cann or 'of an unknown release'} a rank may hold {limits.slots_of_older} experts, "
+            f"and holds {slots}: raise ep_size or take CANN {UNLIMITED_SINCE}.0"
+        )
+    if top_k > MOST_TOP_K:
+        return f"a token may choose {MOST_TOP_K} experts, and this model's chooses {top_k}"
     if tokens is None:
         return UNBOUNDED
     if tokens > limits.tokens:

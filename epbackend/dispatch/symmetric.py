@@ -26,7 +26,7 @@ from epbackend.device import devices
 from epbackend.dispatch.base import Dispatcher, Exchange, LayerSpec, RankGroup
 from epbackend.dispatch.collectives import Collectives
 from epbackend.dispatch.settings import UNBOUNDED
-from epbackend.errors import ConfigError, UnavailableError
+from epbackend.errors import UnavailableError
 
 OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """Torch's own switch for tests: several ranks on one GPU."""
@@ -78,11 +78,8 @@ class Symmetric(Dispatcher):
 
         spec = self.spec
         capacity = symmetric_memory.ExchangeCapacity.of(spec)
-        if capacity.bounded and len(hidden_TD) > capacity.tokens:
-            raise ConfigError(
-                f"MoE layer {spec.layer}: {len(hidden_TD)} tokens in a call that may have {capacity.tokens}; "
-                "raise engine.max_batch_size"
-            )
+        if capacity.bounded:
+            self.check_tokens(len(hidden_TD), capacity.tokens)
         peer_memory = symmetric_memory.SymmetricMemoryPeers
         try:
             peers = spec.context.get(peer_memory, spec.ranks.group, hidden_TD.device, spec.settings.timeout_s)
