@@ -21,7 +21,7 @@ from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas
 from epbackend.kernels.triton import quantize as quantize_module
-from epbackend.kernels.triton.compile_info import compiling_for, resources, shuffled_constants
+from epbackend.kernels.triton.compile_info import compiling_for, resources
 from epbackend.kernels.triton.grouped_matmul import GroupedMatmul, grouped_matmul
 from epbackend.kernels.triton.kernels import TritonKernels
 from epbackend.kernels.triton.permute import TokenRows
@@ -47,7 +47,7 @@ from epbackend.kernels.triton.tuning import (
     specialized_tile,
 )
 from epbackend.placement.placement import Layout
-from tests.helpers.compiled import compiling
+from tests.helpers.compiled import compiling, shuffled_constants
 
 pytestmark = [
     pytest.mark.cpu,

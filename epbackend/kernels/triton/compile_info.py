@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,17 +104,3 @@ def resources(kernel: Any) -> Resources:
         kernel.metadata.num_warps,
         frozenset(instructions),
     )
-
-
-def shuffled_constants(kernel: Any) -> list[str]:
-    """The instructions of a compiled kernel by which lanes pass on one and the same number. There are to be none.
-
-    `tl.gather` makes them of a block that holds one number. The ptxas 12.8.93 that Triton 3.6 and 3.7 bring along puts
-    the number C in their place, and then max(x - C, y) in the place of max(C - x, y), and min likewise, on chips that
-    have VIADDMNMX (Hopper and later). Thus the split `level_by_node` was wrong on an H200 (2026-11-27).
-    """
-    ptx = kernel.asm["ptx"]
-    written = Counter(re.findall(r"^\s*(?:@!?%p\d+ )?[a-z][\w.]*\s+\{?\s*(%r\d+)", ptx, re.M))
-    numbers = {name for name in re.findall(r"\bmov\.[bu]32\s+(%r\d+), -?\w+;", ptx) if written[name] == 1}
-    shuffles = re.findall(r"\b(shfl\.sync\.\S+\s+\S+, (\S+),.*;)", ptx)
-    return [shuffle for shuffle, passed in shuffles if passed in numbers or not passed.startswith("%")]
