@@ -8,7 +8,7 @@ import typer
 
 from epbackend.cli.output import console
 from epbackend.device import get_device
-from epbackend.engines.lmdeploy.checkpoint import expert_count, quantization, read_model_config
+from epbackend.engines.lmdeploy.checkpoint import expert_count, expert_width, read_model_config
 from epbackend.engines.lmdeploy.checks import BLOCKED_FP8, W8A8, form_of_experts
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.models import resolve
@@ -92,10 +92,7 @@ def _of_model(name: str, settings: dict[str, Any], ep_size: int) -> "ExpertShape
     from epbackend.kernels.triton.tuning import ExpertShape
 
     experts, text = expert_count(settings), settings.get("text_config") or settings
-    hidden, inner = (
-        text.get("hidden_size"),
-        text.get("moe_intermediate_size") or text.get("intermediate_size"),
-    )
+    hidden, inner = text.get("hidden_size"), expert_width(text)
     if not experts or not hidden or not inner:
         raise ConfigError(f"tune: {name} has no experts, or config.json does not say how large; use --shape")
     top_k = max(1, round((text.get("num_experts_per_tok") or 1) / ep_size))
@@ -103,10 +100,11 @@ def _of_model(name: str, settings: dict[str, Any], ep_size: int) -> "ExpertShape
 
 
 def _form_of(name: str, settings: dict[str, Any]) -> Form:
-    quantized = quantization(settings)
-    found = form_of_experts(quantized) if quantized else "half"
-    if quantized and found not in FORM_OF:
+    found = form_of_experts(settings)
+    if found is None:
+        return "half"
+    if found not in FORM_OF:
         raise ConfigError(
             f"tune: our kernels do not multiply {found} experts, which {name} has; name a --form"
         )
-    return FORM_OF.get(found, "half")
+    return FORM_OF[found]

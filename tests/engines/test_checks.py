@@ -154,7 +154,7 @@ def test_a_quantized_checkpoint_is_refused_on_the_cpu(write_model):
 )
 def test_each_device_spreads_its_forms_of_experts_alone(write_model, monkeypatch, quantized, form):
     """What LMDeploy alone computes is left to it, on ranks that all hold every expert."""
-    assert checks.form_of_experts(quantized) == form
+    assert checks.form_of_experts({"quantization_config": quantized}) == form
     model = write_model(n_routed_experts=8, quantization_config=quantized)
     for device, spread in checks.SPREAD.items():
         monkeypatch.setattr(checks, "get_device", lambda _, name=device: SimpleNamespace(name=name))

@@ -122,6 +122,11 @@ def dense_layers(settings: dict[str, Any]) -> tuple[int, ...]:
     )
 
 
+def expert_width(text: dict[str, Any]) -> int | None:
+    """The intermediate size of an expert, from a config.json or its text_config; None where it does not say."""
+    return text.get("moe_intermediate_size") or text.get("intermediate_size")
+
+
 def quantization(settings: dict[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of a config.json; None where weights are as they were trained."""
     of_text = settings.get("text_config") or {}

@@ -15,6 +15,7 @@ from epbackend.engines.lmdeploy.architectures import why_not
 from epbackend.engines.lmdeploy.checkpoint import (
     dense_layers,
     expert_count,
+    expert_width,
     layer_count,
     quantization,
     read_model_config,
@@ -100,7 +101,7 @@ def check_model(path: str, config: EPConfig, placement: Placement | None = None)
                 f"ep_size: {config.ep_size} does not divide the {experts} experts of {path}; "
                 f"use one of {', '.join(fitting)}, or a placement"
             )
-    form = form_of_experts(quantized) if (quantized := quantization(settings)) else None
+    form = form_of_experts(settings)
     if form is not None:
         _check_form(form, config, path)
     if config.kernels == FAST_FP8 and form != BLOCKED_FP8:
@@ -165,7 +166,7 @@ def check_ascend(settings: dict[str, Any], config: EPConfig) -> None:
             f"ep_size: {config.ep_size} takes {ranks} NPUs, and there are {devices} "
             "(ASCEND_RT_VISIBLE_DEVICES may hide some): lower it"
         )
-    form = form_of_experts(quantized) if (quantized := quantization(settings)) else None
+    form = form_of_experts(settings)
     if form not in (None, *SPREAD["ascend"]) and expert_count(settings):
         raise ConfigError(
             f"device ascend: neither LMDeploy nor epbackend computes {form} experts there; take a checkpoint that is "
@@ -246,8 +247,10 @@ def _several_machines(config: EPConfig) -> bool:
     return executor(config) == "ray" and "RAY_ADDRESS" in os.environ
 
 
-def form_of_experts(quantized: dict[str, Any]) -> str:
-    """The form that LMDeploy gives the experts of a model, from the quantization_config of its config.json."""
+def form_of_experts(settings: dict[str, Any]) -> str | None:
+    """The form that LMDeploy gives the experts of a model, from its config.json; None where they are not quantized."""
+    if not (quantized := quantization(settings)):
+        return None
     method = quantized.get("quant_method", "quantized")
     if method == "fp8" and quantized.get("fmt", "e4m3") == "e4m3":
         of_tensors = quantized.get("activation_scheme") == "static" and not quantized.get("weight_block_size")
@@ -277,7 +280,7 @@ def expert_bytes(settings: dict[str, Any], dtype: str = "auto") -> int | None:
     """Bytes of one unquantized routed expert in a dtype, from the model's config.json; None where it does not say."""
     for level in (settings, settings.get("text_config") or {}):
         hidden = level.get("hidden_size")
-        width = level.get("moe_intermediate_size") or level.get("intermediate_size")
+        width = expert_width(level)
         kept = _dtype(level, dtype)
         if hidden and width and kept in ITEM_BYTES:
             return 3 * int(hidden) * int(width) * ITEM_BYTES[kept]
