@@ -16,6 +16,7 @@ import cloudpickle
 from epbackend.balance.balancer import BalanceReport
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import balance
+from epbackend.engines.lmdeploy.balance import report_of
 from epbackend.engines.lmdeploy.load.report import LoadReport, SharedStats
 from epbackend.engines.lmdeploy.processes import start_engines, stop_engines
 from epbackend.engines.lmdeploy.requests.checks import check_call
@@ -131,9 +132,7 @@ class ReplicatedPipeline:
 
     def balance(self) -> BalanceReport:
         """What moving experts has done so far; still readable after `close`. Raises EPError where it is off."""
-        if self._balancer is None:
-            raise EPError("no expert moves here: set balance.on: true, with ep_size > 1")
-        return self._balancer.report()
+        return report_of(self._balancer)
 
     def close(self) -> None:
         """Ends all engines and their processes. A second call does nothing."""

@@ -14,6 +14,7 @@ from lmdeploy.serve.managers.session_manager import Session
 from epbackend.balance.balancer import BalanceReport
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
+from epbackend.engines.lmdeploy.balance import report_of
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.requests.checks import check_call
@@ -70,9 +71,7 @@ class ExpertParallelPipeline(Pipeline):
         Raises:
             EPError: it is off, or this is one of several engines, whose starter has the report.
         """
-        if self._balancer is None:
-            raise EPError("no expert moves here: set balance.on: true, with ep_size > 1")
-        return self._balancer.report()
+        return report_of(self._balancer)
 
     def infer(self, *args: Any, **kwargs: Any) -> Any:
         """As LMDeploy's.
