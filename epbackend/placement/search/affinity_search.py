@@ -317,7 +317,7 @@ def _fits(problem, nodes, expert, partner, home, away, most_M, step_M):
     return True
 
 
-@entry
+@inner
 def replica_shares(problem, expert_P):
     """The share of the layer's choices that each slot gets, [P]."""
     experts, nodes = problem.share_E.size, problem.node_R[-1] + 1

@@ -123,7 +123,7 @@ def level_by_node_shares(counts_ME, slots_EC, rank_of_slot_P, weight_R, node_ran
     return shares_P
 
 
-@entry
+@inner
 def _rows(tokens_E, slots_EC, rank_of_slot_P, ranks):
     """Experts on a single rank have their tokens in shares_P and loads_R; the others are listed, a row each."""
     shares_P = np.zeros(rank_of_slot_P.size, np.int64)
@@ -265,7 +265,7 @@ def _at_home(replicas_V, ranks_VC, home_VC, shares_VC, node_ranks):
     return kept
 
 
-@entry
+@inner
 def _grow_tree(loads_R, weight_R, replicas_V, ranks_VC, shares_VC, tree_R, joined_R3):
     """Writes the ranks of the tree in order of joining, and by what each joined; returns number, load and weight."""
     root = 0
@@ -299,7 +299,7 @@ def _grow_tree(loads_R, weight_R, replicas_V, ranks_VC, shares_VC, tree_R, joine
     return size, total, weight
 
 
-@entry
+@inner
 def _level_tree(loads_R, weight_R, ranks_VC, shares_VC, tree_R, joined_R3, size, level, rest, weight):
     """Moves tokens along the branches of the tree, so far as shares allow, towards equal times; in place."""
     left = level * weight + rest
