@@ -79,6 +79,10 @@ MODELS = {
 }
 
 
+USUAL = "deepseek-v3"
+"""The model of synthetic loads, and what an unknown one is taken to be like."""
+
+
 def find_model(name: str) -> Model:
     """One of `MODELS`. Raises ConfigError for another name."""
     if name not in MODELS:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from epbackend.balance.cost import MODELS, USUAL, Model
 from epbackend.errors import ConfigError
 from epbackend.placement.formats import common_numbering, read_loads
 from epbackend.placement.loads import Loads
@@ -65,15 +66,16 @@ def given_slots(text: str) -> tuple[int, ...] | None:
     return tuple(map(int, text.split(",")))
 
 
-def load_windows(names: list[str], layers: int = 61, experts: int = 256, dense_layers: int = 3) -> Loads:
+def load_windows(names: list[str], model: Model = MODELS[USUAL]) -> Loads:
     """The windows of all files; before them a synthetic one for each time that the word `synthetic` is given.
 
-    These are of a model with so many layers and experts, of DeepSeek-V3 unless given.
+    These have the layers and experts of the model.
     """
     files = [name for name in names if name != SYNTHETIC]
     recorded = [read_loads(files)] if files else []
     if wanted := names.count(SYNTHETIC):
-        recorded.insert(0, synthetic_loads(layers, experts, dense_layers=dense_layers, windows=wanted))
+        sizes = {"layers": model.layers, "experts": model.experts, "dense_layers": model.dense_layers}
+        recorded.insert(0, synthetic_loads(**sizes, windows=wanted))
     return Loads.of(
         [tokens_YE for loads in recorded for tokens_YE in loads.tokens_WYE],
         [name for loads in recorded for name in loads.names],

@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from epbackend.balance.cost import H100, MODELS, CostModel, Model, find_model
+from epbackend.balance.cost import H100, MODELS, USUAL, CostModel, Model, find_model
 from epbackend.balance.simulation import LABELS, STEPS, THRESHOLD, Simulation, sequence
 from epbackend.balance.simulation import simulate as run
 from epbackend.cli.inputs import (
@@ -27,8 +27,6 @@ from epbackend.placement.warmup import warm_up
 
 NODE = 8
 """Ranks of a node, unless given: GPUs that NVLink joins."""
-USUAL = "deepseek-v3"
-"""The model of synthetic loads, and whose experts those of an unknown model are taken to be like."""
 
 
 def simulate(
@@ -64,7 +62,7 @@ def simulate(
 
     check_plot(plot)
     shape = find_model(model or USUAL)
-    windows = load_windows(loads, shape.layers, shape.experts, shape.dense_layers)
+    windows = load_windows(loads, shape)
     cost = CostModel(
         _of_experts(model, windows.experts),
         H100,

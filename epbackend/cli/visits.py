@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from epbackend.balance.cost import MODELS, Model
+from epbackend.balance.cost import MODELS, USUAL, Model
 from epbackend.errors import ConfigError
 from epbackend.placement.affinity import Affinity
 from epbackend.placement.formats.pairs import read_pairs
@@ -29,8 +29,6 @@ AffinityOption = Annotated[
         "above this many times the mean: 1.02, say."
     ),
 ]
-USUAL = "deepseek-v3"
-"""Whose rows are counted where no known model has as many experts."""
 
 
 def load_pairs(pairs: Path | None, affinity: float | None) -> tuple[Pairs | None, Affinity | None]:
