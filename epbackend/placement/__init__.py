@@ -54,30 +54,7 @@ _HOME = {
     "synthetic_loads": "synthetic",
 }
 
-__all__ = [
-    "Affinity",
-    "Layout",
-    "Loads",
-    "Moves",
-    "Objective",
-    "Pairs",
-    "Placement",
-    "Provenance",
-    "Score",
-    "assign",
-    "count_moves",
-    "even_shares",
-    "level_shares",
-    "nearest_quota",
-    "own_quota",
-    "parse_objective",
-    "plan",
-    "planner_names",
-    "read_loads",
-    "read_placement",
-    "score_table",
-    "synthetic_loads",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
