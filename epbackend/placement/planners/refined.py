@@ -18,7 +18,7 @@ Options:
   get 0.1% more load to avoid one.
 - `split`: "even" (the default) or "level", the split that batches will get. For "level" the replicas connect the ranks,
   so that any batch can be balanced (see `planners.level`); tokens are then the only objective, and the options above
-  have no effect.
+  are refused.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ if TYPE_CHECKING:
     from epbackend.placement.search.layer_search import LayerProblem
 
 EVEN_OPTIONS = ("kicks", "node_penalty", "windows")
-"""Those that have no effect with split level."""
+"""Those that are refused with split level."""
 OPTIONS = (*EVEN_OPTIONS, "split")
-SPLITS = ("even", "level")
+PLANNED_FOR = ("even", "level")
+"""What the option `split` may be."""
 
 USUAL_KICKS = 2**16
 """Kicks of a layer, times its slots squared: many for a toy, none for 256 experts, which take about as long."""
@@ -76,9 +77,9 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
 
 def _split(task: Task) -> str:
     """The option `split`. Raises ConfigError for what `level` cannot go with."""
-    split = task.options.get("split", SPLITS[0])
-    if split not in SPLITS:
-        raise ConfigError(f"split: must be {' or '.join(SPLITS)}, not {split!r}")
+    split = task.options.get("split", PLANNED_FOR[0])
+    if split not in PLANNED_FOR:
+        raise ConfigError(f"split: must be {' or '.join(PLANNED_FOR)}, not {split!r}")
     if split == "level":
         if task.objective != TOKENS:
             raise ConfigError(
