@@ -78,8 +78,8 @@ class Affinity:
 
         announce(gather_on_nodes)
         return tuple(
-            self.gather(layer, layout, tokens_WE[tokens_WE.any(axis=1)], node_size, rank_speed)
-            if (tokens_WE := loads.tokens_WYE[:, layer]).any()
+            self.gather(layer, layout, tokens_WE, node_size, rank_speed)
+            if len(tokens_WE := loads.windows_of(layer))
             else layout
             for layer, layout in enumerate(layouts)
         )

@@ -99,6 +99,11 @@ class Loads:
         """The layers in which any window has a choice: those that can be planned and scored."""
         return tuple(np.flatnonzero(self.tokens_WYE.any(axis=(0, 2))).tolist())
 
+    def windows_of(self, layer: int) -> np.ndarray:
+        """The choices of each expert of a layer in those windows where it has any, float64 [W, E]."""
+        tokens_WE = self.tokens_WYE[:, layer]
+        return tokens_WE[tokens_WE.any(axis=1)]
+
     def with_dense(self, dense_layers: Sequence[int]) -> Loads:
         """The loads of the whole model, where these leave out its layers without experts.
 

@@ -87,8 +87,7 @@ def score(
     scored: list[tuple[float, float, float, int]] = []  # (imbalance, bound, largest replica, layer)
     for layer in loads.loaded_layers:
         layout = placement.layers[layer]
-        tokens_WE = loads.tokens_WYE[:, layer]
-        tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
+        tokens_WE = loads.windows_of(layer)
         shares_WP = expected_shares(split, tokens_WE, layout, placement.node_size, speeds)
         for tokens_E, shares_P, worst in zip(
             tokens_WE, shares_WP, imbalances(shares_WP, layout, goal, speeds), strict=True

@@ -155,8 +155,7 @@ def draw_batches(
     random = np.random.default_rng(seed)
     counts_YBE = np.empty((len(layers), batches, loads.experts), dtype=np.int64)
     for index, layer in enumerate(layers):
-        tokens_WE = loads.tokens_WYE[:, layer]
-        tokens_BE = np.resize(tokens_WE[tokens_WE.any(axis=1)], (batches, loads.experts))
+        tokens_BE = np.resize(loads.windows_of(layer), (batches, loads.experts))
         chance_BE = tokens_BE / tokens_BE.sum(axis=1, keepdims=True)
         if concentration is not None:
             chance_BE = random.gamma(chance_BE * concentration)

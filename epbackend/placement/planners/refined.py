@@ -96,10 +96,10 @@ def _split(task: Task) -> str:
 
 def _plan_for_level(task: Task, inputs: SearchInputs, layer: int, first_R: np.ndarray) -> Layout:
     even = _plan_for_even(replace(task, search_ms=0.0), inputs, layer, first_R)
-    tokens_WE = task.loads.tokens_WYE[:, layer]
-    tokens_WE = tokens_WE[tokens_WE.any(axis=1)]
     even_P = even.slot_to_expert_P.copy()  # numba would compile once more for a read-only array
-    expert_P = level.plan_layer(tokens_WE, first_R, even_P, inputs.slow_R, task.search_ms, task.seed % 2**32)
+    expert_P = level.plan_layer(
+        task.loads.windows_of(layer), first_R, even_P, inputs.slow_R, task.search_ms, task.seed % 2**32
+    )
     return _sorted_on_ranks(expert_P, first_R, even.experts)
 
 
