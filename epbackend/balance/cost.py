@@ -167,10 +167,8 @@ class MovedExperts(NamedTuple):
 
 def moved_experts(before: Layout, after: Layout, node_size: int) -> MovedExperts:
     """What a rank did not hold, by where the nearest holder is."""
-    held_RE, wanted_RE = np.zeros((2, before.ranks, before.experts), bool)
-    held_RE[before.rank_of_slot_P, before.slot_to_expert_P] = True
-    wanted_RE[after.rank_of_slot_P, after.slot_to_expert_P] = True
-    wanted_RE &= ~held_RE
+    held_RE = before.held_RE
+    wanted_RE = after.held_RE & ~held_RE
     on_node_ME = np.logical_or.reduceat(held_RE, np.arange(0, before.ranks, node_size), axis=0)
     near_RE = np.repeat(on_node_ME, node_size, axis=0)[: before.ranks]
     return MovedExperts((wanted_RE & near_RE).sum(axis=1), (wanted_RE & ~near_RE).sum(axis=1))

@@ -144,6 +144,13 @@ class Layout:
         """How many slots hold each expert, int64."""
         return _frozen(np.bincount(self.slot_to_expert_P, minlength=self.experts))
 
+    @property
+    def held_RE(self) -> np.ndarray:
+        """Which rank holds which expert, bool; a new array each time."""
+        held_RE = np.zeros((self.ranks, self.experts), dtype=bool)
+        held_RE[self.rank_of_slot_P, self.slot_to_expert_P] = True
+        return held_RE
+
     @cached_property
     def slots_EC(self) -> np.ndarray:
         """The slots of each expert in ascending order, int64; C is the most replicas, and shorter rows end in -1."""

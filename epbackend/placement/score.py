@@ -247,15 +247,6 @@ def count_moves(before: Placement, after: Placement, layers: Sequence[int] | Non
                 f"{name}: one placement has {old}, the other {new}; compare placements of one model and ranks"
             )
     chosen = range(len(after.layers)) if layers is None else layers
-    received = [
-        (_held_RE(after.layers[layer]) & ~_held_RE(before.layers[layer])).sum(axis=1) for layer in chosen
-    ]
+    received = [(after.layers[layer].held_RE & ~before.layers[layer].held_RE).sum(axis=1) for layer in chosen]
     received_YR = np.array(received, dtype=np.int64).reshape(len(chosen), after.ranks)
     return Moves(received_YR, sum(after.layers[layer].slots for layer in chosen))
-
-
-def _held_RE(layout: Layout) -> np.ndarray:
-    """Which rank holds which expert, bool [R, E]."""
-    held_RE = np.zeros((layout.ranks, layout.experts), dtype=bool)
-    held_RE[layout.rank_of_slot_P, layout.slot_to_expert_P] = True
-    return held_RE
