@@ -48,8 +48,6 @@ class Score:
     """Experts that ranks must receive, starting from the baseline; None without one."""
     moves_share: float | None = None
     """`moves` over the slots."""
-    bytes_most: int | None = None
-    """Bytes that the busiest rank receives; None unless the bytes of an expert are given."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -63,7 +61,6 @@ def score(
     split: str = "even",
     objective: str | Path | Objective = "tokens",
     baseline: Placement | None = None,
-    expert_bytes: int | None = None,
     rank_speed: Sequence[float] | None = None,
 ) -> Score:
     """Scores every layer that has loads, in every window.
@@ -74,7 +71,6 @@ def score(
         split: how replicas share the tokens of their expert, one of `replica_split.SPLITS`.
         objective: what is balanced, see `objectives.parse_objective`.
         baseline: the placement in use, from which moves are counted.
-        expert_bytes: bytes of the weights of one expert in one layer.
         rank_speed: how fast the ranks are, in any unit; unless given, those that the placement was planned for.
 
     Raises:
@@ -113,7 +109,6 @@ def score(
         duplicates_on_rank=placement.duplicates_on_rank,
         moves=moves.total if moves else None,
         moves_share=moves.share if moves else None,
-        bytes_most=int(moves.bytes_R(expert_bytes).max()) if moves and expert_bytes is not None else None,
     )
 
 
@@ -225,10 +220,6 @@ class Moves:
     def share(self) -> float:
         """Part of the slots that change, 0 to 1."""
         return self.total / self.slots if self.slots else 0.0
-
-    def bytes_R(self, expert_bytes: int) -> np.ndarray:
-        """Bytes that each rank receives, int64, where an expert's weights take `expert_bytes` in each layer."""
-        return self.received_YR.sum(axis=0) * expert_bytes
 
 
 def count_moves(before: Placement, after: Placement, layers: Sequence[int] | None = None) -> Moves:

@@ -17,7 +17,6 @@ def test_experts_that_a_rank_did_not_hold():
     moves = count_moves(before, after)
     assert moves.received_YR.tolist() == [[0, 0], [1, 2]]
     assert (moves.total, moves.slots, moves.share) == (3, 9, 3 / 9)
-    assert moves.bytes_R(10).tolist() == [10, 20]
 
 
 def test_only_the_given_layers_are_compared():
@@ -25,7 +24,6 @@ def test_only_the_given_layers_are_compared():
     assert count_moves(before, after, layers=[1]).received_YR.tolist() == [[2, 2]]
     nothing = count_moves(before, after, layers=[])
     assert (nothing.total, nothing.slots, nothing.share) == (0, 0, 0.0)
-    assert nothing.bytes_R(8).tolist() == [0, 0]
 
 
 def test_a_second_replica_on_the_same_rank_is_not_received_again():
