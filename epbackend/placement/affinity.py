@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from epbackend.placement.search.affinity_search import Gathering
 
 LIMIT = 1.02
-SWEEPS = 3
-"""Passes over all slots, unless one changes nothing; three more lower the visits by another tenth of a percent."""
 NODE_PARTS = (0.5, 0.1)
 """The part of the limit that nodes may use up, tried in turn until their ranks can keep within the limit."""
 
@@ -147,13 +145,13 @@ def _tries(problem: Gathering, layout: Layout, limit: float) -> Iterator[Layout]
         for part in NODE_PARTS:
             expert_P = layout.slot_to_expert_P.copy()
             most_M = (1 + (limit - 1) * part) / nodes * strength_M
-            if not gather_on_nodes(problem, expert_P, first_M, most_M, SWEEPS):
+            if not gather_on_nodes(problem, expert_P, first_M, most_M):
                 break
             if 0 <= pack_ranks(problem, expert_P, first_R) <= limit / speed:
-                gather_on_ranks(problem, expert_P, first_R, limit / speed, SWEEPS)
+                gather_on_ranks(problem, expert_P, first_R, limit / speed)
                 yield Layout.cut(expert_P, first_R, layout.experts)
     expert_P = layout.slot_to_expert_P.copy()
-    gather_on_ranks(problem, expert_P, first_R, limit / speed, SWEEPS)
+    gather_on_ranks(problem, expert_P, first_R, limit / speed)
     yield Layout.cut(expert_P, first_R, layout.experts)
 
 
