@@ -25,6 +25,18 @@ def check_ranks(ranks: int) -> None:
 
 
 @dataclass(frozen=True)
+def check_slots(slots: int, experts: int, ranks: int) -> None:
+    """Raises ConfigError for slots of a layer that are too few or too many for its experts and ranks."""
+    for least, what in ((experts, "expert"), (ranks, "rank")):
+        if slots < least:
+            raise ConfigError(f"slots: {slots} are fewer than the {least} {what}s; every {what} needs one")
+    if slots > experts * ranks:
+        raise ConfigError(
+            f"slots: {slots} are more than {experts * ranks}, a replica of each of {experts} experts on each of "
+            f"{ranks} ranks; use fewer"
+        )
+
+
 class Layout:
     """One layer of a placement: which logical expert is in which slot. The derived arrays are read-only, computed once.
 
@@ -92,15 +104,7 @@ class Layout:
         """
         slots = experts if slots is None else slots
         check_ranks(ranks)
-        if slots > experts * ranks:
-            raise ConfigError(
-                f"slots: {slots} are more than {experts * ranks}, a replica of each of {experts} experts on each of "
-                f"{ranks} ranks; use fewer"
-            )
-        if slots < experts:
-            raise ConfigError(f"slots: {slots} are fewer than the {experts} experts; every expert needs one")
-        if slots < ranks:
-            raise ConfigError(f"slots: {slots} are fewer than the {ranks} ranks; every rank needs one")
+        check_slots(slots, experts, ranks)
         return cls.cut(np.arange(slots) % experts, np.arange(ranks + 1) * slots // ranks, experts)
 
     @property

@@ -17,7 +17,7 @@ import numpy as np
 from epbackend.errors import ConfigError, did_you_mean
 from epbackend.placement.loads import Loads, whole_number
 from epbackend.placement.objectives import TOKENS, Objective
-from epbackend.placement.placement import Layout, Placement, check_ranks
+from epbackend.placement.placement import Layout, Placement, check_ranks, check_slots
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
@@ -116,15 +116,7 @@ def check_task(task: Task) -> None:
                 f"rank_slots: rank {rank} has {has}, and needs 1 to {experts}, a replica of each expert; "
                 "leave out a rank whose memory holds no expert"
             )
-    if slots < experts:
-        raise ConfigError(f"slots: {slots} are fewer than the {experts} experts; every expert needs one")
-    if slots < ranks:
-        raise ConfigError(f"slots: {slots} are fewer than the {ranks} ranks; every rank needs one")
-    if slots > experts * ranks:
-        raise ConfigError(
-            f"slots: {slots} are more than {experts * ranks}, a replica of each of {experts} experts on each of "
-            f"{ranks} ranks; use fewer"
-        )
+    check_slots(slots, experts, ranks)
     if task.budget is None and task.current is None and not task.slots_R:
         check_even(task)
     if task.budget is not None and task.budget > (
