@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from epbackend.errors import ConfigError
+from epbackend.placement.loads import NUMBERING
 from epbackend.placement.speeds import RANK_SPEED, checked_speeds
 
 MOST_RANKS = 1 << 14
@@ -201,6 +202,8 @@ class Placement:
     node_size: int = 0
     """Ranks of a node, whose ranks reach each other faster; 0: all ranks are one node."""
     provenance: Provenance = field(default_factory=lambda: Provenance("even"))
+    rank_speed: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    """Speeds of the ranks that it was planned for, as parts of the fastest; empty: all are equally fast."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -215,7 +218,8 @@ class Placement:
             raise ConfigError(
                 f"node_size: {self.node_size} ranks a node do not divide the {self.ranks} ranks; use a divisor, or 0"
             )
-        checked_speeds(self._given_speeds, self.ranks)
+        speeds = checked_speeds(dict(self.provenance.options).get(RANK_SPEED), self.ranks)
+        object.__setattr__(self, "rank_speed", speeds)
 
     @classmethod
     def even(cls, layers: int, experts: int, ranks: int, slots: int | None = None) -> Placement:
@@ -238,14 +242,16 @@ class Placement:
         each = {layer.slots for layer in self.layers}
         return each.pop() if len(each) == 1 else None
 
-    @cached_property
-    def rank_speed(self) -> tuple[float, ...]:
-        """Speeds of the ranks that it was planned for, as parts of the fastest; empty: all are equally fast."""
-        return checked_speeds(self._given_speeds, self.ranks)
-
     @property
-    def _given_speeds(self) -> Any:
-        return dict(self.provenance.options).get(RANK_SPEED)
+    def numbering(self) -> str | None:
+        """By whose numbers it counts experts, as in `Loads`; None: nobody knows."""
+        return dict(self.provenance.options).get(NUMBERING)
+
+    def with_options(self, **changes: Any) -> Placement:
+        """The same layouts; options of the provenance become these, and those that become None are left out."""
+        options = {name: value for name, value in self.provenance.options if name not in changes}
+        options |= {name: value for name, value in changes.items() if value is not None}
+        return replace(self, provenance=replace(self.provenance, options=tuple(sorted(options.items()))))
 
     @property
     def duplicates_on_rank(self) -> int:
@@ -295,11 +301,7 @@ def with_speeds(placement: Placement, rank_speed: Sequence[float]) -> Placement:
         ConfigError: another number than the ranks, or a speed that is none.
     """
     speeds = checked_speeds(list(rank_speed), placement.ranks)
-    others = {name: value for name, value in placement.provenance.options if name != RANK_SPEED}
-    options = {**others, RANK_SPEED: list(speeds)} if speeds else others
-    return replace(
-        placement, provenance=replace(placement.provenance, options=tuple(sorted(options.items())))
-    )
+    return placement.with_options(rank_speed=list(speeds) or None)
 
 
 def _whole_number(data: dict[str, Any], name: str) -> int:

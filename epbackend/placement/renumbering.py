@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from epbackend.errors import ConfigError
-from epbackend.placement.loads import NUMBERING, ORIGINAL, Loads
+from epbackend.placement.loads import ORIGINAL, Loads
 from epbackend.placement.placement import Layout, Placement
 
 FILE = "epbackend-renumbering.json"
@@ -157,9 +157,7 @@ def placement_for(renumbering: Renumbering | None, placement: Placement) -> Plac
     Raises:
         ConfigError: it is known to be by those of another one.
     """
-    options = dict(placement.provenance.options)
-    known = options.get(NUMBERING)
-    if not _translates(renumbering, known, "placement: it counts"):
+    if not _translates(renumbering, placement.numbering, "placement: it counts"):
         return placement
     assert renumbering is not None
     new_YE = _rows_for(renumbering.new_YE, len(placement.layers), placement.experts)
@@ -167,9 +165,7 @@ def placement_for(renumbering: Renumbering | None, placement: Placement) -> Plac
         Layout(tuple(tuple(new_E[list(held)].tolist()) for held in layer.experts_of_rank), layer.experts)
         for layer, new_E in zip(placement.layers, new_YE, strict=True)
     )
-    options[NUMBERING] = renumbering.name
-    provenance = replace(placement.provenance, options=tuple(sorted(options.items())))
-    return Placement(layers, placement.node_size, provenance)
+    return replace(placement, layers=layers).with_options(numbering=renumbering.name)
 
 
 def fingerprint(tokens_YE: np.ndarray) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from epbackend.errors import ConfigError
-from epbackend.placement.loads import NUMBERING, Loads
+from epbackend.placement.loads import Loads
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.replica_split import expected_shares
@@ -154,7 +154,7 @@ def check_same_model(placement: Placement, loads: Loads) -> None:
             raise ConfigError(
                 f"loads: have {of_loads} {name}, but the placement has {of_placement}; use loads of the same model"
             )
-    planned = dict(placement.provenance.options).get(NUMBERING)
+    planned = placement.numbering
     if planned and loads.numbering and planned != loads.numbering:
         raise ConfigError(
             f"loads: they count experts by the numbers of {loads.numbering}, but the placement by those of {planned}; "

@@ -150,8 +150,7 @@ def placement_visits(placement: Placement, pairs: Pairs) -> Visits:
     Raises:
         ConfigError: the pairs are of another model, or all zero.
     """
-    numbering = dict(placement.provenance.options).get("numbering")
-    check_same_model(pairs, len(placement.layers), placement.experts, "placement", numbering)
+    check_pairs_of(pairs, len(placement.layers), placement.experts, "placement", placement.numbering)
     counted = np.flatnonzero(pairs.loads_YE.any(axis=1))
     if not counted.size:
         raise ConfigError(f"pairs: {pairs.name} counts no token; record a real run")

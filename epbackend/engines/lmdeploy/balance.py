@@ -29,7 +29,6 @@ from epbackend.engines.lmdeploy.state import active
 from epbackend.errors import ConfigError, EPError
 from epbackend.moe import ExpertParallelMoE, ExpertWork
 from epbackend.names import LEVELLING, PHASES
-from epbackend.placement.loads import NUMBERING
 from epbackend.placement.placement import Placement, with_speeds
 from epbackend.placement.renumbering import Renumbering, numbering_of
 
@@ -85,9 +84,7 @@ def starting_placement(path: str, config: EPConfig, placement: Placement | None)
         )
     _check_sizes(config, expert_bytes(settings, config.engine.dtype))
     # What is recorded, and the placement in use that a server gives away, say by whose numbers experts count.
-    options = {NUMBERING: numbering_of(Renumbering.beside(path)), **dict(placement.provenance.options)}
-    provenance = replace(placement.provenance, options=tuple(sorted(options.items())))
-    return replace(placement, provenance=provenance)
+    return placement.with_options(numbering=placement.numbering or numbering_of(Renumbering.beside(path)))
 
 
 def _check_sizes(config: EPConfig, length: int | None) -> None:
@@ -164,8 +161,8 @@ def watch(number: int, layer: ExpertParallelMoE, device: torch.device) -> None:
     plug = active()
     if not plug.config.balance.on or plug.placement is None or number >= len(plug.placement.layers):
         return
+    rows: Any = all_rows()
     if plug.migrator is None:
-        rows: Any = all_rows()
         if rows is None:
             raise EPError("balance.on: all ranks must run on the machine of their parent; remove it")
         staging_bytes = int(plug.config.balance.staging_mb * MB)
@@ -176,5 +173,4 @@ def watch(number: int, layer: ExpertParallelMoE, device: torch.device) -> None:
     if plug.config.balance.speed_margin is not None:
         if device.type != "cpu":  # a device named "auto" is known here alone
             raise ConfigError(f"balance.speed_margin: {SPEEDS_NOT_SEEN}")
-        places: Any = all_rows()
-        layer.load.work = ExpertWork(places["balance"][layer.ranks.rank]["work"])
+        layer.load.work = ExpertWork(rows["balance"][layer.ranks.rank]["work"])

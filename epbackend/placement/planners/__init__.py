@@ -109,9 +109,10 @@ def plan(
     asked = _asked(task)
     if affinity is not None:
         layers = affinity.gather_layers(layers, loads, task.node_size, task.rank_speed)
-        asked = tuple(sorted({**dict(asked), **affinity.provenance}.items()))
+        asked |= affinity.provenance
     progress(loads.layers, loads.layers)
-    return Placement(layers, task.node_size, Provenance(algorithm, loads.names, __version__, asked))
+    provenance = Provenance(algorithm, loads.names, __version__, tuple(sorted(asked.items())))
+    return Placement(layers, task.node_size, provenance)
 
 
 def planner_names() -> tuple[str, ...]:
@@ -135,7 +136,7 @@ def _usual_slots(loads: Loads, budget: int | None, current: Placement | None) ->
     return in_use or loads.experts
 
 
-def _asked(task: Task) -> tuple[tuple[str, Any], ...]:
+def _asked(task: Task) -> dict[str, Any]:
     """The arguments beyond loads, ranks and slots that are not the usual ones, as plain values, for the provenance;
     and by whose numbers the loads count experts, where they say it."""
     usual = Task(task.loads, task.ranks, task.slots, TOKENS)
@@ -147,7 +148,7 @@ def _asked(task: Task) -> tuple[tuple[str, Any], ...]:
         changed[RANK_SPEED] = list(task.rank_speed)
     if task.loads.numbering is not None:
         changed[NUMBERING] = task.loads.numbering
-    return tuple(sorted({**changed, **{name: _plain(value) for name, value in task.options.items()}}.items()))
+    return changed | {name: _plain(value) for name, value in task.options.items()}
 
 
 def _plain(value: Any) -> Any:
