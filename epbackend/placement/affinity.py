@@ -22,7 +22,7 @@ import numpy as np
 
 from epbackend.errors import ConfigError
 from epbackend.placement.loads import Loads
-from epbackend.placement.pairs import Pairs, check_same_model
+from epbackend.placement.pairs import Pairs, check_pairs_of
 from epbackend.placement.placement import Layout
 from epbackend.placement.replica_split import expected_shares
 from epbackend.placement.score import imbalances
@@ -57,7 +57,7 @@ class Affinity:
 
     def check(self, loads: Loads) -> None:
         """Raises ConfigError where the pairs are of another model than the loads."""
-        check_same_model(self.pairs, loads.layers, loads.experts, "loads", loads.numbering)
+        check_pairs_of(self.pairs, loads.layers, loads.experts, "loads", loads.numbering)
 
     @property
     def provenance(self) -> dict[str, Any]:

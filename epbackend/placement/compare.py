@@ -15,7 +15,7 @@ from epbackend.names import LEVEL_BY_NODE, SPLITS
 from epbackend.placement.affinity import Affinity
 from epbackend.placement.loads import Loads
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
-from epbackend.placement.pairs import Pairs, check_same_model
+from epbackend.placement.pairs import Pairs, check_pairs_of
 from epbackend.placement.placement import Placement, Provenance
 from epbackend.placement.planners import plan, planner_names
 from epbackend.placement.planners.base import Progress, silent
@@ -105,7 +105,7 @@ def score_table(
     if not loads.loaded_layers:
         raise ConfigError("loads: no expert has had a token: there is nothing to compare; record a real run")
     if pairs is not None:
-        check_same_model(pairs, loads.layers, loads.experts, "loads", loads.numbering)
+        check_pairs_of(pairs, loads.layers, loads.experts, "loads", loads.numbering)
     # Imported late: this brings numba. Else the first algorithm's seconds would be those of the compiler.
     from epbackend.placement.warmup import warm_up, warm_up_affinity
 

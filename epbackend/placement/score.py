@@ -77,7 +77,7 @@ def score(
         ConfigError: loads or a baseline of another model, loads without a token, or an unknown split.
     """
     loads = loads if isinstance(loads, Loads) else Loads.of(loads)
-    check_same_model(placement, loads)
+    check_loads_of(placement, loads)
     goal = parse_objective(objective)
     speeds = placement.rank_speed if rank_speed is None else checked_speeds(rank_speed, placement.ranks)
     scored: list[tuple[float, float, float, int]] = []  # (imbalance, bound, largest replica, layer)
@@ -144,7 +144,7 @@ def rank_costs(
     return costs_BR / rank_speed if rank_speed else costs_BR
 
 
-def check_same_model(placement: Placement, loads: Loads) -> None:
+def check_loads_of(placement: Placement, loads: Loads) -> None:
     """Raises ConfigError if placement and loads are not of the same model, or no layer has loads."""
     for name, of_loads, of_placement in (
         ("layers", loads.layers, len(placement.layers)),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from epbackend.errors import ConfigError
-from epbackend.placement.pairs import Pairs, check_same_model
+from epbackend.placement.pairs import Pairs, check_pairs_of
 from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.replica_split import assign, nearest_quota
 
