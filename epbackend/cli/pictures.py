@@ -16,6 +16,8 @@ from epbackend.errors import ConfigError
 from epbackend.files import check_target
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
+from epbackend.placement.replica_split import expected_shares
+from epbackend.placement.score import rank_costs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,13 +124,9 @@ def rank_loads_YR(placement: Placement, tokens_YE: np.ndarray) -> np.ndarray:
 
     Where ranks differ in speed it is their time, over what all would take if they ended together.
     """
-    loads_YR = np.array(
+    loads_YR = np.concatenate(
         [
-            np.bincount(
-                layer.rank_of_slot_P,
-                (tokens_E / layer.replicas_E)[layer.slot_to_expert_P],
-                minlength=placement.ranks,
-            )
+            rank_costs(expected_shares("even", tokens_E[None], layer), layer)
             for layer, tokens_E in zip(placement.layers, tokens_YE, strict=True)
         ]
     )

@@ -20,12 +20,13 @@ from epbackend.cli.inputs import (
 )
 from epbackend.cli.output import console, say
 from epbackend.cli.pictures import rank_loads_YR, save_before_after, save_traffic
-from epbackend.cli.visits import PairsOption, load_pairs, visits_table
-from epbackend.errors import ConfigError
+from epbackend.cli.visits import PairsOption, visits_table
 from epbackend.placement.formats import ReadOptions, read_placement
+from epbackend.placement.formats.pairs import read_pairs
 from epbackend.placement.loads import Loads
 from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement, with_speeds
+from epbackend.placement.score import check_loads_of
 from epbackend.placement.visits import placement_visits
 
 WORST = 5
@@ -57,20 +58,14 @@ def show(
     say(console, f"{placement}: {described(found)}", "bold")
     say(console, _origin(found), "")
     say(console, _replicas(found), "")
-    counted, _ = load_pairs(pairs, None)
+    counted = read_pairs(pairs) if pairs else None
     if counted:
         _show_visits(found, counted, traffic)
     if not loads:
         say(console, "Give recorded LOADS as well to see what it does to them.", "dim")
         return
     recorded = with_dense(load_windows(loads), dense)
-    if (recorded.layers, recorded.experts) != (len(found.layers), found.experts):
-        raise ConfigError(
-            f"loads: have {recorded.layers} layers of {recorded.experts} experts, {placement} has "
-            f"{len(found.layers)} of {found.experts}; give loads of the same model"
-        )
-    if not recorded.loaded_layers:
-        raise ConfigError("loads: no expert has had a token: there is nothing to show; record a real run")
+    check_loads_of(found, recorded)
     before = unplanned(recorded, found.ranks)
     if found.rank_speed:
         before = with_speeds(before, found.rank_speed)

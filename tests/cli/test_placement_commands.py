@@ -18,6 +18,7 @@ from epbackend.placement.formats.pairs import write_pairs
 from epbackend.placement.loads import Loads
 from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement
+from epbackend.placement.planners import plan
 from epbackend.placement.synthetic import synthetic_loads, synthetic_routes
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.pictures import colour_share, drawn_share
@@ -144,7 +145,17 @@ def test_show_refuses_loads_of_another_model(run, tmp_path, planned):
     write(Loads.of(np.ones((5, 8))), tmp_path / "other.npy", "npy")
     result = run("show", planned, tmp_path / "other.npy")
     assert result.exit_code == 2
-    assert "loads: have 5 layers of 8 experts" in result.stderr
+    assert "loads: have 8 experts, but the placement has 16" in result.stderr
+
+
+def test_show_refuses_loads_of_another_numbering(run, tmp_path, recorded):
+    loads = read_loads(recorded)
+    named, placement = tmp_path / "named.json", tmp_path / "original.json"
+    write(Loads(loads.tokens_WYE, loads.names, "renumbered"), named, "sglang")
+    write(plan(Loads(loads.tokens_WYE, loads.names, "original"), ranks=4), placement, "epbackend")
+    result = run("show", placement, named, "--plot", tmp_path / "heat.png")
+    assert result.exit_code == 2
+    assert "loads: they count experts by the numbers of renumbered" in result.stderr
 
 
 def test_convert_there_and_back_keeps_the_placement(run, tmp_path, planned):
