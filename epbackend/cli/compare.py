@@ -20,9 +20,9 @@ from epbackend.cli.inputs import (
     load_windows,
 )
 from epbackend.cli.output import JsonOption, console, say, watching
-from epbackend.cli.visits import PairsOption, load_pairs, row_model, visit_facts
+from epbackend.cli.visits import PairsOption, row_model, visit_facts
 from epbackend.placement.compare import Row, ScoreTable, score_table
-from epbackend.placement.warmup import warm_up
+from epbackend.placement.formats.pairs import read_pairs
 
 
 def compare(
@@ -47,8 +47,7 @@ def compare(
 
     check_plot(plot)
     recorded = load_windows(loads)
-    together, _ = load_pairs(pairs, None)
-    warm_up()  # so that the times are of planning, not of loading machine code
+    together = read_pairs(pairs) if pairs else None
     with watching("comparing") as progress:
         table = score_table(
             recorded,

@@ -111,10 +111,7 @@ class Loads:
             ConfigError: there are no such layers in a model of so many.
         """
         every = self.layers + len(set(dense_layers))
-        if beyond := [layer for layer in dense_layers if not 0 <= layer < every]:
-            raise ConfigError(
-                f"dense_layers: {beyond[0]} is no layer of a model with {every}; they count from 0"
-            )
+        check_dense(dense_layers, every)
         tokens_WYE = np.zeros((self.windows, every, self.experts))
         tokens_WYE[:, [layer for layer in range(every) if layer not in dense_layers]] = self.tokens_WYE
         return Loads(tokens_WYE, self.names, self.numbering)
@@ -130,6 +127,16 @@ class Loads:
         shares_WYE = self.tokens_WYE / np.where(totals_WY1 > 0, totals_WY1, 1.0)
         present_Y1 = np.maximum((totals_WY1 > 0).sum(axis=0), 1)
         return shares_WYE.sum(axis=0) / present_Y1 * totals_WY1.mean(axis=0)
+
+
+def check_dense(dense_layers: Sequence[int], layers: int) -> None:
+    """Raises ConfigError for layers that the model does not have, and if they are all of its layers."""
+    if beyond := [layer for layer in dense_layers if not 0 <= layer < layers]:
+        raise ConfigError(
+            f"dense_layers: {beyond[0]} is no layer of a model with {layers}; they are numbered from 0"
+        )
+    if len(set(dense_layers)) >= layers:
+        raise ConfigError("dense_layers: they are all layers of the model; leave those with experts out")
 
 
 def _numbers(values: object) -> np.ndarray:

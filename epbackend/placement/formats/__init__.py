@@ -82,7 +82,7 @@ def common_numbering(recorded: Sequence[Loads]) -> str | None:
 
 def read_placement(path: str | Path, options: ReadOptions = NO_OPTIONS) -> Placement:
     """The placement of a file; `options` give what its format leaves out. Raises ConfigError if it holds none."""
-    _, found = _read(Path(path), [*PLACEMENTS.values(), *LOADS.values()], options)
+    found, _, _ = _read(Path(path), [*PLACEMENTS.values(), *LOADS.values()], options)
     if not isinstance(found, Placement):
         raise ConfigError(
             f"{path}: holds loads, not a placement; plan one: epbackend plan {path} --ranks R --slots P --out FILE"
@@ -102,7 +102,7 @@ def read(path: str | Path, name: str | None = None, options: ReadOptions = NO_OP
     forms = [form for form in every if name in (None, form.name)]
     if not forms:
         raise _unknown(str(name), {**PLACEMENTS, **LOADS}, "format")
-    return _read(Path(path), forms, options)[1]
+    return _read(Path(path), forms, options)[0]
 
 
 def write(thing: Loads | Placement, path: str | Path, name: str, dense_layers: tuple[int, ...] = ()) -> None:
@@ -155,10 +155,10 @@ def _unknown(name: str, known: Iterable[str], what: str) -> ConfigError:
 
 def _read_loads(path: Path) -> tuple[Loads, int | None]:
     """The loads of a file, and the rank that recorded them, where the file says it."""
-    file, found = _read(path, [*LOADS.values(), *PLACEMENTS.values()], NO_OPTIONS)
-    if not isinstance(found, Loads):
+    found, file, form = _read(path, [*LOADS.values(), *PLACEMENTS.values()], NO_OPTIONS)
+    if not isinstance(found, Loads) or not isinstance(form, LoadsFormat):
         raise ConfigError(f"{path}: holds a placement, not loads; give a recording of the experts' tokens")
-    rank = next(form for form in LOADS.values() if form.matches(file)).rank(file)
+    rank = form.rank(file)
     if rank is not None and (type(rank) is not int or rank < 0):
         raise ConfigError(f"{path}: rank: must be a whole number from 0")
     return found, rank
@@ -183,8 +183,8 @@ def _ranks_added_up(recorded: list[Loads], ranks: list[int | None]) -> list[Load
 
 def _read(
     path: Path, forms: Sequence[LoadsFormat | PlacementFormat], options: ReadOptions
-) -> tuple[File, Loads | Placement]:
-    """The file, and what it holds in the first format that matches; errors start with the path."""
+) -> tuple[Loads | Placement, File, LoadsFormat | PlacementFormat]:
+    """What the file holds in the first format that matches, the file, and the format; errors start with the path."""
     hotspots = path / mindie_hotspots.CONFIG
     # Path.is_file raises for a name that is too long.
     file = File(hotspots if os.path.isfile(hotspots) else path)
@@ -196,6 +196,7 @@ def _read(
             raise ConfigError(
                 f"{file.kind} of none of these formats: {', '.join(form.name for form in forms)}"
             )
-        return file, form.read(file, options) if isinstance(form, PlacementFormat) else form.read(file)
+        found = form.read(file, options) if isinstance(form, PlacementFormat) else form.read(file)
+        return found, file, form
     except (ConfigError, UnavailableError) as error:
         raise type(error)(f"{path}: {error}") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from epbackend.errors import ConfigError
 from epbackend.placement.formats.file import File
-from epbackend.placement.loads import Loads
+from epbackend.placement.loads import Loads, check_dense
 from epbackend.placement.placement import Layout, Placement, Provenance, check_ranks
 
 
@@ -80,14 +80,14 @@ NumberedLayers = list[tuple[int, Layout]]
 
 def moe_layers(placement: Placement, dense_layers: tuple[int, ...]) -> NumberedLayers:
     """The layers with experts."""
-    _check_dense(dense_layers, len(placement.layers))
+    check_dense(dense_layers, len(placement.layers))
     return [(index, layer) for index, layer in enumerate(placement.layers) if index not in dense_layers]
 
 
 def with_dense(layers: list[Layout], dense_layers: tuple[int, ...]) -> tuple[Layout, ...]:
     """All layers of the model: these MoE layers, and even layouts for the dense ones."""
     every = range(len(layers) + len(set(dense_layers)))
-    _check_dense(dense_layers, len(every))
+    check_dense(dense_layers, len(every))
     even = Layout.even(layers[0].experts, layers[0].ranks, layers[0].slots)
     moe = iter(layers)
     return tuple(even if layer in dense_layers else next(moe) for layer in every)
@@ -111,13 +111,3 @@ def check_no_duplicates(layers: NumberedLayers, program: str) -> None:
                 f"layer {index}: a rank holds two replicas of one expert, which {program} cannot express; plan with "
                 "refined or omni"
             )
-
-
-def _check_dense(dense_layers: tuple[int, ...], layers: int) -> None:
-    """Raises ConfigError for layers that the model does not have, and if they are all of its layers."""
-    if beyond := [layer for layer in dense_layers if not 0 <= layer < layers]:
-        raise ConfigError(
-            f"dense_layers: {beyond[0]} is no layer of a model with {layers}; they are numbered from 0"
-        )
-    if len(set(dense_layers)) >= layers:
-        raise ConfigError("dense_layers: they are all layers of the model; leave those with experts out")

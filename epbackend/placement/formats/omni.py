@@ -32,9 +32,9 @@ def _matches(file: File) -> bool:
 
 def _read(file: File, options: ReadOptions) -> Placement:
     pattern_RYE = read_array(file)
-    if pattern_RYE.ndim != 3 or 0 in pattern_RYE.shape or not np.isin(pattern_RYE, (0, 1)).all():
+    if 0 in pattern_RYE.shape:
         raise ConfigError(
-            f"pattern: must be [ranks, layers, experts] of 0 and 1, not of shape {pattern_RYE.shape}"
+            f"pattern: must be [ranks, layers, experts], none of them 0, not of shape {pattern_RYE.shape}"
         )
     experts = pattern_RYE.shape[2]
     layers = [
