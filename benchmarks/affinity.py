@@ -13,10 +13,10 @@ import numpy as np
 
 from benchmarks.report import command_line, print_table
 from epbackend.balance.cost import MODELS, find_model
-from epbackend.placement import Affinity, Loads, Pairs, plan
+from epbackend.placement import Affinity, Layout, Loads, Pairs, assign, nearest_quota, plan
 from epbackend.placement.score import score
 from epbackend.placement.synthetic import synthetic_routes
-from epbackend.placement.visits import visits_of_routes
+from epbackend.placement.visits import Visits
 
 SHAPES = (
     ("deepseek-v3", 16, 272),
@@ -30,6 +30,37 @@ NODE = 8
 RECORDED = ((4, 0, 2), (8, 4, 2), (8, 20, 2), (8, 20, 4), (16, 20, 2), (16, 20, 4))
 """Ranks, replicas, ranks a node."""
 REPETITIONS = 7
+
+
+def visits_of_routes(topk_ids_TK: np.ndarray, layout: Layout, node_size: int = 0) -> Visits:
+    """Token by token: token t comes from rank t % R, and takes the replicas that `nearest` gives it.
+
+    Args:
+        topk_ids_TK: the experts of each token.
+        layout: of the layer.
+        node_size: ranks per node; 0: all ranks are one node.
+    """
+    ranks, size = layout.ranks, node_size or layout.ranks
+    visited_RR = np.zeros((ranks, ranks))
+    nodes_MM = np.zeros((ranks // size, ranks // size))
+    for source in range(ranks):
+        own_TK = topk_ids_TK[source::ranks]
+        counts_E = np.bincount(own_TK.reshape(-1), minlength=layout.experts)
+        slots_TK = assign(own_TK, nearest_quota(counts_E, layout, source, node_size), layout)
+        goes_TR = np.zeros((len(own_TK), ranks), dtype=bool)
+        np.put_along_axis(goes_TR, layout.rank_of_slot_P[slots_TK], True, axis=1)
+        visited_RR[source] = goes_TR.sum(axis=0)
+        nodes_MM[source // size] += goes_TR.reshape(len(own_TK), -1, size).any(axis=2).sum(axis=0)
+    tokens_M1 = np.array([len(topk_ids_TK[source::ranks]) for source in range(ranks)])
+    tokens_M1 = tokens_M1.reshape(-1, size).sum(axis=1)[:, None]
+    ranks_MM = visited_RR.reshape(ranks // size, size, ranks // size, size).sum(axis=(1, 3))
+    tokens = len(topk_ids_TK)
+    return Visits(
+        float(ranks_MM.sum() / tokens),
+        float(nodes_MM.sum() / tokens),
+        nodes_MM / np.maximum(tokens_M1, 1),
+        ranks_MM / np.maximum(tokens_M1, 1),
+    )
 
 
 def measure(

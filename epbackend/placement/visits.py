@@ -1,4 +1,4 @@
-"""How many ranks and nodes a token visits, and what that sends over the links: exactly from routes, or from pairs.
+"""How many ranks and nodes a token visits, and what that sends over the links: estimated from pairs.
 
 Tokens go to the nearest replica of each of their experts (the split `nearest`), and come from all ranks alike. A rank
 is visited once, however many of a token's experts it holds; so is a node by a dispatcher that sends each node one row.
@@ -16,7 +16,6 @@ import numpy as np
 from epbackend.errors import ConfigError
 from epbackend.placement.pairs import Pairs, check_pairs_of
 from epbackend.placement.placement import Layout, Placement
-from epbackend.placement.replica_split import assign, nearest_quota
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,37 +61,6 @@ def mean_visits(each: Sequence[Visits]) -> Visits:
 
 def _off_diagonal(visits_MM: np.ndarray) -> float:
     return float((visits_MM.sum() - np.trace(visits_MM)) / len(visits_MM))
-
-
-def visits_of_routes(topk_ids_TK: np.ndarray, layout: Layout, node_size: int = 0) -> Visits:
-    """Token by token: token t comes from rank t % R, and takes the replicas that `nearest` gives it.
-
-    Args:
-        topk_ids_TK: the experts of each token.
-        layout: of the layer.
-        node_size: ranks per node; 0: all ranks are one node.
-    """
-    ranks, size = layout.ranks, node_size or layout.ranks
-    visited_RR = np.zeros((ranks, ranks))
-    nodes_MM = np.zeros((ranks // size, ranks // size))
-    for source in range(ranks):
-        own_TK = topk_ids_TK[source::ranks]
-        counts_E = np.bincount(own_TK.reshape(-1), minlength=layout.experts)
-        slots_TK = assign(own_TK, nearest_quota(counts_E, layout, source, node_size), layout)
-        goes_TR = np.zeros((len(own_TK), ranks), dtype=bool)
-        np.put_along_axis(goes_TR, layout.rank_of_slot_P[slots_TK], True, axis=1)
-        visited_RR[source] = goes_TR.sum(axis=0)
-        nodes_MM[source // size] += goes_TR.reshape(len(own_TK), -1, size).any(axis=2).sum(axis=0)
-    tokens_M1 = np.array([len(topk_ids_TK[source::ranks]) for source in range(ranks)])
-    tokens_M1 = tokens_M1.reshape(-1, size).sum(axis=1)[:, None]
-    ranks_MM = visited_RR.reshape(ranks // size, size, ranks // size, size).sum(axis=(1, 3))
-    tokens = len(topk_ids_TK)
-    return Visits(
-        float(ranks_MM.sum() / tokens),
-        float(nodes_MM.sum() / tokens),
-        nodes_MM / np.maximum(tokens_M1, 1),
-        ranks_MM / np.maximum(tokens_M1, 1),
-    )
 
 
 def expected_visits(pair_EE: np.ndarray, topk: int, layout: Layout, node_size: int = 0) -> Visits:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.affinity import visits_of_routes
 from epbackend.errors import ConfigError
 from epbackend.placement import plan
 from epbackend.placement.affinity import Affinity
@@ -18,7 +19,7 @@ from epbackend.placement.pairs import Pairs, count_pairs
 from epbackend.placement.placement import Layout
 from epbackend.placement.score import score
 from epbackend.placement.synthetic import synthetic_routes
-from epbackend.placement.visits import expected_visits, placement_visits, visits_of_routes
+from epbackend.placement.visits import expected_visits, placement_visits
 
 
 def loads_of(topk_ids_TK, experts):
