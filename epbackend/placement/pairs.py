@@ -62,9 +62,9 @@ class Pairs:
         object.__setattr__(self, "tokens_YEE", tokens_YEE)
 
     @classmethod
-    def of_routes(cls, topk_ids: Sequence[np.ndarray], experts: int, name: str = "routes") -> Pairs:
+    def of_routes(cls, topk_ids: Sequence[np.ndarray], experts: int) -> Pairs:
         """From the chosen experts of each layer's tokens, [T, K] each."""
-        return cls(np.stack([count_pairs(ids_TK, experts) for ids_TK in topk_ids]), name)
+        return cls(np.stack([count_pairs(ids_TK, experts) for ids_TK in topk_ids]), "routes")
 
     @property
     def layers(self) -> int:

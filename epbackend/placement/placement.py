@@ -25,7 +25,6 @@ def check_ranks(ranks: int) -> None:
         raise ConfigError(f"ranks: {ranks} must be from 1 to {MOST_RANKS}")
 
 
-@dataclass(frozen=True)
 def check_slots(slots: int, experts: int, ranks: int) -> None:
     """Raises ConfigError for slots of a layer that are too few or too many for its experts and ranks."""
     for least, what in ((experts, "expert"), (ranks, "rank")):
@@ -38,6 +37,7 @@ def check_slots(slots: int, experts: int, ranks: int) -> None:
         )
 
 
+@dataclass(frozen=True)
 class Layout:
     """One layer of a placement: which logical expert is in which slot. The derived arrays are read-only, computed once.
 
@@ -144,17 +144,17 @@ class Layout:
         """The rank of every slot, int64."""
         return _frozen(np.repeat(np.arange(self.ranks), self.slots_R))
 
-    @cached_property
-    def replicas_E(self) -> np.ndarray:
-        """How many slots hold each expert, int64."""
-        return _frozen(np.bincount(self.slot_to_expert_P, minlength=self.experts))
-
     @property
     def held_RE(self) -> np.ndarray:
         """Which rank holds which expert, bool; a new array each time."""
         held_RE = np.zeros((self.ranks, self.experts), dtype=bool)
         held_RE[self.rank_of_slot_P, self.slot_to_expert_P] = True
         return held_RE
+
+    @cached_property
+    def replicas_E(self) -> np.ndarray:
+        """How many slots hold each expert, int64."""
+        return _frozen(np.bincount(self.slot_to_expert_P, minlength=self.experts))
 
     @cached_property
     def slots_EC(self) -> np.ndarray:

@@ -17,7 +17,6 @@ from epbackend.placement.loads import NUMBERING, Loads, real_number, whole_numbe
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.placement import Placement, Provenance
 from epbackend.placement.planners.base import (
-    Planner,
     Progress,
     Task,
     check_answer,
@@ -27,7 +26,7 @@ from epbackend.placement.planners.base import (
 )
 from epbackend.placement.speeds import RANK_SPEED, checked_speeds
 
-__all__ = ["find_planner", "plan", "planner_names"]
+__all__ = ["plan", "planner_names"]
 
 
 def plan(
@@ -105,7 +104,7 @@ def plan(
             raise ConfigError(
                 f"affinity: its limit is of tokens, not {task.objective.name}; use objective tokens"
             )
-    layers = check_answer(algorithm, find_planner(algorithm)(task), task)
+    layers = check_answer(algorithm, PLANNERS.load(algorithm)(task), task)
     asked = _asked(task)
     if affinity is not None:
         layers = affinity.gather_layers(layers, loads, task.node_size, task.rank_speed)
@@ -118,16 +117,6 @@ def plan(
 def planner_names() -> tuple[str, ...]:
     """Every algorithm that `plan` knows: the default first, those of third parties last."""
     return PLANNERS.names()
-
-
-def find_planner(algorithm: str) -> Planner:
-    """The planner of that name.
-
-    Raises:
-        ConfigError: there is no such planner.
-        UnavailableError: the package that adds it does not load.
-    """
-    return PLANNERS.load(algorithm)
 
 
 def _usual_slots(loads: Loads, budget: int | None, current: Placement | None) -> int:

@@ -180,9 +180,7 @@ def check_answer(algorithm: str, layers: Any, task: Task) -> tuple[Layout, ...]:
     return tuple(layers)
 
 
-def refuse_unknown(
-    algorithm: str, task: Task, *, options: Iterable[str] = (), knows_budget: bool = False
-) -> None:
+def refuse_unknown(algorithm: str, task: Task, *, options: Iterable[str], knows_budget: bool = False) -> None:
     """For planners that balance tokens only, over ranks that are alike.
 
     Raises:
@@ -204,7 +202,7 @@ def refuse_unknown(
     refuse_options(algorithm, task, options)
 
 
-def refuse_options(algorithm: str, task: Task, known: Iterable[str] = ()) -> None:
+def refuse_options(algorithm: str, task: Task, known: Iterable[str]) -> None:
     """Raises ConfigError for an option that the planner does not know."""
     known = tuple(known)
     for name in task.options:
