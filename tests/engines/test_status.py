@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 from epbackend.balance.balancer import Balancer, BalanceReport, Options, Reading
 from epbackend.balance.board import Board
 from epbackend.cli import app as command
-from epbackend.cli.top import Board as TopBoard
-from epbackend.cli.top import drawn
+from epbackend.cli.top import View, drawn
 from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats, StatsReader
 from epbackend.engines.lmdeploy.load.status import local_engines, status
 from epbackend.engines.lmdeploy.server import experts
@@ -145,7 +144,7 @@ def test_the_dashboard_asks_for_metrics_that_are_exported():
 
 
 def test_a_client_needs_the_key_and_learns_why_nothing_moves(stats):
-    client = TestClient(experts.Experts(stats, PLACEMENT, None).app(["secret"]))
+    client = TestClient(experts.ExpertEndpoints(stats, PLACEMENT, None).app(["secret"]))
     key = {"Authorization": "Bearer secret"}
     for ask in (client.get, client.post):
         assert ask("/epbackend/rebalance").status_code == 401
@@ -155,7 +154,7 @@ def test_a_client_needs_the_key_and_learns_why_nothing_moves(stats):
     assert Placement.from_json(answer.text) == PLACEMENT
     refused = client.post("/epbackend/rebalance", headers=key)
     assert (refused.status_code, "balance.on" in refused.json()["error"]["message"]) == (409, True)
-    open_to_all = TestClient(experts.Experts(stats, None, None).app([]))
+    open_to_all = TestClient(experts.ExpertEndpoints(stats, None, None).app([]))
     assert open_to_all.get("/epbackend/placement").status_code == 404
 
 
@@ -172,7 +171,7 @@ def test_a_look_that_is_asked_for_does_not_wait_for_the_interval(stats, monkeypa
     stats.places["layers"], stats.places["expert_bytes"] = 4, 100
     balancer = Balancer(Board(stats.places), read, options, PLACEMENT)
     try:
-        client = TestClient(experts.Experts(stats, PLACEMENT, balancer).app([]))
+        client = TestClient(experts.ExpertEndpoints(stats, PLACEMENT, balancer).app([]))
         told(stats)
         assert client.post("/epbackend/rebalance").status_code == 200
         assert balancer.report().windows == 1  # level already: nothing moved
@@ -183,21 +182,21 @@ def test_a_look_that_is_asked_for_does_not_wait_for_the_interval(stats, monkeypa
     assert client.post("/epbackend/rebalance").status_code == 503
 
 
-def test_the_board_shows_the_ranks_and_layers_of_the_last_seconds(stats):
+def test_the_view_shows_the_ranks_and_layers_of_the_last_seconds(stats):
     told(stats, imbalance_before=1.5, imbalance_after=1.1, last_error="rank 1: no memory")
     before = status(stats)
     now = before | {"at_s": before["at_s"] + 2.0, "steps": 9}
     now["tokens_of_phase"] = {"prefill": [[25, 0], [30, 0]], "decode": [[5, 30], [0, 70]]}
-    board = TopBoard.between(before, now)
-    assert board.tokens_RY.tolist() == [[20, 10], [0, 10]]
-    assert board.tokens_per_second == 20 / 2 / 2.0
-    assert board.imbalance == 1.5
-    text = _text(drawn(board, 100, 40), 100)
-    assert board.phases["prefill"] == {"share": 0.375, "imbalance": 1.5}
+    view = View.between(before, now)
+    assert view.tokens_RY.tolist() == [[20, 10], [0, 10]]
+    assert view.tokens_per_second == 20 / 2 / 2.0
+    assert view.imbalance == 1.5
+    text = _text(drawn(view, 100, 40), 100)
+    assert view.phases["prefill"] == {"share": 0.375, "imbalance": 1.5}
     assert "decode 62% of the tokens, 1.500" in text
     for part in ("2.00", "5 tokens/s", "1.500 to 1.100", "3 migrations", "rank 1: no memory"):
         assert part in text
-    idle = TopBoard.between(before, before | {"at_s": before["at_s"] + 2.0})
+    idle = View.between(before, before | {"at_s": before["at_s"] + 2.0})
     assert (idle.idle, idle.tokens_RY.tolist()) == (True, before["tokens_RY"])
     assert "idle" in _text(drawn(idle, 100, None), 100)
 
@@ -210,7 +209,7 @@ def test_any_number_of_ranks_and_layers_fits_the_terminal(ranks, layers):
         "tokens_of_phase": {"prefill": tokens_RY, "decode": tokens_RY}, "step_imbalance_Y": [1.0] * layers,
         "split": {}, "dispatchers": {}, "balance": None,
     }  # fmt: skip
-    lines = _text(drawn(TopBoard.between(state | {"steps": 0}, state | {"at_s": 2.0}), 80, 24)).splitlines()
+    lines = _text(drawn(View.between(state | {"steps": 0}, state | {"at_s": 2.0}), 80, 24)).splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
 
@@ -229,7 +228,7 @@ def test_what_top_cannot_watch_is_one_line(argument, said):
     assert said in result.output
 
 
-def _text(board, width=80):
+def _text(view, width=80):
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(board)
+    console.print(view)
     return console.export_text()
