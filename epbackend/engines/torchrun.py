@@ -128,9 +128,8 @@ class StepCounts:
         tokens_2YE = np.zeros((len(PHASES), len(layers), most), dtype=np.int64)
         for at, layer in enumerate(layers):
             tokens_2YE[:, at, : layer.slot_map.experts] = layer.load.tokens_2E.numpy()
-        passes, rounds = (
-            max(getattr(each.load, what).max for each in layers) for what in ("passes", "rounds")
-        )
+        passes = max(layer.load.most_passes for layer in layers)
+        rounds = max(layer.load.most_rounds for layer in layers)
         sums_SY = torch.stack(list(self._sums_Y)).cpu().numpy()
         of_ranks = gather(ranks, (tokens_2YE, passes, rounds, np.diff(sums_SY, axis=0)))
         return LoadReport(
