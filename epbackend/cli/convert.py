@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from epbackend.cli.inputs import DenseOption, described, layer_numbers
+from epbackend.cli.inputs import DenseOption, described, layer_numbers, with_dense
 from epbackend.cli.output import console, error_console, say
 from epbackend.placement.formats import LOADS, PLACEMENTS, ReadOptions, read, usage, write
 from epbackend.placement.loads import Loads
@@ -40,6 +40,8 @@ def convert(
     """Convert loads or a placement. What the other format cannot express is an error that says so."""
     dense = layer_numbers(dense_layers)
     found = read(source, source_format, ReadOptions(ranks, slots, dense))
+    if isinstance(found, Loads):
+        found = with_dense(found, dense)
     if isinstance(found, Placement) and to in WITHOUT_DENSE and not dense:
         _warn_of_dense(found)
     write(found, target, to, dense)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from epbackend.cli.demo_balance import balance_demo
+from epbackend.cli.demo_balance import TOPICS, balance_demo
 from epbackend.cli.loads import facts, imbalance, imbalance_in_words, print_load
 from epbackend.cli.output import JsonOption, check_target, console, error_console, json_stdout
 from epbackend.cli.pictures import save_imbalance, save_load
@@ -26,7 +26,7 @@ PROMPTS = (
 REDUNDANT_EXPERTS = 8
 SESSION_LEN = 512
 """Tokens of a prompt and its answer: LMDeploy ends a longer answer there, Hugging Face goes on."""
-LONGEST_ANSWER = SESSION_LEN - 1 - max(map(len, PROMPTS))
+LONGEST_ANSWER = SESSION_LEN - 1 - max(map(len, sum(TOPICS, PROMPTS)))
 """Whatever the tokenizer: at most a token for each character, and one before them."""
 Engine = Literal["lmdeploy", "transformers"]
 
@@ -71,8 +71,14 @@ def demo(
         typer.Option(help="Processes that share the experts: 2, and 4 with --balance.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=LONGEST_ANSWER, help="Tokens of each answer.")
-    ] = 40,
+        int | None,
+        typer.Option(
+            min=1,
+            max=LONGEST_ANSWER,
+            help="Tokens of each answer: 40, and 12 with --balance.",
+            show_default=False,
+        ),
+    ] = None,
     engine: Annotated[Engine, typer.Option(help="Who runs the model around the experts.")] = "lmdeploy",
     balance: Annotated[
         bool, typer.Option("--balance", help="Instead: experts that move between ranks while they answer.")
@@ -88,13 +94,15 @@ def demo(
         raise ConfigError(
             "--balance: experts do not move while transformers runs a model; use --engine lmdeploy"
         )
+    if balance and max_new_tokens == 1:
+        raise ConfigError("--max-new-tokens: --balance times the steps from token to token; use 2 or more")
     check_target("out", out / "expert-load.png")
     settings = engine_settings(engine, int(ranks or ("4" if balance else "2")))
 
     def show(talk: bool) -> dict[str, Any]:
         if balance:
-            return balance_demo(model, settings, out, talk=talk)
-        return _demo(model, engine, settings, max_new_tokens, out, talk=talk)
+            return balance_demo(model, settings, max_new_tokens or 12, out, talk=talk)
+        return _demo(model, engine, settings, max_new_tokens or 40, out, talk=talk)
 
     if as_json:
         with json_stdout() as print_json:

@@ -36,7 +36,6 @@ TOPICS = (
     ),
 )
 BALANCE = {"on": True, "redundant_experts": 8, "window_steps": 8, "interval_s": 0.5, "threshold": 0.02}
-NEW_TOKENS = 12
 FEWEST_ROUNDS, MOST_SECONDS = 2, 15.0
 """Of a topic, until a plan has been made for it."""
 JUDGED_ROUNDS = 4
@@ -73,7 +72,9 @@ class Pair:
     still: Round
 
 
-def balance_demo(model: str, settings: dict[str, Any], out: Path, *, talk: bool) -> dict[str, Any]:
+def balance_demo(
+    model: str, settings: dict[str, Any], new_tokens: int, out: Path, *, talk: bool
+) -> dict[str, Any]:
     """The demo's results as one object; with `talk` they are shown as they come."""
     start = time.perf_counter()
     moving = EPConfig.load({**settings, "balance": BALANCE})
@@ -85,7 +86,7 @@ def balance_demo(model: str, settings: dict[str, Any], out: Path, *, talk: bool)
             stayer.wait()
         plans = 0
         for prompts in TOPICS:
-            topics.append(_topic(mover, stayer, prompts, plans, talk))
+            topics.append(_topic(mover, stayer, prompts, new_tokens, plans, talk))
             plans = topics[-1][-1].moving.report.plans
     report = topics[-1][-1].moving.report
     pairs = [pair for topic in topics for pair in topic]
@@ -138,14 +139,19 @@ def _start_file(model: str, config: EPConfig, out: Path) -> Path:
 
 
 def _topic(
-    mover: EngineApart, stayer: EngineApart, prompts: tuple[str, ...], plans: int, talk: bool
+    mover: EngineApart,
+    stayer: EngineApart,
+    prompts: tuple[str, ...],
+    new_tokens: int,
+    plans: int,
+    talk: bool,
 ) -> list[Pair]:
-    """Rounds of both, until a plan after those has been in use for JUDGED_ROUNDS."""
+    """Rounds of both, until a plan after the first `plans` has been in use for JUDGED_ROUNDS."""
     pairs: list[Pair] = []
     began, last = time.perf_counter(), 0
     while not last or len(pairs) < last:
         turns = (mover, stayer) if len(pairs) % 2 else (stayer, mover)
-        rounds = {engine: engine.call(_answer, prompts, engine is mover) for engine in turns}
+        rounds = {engine: engine.call(_answer, prompts, new_tokens, engine is mover) for engine in turns}
         pairs.append(Pair(rounds[mover], rounds[stayer]))
         now, late = pairs[-1].moving, time.perf_counter() - began > MOST_SECONDS
         if not last and len(pairs) >= FEWEST_ROUNDS and (now.report.plans > plans or late):
@@ -163,13 +169,13 @@ def _topic(
 # What follows runs in the processes of the engines.
 
 
-def _answer(pipe: Any, prompts: tuple[str, ...], moving: bool) -> Round:
+def _answer(pipe: Any, prompts: tuple[str, ...], new_tokens: int, moving: bool) -> Round:
     """Greedy answers; the steps are told by the stream of the first one."""
     from lmdeploy import GenerationConfig
 
     from epbackend.balance.balancer import BalanceReport
 
-    generation = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, ignore_eos=True)
+    generation = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, ignore_eos=True)
     report: Callable[[], BalanceReport] = pipe.balance if moving else BalanceReport
     token_ids: list[list[int]] = [[] for _ in prompts]
     steps: list[Step] = []

@@ -113,9 +113,10 @@ def test_demo_gives_the_tokens_of_transformers_and_draws_pictures(tmp_path):
 @pytest.mark.slow
 def test_demo_of_balance_moves_experts_and_keeps_the_tokens(tmp_path):
     before = left_memory()
-    result = run("demo", "--balance", "--json", cwd=tmp_path)
+    result = run("demo", "--balance", "--json", "--max-new-tokens", 10, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
+    assert said["tokens"] == 4 * 10 * sum(said["rounds"])
     assert said["tokens_identical"] is True
     assert said["ranks"] == 4
     assert said["migrations"] >= 3
@@ -384,7 +385,8 @@ def test_record_refuses_pairs_that_would_be_lost_before_it_starts(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-new-tokens", 600], "482"),  # its sessions have 512 tokens
+        (["--max-new-tokens", 600], "476"),  # its sessions have 512 tokens
+        (["--balance", "--max-new-tokens", 1], "use 2 or more"),
         (["--out", "file"], "out: file/expert-load.png cannot be written"),
     ],
 )

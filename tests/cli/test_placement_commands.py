@@ -202,6 +202,16 @@ def test_a_map_without_dense_layers_is_planned_from_and_shown(run, tmp_path, rec
         assert "mean of 4" in shown.stdout
 
 
+def test_convert_puts_dense_layers_back_into_loads(run, tmp_path):
+    moe = synthetic_loads(4, 16, tokens=10_000, seed=3)
+    write(moe, tmp_path / "moe.csv", "csv")
+    done = run(
+        "convert", tmp_path / "moe.csv", tmp_path / "all.json", "--to", "sglang", "--dense-layers", "0,2"
+    )
+    assert done.exit_code == 0, done.output
+    assert read_loads([tmp_path / "all.json"]).loaded_layers == (1, 3, 4, 5)
+
+
 def test_convert_warns_of_layers_that_look_dense(run, tmp_path, planned):
     result = run("convert", planned, tmp_path / "pattern.npy", "--to", "omni")
     assert result.exit_code == 0, result.output

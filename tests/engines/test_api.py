@@ -233,6 +233,10 @@ def test_texts_are_encoded_and_weighed(server, tokenizer):
     for given in ("a b", texts):
         encoded = server.post("/v1/encode", {"input": given}).json()["input_ids"]
         assert encoded == tokenizer(given).input_ids
+    for count in (1, len(texts)):
+        messages = count * [{"role": "user", "content": long}]
+        counted = server.post("/v1/messages/count_tokens", {"messages": messages}).json()["input_tokens"]
+        assert 0 <= counted - count * len(tokenizer(long).input_ids) < 10 * count  # what frames each
     by_ids = server.post("/get_ppl", {"input": tokenizer(PROMPTS[2]).input_ids}).json()["ppl"]
     assert server.post("/get_ppl", {"input": PROMPTS[2]}).json()["ppl"] == by_ids
 

@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
-from epbackend.engines.lmdeploy.server.guard import TOGETHER_S
+from epbackend.engines.lmdeploy.server.guard import LARGEST_BODY, TOGETHER_S, TOO_LARGE
 from tests.helpers.patience import PATIENCE_S
 
 GUARDED = """
@@ -27,10 +27,14 @@ async def slow(request):
     await asyncio.sleep(float(request.query_params["seconds"]))
     return PlainTextResponse("done")
 
+async def length(request):
+    return PlainTextResponse(str(len(await request.body())))
+
 port, drain_seconds = int(sys.argv[1]), float(sys.argv[2])
 tls = dict(zip(("ssl_keyfile", "ssl_certfile"), sys.argv[3:]))
 with signals_unwind(), Guard(drain_seconds).in_place():
-    uvicorn.run(Starlette(routes=[Route("/slow", slow)]), host="127.0.0.1", port=port, **tls)
+    routes = [Route("/slow", slow), Route("/length", length, methods=["POST"])]
+    uvicorn.run(Starlette(routes=routes), host="127.0.0.1", port=port, **tls)
 """
 
 ENDED_BY_A_CLIENT = """
@@ -101,6 +105,23 @@ def test_an_idle_client_does_not_hold_the_end_up(certificate, start_process):
         assert client.get(url, timeout=PATIENCE_S, verify=str(cert)).status_code == 200
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(timeout=PATIENCE_S) == 0
+
+
+def test_a_body_without_a_bound_is_refused(start_process):
+    """Whether its length comes first or not."""
+    port = free_port()
+    start_process(GUARDED, str(port), "1", ready="Application startup complete")
+    url = f"http://{LOOPBACK}:{port}/length"
+
+    def sent(size: int, *, told: bool) -> requests.Response:
+        part = bytes(2**20)
+        body = bytes(size) if told else (part[: size - at] for at in range(0, size, len(part)))
+        return requests.post(url, data=body, timeout=PATIENCE_S)
+
+    for told in (True, False):
+        assert sent(LARGEST_BODY, told=told).text == str(LARGEST_BODY)
+        refused = sent(LARGEST_BODY + 1, told=told)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (413, TOO_LARGE)
 
 
 def test_a_client_ends_a_server_that_has_a_parent(start_process):

@@ -224,17 +224,33 @@ def test_what_would_end_the_engine_is_refused(generation):
         check_generation([1, 511], generation, 512)
 
 
+MIGRATION = {
+    "protocol": 1,
+    "remote_engine_id": "a",
+    "remote_session_id": 1,
+    "remote_token_id": 1,
+    "remote_block_ids": [1],
+}
+
+
 @pytest.mark.parametrize("field", DISAGGREGATION)
 def test_a_disaggregated_engine_has_its_own_fields(field):
+    value = MIGRATION if field == "migration_request" else True
     for check in (
-        lambda **role: check_body({field: {"a": 1}}, {"prompt"}, 100, 3, **role),
-        lambda **role: check_generation([1], GenerationConfig(**{field: {"a": 1}}), 512, **role),
+        lambda **role: check_body({field: value}, {"prompt"}, 100, 3, **role),
+        lambda **role: check_generation([1], GenerationConfig(**{field: value}), 512, **role),
     ):
         check(disaggregated=True)
         with pytest.raises(BadRequestError, match=rf"^{field}: needs a disaggregated engine"):
             check()
     check_body({field: None}, {"prompt"}, 100, 3)
     check_body({field: False}, {"prompt"}, 100, 3)
+
+
+@pytest.mark.parametrize("value", [1, {"a": 1}, MIGRATION | {"remote_block_ids": "a"}])
+def test_a_disaggregated_engine_refuses_what_is_no_migration(value):
+    with pytest.raises(BadRequestError, match=r"^migration_request: is not one of LMDeploy's"):
+        check_body({"migration_request": value}, {"prompt"}, 100, 3, disaggregated=True)
 
 
 @pytest.mark.parametrize("ids", [[], [512], [-1], [2**70], [0.5], ["a"], [None]])

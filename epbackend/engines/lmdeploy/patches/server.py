@@ -189,6 +189,16 @@ def texts_off_the_loop(original: Callable) -> Callable:
 
 
 @patch(
+    "lmdeploy.serve.anthropic.endpoints.messages_count_tokens:register",
+    why="a server answers nobody while it counts a long text",
+    when="server",
+    fingerprint="cd245391b6b8",
+)
+def counts_off_the_loop(original: Callable) -> Callable:
+    return functools.partial(tokenizing.register_count, theirs=original)
+
+
+@patch(
     "lmdeploy.serve.core.chat_runner:_build_runner_generation_config",
     why="it ignores presence_penalty and frequency_penalty",
     when="server",
@@ -298,6 +308,7 @@ PATCHES = (
     distserve_where_disaggregated,
     completions_as_openai,
     texts_off_the_loop,
+    counts_off_the_loop,
     chats_have_penalties,
     chats_show_what_was_asked,
     chat_logprobs_are_listed,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from epbackend.errors import ConfigError, did_you_mean
 
@@ -379,6 +379,13 @@ def _check_disaggregation(field: str, value: Any, disaggregated: bool) -> None:
             field,
             "needs a disaggregated engine (role Prefill or Decode), which this one is not; leave it out",
         )
+    if value and field == "migration_request":
+        from lmdeploy.pytorch.disagg.conn.protocol import MigrationRequest
+
+        try:
+            MigrationRequest.model_validate(value)
+        except ValidationError as error:
+            raise BadRequestError(field, f"is not one of LMDeploy's: {error.errors()[0]['msg']}") from None
 
 
 def _check_lengths(given: Mapping[str, Any], session_len: int) -> None:

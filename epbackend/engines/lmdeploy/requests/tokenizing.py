@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
+from lmdeploy.serve.anthropic.protocol import CountTokensRequest
 from lmdeploy.serve.openai.protocol import EncodeRequest, PoolingRequest, PPLRequest
 from lmdeploy.serve.utils.server_utils import validate_json_request
 
@@ -24,9 +25,7 @@ def is_long(value: Any) -> bool:
 
 def register(router: APIRouter, context: Any, theirs: Callable) -> None:
     """Adds /v1/encode, /get_ppl and /pooling; `theirs` is LMDeploy's function that adds its own, and /v1/embeddings."""
-    their_router = APIRouter()
-    theirs(their_router, context)
-    endpoints: dict[str, Any] = {route.path: route.endpoint for route in their_router.routes}  # type: ignore
+    routes, endpoints = _added_by(theirs, context)
     tokenizer = context.async_engine.tokenizer
     as_json = [Depends(validate_json_request)]
 
@@ -55,4 +54,25 @@ def register(router: APIRouter, context: Any, theirs: Callable) -> None:
             request.input = await off_loop(lambda: [tokenizer.encode(text) for text in texts])
         return await endpoints["/pooling"](request)
 
-    router.routes.extend(route for route in their_router.routes if route.path == "/v1/embeddings")  # type: ignore
+    router.routes.extend(route for route in routes if route.path == "/v1/embeddings")
+
+
+def register_count(router: APIRouter, context: Any, theirs: Callable, **options: Any) -> None:
+    """Adds /v1/messages/count_tokens; `theirs` is LMDeploy's function that adds its own, with these options."""
+    _, endpoints = _added_by(theirs, context, **options)
+    endpoint = endpoints["/v1/messages/count_tokens"]
+
+    @router.post("/v1/messages/count_tokens", dependencies=[Depends(validate_json_request)])
+    async def count_tokens(request: CountTokensRequest, raw_request: Request) -> Any:
+        """How many tokens **messages** have in the model's chat template."""
+        if not is_long(request):
+            return await endpoint(request, raw_request)
+        return await off_loop(lambda: asyncio.run(endpoint(request, raw_request)))  # it awaits nothing itself
+
+
+def _added_by(theirs: Callable, context: Any, **options: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The routes that a function of LMDeploy's adds, and their endpoints by path."""
+    router = APIRouter()
+    theirs(router, context, **options)
+    routes: list[Any] = router.routes
+    return routes, {route.path: route.endpoint for route in routes}

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from urllib.parse import parse_qsl
 
 import psutil
+from starlette.requests import ClientDisconnect
 
 from epbackend.balance.balancer import Balancer
 from epbackend.dispatch.watchdog import RunningTime
@@ -56,6 +57,10 @@ TOGETHER_S = 0.3
 """Signals in so short a time are one order."""
 NOT_IMPLEMENTED = "not_implemented_error"
 """Kind of the error that comes with status 501."""
+TOO_LARGE = "request_too_large"
+"""Kind of the error that comes with status 413."""
+LARGEST_BODY = 32 * 2**20
+"""Bytes of a request. While its JSON is read nobody else is answered: so many take most of a second."""
 
 _PACKED = (
     "the experts' weights are packed for their device when they are loaded, and cannot be replaced while the server "
@@ -275,7 +280,7 @@ class Guard:
     def _uvicorn_run(self, original: Callable) -> Callable:
         @functools.wraps(original)
         def run(app: Any, **kwargs: Any) -> Any:
-            self.app = app
+            self.app = _bounded(app)
             return original(self, timeout_graceful_shutdown=max(1, round(self._drain_seconds)), **kwargs)
 
         return run
@@ -293,6 +298,34 @@ class Guard:
             original(server, number, frame)
 
         return handle_exit
+
+
+def _bounded(app: Any) -> Any:
+    """The application, which reads no body of more than LARGEST_BODY bytes: such requests get a 413."""
+
+    async def bounded(scope: Any, receive: Any, send: Any) -> None:
+        declared = dict(scope.get("headers", ())).get(b"content-length", b"")
+        size = int(declared) if declared.isdigit() else 0
+        got = 0
+
+        async def receive_bounded() -> Any:
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            return message if got <= LARGEST_BODY else {"type": "http.disconnect"}
+
+        async def send_bounded(message: Any) -> None:
+            if got <= LARGEST_BODY:
+                await send(message)
+
+        if size <= LARGEST_BODY:
+            with contextlib.suppress(ClientDisconnect):
+                await app(scope, receive_bounded, send_bounded)
+        if max(size, got) > LARGEST_BODY:
+            text = f"the request has more than {LARGEST_BODY} bytes; no context is so long"
+            await _answer(send, 413, error_form(text, TOO_LARGE, TOO_LARGE))
+
+    return bounded
 
 
 def _wait_without_idle_clients(original: Callable) -> Callable:
