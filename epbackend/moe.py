@@ -267,14 +267,16 @@ class ExpertParallelMoE:
 
         Raises:
             CollectiveError: a rank does not take part in time.
-            ConfigError: an id is of no expert. On a CPU at once, on other devices in a later call that is not replayed
-                from a graph, since none waits for the device.
+            ConfigError: the shapes do not fit each other or `top_k`, or an id is of no expert. Such an id is found on a
+                CPU at once, on other devices in a later call that is not replayed from a graph, since none waits for
+                the device.
             EPError: the layer is closed, or its context is and the call needs something of it.
         """
         if self._closed:
             raise EPError(f"MoE layer {self.layer} is closed: make another one")
         if phase not in PHASES:
             raise ConfigError(f"phase {phase!r} is unknown; it is one of {', '.join(PHASES)}")
+        _check_call(hidden_TD, topk_ids_TK, topk_weights_TK, self.top_k)
         if self.load.pairs is not None:
             self.load.pairs.add(topk_ids_TK, padding_T1)
         dispatcher = self._dispatchers[phase]
@@ -400,6 +402,22 @@ def _check_fit(gate_up: tuple[int, int] | None, down: tuple[int, int] | None, *,
             f"gate_up_L2FD holds matrices of {gate_up[0]} x {gate_up[1]} and down_LDF of {down[0]} x {down[1]}; they "
             "must be 2F x D and D x F"
         )
+
+
+def _check_call(hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, top_k: int) -> None:
+    """Check the shapes of a call's tensors.
+
+    Raises:
+        ConfigError: they do not fit each other or `top_k`, or the ids are no integers.
+    """
+    chosen = (len(hidden_TD), top_k)
+    if hidden_TD.ndim != 2 or topk_ids_TK.shape != chosen or topk_weights_TK.shape != chosen:
+        raise ConfigError(
+            f"hidden_TD, topk_ids_TK and topk_weights_TK have the shapes {list(hidden_TD.shape)}, "
+            f"{list(topk_ids_TK.shape)} and {list(topk_weights_TK.shape)}; they must be T x D, and twice T x {top_k}"
+        )
+    if topk_ids_TK.dtype not in (torch.int32, torch.int64):
+        raise ConfigError(f"topk_ids_TK are {topk_ids_TK.dtype}; ids of experts are int32 or int64")
 
 
 def _check_bias(name: str, bias_LN: Tensor | None, slots: int, matrix: tuple[int, int] | None) -> None:

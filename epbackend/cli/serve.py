@@ -181,6 +181,8 @@ def serve(
             restart=restart,
             drain_seconds=drain_seconds,
         )
+    except KeyboardInterrupt:  # while it loads; later it ends by itself
+        raise typer.Exit(0) from None
     finally:
         # At its end Python would collect garbage among all that is left, for seconds; a supervisor waits for it.
         gc.freeze()

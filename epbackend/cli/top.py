@@ -160,7 +160,9 @@ def server(url: str, api_key: str | None) -> Source:
         raise ConfigError(f"{url} is no URL of a server; write it as http://127.0.0.1:23333")
     key = next(iter((api_key or "").split()), None)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}/epbackend/status", headers=headers)
+    request = urllib.request.Request(
+        f"{url.rstrip('/').removesuffix('/v1')}/epbackend/status", headers=headers
+    )
 
     def look() -> dict[str, Any]:
         try:

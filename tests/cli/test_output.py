@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from epbackend.cli import main
 from epbackend.errors import ConfigError
 from epbackend.files import check_target
 from tests.helpers.patience import PATIENCE_S
@@ -31,6 +32,20 @@ def test_one_object_gets_out_in_any_locale():
     )
     assert json.loads(said.stdout) == {"text": "a dash \u2014, half a character \ud800"}
     assert said.stderr == b"beside it\n"
+
+
+def test_the_end_of_a_file_is_an_error_like_others(monkeypatch, capsys):
+    """Typer takes it for the end of what a person types."""
+
+    def doctor() -> None:
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr("epbackend.cli.doctor.doctor", doctor)
+    monkeypatch.setattr("sys.argv", ["epbackend", "doctor"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "error: RuntimeError: EOFError: Ran out of input" in capsys.readouterr().err
 
 
 def test_a_target_that_cannot_be_written_is_named(tmp_path):

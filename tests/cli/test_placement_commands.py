@@ -111,7 +111,7 @@ def test_option_of_one_algorithm_is_refused_by_others(run, recorded):
         (("compare", "none.json", "--ranks", 4, "--plot", "{recorded}"), "is no picture's name; name a .png"),
         (("simulate", "none.json", "--ranks", 4, "--plot", "{recorded}/x.png"), "x.png cannot be written"),
         (("show", "{recorded}"), "holds loads, not a placement"),
-        (("convert", "{recorded}", "x", "--to", "omni"), "'omni' is no format of loads to write"),
+        (("convert", "{recorded}", "x", "--to", "omni"), "error: 'omni' is no format of loads to write"),
         (
             ("convert", "{recorded}", "x", "--to", "csv", "--from", "npz"),
             "'npz' is no format, did you mean 'npy'",

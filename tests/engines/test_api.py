@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from epbackend.cli import app as command
 from epbackend.engines.lmdeploy.requests.tokenizing import LONG
+from epbackend.engines.lmdeploy.server.guard import NOT_IMPLEMENTED
 from epbackend.models import resolve
 from tests.helpers.api import SESSION_LEN, Server, served
 from tests.helpers.patience import PATIENCE_S
@@ -137,7 +138,6 @@ UNNAMED = [
     ("/generate", {}),
     ("/generate", GENERATE | {"logprob_start_len": 9, "return_logprob": True, "max_tokens": 1}),
     ("/v1/chat/completions", CHAT | {"tools": [{"type": "function", "function": {"name": "f"}}]}),
-    ("/v1/embeddings", {"input": "a"}),
     ("/pooling", {"input": "a"}),
     ("/pooling", {"input": [999999]}),
     ("/pooling", {"input": ["\ud800"]}),
@@ -207,6 +207,10 @@ def test_bad_requests_are_refused_by_field_and_disturb_nobody(server):
         if response.status_code != 400 or "message" not in response.json().get("error", {}):
             wrong.append((path, body, response.status_code, response.text[:200]))
     assert not wrong, "\n".join(map(str, wrong))
+    error = server.post("/v1/completions", b'{"model": x}').json()["error"]
+    assert (error["message"], error["param"]) == ("JSON decode error at character 10: Expecting value", None)
+    refused = server.post("/v1/embeddings", {"input": "a"})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (501, NOT_IMPLEMENTED)
     response = server.post("/v1/completions", COMPLETE | {"model": "another"})
     assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
     assert server.greedy() == before
@@ -373,7 +377,7 @@ def _streamed(client, **options) -> list[str]:
 def test_the_server_shows_what_its_experts_do(server):
     """The same in its status, its metrics, and on the board of `epbackend top`, by its URL."""
     server.greedy()
-    shown = CliRunner().invoke(command, ["top", server.url, "--json", "--interval", "0.5"])
+    shown = CliRunner().invoke(command, ["top", f"{server.url}/v1", "--json", "--interval", "0.5"])
     state = json.loads(shown.stdout)
     assert (state["ep_size"], state["top_k"], state["balance"]) == (2, 4, None)
     assert state["steps"] > 0

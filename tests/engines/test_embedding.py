@@ -22,6 +22,17 @@ import epbackend
 
 epbackend.pipeline("tiny-qwen3-moe", epbackend.EPConfig.load({"device": "cpu", "ep_size": 2}))
 """
+ENABLED = """
+import lmdeploy
+
+import epbackend
+from epbackend.engines.lmdeploy import engine_config
+from epbackend.models import resolve
+
+config = epbackend.EPConfig.load({"device": "cpu", "ep_size": 2})
+epbackend.enable(config)
+pipe = lmdeploy.pipeline(resolve("tiny-qwen3-moe"), backend_config=engine_config(config))
+"""
 
 
 @pytest.mark.slow
@@ -56,10 +67,17 @@ def _refused(connection: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_script_without_a_main_guard_is_told_so_in_a_few_lines(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+@pytest.mark.parametrize("script", [SCRIPT, ENABLED], ids=["pipeline", "enable"])
+def test_a_script_without_a_main_guard_is_told_so_in_a_few_lines(tmp_path, script):
+    (tmp_path / "script.py").write_text(script)
     said = _fails([sys.executable, "script.py"], tmp_path)
     assert 'starts ranks again: put that under if __name__ == "__main__":' in said.splitlines()[-1]
+
+
+def test_ranks_of_torchrun_start_no_ranks(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"under torchrun .*: start the program by python alone"):
+        epbackend.pipeline("tiny-qwen3-moe", config(ep_size=2))
 
 
 def test_a_program_from_stdin_is_told_to_be_saved(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -122,6 +123,14 @@ def test_a_body_without_a_bound_is_refused(start_process):
         assert sent(LARGEST_BODY, told=told).text == str(LARGEST_BODY)
         refused = sent(LARGEST_BODY + 1, told=told)
         assert (refused.status_code, refused.json()["error"]["type"]) == (413, TOO_LARGE)
+
+
+def test_a_port_that_is_taken_meanwhile_is_named(start_process, tmp_path):
+    """It was free when the server was asked for, and lost while the model was loaded."""
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+        running = start_process(GUARDED, str(port), "1", ready=f"port {port} of {LOOPBACK} cannot be used")
+        assert running.process.wait(timeout=PATIENCE_S) == 1
 
 
 def test_a_client_ends_a_server_that_has_a_parent(start_process):

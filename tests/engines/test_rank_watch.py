@@ -44,6 +44,12 @@ TIMED_OUT = RankState(0, ended=True, exit_code=1, said="RuntimeError: Timed out 
             "rank 1 was killed by signal 40, in no step",
         ),
         ([TIMED_OUT, RankState(1, ended=True)], "rank 1 ended without a word"),
+        # An import that fails, or a program that starts ranks where a rank imports it.
+        (
+            [RankState(0, ended=True, exit_code=1)],
+            "rank 0 ended with exit code 1 before it started: .* if __name__",
+        ),
+        ([RankState(0, 7, ended=True, exit_code=1)], "rank 0 ended with exit code 1$"),
         ([TIMED_OUT, RankState(1)], "rank 0 failed: RuntimeError: Timed out"),
         # With dp > 1 the other engines' ranks end when they are closed, and that is no failure of this one.
         ([RankState(0), RankState(1, own=False, ended=True)], None),

@@ -96,7 +96,9 @@ def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_proc
     if dp == 1:
         os.kill(running.process.pid, signal.SIGTERM)
     else:
-        assert requests.get(f"{base}/terminate", **asked).status_code == 401
+        for path in ("terminate", "epbackend/status"):  # of this process, and not of an engine's
+            refused = requests.get(f"{base}/{path}", **asked)
+            assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
         assert requests.get(f"{base}/terminate", headers=KEY, **asked).status_code == 200
     assert running.process.wait(timeout=PATIENCE_S) == 0
     running.assert_nothing_left()
@@ -110,24 +112,35 @@ def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_proc
         assert noise not in log
 
 
+SERVE = ("serve", "--device", "cpu", "--ep-size", "2", "tiny-qwen3-moe", "--port")
+RUN = (
+    "run",
+    "--device",
+    "cpu",
+    "lmdeploy",
+    "serve",
+    "api_server",
+    "--ep",
+    "2",
+    "tiny-qwen3-moe",
+    "--server-port",
+)
+
+
 @pytest.mark.parametrize(
-    "command",
+    ("command", "ending", "code"),
     [
-        ["serve", "--device", "cpu", "--ep-size", "2", "tiny-qwen3-moe", "--port"],
-        pytest.param(
-            ["run", "--device", "cpu", "lmdeploy", "serve", "api_server", "--ep", "2", "tiny-qwen3-moe",
-             "--server-port"],
-            marks=pytest.mark.slow,
-        ),
+        (SERVE, signal.SIGTERM, 0),
+        pytest.param(SERVE, signal.SIGINT, 0, marks=pytest.mark.slow),
+        pytest.param(RUN, signal.SIGTERM, 128 + signal.SIGTERM, marks=pytest.mark.slow),
     ],
-    ids=["serve", "run"],
-)  # fmt: skip
-def test_a_signal_ends_a_server_that_still_loads_its_model(command, start_process):
+    ids=["serve", "serve-ctrl-c", "run"],
+)
+def test_a_signal_ends_a_server_that_still_loads_its_model(command, ending, code, start_process):
     running = start_process(COMMAND, *command, str(free_port()), ready="Loading weights")
     running.look()
-    running.process.send_signal(signal.SIGTERM)
-    code = running.process.wait(timeout=PATIENCE_S)
-    assert code == (0 if command[0] == "serve" else 128 + signal.SIGTERM)
+    running.process.send_signal(ending)
+    assert running.process.wait(timeout=PATIENCE_S) == code
     running.assert_nothing_left()
     assert "Traceback" not in running.log.read_text()
 
@@ -148,6 +161,7 @@ def test_a_signal_ends_a_server_that_still_loads_its_model(command, start_proces
         (["--max-model-len", "0"], "engine.session_len (from --session-len)"),
         (["--set", "engine.sesion_len=1"], "did you mean 'session_len'?"),
         (["--set", "engine.cache_blocks=12"], "engine.cache_blocks"),
+        (["--host", "203.0.113.1"], "that is no address of this machine"),  # RFC 5737
         (["--set", "engine.cache_gb=1e6"], "engine.cache_gb: 1e+06 GiB a rank: not enough memory"),
     ],
 )

@@ -87,6 +87,26 @@ def test_tokens_of_another_width_are_refused(product, width, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_TD": torch.randn(1, 5, 8)}, r"shapes \[1, 5, 8\]"),
+        ({"hidden_TD": torch.randn(4, 8)}, r"must be T x D, and twice T x 2"),
+        ({"topk_ids_TK": torch.zeros(5, 3, dtype=torch.int64)}, r"\[5, 3\]"),
+        ({"topk_weights_TK": torch.rand(5, 1)}, r"\[5, 1\]"),
+        ({"topk_ids_TK": torch.zeros(5, 2)}, "topk_ids_TK are torch.float32"),
+    ],
+)
+def test_a_call_that_does_not_fit_raises(changes, message):
+    call = {
+        "hidden_TD": torch.randn(5, 8),
+        "topk_ids_TK": torch.zeros(5, 2, dtype=torch.int64),
+        "topk_weights_TK": torch.rand(5, 2),
+    }
+    with pytest.raises(ConfigError, match=message):
+        build()(**call | changes)
+
+
+@pytest.mark.parametrize(
     ("form", "weights"),
     [("int8", Int8Weights.of(torch.randn(4, 12, 8))), ("fp8", Fp8Blocks.of(torch.randn(4, 12, 8)))],
     ids=["int8", "fp8"],

@@ -232,7 +232,10 @@ def expert_map(devices, **fields):
         (expert_map([[0], [1]], moe_layer_count=2), "moe_layer_count: 2, but layer_list has 1 entries"),
         (expert_map([[0], [1]], layer_list=[]), "layer_list: must be a list of objects"),
         (expert_map([[0], [1]], layer_list=[{}]), r"layer_list\[0\].device_list: must be a list of objects"),
-        ('{"a": 1}', "JSON of none of these formats: epbackend, sglang, vllm-ascend"),
+        (
+            '{"a": 1}',
+            "JSON of none of these formats: epbackend, sglang, vllm-ascend, mindie, omni, lmdeploy, sglang-pt",
+        ),
     ],
 )
 def test_placements(refused, content, message):

@@ -138,6 +138,8 @@ def plug_in(model_path: str, theirs: PytorchEngineConfig | None) -> None:
     placement = check_deployment(model_path, config, serving=False, custom_models=custom)
     plug.enable(config, placement)
     _engines += 1
+    if config.world_size > 1:
+        print(f"epbackend: experts of {model_path} on {config.world_size} ranks", file=sys.stderr)
     ours = engine_config(config, theirs.dp_rank)
     for name in [*FIELDS_SET_BY_US, *config.engine.extra]:
         if name not in SIZES_OF_PARTS:

@@ -19,6 +19,7 @@ from epbackend.engines.lmdeploy.checks import check_graphs
 from epbackend.engines.lmdeploy.lmdeploy_config import executor
 from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats
 from epbackend.engines.lmdeploy.patching import check_version
+from epbackend.engines.lmdeploy.processes import imports_program
 from epbackend.engines.lmdeploy.shown_log import ShownLog
 from epbackend.engines.lmdeploy.state import (
     CONFIG_VARIABLE,
@@ -114,7 +115,8 @@ def _switch_on(config: EPConfig, placement: Placement | None, *, worker: bool) -
         state.set_environment(PLACEMENT_VARIABLE, to_env(placement) if placement else "")
         # Workers write to their starter's statistics, and so do the engines of one deployment. Any other process that
         # finds one in its environment was only started from a process with an engine.
-        if STATS_VARIABLE not in os.environ or not (worker or config.engine.dp > 1):
+        shared = worker or config.engine.dp > 1 or imports_program()
+        if STATS_VARIABLE not in os.environ or not shared:
             state.stats = SharedStats.of(config)
             state.set_environment(STATS_VARIABLE, state.stats.variable)
             state.balancer = balance.start(config, state.stats, placement)

@@ -6,6 +6,7 @@ first.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import socket
@@ -30,6 +31,11 @@ ENGINE_VARIABLE = "EPBACKEND_ENGINE"
 
 GUARD = 'if __name__ == "__main__":'
 LOOPBACK = "127.0.0.1"
+REMEDIES = {
+    errno.EADDRNOTAVAIL: "that is no address of this machine, so take 127.0.0.1, or 0.0.0.0 for all it has",
+    errno.EACCES: "ports below 1024 need privileges, so choose another",
+}
+"""Why a server cannot listen -> what to do, where nobody else listens there."""
 POLL_S = 0.2
 """Between two attempts to connect."""
 
@@ -41,21 +47,30 @@ def check_starts(config: EPConfig) -> None:
     """
     if config.world_size == 1:
         return
-    process = multiprocessing.current_process()
-    if getattr(process, "_inheriting", False):  # multiprocessing is importing the program
+    if imports_program():
         for rank in range(config.world_size):  # this one's number is not known yet
             record_error(
                 rank, f"the ranks import this program, which starts ranks again: put that under {GUARD}"
             )
         os._exit(1)
     ranks = f"ep_size: {config.ep_size}, but" if config.ep_size > 1 else f"{config.world_size} ranks, but"
-    if process.daemon:
+    if multiprocessing.current_process().daemon:
         raise ConfigError(f"{ranks} a daemonic process may not start any: make it with daemon=False")
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"{ranks} LMDeploy starts them itself, and under torchrun each process would start all of them: start the "
+            "program by python alone"
+        )
     program = getattr(sys.modules["__main__"], "__file__", None)
     if program is not None and not os.path.exists(program):
         raise ConfigError(
             f"{ranks} ranks import the program that starts them, and {program} is no file: save it"
         )
+
+
+def imports_program() -> bool:
+    """Whether this process is a rank, or another that multiprocessing started, which imports its starter's program."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
 def start_engines(
@@ -161,9 +176,8 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(
-                f"port {port} of {host} cannot be used ({error.strerror}): stop what listens there, or choose another"
-            ) from error
+            remedy = REMEDIES.get(error.errno or 0, "stop what listens there, or choose another")
+            raise ConfigError(f"port {port} of {host} cannot be used ({error.strerror}): {remedy}") from error
 
 
 def listens(address: tuple[str, int]) -> bool:

@@ -10,7 +10,8 @@ input: sizes are checked before parsing, and no pickle is ever run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,8 +119,9 @@ def write(thing: Loads | Placement, path: str | Path, name: str, dense_layers: t
         ConfigError: the format is unknown or for the other kind of thing, it cannot express this one, or the file
             cannot be written.
     """
+    written = _writer(thing, name, dense_layers)
     try:
-        content = _content(thing, name, dense_layers)
+        content = written()
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     try:
@@ -134,13 +136,13 @@ def usage(placement: Placement, name: str, path: str | Path) -> str:
     return _placement_format(name).usage(placement, str(path))
 
 
-def _content(thing: Loads | Placement, name: str, dense_layers: tuple[int, ...]) -> bytes:
+def _writer(thing: Loads | Placement, name: str, dense_layers: tuple[int, ...]) -> Callable[[], bytes]:
     if isinstance(thing, Placement):
-        return _placement_format(name).write(thing, dense_layers)
+        return partial(_placement_format(name).write, thing, dense_layers)
     writable = {form.name: form.write for form in LOADS.values() if form.write}
     if name not in writable:
         raise _unknown(name, writable, "format of loads to write")
-    return writable[name](thing)
+    return partial(writable[name], thing)
 
 
 def _placement_format(name: str) -> PlacementFormat:
@@ -193,9 +195,8 @@ def _read(
             raise ConfigError("is a pickle, which may run any code: never read; save it as JSON, CSV or npy")
         form = next((form for form in forms if form.matches(file)), None)
         if form is None:
-            raise ConfigError(
-                f"{file.kind} of none of these formats: {', '.join(form.name for form in forms)}"
-            )
+            names = dict.fromkeys(form.name for form in forms)
+            raise ConfigError(f"{file.kind} of none of these formats: {', '.join(names)}")
         found = form.read(file, options) if isinstance(form, PlacementFormat) else form.read(file)
         return found, file, form
     except (ConfigError, UnavailableError) as error:

@@ -75,6 +75,8 @@ def errors_name_their_field(original: Callable) -> Callable:
             return await original(request, error)
         place = [str(part) for part in first.get("loc", ()) if part != "body"]
         said = first.get("msg", "Invalid request body.")
+        if first.get("type") == "json_invalid":  # its place is a character of the body
+            place, said = [], f"{said} at character {place[0]}: {first.get('ctx', {}).get('error')}"
         refused = RequestError(ErrorCode.INVALID_REQUEST, f"{'.'.join(place)}: {said}" if place else said)
         if request.url.path.startswith(("/v1/messages", "/v1/responses")):
             return protocol_error_response(request.url.path, refused)

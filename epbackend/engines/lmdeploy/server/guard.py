@@ -31,6 +31,7 @@ from starlette.requests import ClientDisconnect
 from epbackend.balance.balancer import Balancer
 from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy.patching import Patch, Patches
+from epbackend.engines.lmdeploy.processes import check_port
 from epbackend.engines.lmdeploy.server.experts import PREFIX
 from epbackend.engines.lmdeploy.server.front import UNAVAILABLE, WHEN_UNAVAILABLE, error_form
 from epbackend.engines.lmdeploy.workers.process_guard import (
@@ -72,8 +73,9 @@ REFUSED = {
     "/init_weights_update_group": _PACKED,
     "/update_weights_from_distributed": _PACKED,
     "/destroy_weights_update_group": _PACKED,
+    "/v1/embeddings": "the model generates text; embeddings take a model, and a server, for them",
 }
-"""Endpoints of LMDeploy that cannot work with the plug, and why."""
+"""Endpoints of LMDeploy that cannot work, and why."""
 DEEP_SLEEP = (
     "level 2 drops the weights and wants new ones afterwards, but the experts' are packed for their device when they "
     "are loaded; use level 1"
@@ -281,7 +283,12 @@ class Guard:
         @functools.wraps(original)
         def run(app: Any, **kwargs: Any) -> Any:
             self.app = _bounded(app)
-            return original(self, timeout_graceful_shutdown=max(1, round(self._drain_seconds)), **kwargs)
+            try:
+                return original(self, timeout_graceful_shutdown=max(1, round(self._drain_seconds)), **kwargs)
+            except SystemExit:  # it could not listen, and has told its log
+                if self._asked_at is None:
+                    check_port(kwargs["host"], kwargs["port"])
+                raise
 
         return run
 

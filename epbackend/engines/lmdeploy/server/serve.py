@@ -25,6 +25,7 @@ from epbackend.engines.lmdeploy import balance, plug
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
 from epbackend.engines.lmdeploy.load.recording import Recording, recording_server
 from epbackend.engines.lmdeploy.load.report import SharedStats, last_error
+from epbackend.engines.lmdeploy.patching import Patches
 from epbackend.engines.lmdeploy.processes import (
     LOOPBACK,
     POLL_S,
@@ -231,6 +232,7 @@ def _serve_balanced(
 ) -> None:
     import uvicorn
 
+    from epbackend.engines.lmdeploy.patches.server import errors_in_openai_form
     from epbackend.engines.lmdeploy.server.reverse_proxy import ReverseProxy
 
     # A client's order to end is heeded here: of an engine that ends, we would say that it has failed.
@@ -244,6 +246,9 @@ def _serve_balanced(
     ports = [free_port() for _ in range(config.engine.dp)]
     addresses = [(LOOPBACK, each) for each in ports]
     with ExitStack() as started:
+        errors = Patches()  # its own, as for a missing key; the engines have the plug
+        errors.apply([errors_in_openai_form])
+        started.callback(errors.restore)
         stats = SharedStats.of(config)
         started.callback(stats.remove)
         balancer = balance.start(config, stats, placement)

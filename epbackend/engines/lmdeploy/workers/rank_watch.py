@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from epbackend.balance.board import text_in
 from epbackend.dispatch.watchdog import RunningTime
 from epbackend.engines.lmdeploy.load.report import PULSE_PHASES, last_error, rank_row
+from epbackend.engines.lmdeploy.processes import GUARD
 from epbackend.engines.lmdeploy.workers.process_guard import ENDED, STOPPED, process_state, signal_name
 from epbackend.engines.lmdeploy.workers.pulse import WAITS, where
 
@@ -134,5 +135,9 @@ def _killed(rank: RankState) -> str:
 
 
 def _failed(rank: RankState) -> str:
-    how = f"failed: {rank.said}" if rank.said else f"ended with exit code {rank.exit_code}"
-    return f"rank {rank.rank} {how}"
+    if rank.said:
+        return f"rank {rank.rank} failed: {rank.said}"
+    how = f"rank {rank.rank} ended with exit code {rank.exit_code}"
+    if rank.process:
+        return how
+    return f"{how} before it started: where the program makes its pipeline outside {GUARD}, put it there"
