@@ -209,6 +209,7 @@ class Rebalancer:
             reason += f"; {left_out} more layers wait for the next cycle's budget"
         provenance = Provenance("rebalanced", options=(("from", self.placement.provenance.algorithm),))
         placement = Placement(layouts, self.placement.node_size, provenance)
+        placement = placement.with_options(numbering=self.placement.numbering)
         placement = with_speeds(placement, self.placement.rank_speed)
         return Proposal(placement, tuple(changed), moved, before, after, reason)
 

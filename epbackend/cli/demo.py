@@ -10,12 +10,13 @@ import typer
 
 from epbackend.cli.demo_balance import TOPICS, balance_demo
 from epbackend.cli.loads import facts, imbalance, imbalance_in_words, print_load
-from epbackend.cli.output import JsonOption, check_target, console, error_console, json_stdout
+from epbackend.cli.output import JsonOption, console, error_console, json_stdout
 from epbackend.cli.pictures import save_imbalance, save_load
 from epbackend.cli.session import Answer, ask, running
 from epbackend.config import EPConfig
 from epbackend.engines.load_report import LoadReport
 from epbackend.errors import ConfigError
+from epbackend.files import check_target
 from epbackend.models import TINY_MODELS, resolve
 
 PROMPTS = (

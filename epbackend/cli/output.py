@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from epbackend.files import check_target as check_target
-
 if TYPE_CHECKING:
     from pathlib import Path
 

@@ -48,7 +48,8 @@ def test_a_proposal_pays_keeps_to_the_budget_and_to_the_slots(seed, shape, slots
     given = policy(
         threshold=threshold, max_slots=slots, max_bytes=size, horizon_s=horizon_s, link_bytes_s=1e8
     )
-    rebalancer = Rebalancer(planned(loads(seed), ranks, all_slots), given)
+    start = planned(loads(seed), ranks, all_slots).with_options(numbering="renumbered")
+    rebalancer = Rebalancer(start, given)
     price = 1000 / 1e8 * LAYERS / horizon_s
     for window in range(3):  # so few that each is predicted by the one before, and judged by it
         tokens_YE = loads(seed + window // 2)
@@ -57,6 +58,7 @@ def test_a_proposal_pays_keeps_to_the_budget_and_to_the_slots(seed, shape, slots
         if proposal is None:
             continue
         after = proposal.placement
+        assert after.numbering == start.numbering
         moves = count_moves(before, after)
         assert proposal.moved_slots == moves.total <= min(slots or 10**6, (size or 10**9) // 1000)
         assert {layer for layer in range(LAYERS) if before.layers[layer] != after.layers[layer]} == set(
