@@ -246,6 +246,7 @@ class ExpertParallelMoE:
             down_bias_LD=down_bias_LD,
             activation=activation,
         )
+        self._kernels.prepare(self._weights)
         self.load = LayerStats(slot_map.local_experts(ranks.rank), slot_map.experts)
         """What this rank has done so far."""
 

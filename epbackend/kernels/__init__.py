@@ -118,6 +118,15 @@ class Kernels(Protocol):
             ConfigError: The device does not take the weight format or dtype; the message names those that it takes.
         """
 
+    def prepare(self, weights: ExpertWeights) -> None:
+        """Make what follows from a layer's weights alone, before its first call: these kernels serve that layer.
+
+        So the first call launches what later ones do, and a CUDA graph may hold the second.
+
+        Raises:
+            ConfigError: The device does not multiply them.
+        """
+
     def slot_memory(self, packed: Prepacked, slot: int) -> list[Tensor]:
         """The bytes of one slot's matrix as they are stored, in a fixed order: uint8 views, to be read and replaced.
 

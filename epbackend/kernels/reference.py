@@ -90,6 +90,9 @@ class ReferenceKernels(TorchSplits, TorchQuantization, SummedByUnpermute, SlotMe
     def prepack(self, weights_LNK: Matrices) -> Prepacked:
         return stacked(weights_LNK)
 
+    def prepare(self, weights: ExpertWeights) -> None:
+        """Nothing follows from weights alone."""
+
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Prepacked, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:

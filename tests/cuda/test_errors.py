@@ -11,7 +11,7 @@ from epbackend.errors import ConfigError
 from epbackend.kernels import ExpertWeights
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
-from epbackend.kernels.triton.kernels import TritonKernels
+from epbackend.kernels.triton.kernels import TritonKernels, check_is_current
 from epbackend.kernels.triton.tiles import A100, H100
 
 pytestmark = pytest.mark.cuda
@@ -49,6 +49,22 @@ def test_experts_that_do_not_fit_chip_or_rows_raise(place, chip, rows, weights, 
     counts_L = torch.tensor([2, 1], device=place)
     with pytest.raises(ConfigError, match=message):
         TritonKernels(chip).expert_mlp(rows.to(place), counts_L, weights)
+
+
+def test_what_a_chip_does_not_multiply_is_found_before_the_first_call():
+    with pytest.raises(ConfigError, match=r"A100.* no float8 matrix units"):
+        TritonKernels(A100).prepare(experts(Fp8Blocks.of))
+
+
+def test_experts_on_another_gpu_than_the_current_one_raise(monkeypatch):
+    """Triton launches on the current one, whatever it is given."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for place in (torch.device("cpu"), torch.device("cuda", 0)):
+        check_is_current(place)
+    with pytest.raises(
+        ConfigError, match=r"on cuda:1, but the current device .* cuda:0; call .*set_device\(1\)"
+    ):
+        check_is_current(torch.device("cuda", 1))
 
 
 def test_prepacking_an_unknown_dtype_raises():

@@ -155,6 +155,9 @@ class NpuKernels(TorchSplits, TorchQuantization, SummedByUnpermute, SlotMemory):
         ops.check_weights(packed)
         return tiled(packed) if isinstance(packed, Int8Weights) else packed
 
+    def prepare(self, weights: ExpertWeights) -> None:
+        """Nothing follows from weights alone."""
+
     def slot_memory(self, packed: NpuWeights, slot: int) -> list[Tensor]:
         if not isinstance(packed, Tiled):
             return super().slot_memory(packed, slot)

@@ -19,7 +19,7 @@ from epbackend.kernels.triton.even_split import EvenSplit
 from epbackend.kernels.triton.expert_mlp import ExpertMlp, ExpertProduct
 from epbackend.kernels.triton.level_split import level_split
 from epbackend.kernels.triton.permute import source_of
-from epbackend.kernels.triton.tiles import Chip, chip_of, row_tiles
+from epbackend.kernels.triton.tiles import Chip, chip_of, row_tiles, weight_values
 from epbackend.kernels.weight_formats import Experts, Matrices, SlotMemory, check_float, stacked
 from epbackend.names import FAST_FP8
 
@@ -85,6 +85,11 @@ class TritonKernels(TorchQuantization, SlotMemory):
         check_float(packed.dtype, "cuda")
         return packed
 
+    def prepare(self, weights: ExpertWeights) -> None:
+        device = weight_values(weights.gate_up).device
+        check_is_current(device)
+        self._planned = ExpertMlp(self._chip or chip_of(device), weights, self._promote)
+
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Experts, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
@@ -106,7 +111,7 @@ class TritonKernels(TorchQuantization, SlotMemory):
     ) -> Tensor:
         planned = self._planned
         if planned is None or planned.weights is not weights:
-            # Every layer has kernels of its own (`Device.kernel_set`), so that one plan is enough.
+            # Of no layer: each of these has kernels of its own (`Device.kernel_set`), and has prepared them.
             planned = self._planned = ExpertMlp(self._chip_of(source_of(rows_SD)[0]), weights, self._promote)
         return planned(rows_SD, counts_L, expected, total_L)
 
@@ -126,3 +131,16 @@ class TritonKernels(TorchQuantization, SlotMemory):
 
     def _chip_of(self, tensor: Tensor) -> Chip:
         return self._chip or chip_of(tensor.device)
+
+
+def check_is_current(device: torch.device) -> None:
+    """Check that Triton, which launches on the current GPU, would launch where the experts lie.
+
+    Raises:
+        ConfigError: It would not.
+    """
+    if device.type == "cuda" and device.index != (current := torch.cuda.current_device()):
+        raise ConfigError(
+            f"experts lie on {device}, but the current device of this process is cuda:{current}; call "
+            f"torch.cuda.set_device({device.index}) before anything is put there"
+        )
