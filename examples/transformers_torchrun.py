@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epbackend import EPConfig
 from epbackend.config.files import read_mapping
+from epbackend.device import get_device
 from epbackend.engines.transformers import distributed_config, spread_experts
 from epbackend.models import resolve
 from epbackend.placement import Loads
@@ -31,7 +32,9 @@ def main(model: str = "tiny-qwen3-moe", config_file: str | None = None) -> None:
     config = EPConfig.load({**settings, "ep_size": ranks, "engine": {"dp": ranks}})
 
     path = resolve(model)
-    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=distributed_config(config))
+    spread = distributed_config(config)  # from here on this rank's own device is the current one
+    place = get_device(config.device).torch_device(int(os.environ["LOCAL_RANK"]))
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=spread, device_map=place)
     tokenizer = AutoTokenizer.from_pretrained(path)
     experts = spread_experts(model)
     rank = experts.ranks.rank
@@ -40,7 +43,7 @@ def main(model: str = "tiny-qwen3-moe", config_file: str | None = None) -> None:
         if first + rank >= len(PROMPTS):
             experts.join_generate()  # nothing to answer, but the others need this rank's experts
             continue
-        inputs = tokenizer(PROMPTS[first + rank], return_tensors="pt")
+        inputs = tokenizer(PROMPTS[first + rank], return_tensors="pt").to(place)
         answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)
         print(f"rank {rank}: {tokenizer.decode(answer[0])!r}", flush=True)
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epbackend.config import EPConfig
-from epbackend.device import get_device
+from epbackend.device import Device, get_device
 from epbackend.dispatch.base import RankGroup
 from epbackend.engines.load_report import STEPS, LoadReport, step_imbalance_Y
 from epbackend.engines.placement import finished_placement, warm_splits
@@ -31,11 +31,12 @@ from epbackend.placement.renumbering import Renumbering
 def join(config: EPConfig, group: dist.ProcessGroup | None = None) -> RankGroup:
     """This rank's place among those of `group` (None: all); they hold the same tokens where `engine.dp` is 1.
 
-    It makes the process group where there is none yet.
+    It makes the process group where there is none yet, on the GPU or NPU of the rank's number on its machine; where
+    there is one, the script has chosen the device.
 
     Raises:
         UnavailableError: the device has no collectives.
-        ConfigError: there are not as many ranks as the config says.
+        ConfigError: there are not as many ranks as the config says, or not as many devices as ranks.
     """
     if config.ep_size == 1:
         return RankGroup.single()
@@ -45,12 +46,36 @@ def join(config: EPConfig, group: dist.ProcessGroup | None = None) -> RankGroup:
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             raise ConfigError(f"ep_size: {config.ep_size} ranks are needed; start the script by torchrun")
+        _take_own(device)
         dist.init_process_group(device.collective_backend)
     everyone: Any = dist.group.WORLD
     group = group or everyone
     if (size := dist.get_world_size(group)) != config.ep_size:
         raise ConfigError(f"ep_size: {config.ep_size}, but {size} ranks were started; make them equal")
     return RankGroup.of(group, group if config.engine.dp == 1 else None)
+
+
+def _take_own(device: Device) -> None:
+    """Make this rank's device the process's current one, which collectives and launches use: it is the first, untold.
+
+    Raises:
+        ConfigError: nothing says which it is, or there is none for this rank.
+    """
+    kind = device.torch_device(0).type
+    if kind == "cpu":
+        return
+    if "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            f"device: {device.name}, but LOCAL_RANK, the number of this rank on its machine, is not set; start the "
+            "script by torchrun"
+        )
+    number, there = int(os.environ["LOCAL_RANK"]), torch.get_device_module(kind)
+    if number >= (seen := there.device_count()):
+        raise ConfigError(
+            f"device: {device.name}, but rank {number} of this machine sees {seen} of them; start as many ranks here "
+            "as there are (--nproc-per-node), and show each rank all (CUDA_VISIBLE_DEVICES, ASCEND_RT_VISIBLE_DEVICES)"
+        )
+    there.set_device(device.torch_device(number))
 
 
 def agreed_placement(
