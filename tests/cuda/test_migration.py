@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from epbackend.balance.board import PLACE
 from epbackend.dispatch.base import RankGroup
+from epbackend.kernels.triton.tiles import chip_of
 from epbackend.placement.placement import Layout
+from tests.helpers import migrating
 from tests.helpers.migrating import EXPERTS, WAY, assert_all_counted, layouts, migrate, plans
 
 pytestmark = pytest.mark.cuda
@@ -23,10 +26,19 @@ HARD = layouts(
 """For what has to keep its shapes: two experts with replicas, then one with three, then one with two on one rank."""
 
 
-@pytest.mark.several_ranks
+@pytest.fixture
+def form(request, place):
+    """The experts' weight format; skips where the chip does not multiply it."""
+    if request.param == "fp8" and not chip_of(place).fp8:
+        pytest.skip("this chip has no float8 matrix units")
+    return request.param
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "split"), [("bfloat16", "level"), ("int8", "even"), ("fp8", "even")])
-def test_slots_get_the_bytes_of_their_experts_and_results_stay(cuda, ranks, tmp_path, form, split):
+@pytest.mark.parametrize(
+    ("form", "split"), [("bfloat16", "level"), ("int8", "even"), ("fp8", "even")], indirect=["form"]
+)
+def test_slots_get_the_bytes_of_their_experts_and_results_stay(ranks, tmp_path, form, split):
     np.zeros(2, PLACE).tofile(board := tmp_path / "board")
     seen = ranks.run(2, migrate, str(board), WAY[0], plans(WAY), form, 2, split, None, 1, "cuda")
     for each in seen:
@@ -37,7 +49,6 @@ def test_slots_get_the_bytes_of_their_experts_and_results_stay(cuda, ranks, tmp_
         assert each.worst < 0.03
 
 
-@pytest.mark.several_ranks
 @pytest.mark.parametrize(
     ("form", "level", "split"),
     [
@@ -46,11 +57,12 @@ def test_slots_get_the_bytes_of_their_experts_and_results_stay(cuda, ranks, tmp_
         pytest.param("int8", 2, "level", marks=pytest.mark.slow),
         pytest.param("fp8", 1, "nearest", marks=pytest.mark.slow),
     ],
+    indirect=["form"],
 )
 def test_what_a_graph_replays_follows_the_experts(cuda, ranks, tmp_path, form, level, split):
     """Nothing that a captured call hands to a kernel changes: neither addresses, nor numbers, nor grids."""
     if not cuda.emulated:
-        pytest.skip("gloo joins these ranks, which no captured graph can hold: tests/e2e/test_moving.py")
+        pytest.skip("gloo joins these ranks, which no captured graph can hold: test_experts_move_on_gpus")
     np.zeros(2, PLACE).tofile(board := tmp_path / "board")
     options = form, level, split, None, 1, "cuda", True
     seen = ranks.run(2, migrate, str(board), HARD[0], plans(HARD), *options)
@@ -64,12 +76,12 @@ def test_what_a_graph_replays_follows_the_experts(cuda, ranks, tmp_path, form, l
 
 
 @pytest.mark.parametrize(
-    "form", ["float32", *(pytest.param(form, marks=pytest.mark.slow) for form in ("bfloat16", "int8", "fp8"))]
+    "form",
+    ["float32", *(pytest.param(form, marks=pytest.mark.slow) for form in ("bfloat16", "int8", "fp8"))],
+    indirect=True,
 )
-def test_a_captured_graph_follows_experts_that_change_places_on_their_rank(cuda, tmp_path, form):
+def test_a_captured_graph_follows_experts_that_change_places_on_their_rank(tmp_path, form):
     """A real graph where there is a GPU, with the stream and the memory of staging beside it."""
-    if form == "fp8" and not cuda.emulated and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this GPU has no float8")
     way = [Layout((sum(layout.experts_of_rank, ()),), EXPERTS) for layout in HARD]
     np.zeros(1, PLACE).tofile(board := tmp_path / "board")
     alone = {1: RankGroup.single()}
@@ -79,3 +91,27 @@ def test_a_captured_graph_follows_experts_that_change_places_on_their_rank(cuda,
     assert seen.right_bytes
     assert seen.worst < (1e-5 if form == "float32" else 0.03)
     assert_all_counted([seen])
+
+
+def test_a_replay_that_gives_something_else_is_noticed(cuda, tmp_path, monkeypatch):
+    """Every replay fills the same tensor: what one gave is gone with the next."""
+    capture = migrating.captured
+
+    def damaged(call, place):
+        graph, out_TD = capture(call, place)
+        replay, before = graph.replay, []
+
+        def replay_or_damage() -> None:
+            replay()
+            out_TD.mul_(1 + len(before))
+            before.append(True)
+
+        return SimpleNamespace(replay=replay_or_damage, launches=None), out_TD
+
+    monkeypatch.setattr(migrating, "captured", damaged)
+    way = [Layout((sum(layout.experts_of_rank, ()),), EXPERTS) for layout in HARD[:2]]
+    np.zeros(1, PLACE).tofile(board := tmp_path / "board")
+    alone = {1: RankGroup.single()}
+    seen = migrate(alone, str(board), way[0], plans(way), "float32", 1, "even", None, 1, "cuda", True)
+    assert seen.flipped == (1,)
+    assert seen.worst > 0.5

@@ -192,7 +192,7 @@ def migrate(
             calls_2[PHASES.index(phase)] += 1
             if replayed:
                 graph.replay()
-            out = (replayed_TD if replayed else call(phase)).float()
+            out = (replayed_TD if replayed else call(phase)).float().clone()  # the next replay overwrites it
             first = out if first is None else first
             worst = max(worst, float((out - first).abs().max() / first.abs().max()))
             if ranks.size > 1:
