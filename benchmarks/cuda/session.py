@@ -87,7 +87,7 @@ def parts(out: Path, python: str = sys.executable) -> tuple[Part, ...]:
     spread_engines = ["-n", str(max(1, min(8, cores // 2))), *one_by_one] if find_spec("xdist") else []
 
     def pytest(*arguments: str) -> list[str]:
-        # NCCL wants a GPU for each rank.
+        # On several ranks the contract's layers would take too long; tests/cuda/test_ranks.py has some, joined by gloo.
         marked = ("-m", "cuda and not several_ranks")
         return [python, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", *marked, *arguments]
 

@@ -197,6 +197,30 @@ def test_without_a_gpu_it_says_so_and_runs_nothing(tmp_path):
     assert json.loads((tmp_path / "session.json").read_text())["parts"] == []
 
 
+ASKING = """
+import sys
+from importlib import import_module
+import torch
+torch.version.cuda = "13.0"
+asked = []
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init"):
+    setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
+sys.modules["tests.engines.conftest"] = sys.modules["tests.helpers.moe_modules"] = sys
+from tests.helpers.ranks import preloaded
+for module in preloaded():
+    import_module(module)
+exit(", ".join(asked) or 0)
+"""
+"""Ends with an error where torch is asked for a GPU: what a CUDA build answers leaves forks without CUDA."""
+
+
+def test_what_ranks_are_forked_from_asks_for_no_gpu():
+    """In the part e2e, which has tests of engines and of two ranks on a GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(python(ASKING), cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 LACKING = "numba,llvmlite,ray,matplotlib,typer"
 """Packages that `make gather-gpu` does not bring."""
 
@@ -210,3 +234,5 @@ def test_its_tests_are_found_where_packages_are_missing(tmp_path):
             command = [sys.executable, "-m", "tests.helpers.lacking", LACKING, *arguments, "--collect-only"]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, f"{part.name}: {done.stdout[-3000:]}{done.stderr[-1000:]}"
+            if part.name == "tests":
+                assert "test_two_ranks_equal_the_dense_formula" in done.stdout, "gloo joins ranks on one GPU"

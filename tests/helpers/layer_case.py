@@ -159,9 +159,12 @@ def assert_each_choice_computed_once(seen: list[Seen], token_size: int = 1) -> N
 
 
 def place_of(device: Device, rank: int) -> torch.device:
-    """Ranks share the GPUs that there are: gloo joins them, which NCCL would not do on one."""
+    """Where a rank's tensors lie. Ranks share the GPUs that there are: gloo joins them, as NCCL would not on one."""
     gpus = torch.cuda.device_count() if device.name == "cuda" else 0
-    return device.torch_device(rank % gpus if gpus else rank)
+    place = device.torch_device(rank % gpus if gpus else rank)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # where Triton launches
+    return place
 
 
 def _choices(tokens: int, experts: int, case: Case, draw: torch.Generator) -> Tensor:

@@ -36,6 +36,7 @@ from epbackend.kernels.weight_formats import Experts
 from epbackend.moe import ExpertParallelMoE
 from epbackend.placement.placement import Layout, Placement
 from epbackend.replica_split import SlotMap
+from tests.helpers.layer_case import place_of
 
 FORMS = ("float", "fp8", "w8a8")
 PLACE = CudaDevice().torch_device(0)
@@ -111,7 +112,7 @@ def module_equals_reference(groups: dict[int, RankGroup], case: Case) -> Seen:
     """Fails unless the module gives this rank's tokens what one CPU rank with all experts gives them."""
     ranks = groups[case.size // case.dp]
     with built_for(case, ranks):
-        place = get_device(case.device).torch_device(ranks.rank)
+        place = place_of(get_device(case.device), ranks.rank)
         module, weights = load_module(case, place)
         hidden, ids, routed = batch_of(case, ranks.rank * case.dp // case.size)
         found = module(hidden.to(place), routed.to(place), ids.to(place)).cpu()

@@ -16,6 +16,7 @@ from epbackend.kernels.weight_formats import Matrices
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
 from tests.helpers.dense import dense_moe
+from tests.helpers.layer_case import place_of
 
 E, K = 8, 3
 
@@ -71,7 +72,7 @@ def layer_is_near(
     """
     ranks = groups[1]
     device = get_device(device_name)
-    place = device.torch_device(ranks.rank)
+    place = place_of(device, ranks.rank)
     slot_map = SlotMap.of(slots, ranks.size)
     draw = torch.Generator().manual_seed(0)
     gate_up = torch.randn(E, 2 * form.width, form.hidden, generator=draw) / form.hidden**0.5

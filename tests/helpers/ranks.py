@@ -38,14 +38,24 @@ def forking() -> multiprocessing.context.ForkServerContext:
 
     Where tests of engines run as well it has loaded LMDeploy with the plug, for the ranks of `forked_engines`.
     """
-    loaded = ["epbackend.moe", "tests.helpers.layer_case"]
-    if {"tests.engines.conftest", "tests.helpers.forked_engines"} & sys.modules.keys():
-        loaded += ["epbackend.engines.lmdeploy.workers.mp", "epbackend.engines.lmdeploy.patches"]
-    loaded += {"tests.helpers.quick_interpreter"} & sys.modules.keys()
-    if os.environ.get("TRITON_INTERPRET") and "tests.helpers.moe_modules" in sys.modules:
-        loaded.append("tests.helpers.moe_modules")  # the ranks of tests/engines/test_cuda_plug.py
-    multiprocessing.set_forkserver_preload(loaded)
+    multiprocessing.set_forkserver_preload(preloaded())
     return multiprocessing.get_context("forkserver")
+
+
+def preloaded() -> list[str]:
+    """Modules that are loaded before the forks: none that asks CUDA for a GPU, which no fork could use from then on.
+
+    LMDeploy's import asks (its xgrammar loads tvm_ffi). PYTORCH_NVML_BASED_CUDA_CHECK would answer by way of NVML only
+    where that can be loaded, so ranks that are to use a GPU import LMDeploy themselves.
+    """
+    modules = ["epbackend.moe", "tests.helpers.layer_case"]
+    if os.environ.get("TRITON_INTERPRET") or torch.version.cuda is None:
+        if {"tests.engines.conftest", "tests.helpers.forked_engines"} & sys.modules.keys():
+            modules += ["epbackend.engines.lmdeploy.workers.mp", "epbackend.engines.lmdeploy.patches"]
+        if os.environ.get("TRITON_INTERPRET") and "tests.helpers.moe_modules" in sys.modules:
+            modules.append("tests.helpers.moe_modules")  # the ranks of tests/engines/test_cuda_plug.py
+    modules += {"tests.helpers.quick_interpreter"} & sys.modules.keys()
+    return modules
 
 
 def free_port() -> int:
