@@ -113,6 +113,7 @@ def replayed(groups, settings: Case, real: tuple[int, ...], warm_up: bool = Fals
 @pytest.mark.parametrize(("level", "dispatcher"), [(1, "allgather"), (2, "alltoall")])
 def test_what_fills_a_graph_up_is_neither_computed_nor_counted(cuda, ranks, level, dispatcher):
     """Of two engines (dp 2) one is short of the graph's size, and the other one has no request."""
+    needs_ray_for_dp()
     settings = cuda_case(
         "float", size=2, dp=2, level=level, dispatcher=dispatcher, tokens=(5, 5), graphs=True, replicas=True
     )
@@ -120,6 +121,7 @@ def test_what_fills_a_graph_up_is_neither_computed_nor_counted(cuda, ranks, leve
 
 
 def test_a_warm_up_computes_what_it_makes_up(cuda, ranks):
+    needs_ray_for_dp()
     settings = cuda_case("float", size=2, dp=2, tokens=(5, 5), graphs=True)
     assert sum(ranks.run(2, replayed, settings, (3, 0), True)) == (3 + 1) * K
 
