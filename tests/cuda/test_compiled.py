@@ -243,6 +243,7 @@ def test_the_level_split_compiles_for_layouts_of_all_kinds(experts, ranks, slots
     )
     with compiling(H100) as compiled:
         TritonKernels(H100).level_split(replicas, nowhere, None)(meta(64, 8, dtype=torch.int64))
+    # Triton 3.7.1; 3.6.0 puts 16 aside. Movable with 48 ranks or more it is 592 to 776: there, no experts move.
     assert resources(compiled[-1]).spilled <= SMALL_STACK
 
 

@@ -157,7 +157,7 @@ def test_w8a8_experts_without_a_layer_number_are_refused(cuda):
         expert_operator(FusedMoEW8A8BuildSpec(2, E, False, torch.bfloat16, torch.int8, 1, None), "cuda")
 
 
-def test_the_log_says_that_nobody_has_seen_experts_move_on_a_gpu(cuda, caplog):
+def test_the_log_says_that_no_run_on_a_gpu_in_which_experts_move_has_been_compared(cuda, caplog):
     config = EPConfig.load({"device": "cuda", "ep_size": 2, "balance": {"on": True, "redundant_experts": 2}})
     plug.enable(config, Placement.even(2, E, 2, E + 2))
     assert "balance.on: moving experts on device cuda" in caplog.text

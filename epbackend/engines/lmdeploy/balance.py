@@ -40,11 +40,11 @@ MAX_ERROR = 1000
 
 
 NOT_SEEN = (
-    "balance.on: moving experts on device cuda was tested in Triton's interpreter, and has not been run on a GPU yet "
-    "(docs/balance.md, Limits): compare some answers with balance.on: false first; with engine.eager_mode: true no "
-    "captured graph is concerned"
+    "balance.on: moving experts on device cuda was tested in Triton's interpreter, and no run on a GPU has been "
+    "compared yet (docs/balance.md, Limits): compare some answers with balance.on: false first; with "
+    "engine.eager_mode: true no captured graph is concerned"
 )
-"""What the log says where experts move on a device on which nobody has seen it."""
+"""What the log says where experts move on a device on which no answers were held against others."""
 
 
 def graphs_follow(config: EPConfig, device: str) -> bool:
