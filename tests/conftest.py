@@ -24,7 +24,7 @@ if find_spec("hypothesis"):  # a machine with a GPU may have torch, triton and p
         "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
     )
     hypothesis.settings.register_profile(
-        "interpreter", hypothesis.settings.get_profile("busy"), max_examples=15
+        "interpreter", hypothesis.settings.get_profile("busy"), max_examples=8
     )
     hypothesis.settings.load_profile("busy")
 

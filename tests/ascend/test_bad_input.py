@@ -97,6 +97,7 @@ def test_without_cann_the_loaders_error_is_explained():
     assert "source CANN's set_env.sh and take the torch-npu that fits torch" in said
 
 
+@pytest.mark.slow  # the reason is the one of the test above
 def test_doctor_names_what_is_missing_where_cann_is():
     done = epbackend("doctor", "--json", **with_torch_npu())
     assert done.returncode == 0, "other devices can be used"

@@ -18,6 +18,8 @@ def milliseconds(groups: dict[int, RankGroup], way: str, int8: bool) -> float:
 
 @pytest.mark.ascend
 @pytest.mark.parametrize("way", ascend_layer.ways(1))
-@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "int8", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["bfloat16", "int8"]
+)
 def test_each_way_is_measured(ranks, npu, way, int8):
     assert all(ms > 0 for ms in ranks.run(2, milliseconds, way, int8))

@@ -92,12 +92,14 @@ def test_level_with_two_sources_equals_the_reference(
     level_of_two_sources(kernels, place, ids, others, source, node_sources, rank_speed)
 
 
-@pytest.mark.parametrize("rank_speed", [(), (0.5, 1.0, 0.3, 1.0)])
-def test_level_by_node_equals_the_reference(kernels, place, rank_speed):
-    """A few batches: the interpreter of Triton takes seconds for one."""
+@pytest.mark.parametrize("rank_speed", [pytest.param((), marks=pytest.mark.slow), (0.5, 1.0, 0.3, 1.0)])
+@pytest.mark.parametrize(
+    ("others", "source"), [pytest.param([3, 1, 30, 2], 0, marks=pytest.mark.slow), ([9, 0, 0, 40], 1)]
+)
+def test_level_by_node_equals_the_reference(kernels, place, others, source, rank_speed):
+    """A batch each: the interpreter of Triton takes seconds for one."""
     ids = np.random.default_rng(0).choice(E, (24, K), p=(0.5, 0.1, 0.1, 0.3)).tolist()
-    for others, source in (([3, 1, 30, 2], 0), ([9, 0, 0, 40], 1)):
-        level_of_two_sources(kernels, place, ids, others, source, 1, rank_speed, by_node=True)
+    level_of_two_sources(kernels, place, ids, others, source, 1, rank_speed, by_node=True)
 
 
 @given(ids=batches)

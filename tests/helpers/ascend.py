@@ -45,11 +45,15 @@ def environment(chip: str, devices: int) -> dict[str, str]:
 
 
 def start(platform: str, rank: int = 0) -> None:
-    """Make torch.npu work in this process, its current device being the rank's own."""
+    """Make torch.npu work in this process, its current device being the rank's own.
+
+    Ranks that are forked where this ran on emulated NPUs have torch-npu already: see `ranks.forking`.
+    """
     if platform == REAL:
         if find_spec("torch_npu") is None:
             sys.path.append(str(cann.WHEEL))
         importlib.import_module("torch_npu")
     else:
-        cann.start(platform, DEVICES)
+        os.environ[MARK] = f"{platform}:{DEVICES}"
+        importlib.import_module("tests.helpers.emulated_npus")
     torch.get_device_module("npu").set_device(rank)

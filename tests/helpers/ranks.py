@@ -54,7 +54,7 @@ def preloaded() -> list[str]:
             modules += ["epbackend.engines.lmdeploy.workers.mp", "epbackend.engines.lmdeploy.patches"]
         if os.environ.get("TRITON_INTERPRET") and "tests.helpers.moe_modules" in sys.modules:
             modules.append("tests.helpers.moe_modules")  # the ranks of tests/engines/test_cuda_plug.py
-    modules += {"tests.helpers.quick_interpreter"} & sys.modules.keys()
+    modules += {"tests.helpers.quick_interpreter", "tests.helpers.emulated_npus"} & sys.modules.keys()
     return modules
 
 

@@ -33,8 +33,15 @@ def test_uneven_and_empty_ranks_equal_the_dense_formula(place_of, tokens, way):
     run(Case(len(tokens), tokens, WAYS[way], slots=REPLICAS), place_of)
 
 
-@pytest.mark.parametrize("settings", [BOUNDED, tight(OPEN, 0.4)], ids=["bounded", "tight"])
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize(
+    ("settings", "order"),
+    [
+        pytest.param(BOUNDED, (0, 1, 2), id="bounded-in order"),
+        pytest.param(BOUNDED, (2, 0, 1), id="bounded-in another"),
+        pytest.param(tight(OPEN, 0.4), (0, 1, 2), id="tight-in order"),
+        pytest.param(tight(OPEN, 0.4), (2, 0, 1), id="tight-in another", marks=pytest.mark.slow),
+    ],
+)
 def test_one_layer_after_the_other_in_the_same_buffers(place_of, order, settings):
     """A rank that is ahead overwrites nothing that another has yet to read, with calls of no token between others."""
     cases = [
@@ -61,13 +68,17 @@ def test_rounds_are_as_few_as_the_rows_need(place_of):
     assert {rank.rounds for rank in run(case, place_of)} == {-(-36 // 22)}
 
 
-@pytest.mark.parametrize(("scale", "rounds"), [(None, 1), (1.0, 2), (0.4, 6)])
+@pytest.mark.parametrize(
+    ("scale", "rounds"), [(None, 1), (1.0, 2), pytest.param(0.4, 6, marks=pytest.mark.slow)]
+)
 def test_static_rounds_depend_on_shapes_alone(place_of, scale, rounds):
     settings = STATIC if scale is None else tight(STATIC, scale)
     assert {rank.rounds for rank in run(Case(2, (11, 11), settings), place_of)} == {rounds}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_16_bit_dtypes_with_bias(place_of, dtype):
     run(Case(2, (9, 4), BOUNDED, dtype=dtype, bias=True, hidden=16), place_of)
 
