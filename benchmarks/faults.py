@@ -145,14 +145,23 @@ class Server:
         if victim == "everything":  # parents first: none sees that its children are stopped
             return [self.process.pid, *(each.pid for each in descendants(self.process.pid))]
         if victim.startswith("rank "):
-            stats = next(each for each in self.segments if _holds_ranks(each, ranks))
-            pids = np.memmap(stats, RANK, mode="r", shape=ranks)["pid"]
+            pids = np.memmap(self._board_of(ranks), RANK, mode="r", shape=ranks)["pid"]
             return [int(pids[int(victim.removeprefix("rank "))])]
         if victim == "planner":
             return [each.pid for each in descendants(self.process.pid) if PLANNER in " ".join(each.cmdline())]
         if victim == "api server":
             return [psutil.Process(*self.pids_of("engine", ranks)).ppid()]
         return [each.pid for each in descendants(self.process.pid) if each.name() == NAMED[victim]][-1:]
+
+    def _board_of(self, ranks: int) -> str:
+        """The segment of their load report. A look at a process that is about to map it misses it: another finds it."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            if board := next((each for each in self.segments if _holds_ranks(each, ranks)), None):
+                return board
+            time.sleep(0.1)
+            self.look()
+        raise RuntimeError(f"no load report of {ranks} ranks among {self.segments}: {self.log.read_text()}")
 
     def left(self) -> list[str]:
         """Who still runs a few seconds after the server has ended, and segments that are still there."""

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from epbackend.placement.speeds import parse_speeds
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.pictures import drawn_share
 from tests.helpers.processes import throttled_rank
+from tests.helpers.ranks import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("forked_ranks")]
 
@@ -432,12 +432,6 @@ def test_doctor_shows_the_dispatchers_of_a_deployment(config_file):
     assert shown.returncode == 0, shown.stderr
     assert "prefill: alltoall" in shown.stdout
     assert "decode: dispatcher mc2 is pinned but cannot be used: it needs an Ascend NPU" in shown.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_until_served(url: str, server: subprocess.Popen[str]) -> None:

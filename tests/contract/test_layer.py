@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -232,11 +231,7 @@ def cases(draw) -> Case:
     )
 
 
-EXAMPLES = 75 if "torch_npu" in sys.modules else 150
-"""Fewer where Ascend's operators are emulated, slowly: what is drawn are cases of the dispatchers, one code for all."""
-
-
 @given(case=cases())
-@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_layer_equals_the_dense_formula(run, case):
     run(case)

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.cuda import session as module
 from benchmarks.cuda.session import Part, Session, outcomes, parts, summary
+from tests.helpers.patience import PATIENCE_S
 
 pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def test_a_part_ends_with_its_time_and_takes_along_what_it_started(tmp_path, mon
     said = session.log("slow").read_text()
     assert "\nnever\n" not in said
     started = int(said.strip().splitlines()[1])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while Path(f"/proc/{started}/cmdline").exists() and Path(f"/proc/{started}/cmdline").read_bytes():
         assert time.monotonic() < deadline, "the child still runs"
         time.sleep(0.1)
@@ -125,12 +126,12 @@ def test_what_is_interrupted_leaves_nothing(tmp_path):
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(python(code), cwd=ROOT, preexec_fn=heeding)
     log = tmp_path / "slow.log"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not (log.exists() and log.read_text().endswith("\n1\n")):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=PATIENCE_S) != 0
     (row,) = json.loads((tmp_path / "session.json").read_text())["parts"]
     assert row["ended"] == "out of time"
     assert row["seconds"] < 60, "its command was ended"

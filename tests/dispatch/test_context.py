@@ -25,6 +25,7 @@ from epbackend.errors import EPError
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
 from tests.helpers import deep_ep_stand_in
+from tests.helpers.patience import PATIENCE_S
 
 closed: list[str] = []
 
@@ -117,7 +118,7 @@ def test_the_thread_of_a_dropped_context_ends(monkeypatch):
     assert len(watchdogs()) == 1
     del context
     gc.collect()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while watchdogs() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not watchdogs()

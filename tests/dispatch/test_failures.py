@@ -18,7 +18,7 @@ from epbackend.replica_split import SlotMap
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.ranks import forking, free_port
 
-SIZE, TIMEOUT_S = 3, 3.0
+SIZE, TIMEOUT_S = 3, 8.0
 LEVEL_1 = DispatchSettings(level=1, timeout_s=TIMEOUT_S)
 LEVEL_2 = DispatchSettings(level=2, timeout_s=TIMEOUT_S)
 
@@ -28,17 +28,21 @@ def serve(rank: int, port: int, settings: DispatchSettings, victim: int, blow: i
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=SIZE)
-    layer = ExpertParallelMoE(
-        torch.randn(2, 8, 6),
-        torch.randn(2, 6, 4),
-        slot_map=SlotMap.uniform(6, SIZE),
-        ranks=RankGroup.of(dist.group.WORLD),
-        settings=settings,
-        top_k=2,
-        layer=7,
+    ranks = RankGroup.of(dist.group.WORLD)
+    patient, layer = (
+        ExpertParallelMoE(
+            torch.randn(2, 8, 6),
+            torch.randn(2, 6, 4),
+            slot_map=SlotMap.uniform(6, SIZE),
+            ranks=ranks,
+            settings=each,
+            top_k=2,
+            layer=7,
+        )
+        for each in (replace(settings, timeout_s=PATIENCE_S), settings)
     )
     tokens = torch.randn(5, 6), torch.randint(0, 6, (5, 2)), torch.rand(5, 2)
-    layer(*tokens)
+    patient(*tokens)
     if rank == victim:
         os.kill(os.getpid(), blow)
     try:

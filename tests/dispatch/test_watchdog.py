@@ -19,13 +19,13 @@ from epbackend.dispatch import watchdog
 from epbackend.dispatch.context import GroupContext
 from epbackend.dispatch.watchdog import RunningTime, Watchdog, unresponsive_ranks
 from tests.helpers.patience import PATIENCE_S
-from tests.helpers.ranks import forking, free_port
+from tests.helpers.ranks import forking
 
 SIZE, VICTIM, TIMEOUT_S = 3, 1, 2.0
 
 
-def wait_for(condition, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert condition()
@@ -125,9 +125,8 @@ def test_many_layers_leave_one_mark(monkeypatch):
     assert added == [("a step of the engine", event.query, 1.0)]
 
 
-def serve(rank: int, port: int, lines) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=SIZE)
+def serve(rank: int, store: str, lines) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE)
     dist.barrier()
     if rank == VICTIM:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -135,7 +134,7 @@ def serve(rank: int, port: int, lines) -> None:
     work = dist.all_to_all_single(answer, rows, async_op=True)
 
     def who() -> str:
-        found = unresponsive_ranks(dist.group.WORLD, 1.0)
+        found = unresponsive_ranks(dist.group.WORLD, 15.0)
         lines.put((rank, found))
         return found
 
@@ -144,10 +143,10 @@ def serve(rank: int, port: int, lines) -> None:
     time.sleep(PATIENCE_S)  # as a host does that waits for its GPU
 
 
-def test_a_stopped_rank_is_named_and_the_others_end():
+def test_a_stopped_rank_is_named_and_the_others_end(tmp_path):
     context = forking()
-    lines, port = context.SimpleQueue(), free_port()  # its `put` returns when the line is sent
-    ranks = [context.Process(target=serve, args=(rank, port, lines), daemon=True) for rank in range(SIZE)]
+    lines, store = context.SimpleQueue(), str(tmp_path / "store")  # its `put` returns when the line is sent
+    ranks = [context.Process(target=serve, args=(rank, store, lines), daemon=True) for rank in range(SIZE)]
     for process in ranks:
         process.start()
     try:

@@ -70,7 +70,7 @@ def test_the_api_server_of_lmdeploy_spreads_the_experts(sizes, checkpoint, refer
     )
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
     os.kill(running.process.pid, signal.SIGTERM)
-    running.process.wait(timeout=PATIENCE_S)
+    assert running.process.wait(timeout=PATIENCE_S) == 128 + signal.SIGTERM
     running.assert_nothing_left()
 
 

@@ -12,6 +12,7 @@ from lmdeploy import GenerationConfig
 
 import epbackend
 from epbackend import EPConfig
+from epbackend.engines.lmdeploy.load.status import local_engines
 from epbackend.errors import WorkerError
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.processes import GENERATE, engine_workers
@@ -33,7 +34,10 @@ def test_no_process_or_memory_is_left_when_the_parent_is_signalled(ending, check
     running = start_process(GENERATE, str(checkpoint("qwen3-moe")), TWO_RANKS.to_json())
     assert len(running.workers()) == 2
     assert running.segments
-    time.sleep(1)  # in the middle of generating, with the ranks in a collective more often than not
+    stats, deadline = local_engines()[running.process.pid], time.monotonic() + PATIENCE_S
+    while stats.latest().calls < 10:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # in the middle of generating, with the ranks in a collective more often than not
 
     if ending is signal.SIGKILL:
         running.process.kill()
@@ -49,11 +53,12 @@ def test_no_process_or_memory_is_left_when_the_parent_is_signalled(ending, check
 def test_a_worker_killed_while_generating_fails_the_call(checkpoint):
     with epbackend.pipeline(str(checkpoint("qwen3-moe")), TWO_RANKS) as pipe:
         pipe(["hello"], gen_config=GenerationConfig(max_new_tokens=2))
-        victim = engine_workers()[1]
-        threading.Timer(0.5, victim.kill).start()
+        killer = threading.Thread(target=_kill_in_a_call, args=(pipe, engine_workers()[1]), daemon=True)
+        killer.start()
         began = time.monotonic()
         with pytest.raises(WorkerError, match=r"rank 1 was killed by SIGKILL"):
-            _generate_for(60, pipe)
+            _generate_for(PATIENCE_S, pipe)
+        killer.join()
         assert time.monotonic() < began + TWO_RANKS.timeout_s  # not by the collective that waits
         for call in (lambda: pipe("hello"), lambda: pipe.chat("hello"), lambda: pipe.get_ppl([1, 2, 3])):
             with pytest.raises(WorkerError, match="rank 1"):
@@ -91,6 +96,13 @@ def test_the_error_of_a_failed_worker_is_quoted(checkpoint):
     ):
         epbackend.pipeline(str(checkpoint("qwen3-moe")), broken)
     assert engine_workers() == []
+
+
+def _kill_in_a_call(pipe, victim) -> None:
+    calls = pipe.load().calls
+    while pipe.load().calls < calls + 2:
+        time.sleep(0.02)
+    victim.kill()
 
 
 def _generate_for(seconds: float, pipe) -> None:

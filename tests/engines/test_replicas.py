@@ -120,10 +120,9 @@ def test_two_engines_give_the_tokens_of_one_with_uneven_and_empty_ranks(checkpoi
     for routed in load_alone.tokens_RYE.sum(axis=(0, 2)):
         assert fed * TOP_K <= routed <= (fed + 1) * TOP_K
     for index in range(3):
-        assert [token for part in parts if part.index == index for token in part.token_ids] == expected[
-            1 + index
-        ]
-    assert len(parts) >= NEW_TOKENS
+        told = [part.token_ids for part in parts if part.index == index and part.token_ids]
+        assert [token for tokens in told for token in tokens] == expected[1 + index]
+        assert len(told) > 1, "the whole answer came at once"
     assert len(mine) == 2
     assert all(tokens > 0 for tokens in load.tokens_per_rank)
     assert load.dispatchers["decode"]["name"] == "alltoall"

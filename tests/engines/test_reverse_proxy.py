@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port, listens
+from epbackend.engines.lmdeploy.processes import LOOPBACK
 from epbackend.engines.lmdeploy.server.guard import Guard, looking_out
 from epbackend.engines.lmdeploy.server.reverse_proxy import ReverseProxy
 from tests.helpers.patience import PATIENCE_S
@@ -74,17 +74,15 @@ class Engine:
 
 @contextmanager
 def served(app: object) -> Iterator[str]:
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, host=LOOPBACK, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    deadline = time.monotonic() + PATIENCE_S
-    while not listens((LOOPBACK, port)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    yield f"http://{LOOPBACK}:{port}"
-    server.should_exit = True
-    thread.join()
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with socket.create_server(
+        (LOOPBACK, 0)
+    ) as listening:  # who connects before the server runs is answered then
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://{LOOPBACK}:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_a_server_with_its_switches(dp, level, tmp_path, certificate, start_proc
         cut = pool.submit(requests.post, f"{base}/v1/completions", json=long, headers=KEY, **asked)
         while not cut.done():  # it may not have come to the engine yet
             assert requests.post(f"{base}/abort_request", json={"abort_all": True}, headers=KEY, **asked).ok
-        assert cut.result().status_code in (200, 503)
+        assert cut.result().status_code == 503 or cut.result().json()["usage"]["completion_tokens"] < 200
     if dp == 1:  # else it is an engine's own description
         description = requests.get(f"{base}/openapi.json", headers=KEY, **asked).json()
         assert description["servers"] == [{"url": "/models/a"}]

@@ -45,15 +45,13 @@ def environment(chip: str, devices: int) -> dict[str, str]:
 
 
 def start(platform: str, rank: int = 0) -> None:
-    """Make torch.npu work in this process, its current device being the rank's own.
-
-    Ranks that are forked where this ran on emulated NPUs have torch-npu already: see `ranks.forking`.
-    """
+    """Make torch.npu work in this process, its current device being the rank's own."""
     if platform == REAL:
         if find_spec("torch_npu") is None:
             sys.path.append(str(cann.WHEEL))
         importlib.import_module("torch_npu")
     else:
+        # By a module's import, so that ranks, which are forked from a process that made it too, need not again.
         os.environ[MARK] = f"{platform}:{DEVICES}"
         importlib.import_module("tests.helpers.emulated_npus")
     torch.get_device_module("npu").set_device(rank)

@@ -24,8 +24,8 @@ from epbackend.dispatch import symmetric, symmetric_memory
 from epbackend.dispatch.base import RankGroup
 from epbackend.dispatch.symmetric_memory import Peers
 from epbackend.kernels.triton.symmetric import SymmetricTensor
+from tests.helpers.patience import PATIENCE_S
 
-PATIENCE_S = 60.0
 Result = TypeVar("Result")
 
 
