@@ -145,7 +145,7 @@ class Server:
         if victim == "everything":  # parents first: none sees that its children are stopped
             return [self.process.pid, *(each.pid for each in descendants(self.process.pid))]
         if victim.startswith("rank "):
-            pids = np.memmap(self._board_of(ranks), RANK, mode="r", shape=ranks)["pid"]
+            pids = np.memmap(self._stats_of(ranks), RANK, mode="r", shape=ranks)["pid"]
             return [int(pids[int(victim.removeprefix("rank "))])]
         if victim == "planner":
             return [each.pid for each in descendants(self.process.pid) if PLANNER in " ".join(each.cmdline())]
@@ -153,12 +153,12 @@ class Server:
             return [psutil.Process(*self.pids_of("engine", ranks)).ppid()]
         return [each.pid for each in descendants(self.process.pid) if each.name() == NAMED[victim]][-1:]
 
-    def _board_of(self, ranks: int) -> str:
+    def _stats_of(self, ranks: int) -> str:
         """The segment of their load report. A look at a process that is about to map it misses it: another finds it."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            if board := next((each for each in self.segments if _holds_ranks(each, ranks)), None):
-                return board
+            if stats := next((each for each in self.segments if _holds_ranks(each, ranks)), None):
+                return stats
             time.sleep(0.1)
             self.look()
         raise RuntimeError(f"no load report of {ranks} ranks among {self.segments}: {self.log.read_text()}")
