@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from functools import partial
@@ -14,7 +15,6 @@ import pytest
 pytest.register_assert_rewrite("tests.helpers")
 
 from tests.helpers import ascend
-from tests.helpers.ranks import RankPool
 
 if find_spec("hypothesis"):  # a machine with a GPU may have torch, triton and pytest alone
     import hypothesis
@@ -65,6 +65,7 @@ class FailuresAtOnce:
 
 @pytest.hookimpl(trylast=True)  # after pytest's own, which makes the reporter
 def pytest_configure(config):
+    gc.disable()  # until all is imported and collected: 800,000 objects that stay, and are looked at again and again
     if terminal := config.pluginmanager.get_plugin("terminalreporter"):
         config.pluginmanager.register(FailuresAtOnce(terminal))
     # Pinned, so that no test depends on what this processor is fast at; its own tests try each product.
@@ -86,6 +87,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("engine") is None)
 
 
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_terminal_summary(terminalreporter):
     """Why tests were skipped, a line each: a device that is missing skips hundreds for one reason."""
     skipped = terminalreporter.stats.get("skipped", [])
@@ -97,6 +103,8 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def ranks(request):
     """`ranks.run(size, function, *args)` runs a function on processes joined by gloo, or by HCCL."""
+    from tests.helpers.ranks import RankPool  # torch, without which tests can fail, and say why, in less time
+
     platform = request.config.getoption("--ascend")
     pool = RankPool("hccl", partial(ascend.start, platform)) if platform else RankPool()
     yield pool

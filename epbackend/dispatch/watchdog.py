@@ -27,16 +27,14 @@ from queue import Empty, SimpleQueue
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from epbackend.dispatch.running_time import RunningTime
+
 logger = logging.getLogger("epbackend")
 
 GRACE_S = 2.0
 """Ranks do not fail at the same moment."""
 STORE_POLL_S = 0.05
 POLL_S = 1.0
-LOOK_MOST_S = 2.0
-"""From one look to the next where a thread is not paused; what is more counts as a pause."""
-PAUSES = 64
-"""So many are remembered: older than the longest timeout, or too short to matter."""
 
 
 def unresponsive_ranks(group: dist.ProcessGroup, timeout_s: float) -> str:
@@ -79,31 +77,6 @@ def _store_is_gone() -> str:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return "no rank could be asked, because torchrun's own process does not answer"
     return "rank 0 does not answer, which also keeps the store where the others could be asked"
-
-
-class RunningTime:
-    """How old something is, by the time in which this process ran.
-
-    Ctrl-Z in a terminal and a container that is frozen stop the ranks together with those who watch over them: nobody
-    stalled meanwhile, and all go on together.
-    """
-
-    def __init__(self) -> None:
-        self._looked = time.monotonic()
-        self._pauses: deque[tuple[float, float]] = deque(maxlen=PAUSES)
-
-    def look(self) -> float:
-        """The time now; to be called by the watching thread at each of its looks."""
-        now = time.monotonic()
-        if (paused := now - self._looked - LOOK_MOST_S) > 0:
-            self._pauses.append((now, paused))
-        self._looked = now
-        return now
-
-    def age_s(self, since: float) -> float:
-        """Seconds from `since` to the last look, without pauses."""
-        paused = sum(min(length, end - since) for end, length in self._pauses if end > since)
-        return max(0.0, self._looked - since - paused)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ events = st.one_of(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(events, max_size=60), st.booleans(), st.sampled_from([1, 4]))
 def test_all_flip_at_one_step_or_none_does(happenings, failures, lead):
     """Also where hosts run ahead of their devices (`lead` above 1)."""

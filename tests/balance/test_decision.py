@@ -78,7 +78,7 @@ def test_a_proposal_pays_keeps_to_the_budget_and_to_the_slots(seed, shape, slots
 
 
 @given(st.integers(0, 1000), st.sampled_from([None, 1, 3]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_steady_load_is_balanced_in_a_few_cycles_and_then_left_alone(seed, slots):
     rebalancer = Rebalancer(planned(loads(seed)), policy(max_slots=slots))
     moved = []

@@ -91,9 +91,9 @@ def config_file(tmp_path):
     return write
 
 
-def test_demo_gives_the_tokens_of_transformers_and_draws_pictures(tmp_path):
+def test_demo_gives_the_tokens_of_transformers_and_draws_pictures(tmp_path, run_here):
     before = left_memory()
-    result = run("demo", "--json", "--max-new-tokens", 12, cwd=tmp_path)
+    result = run_here("demo", "--json", "--max-new-tokens", 12, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     assert said["tokens_identical"] is True

@@ -5,6 +5,7 @@ import re
 import warnings
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given
@@ -68,6 +69,7 @@ def test_the_schema_is_valid_and_refuses_what_we_refuse():
         assert not SCHEMA.is_valid(bad), bad
 
 
+@hypothesis.settings(max_examples=40)
 @given(valid_settings())
 def test_the_schema_accepts_every_valid_file(mapping):
     SCHEMA.validate(mapping)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given
@@ -21,6 +22,7 @@ def load_quietly(source):
         return EPConfig.load(source)
 
 
+@hypothesis.settings(max_examples=40)
 @given(settings())
 def test_valid_settings_load_and_survive_json(mapping):
     config = load_quietly(mapping)
@@ -30,6 +32,7 @@ def test_valid_settings_load_and_survive_json(mapping):
     assert again.warnings() == config.warnings()
 
 
+@hypothesis.settings(max_examples=40)
 @given(settings())
 def test_what_is_written_is_what_is_set(mapping):
     config = json.loads(load_quietly(mapping).to_json())
@@ -39,12 +42,14 @@ def test_what_is_written_is_what_is_set(mapping):
     assert written.items() <= config.items()
 
 
+@hypothesis.settings(max_examples=40)
 @given(settings())
 def test_yaml_and_json_text_mean_the_same(mapping):
     as_yaml = yaml.safe_load(yaml.safe_dump(mapping))
     assert load_quietly(as_yaml) == load_quietly(json.loads(json.dumps(mapping))) == load_quietly(mapping)
 
 
+@hypothesis.settings(max_examples=40)
 @given(settings())
 def test_ranks_divide_evenly_and_every_setting_is_listed(mapping):
     config = load_quietly(mapping)

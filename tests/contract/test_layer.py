@@ -232,6 +232,6 @@ def cases(draw) -> Case:
 
 
 @given(case=cases())
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_layer_equals_the_dense_formula(run, case):
     run(case)

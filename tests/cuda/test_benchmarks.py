@@ -70,6 +70,7 @@ def test_a_model_whose_file_of_weights_holds_none(shape, tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_the_plugs_side_of_the_engine_runs_on_a_cpu(tmp_path):
     """Whole, as on a GPU: the model's folder, the engine in a process of its own, turns, the table."""
     pytest.importorskip("lmdeploy", reason="LMDeploy is not installed")

@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epbackend.dispatch import watchdog
+from epbackend.dispatch import running_time, watchdog
 from epbackend.dispatch.context import GroupContext
-from epbackend.dispatch.watchdog import RunningTime, Watchdog, unresponsive_ranks
+from epbackend.dispatch.running_time import RunningTime
+from epbackend.dispatch.watchdog import Watchdog, unresponsive_ranks
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.ranks import forking
 
@@ -59,7 +60,9 @@ def test_the_oldest_overdue_mark_is_reported(caplog, watch_with):
 
 def test_marks_that_were_passed_are_asked_once_and_forgotten(monkeypatch, watch_with):
     now = 0.0
-    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
+    clock = SimpleNamespace(monotonic=lambda: now, sleep=time.sleep)
+    for module in (watchdog, running_time):
+        monkeypatch.setattr(module, "time", clock)
     ended, asked, passing = [], [], []
     dog = watch_with(lambda: "", lambda: ended.append(True))
     for layer in range(5):
@@ -75,11 +78,11 @@ def test_marks_that_were_passed_are_asked_once_and_forgotten(monkeypatch, watch_
 
 def test_time_in_which_the_watch_itself_was_stopped_makes_nothing_older(monkeypatch):
     moments = iter((0.0, 1.0, 2.0, 62.0, 63.0))
-    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    monkeypatch.setattr(running_time, "time", SimpleNamespace(monotonic=lambda: next(moments)))
     running = RunningTime()
     for _ in range(4):
         running.look()
-    pause = 60.0 - watchdog.LOOK_MOST_S
+    pause = 60.0 - running_time.LOOK_MOST_S
     ages = {since: running.age_s(since) for since in (0.0, 2.0, 61.0, 62.5)}
     assert ages == {0.0: 63.0 - pause, 2.0: 61.0 - pause, 61.0: 1.0, 62.5: 0.5}
 

@@ -135,6 +135,7 @@ def check_moving(model: str, expected: Answers, rounding: Rounding, config: dict
 
 @pytest.mark.cpu
 @pytest.mark.engine
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_ranks_of_a_cpu_joined_as_on_one_gpu(monkeypatch):
     """The harness of the tests below, where it can run everywhere."""
     on_shared_devices(monkeypatch)

@@ -1,11 +1,13 @@
-"""The server as its clients use it: what it refuses and how, what its answers hold, beside Hugging Face's."""
+"""The server as its clients use it: what it refuses, what its answers hold, beside Hugging Face's, how it ends."""
 
 from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -18,7 +20,7 @@ from epbackend.cli import app as command
 from epbackend.engines.lmdeploy.requests.tokenizing import LONG
 from epbackend.engines.lmdeploy.server.guard import NOT_IMPLEMENTED
 from epbackend.models import resolve
-from tests.helpers.api import SESSION_LEN, Server, served
+from tests.helpers.api import SESSION_LEN, Server, ends_after_the_answer, served, sleeps_and_wakes
 from tests.helpers.patience import PATIENCE_S
 
 PROMPTS = ["def main(", "The ship was", "for index, book in"]
@@ -391,3 +393,18 @@ def test_the_server_shows_what_its_experts_do(server):
     assert f"epbackend_steps_total {float(state['steps'])}" in metrics
     assert "lmdeploy:" in metrics
     assert server.post("/epbackend/rebalance", {}).status_code == 409
+
+
+def test_the_server_sleeps_and_wakes(server):
+    sleeps_and_wakes(server.url, server.model, PROMPTS[1])
+
+
+def test_the_server_ends_after_its_answer_and_leaves_nothing_behind(server):
+    """The last test here: it takes the server away."""
+    running = server.running
+    running.look()
+    where = urlsplit(server.url)
+    assert (where.hostname, where.port) in running.listening()
+    ends_after_the_answer(running, server.url, server.model, PROMPTS[1], signal.SIGTERM)
+    assert running.process.wait(timeout=PATIENCE_S) == 0
+    running.assert_nothing_left()

@@ -63,7 +63,7 @@ def test_experts_move_while_answers_stay_the_same_and_a_killed_planner_is_replac
     settings = balanced(ep_size=2, ep_level=2, balance={"record": str(tmp_path / "loads-{phase}.json")})
     with epbackend.pipeline(str(checkpoint("qwen3-moe")), settings) as pipe:
         expected = reference("qwen3-moe")
-        generate_until(pipe, expected, lambda report: report.migrations >= 3)
+        generate_until(pipe, expected, lambda report: report.migrations >= 1)
         os.kill(pipe._balancer.planner_pid, signal.SIGKILL)
         generate_until(pipe, expected, lambda report: report.planner_restarts >= 1)
         assert "planner was started anew" in pipe.balance().last_error

@@ -13,9 +13,15 @@ from lmdeploy.pytorch.models.module_map import MODULE_MAP
 
 from tests.helpers.expert_blocks import FAMILIES, LAYER, layer_number, run_blocks
 
-RANKS = 4
-SPREADS = {"tp 1, replicas": (1, 1, True), "tp 4": (4, 1, False), "dp 2": (1, 2, False)}
-"""(tp, dp, replicas) with ep_size 4: dense layers whole or cut, all tokens on all ranks or on two groups of two."""
+SPREADS = {
+    "replicas": (2, 1, 1, True),
+    "tp 2": (2, 2, 1, False),
+    "dp 2": (2, 1, 2, False),
+    "4 ranks, replicas": (4, 1, 1, True),
+    "4 ranks, tp 4": (4, 4, 1, False),
+    "4 ranks, dp 2": (4, 1, 2, False),
+}
+"""(ep, tp, dp, replicas): dense layers whole or cut, all tokens on all ranks or on two groups of ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +31,19 @@ def outputs(ranks):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize(
+    "spread",
+    [pytest.param(name, marks=[pytest.mark.slow] if ep > 2 else []) for name, (ep, *_) in SPREADS.items()],
+)
 def test_outputs_of_each_block_are_the_same_on_several_ranks(family, spread, outputs):
-    tp, dp, replicas = SPREADS[spread]
-    spread_out = [of_rank[family] for of_rank in outputs(RANKS, tp, dp, replicas)]
+    ep, tp, dp, replicas = SPREADS[spread]
+    spread_out = [of_rank[family] for of_rank in outputs(ep, tp, dp, replicas)]
     (whole,) = outputs(1, 1, 1, False)
     assert whole[family].abs().max() > 0.05
     # Ranks of one attention group have the same tokens; the first group's are those of the single rank.
-    for out in spread_out[: RANKS // dp]:
+    for out in spread_out[: ep // dp]:
         torch.testing.assert_close(out, whole[family], rtol=1e-4, atol=1e-5)
-    for out in spread_out[RANKS // dp :]:
+    for out in spread_out[ep // dp :]:
         torch.testing.assert_close(out, spread_out[-1])
         assert not torch.allclose(out, whole[family])
 

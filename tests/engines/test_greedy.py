@@ -22,7 +22,7 @@ CROWDED = {
 }
 
 
-ONE_RANK = [("qwen3-moe", config()), ("deepseek-v2", config(CROWDED)), ("deepseek-v3", config(CROWDED))]
+ONE_RANK = [("qwen3-moe", config()), ("deepseek-v2", config(CROWDED))]
 TWO_RANKS = [
     ("qwen3-moe", config(ep_size=2)),
     ("deepseek-v2", config(ep_size=2, ep_level=2)),
@@ -33,6 +33,7 @@ RARER = [
     ("qwen3-moe", config({"tp": 2})),
     ("qwen3-moe", config({"executor": "ray"}, ep_size=2, ep_level=2)),
     ("deepseek-v2", config({"tp": 2}, ep_size=2)),
+    ("deepseek-v3", config(CROWDED)),
     ("deepseek-v3", config(ep_size=2, ep_level=2)),
     ("deepseek-v3", config({"tp": 4}, ep_size=4, ep_level=2)),
     ("deepseek-v2", config(ep_size=4)),
@@ -49,11 +50,12 @@ def test_tokens_are_those_of_hugging_face(form, settings, checkpoint, reference)
         before = pipe.load()
         first = pipe(texts, gen_config=GREEDY, do_preprocess=False)
         load = pipe.load().since(before)
-        again = pipe(texts, gen_config=GREEDY, do_preprocess=False)
+        cached = settings.engine.enable_prefix_caching
+        again = pipe(texts, gen_config=GREEDY, do_preprocess=False) if cached else []
 
     assert [answer.token_ids for answer in first] == reference(form)
-    assert [answer.token_ids for answer in again] == reference(form)
-    if settings.engine.enable_prefix_caching:
+    if cached:
+        assert [answer.token_ids for answer in again] == reference(form)
         assert max(answer.cached_tokens for answer in again) >= 16
     _check_load(load, settings, [answer.input_token_len - answer.cached_tokens for answer in first])
 
@@ -96,9 +98,9 @@ def test_forced_passes_and_rounds_lose_nothing(level, forced, counted, checkpoin
     with epbackend.pipeline(
         str(checkpoint("qwen3-moe")), config(ep_size=2, ep_level=level, **forced)
     ) as pipe:
-        answers = pipe(prompts(), gen_config=GREEDY, do_preprocess=False)
+        answers = pipe(prompts()[:4], gen_config=GREEDY, do_preprocess=False)
         load = pipe.load()
-    assert [answer.token_ids for answer in answers] == reference("qwen3-moe")
+    assert [answer.token_ids for answer in answers] == reference("qwen3-moe")[:4]
     assert getattr(load, counted) > 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -31,6 +30,7 @@ from epbackend.engines.lmdeploy.load.report import (
 from epbackend.engines.lmdeploy.load.stats_writer import Counters, StatsWriter
 from epbackend.errors import EPError
 from epbackend.moe import LayerStats
+from tests.helpers.forked_engines import forked_context
 from tests.helpers.patience import PATIENCE_S
 
 CPU = torch.device("cpu")
@@ -220,7 +220,7 @@ def test_what_nobody_asks_for_is_written_down_too(stats, watching, monkeypatch):
 
 
 def test_a_worker_that_is_gone_is_not_waited_for(stats, caplog):
-    process = multiprocessing.get_context("spawn").Process(target=step_and_die)
+    process = forked_context().Process(target=step_and_die)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -372,9 +372,7 @@ def test_loads_add_up_replicas_and_count_shards_once():
 
 
 def test_the_error_of_a_worker_is_read_by_its_parent(stats):
-    process = multiprocessing.get_context("spawn").Process(
-        target=load_report.record_error, args=(1, "no such weight: ö")
-    )
+    process = forked_context().Process(target=load_report.record_error, args=(1, "no such weight: ö"))
     process.start()
     process.join()
     assert load_report.last_error(1) == "no such weight: ö"

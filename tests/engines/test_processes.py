@@ -50,6 +50,7 @@ def test_no_process_or_memory_is_left_when_the_parent_is_signalled(ending, check
     running.assert_nothing_left()
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_worker_killed_while_generating_fails_the_call(checkpoint):
     with epbackend.pipeline(str(checkpoint("qwen3-moe")), TWO_RANKS) as pipe:
         pipe(["hello"], gen_config=GenerationConfig(max_new_tokens=2))
@@ -66,6 +67,7 @@ def test_a_worker_killed_while_generating_fails_the_call(checkpoint):
     assert engine_workers() == []
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_worker_killed_at_start_fails_the_start(checkpoint):
     killed_at = 0.0
 

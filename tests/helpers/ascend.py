@@ -12,8 +12,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from tests.helpers import cann
 
 REAL = "npu"
@@ -46,6 +44,8 @@ def environment(chip: str, devices: int) -> dict[str, str]:
 
 def start(platform: str, rank: int = 0) -> None:
     """Make torch.npu work in this process, its current device being the rank's own."""
+    import torch  # which tests without NPUs need not load
+
     if platform == REAL:
         if find_spec("torch_npu") is None:
             sys.path.append(str(cann.WHEEL))

@@ -91,8 +91,11 @@ ATTENTION = {
 """What whole layers need besides."""
 
 
-COPIES = Layout(((0, 1, 2), (3, 7, 4), (5, 6), (7, 0, 2)), EXPERTS)
-"""Four unequal ranks, three experts on two of them."""
+COPIES = {
+    2: Layout(((0, 1, 2, 3, 7), (4, 5, 6, 7, 0, 2)), EXPERTS),
+    4: Layout(((0, 1, 2), (3, 7, 4), (5, 6), (7, 0, 2)), EXPERTS),
+}
+"""By the number of ranks: unequal ranks, three experts on two of them."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def run_blocks(
 ) -> dict[str, Tensor]:
     """Every family's output [T, D] for this rank's tokens, experts on `ep` ranks in order, or as in COPIES."""
     config = EPConfig.load({"device": "cpu", "ep_size": ep, "engine": {"tp": tp, "dp": dp}})
-    epbackend.enable(config, Placement((COPIES,) * (LAYER + 1)) if replicas else None)
+    epbackend.enable(config, Placement((COPIES[ep],) * (LAYER + 1)) if replicas else None)
     try:
         with _in_lmdeploy(groups[1].rank, DistConfig(dp=dp, tp=tp, ep=ep)) as dp_rank:
             return {name: _run(family, tokens(dp_rank)) for name, family in FAMILIES.items()}

@@ -35,11 +35,16 @@ class _Context(ForkServerContext):
     Process = _Rank
 
 
+def forked_context() -> ForkServerContext:
+    """Starts such processes."""
+    forking()  # what is to be loaded, should this be the first process that is started
+    return _Context()
+
+
 @contextmanager
 def forked_engines() -> Iterator[None]:
     """LMDeploy's executor starts its ranks as forks meanwhile."""
-    forking()  # what is to be loaded, should this be the first process that is started
-    real = mp_executor.mp
-    mp_executor.mp = SimpleNamespace(get_context=lambda method: _Context())
+    context, real = forked_context(), mp_executor.mp
+    mp_executor.mp = SimpleNamespace(get_context=lambda method: context)
     yield
     mp_executor.mp = real

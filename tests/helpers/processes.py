@@ -64,6 +64,11 @@ class Running:
         """The processes that multiprocessing started for ranks or engines."""
         return [each for each in self.family[1:] if "multiprocessing.spawn" in " ".join(each.cmdline())]
 
+    def listening(self) -> set[tuple[str, int]]:
+        """Where the family waits for connections."""
+        connections = [found for each in self.family for found in each.net_connections("tcp")]
+        return {tuple(found.laddr) for found in connections if found.status == psutil.CONN_LISTEN}
+
     def assert_nothing_left(self) -> None:
         """No process of the family still runs, no segment of theirs still is."""
         deadline = time.monotonic() + PATIENCE_S

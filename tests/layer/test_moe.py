@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
-import subprocess
+import re
 import sys
 import weakref
 from dataclasses import fields
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
+from tests.helpers.ranks import forking
 
 LEVELS = {"prefill": DispatchSettings(level=2), "decode": DispatchSettings(level=1)}
 
@@ -175,30 +178,37 @@ def test_originals_are_let_go():
     assert layer(torch.randn(1, 8), torch.tensor([[0, 1]]), torch.rand(1, 2)).shape == (1, 8)
 
 
-MEASURE = """
-import re, torch
-from pathlib import Path
-from epbackend.dispatch.base import RankGroup
-from epbackend.dispatch.base import DispatchSettings
-from epbackend.moe import ExpertParallelMoE
-from epbackend.replica_split import SlotMap
-L, D, F, dtype = 24, 1024, 1024, getattr(torch, "{dtype}")
-draw = lambda *shape: torch.full(shape, 0.01, dtype=dtype)
-peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-make = lambda slots: ExpertParallelMoE(
-    (draw(2 * F, D) for _ in range(slots)), (draw(D, F) for _ in range(slots)),
-    slot_map=SlotMap.uniform(slots, 1), ranks=RankGroup.single(), settings=DispatchSettings(), top_k=2)
-call = lambda layer: layer(draw(4, D), torch.zeros(4, 2, dtype=torch.int64), torch.rand(4, 2))
-call(make(1))  # what torch itself needs once
-before = peak()
-call(make(L))
-print((peak() - before) / (L * 3 * D * F * dtype.itemsize))
-"""
+def peak() -> int:
+    """Bytes that this process held at most."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def measure(dtype: torch.dtype, answer: Connection) -> None:
+    """What a layer needs at most while it is made, over what its weights take."""
+    L, D, F = 24, 1024, 1024
+
+    def matrices(slots, rows, columns):
+        return (torch.full((rows, columns), 0.01, dtype=dtype) for _ in range(slots))
+
+    def make_and_call(slots):
+        weights = {"gate_up_L2FD": matrices(slots, 2 * F, D), "down_LDF": matrices(slots, D, F)}
+        layer = build(slot_map=SlotMap.uniform(slots, 1), settings=DispatchSettings(), **weights)
+        layer(torch.ones(4, D, dtype=dtype), torch.zeros(4, 2, dtype=torch.int64), torch.rand(4, 2))
+
+    make_and_call(1)  # what torch itself needs once
+    before = peak()
+    make_and_call(L)
+    answer.send((peak() - before) / (L * 3 * D * F * dtype.itemsize))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_from_a_generator_never_exist_twice(dtype):
-    done = subprocess.run([sys.executable, "-c", MEASURE.format(dtype=dtype)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 0.8 < float(done.stdout) < 1.5  # the allocator leaves gaps; held twice would be 2
+    """In a process of its own, whose peak nothing else has raised."""
+    context = forking()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=measure, args=(dtype, theirs))
+    process.start()
+    theirs.close()
+    assert 0.8 < ours.recv() < 1.5  # the allocator leaves gaps; held twice would be 2
+    process.join()

@@ -86,7 +86,7 @@ def test_a_copy_on_its_own_node_spares_a_token_the_link():
 
 
 @given(questions(), st.sampled_from((1.0, 1.02, 1.3)), st.sampled_from((None, 0.3, 0.5)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_never_more_visits_and_never_worse_than_the_limit(question, limit, slow):
     """Of tokens; or of times, where the first rank is slow."""
     routes, experts, ranks, slots, size = question

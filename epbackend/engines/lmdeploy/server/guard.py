@@ -29,7 +29,7 @@ import psutil
 from starlette.requests import ClientDisconnect
 
 from epbackend.balance.balancer import Balancer
-from epbackend.dispatch.watchdog import RunningTime
+from epbackend.dispatch.running_time import RunningTime
 from epbackend.engines.lmdeploy.patching import Patch, Patches
 from epbackend.engines.lmdeploy.processes import check_port
 from epbackend.engines.lmdeploy.server.experts import PREFIX

@@ -33,7 +33,7 @@ from lmdeploy.pytorch.engine.executor.mp_executor import (
 )
 from lmdeploy.pytorch.engine.mp_engine import zmq_engine
 
-from epbackend.dispatch.watchdog import RunningTime
+from epbackend.dispatch.running_time import RunningTime
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.load.report import (
     record_error,

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from epbackend.dispatch.watchdog import RunningTime
+from epbackend.dispatch.running_time import RunningTime
 from epbackend.engines.lmdeploy.load.report import PULSE_PHASES, RANK, rank_row, record_error
 
 logger = logging.getLogger("epbackend")

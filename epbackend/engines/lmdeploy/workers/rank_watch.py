@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from epbackend.balance.board import text_in
-from epbackend.dispatch.watchdog import RunningTime
+from epbackend.dispatch.running_time import RunningTime
 from epbackend.engines.lmdeploy.load.report import PULSE_PHASES, last_error, rank_row
 from epbackend.engines.lmdeploy.processes import GUARD
 from epbackend.engines.lmdeploy.workers.process_guard import ENDED, STOPPED, process_state, signal_name

@@ -22,7 +22,7 @@ from lmdeploy.pytorch import ray as cluster
 from lmdeploy.pytorch.devices import get_device_manager
 from lmdeploy.pytorch.engine.executor.ray_executor import RayExecutor, RayWorkerWrapper
 
-from epbackend.dispatch.watchdog import RunningTime
+from epbackend.dispatch.running_time import RunningTime
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.load.report import (
     PATIENCE_S,
