@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from epbackend.engines.lmdeploy.workers.pulse import WAITS, Pulse
-from epbackend.engines.lmdeploy.workers.rank_watch import RankState, judge
+from epbackend.engines.lmdeploy.workers.pulse import Pulse
+from epbackend.engines.lmdeploy.workers.rank_watch import WAITS, RankState, judge
 from tests.helpers.patience import PATIENCE_S
 
 TIMEOUT_S = 6.0

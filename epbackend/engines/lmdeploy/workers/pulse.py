@@ -31,6 +31,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from epbackend.dispatch.running_time import RunningTime
 from epbackend.engines.lmdeploy.load.report import PULSE_PHASES, RANK, rank_row, record_error
+from epbackend.engines.lmdeploy.workers.rank_watch import WAITS, where
 
 logger = logging.getLogger("epbackend")
 
@@ -38,8 +39,6 @@ BEAT_S = 0.5
 """Between two looks, and two signs of life."""
 LAST_RESORT_S = 4.0
 """How much later than the engine's process the rank itself ends."""
-WAITS = "waits for other ranks in "
-"""Begins the place of a rank that is inside a collective, or awaits one."""
 
 _COLLECTIVE_FILES = ("/torch/distributed/", "/dispatch/collectives.py", "/asyncio/", "/selectors.py")
 
@@ -123,15 +122,6 @@ class Pulse:
         ours = next((each for each in reversed(stack) if "/torch/" not in each.filename), innermost)
         at = ours if waits else innermost
         return f"{WAITS if waits else 'stands in '}{at.name} ({_short(at.filename)}:{at.lineno})"
-
-
-def where(row: Any) -> str:
-    """The place that a rank's row tells, in words."""
-    phase = PULSE_PHASES[int(row["phase"])]
-    if not phase:
-        return "no step"
-    layer = f", at MoE layer {int(row['layer'])}" if row["layer"] >= 0 else ", before its first MoE layer"
-    return f"a {phase} step{layer}"
 
 
 def limit_groups(timeout_s: float) -> None:

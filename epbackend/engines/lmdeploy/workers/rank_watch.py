@@ -9,17 +9,19 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from epbackend.balance.board import text_in
 from epbackend.dispatch.running_time import RunningTime
 from epbackend.engines.lmdeploy.load.report import PULSE_PHASES, last_error, rank_row
 from epbackend.engines.lmdeploy.processes import GUARD
 from epbackend.engines.lmdeploy.workers.process_guard import ENDED, STOPPED, process_state, signal_name
-from epbackend.engines.lmdeploy.workers.pulse import WAITS, where
 
 LOOK_S = 0.25
 SETTLE_S = 1.0
 """After `timeout_s`, so that the ranks have told where they stand."""
+WAITS = "waits for other ranks in "
+"""Begins the place of a rank that is inside a collective, or awaits one."""
 SILENT_S = 3.0
 """Without a sign of life for so long, a rank is the one to name when others fail."""
 
@@ -87,6 +89,15 @@ def look_at(
         where=where(row),
         place=text_in(row["place"]),
     )
+
+
+def where(row: Any) -> str:
+    """The place that a rank's row tells, in words."""
+    phase = PULSE_PHASES[int(row["phase"])]
+    if not phase:
+        return "no step"
+    layer = f", at MoE layer {int(row['layer'])}" if row["layer"] >= 0 else ", before its first MoE layer"
+    return f"a {phase} step{layer}"
 
 
 def judge(ranks: Sequence[RankState], timeout_s: float, *, failed: bool = False) -> str | None:
