@@ -20,7 +20,7 @@ from epbackend.dispatch.context import GroupContext
 from epbackend.dispatch.running_time import RunningTime
 from epbackend.dispatch.watchdog import Watchdog, unresponsive_ranks
 from tests.helpers.patience import PATIENCE_S
-from tests.helpers.ranks import forking
+from tests.helpers.ranks import forking, free_port
 
 SIZE, VICTIM, TIMEOUT_S = 3, 1, 2.0
 
@@ -128,8 +128,9 @@ def test_many_layers_leave_one_mark(monkeypatch):
     assert added == [("a step of the engine", event.query, 1.0)]
 
 
-def serve(rank: int, store: str, lines) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE)
+def serve(rank: int, port: int, lines) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=SIZE)
     dist.barrier()
     if rank == VICTIM:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -146,10 +147,10 @@ def serve(rank: int, store: str, lines) -> None:
     time.sleep(PATIENCE_S)  # as a host does that waits for its GPU
 
 
-def test_a_stopped_rank_is_named_and_the_others_end(tmp_path):
+def test_a_stopped_rank_is_named_and_the_others_end():
     context = forking()
-    lines, store = context.SimpleQueue(), str(tmp_path / "store")  # its `put` returns when the line is sent
-    ranks = [context.Process(target=serve, args=(rank, store, lines), daemon=True) for rank in range(SIZE)]
+    lines, port = context.SimpleQueue(), free_port()  # its `put` returns when the line is sent
+    ranks = [context.Process(target=serve, args=(rank, port, lines), daemon=True) for rank in range(SIZE)]
     for process in ranks:
         process.start()
     try:

@@ -18,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.helpers.cann import aten, build, registry
+from tests.helpers.cann import build
 
 WHEEL = Path(__file__).parents[3] / ".torch-npu"
 """Where `make test-ascend` unpacks the wheel: aside, because torch imports a torch_npu that it finds beside itself."""
@@ -54,6 +54,9 @@ def start(chip: str = "A3", devices: int = 1) -> None:
 
 def load_libraries(chip: str, devices: int) -> None:
     """Load what the wheel is linked with, before it is imported, and compute for it in every thread."""
+    # Imported late: they need torch, which looks for torch_npu while it is imported, and so comes here.
+    from tests.helpers.cann import aten, registry
+
     for module in OPERATORS:
         importlib.import_module(f"tests.helpers.cann.{module}")
     # torch_npu would queue operators to a thread of its own, which Python's emulations cannot serve.
