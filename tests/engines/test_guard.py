@@ -19,7 +19,7 @@ import asyncio
 import sys
 import uvicorn
 from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 from epbackend.engines.lmdeploy.server.guard import Guard, signals_unwind
 
@@ -28,13 +28,19 @@ async def slow(request):
     await asyncio.sleep(float(request.query_params["seconds"]))
     return PlainTextResponse("done")
 
+states = iter(["initializing", "initializing"])
+
+async def health(request):
+    state = next(states, "healthy")
+    return JSONResponse({"status": state}, 200 if state == "healthy" else 503)
+
 async def length(request):
     return PlainTextResponse(str(len(await request.body())))
 
 port, drain_seconds = int(sys.argv[1]), float(sys.argv[2])
 tls = dict(zip(("ssl_keyfile", "ssl_certfile"), sys.argv[3:]))
 with signals_unwind(), Guard(drain_seconds).in_place():
-    routes = [Route("/slow", slow), Route("/length", length, methods=["POST"])]
+    routes = [Route("/slow", slow), Route("/length", length, methods=["POST"]), Route("/health", health)]
     uvicorn.run(Starlette(routes=routes), host="127.0.0.1", port=port, **tls)
 """
 
@@ -106,6 +112,14 @@ def test_an_idle_client_does_not_hold_the_end_up(certificate, start_process):
         assert client.get(url, timeout=PATIENCE_S, verify=str(cert)).status_code == 200
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(timeout=PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize("path", ["health", "ready"])
+def test_a_server_that_has_just_started_is_asked_again(path, start_process):
+    """LMDeploy says 503 until it has asked its engine for the first time, in which nothing is wrong."""
+    port = free_port()
+    start_process(GUARDED, str(port), "1", ready="Application startup complete")
+    assert requests.get(f"http://{LOOPBACK}:{port}/{path}", timeout=PATIENCE_S).status_code == 200
 
 
 def test_a_body_without_a_bound_is_refused(start_process):

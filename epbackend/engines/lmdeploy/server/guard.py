@@ -56,6 +56,8 @@ AFTER_RANKS_S = 1.5
 """How much longer than a rank another process may be stopped: the watch over the ranks knows more, and is first."""
 TOGETHER_S = 0.3
 """Signals in so short a time are one order."""
+PROBED_EVERY_S = 0.05
+"""How often a server that has just started is asked whether its engine has answered."""
 NOT_IMPLEMENTED = "not_implemented_error"
 """Kind of the error that comes with status 501."""
 TOO_LARGE = "request_too_large"
@@ -176,6 +178,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
+        if path in ("/health", "/ready"):
+            await self._probed(scope)
         if self.failure is not None:
             await self._say_failure(path, send)
         elif path == "/ready":
@@ -249,6 +253,13 @@ class Guard:
             await _answer(send, 503, {"status": "unhealthy", "message": self.failure})
         else:
             await _answer(send, 503, _unavailable(self.failure or ""))
+
+    async def _probed(self, scope: Any) -> None:
+        """Returns when the application has asked its engine once, which it begins to as soon as clients can connect."""
+        while self.failure is None:
+            if (await self._ask_app("/health", scope)).get("status") != "initializing":
+                return
+            await asyncio.sleep(PROBED_EVERY_S)
 
     async def _say_ready(self, scope: Any, send: Any) -> None:
         """503 while it does not take requests: it has failed, it drains, or its engine sleeps."""
