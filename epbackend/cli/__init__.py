@@ -55,17 +55,15 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, EOFError) as error:
             if ctx.invoked_subcommand == "run" and RUN_VARIABLE in os.environ:
                 raise  # by the program that it runs, which has errors of its own
+            if isinstance(error, EOFError):
+                # Typer would take it for the end of what a person types, and say no more than "Aborted".
+                raise RuntimeError(f"EOFError: {error}") from error
             raise _exit(_not_installed(error, str(ctx.invoked_subcommand))) from error
         except EPError as error:
             raise _exit(error) from error
-        except EOFError as error:
-            if ctx.invoked_subcommand == "run" and RUN_VARIABLE in os.environ:
-                raise
-            # Typer would take it for the end of what a person types, and say no more than "Aborted".
-            raise RuntimeError(f"EOFError: {error}") from error
 
 
 def _exit(error: Exception) -> Exception:

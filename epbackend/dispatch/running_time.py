@@ -1,4 +1,4 @@
-"""Time in which a process ran, for whoever watches over others. Without torch, which a server's front does not load."""
+"""Time in which a process ran, for whoever watches over others. Without torch, which a server's guard does not load."""
 
 from __future__ import annotations
 

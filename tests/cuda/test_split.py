@@ -94,9 +94,8 @@ RARER = {("many", name) for name in LAYOUTS if name != "twice on a rank"}
     indirect=["way"],
 )
 def test_level_equals_the_cpu_integer_for_integer(way, kernels, place, name, node_size):
-    step = (
-        3 if (name, place.type) == ("many replicas", "cpu") else 1
-    )  # the interpreter takes seconds for a source
+    # The interpreter takes seconds for a source.
+    step = 3 if (name, place.type) == ("many replicas", "cpu") else 1
     check(kernels, place, LAYOUTS[name], draw(LAYOUTS[name], seed=len(name)), node_size, step)
 
 

@@ -381,9 +381,8 @@ def test_the_server_shows_what_its_experts_do(server):
     """The same in its status, its metrics, and on the board of `epbackend top`, by its URL."""
     server.greedy()
     deadline, state = time.monotonic() + PATIENCE_S, {}
-    while not (
-        state and state["steps"] and all(map(sum, state["tokens_RY"]))
-    ):  # ranks tell it a moment later
+    # Ranks tell it a moment later.
+    while not (state and state["steps"] and all(map(sum, state["tokens_RY"]))):
         assert time.monotonic() < deadline, state
         shown = CliRunner().invoke(command, ["top", f"{server.url}/v1", "--json", "--interval", "0.5"])
         state = json.loads(shown.stdout)

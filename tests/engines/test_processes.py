@@ -35,9 +35,10 @@ def test_no_process_or_memory_is_left_when_the_parent_is_signalled(ending, check
     assert len(running.workers()) == 2
     assert running.segments
     stats, deadline = local_engines()[running.process.pid], time.monotonic() + PATIENCE_S
+    # In the middle of generating, with the ranks in a collective more often than not.
     while stats.latest().calls < 10:
         assert time.monotonic() < deadline
-        time.sleep(0.02)  # in the middle of generating, with the ranks in a collective more often than not
+        time.sleep(0.02)
 
     if ending is signal.SIGKILL:
         running.process.kill()

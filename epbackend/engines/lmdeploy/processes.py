@@ -58,8 +58,8 @@ def check_starts(config: EPConfig) -> None:
         raise ConfigError(f"{ranks} a daemonic process may not start any: make it with daemon=False")
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
         raise ConfigError(
-            f"{ranks} LMDeploy starts them itself, and under torchrun each process would start all of them: start the "
-            "program by python alone"
+            f"{ranks} under torchrun each process would start all of them, since LMDeploy starts the ranks itself: "
+            "start the program by python alone"
         )
     program = getattr(sys.modules["__main__"], "__file__", None)
     if program is not None and not os.path.exists(program):

@@ -221,7 +221,7 @@ def _fill_nodes(tokens, home, load, weight, most, same, here):
     """What each rank gets of an expert's tokens: those at `home` there, up to `most`, and the rest by water-filling.
 
     Without a limit `most` is None and never a block of one large number: gathered, that is a shuffled constant, which
-    ptxas 12.8 gets wrong (`tests.helpers.compiled.shuffled_constants`).
+    ptxas 12.8 gets wrong (docs/cuda.md).
     """
     under = here
     before = tl.zeros((), tl.int32) - 1

@@ -97,6 +97,8 @@ class Guard:
         """When it was asked to end."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed = asyncio.Event()
+        self._probed = False
+        """Whether the application has asked its engine, as it begins to when clients can connect."""
         self.app: Any = None
         """The application behind it."""
         self.experts: Any = None
@@ -179,7 +181,7 @@ class Guard:
             return
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") or "/"
         if path in ("/health", "/ready"):
-            await self._probed(scope)
+            await self._first_probe(scope)
         if self.failure is not None:
             await self._say_failure(path, send)
         elif path == "/ready":
@@ -254,12 +256,12 @@ class Guard:
         else:
             await _answer(send, 503, _unavailable(self.failure or ""))
 
-    async def _probed(self, scope: Any) -> None:
-        """Returns when the application has asked its engine once, which it begins to as soon as clients can connect."""
-        while self.failure is None:
-            if (await self._ask_app("/health", scope)).get("status") != "initializing":
-                return
-            await asyncio.sleep(PROBED_EVERY_S)
+    async def _first_probe(self, scope: Any) -> None:
+        """Returns when the application has asked its engine for the first time."""
+        while not self._probed and self.failure is None:
+            self._probed = (await self._ask_app("/health", scope)).get("status") != "initializing"
+            if not self._probed:
+                await asyncio.sleep(PROBED_EVERY_S)
 
     async def _say_ready(self, scope: Any, send: Any) -> None:
         """503 while it does not take requests: it has failed, it drains, or its engine sleeps."""
@@ -340,7 +342,7 @@ def _bounded(app: Any) -> Any:
             with contextlib.suppress(ClientDisconnect):
                 await app(scope, receive_bounded, send_bounded)
         if max(size, got) > LARGEST_BODY:
-            text = f"the request has more than {LARGEST_BODY} bytes; no context is so long"
+            text = f"the request has more than {LARGEST_BODY} bytes, which no context holds; shorten it"
             await _answer(send, 413, error_form(text, TOO_LARGE, TOO_LARGE))
 
     return bounded
