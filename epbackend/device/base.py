@@ -25,14 +25,17 @@ class Device(ABC):
     """One kind of device. Another vendor's is a package with an entry point in the group `epbackend.devices`."""
 
     name: str
-    collective_backend: str
-    """The torch.distributed backend that moves this device's tensors."""
     kernel_sets: tuple[str, ...] = ("reference",)
     """The implementations of its math that can be chosen by name; "auto" is `kernels`."""
 
     @abstractmethod
     def unavailable(self) -> str | None:
         """Why this device cannot be used here, and what to do about it; None if it can."""
+
+    @property
+    @abstractmethod
+    def collective_backend(self) -> str:
+        """The torch.distributed backend that moves this device's tensors."""
 
     @property
     def chip(self) -> str | None:

@@ -1,4 +1,4 @@
-"""The CPU: always there, gloo between ranks."""
+"""The CPU: always there; ranks of one machine are joined by `cpu_group`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from epbackend.device.base import Device, Memory
 from epbackend.kernels import Kernels
@@ -15,10 +16,18 @@ from epbackend.kernels.cpu.kernels import CpuKernels
 
 class CpuDevice(Device):
     name = "cpu"
-    collective_backend = "gloo"
 
     def unavailable(self) -> str | None:
         return None
+
+    @property
+    def collective_backend(self) -> str:
+        if not dist.is_available():
+            return "gloo"
+        from epbackend.device import cpu_group  # late: it needs what such a torch lacks
+
+        cpu_group.register()
+        return cpu_group.NAME
 
     @property
     def kernels(self) -> Kernels:

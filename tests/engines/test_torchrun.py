@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from epbackend.config import EPConfig
+from epbackend.device import cpu_group
 from epbackend.device.cuda import CudaDevice
 from epbackend.engines.torchrun import join
 from epbackend.errors import ConfigError
@@ -68,4 +69,4 @@ def test_a_rank_on_a_cpu_takes_no_device(done, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(MetError):
         join(EPConfig.load({"device": "cpu", "ep_size": 2}))
-    assert done == ["gloo"]
+    assert done == [cpu_group.NAME]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import epbackend
 from epbackend import EPConfig
+from epbackend.device.cpu import CpuDevice
 from epbackend.dispatch.base import RankGroup
 from epbackend.placement.placement import Layout, Placement
 
@@ -173,7 +174,7 @@ def tokens(dp_rank: int) -> Tensor:
 def _in_lmdeploy(rank: int, dist_config: DistConfig) -> Iterator[int]:
     """What LMDeploy's model agent sets up before it builds a model; gives the rank's data-parallel group."""
     dist_config.dp_rank = rank // dist_config.attn_tp
-    context = DistContext.build(rank, dist_config, ccl_backend="gloo")
+    context = DistContext.build(rank, dist_config, ccl_backend=CpuDevice().collective_backend)
     steps = StepContextManager()
     get_device_manager().set_context(DeviceContext("cpu"))
     with (

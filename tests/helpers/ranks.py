@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from epbackend.device import cpu_group
+from epbackend.device.cpu import CpuDevice
 from epbackend.dispatch.base import RankGroup
 from tests.helpers.patience import PATIENCE_S
 
@@ -70,8 +72,8 @@ def free_port() -> int:
 class RankPool:
     """Four workers; a test uses the first 1, 2 or 4 of them."""
 
-    def __init__(self, backend: str = "gloo", prepare: Callable[..., None] | None = None) -> None:
-        """`backend` joins the workers; `prepare(rank=...)` runs first in each, if given."""
+    def __init__(self, backend: str | None = None, prepare: Callable[..., None] | None = None) -> None:
+        """`backend` joins the workers, the CPU's if None; `prepare(rank=...)` runs first in each, if given."""
         self._backend, self._prepare = backend, prepare
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="epbackend-ranks-")
@@ -128,11 +130,13 @@ def _answer(connection: Connection) -> tuple[str | None, Any]:
 
 
 def _work(
-    rank: int, store: str, connection: Connection, backend: str, prepare: Callable[..., None] | None
+    rank: int, store: str, connection: Connection, backend: str | None, prepare: Callable[..., None] | None
 ) -> None:
     torch.set_num_threads(1)
     if prepare:
         prepare(rank=rank)
+    if backend is None:  # gloo joins ranks on one GPU
+        backend = "gloo" if torch.cuda.is_available() else CpuDevice().collective_backend
     dist.init_process_group(
         backend,
         init_method=f"file://{store}",
@@ -158,9 +162,9 @@ def _work(
 
 
 def _end_groups(kept: set[dist.ProcessGroup]) -> None:
-    """Those of gloo that a test has made: while one lives, gloo looks a hundred times a second for what has come."""
+    """Those that a test has made: while one of gloo lives, gloo looks a hundred times a second for what has come."""
     for group, (backend, _) in [*distributed_c10d._world.pg_map.items()]:
-        if backend == "gloo" and group not in kept:
+        if backend in ("gloo", cpu_group.NAME) and group not in kept:
             dist.destroy_process_group(group)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from epbackend.device.cpu import CpuDevice
 from epbackend.dispatch.symmetric import OVERLAP
 from epbackend.engines.lmdeploy.workers import mp
 from tests.helpers import peer_group
@@ -23,11 +24,11 @@ def on_shared_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class SharingProc(mp.GuardedProc):
-    """A rank. LMDeploy would give each a GPU, and join them by NCCL, or by gloo on a CPU."""
+    """A rank. LMDeploy would give each a GPU, and join them by NCCL, or on a CPU by `cpu_group`."""
 
     def _main_loop(self, *args: Any, **kwargs: Any) -> None:
         peer_group.register()
-        replaced = "nccl" if torch.cuda.is_available() else "gloo"
+        replaced = "nccl" if torch.cuda.is_available() else CpuDevice().collective_backend
         for name in ("init_process_group", "new_group"):
             setattr(dist, name, _with_peers(getattr(dist, name), replaced))
         share_devices()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from epbackend.device import cpu, devices, get_device
+from epbackend.device import cpu, cpu_group, devices, get_device
 from epbackend.device.base import Memory
 from epbackend.device.cuda import NEWEST, CudaDevice
 from epbackend.errors import UnavailableError
@@ -17,7 +17,7 @@ from epbackend.errors import UnavailableError
 def test_the_cpu_is_always_there():
     device = devices()["cpu"]
     assert device.unavailable() is None
-    assert (device.collective_backend, device.torch_device(3)) == ("gloo", torch.device("cpu"))
+    assert (device.collective_backend, device.torch_device(3)) == (cpu_group.NAME, torch.device("cpu"))
     memory = device.memory()
     assert 0 < memory.free <= memory.total
 

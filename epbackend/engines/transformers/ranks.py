@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from epbackend.config import EPConfig
+from epbackend.device import get_device
 from epbackend.engines.load_report import LoadReport
 from epbackend.engines.transformers import distributed_config, spread_experts
 from epbackend.errors import WorkerError
@@ -71,8 +72,9 @@ def _rank(
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     config = EPConfig.from_json(config_text)
     if ranks > 1:
+        backend = get_device(config.device).collective_backend
         store = f"file://{folder}/store"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+        dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks)
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=torch.float32, distributed_config=distributed_config(config)
     )

@@ -24,6 +24,7 @@ from lmdeploy.pytorch.backends.multinomial_sampling import (
 from lmdeploy.pytorch.devices import DeviceContext, get_device_manager
 from torch import Tensor
 
+from epbackend.device.cpu import CpuDevice
 from epbackend.engines.lmdeploy.devices.cpu_attention import AttentionPlan, PagedAttention, plan_attention
 from epbackend.engines.lmdeploy.devices.cpu_delta_rule import CausalConv, DeltaMeta, DeltaRule
 from epbackend.engines.lmdeploy.operators import ExpertsMixin
@@ -77,7 +78,7 @@ class CpuBackend(ExpertsMixin, DefaultOpsBackend):
 
     @staticmethod
     def ccl_backend() -> str:
-        return "gloo"
+        return CpuDevice().collective_backend
 
     @staticmethod
     def support_ray() -> bool:

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from epbackend.device.cpu_group import NAME, CpuGroup
 from epbackend.dispatch.running_time import RunningTime
 from epbackend.engines.lmdeploy.load.report import PULSE_PHASES, RANK, rank_row, record_error
 from epbackend.engines.lmdeploy.workers.rank_watch import WAITS, where
@@ -40,7 +41,13 @@ BEAT_S = 0.5
 LAST_RESORT_S = 4.0
 """How much later than the engine's process the rank itself ends."""
 
-_COLLECTIVE_FILES = ("/torch/distributed/", "/dispatch/collectives.py", "/asyncio/", "/selectors.py")
+_COLLECTIVE_FILES = (
+    "/torch/distributed/",
+    "/dispatch/collectives.py",
+    "/device/cpu_group.py",
+    "/asyncio/",
+    "/selectors.py",
+)
 
 
 class Pulse:
@@ -137,7 +144,9 @@ def limit_groups(timeout_s: float) -> None:
             "ignore"
         )  # backends that have no such setting are watched by the steps' age alone
         for group in list(c10d._world.pg_map):
-            if dist.get_backend(group) == "gloo":
+            if isinstance(group, CpuGroup):
+                group.timeout = timedelta(seconds=timeout_s)
+            elif dist.get_backend(group) in ("gloo", NAME):
                 # Torch's function would ask for the group's "cuda", which LMDeploy on Ascend makes a name of the NPU.
                 group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=timeout_s))
             else:
