@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -132,9 +132,7 @@ class CpuGroup(_ProcessGroup):
         self._name = name  # torch's own keeps it in C++ backends, of which this group has none
 
     def shutdown(self) -> None:
-        self._broken = self._broken or "the process group was destroyed"
-        for link in self._links.values():
-            link.socket.close()
+        self._close("the process group was destroyed")
 
     abort = shutdown
 
@@ -352,9 +350,15 @@ class CpuGroup(_ProcessGroup):
         if self._broken:
             raise RuntimeError(self._broken)
 
-    def _break(self, reason: str) -> None:
-        self._broken = f"rank {self._rank} of {self._size} CPU ranks: {reason}"
-        self._check()
+    def _break(self, reason: str) -> NoReturn:
+        self._close(f"rank {self._rank} of {self._size} CPU ranks: {reason}")
+        raise RuntimeError(self._broken)
+
+    def _close(self, reason: str) -> None:
+        """For good: the other ranks find their links closed, and wait no longer."""
+        self._broken = self._broken or reason
+        for link in self._links.values():
+            link.close()
 
 
 class _Work(dist.Work):
@@ -420,6 +424,11 @@ class _Link:
         connection.setblocking(False)
         self.outgoing: deque[_Message] = deque()
         self.incoming: deque[_Message] = deque()
+
+    def close(self) -> None:
+        self.socket.close()
+        self.outgoing.clear()
+        self.incoming.clear()
 
     def concerns(self, work: _Work) -> bool:
         return any(message.work is work for message in (*self.incoming, *self.outgoing))
@@ -511,7 +520,13 @@ def _connected(store: dist.Store, rank: int, size: int, timeout: timedelta) -> d
             links[peer] = _Link(peer, connection)
         listener.settimeout(min(timeout.total_seconds(), threading.TIMEOUT_MAX))
         while len(links) < size - 1:
-            connection, _ = listener.accept()
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError as error:
+                missing = sorted(set(range(size)) - {rank, *links})
+                raise RuntimeError(
+                    f"rank {rank} of {size} CPU ranks: ranks {missing} did not come"
+                ) from error
             if _user_of(connection) != os.getuid():  # such a name is open to every user of the machine
                 connection.close()
                 continue

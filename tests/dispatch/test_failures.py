@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from epbackend.device import cpu_group
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.errors import CollectiveError
 from epbackend.moe import ExpertParallelMoE
@@ -23,11 +24,14 @@ LEVEL_1 = DispatchSettings(level=1, timeout_s=TIMEOUT_S)
 LEVEL_2 = DispatchSettings(level=2, timeout_s=TIMEOUT_S)
 
 
-def serve(rank: int, port: int, settings: DispatchSettings, victim: int, blow: int, errors) -> None:
+def serve(
+    rank: int, port: int, backend: str, settings: DispatchSettings, victim: int, blow: int, errors
+) -> None:
     """A layer call that works, then one in which `victim` does not take part."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=SIZE)
+    cpu_group.register()
+    dist.init_process_group(backend, rank=rank, world_size=SIZE)
     ranks = RankGroup.of(dist.group.WORLD)
     patient, layer = (
         ExpertParallelMoE(
@@ -52,16 +56,20 @@ def serve(rank: int, port: int, settings: DispatchSettings, victim: int, blow: i
 
 
 @pytest.mark.parametrize(
-    ("settings", "blow", "victim"),
+    ("backend", "settings", "blow", "victim"),
     [
-        (LEVEL_1, signal.SIGKILL, 2),
-        (LEVEL_2, signal.SIGSTOP, 2),
-        (LEVEL_1, signal.SIGSTOP, 0),
-        (LEVEL_2, signal.SIGKILL, 0),
-        (replace(LEVEL_1, static=True, dispatch_dtype="fp8"), signal.SIGSTOP, 1),
-        (replace(LEVEL_2, static=True, dispatch_dtype="int8"), signal.SIGKILL, 1),
+        ("gloo", LEVEL_1, signal.SIGKILL, 2),
+        ("gloo", LEVEL_2, signal.SIGSTOP, 2),
+        (cpu_group.NAME, LEVEL_1, signal.SIGKILL, 2),
+        (cpu_group.NAME, LEVEL_2, signal.SIGSTOP, 2),
+        (cpu_group.NAME, LEVEL_1, signal.SIGSTOP, 0),
+        (cpu_group.NAME, LEVEL_2, signal.SIGKILL, 0),
+        (cpu_group.NAME, replace(LEVEL_1, static=True, dispatch_dtype="fp8"), signal.SIGSTOP, 1),
+        (cpu_group.NAME, replace(LEVEL_2, static=True, dispatch_dtype="int8"), signal.SIGKILL, 1),
     ],
     ids=[
+        "killed, gloo",
+        "stopped, gloo",
         "killed",
         "stopped",
         "keeper of the store stopped",
@@ -70,12 +78,12 @@ def serve(rank: int, port: int, settings: DispatchSettings, victim: int, blow: i
         "static and killed",
     ],
 )
-def test_the_others_name_a_lost_rank(settings, blow, victim):
+def test_the_others_name_a_lost_rank(backend, settings, blow, victim):
     context = forking()
     errors = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=serve, args=(rank, port, settings, victim, blow, errors), daemon=True)
+        context.Process(target=serve, args=(rank, port, backend, settings, victim, blow, errors), daemon=True)
         for rank in range(SIZE)
     ]
     for process in processes:

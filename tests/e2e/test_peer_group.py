@@ -9,6 +9,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from epbackend.device.cuda import CudaDevice
 from tests.helpers import peer_group
+from tests.helpers.collectives import collectives
 from tests.helpers.ranks import RankPool
 from tests.helpers.shared_gpu_layer import layer_equals_dense, prepare
 
@@ -21,31 +22,8 @@ def peers():
     pool.close()
 
 
-def every_collective(groups, backend: str):
-    """What this rank gets from each of them."""
-    mine, peers = groups[1], range(groups[1].size)
-    group = dist.new_group(peers, backend=backend)  # all four ranks take part
-    x = torch.arange(8.0).view(4, 2) + 100 * mine.rank
-    gathered, scattered, equal, top = x.new_empty(16, 2), x.new_empty(1, 2), torch.empty_like(x), x.clone()
-    listed, root, total = [torch.empty_like(x) for _ in peers], x.clone(), x.clone()
-    dist.all_reduce(total, group=group)
-    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    dist.broadcast(root, src=2, group=group)
-    dist.all_gather_into_tensor(gathered, x, group=group)
-    dist.all_gather(listed, x, group=group)
-    dist.reduce_scatter_tensor(scattered, x, group=group)
-    dist.all_to_all_single(equal, x, group=group)
-    dist.barrier(group=group)
-    # rank r sends (r + p) % 3 rows to rank p
-    sends, receives = [(mine.rank + p) % 3 for p in peers], [(p + mine.rank) % 3 for p in peers]
-    sent = torch.arange(float(sum(sends))) + 10 * mine.rank
-    uneven = sent.new_empty(sum(receives))
-    dist.all_to_all_single(uneven, sent, receives, sends, group=group)
-    return [total, top, root, gathered, torch.stack(listed), scattered, equal, uneven]
-
-
 def test_collectives_are_those_of_gloo(peers):
-    ours, theirs = (peers.run(4, every_collective, backend) for backend in (peer_group.NAME, "gloo"))
+    ours, theirs = (peers.run(4, collectives, backend) for backend in (peer_group.NAME, "gloo"))
     for of_peers, of_gloo in zip(ours, theirs, strict=True):
         for result, expected in zip(of_peers, of_gloo, strict=True):
             torch.testing.assert_close(result, expected, rtol=0, atol=0)

@@ -86,8 +86,12 @@ class RankPool:
         self._tasks += 1
         task = pickle.dumps((self._tasks, size, function, args))
         connections = [connection for _, connection in self._workers[:size]]
-        for connection in connections:
-            connection.send((list(sys.path), task))
+        try:
+            for connection in connections:
+                connection.send((list(sys.path), task))
+        except OSError:  # a rank ended after its last answer, and said why: the next test gets others
+            self.close()
+            raise
         answers = {}
         while len(answers) < size:
             ready = wait([c for c in connections if c not in answers], timeout=PATIENCE_S)
