@@ -1,6 +1,6 @@
 """Four ranks, one of which computes at half the speed: a placement planned with its speed beside one without.
 
-`python -m benchmarks.rank_speed`: one MoE layer on gloo processes of this machine. The slow rank rests after its
+`python -m benchmarks.rank_speed`: one MoE layer on processes of this machine. The slow rank rests after its
 experts for as long as they took it of its core, as under a limit of half a core. Both placements are in place at once
 and take turns call by call, so that other work on the machine meets both.
 """

@@ -1,6 +1,6 @@
 """Our experts in transformers beside its own expert parallelism: tokens/s and balance where the router is skewed.
 
-`python -m benchmarks.transformers_engine`: two gloo ranks of one thread, one random Qwen3-MoE model in float32 whose
+`python -m benchmarks.transformers_engine`: two ranks of one thread, one random Qwen3-MoE model in float32 whose
 router prefers the first quarter of the experts. All contestants are loaded into the same processes, and answer the same
 batch in turn, round after round; a figure is the median of its rounds. Attention is cut among the ranks, which is the
 only way that transformers has for expert parallelism without FSDP.
@@ -164,7 +164,7 @@ def main() -> None:
         }
         for name in figures
     ]
-    print_table(f"transformers {transformers.__version__}, {RANKS} gloo ranks, router skewed", rows)
+    print_table(f"transformers {transformers.__version__}, {RANKS} ranks, router skewed", rows)
     save(
         "transformers",
         {"transformers": transformers.__version__, "rounds": ROUNDS, "contestants": figures},

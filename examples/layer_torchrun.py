@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn.functional import silu
 
 from epbackend import ExpertParallelMoE
+from epbackend.device import get_device
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.replica_split import SlotMap
 
@@ -19,7 +20,7 @@ EXPERTS, HIDDEN, WIDTH, TOP_K = 16, 64, 32, 4
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    dist.init_process_group(get_device("cpu").collective_backend)  # faster than "gloo", which serves as well
     ranks = RankGroup.of(dist.group.WORLD)
     slot_map = SlotMap.uniform(EXPERTS, ranks.size)
     mine = slot_map.local_experts(ranks.rank)

@@ -70,6 +70,7 @@ _memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory.argtypes, _memory.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
 _groups: weakref.WeakSet[CpuGroup] = weakref.WeakSet()
 """All of this process: who waits in one of them moves the bytes of all."""
+_groups_lock = threading.Lock()
 
 
 def register() -> None:
@@ -90,10 +91,11 @@ def connect(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
 
 def _machine() -> str:
     """The same for processes that can reach each other's sockets; empty where there are none."""
-    boot, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
-    if not boot.exists() or not network.exists():
+    boot, spaces = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns")
+    if not boot.exists() or not spaces.exists():
         return ""
-    return f"{boot.read_text().strip()} {network.readlink()} {os.getuid()}"
+    network, users = ((spaces / each).readlink() for each in ("net", "user"))  # those of a container
+    return f"{boot.read_text().strip()} {network} {users} {os.getuid()}"
 
 
 _ProcessGroup: Any = dist.ProcessGroup  # whose types list every form of C++; Python calls one of each
@@ -119,7 +121,8 @@ class CpuGroup(_ProcessGroup):
         self._links = _connected(store, rank, size, timeout)
         self._lock = threading.RLock()
         self._broken = ""
-        _groups.add(self)
+        with _groups_lock:
+            _groups.add(self)
 
     def getBackendName(self) -> str:
         return NAME
@@ -307,11 +310,12 @@ class CpuGroup(_ProcessGroup):
 
     def wait_for(self, work: _Work) -> None:
         """Until it is done; the bytes of all groups move meanwhile."""
+        deadline = time.monotonic() + work.timeout.total_seconds()
         with self._lock:
             while not work.done:
                 self._check()
                 if not self._move() and not work.done:
-                    self._sleep(work)
+                    self._sleep(work, deadline)
 
     def advance(self) -> None:
         """Move what can be moved at once, unless another thread is about to."""
@@ -330,13 +334,14 @@ class CpuGroup(_ProcessGroup):
             self._break(str(error))
         return moved
 
-    def _sleep(self, work: _Work) -> None:
+    def _sleep(self, work: _Work, deadline: float) -> None:
         """Until something can be sent or received in any group of this process."""
-        left_s = work.deadline - time.monotonic()
+        left_s = deadline - time.monotonic()
         if left_s <= 0:
             late = [peer for peer, link in sorted(self._links.items()) if link.concerns(work)]
             self._break(f"timed out after {work.timeout.total_seconds():g} s, waiting for ranks {late}")
-        groups, poller = list(_groups), select.poll()
+        with _groups_lock:
+            groups, poller = list(_groups), select.poll()
         for group in groups:
             for link in group._links.values():
                 if events := link.awaited():
@@ -370,7 +375,6 @@ class _Work(dist.Work):
         super().__init__()
         self._group, self._messages, self._finish = group, messages, finish
         self.timeout = timeout
-        self.deadline = time.monotonic() + timeout.total_seconds()
         self.done = False
         if not messages:
             self.message_is_through()
