@@ -57,6 +57,8 @@ _CALLS = (
 _WHOLE_BYTES = 64 << 10
 """Larger tensors are reduced in parts, one by each rank, and gathered again: each rank then sends its tensor twice,
 and not once to each other rank."""
+_BLOCK_BYTES = 4 << 20
+"""So much of a large tensor is reduced at once: what it takes stays in the caches."""
 _REDUCTIONS: tuple[tuple[Any, Callable[[Tensor], Tensor]], ...] = (
     (dist.ReduceOp.SUM, lambda stacked: stacked.sum(0)),
     (dist.ReduceOp.AVG, lambda stacked: stacked.sum(0) / len(stacked)),
@@ -151,14 +153,18 @@ class CpuGroup(_ProcessGroup):
                 {peer: stacked[peer] for peer in self._links},
                 lambda: _deliver(reduce(stacked), tensor),
             )
-        part = -(-len(flat) // self._size)
-        padded, mine = flat.new_zeros(self._size, part), flat.new_empty(part)
-        padded.view(-1)[: len(flat)] = flat
-        self.reduce_scatter_single(mine, padded, opts).wait()
-        gathering = self.all_gather_single(padded, mine, opts)
-        gathering.wait()
-        _deliver(padded.view(-1)[: len(flat)], tensor)
-        return gathering
+        for block in flat.split(_BLOCK_BYTES // flat.itemsize):
+            parts = block.tensor_split(self._size)
+            self.reduce_scatter([parts[self._rank]], [list(parts)], opts).wait()
+            work = self._start(
+                "all_gather",
+                opts,
+                dict.fromkeys(self._links, parts[self._rank]),
+                {peer: parts[peer] for peer in self._links},
+            )
+            work.wait()
+        _deliver(flat, tensor)
+        return work
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> Any:
         (tensor,) = tensors
@@ -426,6 +432,7 @@ class _Link:
     def __init__(self, peer: int, connection: socket.socket) -> None:
         self.peer, self.socket = peer, connection
         connection.setblocking(False)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BLOCK_BYTES)  # at most the system's limit
         self.outgoing: deque[_Message] = deque()
         self.incoming: deque[_Message] = deque()
 

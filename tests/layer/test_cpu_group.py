@@ -22,7 +22,7 @@ from tests.helpers.collectives import collectives, rarer_collectives
 from tests.helpers.patience import PATIENCE_S
 
 SIZE = 4
-LARGE = 3 << 20
+LARGE = 5 << 20
 """Bytes that no socket takes at once."""
 
 
