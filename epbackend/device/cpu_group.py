@@ -298,7 +298,7 @@ class CpuGroup(_ProcessGroup):
         finish: Callable[[], None] = lambda: None,
         tag: int = 0,
     ) -> Any:
-        """Begin to send and to receive contiguous tensors, by peer; `finish` when all are through."""
+        """Begin to send and to receive contiguous tensors, by peer; the wait calls `finish` when all are through."""
         given = getattr(opts, "timeout", timedelta(0))
         timeout = given if given > timedelta(0) else self.timeout
         with self._lock:
@@ -318,9 +318,9 @@ class CpuGroup(_ProcessGroup):
         """Until it is done; the bytes of all groups move meanwhile."""
         deadline = time.monotonic() + work.timeout.total_seconds()
         with self._lock:
-            while not work.done:
+            while work.messages:
                 self._check()
-                if not self._move() and not work.done:
+                if not self._move() and work.messages:
                     self._sleep(work, deadline)
 
     def advance(self) -> None:
@@ -357,6 +357,10 @@ class CpuGroup(_ProcessGroup):
             if group is not self:
                 group.advance()
 
+    @property
+    def broken(self) -> bool:
+        return bool(self._broken)
+
     def _check(self) -> None:
         if self._broken:
             raise RuntimeError(self._broken)
@@ -373,34 +377,29 @@ class CpuGroup(_ProcessGroup):
 
 
 class _Work(dist.Work):
-    """A collective under way."""
+    """A collective under way. Its tensors are filled by the thread that waits for it, or looks, after all has come."""
 
     def __init__(
         self, group: CpuGroup, timeout: timedelta, messages: int, finish: Callable[[], None]
     ) -> None:
         super().__init__()
-        self._group, self._messages, self._finish = group, messages, finish
+        self._group, self._finish = group, finish
         self.timeout = timeout
-        self.done = False
-        if not messages:
-            self.message_is_through()
-
-    def message_is_through(self) -> None:
-        self._messages -= 1
-        if self._messages <= 0:
-            self._finish()
-            self._finish = lambda: None  # lets go of the tensors
-            self.done = True
+        self.messages = messages
+        """Not yet through."""
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        if not self.done:
+        if self.messages:
             self._group.wait_for(self)
+        self._finish()
+        self._finish = lambda: None  # lets go of the tensors
         return True
 
     def is_completed(self) -> bool:
-        if not self.done:
+        """Whether `wait` returns, or fails, at once."""
+        if self.messages:
             self._group.advance()
-        return self.done
+        return self._group.broken or (not self.messages and self.wait())
 
 
 class _Message:
@@ -483,7 +482,7 @@ class _Link:
                 raise OSError(f"rank {self.peer} sent {sent}; expected was {expected}")
             if not message.left:
                 messages.popleft()
-                message.work.message_is_through()
+                message.work.messages -= 1
         return moved
 
 

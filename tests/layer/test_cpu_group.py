@@ -117,6 +117,41 @@ def test_a_collective_that_is_only_looked_at_ends(ranks):
     assert ranks.run(SIZE, looks_again_and_again) == [True] * SIZE
 
 
+def looks_for_a_lost_rank(groups) -> str:
+    group = new_group(groups)
+    if groups[1].rank == 1:
+        dist.destroy_process_group(group)
+        return ""
+    work = dist.all_reduce(torch.ones(5), group=group, async_op=True)
+    while not work.is_completed():
+        time.sleep(0.001)
+    return fails_with(work.wait)
+
+
+def test_whoever_only_looks_learns_of_a_lost_rank(ranks):
+    assert "connection closed by rank 1" in ranks.run(2, looks_for_a_lost_rank)[0]
+
+
+def moved_by_another_thread(groups) -> bool:
+    """Tensors of torch's inference mode may be written to by threads in that mode alone."""
+    first, second = new_group(groups), new_group(groups)
+    with torch.inference_mode():
+        total = torch.ones(5)
+        work = dist.all_reduce(total, group=first, async_op=True)
+    other = threading.Thread(target=dist.barrier, kwargs={"group": second})
+    other.start()
+    if groups[1].rank:
+        time.sleep(0.2)
+    other.join()
+    with torch.inference_mode():
+        work.wait()
+    return bool((total == SIZE).all())
+
+
+def test_another_thread_moves_bytes_and_writes_to_no_tensor(ranks):
+    assert ranks.run(SIZE, moved_by_another_thread) == [True] * SIZE
+
+
 def waits_in_two_threads(groups) -> bool:
     """A thread waits for a rank that is late while another one goes on in another group."""
     first, second, me = new_group(groups), new_group(groups), groups[1].rank
