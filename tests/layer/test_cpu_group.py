@@ -118,11 +118,13 @@ def test_a_collective_that_is_only_looked_at_ends(ranks):
 
 
 def looks_for_a_lost_rank(groups) -> str:
-    group = new_group(groups)
+    group, other = new_group(groups), new_group(groups)
     if groups[1].rank == 1:
+        dist.barrier(other)
         dist.destroy_process_group(group)
         return ""
     work = dist.all_reduce(torch.ones(5), group=group, async_op=True)
+    dist.barrier(other)
     while not work.is_completed():
         time.sleep(0.001)
     return fails_with(work.wait)
