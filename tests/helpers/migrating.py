@@ -126,6 +126,8 @@ def migrate(
     done again and again.
     """
     ranks = groups[1]
+    if replayed and ranks.size > 1:  # gloo's collectives are operators of torch, which can be recorded
+        ranks = RankGroup.of(dist.new_group(range(ranks.size), backend="gloo"))
     places = np.memmap(board_file, PLACE, mode="r+", shape=ranks.size)
     place = place_of(get_device(device), ranks.rank)
     gate_up, down = (on(place, each) for each in weights(form))
