@@ -58,7 +58,7 @@ _WHOLE_BYTES = 64 << 10
 """Larger tensors are reduced in parts, one by each rank, and gathered again: each rank then sends its tensor twice,
 and not once to each other rank."""
 _BLOCK_BYTES = 4 << 20
-"""So much of a large tensor is reduced at once: what it takes stays in the caches."""
+"""So much of a large tensor is reduced at once: what it takes stays in the caches, and a link holds it on its way."""
 _REDUCTIONS: tuple[tuple[Any, Callable[[Tensor], Tensor]], ...] = (
     (dist.ReduceOp.SUM, lambda stacked: stacked.sum(0)),
     (dist.ReduceOp.AVG, lambda stacked: stacked.sum(0) / len(stacked)),
@@ -548,6 +548,6 @@ def _connected(store: dist.Store, rank: int, size: int, timeout: timedelta) -> d
 def _user_of(connection: socket.socket) -> int:
     """The user id of the process at the other end."""
     credentials = struct.Struct("3i")  # struct ucred: process, user, group
-    return credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))[
-        1
-    ]
+    given = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    _, user, _ = credentials.unpack(given)
+    return user
