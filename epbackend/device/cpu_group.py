@@ -1,13 +1,14 @@
-"""The process group of CPU ranks on one machine: collectives on the calling thread, over Unix sockets.
+"""The process group of CPU ranks on one machine: gloo, whose short collectives run on the calling thread.
 
     register()
     dist.init_process_group(NAME, ...)        # or dist.new_group(..., backend=NAME)
 
 Gloo hands each collective to a thread, which waits for a third that reads from the network: four threads are woken for
-a few hundred bytes, which takes longer than a layer of a small model. Here each rank writes to its peers' sockets and
-reads from them by itself. What does not go through at once goes on whenever this process waits in any such group.
+a few hundred bytes, which takes longer than a layer of a small model. A step of decoding consists of such collectives.
+Here each rank writes to its peers' Unix sockets and reads from them by itself.
 
-Ranks on several machines, and systems that have no such sockets, are joined by gloo as before.
+Gloo does whatever else there is: what is called with `async_op`, larger sums, rarer collectives, sends and receives;
+and everything, where the ranks are on several machines or the system has no such sockets.
 """
 
 from __future__ import annotations
@@ -22,12 +23,10 @@ import struct
 import threading
 import time
 import uuid
-import weakref
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,28 +36,15 @@ log = logging.getLogger(__name__)
 
 NAME = "epbackend_cpu"
 """Of the backend, to torch.distributed."""
+LARGEST_SUM = 64 << 10
+"""Bytes of a tensor that each rank sends whole to each other one. Gloo sends the parts of a larger one."""
 LONGEST_POLL_S = 60.0
 """LMDeploy's groups wait for 97 years, which poll does not."""
-_HEADER = struct.Struct("<IIQ")
-"""Before each message: what it belongs to (its place in `_CALLS`), the tag of a send, and the bytes that follow."""
-_RANK = struct.Struct("<I")
-_CALLS = (
-    "all_reduce",
-    "reduce",
-    "broadcast",
-    "all_gather",
-    "gather",
-    "scatter",
-    "reduce_scatter",
-    "all_to_all",
-    "barrier",
-    "send",
-)
-_WHOLE_BYTES = 64 << 10
-"""Larger tensors are reduced in parts, one by each rank, and gathered again: each rank then sends its tensor twice,
-and not once to each other rank."""
-_BLOCK_BYTES = 4 << 20
-"""So much of a large tensor is reduced at once: what it takes stays in the caches, and a link holds it on its way."""
+_HEADER = struct.Struct("<IQ")
+"""Before each message: the collective that it belongs to (its place in `_CALLS`), and the bytes that follow."""
+_WORDS_BYTES = 256
+"""Of what a rank tells the others when they connect."""
+_CALLS = ("all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all")
 _REDUCTIONS: tuple[tuple[Any, Callable[[Tensor], Tensor]], ...] = (
     (dist.ReduceOp.SUM, lambda stacked: stacked.sum(0)),
     (dist.ReduceOp.AVG, lambda stacked: stacked.sum(0) / len(stacked)),
@@ -66,13 +52,11 @@ _REDUCTIONS: tuple[tuple[Any, Callable[[Tensor], Tensor]], ...] = (
     (dist.ReduceOp.MAX, lambda stacked: stacked.amax(0)),
     (dist.ReduceOp.MIN, lambda stacked: stacked.amin(0)),
 )
+_work_of: Any = torch._C._distributed_c10d._create_work_from_future  # type: ignore[attr-defined]
 _WRITABLE = 0x200
 """PyBUF_WRITE of CPython's C API."""
 _memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory.argtypes, _memory.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
-_groups: weakref.WeakSet[CpuGroup] = weakref.WeakSet()
-"""All of this process: who waits in one of them moves the bytes of all."""
-_groups_lock = threading.Lock()
 
 
 def register() -> None:
@@ -82,13 +66,18 @@ def register() -> None:
 
 
 def connect(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
-    """A `CpuGroup` where all ranks are on one machine, else gloo: all ranks decide alike. Torch calls it."""
-    store.set(f"machine/{rank}", _machine())
-    machines = {store.get(f"machine/{each}") for each in range(size)}
+    """A `CpuGroup` where all ranks are on one machine, else gloo: all ranks decide alike. Torch calls it.
+
+    Raises:
+        RuntimeError: a rank does not come in time.
+    """
+    gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)  # whose types lack most of its methods
+    gloo._set_sequence_number_for_group()  # as torch does for groups of gloo
+    machines = {*_told(gloo, _machine())}
     if len(machines) > 1 or not machines.pop():
         log.info("rank %d of %d: gloo joins these ranks, which are not all on one Linux machine", rank, size)
-        return dist.ProcessGroupGloo(store, rank, size, timeout)
-    return CpuGroup(store, rank, size, timeout)
+        return gloo
+    return CpuGroup(gloo, _linked(gloo, timeout), timeout)
 
 
 def _machine() -> str:
@@ -106,448 +95,317 @@ _ProcessGroup: Any = dist.ProcessGroup  # whose types list every form of C++; Py
 class CpuGroup(_ProcessGroup):
     """One rank's end of the group.
 
-    The methods are torch's, and so are their arguments; all ranks call the same ones in the same order. They return as
-    soon as the collective has begun, and what they return is waited for, except for a sum of more than 64 KiB, which
-    has ended then.
+    The methods are torch's, and so are their arguments; all ranks call the same ones in the same order. What is done
+    here has ended when they return.
 
     Raises:
-        RuntimeError: from them, or from the wait: a collective takes longer than its timeout, a rank is gone, or ranks
-            called different collectives. The group is of no use then.
+        RuntimeError: from them: a collective takes longer than its timeout, a rank is gone, or ranks called different
+            collectives. The group is of no use then.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        super().__init__(rank, size)
+    def __init__(self, gloo: Any, links: dict[int, socket.socket], timeout: timedelta) -> None:
+        """`gloo`: a dist.ProcessGroupGloo of the same ranks; `links`: a connection to each other rank."""
+        super().__init__(gloo.rank(), gloo.size())
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
         self.timeout = timeout
         """Of collectives that bring none of their own."""
-        self._rank, self._size = rank, size
-        self._links = _connected(store, rank, size, timeout)
-        self._lock = threading.RLock()
+        self._gloo, self._rank, self._size = gloo, gloo.rank(), gloo.size()
+        self._links = links
+        self._lock = threading.Lock()
         self._broken = ""
-        with _groups_lock:
-            _groups.add(self)
+        for link in links.values():
+            link.setblocking(False)
 
     def getBackendName(self) -> str:
         return NAME
 
-    @property
-    def group_name(self) -> str:
-        return self._name
-
-    def _set_group_name(self, name: str) -> None:
-        self._name = name  # torch's own keeps it in C++ backends, of which this group has none
+    def set_timeout(self, timeout: timedelta) -> None:
+        self.timeout = timeout
+        self._gloo._set_default_timeout(timeout)
 
     def shutdown(self) -> None:
         self._close("the process group was destroyed")
+        self._gloo.shutdown()
 
-    abort = shutdown
+    def abort(self) -> None:
+        self._close("the process group was aborted")
+        self._gloo.abort()
 
-    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
-        (tensor,) = tensors
-        flat = tensor.detach().reshape(-1)
-        if flat.nbytes <= _WHOLE_BYTES:
-            stacked, reduce = self._gathered(flat), _reduction(opts)
-            return self._start(
-                "all_reduce",
-                opts,
-                dict.fromkeys(self._links, flat),
-                {peer: stacked[peer] for peer in self._links},
-                lambda: _deliver(reduce(stacked), tensor),
-            )
-        for block in flat.split(_BLOCK_BYTES // flat.itemsize):
-            parts = block.tensor_split(self._size)
-            self.reduce_scatter([parts[self._rank]], [list(parts)], opts).wait()
-            work = self._start(
-                "all_gather",
-                opts,
-                dict.fromkeys(self._links, parts[self._rank]),
-                {peer: parts[peer] for peer in self._links},
-            )
-            work.wait()
-        _deliver(flat, tensor)
-        return work
-
-    def reduce(self, tensors: list[Tensor], opts: Any) -> Any:
-        (tensor,) = tensors
-        flat = tensor.detach().reshape(-1)
-        if opts.rootRank != self._rank:
-            return self._start("reduce", opts, {opts.rootRank: flat}, {})
-        stacked, reduce = self._gathered(flat), _reduction(opts)
-        return self._start(
-            "reduce",
-            opts,
-            {},
-            {peer: stacked[peer] for peer in self._links},
-            lambda: _deliver(reduce(stacked), tensor),
-        )
+    def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
+        reduce = _reduction(opts)
+        if reduce is None or not _runs_here(opts, tensors) or tensors[0].nbytes > LARGEST_SUM:
+            return self._gloo.allreduce(tensors, opts)
+        mine = _dense(tensors[0])
+        stacked = self._stacked(mine)
+        self._exchange("all_reduce", opts, dict.fromkeys(self._links, mine), self._by_peer(stacked))
+        return _done(tensors, [reduce(stacked)])
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Any:
-        (tensor,) = tensors
+        if not _runs_here(opts, tensors):
+            return self._gloo.broadcast(tensors, opts)
+        values = _dense(tensors[0])
         if opts.rootRank == self._rank:
-            return self._start("broadcast", opts, dict.fromkeys(self._links, _dense(tensor)), {})
-        return self._receive("broadcast", opts, {}, {opts.rootRank: tensor})
+            self._exchange("broadcast", opts, dict.fromkeys(self._links, values), {})
+        else:
+            self._exchange("broadcast", opts, {}, {opts.rootRank: values})
+        return _done(tensors, [values])
 
-    def all_gather_single(self, whole: Tensor, part: Tensor, opts: Any = None) -> Any:
-        received, mine = _room(whole), _dense(part)
-        parts = received.view(self._size, -1)
-        parts[self._rank] = mine.view(-1)
-        return self._start(
-            "all_gather",
-            opts,
-            dict.fromkeys(self._links, mine),
-            {peer: parts[peer] for peer in self._links},
-            lambda: _deliver(received, whole),
-        )
+    def all_gather_single(self, whole: Tensor, part: Tensor, opts: Any) -> Any:
+        if not _runs_here(opts, [whole, part]):
+            return self._gloo._allgather_base(whole, part, opts)
+        values = _dense(whole)
+        self._gather(values.view(self._size, -1), part, opts)
+        return _done([whole], [values])
 
-    def allgather(self, wholes: list[list[Tensor]], parts: list[Tensor], opts: Any = None) -> Any:
-        (whole,), (part,) = wholes, parts
-        whole[self._rank].copy_(part)
-        mine = dict.fromkeys(self._links, _dense(part))
-        return self._receive("all_gather", opts, mine, {peer: whole[peer] for peer in self._links})
+    def allgather(self, wholes: list[list[Tensor]], parts: list[Tensor], opts: Any) -> Any:
+        if not _runs_here(opts, [*wholes[0], *parts]):
+            return self._gloo.allgather(wholes, parts, opts)
+        values_R = [_dense(each) for each in wholes[0]]
+        self._gather(values_R, parts[0], opts)
+        return _done(wholes[0], values_R)
 
-    def gather(self, wholes: list[list[Tensor]], parts: list[Tensor], opts: Any) -> Any:
-        (part,) = parts
-        if opts.rootRank != self._rank:
-            return self._start("gather", opts, {opts.rootRank: _dense(part)}, {})
-        (whole,) = wholes
-        whole[self._rank].copy_(part)
-        return self._receive("gather", opts, {}, {peer: whole[peer] for peer in self._links})
+    def reduce_scatter_single(self, part: Tensor, whole: Tensor, opts: Any) -> Any:
+        reduce = _reduction(opts)
+        if reduce is None or not _runs_here(opts, [part, whole]) or part.nbytes > LARGEST_SUM:
+            return self._gloo._reduce_scatter_base(part, whole, opts)
+        return self._reduce_scatter(reduce, part, _dense(whole).view(self._size, *part.shape), opts)
 
-    def scatter(self, parts: list[Tensor], wholes: list[list[Tensor]], opts: Any) -> Any:
-        (part,) = parts
-        if opts.rootRank != self._rank:
-            return self._receive("scatter", opts, {}, {opts.rootRank: part})
-        (whole,) = wholes
-        part.copy_(whole[self._rank])
-        return self._start("scatter", opts, {peer: _dense(whole[peer]) for peer in self._links}, {})
-
-    def reduce_scatter_single(self, part: Tensor, whole: Tensor, opts: Any = None) -> Any:
-        return self.reduce_scatter([part], [list(whole.detach().reshape(self._size, -1))], opts)
-
-    def reduce_scatter(self, parts: list[Tensor], wholes: list[list[Tensor]], opts: Any = None) -> Any:
-        (part,), (whole,) = parts, wholes
-        stacked, reduce = self._gathered(whole[self._rank].detach().reshape(-1)), _reduction(opts)
-        return self._start(
-            "reduce_scatter",
-            opts,
-            {peer: _dense(whole[peer]) for peer in self._links},
-            {peer: stacked[peer] for peer in self._links},
-            lambda: _deliver(reduce(stacked), part),
-        )
+    def reduce_scatter(self, parts: list[Tensor], wholes: list[list[Tensor]], opts: Any) -> Any:
+        reduce = _reduction(opts)
+        if reduce is None or not _runs_here(opts, [*parts, *wholes[0]]) or parts[0].nbytes > LARGEST_SUM:
+            return self._gloo.reduce_scatter(parts, wholes, opts)
+        return self._reduce_scatter(reduce, parts[0], wholes[0], opts)
 
     def all_to_all_single(
-        self, received: Tensor, sent: Tensor, receive_R: list[int], send_R: list[int], opts: Any = None
+        self, received: Tensor, sent: Tensor, receive_R: list[int], send_R: list[int], opts: Any
     ) -> Any:
-        room, dense = _room(received), _dense(sent)
-        targets = room.split(receive_R) if receive_R else room.tensor_split(self._size)
-        sources = dense.split(send_R) if send_R else dense.tensor_split(self._size)
-        targets[self._rank].copy_(sources[self._rank])
-        return self._start(
-            "all_to_all",
-            opts,
-            {peer: sources[peer] for peer in self._links},
-            {peer: targets[peer] for peer in self._links},
-            lambda: _deliver(room, received),
-        )
-
-    def alltoall(self, received: list[Tensor], sent: list[Tensor], opts: Any = None) -> Any:
-        received[self._rank].copy_(sent[self._rank])
-        sources = {peer: _dense(sent[peer]) for peer in self._links}
-        return self._receive("all_to_all", opts, sources, {peer: received[peer] for peer in self._links})
-
-    def barrier(self, opts: Any = None) -> Any:
-        everybody = dict.fromkeys(self._links, torch.empty(0))
-        return self._start("barrier", opts, everybody, everybody)
-
-    def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Any:
-        (tensor,) = tensors
-        return self._start("send", None, {peer: _dense(tensor)}, {}, tag=tag)
-
-    def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Any:
-        (tensor,) = tensors
-        return self._receive("send", None, {}, {peer: tensor}, tag=tag)
+        if not _runs_here(opts, [received, sent]):
+            return self._gloo.alltoall_base(received, sent, receive_R, send_R, opts)
+        values, given = _dense(received), _dense(sent)
+        targets_R = values.split(receive_R) if receive_R else values.tensor_split(self._size)
+        sources_R = given.split(send_R) if send_R else given.tensor_split(self._size)
+        _put(sources_R[self._rank], targets_R[self._rank])
+        self._exchange("all_to_all", opts, self._by_peer(sources_R), self._by_peer(targets_R))
+        return _done([received], [values])
 
     # The names before torch 2.13.
     _allgather_base = all_gather_single
     _reduce_scatter_base = reduce_scatter_single
     alltoall_base = all_to_all_single
 
-    def _gathered(self, mine: Tensor) -> Tensor:
-        """Room for a flat tensor of each rank, where this rank's is there already."""
-        stacked = mine.new_empty(self._size, len(mine))
+    def _gather(self, values_R: Sequence[Tensor] | Tensor, part: Tensor, opts: Any) -> None:
+        mine = _dense(part)
+        _put(mine.view(-1), values_R[self._rank].view(-1))
+        self._exchange("all_gather", opts, dict.fromkeys(self._links, mine), self._by_peer(values_R))
+
+    def _reduce_scatter(
+        self, reduce: Callable[[Tensor], Tensor], part: Tensor, whole_R: Sequence[Tensor] | Tensor, opts: Any
+    ) -> Any:
+        sent_R = [_dense(each) for each in whole_R]
+        stacked = self._stacked(sent_R[self._rank])
+        self._exchange("reduce_scatter", opts, self._by_peer(sent_R), self._by_peer(stacked))
+        return _done([part], [reduce(stacked)])
+
+    def _stacked(self, mine: Tensor) -> Tensor:
+        """Room for a tensor of each rank, where this rank's is there already."""
+        stacked = mine.new_empty(self._size, *mine.shape)
         stacked[self._rank] = mine
         return stacked
 
-    def _receive(
-        self, call: str, opts: Any, sent: dict[int, Tensor], targets: dict[int, Tensor], tag: int = 0
-    ) -> Any:
-        """`_start`, where the tensors that are received may have gaps."""
-        received = {peer: _room(target) for peer, target in targets.items()}
+    def _by_peer(self, values_R: Sequence[Tensor] | Tensor) -> dict[int, Tensor]:
+        return {peer: values_R[peer] for peer in self._links}
 
-        def finish() -> None:
-            for peer, target in targets.items():
-                _deliver(received[peer], target)
+    def _exchange(self, call: str, opts: Any, sent: dict[int, Tensor], received: dict[int, Tensor]) -> None:
+        """Send and receive contiguous tensors, by peer, until all are through."""
+        timeout = opts.timeout if opts.timeout > timedelta(0) else self.timeout
+        deadline = time.monotonic() + timeout.total_seconds()
+        with self._lock, self._closed_by_a_failure():
+            under_way = [
+                *(_Transfer(self._links[peer], peer, call, sent[peer], receives=False) for peer in sent),
+                *(
+                    _Transfer(self._links[peer], peer, call, received[peer], receives=True)
+                    for peer in received
+                ),
+            ]
+            while under_way := [each for each in under_way if not each.ends()]:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    late = sorted({each.peer for each in under_way})
+                    raise TimeoutError(
+                        f"timed out after {timeout.total_seconds():g} s, waiting for ranks {late}"
+                    )
+                _sleep(under_way, min(left_s, LONGEST_POLL_S))
 
-        return self._start(call, opts, sent, received, finish, tag)
-
-    def _start(
-        self,
-        call: str,
-        opts: Any,
-        sent: dict[int, Tensor],
-        received: dict[int, Tensor],
-        finish: Callable[[], None] = lambda: None,
-        tag: int = 0,
-    ) -> Any:
-        """Begin to send and to receive contiguous tensors, by peer; the wait calls `finish` when all are through."""
-        given = getattr(opts, "timeout", timedelta(0))
-        timeout = given if given > timedelta(0) else self.timeout
-        with self._lock:
-            self._check()
-            work = _Work(self, timeout, len(sent) + len(received), finish)
-            for peer, tensor in received.items():
-                self._links[peer].incoming.append(_Message(call, tag, tensor, work))
-            try:
-                for peer, tensor in sent.items():
-                    self._links[peer].outgoing.append(_Message(call, tag, tensor, work))
-                    self._links[peer].send()
-            except OSError as error:
-                self._break(str(error))
-        return work
-
-    def wait_for(self, work: _Work) -> None:
-        """Until it is done; the bytes of all groups move meanwhile."""
-        deadline = time.monotonic() + work.timeout.total_seconds()
-        with self._lock:
-            while work.messages:
-                self._check()
-                if not self._move() and work.messages:
-                    self._sleep(work, deadline)
-
-    def advance(self) -> None:
-        """Move what can be moved at once, unless another thread is about to."""
-        if self._lock.acquire(blocking=False):
-            with contextlib.suppress(RuntimeError):  # which whoever calls or waits gets to know
-                self._move()
-            self._lock.release()
-
-    def _move(self) -> bool:
-        """Whether anything could be sent or received at once."""
-        moved = False
-        try:
-            for link in self._links.values():
-                moved |= link.send() | link.receive()
-        except OSError as error:
-            self._break(str(error))
-        return moved
-
-    def _sleep(self, work: _Work, deadline: float) -> None:
-        """Until something can be sent or received in any group of this process."""
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            late = [peer for peer, link in sorted(self._links.items()) if link.concerns(work)]
-            self._break(f"timed out after {work.timeout.total_seconds():g} s, waiting for ranks {late}")
-        with _groups_lock:
-            groups, poller = list(_groups), select.poll()
-        for group in groups:
-            for link in group._links.values():
-                if events := link.awaited():
-                    poller.register(link.socket, events)
-        poller.poll(min(left_s, LONGEST_POLL_S) * 1000)
-        for group in groups:
-            if group is not self:
-                group.advance()
-
-    @property
-    def broken(self) -> bool:
-        return bool(self._broken)
-
-    def _check(self) -> None:
+    @contextlib.contextmanager
+    def _closed_by_a_failure(self) -> Iterator[None]:
+        """What an exception left half-way cannot be gone on with: the other ranks find their links closed."""
         if self._broken:
             raise RuntimeError(self._broken)
-
-    def _break(self, reason: str) -> NoReturn:
-        self._close(f"rank {self._rank} of {self._size} CPU ranks: {reason}")
-        raise RuntimeError(self._broken)
+        try:
+            yield
+        except BaseException as error:
+            told = isinstance(error, OSError)
+            self._stop(f"rank {self._rank} of {self._size} CPU ranks: {error if told else 'interrupted'}")
+            for link in self._links.values():
+                link.close()
+            if told:
+                raise RuntimeError(self._broken) from error
+            raise
 
     def _close(self, reason: str) -> None:
-        """For good: the other ranks find their links closed, and wait no longer."""
+        self._stop(reason)
+        with self._lock:  # whoever waits in a collective has been woken
+            for link in self._links.values():
+                link.close()
+
+    def _stop(self, reason: str) -> None:
+        """No rank waits any longer, here or elsewhere."""
         self._broken = self._broken or reason
         for link in self._links.values():
-            link.close()
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
 
 
-class _Work(dist.Work):
-    """A collective under way. Its tensors are filled by the thread that waits for it, or looks, after all has come."""
+class _Transfer:
+    """A tensor on its way to or from one other rank, behind a header that says what it is."""
 
-    def __init__(
-        self, group: CpuGroup, timeout: timedelta, messages: int, finish: Callable[[], None]
-    ) -> None:
-        super().__init__()
-        self._group, self._finish = group, finish
-        self.timeout = timeout
-        self.messages = messages
-        """Not yet through."""
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        if self.messages:
-            self._group.wait_for(self)
-        self._finish()
-        self._finish = lambda: None  # lets go of the tensors
-        return True
-
-    def is_completed(self) -> bool:
-        """Whether `wait` returns, or fails, at once."""
-        if self.messages:
-            self._group.advance()
-        return self._group.broken or (not self.messages and self.wait())
-
-
-class _Message:
-    """A tensor on its way, behind a header that says what it is."""
-
-    __slots__ = ("expected", "header", "left", "tensor", "views", "work")
-
-    def __init__(self, call: str, tag: int, tensor: Tensor, work: _Work) -> None:
-        self.expected = _HEADER.pack(_CALLS.index(call), tag, tensor.nbytes)
-        self.header = bytearray(self.expected)
-        self.views = [memoryview(self.header)]
+    def __init__(self, link: socket.socket, peer: int, call: str, tensor: Tensor, *, receives: bool) -> None:
+        self.link, self.peer, self.receives = link, peer, receives
+        self._expected = _HEADER.pack(_CALLS.index(call), tensor.nbytes)
+        self._header = bytearray(self._expected)
+        self._views = [memoryview(self._header)]
         if tensor.nbytes:
-            self.views.append(_memory(tensor.data_ptr(), tensor.nbytes, _WRITABLE))
-        self.left = len(self.header) + tensor.nbytes
-        self.tensor, self.work = tensor, work
+            self._views.append(_memory(tensor.data_ptr(), tensor.nbytes, _WRITABLE))
 
-    def skip(self, count: int) -> None:
-        """So many bytes are through."""
-        self.left -= count
-        while self.views and count >= len(self.views[0]):
-            count -= len(self.views.pop(0))
-        if count:
-            self.views[0] = self.views[0][count:]
-
-
-class _Link:
-    """The connection to one other rank, and what waits to go through it, in the order of the calls."""
-
-    def __init__(self, peer: int, connection: socket.socket) -> None:
-        self.peer, self.socket = peer, connection
-        connection.setblocking(False)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BLOCK_BYTES)  # at most the system's limit
-        self.outgoing: deque[_Message] = deque()
-        self.incoming: deque[_Message] = deque()
-
-    def close(self) -> None:
-        self.socket.close()
-        self.outgoing.clear()
-        self.incoming.clear()
-
-    def concerns(self, work: _Work) -> bool:
-        return any(message.work is work for message in (*self.incoming, *self.outgoing))
-
-    def awaited(self) -> int:
-        """What there is to wait for, as poll's events."""
-        return (select.POLLIN if self.incoming else 0) | (select.POLLOUT if self.outgoing else 0)
-
-    def send(self) -> bool:
-        """What goes through at once; False where nothing does.
-
-        Raises:
-            OSError: the rank is gone.
-        """
-        return self._move(self.outgoing, lambda views: self.socket.sendmsg(views, (), socket.MSG_NOSIGNAL))
-
-    def receive(self) -> bool:
-        """What has come; False where nothing has.
+    def ends(self) -> bool:
+        """Moves what goes through at once; whether that was the last.
 
         Raises:
             OSError: the rank is gone, or called another collective.
         """
-        return self._move(self.incoming, lambda views: self.socket.recvmsg_into(views)[0])
-
-    def _move(self, messages: deque[_Message], move: Callable[[list[memoryview]], int]) -> bool:
-        moved = False
-        while messages:
-            message = messages[0]
+        while self._views:
             try:
-                count = move(message.views)
+                if self.receives:
+                    count = self.link.recvmsg_into(self._views)[0]
+                else:
+                    count = self.link.sendmsg(self._views, (), socket.MSG_NOSIGNAL)
             except BlockingIOError:
-                break
+                return False
             except OSError as error:
                 raise OSError(f"connection closed by rank {self.peer} ({error.strerror})") from error
             if not count:
                 raise OSError(f"connection closed by rank {self.peer}")
-            moved = True
-            message.skip(count)
-            if len(message.views) < 2 and message.header != message.expected:
-                sent, expected = _in_words(bytes(message.header)), _in_words(message.expected)
+            while self._views and count >= len(self._views[0]):
+                count -= len(self._views.pop(0))
+            if count:
+                self._views[0] = self._views[0][count:]
+            if len(self._views) < 2 and self._header != self._expected:
+                sent, expected = _in_words(self._header), _in_words(self._expected)
                 raise OSError(f"rank {self.peer} sent {sent}; expected was {expected}")
-            if not message.left:
-                messages.popleft()
-                message.work.messages -= 1
-        return moved
+        return True
 
 
-def _in_words(header: bytes) -> str:
-    place, tag, size = _HEADER.unpack(header)
-    name = _CALLS[place] if place < len(_CALLS) else "no collective"
-    return f"{name}, {size} bytes" + (f" (tag {tag})" if tag else "")
+def _sleep(under_way: list[_Transfer], seconds: float) -> None:
+    """Until one of them can go on."""
+    events: dict[socket.socket, int] = {}
+    for each in under_way:
+        events[each.link] = events.get(each.link, 0) | (select.POLLIN if each.receives else select.POLLOUT)
+    poller = select.poll()
+    for link, wanted in events.items():
+        poller.register(link, wanted)
+    poller.poll(seconds * 1000)
 
 
-def _reduction(opts: Any) -> Callable[[Tensor], Tensor]:
-    wanted = dist.ReduceOp.SUM if opts is None else opts.reduceOp
-    for known, reduce in _REDUCTIONS:
-        if wanted == known:
-            return reduce
-    raise RuntimeError(f"CPU ranks cannot reduce by {wanted}")
+def _in_words(header: bytes | bytearray) -> str:
+    place, size = _HEADER.unpack(header)
+    return f"{_CALLS[place] if place < len(_CALLS) else 'no collective'}, {size} bytes"
+
+
+def _runs_here(opts: Any, tensors: list[Tensor]) -> bool:
+    """Whether it is waited for at once, and its bytes are where they seem to be. All ranks answer alike."""
+    plain = all(each.is_cpu and each.layout == torch.strided for each in tensors)
+    return plain and not getattr(opts, "asyncOp", True)
+
+
+def _reduction(opts: Any) -> Callable[[Tensor], Tensor] | None:
+    """Of tensors that are stacked; None for one that gloo alone has."""
+    return next((reduce for known, reduce in _REDUCTIONS if opts.reduceOp == known), None)
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """Its values in one piece, as they are sent."""
+    """Its values in one piece: the tensor itself, or a copy if it has gaps."""
     return tensor.detach().contiguous()
 
 
-def _room(target: Tensor) -> Tensor:
-    """Where its values can be received in one piece: the tensor itself, if it has no gaps."""
-    return target.detach() if target.is_contiguous() else target.new_empty(target.shape)
+def _put(value: Tensor, target: Tensor) -> None:
+    if target.data_ptr() != value.data_ptr():
+        with torch.inference_mode():  # as gloo may, whatever mode the tensor was made in
+            target.detach().copy_(value)
 
 
-def _deliver(received: Tensor, target: Tensor) -> None:
-    if received.data_ptr() != target.data_ptr():
-        target.detach().copy_(received.view(target.shape))
+def _done(targets: list[Tensor], values: list[Tensor]) -> Any:
+    """The work that has ended, after the values have been put into the targets."""
+    for target, value in zip(targets, values, strict=True):
+        _put(value, target)
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result(targets)
+    return _work_of(future)
 
 
-def _connected(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dict[int, _Link]:
-    """A link to each other rank: it is made here to lower ones, and awaited from higher ones."""
-    links: dict[int, _Link] = {}
-    with socket.socket(socket.AF_UNIX) as listener:
-        address = f"epbackend-{uuid.uuid4().hex}"
-        listener.bind(f"\0{address}")  # an abstract name: no file that could be left
+def _told(gloo: Any, mine: str) -> list[str]:
+    """The words of each rank."""
+    whole = torch.empty(gloo.size() * _WORDS_BYTES, dtype=torch.uint8)
+    gloo._allgather_base(whole, torch.tensor([*mine.encode().ljust(_WORDS_BYTES)], dtype=torch.uint8)).wait()
+    return [bytes(each.tolist()).decode().rstrip() for each in whole.split(_WORDS_BYTES)]
+
+
+def _linked(gloo: Any, timeout: timedelta) -> dict[int, socket.socket]:
+    """A connection to each other rank: it is made here to lower ones, and awaited from higher ones.
+
+    Raises:
+        RuntimeError: a rank is gone.
+    """
+    rank, size, deadline = gloo.rank(), gloo.size(), time.monotonic() + timeout.total_seconds()
+    links: dict[int, socket.socket] = {}
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as undone:
+        mine = uuid.uuid4().hex
+        listener.bind(_abstract(mine))
         listener.listen(size)
-        store.set(f"address/{rank}", address)
-        for peer in range(rank):
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect(f"\0{store.get(f'address/{peer}').decode()}")
-            connection.sendall(_RANK.pack(rank))
-            links[peer] = _Link(peer, connection)
-        listener.settimeout(min(timeout.total_seconds(), threading.TIMEOUT_MAX))
-        while len(links) < size - 1:
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError as error:
-                missing = sorted(set(range(size)) - {rank, *links})
-                raise RuntimeError(
-                    f"rank {rank} of {size} CPU ranks: ranks {missing} did not come"
-                ) from error
-            if _user_of(connection) != os.getuid():  # such a name is open to every user of the machine
-                connection.close()
-                continue
-            (peer,) = _RANK.unpack(connection.recv(_RANK.size, socket.MSG_WAITALL))
-            links[peer] = _Link(peer, connection)
+        names = _told(gloo, mine)
+        awaited = {_abstract(f"{names[peer]} to {rank}"): peer for peer in range(rank + 1, size)}
+        try:
+            for peer in range(rank):
+                link = undone.enter_context(socket.socket(socket.AF_UNIX))
+                link.bind(_abstract(f"{mine} to {peer}"))
+                link.connect(_abstract(names[peer]))
+                links[peer] = link
+            while len(links) < size - 1:
+                left_s = min(max(deadline - time.monotonic(), 0.001), threading.TIMEOUT_MAX)
+                listener.settimeout(left_s)
+                link, name = listener.accept()
+                undone.enter_context(link)
+                # Such a name is open to every user of the machine.
+                if name in awaited and _user_of(link) == os.getuid():
+                    links[awaited.pop(name)] = link
+                else:
+                    link.close()
+        except OSError as error:
+            missing = sorted({*range(size)} - {rank, *links})
+            raise RuntimeError(
+                f"rank {rank} of {size} CPU ranks: no connection to ranks {missing}: {error}"
+            ) from error
+        undone.pop_all()
     return links
 
 
-def _user_of(connection: socket.socket) -> int:
+def _abstract(name: str) -> bytes:
+    """The address of a socket; no file that could be left."""
+    return f"\0epbackend {name}".encode()
+
+
+def _user_of(link: socket.socket) -> int:
     """The user id of the process at the other end."""
     credentials = struct.Struct("3i")  # struct ucred: process, user, group
-    given = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    given = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
     _, user, _ = credentials.unpack(given)
     return user

@@ -136,7 +136,7 @@ class _ExactExchange(Exchange):
     def combine(self, rows_SD: Tensor) -> None:
         self._local.add(rows_SD)
         send_R, receive_R = self._splits(self._step)
-        pending = self._collectives.start_all_to_all(self._local.sums_ND, receive_R, send_R)
+        pending = self._start(self._local.sums_ND, receive_R, send_R)
         self._collect()  # those of the step before, while these travel
         self._returning = self._sent(self._step), pending
 
@@ -146,7 +146,11 @@ class _ExactExchange(Exchange):
 
     def _send(self, step: int) -> Pending:
         rows_MB = self._bytes_TB.index_select(0, self._token_M[self._sent(step)])
-        return self._collectives.start_all_to_all(rows_MB, *self._splits(step))
+        return self._start(rows_MB, *self._splits(step))
+
+    def _start(self, rows: Tensor, send_R: list[int], receive_R: list[int]) -> Pending:
+        overlap = self._plan.steps > 1  # a single step has nothing beside it
+        return self._collectives.start_all_to_all(rows, send_R, receive_R, overlap=overlap)
 
     def _collect(self) -> None:
         """Add the partial sums that are on their way back, if any, peer by peer for each token."""
@@ -195,10 +199,14 @@ class _StaticExchange(Exchange):
         self.rounds = plan.rounds
         steps = [plan.rows(0, 0, step) for step in range(plan.steps)]
         self._tokens = [slice(rows.start, rows.stop) for rows in steps if rows]
+        self._overlap = len(self._tokens) > 1  # a single step has nothing beside it
         self._returning: tuple[slice, Pending] | None = None
 
     def dispatch(self) -> Iterator[Batch]:
-        sent_in_turn = (self._collectives.start_all_gather(self._bytes_TB[part]) for part in self._tokens)
+        sent_in_turn = (
+            self._collectives.start_all_gather(self._bytes_TB[part], overlap=self._overlap)
+            for part in self._tokens
+        )
         for step, arriving in enumerate(one_ahead(sent_in_turn)):
             rows = self._row_format.decode(self._spec.kernels, arriving.wait())
             self._local = LocalRows(self._spec, *rows, dtype=self._row_format.dtype)
@@ -207,7 +215,7 @@ class _StaticExchange(Exchange):
 
     def combine(self, rows_SD: Tensor) -> None:
         self._local.add(rows_SD)
-        pending = self._collectives.start_all_to_all(self._local.sums_ND)
+        pending = self._collectives.start_all_to_all(self._local.sums_ND, overlap=self._overlap)
         self._collect()  # those of the step before, while these travel
         self._returning = self._tokens[self._step], pending
 

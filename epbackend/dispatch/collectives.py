@@ -87,11 +87,18 @@ class Collectives:
 
     def all_gather(self, part: Tensor) -> Tensor:
         """The parts of all ranks, of equal shapes, concatenated along the first dimension."""
-        return self._all_gather(part, overlap=False).wait()
+        return self.start_all_gather(part, overlap=False).wait()
 
-    def start_all_gather(self, part: Tensor) -> Pending:
-        """Start what `all_gather` does; returns at once."""
-        return self._all_gather(part, overlap=True)
+    def start_all_gather(self, part: Tensor, *, overlap: bool) -> Pending:
+        """Start what `all_gather` does; with `overlap` it goes on beside what follows."""
+        whole = part.new_empty(self.size * part.shape[0], *part.shape[1:])
+        wait = self._start(
+            "all_gather",
+            c10d.AllgatherOptions(),
+            lambda o: self.group._allgather_base(whole, part, o),
+            overlap=overlap,
+        )
+        return Pending(whole, part, wait)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over all ranks, in place."""
@@ -108,38 +115,28 @@ class Collectives:
         return part
 
     def start_all_to_all(
-        self, rows: Tensor, send_R: Sequence[int] = (), receive_R: Sequence[int] = ()
+        self, rows: Tensor, send_R: Sequence[int] = (), receive_R: Sequence[int] = (), *, overlap: bool
     ) -> Pending:
-        """Start to send `send_R[r]` rows to each rank r and to receive `receive_R[r]`; returns at once.
+        """Start to send `send_R[r]` rows to each rank r and to receive `receive_R[r]`.
 
-        Without sizes every rank gets an equal part of the rows.
+        Without sizes every rank gets an equal part of the rows. With `overlap` they travel beside what follows.
         """
         received = rows.new_empty(sum(receive_R) if receive_R else len(rows), *rows.shape[1:])
         wait = self._start(
             "all_to_all",
             c10d.AllToAllOptions(),
             lambda o: self.group.alltoall_base(received, rows, list(receive_R), list(send_R), o),
-            overlap=True,
-        )
-        return Pending(received, rows, wait)
-
-    def _all_gather(self, part: Tensor, *, overlap: bool) -> Pending:
-        whole = part.new_empty(self.size * part.shape[0], *part.shape[1:])
-        wait = self._start(
-            "all_gather",
-            c10d.AllgatherOptions(),
-            lambda o: self.group._allgather_base(whole, part, o),
             overlap=overlap,
         )
-        return Pending(whole, part, wait)
+        return Pending(received, rows, wait)
 
     def _start(
         self, name: str, options: Any, call: Callable[[Any], Any], *, overlap: bool = False
     ) -> Callable[[], None]:
         """Start a collective; the returned function waits for it.
 
-        With `overlap` NCCL runs it on a stream of its own, beside the kernels that follow; else on the current stream,
-        which needs no events between streams.
+        With `overlap` NCCL runs it on a stream of its own, beside the kernels that follow, and gloo in threads; else
+        NCCL takes the current stream, which needs no events between streams, and `device/cpu_group.py` this thread.
         """
         options.timeout = timedelta(seconds=self.timeout_s)
         options.asyncOp = overlap

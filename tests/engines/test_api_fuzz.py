@@ -31,6 +31,8 @@ BASE: dict[str, dict[str, Any]] = {
     "/get_ppl": {"input": "hello there"},
 }
 """Endpoint -> what it answers; all but those that stop the server or change its weights."""
+REFUSED = {"/v1/embeddings": 501}
+"""Endpoint -> its answer to whatever comes: a model that generates text has no embeddings."""
 
 ODD = (
     float("nan"),
@@ -126,7 +128,7 @@ def test_no_request_of_the_schemas_kind_is_the_servers_error(tmp_path: Path) -> 
                 return
             status = outcome(server, *request)
             counts[request[0], status] += 1
-            if status >= 500:
+            if status >= 500 and status != REFUSED.get(request[0]):
                 wrong.append((*request, status))
 
         send()

@@ -1,18 +1,21 @@
-"""The process group of CPU ranks: it does what gloo does, in any order of waits, and says what went wrong."""
+"""The process group of CPU ranks: it does what gloo does, leaves the rest to it, and says what went wrong."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
 from hypothesis import HealthCheck, given, settings
 
 from epbackend.device import cpu_group
@@ -71,12 +74,14 @@ def test_any_number_of_rows_comes_to_its_rank(ranks, rows_RR, width):
 def tensors_with_gaps(groups) -> bool:
     group, me = new_group(groups), groups[1].rank
     base = torch.arange(6.0).view(2, 3)
-    total, told = (base + me).t(), (base * me).t()
+    total, told, column = (base + me).t(), (base * me).t(), (base + me)[:, 1]
     dist.all_reduce(total, group=group)
+    dist.all_reduce(column, group=group)
     dist.broadcast(told, 1, group=group)
     whole = torch.zeros(3, 2 * SIZE).t()
     dist.all_gather_into_tensor(whole, (base + me), group=group)
-    right = [torch.equal(total, (SIZE * base + sum(range(SIZE))).t()), torch.equal(told, base.t())]
+    wanted = (SIZE * base + sum(range(SIZE))).t()
+    right = [torch.equal(total, wanted), torch.equal(column, wanted[1]), torch.equal(told, base.t())]
     return all(right) and torch.equal(whole, torch.cat([base + peer for peer in range(SIZE)]))
 
 
@@ -84,74 +89,79 @@ def test_tensors_with_gaps_are_filled(ranks):
     assert ranks.run(SIZE, tensors_with_gaps) == [True] * SIZE
 
 
-def waits_in_another_order(groups) -> bool:
-    """Large tensors are under way in one group when ranks wait in another one, and only then in the first."""
+def exchanges_under_way(groups) -> bool:
+    """Gloo exchanges large tensors while sums begin and end here, in both orders of groups."""
     first, second, me = new_group(groups), new_group(groups), groups[1].rank
     parts = torch.full((SIZE, LARGE // 4), float(me))
     came = [torch.empty_like(parts) for _ in range(2)]
     works = [dist.all_to_all_single(each, parts, group=first, async_op=True) for each in came]
-    total = torch.ones(LARGE // 4)
+    total, small = torch.ones(LARGE // 4), torch.ones(3)
     dist.all_reduce(total, group=second)
+    dist.all_reduce(small, group=first)
     for work in reversed(works):
         work.wait()
     wanted = torch.arange(float(SIZE))[:, None].expand_as(parts)
-    return bool((total == SIZE).all()) and all(torch.equal(each, wanted) for each in came)
+    summed = bool((total == SIZE).all()) and bool((small == SIZE).all())
+    return summed and all(torch.equal(each, wanted) for each in came)
 
 
-def test_ranks_may_wait_in_another_order_than_they_began(ranks):
-    assert ranks.run(SIZE, waits_in_another_order) == [True] * SIZE
+def test_what_is_called_here_and_what_gloo_does_go_side_by_side(ranks):
+    assert ranks.run(SIZE, exchanges_under_way) == [True] * SIZE
 
 
-def looks_again_and_again(groups) -> bool:
+def large_exchange(groups) -> bool:
+    """Equal parts of more bytes than a socket takes, waited for at once."""
+    group, me = new_group(groups), groups[1].rank
+    parts, came = torch.full((SIZE, LARGE // 4), float(me)), torch.empty(SIZE, LARGE // 4)
+    dist.all_to_all_single(came, parts, group=group)
+    return torch.equal(came, torch.arange(float(SIZE))[:, None].expand_as(parts))
+
+
+def test_rows_that_no_socket_takes_at_once_come_whole(ranks):
+    assert ranks.run(SIZE, large_exchange) == [True] * SIZE
+
+
+def only_gloo_has(groups, backend: str) -> list[torch.Tensor]:
+    mine, peers = groups[1].rank, range(groups[1].size)
+    group = dist.new_group(peers, backend=backend)
+    bits, pair, part = (
+        torch.tensor([mine + 4]),
+        [torch.ones(2), torch.full((3,), float(mine))],
+        torch.full((2,), mine),
+    )
+    dist.all_reduce(bits, dist.ReduceOp.BXOR, group=group)
+    with dist._coalescing_manager(group):
+        for each in pair:
+            dist.all_reduce(each, group=group)
+    functional = functional_collectives.all_gather_tensor(part, 0, group).clone()
+    by_future = dist.all_reduce(part, group=group, async_op=True).get_future().wait()[0]
+    from_any = torch.full((1,), mine)
+    if mine:
+        dist.send(from_any, 0, group=group)
+    else:
+        assert dist.recv(from_any, group=group) == 1
+    averaged = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Linear(3, 1, bias=False), process_group=group
+    )
+    averaged(torch.full((1, 3), float(mine))).sum().backward()
+    return [bits, *pair, functional, by_future, from_any, averaged.module.weight.grad]
+
+
+def test_gloo_does_what_it_alone_has(ranks):
+    assert_same(*(ranks.run(2, only_gloo_has, backend) for backend in (NAME, "gloo")))
+
+
+def in_inference_mode(groups) -> bool:
+    """Gloo writes to such tensors from outside of the mode too."""
     group = new_group(groups)
-    if groups[1].rank:
-        time.sleep(0.2)
-    total = torch.ones(5)
-    work = dist.all_reduce(total, group=group, async_op=True)
-    while not work.is_completed():
-        time.sleep(0.001)
-    return bool((total == SIZE).all())
-
-
-def test_a_collective_that_is_only_looked_at_ends(ranks):
-    assert ranks.run(SIZE, looks_again_and_again) == [True] * SIZE
-
-
-def looks_for_a_lost_rank(groups) -> str:
-    group, other = new_group(groups), new_group(groups)
-    if groups[1].rank == 1:
-        dist.barrier(other)
-        dist.destroy_process_group(group)
-        return ""
-    work = dist.all_reduce(torch.ones(5), group=group, async_op=True)
-    dist.barrier(other)
-    while not work.is_completed():
-        time.sleep(0.001)
-    return fails_with(work.wait)
-
-
-def test_whoever_only_looks_learns_of_a_lost_rank(ranks):
-    assert "connection closed by rank 1" in ranks.run(2, looks_for_a_lost_rank)[0]
-
-
-def moved_by_another_thread(groups) -> bool:
-    """Tensors of torch's inference mode may be written to by threads in that mode alone."""
-    first, second = new_group(groups), new_group(groups)
     with torch.inference_mode():
         total = torch.ones(5)
-        work = dist.all_reduce(total, group=first, async_op=True)
-    other = threading.Thread(target=dist.barrier, kwargs={"group": second})
-    other.start()
-    if groups[1].rank:
-        time.sleep(0.2)
-    other.join()
-    with torch.inference_mode():
-        work.wait()
+    dist.all_reduce(total, group=group)
     return bool((total == SIZE).all())
 
 
-def test_another_thread_moves_bytes_and_writes_to_no_tensor(ranks):
-    assert ranks.run(SIZE, moved_by_another_thread) == [True] * SIZE
+def test_tensors_of_the_inference_mode_are_filled(ranks):
+    assert ranks.run(SIZE, in_inference_mode) == [True] * SIZE
 
 
 def waits_in_two_threads(groups) -> bool:
@@ -183,7 +193,7 @@ def call_different_collectives(groups) -> list[str]:
     group, x = new_group(groups), torch.ones(3)
     call = dist.broadcast if groups[1].rank else dist.all_reduce
     arguments = (x, 0) if groups[1].rank else (x,)
-    return [fails_with(call, *arguments, group=group), fails_with(dist.barrier, group=group)]
+    return [fails_with(call, *arguments, group=group), fails_with(dist.all_reduce, x, group=group)]
 
 
 def test_ranks_that_call_different_collectives_are_told(ranks):
@@ -219,11 +229,17 @@ def test_a_rank_that_stays_away_is_named(ranks):
     assert told[0] == f"rank 0 of {SIZE} CPU ranks: timed out after 0.3 s, waiting for ranks [1]"
 
 
+def broadcast_now() -> dist.BroadcastOptions:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor, options.asyncOp = 0, 0, False
+    return options
+
+
 def one_rank_destroys_the_group(groups) -> list[str]:
     group = new_group(groups)
     if groups[1].rank == 1:
         dist.destroy_process_group(group)
-        return [fails_with(group.barrier)]
+        return [fails_with(group.broadcast, [torch.ones(3)], broadcast_now())]
     return [fails_with(dist.all_reduce, torch.ones(3), group=group)]
 
 
@@ -233,14 +249,42 @@ def test_a_group_that_was_destroyed_is_of_no_use(ranks):
     assert at_second == "the process group was destroyed"
 
 
-def cannot_be_reduced(groups) -> str:
-    return fails_with(
-        dist.all_reduce, torch.ones(3, dtype=torch.int32), dist.ReduceOp.BXOR, group=new_group(groups)
-    )
+def one_rank_is_interrupted(groups) -> list[str]:
+    """As by Ctrl-C, while it waits for a rank that is late."""
+    group, large = new_group(groups), torch.ones(2, LARGE // 4)
+    if groups[1].rank:
+        time.sleep(0.5)
+        return [fails_with(dist.all_to_all_single, large, large.clone(), group=group)]
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            dist.all_to_all_single(large, large.clone(), group=group)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    return [fails_with(dist.all_reduce, torch.ones(3), group=group)]
 
 
-def test_a_reduction_that_it_lacks_is_named(ranks):
-    assert "cannot reduce by" in ranks.run(2, cannot_be_reduced)[0]
+def test_a_collective_that_was_interrupted_is_not_gone_on_with(ranks):
+    (at_first,), (at_second,) = ranks.run(2, one_rank_is_interrupted)
+    assert at_first == "rank 0 of 2 CPU ranks: interrupted"
+    assert "connection closed by rank 0" in at_second
+
+
+def aborted_by_another_thread(groups) -> str:
+    group, other = new_group(groups), new_group(groups)
+    told = ""
+    if not groups[1].rank:
+        threading.Timer(0.2, group.abort).start()
+        told = fails_with(dist.all_reduce, torch.ones(3), group=group)
+    dist.barrier(other)
+    return told
+
+
+def test_whoever_waits_is_woken_by_an_abort(ranks):
+    began = time.monotonic()
+    assert ranks.run(2, aborted_by_another_thread)[0] == "the process group was aborted"
+    assert time.monotonic() - began < PATIENCE_S
 
 
 def on_several_machines(groups) -> list:
@@ -269,33 +313,73 @@ def test_its_timeout_is_that_of_the_config(ranks):
     assert ranks.run(2, limited) == [timedelta(seconds=7)] * 2
 
 
-def intrude(address: str) -> int:
-    """How many bytes another user gets who connects as rank 1 and waits."""
+def intrude(address: bytes, name: bytes) -> int:
+    """How many bytes another user gets who connects by the name of rank 1, and waits."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     got = 255
     try:
         os.setuid(65534)  # nobody
         with socket.socket(socket.AF_UNIX) as stranger, contextlib.suppress(ConnectionError):
-            stranger.connect(f"\0{address}")
+            stranger.bind(name)
+            stranger.connect(address)
             got = 0  # it is closed, sooner or later
-            stranger.sendall(b"\1\0\0\0")
             got = len(stranger.recv(1))
     finally:
         os._exit(got)
 
 
+def connected(address: bytes, name: bytes) -> socket.socket:
+    link = socket.socket(socket.AF_UNIX)
+    link.bind(name)
+    link.connect(address)
+    return link
+
+
+@pytest.fixture
+def first_of_two(monkeypatch):
+    """(address of rank 0 of 2, which waits for the other one; the name by which that comes; rank 0's links)"""
+    told, links, gloo = [], {}, SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    listens = threading.Event()
+
+    def tell(_, mine: str) -> list[str]:
+        told.append(mine)
+        listens.set()
+        return [mine, "other"]
+
+    monkeypatch.setattr(cpu_group, "_told", tell)
+    waits = threading.Thread(
+        target=lambda: links.update(cpu_group._linked(gloo, timedelta(seconds=PATIENCE_S))), daemon=True
+    )
+    waits.start()
+    assert listens.wait(PATIENCE_S)
+    address, name = cpu_group._abstract(told[0]), cpu_group._abstract("other to 0")
+    yield address, name, links, waits
+    for link in links.values():
+        link.close()
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user too")
-def test_another_user_cannot_take_part():
-    store, timeout, found = dist.HashStore(), timedelta(seconds=PATIENCE_S), {}
+def test_another_user_cannot_take_part(first_of_two):
+    address, name, links, waits = first_of_two
+    assert intrude(address, name) == 0
+    with connected(address, name) as other:
+        waits.join()
+        other.sendall(b"here")
+        assert links[1].recv(4) == b"here"
 
-    def join(rank: int) -> None:
-        found[rank] = CpuGroup(store, rank, 2, timeout)
 
-    first = threading.Thread(target=join, args=(0,))
-    first.start()
-    assert intrude(store.get("address/0").decode()) == 0
-    join(1)
-    first.join()
-    works = [found[rank].barrier() for rank in (0, 1)]
-    assert [work.wait() for work in works] == [True, True]
+def test_who_is_no_rank_is_sent_away(first_of_two):
+    address, name, links, waits = first_of_two
+    with connected(address, b"\0epbackend stranger") as stranger, connected(address, name) as other:
+        waits.join()
+        assert stranger.recv(1) == b""
+        other.sendall(b"here")
+        assert links[1].recv(4) == b"here"
+
+
+def test_a_rank_that_is_gone_before_it_is_linked_is_named(monkeypatch):
+    monkeypatch.setattr(cpu_group, "_told", lambda _, mine: ["nowhere", mine])
+    gloo = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+    told = fails_with(cpu_group._linked, gloo, timedelta(seconds=PATIENCE_S))
+    assert told.startswith("rank 1 of 2 CPU ranks: no connection to ranks [0]")

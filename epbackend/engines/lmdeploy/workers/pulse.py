@@ -145,7 +145,7 @@ def limit_groups(timeout_s: float) -> None:
         )  # backends that have no such setting are watched by the steps' age alone
         for group in list(c10d._world.pg_map):
             if isinstance(group, CpuGroup):
-                group.timeout = timedelta(seconds=timeout_s)
+                group.set_timeout(timedelta(seconds=timeout_s))
             elif dist.get_backend(group) in ("gloo", NAME):
                 # Torch's function would ask for the group's "cuda", which LMDeploy on Ascend makes a name of the NPU.
                 group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=timeout_s))
