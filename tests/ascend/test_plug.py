@@ -24,6 +24,13 @@ def _dlinfer(npu):
     dlinfer_package.load()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _ranks_of_their_own(ranks):
+    """dlinfer makes torch.cuda a name of the NPU in them: later modules get new ones."""
+    yield
+    ranks.close()
+
+
 def equals_reference(groups, settings):
     """`modules.module_equals_reference`, which imports LMDeploy, in a rank."""
     dlinfer_package.load()
