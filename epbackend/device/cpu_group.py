@@ -111,7 +111,7 @@ class CpuGroup(_ProcessGroup):
         """Of collectives that bring none of their own."""
         self._gloo, self._rank, self._size = gloo, gloo.rank(), gloo.size()
         self._links = links
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may close the group
         self._broken = ""
         for link in links.values():
             link.setblocking(False)

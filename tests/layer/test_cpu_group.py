@@ -271,20 +271,24 @@ def test_a_collective_that_was_interrupted_is_not_gone_on_with(ranks):
     assert "connection closed by rank 0" in at_second
 
 
-def aborted_by_another_thread(groups) -> str:
+def aborted_while_it_waits(groups, by_signal: bool) -> str:
     group, other = new_group(groups), new_group(groups)
     told = ""
     if not groups[1].rank:
-        threading.Timer(0.2, group.abort).start()
+        before = signal.signal(signal.SIGALRM, lambda number, frame: group.abort())
+        if by_signal:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+        else:
+            threading.Timer(0.2, group.abort).start()
         told = fails_with(dist.all_reduce, torch.ones(3), group=group)
+        signal.signal(signal.SIGALRM, before)
     dist.barrier(other)
     return told
 
 
-def test_whoever_waits_is_woken_by_an_abort(ranks):
-    began = time.monotonic()
-    assert ranks.run(2, aborted_by_another_thread)[0] == "the process group was aborted"
-    assert time.monotonic() - began < PATIENCE_S
+@pytest.mark.parametrize("by_signal", [False, True], ids=["thread", "signal"])
+def test_whoever_waits_is_woken_by_an_abort(ranks, by_signal):
+    assert ranks.run(2, aborted_while_it_waits, by_signal)[0] == "the process group was aborted"
 
 
 def on_several_machines(groups) -> list:
