@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 
 NAME = "epbackend_cpu"
 """Of the backend, to torch.distributed."""
-LARGEST_SUM = 64 << 10
-"""Bytes of a tensor that each rank sends whole to each other one. Gloo sends the parts of a larger one."""
+LARGEST_SUM = 256 << 10
+"""Bytes of a tensor that each rank sends whole to each other one. Gloo sends parts of a larger one, which is faster
+from 1 MiB (4 ranks) or 4 MiB (2 ranks) on (measured on 2 cores, 2026-11-28)."""
 LONGEST_POLL_S = 60.0
 """LMDeploy's groups wait for 97 years, which poll does not."""
 _HEADER = struct.Struct("<IQ")
