@@ -90,6 +90,19 @@ def _machine() -> str:
     return f"{boot.read_text().strip()} {network} {users} {os.getuid()}"
 
 
+def _by_gloo(name: str) -> Callable[..., Any]:
+    """The method of gloo's group.
+
+    Torch would call it by itself for a group of Python's, but holding Python's lock, for which gloo's threads wait in
+    their turn when they let go of tensors.
+    """
+
+    def call(group: CpuGroup, *args: Any, **kwargs: Any) -> Any:
+        return getattr(group._gloo, name)(*args, **kwargs)
+
+    return call
+
+
 _ProcessGroup: Any = dist.ProcessGroup  # whose types list every form of C++; Python calls one of each
 
 
@@ -194,6 +207,28 @@ class CpuGroup(_ProcessGroup):
     _reduce_scatter_base = reduce_scatter_single
     alltoall_base = all_to_all_single
 
+    def allgather_into_tensor_coalesced(self, wholes: list[Tensor], parts: list[Tensor], opts: Any) -> Any:
+        pairs = zip(wholes, parts, strict=True)
+        return _Works([self._gloo._allgather_base(whole, part, opts) for whole, part in pairs])
+
+    def reduce_scatter_tensor_coalesced(self, parts: list[Tensor], wholes: list[Tensor], opts: Any) -> Any:
+        pairs = zip(parts, wholes, strict=True)
+        return _Works([self._gloo._reduce_scatter_base(part, whole, opts) for part, whole in pairs])
+
+    all_gather_single_coalesced = allgather_into_tensor_coalesced
+    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
+
+    allgather_coalesced = _by_gloo("allgather_coalesced")
+    allreduce_coalesced = _by_gloo("allreduce_coalesced")
+    alltoall = _by_gloo("alltoall")
+    barrier = _by_gloo("barrier")
+    gather = _by_gloo("gather")
+    recv = _by_gloo("recv")
+    recv_anysource = _by_gloo("recv_anysource")
+    reduce = _by_gloo("reduce")
+    scatter = _by_gloo("scatter")
+    send = _by_gloo("send")
+
     def _gather(self, values_R: Sequence[Tensor] | Tensor, part: Tensor, opts: Any) -> None:
         mine = _dense(part)
         _put(mine.view(-1), values_R[self._rank].view(-1))
@@ -265,6 +300,20 @@ class CpuGroup(_ProcessGroup):
         for link in self._links.values():
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
+
+
+class _Works(dist.Work):
+    """Several of gloo's, as one."""
+
+    def __init__(self, works: list[Any]) -> None:
+        super().__init__()
+        self._works = works
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        return all(work.wait(timeout) for work in self._works)
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
 
 
 class _Transfer:

@@ -134,6 +134,8 @@ def only_gloo_has(groups, backend: str) -> list[torch.Tensor]:
         for each in pair:
             dist.all_reduce(each, group=group)
     functional = functional_collectives.all_gather_tensor(part, 0, group).clone()
+    several = functional_collectives.all_gather_into_tensor_coalesced(pair, group)
+    scattered = functional_collectives.reduce_scatter_tensor_coalesced(several, "sum", [0, 0], group)
     by_future = dist.all_reduce(part, group=group, async_op=True).get_future().wait()[0]
     from_any = torch.full((1,), mine)
     if mine:
@@ -144,11 +146,25 @@ def only_gloo_has(groups, backend: str) -> list[torch.Tensor]:
         torch.nn.Linear(3, 1, bias=False), process_group=group
     )
     averaged(torch.full((1, 3), float(mine))).sum().backward()
-    return [bits, *pair, functional, by_future, from_any, averaged.module.weight.grad]
+    together = [each.clone() for each in (*several, *scattered)]
+    return [bits, *pair, *together, functional, by_future, from_any, averaged.module.weight.grad]
 
 
 def test_gloo_does_what_it_alone_has(ranks):
     assert_same(*(ranks.run(2, only_gloo_has, backend) for backend in (NAME, "gloo")))
+
+
+def gloo_lets_go_of_tensors(groups) -> int:
+    """Its threads need Python's lock for that, while it is asked for barriers."""
+    group = new_group(groups)
+    for _ in range(100):
+        dist.all_reduce(torch.ones(100_000), group=group)
+        dist.barrier(group)
+    return groups[1].rank
+
+
+def test_no_call_of_gloo_holds_pythons_lock(ranks):
+    assert ranks.run(SIZE, gloo_lets_go_of_tensors) == [*range(SIZE)]
 
 
 def in_inference_mode(groups) -> bool:
