@@ -90,7 +90,7 @@ def test_tensors_with_gaps_are_filled(ranks):
 
 
 def exchanges_under_way(groups) -> bool:
-    """Gloo exchanges large tensors while sums begin and end here, in both orders of groups."""
+    """Gloo exchanges large tensors while sums begin and end, in the same group and in another one."""
     first, second, me = new_group(groups), new_group(groups), groups[1].rank
     parts = torch.full((SIZE, LARGE // 4), float(me))
     came = [torch.empty_like(parts) for _ in range(2)]
@@ -358,7 +358,7 @@ def connected(address: bytes, name: bytes) -> socket.socket:
 
 @pytest.fixture
 def first_of_two(monkeypatch):
-    """(address of rank 0 of 2, which waits for the other one; the name by which that comes; rank 0's links)"""
+    """Of rank 0 of 2, which waits for the other one: (its address, the name by which that comes, its links, its thread)"""
     told, links, gloo = [], {}, SimpleNamespace(rank=lambda: 0, size=lambda: 2)
     listens = threading.Event()
 
