@@ -358,7 +358,7 @@ def connected(address: bytes, name: bytes) -> socket.socket:
 
 @pytest.fixture
 def first_of_two(monkeypatch):
-    """Of rank 0 of 2, which waits for the other one: (its address, the name by which that comes, its links, its thread)"""
+    """Of rank 0 of 2, which waits for the other one: (address, the name by which that comes, its links, its thread)"""
     told, links, gloo = [], {}, SimpleNamespace(rank=lambda: 0, size=lambda: 2)
     listens = threading.Event()
 
