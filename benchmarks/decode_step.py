@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode_step
 
-The engine starts anew for each, in turns. A step's time is that of 100 tokens, from the difference of two answers of
+The engine is started for each in turn. A step's time is that of 100 tokens, from the difference of two answers of
 110 and of 10 tokens, so that the prompt does not count.
 """
 

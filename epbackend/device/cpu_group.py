@@ -43,8 +43,8 @@ LONGEST_POLL_S = 60.0
 """LMDeploy's groups wait for 97 years, which poll does not."""
 _HEADER = struct.Struct("<IQ")
 """Before each message: the collective that it belongs to (its place in `_CALLS`), and the bytes that follow."""
-_WORDS_BYTES = 256
-"""Of what a rank tells the others when they connect."""
+_TEXT_BYTES = 256
+"""Of what each rank sends to the others when they connect."""
 _CALLS = ("all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all")
 _REDUCTIONS: tuple[tuple[Any, Callable[[Tensor], Tensor]], ...] = (
     (dist.ReduceOp.SUM, lambda stacked: stacked.sum(0)),
@@ -74,7 +74,7 @@ def connect(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
     """
     gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)  # whose types lack most of its methods
     gloo._set_sequence_number_for_group()  # as torch does for groups of gloo
-    machines = {*_told(gloo, _machine())}
+    machines = {*_all_gather_text(gloo, _machine())}
     if len(machines) > 1 or not machines.pop():
         log.info("rank %d of %d: gloo joins these ranks, which are not all on one Linux machine", rank, size)
         return gloo
@@ -93,8 +93,8 @@ def _machine() -> str:
 def _by_gloo(name: str) -> Callable[..., Any]:
     """The method of gloo's group.
 
-    Torch would call it by itself for a group of Python's, but holding Python's lock, for which gloo's threads wait in
-    their turn when they let go of tensors.
+    Torch's base class would call it too, but for a group written in Python it holds the GIL meanwhile. Gloo's threads
+    need that to free tensors: a deadlock.
     """
 
     def call(group: CpuGroup, *args: Any, **kwargs: Any) -> Any:
@@ -274,7 +274,7 @@ class CpuGroup(_ProcessGroup):
 
     @contextlib.contextmanager
     def _closed_by_a_failure(self) -> Iterator[None]:
-        """What an exception left half-way cannot be gone on with: the other ranks find their links closed."""
+        """A collective that ends half-way cannot be resumed: the links are closed, and the other ranks fail too."""
         if self._broken:
             raise RuntimeError(self._broken)
         try:
@@ -295,7 +295,7 @@ class CpuGroup(_ProcessGroup):
                 link.close()
 
     def _stop(self, reason: str) -> None:
-        """No rank waits any longer, here or elsewhere."""
+        """Wakes whoever waits, on this rank and on the others."""
         self._broken = self._broken or reason
         for link in self._links.values():
             with contextlib.suppress(OSError):
@@ -372,7 +372,7 @@ def _in_words(header: bytes | bytearray) -> str:
 
 
 def _runs_here(opts: Any, tensors: list[Tensor]) -> bool:
-    """Whether it is waited for at once, and its bytes are where they seem to be. All ranks answer alike."""
+    """Whether the call is synchronous and its tensors are plain CPU memory. All ranks answer alike."""
     plain = all(each.is_cpu and each.layout == torch.strided for each in tensors)
     return plain and not getattr(opts, "asyncOp", True)
 
@@ -402,11 +402,11 @@ def _done(targets: list[Tensor], values: list[Tensor]) -> Any:
     return _work_of(future)
 
 
-def _told(gloo: Any, mine: str) -> list[str]:
-    """The words of each rank."""
-    whole = torch.empty(gloo.size() * _WORDS_BYTES, dtype=torch.uint8)
-    gloo._allgather_base(whole, torch.tensor([*mine.encode().ljust(_WORDS_BYTES)], dtype=torch.uint8)).wait()
-    return [bytes(each.tolist()).decode().rstrip() for each in whole.split(_WORDS_BYTES)]
+def _all_gather_text(gloo: Any, mine: str) -> list[str]:
+    """The text of each rank, of at most _TEXT_BYTES."""
+    whole = torch.empty(gloo.size() * _TEXT_BYTES, dtype=torch.uint8)
+    gloo._allgather_base(whole, torch.tensor([*mine.encode().ljust(_TEXT_BYTES)], dtype=torch.uint8)).wait()
+    return [bytes(each.tolist()).decode().rstrip() for each in whole.split(_TEXT_BYTES)]
 
 
 def _linked(gloo: Any, timeout: timedelta) -> dict[int, socket.socket]:
@@ -421,7 +421,7 @@ def _linked(gloo: Any, timeout: timedelta) -> dict[int, socket.socket]:
         mine = uuid.uuid4().hex
         listener.bind(_abstract(mine))
         listener.listen(size)
-        names = _told(gloo, mine)
+        names = _all_gather_text(gloo, mine)
         awaited = {_abstract(f"{names[peer]} to {rank}"): peer for peer in range(rank + 1, size)}
         try:
             for peer in range(rank):

@@ -113,10 +113,7 @@ def test_every_architecture_on_one_two_and_four_ranks(ranks, saved, expected, ar
 
 @pytest.mark.parametrize(
     "architecture",
-    [
-        pytest.param(each, marks=[pytest.mark.slow] * (each != "qwen3_moe"), id=each)
-        for each in models.ARCHITECTURES
-    ],
+    [pytest.param(each, marks=[pytest.mark.slow] * (each != "qwen3_moe")) for each in models.ARCHITECTURES],
 )
 def test_every_architecture_with_attention_cut_and_copies_of_experts(
     ranks, saved, expected, placed, architecture

@@ -155,7 +155,7 @@ def test_gloo_does_what_it_alone_has(ranks):
 
 
 def gloo_lets_go_of_tensors(groups) -> int:
-    """Its threads need Python's lock for that, while it is asked for barriers."""
+    """Its threads need the GIL for that, while it is asked for barriers."""
     group = new_group(groups)
     for _ in range(100):
         dist.all_reduce(torch.ones(100_000), group=group)
@@ -163,7 +163,7 @@ def gloo_lets_go_of_tensors(groups) -> int:
     return groups[1].rank
 
 
-def test_no_call_of_gloo_holds_pythons_lock(ranks):
+def test_no_call_of_gloo_holds_the_gil(ranks):
     assert ranks.run(SIZE, gloo_lets_go_of_tensors) == [*range(SIZE)]
 
 
@@ -367,7 +367,7 @@ def first_of_two(monkeypatch):
         listens.set()
         return [mine, "other"]
 
-    monkeypatch.setattr(cpu_group, "_told", tell)
+    monkeypatch.setattr(cpu_group, "_all_gather_text", tell)
     waits = threading.Thread(
         target=lambda: links.update(cpu_group._linked(gloo, timedelta(seconds=PATIENCE_S))), daemon=True
     )
@@ -399,7 +399,7 @@ def test_who_is_no_rank_is_sent_away(first_of_two):
 
 
 def test_a_rank_that_is_gone_before_it_is_linked_is_named(monkeypatch):
-    monkeypatch.setattr(cpu_group, "_told", lambda _, mine: ["nowhere", mine])
+    monkeypatch.setattr(cpu_group, "_all_gather_text", lambda _, mine: ["nowhere", mine])
     gloo = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
     told = fails_with(cpu_group._linked, gloo, timedelta(seconds=PATIENCE_S))
     assert told.startswith("rank 1 of 2 CPU ranks: no connection to ranks [0]")
