@@ -83,7 +83,7 @@ def test_a_first_machine_without_ranks_is_told_before_they_are_waited_for():
 
 
 def _start(host: Host, model: str, dp: int, ep_size: int) -> Popen[str]:
-    settings = config({"dp": dp, "executor": "ray"}, ep_size=ep_size, timeout_s=TIMEOUT_S)
+    settings = config({"dp": dp, "executor": "ray", "dtype": "float32"}, ep_size=ep_size, timeout_s=TIMEOUT_S)
     script = (
         "import sys; from tests.engines.test_two_machines import run_pipeline; run_pipeline(*sys.argv[1:])"
     )
