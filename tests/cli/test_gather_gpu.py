@@ -62,10 +62,10 @@ class Only:
 sys.meta_path[:] = [Only if each is PathFinder else each for each in sys.meta_path]
 import epbackend
 epbackend.enable(epbackend.EPConfig.load({{"device": "cuda"}}))
+import lmdeploy.pytorch.engine.engine, lmdeploy.serve.core.async_engine  # all that a pipeline imports
 """
 
 
-@pytest.mark.slow
 def test_what_the_plug_imports_is_gathered(gather_gpu):
     """It is switched on where there is nothing but what the machine has and what was gathered."""
     there = {

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from epbackend.cli import app as command
-from epbackend.engines.lmdeploy.requests.tokenizing import LONG
+from epbackend.engines.lmdeploy.requests.checks import LONG
 from epbackend.engines.lmdeploy.server.guard import NOT_IMPLEMENTED
 from epbackend.models import resolve
 from tests.helpers.api import SESSION_LEN, Server, ends_after_the_answer, served, sleeps_and_wakes

@@ -28,12 +28,14 @@ from epbackend.engines.lmdeploy.requests import response_formats
 from epbackend.engines.lmdeploy.requests.checks import (
     CALL_ARGUMENTS,
     DISAGGREGATION,
+    LONG,
     RANGES,
     BadRequestError,
     check_body,
     check_call,
     check_format,
     check_generation,
+    is_long,
 )
 from epbackend.engines.lmdeploy.requests.logits_processors import (
     NO_TOKEN,
@@ -45,7 +47,6 @@ from epbackend.engines.lmdeploy.requests.logits_processors import (
     logit_bias,
 )
 from epbackend.engines.lmdeploy.requests.stop_strings import until_stop
-from epbackend.engines.lmdeploy.requests.tokenizing import LONG, is_long
 from epbackend.errors import ConfigError, EPError
 from epbackend.models import resolve
 

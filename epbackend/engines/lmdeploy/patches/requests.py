@@ -17,6 +17,7 @@ from epbackend.engines.lmdeploy.requests.checks import (
     check_adapter,
     check_generation,
     is_disaggregated,
+    is_long,
     vocabulary_size,
     within_vocabulary,
 )
@@ -156,7 +157,6 @@ def requests_are_checked(original: Callable) -> Callable:
     fingerprint="9ad2988184c5",
 )
 def long_prompts_off_the_loop(original: Callable) -> Callable:
-    from epbackend.engines.lmdeploy.requests.tokenizing import is_long
     from epbackend.engines.lmdeploy.workers.ring import off_loop
 
     @functools.wraps(original)
