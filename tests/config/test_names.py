@@ -5,10 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 
 from epbackend import EPConfig, ExpertParallelMoE
@@ -19,15 +17,6 @@ from epbackend.errors import ConfigError, UnavailableError
 from epbackend.names import DEVICES, DISPATCHER_FACTS, DISPATCHERS, PLANNERS, DispatcherFacts
 from epbackend.replica_split import SlotMap
 from tests.helpers.dense import dense_moe, tolerance
-
-ROOT = Path(__file__).parents[2]
-TABLES = {"devices": DEVICES, "dispatchers": DISPATCHERS, "planners": PLANNERS}
-
-
-@pytest.mark.parametrize("group", TABLES)
-def test_entry_points_of_the_package_are_the_built_in_names(group):
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    assert declared[f"epbackend.{group}"] == TABLES[group].built_in
 
 
 @pytest.mark.parametrize("name", DEVICES.built_in)
