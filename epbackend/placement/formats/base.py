@@ -35,7 +35,6 @@ class LoadsFormat:
     """A format for recorded loads."""
 
     name: str
-    summary: str
     matches: Callable[[File], bool]
     """Whether the content is of this format; a quick look."""
     read: Callable[[File], Loads]
@@ -50,7 +49,6 @@ class PlacementFormat:
     """A format for placements."""
 
     name: str
-    summary: str
     matches: Callable[[File], bool]
     read: Callable[[File, ReadOptions], Placement]
     write: Callable[[Placement, tuple[int, ...]], bytes]

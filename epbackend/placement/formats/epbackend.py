@@ -23,4 +23,4 @@ def _usage(placement: Placement, file: str) -> str:
     return f"epbackend: in the config, placement: {{file: {file}}}"
 
 
-PLACEMENT = PlacementFormat("epbackend", "keeps everything", _matches, _read, _write, _usage)
+PLACEMENT = PlacementFormat("epbackend", _matches, _read, _write, _usage)

@@ -112,7 +112,6 @@ def _write(placement: Placement, dense_layers: tuple[int, ...], program: str) ->
 def _format(name: str, program: str, usage: str) -> PlacementFormat:
     return PlacementFormat(
         name,
-        f"the expert map of {program}, MoE layers only",
         lambda file: {"moe_layer_count", "layer_list"} <= file.keys,
         partial(_read, name=name),
         partial(_write, program=program),

@@ -76,14 +76,5 @@ def _usage(placement: Placement, file: str) -> str:
     )
 
 
-LOADS = LoadsFormat(
-    "lmdeploy", "JSON [layers][experts], for LMDeploy's EPLB", _matches, _read_loads, _write_loads
-)
-PLACEMENT = PlacementFormat(
-    "lmdeploy",
-    "made-up loads from which LMDeploy's EPLB makes the placement",
-    _matches,
-    _read_placement,
-    _write_placement,
-    _usage,
-)
+LOADS = LoadsFormat("lmdeploy", _matches, _read_loads, _write_loads)
+PLACEMENT = PlacementFormat("lmdeploy", _matches, _read_placement, _write_placement, _usage)

@@ -77,9 +77,4 @@ def _count(file: File, name: str) -> int:
     return value
 
 
-LOADS = LoadsFormat(
-    "mindie-hotspots",
-    f"MindIE's hot spots: the folder with {CONFIG} and a csv of each NPU, MoE layers only",
-    lambda file: {LAYERS, EXPERTS} <= file.keys,
-    _read,
-)
+LOADS = LoadsFormat("mindie-hotspots", lambda file: {LAYERS, EXPERTS} <= file.keys, _read)

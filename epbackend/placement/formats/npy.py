@@ -79,10 +79,4 @@ def _write(loads: Loads) -> bytes:
     return array_bytes(loads.tokens_WYE[0] if loads.windows == 1 else loads.tokens_WYE)
 
 
-LOADS = LoadsFormat(
-    "npy",
-    "[layers, experts] or [windows, layers, experts]; names of windows are lost",
-    lambda file: file.kind == NPY,
-    _read,
-    _write,
-)
+LOADS = LoadsFormat("npy", lambda file: file.kind == NPY, _read, _write)

@@ -57,6 +57,4 @@ def _usage(placement: Placement, file: str) -> str:
     return f"OmniPlacement: pattern_path: {file}"
 
 
-PLACEMENT = PlacementFormat(
-    "omni", "npy of 0 and 1, [ranks, MoE layers, experts]", _matches, _read, _write, _usage
-)
+PLACEMENT = PlacementFormat("omni", _matches, _read, _write, _usage)

@@ -87,7 +87,6 @@ def _usage(placement: Placement, file: str) -> str:
 
 LOADS = LoadsFormat(
     "sglang",
-    f'JSON with "{COUNT}", what epbackend records and SGLang reads',
     lambda file: COUNT in file.keys,
     _read_loads,
     loads_bytes,
@@ -95,7 +94,6 @@ LOADS = LoadsFormat(
 )
 PLACEMENT = PlacementFormat(
     "sglang",
-    f'JSON with "{MAP}", [layers][slots]',
     lambda file: MAP in file.keys and COUNT not in file.keys,
     _read_placement,
     _write_placement,

@@ -79,7 +79,6 @@ def _load(file: File) -> dict[str, Any]:
 
 LOADS = LoadsFormat(
     "sglang-pt",
-    "what SGLang's recorder dumps in mode stat (.pt); needs torch",
     lambda file: file.kind == ZIP,
     _read,
     rank=lambda file: _load(file).get("rank"),

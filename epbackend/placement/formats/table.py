@@ -108,6 +108,4 @@ def _write(loads: Loads) -> bytes:
     return text.getvalue().encode()
 
 
-LOADS = LoadsFormat(
-    "csv", f"header {','.join(HEADER)}, or a matrix", lambda file: file.kind == TEXT, _read, _write
-)
+LOADS = LoadsFormat("csv", lambda file: file.kind == TEXT, _read, _write)
