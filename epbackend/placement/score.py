@@ -173,30 +173,12 @@ def lower_bound(weight_E: np.ndarray, slots: int, ranks: int, rank_speed: tuple[
     The larger of the mean rank load, and the least weight that the heaviest replica can have with so many slots. With
     speeds it is a time: that of all ranks if they end together, or of the heaviest replica on the fastest rank.
     """
+    # Imported late: this brings numba.
+    from epbackend.placement.search.layer_search import optimal_replicas
+
     weight_E = np.asarray(weight_E, dtype=np.float64)
-    replicas_E = optimal_replicas(weight_E, slots)
+    replicas_E = optimal_replicas(weight_E, np.argsort(-weight_E, kind="stable"), slots, slots)
     return float(max(weight_E.sum() / (sum(rank_speed) or ranks), (weight_E / replicas_E).max()))
-
-
-def optimal_replicas(weight_E: np.ndarray, slots: int, max_replicas: int | None = None) -> np.ndarray:
-    """Replicas of each expert, int64 [E], adding up to `slots`, that minimise the largest weight of a replica.
-
-    One at a time to the expert whose replicas weigh most, which is optimal; of equal ones, to the heaviest expert, then
-    the first. No expert gets more than `max_replicas`: the ranks, where no rank is to hold two.
-
-    Raises:
-        ConfigError: the slots do not fit.
-    """
-    from epbackend.placement.search.layer_search import optimal_replicas as compiled
-
-    weight_E = np.asarray(weight_E, dtype=np.float64)
-    most = slots if max_replicas is None else max_replicas
-    if not weight_E.size <= slots <= weight_E.size * most:
-        raise ConfigError(
-            f"slots: {slots} do not fit {weight_E.size} experts of 1 to {most} replicas; "
-            f"use {weight_E.size} to {weight_E.size * most}"
-        )
-    return compiled(weight_E, np.argsort(-weight_E, kind="stable"), slots, most)
 
 
 # Moves from one placement to another
