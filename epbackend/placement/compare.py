@@ -72,7 +72,6 @@ def score_table(
     algorithms: Sequence[str] | None = None,
     splits: Sequence[str] | None = None,
     objective: str | Path | Objective = "tokens",
-    baseline: Placement | None = None,
     batches: int = 8,
     seed: int = 0,
     progress: Progress = silent,
@@ -89,7 +88,6 @@ def score_table(
             FOR_VISITS too.
         splits: of `replica_split.SPLITS`; unless given, those that differ on so many nodes.
         objective: what is balanced, see `objectives.parse_objective`.
-        baseline: the placement in use, from which moves are counted.
         batches: noisy batches to draw for each layer.
         seed: of the planners and of the noisy batches.
         progress: called with (layers done, layers in all), summed over the algorithms.
@@ -112,7 +110,7 @@ def score_table(
     warm_up()
     if pairs is not None:
         warm_up_affinity()
-    asked |= {"ranks": ranks, "objective": goal, "current": baseline, "seed": seed, "rank_speed": rank_speed}
+    asked |= {"ranks": ranks, "objective": goal, "seed": seed, "rank_speed": rank_speed}
     default, *others = planner_names()
     variants = (FOR_LEVEL,) if pairs is None else (FOR_LEVEL, FOR_VISITS)
     chosen = algorithms if algorithms is not None else (UNPLANNED, default, *variants, *others)
@@ -174,14 +172,7 @@ def _rows(
     visits = {} if pairs is None else {"nearest": placement_visits(placement, pairs)}
     rows = []
     for split in splits:
-        own = score(
-            placement,
-            loads,
-            split=split,
-            objective=objective,
-            baseline=asked["current"],
-            rank_speed=asked["rank_speed"],
-        )
+        own = score(placement, loads, split=split, objective=objective, rank_speed=asked["rank_speed"])
         speeds = checked_speeds(asked["rank_speed"], placement.ranks)
         noise = [mean_imbalance(placement, loads.loaded_layers, n, split, objective, speeds) for n in noises]
         judged = replace(own, algorithm=algorithm)
