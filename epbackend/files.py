@@ -6,14 +6,14 @@ from pathlib import Path
 from epbackend.errors import ConfigError
 
 
-def check_target(option: str, path: Path, replaced: bool = False) -> None:
-    """Raises ConfigError where no file could be written there: before the work, whose results would be lost.
+def check_target(option: str, path: Path) -> None:
+    """Raises ConfigError where `replace_file` could not write: before the work, whose results would be lost.
 
-    Folders that are missing are made later. `replaced`: by `replace_file`, which needs the folder of an old file too.
+    Folders that are missing are made later; that of an old file is needed, as the new one is made beside it.
     """
     place = path.absolute()
     there = next(each for each in (place, *place.parents) if os.path.exists(each))
-    needed = [there, there.parent] if replaced and there == place else [there]
+    needed = [there] if there != place or _written_as_it_is(place) else [there, there.parent]
     taken = there.is_dir() if there == place else not there.is_dir()
     if taken or not all(os.access(each, os.W_OK) for each in needed):
         raise ConfigError(
@@ -24,14 +24,18 @@ def check_target(option: str, path: Path, replaced: bool = False) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Writes the file in one operation: a reader finds the old one or the new one, also where this fails.
 
-    Folders that are missing are made.
+    Folders that are missing are made. What is no file by itself, as /dev/stdout, a pipe or a link, is written to as it
+    is.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if _written_as_it_is(path):
+            path.write_bytes(content)
+            return
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             unfinished.write_bytes(content)
             unfinished.replace(path)
@@ -39,6 +43,10 @@ def replace_file(path: Path, content: bytes) -> None:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _written_as_it_is(path: Path) -> bool:
+    return os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path))
 
 
 def cache_folder() -> Path:

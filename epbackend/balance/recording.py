@@ -54,7 +54,7 @@ class WindowsFile:
         if BY_PHASE in path:
             self._files = {Path(path.replace(BY_PHASE, phase)): phase for phase in PHASES}
         for file in self._files:
-            check_target(SETTING, file, replaced=True)
+            check_target(SETTING, file)
         self._numbering = numbering
         self._windows: list[np.ndarray] = []
         """Tokens of each, [2, Y, E]; the last one may still grow."""

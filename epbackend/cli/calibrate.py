@@ -86,7 +86,7 @@ def _check(config: EPConfig, out: Path) -> None:
             f"device: {config.device} is emulated here, so that no times can be measured; use cpu, or a machine that "
             "has it"
         )
-    check_target("out", out, replaced=True)
+    check_target("out", out)
 
 
 def _run(model: str, config: EPConfig, rows_X: tuple[int, ...]) -> "Calibration":

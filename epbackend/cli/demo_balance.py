@@ -16,6 +16,7 @@ from epbackend.cli.apart import EngineApart
 from epbackend.cli.output import console, error_console
 from epbackend.cli.pictures import save_rounds
 from epbackend.config import EPConfig
+from epbackend.files import replace_file
 from epbackend.models import resolve
 
 if TYPE_CHECKING:
@@ -133,8 +134,7 @@ def _start_file(model: str, config: EPConfig, out: Path) -> Path:
     placement = starting_placement(resolve(model), config, None)
     assert placement is not None
     file = out / "balance-start.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(placement.to_json(), encoding="utf-8")
+    replace_file(file, placement.to_json().encode())
     return file
 
 

@@ -6,6 +6,7 @@ E experts, R ranks, P slots of all ranks, Y layers.
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from epbackend.cli.inputs import algorithm_in_words, slots_in_words
 from epbackend.errors import ConfigError
-from epbackend.files import check_target
+from epbackend.files import check_target, replace_file
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
 from epbackend.placement.replica_split import expected_shares
@@ -394,9 +395,10 @@ def _save(figure: Figure, path: Path, dpi: int = 150) -> Path:
     Raises:
         ConfigError: the file cannot be written, or no such format is known.
     """
+    content = BytesIO()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=dpi)
-    except (OSError, ValueError) as error:
+        figure.savefig(content, dpi=dpi, format=path.suffix[1:].lower())
+    except ValueError as error:
         raise ConfigError(f"plot: {path} cannot be written: {error}; name a .png, .svg or .pdf") from None
+    replace_file(path, content.getvalue())
     return path

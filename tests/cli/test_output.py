@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from epbackend.cli import main
 from epbackend.errors import ConfigError
-from epbackend.files import check_target
+from epbackend.files import check_target, replace_file
 from tests.helpers.patience import PATIENCE_S
 
 SAYING = """
@@ -55,3 +56,44 @@ def test_a_target_that_cannot_be_written_is_named(tmp_path):
             check_target("out", path)
     for path in (tmp_path / "file", tmp_path / "new", tmp_path / "new" / "newer"):
         check_target("out", path)
+
+
+WRITING = """
+import sys
+from pathlib import Path
+from epbackend.files import check_target, replace_file
+
+check_target("out", Path(sys.argv[1]))
+replace_file(Path(sys.argv[1]), b"all of it")
+"""
+
+
+def write_to(path: Path, stdout: int) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", WRITING, str(path)],
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_what_is_no_file_by_itself_is_written_to(tmp_path):
+    """A link to /proc/self/fd/1 is what /dev/stdout is, whose place a file must never take."""
+    stdout, pipe, link = (tmp_path / name for name in ("stdout", "pipe", "link"))
+    stdout.symlink_to("/proc/self/fd/1")
+    os.mkfifo(pipe)
+    link.symlink_to("new")
+    assert write_to(stdout, subprocess.PIPE) == "all of it"
+    with (tmp_path / "redirected").open("w+") as file:
+        write_to(stdout, file.fileno())
+        assert file.read() == "all of it"
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    replace_file(pipe, b"all of it")
+    assert os.read(reader, 100) == b"all of it"
+    os.close(reader)
+    replace_file(link, b"all of it")
+    assert (tmp_path / "new").read_bytes() == b"all of it"
+    assert (stdout.is_symlink(), pipe.is_fifo(), link.is_symlink()) == (True, True, True)

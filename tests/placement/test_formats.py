@@ -1,6 +1,9 @@
 """Loads and placements in other programs' formats: round trips, what those programs read, what a format cannot say."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from epbackend.placement.formats import (
 )
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Layout, Placement, Provenance
+from tests.helpers.patience import PATIENCE_S
 
 COUNTS_YE = np.array([[0, 0, 0, 0], [5, 0, 2, 1], [1, 1, 1, 9]])
 ONE = Loads.of(COUNTS_YE)
@@ -347,6 +351,26 @@ def test_a_file_of_sglang_needs_ranks(tmp_path):
 def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written"):
         write(PLAN, tmp_path, "epbackend")
+
+
+WRITING = """
+import resource
+from epbackend.placement.formats import read_placement, write
+
+placement = read_placement("plan.json")
+resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # as on a full disk
+write(placement, "plan.json", "vllm-ascend")
+"""
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
+    write(PLAN, tmp_path / "plan.json", "epbackend")
+    done = subprocess.run(
+        [sys.executable, "-c", WRITING], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert "plan.json: cannot be written: File too large" in done.stderr
+    assert read_placement(tmp_path / "plan.json") == PLAN
+    assert os.listdir(tmp_path) == ["plan.json"]
 
 
 def lmdeploy_plan():

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from epbackend.errors import ConfigError, UnavailableError, did_you_mean
+from epbackend.files import replace_file
 from epbackend.placement.formats import (
     epbackend,
     expert_map,
@@ -107,7 +108,7 @@ def read(path: str | Path, name: str | None = None, options: ReadOptions = NO_OP
 
 
 def write(thing: Loads | Placement, path: str | Path, name: str, dense_layers: tuple[int, ...] = ()) -> None:
-    """Writes loads or a placement in the format of that name. Equal things give equal bytes.
+    """Writes loads or a placement in the format of that name, by `replace_file`. Equal things give equal bytes.
 
     Args:
         thing: loads or a placement.
@@ -124,11 +125,7 @@ def write(thing: Loads | Placement, path: str | Path, name: str, dense_layers: t
         content = written()
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(content)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    replace_file(Path(path), content)
 
 
 def usage(placement: Placement, name: str, path: str | Path) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from epbackend.errors import ConfigError
+from epbackend.files import replace_file
 from epbackend.placement.formats.file import (
     BROKEN,
     MAX_VALUES,
@@ -61,12 +62,7 @@ def write_pairs(pairs: Pairs, path: str | Path) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    content = _npz_bytes(pairs) if Path(path).suffix == ".npz" else _json_bytes(pairs)
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(content)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    replace_file(Path(path), _npz_bytes(pairs) if Path(path).suffix == ".npz" else _json_bytes(pairs))
 
 
 def _from_npz(file: File) -> tuple[np.ndarray, str | None]:

@@ -39,7 +39,7 @@ class Recording:
         layers = layer_count(read_model_config(Path(model_path)))
         if layers is None:
             raise ConfigError(f"record: {model_path} does not say how many layers it has (num_hidden_layers)")
-        check_target("record", path, replaced=True)
+        check_target("record", path)
         return cls(path, layers, ep_size, numbering_of(Renumbering.beside(model_path)))
 
     def write(self, report: LoadReport) -> None:
