@@ -58,12 +58,10 @@ def check_plot(path: Path) -> None:
 
 def save_load(load: LoadReport, path: Path, *, title: str) -> Path:
     """What a run did: tokens of each expert and of each rank in each layer, over the layer's means."""
-    from matplotlib.figure import Figure
-
     experts_YE, ranks_YR = load.tokens_RYE.sum(axis=0), load.tokens_RYE.sum(axis=2).T
     layers, experts = experts_YE.shape
     width = max(6.0, 0.3 * experts)
-    figure = Figure(figsize=(width + 3, max(2.6, 0.5 * layers + 1.4)), layout="constrained")
+    figure = _figure(width + 3, max(2.6, 0.5 * layers + 1.4))
     panels = figure.subplots(1, 2, sharey=True, width_ratios=(width, 3))
     shown = {"expert": _over_mean(experts_YE), "rank": _over_mean(ranks_YR)}
     highest = max(ratio_YX.max(initial=1.0) for ratio_YX in shown.values())
@@ -79,15 +77,13 @@ def save_load(load: LoadReport, path: Path, *, title: str) -> Path:
             panels[1].text(rank, layer, f"{ratio:.2f}", color=colour, ha="center", va="center")
     figure.suptitle(f"{title}: load of each expert and rank")
     figure.colorbar(image, ax=panels.tolist(), label="tokens / mean of the layer")
-    return _save(figure, path, dpi=120)
+    return _save(figure, path)
 
 
 def save_imbalance(loads: dict[str, LoadReport], path: Path, *, title: str) -> Path:
     """How far the busiest rank is above the mean in a step, layer by layer, in several runs of the same model."""
-    from matplotlib.figure import Figure
-
     layers = next(iter(loads.values())).layers
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = _figure(8, 4.5)
     axes = figure.add_subplot()
     width = 0.8 / len(loads)
     for index, (name, load) in enumerate(loads.items()):
@@ -100,14 +96,12 @@ def save_imbalance(loads: dict[str, LoadReport], path: Path, *, title: str) -> P
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return _save(figure, path, dpi=120)
+    return _save(figure, path)
 
 
 def save_rounds(imbalance: dict[str, list[float]], shift: int, path: Path, *, title: str) -> Path:
     """How far the busiest rank is above the mean, round by round, in several runs; the topic shifts after `shift`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = _figure(8, 4.5)
     axes = figure.add_subplot()
     for index, (name, ratios) in enumerate(imbalance.items()):
         above = 100 * (np.array(ratios) - 1)
@@ -117,7 +111,7 @@ def save_rounds(imbalance: dict[str, list[float]], shift: int, path: Path, *, ti
     axes.set(xlabel="round", ylabel="busiest rank, above the mean (%)", title=title, ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return _save(figure, path, dpi=120)
+    return _save(figure, path)
 
 
 def rank_loads_YR(placement: Placement, tokens_YE: np.ndarray) -> np.ndarray:
@@ -149,7 +143,6 @@ def save_before_after(before: Placement, after: Placement, loads: Loads, path: P
     Several windows are shown as their mixture.
     """
     from matplotlib.colors import FuncNorm
-    from matplotlib.figure import Figure
 
     layers = list(loads.loaded_layers)
     tokens_YE = loads.mixture_YE()
@@ -159,7 +152,7 @@ def save_before_after(before: Placement, after: Placement, loads: Loads, path: P
     furthest = max(1.05, float(np.quantile(busiest[0], 0.9)))
     norm = FuncNorm((_depth, _ratio), 1 / furthest, furthest)
 
-    figure = Figure(figsize=(13.3, 6.4), layout="constrained")
+    figure = _figure(13.3, 6.4)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, placement, each_YR, worst_Y in zip(panels, (before, after), loads_YR, busiest, strict=True):
         image = axes.imshow(each_YR, aspect="auto", interpolation="nearest", cmap="RdYlBu_r", norm=norm)
@@ -171,20 +164,13 @@ def save_before_after(before: Placement, after: Placement, loads: Loads, path: P
     panels[0].set_ylabel("layer", fontsize=LABEL)
     _colour_bar(figure, image, panels, furthest)
     was, now = (_times(worst_Y.mean()) for worst_Y in busiest)
-    figure.suptitle(
-        f"Busiest of {after.ranks} ranks: from {was} to {now} the mean load",
-        fontsize=TITLE,
-        fontweight="bold",
-    )
-    return _save(figure, path)
+    return _save_slide(figure, f"Busiest of {after.ranks} ranks: from {was} to {now} the mean load", path)
 
 
 def save_traffic(named: dict[str, Visits], path: Path) -> Path:
     """How many tokens of each node visit each other node, under two placements, on one scale of colours."""
-    from matplotlib.figure import Figure
-
     nodes = len(next(iter(named.values())).nodes_MM)
-    figure = Figure(figsize=(13.3, 6.4), layout="constrained")
+    figure = _figure(13.3, 6.4)
     panels = figure.subplots(1, len(named), sharey=True)
     for axes, (name, visits) in zip(panels, named.items(), strict=True):
         shown_MM = np.where(np.eye(nodes, dtype=bool), np.nan, 100 * visits.nodes_MM)
@@ -207,12 +193,9 @@ def save_traffic(named: dict[str, Visits], path: Path) -> Path:
     bar = figure.colorbar(image, ax=panels.tolist())
     bar.set_label("tokens that go there (%)", fontsize=LABEL)
     was, now = (visits.other_nodes for visits in named.values())
-    figure.suptitle(
-        f"Nodes that a token visits besides its own: from {was:.2f} to {now:.2f}",
-        fontsize=TITLE,
-        fontweight="bold",
+    return _save_slide(
+        figure, f"Nodes that a token visits besides its own: from {was:.2f} to {now:.2f}", path
     )
-    return _save(figure, path)
 
 
 def _depth(ratio: np.ndarray) -> np.ndarray:
@@ -227,8 +210,6 @@ def _ratio(depth: np.ndarray) -> np.ndarray:
 
 def save_score_table(table: ScoreTable, path: Path) -> Path:
     """How far the busiest rank is above the mean: algorithms one below the other, splits by colour and mark."""
-    from matplotlib.figure import Figure
-
     algorithms = list(dict.fromkeys(row.score.algorithm for row in table.rows))
     views = {
         "recorded loads": lambda row: row.score.imbalance_mean,
@@ -236,7 +217,7 @@ def save_score_table(table: ScoreTable, path: Path) -> Path:
         "placed on the first window,\njudged on the others": lambda row: row.drift,
     }
     shown = {name: view for name, view in views.items() if all(view(row) is not None for row in table.rows)}
-    figure = Figure(figsize=(13.3, 1.9 + 0.62 * len(algorithms)), layout="constrained")
+    figure = _figure(13.3, 1.9 + 0.62 * len(algorithms))
     visited = {row.score.algorithm: row.visits for row in table.rows if row.visits is not None}
     panels = figure.subplots(1, len(shown) + bool(visited), sharey=True, squeeze=False)[0]
     for axes in panels[1 : len(shown)]:
@@ -265,12 +246,11 @@ def save_score_table(table: ScoreTable, path: Path) -> Path:
     scores = [row.score for row in table.rows]
     best = min(scores, key=lambda found: round(found.imbalance_mean, 3))
     was, now = (_percent(100 * (found.imbalance_mean - 1)) for found in (scores[0], best))
-    figure.suptitle(
+    return _save_slide(
+        figure,
         f"Busiest of {best.ranks} ranks above the mean: {was} {scores[0].algorithm}, {now} {best.algorithm}",
-        fontsize=TITLE,
-        fontweight="bold",
+        path,
     )
-    return _save(figure, path)
 
 
 def _draw_visits(axes: Axes, visits: dict[str, Visits], algorithms: list[str]) -> None:
@@ -287,12 +267,10 @@ def _draw_visits(axes: Axes, visits: dict[str, Visits], algorithms: list[str]) -
 
 def save_simulation(found: Simulation, path: Path) -> Path:
     """The experts' time of a step in each cycle, one line a way to balance; and the bytes that two of them move."""
-    from matplotlib.figure import Figure
-
     from epbackend.balance.simulation import LABELS
 
     colours = dict(zip(LABELS, ("0.6", "#E69F00", "#D55E00", "#0072B2"), strict=True))
-    figure = Figure(figsize=(13.3, 5.6), layout="constrained")
+    figure = _figure(13.3, 5.6)
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     for name, outcome in found.outcomes.items():
         step_ms = outcome.step_ms_W
@@ -320,12 +298,9 @@ def save_simulation(found: Simulation, path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     once, ours = (found.outcomes[name].step_ms_W.mean() for name in ("once", "ours"))
     size = f"{found.cost.ranks} ranks, {found.slots} slots"
-    figure.suptitle(
-        f"{size}: the experts of a step take {ours:.1f} ms, {once:.1f} with EPLB once",
-        fontsize=TITLE,
-        fontweight="bold",
+    return _save_slide(
+        figure, f"{size}: the experts of a step take {ours:.1f} ms, {once:.1f} with EPLB once", path
     )
-    return _save(figure, path)
 
 
 def _cell_lines(axes: Axes, figure: Figure, layers: int, ranks: int) -> None:
@@ -389,7 +364,20 @@ def _percent(value: float) -> str:
     return f"{value:.{digits}f}%"
 
 
-def _save(figure: Figure, path: Path, dpi: int = 150) -> Path:
+def _figure(width: float, height: float) -> Figure:
+    """An empty one of so many inches, in which nothing overlaps."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save_slide(figure: Figure, message: str, path: Path) -> Path:
+    """Writes the picture under its message, in finer dots."""
+    figure.suptitle(message, fontsize=TITLE, fontweight="bold")
+    return _save(figure, path, dpi=150)
+
+
+def _save(figure: Figure, path: Path, dpi: int = 120) -> Path:
     """Writes the picture, in the format of the file's name.
 
     Raises:
