@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from epbackend.cli.output import JsonOption, console, json_stdout
+from epbackend.cli.output import JsonOption, console, json_if
 from epbackend.cli.session import ModelArgument, running, takes_config
 from epbackend.config import EPConfig
 from epbackend.device import get_device
@@ -47,15 +47,14 @@ def calibrate(
     """Start the ranks of a configuration, time one layer's experts on each, and write down how fast they are."""
     rows_X = given_tokens(tokens)
     _check(settings, out)
-    if as_json:
-        with json_stdout() as print_json:
-            found = _run(model, settings, rows_X)
-            _write(found, batch, out)
-            print_json({"out": str(out), **found.to_dict(batch)})
-        return
-    found = _run(model, settings, rows_X)
-    _write(found, batch, out)
-    _tell(found, out)
+    with json_if(as_json) as print_json:
+        found = _run(model, settings, rows_X)
+        facts = found.to_dict(batch)
+        replace_file(out, f"{json.dumps(facts)}\n".encode())
+        if print_json:
+            print_json({"out": str(out), **facts})
+        else:
+            _tell(found, out)
 
 
 def given_tokens(text: str) -> tuple[int, ...]:
@@ -94,10 +93,6 @@ def _run(model: str, config: EPConfig, rows_X: tuple[int, ...]) -> "Calibration"
 
     with calibrating(config.ep_size, rows_X, ROUNDS) as calibration, running(model, config):
         return calibration()
-
-
-def _write(found: "Calibration", batch: int, out: Path) -> None:
-    replace_file(out, f"{json.dumps(found.to_dict(batch))}\n".encode())
 
 
 def _tell(found: "Calibration", out: Path) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from epbackend.cli.demo_balance import TOPICS, balance_demo
 from epbackend.cli.loads import facts, imbalance, imbalance_in_words, print_load
-from epbackend.cli.output import JsonOption, console, error_console, json_stdout
+from epbackend.cli.output import JsonOption, console, error_console, json_if
 from epbackend.cli.pictures import save_imbalance, save_load
 from epbackend.cli.session import Answer, ask, running
 from epbackend.config import EPConfig
@@ -99,18 +99,13 @@ def demo(
         raise ConfigError("--max-new-tokens: --balance times the steps from token to token; use 2 or more")
     check_target("out", out / "expert-load.png")
     settings = engine_settings(engine, int(ranks or ("4" if balance else "2")))
-
-    def show(talk: bool) -> dict[str, Any]:
+    with json_if(as_json) as print_json:
         if balance:
-            return balance_demo(model, settings, max_new_tokens or 12, out, talk=talk)
-        return _demo(model, engine, settings, max_new_tokens or 40, out, talk=talk)
-
-    if as_json:
-        with json_stdout() as print_json:
-            result = show(talk=False)
+            result = balance_demo(model, settings, max_new_tokens or 12, out, talk=not as_json)
+        else:
+            result = _demo(model, engine, settings, max_new_tokens or 40, out, talk=not as_json)
+        if print_json:
             print_json(result)
-    else:
-        result = show(talk=True)
     raise typer.Exit(0 if result["tokens_identical"] else 1)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from epbackend.cli.loads import facts, print_load
-from epbackend.cli.output import JsonOption, console, json_stdout
+from epbackend.cli.output import JsonOption, console, json_if
 from epbackend.cli.session import ModelArgument, ask, running, takes_config
 from epbackend.config import EPConfig
 
@@ -27,11 +27,12 @@ def generate(
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         generation["temperature"] = temperature
-    if as_json:
-        with json_stdout() as print_json:
-            with running(model, settings) as pipe:
-                answer = ask(pipe, prompt, generation, raw=not chat_template)
-                load = pipe.load()
+    stream = stream and not as_json
+    show = (lambda text: console.out(text, end="", highlight=False)) if stream else None
+    with json_if(as_json) as print_json, running(model, settings) as pipe:
+        answer = ask(pipe, prompt, generation, show=show, raw=not chat_template)
+        load = pipe.load()
+        if print_json:
             print_json(
                 {
                     "text": answer.text,
@@ -40,11 +41,7 @@ def generate(
                     **facts(settings, load),
                 }
             )
-        return
-
-    with running(model, settings) as pipe:
-        show = (lambda text: console.out(text, end="", highlight=False)) if stream else None
-        answer = ask(pipe, prompt, generation, show=show, raw=not chat_template)
-        console.out("" if stream else answer.text)
-        print_load(pipe.load())
-        console.print(f"{answer.tokens_per_second:.1f} tokens/s", highlight=False)
+        else:
+            console.out("" if stream else answer.text)
+            print_load(load)
+            console.print(f"{answer.tokens_per_second:.1f} tokens/s", highlight=False)

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -65,6 +65,13 @@ def json_stdout() -> Iterator[Callable[[dict[str, Any]], None]]:
         sys.stdout.flush()
         os.dup2(stdout, 1)
         os.close(stdout)
+
+
+@contextmanager
+def json_if(asked: bool) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """`json_stdout` where JSON is asked for; where people read, stdout stays as it is, and None is yielded."""
+    with json_stdout() if asked else nullcontext() as print_json:
+        yield print_json
 
 
 def _write(descriptor: int, text: str) -> None:

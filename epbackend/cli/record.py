@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from epbackend.cli.loads import facts, print_load
-from epbackend.cli.output import JsonOption, console, json_stdout
+from epbackend.cli.output import JsonOption, console, json_if
 from epbackend.cli.session import ModelArgument, running, takes_config
 from epbackend.config import EPConfig
 from epbackend.errors import ConfigError, EPError
@@ -34,16 +34,15 @@ def record(
 ) -> None:
     """Answer prompts, and write down how many tokens each expert of each layer got."""
     texts = read_prompts(prompts)
-    if as_json:
-        with json_stdout() as print_json:
-            load = _run(model, settings, texts, out, max_new_tokens, pairs)
+    with json_if(as_json) as print_json:
+        load = _run(model, settings, texts, out, max_new_tokens, pairs)
+        if print_json:
             also = {} if pairs is None else {"pairs": str(pairs)}
             print_json({"loads": str(out), **also, "prompts": len(texts), **facts(settings, load)})
-        return
-    load = _run(model, settings, texts, out, max_new_tokens, pairs)
-    print_load(load)
-    beside = "" if pairs is None else f"; pairs: {pairs}"
-    console.print(f"{len(texts)} prompts; loads: {out}{beside}", highlight=False)
+        else:
+            print_load(load)
+            beside = "" if pairs is None else f"; pairs: {pairs}"
+            console.print(f"{len(texts)} prompts; loads: {out}{beside}", highlight=False)
 
 
 def read_prompts(path: Path) -> list[str]:
