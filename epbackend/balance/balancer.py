@@ -40,15 +40,12 @@ class Options:
 
     window_steps: int
     interval_s: float
-    threshold: float
-    max_slots: int | None
-    max_bytes: int | None
+    policy: Callable[[int], Policy]
+    """By the bytes of one expert, which the ranks tell once they have it."""
     staging_bytes: int
     checksums: str
     """See `Migration.checksums`."""
     timeout_s: float
-    objective: str = "tokens"
-    split: str = "even"
     speed_margin: float | None = None
     """By how much measured speeds of ranks must leave those in use; None: they are not measured."""
     levels: bool = False
@@ -116,7 +113,7 @@ class Balancer:
         self._board, self._read, self._options, self._tell = board, read, options, tell
         self._placement, self._record = placement, record
         self._report = BalanceReport(rank_speed=placement.rank_speed)
-        self._number = self._connection = 0
+        self._number = self._connection = self._expert_bytes = 0
         self._planner: Planner | None = None
         self._stop = threading.Event()
         self._looks = _Looks()
@@ -163,18 +160,11 @@ class Balancer:
             self._planner = Planner(self._placement, options.timeout_s, self._stop)
             self._note()
             try:
-                while not (expert_bytes := self._board.expert_bytes):
+                while not (length := self._board.expert_bytes):
                     if self._stop.wait(min(options.interval_s, START_POLL_S)):
                         return
-                self._planner.policy = Policy(
-                    threshold=options.threshold,
-                    max_slots=options.max_slots,
-                    max_bytes=options.max_bytes,
-                    expert_bytes=expert_bytes,
-                    objective=options.objective,
-                    split=options.split,
-                )
-                self._watch(self._planner, expert_bytes)
+                self._expert_bytes, self._planner.policy = length, options.policy(length)
+                self._watch(self._planner)
             finally:
                 self._planner.close()
         except Exception as error:
@@ -186,7 +176,7 @@ class Balancer:
             if self._record is not None:
                 self._record.save()
 
-    def _watch(self, planner: Planner, expert_bytes: int) -> None:
+    def _watch(self, planner: Planner) -> None:
         last, speeds = self._read(), self._speeds()
         while True:
             asked = self._looks.wait(self._options.interval_s)
@@ -206,11 +196,11 @@ class Balancer:
                 if speeds is not None and speeds.observe(self._board.work_R44):
                     self._placement = with_speeds(self._placement, speeds.rank_speed)
                     planner.accept(self._placement)
-                    self._tell_speeds(window_RYE.sum(axis=2), expert_bytes)
+                    self._tell_speeds(window_RYE.sum(axis=2))
                 proposal = planner.propose(planned_RYE.sum(axis=0))
                 if proposal is None:
                     continue
-                self._follow(proposal, window_RYE.sum(axis=2), expert_bytes)
+                self._follow(proposal, window_RYE.sum(axis=2))
                 planner.accept(self._placement)
             except EPError as error:
                 logger.warning("balance: %s", error)
@@ -227,16 +217,16 @@ class Balancer:
             return None
         return SpeedWatch(self._board.work_R44, margin, self._placement.rank_speed)
 
-    def _tell_speeds(self, tokens_RY: np.ndarray, expert_bytes: int) -> None:
+    def _tell_speeds(self, tokens_RY: np.ndarray) -> None:
         """Other speeds are in use from now on. Ranks that level by them learn it layer by layer, without any move."""
         speeds = self._placement.rank_speed
         self._note(rank_speed=speeds)
         logger.info("balance: the ranks' speeds are now %s", ", ".join(map(str, speeds)) or "alike")
         if self._options.levels:
             for layer in np.flatnonzero(tokens_RY.any(axis=0)).tolist():
-                self._change(layer, self._placement.layers[layer], tokens_RY, expert_bytes)
+                self._change(layer, self._placement.layers[layer], tokens_RY)
 
-    def _follow(self, proposal: Proposal, tokens_RY: np.ndarray, expert_bytes: int) -> None:
+    def _follow(self, proposal: Proposal, tokens_RY: np.ndarray) -> None:
         """Layer by layer. The placement that is then in use is in whole or in part that of the proposal."""
         self._note(
             plans=self._report.plans + 1,
@@ -253,14 +243,14 @@ class Balancer:
             proposal.reason,
         )
         for layer in proposal.layers:
-            self._change(layer, proposal.placement.layers[layer], tokens_RY, expert_bytes)
+            self._change(layer, proposal.placement.layers[layer], tokens_RY)
 
-    def _change(self, layer: int, after: Layout, tokens_RY: np.ndarray, expert_bytes: int) -> None:
+    def _change(self, layer: int, after: Layout, tokens_RY: np.ndarray) -> None:
         """In as many migrations as it takes, one where nothing moves; none once the balancer is closed."""
-        most = self._options.staging_bytes // expert_bytes
+        most = self._options.staging_bytes // self._expert_bytes
         try:
             for layout in parts(self._placement.layers[layer], after, most) or [after]:
-                self._migrate(layer, layout, tokens_RY[:, layer], expert_bytes)
+                self._migrate(layer, layout, tokens_RY[:, layer])
         except EPError as error:
             if self._stop.is_set():
                 return
@@ -269,7 +259,7 @@ class Balancer:
             self._fails(error)
             self._connection += 1
 
-    def _migrate(self, layer: int, after: Layout, tokens_R: np.ndarray, expert_bytes: int) -> None:
+    def _migrate(self, layer: int, after: Layout, tokens_R: np.ndarray) -> None:
         """Raises EPError where the layer has stayed as it was."""
         began, before, options = time.monotonic(), self._placement.layers[layer], self._options
         moves = route(before, after, tokens_R, self._placement.node_size)
@@ -294,7 +284,7 @@ class Balancer:
         if not self._board.flipped(migration.number):
             raise EPError("; ".join(self._board.errors()) or "it was given up")
         self._placement = with_layer(self._placement, layer, after)
-        travelled = sum(move.source != move.target for move in moves) * expert_bytes
+        travelled = sum(move.source != move.target for move in moves) * self._expert_bytes
         report = self._report
         self._note(
             migrations=report.migrations + 1,

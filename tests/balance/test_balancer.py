@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from epbackend.balance.balancer import Balancer, Options, Reading
 from epbackend.balance.board import PLACE, Board
+from epbackend.balance.decision import Policy
 from epbackend.balance.planner import Planner
 from epbackend.balance.recording import WindowsFile
 from epbackend.placement.formats import read_loads
@@ -29,7 +32,7 @@ def test_a_plan_is_made_for_the_phases_that_were_asked_for_and_they_are_recorded
     monkeypatch.setattr(Planner, "propose", lambda planner, tokens_YE: asked.append(tokens_YE))
     places = np.zeros(RANKS, PLACE)
     places["layers"], places["expert_bytes"] = LAYERS, 100
-    options = Options(1000, 1000.0, 0.1, None, None, 1 << 20, "all", 5.0, phases=phases)
+    options = Options(1000, 1000.0, partial(Policy, 0.1, None, None), 1 << 20, "all", 5.0, phases=phases)
     balancer = Balancer(
         Board(places),
         lambda: Reading(next(steps), next(counted)),

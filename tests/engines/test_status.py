@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from epbackend.balance.balancer import Balancer, BalanceReport, Options, Reading
 from epbackend.balance.board import Board
+from epbackend.balance.decision import Policy
 from epbackend.cli import app as command
 from epbackend.cli.top import View, drawn
 from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats, StatsReader
@@ -167,7 +169,7 @@ def test_a_look_that_is_asked_for_does_not_wait_for_the_interval(stats, monkeypa
         step = next(steps)
         return Reading(step, np.full((2, 2, 4, 8), step))
 
-    options = Options(1000, 1000.0, 0.9, None, None, 1 << 20, True, 5.0)
+    options = Options(1000, 1000.0, partial(Policy, 0.9, None, None), 1 << 20, "all", 5.0)
     stats.places["layers"], stats.places["expert_bytes"] = 4, 100
     balancer = Balancer(Board(stats.places), read, options, PLACEMENT)
     try:

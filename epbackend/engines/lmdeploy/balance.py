@@ -17,6 +17,7 @@ import torch
 
 from epbackend.balance.balancer import Balancer, BalanceReport, Options, Reading
 from epbackend.balance.board import Board
+from epbackend.balance.decision import Policy
 from epbackend.balance.migration import Migrator
 from epbackend.balance.recording import WindowsFile
 from epbackend.config import EPConfig
@@ -122,17 +123,24 @@ def start(config: EPConfig, stats: SharedStats, placement: Placement | None) -> 
         return Reading(report.calls, tokens_2RYE)
 
     splits = {config.placement.split_of(phase) for phase in PHASES}
+
+    def policy(length: int) -> Policy:
+        return Policy(
+            threshold=settings.threshold,
+            max_slots=settings.max_slots,
+            max_bytes=None if settings.max_mb is None else int(settings.max_mb * MB),
+            expert_bytes=length,
+            objective=config.placement.objective,
+            split="level" if splits <= set(LEVELLING) else "even",
+        )
+
     options = Options(
         window_steps=settings.window_steps,
         interval_s=settings.interval_s,
-        threshold=settings.threshold,
-        max_slots=settings.max_slots,
-        max_bytes=None if settings.max_mb is None else int(settings.max_mb * MB),
+        policy=policy,
         staging_bytes=int(settings.staging_mb * MB),
         checksums=settings.checksum,
         timeout_s=settings.timeout_s,
-        objective=config.placement.objective,
-        split="level" if splits <= set(LEVELLING) else "even",
         speed_margin=settings.speed_margin,
         levels=not splits.isdisjoint(LEVELLING),
         phases=settings.phases,
