@@ -5,7 +5,7 @@ Letters: R ranks, Y layers with experts, E experts, S steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -65,16 +65,8 @@ class LoadReport:
 
     def since(self, earlier: LoadReport) -> LoadReport:
         """The work after `earlier` was read; maxima and step_imbalance_Y stay those of the whole time."""
-        return LoadReport(
-            self.layers,
-            self.tokens_2RYE - earlier.tokens_2RYE if earlier.layers else self.tokens_2RYE,
-            self.calls - earlier.calls,
-            self.passes,
-            self.rounds,
-            self.dispatchers,
-            self.step_imbalance_Y,
-            self.top_k,
-        )
+        tokens_2RYE = self.tokens_2RYE - earlier.tokens_2RYE if earlier.layers else self.tokens_2RYE
+        return replace(self, tokens_2RYE=tokens_2RYE, calls=self.calls - earlier.calls)
 
 
 def step_imbalance_Y(tokens_RSY: np.ndarray) -> np.ndarray:
