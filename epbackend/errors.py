@@ -47,3 +47,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_name(what: str, name: object, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is none of the known ones.
+
+    >>> str(unknown_name("split:", "evn", ["even", "level"]))
+    "split: 'evn' is unknown, did you mean 'even'?; known are even, level"
+    """
+    names = list(known)
+    hint = did_you_mean(str(name), names)
+    return ConfigError(f"{what} {name!r} is unknown{hint}; known are {', '.join(names)}")

@@ -20,7 +20,7 @@ from importlib.metadata import entry_points
 from pkgutil import resolve_name
 from typing import Any, Literal, get_args
 
-from epbackend.errors import ConfigError, UnavailableError, did_you_mean
+from epbackend.errors import UnavailableError, unknown_name
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -70,9 +70,7 @@ class NameTable:
             return resolve_name(self.built_in[name])
         points = entry_points(group=self.group, name=name)
         if not points:
-            known = self.names()
-            hint = did_you_mean(str(name), known)
-            raise ConfigError(f"{self.kind} {name!r} is unknown{hint}; known are {', '.join(known)}")
+            raise unknown_name(self.kind, name, self.names())
         (point, *_) = points
         try:
             return point.load()

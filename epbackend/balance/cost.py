@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from epbackend.errors import ConfigError, did_you_mean
+from epbackend.errors import ConfigError, unknown_name
 from epbackend.placement.loads import whole_number
 from epbackend.placement.objectives import activated
 from epbackend.placement.placement import Layout
@@ -86,9 +86,7 @@ USUAL = "deepseek-v3"
 def find_model(name: str) -> Model:
     """One of `MODELS`. Raises ConfigError for another name."""
     if name not in MODELS:
-        raise ConfigError(
-            f"model: {name!r} is unknown{did_you_mean(name, MODELS)}; known are {', '.join(MODELS)}"
-        )
+        raise unknown_name("model:", name, MODELS)
     return MODELS[name]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from epbackend.balance.cost import H100
 from epbackend.balance.forecast import WAYS, Forecast
-from epbackend.errors import ConfigError, did_you_mean
+from epbackend.errors import ConfigError, unknown_name
 from epbackend.names import SPLITS
 from epbackend.placement.loads import Loads, real_number, whole_number
 from epbackend.placement.objectives import Objective, parse_objective
@@ -69,9 +69,7 @@ class Policy:
                 f"could ever move; give {self.expert_bytes} or more"
             )
         if self.split not in SPLITS:
-            raise ConfigError(
-                f"split: {self.split!r} is unknown{did_you_mean(self.split, SPLITS)}; known are {', '.join(SPLITS)}"
-            )
+            raise unknown_name("split:", self.split, SPLITS)
         for name in ("link_bytes_s", "horizon_s"):
             if not real_number(name, getattr(self, name)):
                 raise ConfigError(f"{name}: must be above 0")

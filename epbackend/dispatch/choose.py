@@ -12,8 +12,8 @@ from epbackend.dispatch.base import Dispatcher, LayerSpec
 from epbackend.dispatch.local_experts import row_bound
 from epbackend.dispatch.row_format import DISPATCH_DTYPES
 from epbackend.dispatch.token_groups import Sliced
-from epbackend.errors import ConfigError, UnavailableError
-from epbackend.names import DISPATCHERS
+from epbackend.errors import ConfigError, UnavailableError, unknown_name
+from epbackend.names import AUTO, DISPATCHERS
 
 logger = logging.getLogger("epbackend")
 
@@ -87,7 +87,7 @@ def decide(spec: LayerSpec, agreed: Mapping[str, str | None] = MappingProxyType(
     reasons = {name: cls.unsupported(spec) or agreed.get(name) for name, cls in classes.items()} | broken
     named = spec.settings.dispatcher
     if unknown := [name for name in named if name not in reasons]:
-        raise ConfigError(f"dispatcher {unknown[0]!r} is unknown; known are auto, {', '.join(reasons)}")
+        raise unknown_name("dispatcher", unknown[0], (AUTO, *reasons))
     name = _first_usable(spec, named or tuple(reasons), reasons)
     why = classes[name].reason(spec)
     other = f"usable, but {name} is {'pinned' if named else 'preferred'}"

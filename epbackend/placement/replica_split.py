@@ -30,7 +30,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from epbackend.errors import ConfigError, did_you_mean
+from epbackend.errors import ConfigError, unknown_name
 from epbackend.names import LEVEL_BY_NODE, LEVELLING, SPLITS
 from epbackend.placement.placement import Layout
 from epbackend.placement.speeds import rank_weights
@@ -263,8 +263,7 @@ def expected_shares(
         nodes = layout.ranks // node_size if split == LEVEL_BY_NODE and node_size else 1
         return np.stack([_level(tokens_E, layout, nodes, rank_speed) for tokens_E in tokens_BE])
     if split not in SPLITS:
-        known = ", ".join(SPLITS)
-        raise ConfigError(f"split: {split!r} is unknown{did_you_mean(split, SPLITS)}; known are {known}")
+        raise unknown_name("split:", split, SPLITS)
     part_P = _even_part(layout) if split == "even" else _nearest_part(layout, node_size or layout.ranks)
     return tokens_BE[:, layout.slot_to_expert_P] * part_P
 

@@ -256,7 +256,7 @@ def test_a_product_is_forced_by_the_environment(monkeypatch):
         assert choose(torch.float32) == Choice.of("library" if name == "onednn" else name)
     monkeypatch.setenv(choice.FORCED, "onedn")
     choose.cache_clear()
-    with pytest.raises(ConfigError, match=r"EPBACKEND_CPU_PRODUCT 'onedn' is unknown; .*onednn"):
+    with pytest.raises(ConfigError, match=r"EPBACKEND_CPU_PRODUCT 'onedn' is unknown, did you mean 'onednn'"):
         choose(torch.float32)
     monkeypatch.undo()
     choose.cache_clear()

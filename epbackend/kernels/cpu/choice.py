@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from epbackend.errors import ConfigError, did_you_mean
+from epbackend.errors import ConfigError, unknown_name
 from epbackend.files import cache_folder, replace_file
 from epbackend.kernels.cpu import products
 from epbackend.kernels.weight_formats import FLOATS
@@ -107,10 +107,7 @@ def choose(dtype: torch.dtype, product: str = "auto") -> Choice:
         product = os.environ.get(FORCED, "auto")
     if product != "auto":
         if product not in PRODUCTS:
-            known = ", ".join(("auto", *PRODUCTS))
-            raise ConfigError(
-                f"{FORCED} {product!r} is unknown; known are {known}{did_you_mean(product, PRODUCTS)}"
-            )
+            raise unknown_name(FORCED, product, ("auto", *PRODUCTS))
         return Choice.of("library" if product == "onednn" and not products.onednn_takes(dtype) else product)
     return Choice(**_kept_or_measured(dtype)["choice"])
 
