@@ -11,6 +11,7 @@ from rich.table import Table
 
 from epbackend.cli.inputs import (
     LoadsArgument,
+    ObjectiveOption,
     RankSlotsOption,
     RanksOption,
     SlotsOption,
@@ -29,10 +30,7 @@ def compare(
     loads: LoadsArgument,
     ranks: RanksOption,
     slots: SlotsOption = None,
-    objective: Annotated[
-        str,
-        typer.Option(help="What is balanced: tokens, activated[:BATCH], or a JSON file of measured times."),
-    ] = "tokens",
+    objective: ObjectiveOption = "tokens",
     node_size: Annotated[int, typer.Option(help="Ranks a node; 0: one node.")] = 0,
     search_ms: Annotated[float, typer.Option(help="Milliseconds a layer for algorithms that search.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of searches and of noisy batches.")] = 0,

@@ -31,6 +31,9 @@ SlotsOption = Annotated[
         help="Slots of each layer over all ranks; what exceeds the experts are replicas. [default: no replicas]"
     ),
 ]
+ObjectiveOption = Annotated[
+    str, typer.Option(help="What is balanced: tokens, activated[:BATCH], or a JSON file of measured times.")
+]
 SpeedOption = Annotated[
     str,
     typer.Option(

@@ -13,6 +13,7 @@ from rich.table import Table
 from epbackend.cli.inputs import (
     DenseOption,
     LoadsArgument,
+    ObjectiveOption,
     RankSlotsOption,
     RanksOption,
     SlotsOption,
@@ -51,10 +52,7 @@ def plan(
     algorithm: Annotated[
         str, typer.Option(help=f"{', '.join(PLANNERS.built_in)}, or one that a package adds.")
     ] = "refined",
-    objective: Annotated[
-        str,
-        typer.Option(help="What is balanced: tokens, activated[:BATCH], or a JSON file of measured times."),
-    ] = "tokens",
+    objective: ObjectiveOption = "tokens",
     node_size: Annotated[int, typer.Option(help="Ranks a node, for algorithms that care; 0: one node.")] = 0,
     budget: Annotated[
         int | None,
