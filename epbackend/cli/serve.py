@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from epbackend.cli import KEYS_VARIABLE
 from epbackend.cli.output import error_console
 from epbackend.cli.session import ModelArgument, takes_config
 from epbackend.config import EPConfig
@@ -14,7 +15,6 @@ from epbackend.engines.lmdeploy.server.front import DRAIN_S, EVERYTHING, Front
 from epbackend.errors import ConfigError
 
 API, TLS, LOG = "Answers", "Access: keys, TLS, CORS", "Logs and records"
-KEYS_VARIABLE = "EPBACKEND_API_KEY"
 
 
 @takes_config

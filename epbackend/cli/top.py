@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from epbackend.cli import KEYS_VARIABLE
 from epbackend.cli.output import JsonOption, console
 from epbackend.errors import ConfigError, UnavailableError
 
@@ -125,7 +126,7 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Two looks, then the view once.")] = False,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="EPBACKEND_API_KEY", show_envvar=True, help="The server's key."),
+        typer.Option(envvar=KEYS_VARIABLE, show_envvar=True, help="The server's key."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -170,7 +171,7 @@ def server(url: str, api_key: str | None) -> Source:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             reasons = {
-                401: "it wants an API key: --api-key or EPBACKEND_API_KEY",
+                401: f"it wants an API key: --api-key or {KEYS_VARIABLE}",
                 404: "it is no epbackend server",
             }
             said = (
