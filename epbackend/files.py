@@ -1,7 +1,9 @@
-"""Files that are written: whether one can be, before the work for it; whole or not at all; and the user's cache."""
+"""Files that are written: whether one can be, before the work for it; whole or not at all. JSON that is read."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from epbackend.errors import ConfigError
 
@@ -47,6 +49,16 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def _written_as_it_is(path: Path) -> bool:
     return os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path))
+
+
+def read_json(option: str, path: Path) -> Any:
+    """What is in the file. Raises ConfigError, with the option, where it cannot be read or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{option}: {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{option}: {path} is not JSON: {error}") from None
 
 
 def cache_folder() -> Path:

@@ -12,7 +12,6 @@ A batch is counted in choices, as loads are: a token that goes to K experts coun
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from epbackend.errors import ConfigError
+from epbackend.files import read_json
 
 DEFAULT_BATCH = 1024
 """Choices of a batch unless given: 128 requests that decode one token each, for 8 experts."""
@@ -146,12 +146,7 @@ def parse_objective(given: str | Path | Objective) -> Objective:
 
 def read_table(path: Path) -> Objective:
     """A measured time table. Raises ConfigError where the file cannot be read, or is no table."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"objective: {path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"objective: {path} is not JSON: {error}") from None
+    data = read_json("objective", path)
     if not isinstance(data, dict):
         raise ConfigError(f"objective: {path} must be an object with tokens, experts and microseconds")
     batch = data.get("batch", DEFAULT_BATCH)

@@ -6,16 +6,15 @@ empty, and plans and splits are those that know no speeds.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from epbackend.errors import ConfigError
+from epbackend.files import read_json
 
 RANK_SPEED = "rank_speed"
 """The option of a placement's provenance that holds the speeds it was planned for."""
@@ -76,12 +75,7 @@ def parse_speeds(text: str) -> tuple[float, ...]:
 
 
 def _from_file(path: Path) -> list[float]:
-    try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"rank_speed: {path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"rank_speed: {path} is not JSON: {error}") from None
+    data = read_json("rank_speed", path)
     speeds = data.get(RANK_SPEED) if isinstance(data, dict) else data
     if not isinstance(speeds, list) or any(type(speed) not in (int, float) for speed in speeds):
         raise ConfigError(

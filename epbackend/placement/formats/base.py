@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from epbackend.errors import ConfigError
 from epbackend.placement.formats.file import File
-from epbackend.placement.loads import Loads, check_dense
+from epbackend.placement.loads import NUMBERING, Loads, check_dense
 from epbackend.placement.placement import Layout, Placement, Provenance, check_ranks
 
 
@@ -55,6 +55,13 @@ class PlacementFormat:
     """From a placement and its dense layers; raises ConfigError for what the format cannot express."""
     usage: Callable[[Placement, str], str]
     """How to give the file of that name to the program whose format it is."""
+
+
+def checked_numbering(said: object) -> str | None:
+    """What a file says under NUMBERING, None where it is silent. Raises ConfigError for other than a text."""
+    if said is not None and not isinstance(said, str):
+        raise ConfigError(f"{NUMBERING}: must be a text")
+    return said
 
 
 def imported(layers: tuple[Layout, ...], file: File, name: str) -> Placement:

@@ -15,6 +15,7 @@ import numpy as np
 
 from epbackend.errors import ConfigError
 from epbackend.files import replace_file
+from epbackend.placement.formats.base import checked_numbering
 from epbackend.placement.formats.file import (
     BROKEN,
     MAX_VALUES,
@@ -49,9 +50,7 @@ def read_pairs(path: str | Path) -> Pairs:
                 f'pairs: holds none: JSON needs "{PAIRS}", npz an array of that name; record them '
                 "(epbackend record --pairs)"
             )
-        if numbering is not None and not isinstance(numbering, str):
-            raise ConfigError(f"{NUMBERING}: must be a text")
-        return Pairs(tokens_YEE, file.name, numbering)
+        return Pairs(tokens_YEE, file.name, checked_numbering(numbering))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

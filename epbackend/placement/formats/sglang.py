@@ -21,6 +21,7 @@ from epbackend.placement.formats.base import (
     PlacementFormat,
     ReadOptions,
     check_equal_slots,
+    checked_numbering,
     imported,
     layout_of_layer,
 )
@@ -35,9 +36,7 @@ def _read_loads(file: File) -> Loads:
     count = number_array(
         file.json[COUNT], COUNT, "[layers][experts] or [steps][layers][experts]", dims=(2, 3)
     )
-    numbering = file.json.get(NUMBERING)
-    if numbering is not None and not isinstance(numbering, str):
-        raise ConfigError(f"{NUMBERING}: must be a text")
+    numbering = checked_numbering(file.json.get(NUMBERING))
     if WINDOWS not in file.keys:
         return Loads.of(count if count.ndim == 2 else count.sum(axis=0), [file.name], numbering)
     names = file.json[WINDOWS]
