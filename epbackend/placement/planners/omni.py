@@ -17,7 +17,7 @@ import numpy as np
 
 from epbackend.errors import ConfigError
 from epbackend.placement.budget import first_slots, share_out
-from epbackend.placement.loads import whole_number
+from epbackend.placement.options import whole_number
 from epbackend.placement.placement import Layout
 from epbackend.placement.planners.base import Task, all_layers, refuse_unknown
 
