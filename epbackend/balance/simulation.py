@@ -110,8 +110,7 @@ class Simulation:
         moving = {name: self.outcomes[name] for name in ("anew", "ours")}
         all_slots = self.slots * self.layers * len(self.names)
         expert_bytes = self.cost.model.expert_bytes
-        held = self.slots // self.cost.ranks * self.layers * expert_bytes
-        whole_layer = self.slots // self.cost.ranks
+        rank_slots = self.slots // self.cost.ranks
         return {
             "ranks": self.cost.ranks,
             "slots": self.slots,
@@ -147,9 +146,9 @@ class Simulation:
                 for name, o in moving.items()
             },
             "memory_bytes_per_rank": {
-                "experts": held,
+                "experts": rank_slots * self.layers * expert_bytes,
                 "staging": {
-                    "anew": whole_layer * expert_bytes,
+                    "anew": rank_slots * expert_bytes,
                     "ours": max(cycle.staged for cycle in self.outcomes["ours"].cycles) * expert_bytes,
                 },
             },
