@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -160,20 +160,20 @@ def _with(current: Layout, part: list[tuple[int, int, int]]) -> Layout:
 
 
 def route(
-    before: Layout, after: Layout, tokens_R: Iterable[float] = (), node_size: int = 0
+    before: Layout, after: Layout, tokens_R: Sequence[float] | np.ndarray, node_size: int = 0
 ) -> tuple[Move, ...]:
     """Where each expert that moves comes from: the rank itself, else one on its node, else any that holds it.
 
     Among equals the one that sends least in this migration, then the one that computes least (`tokens_R`).
     """
-    node, tokens = node_size or before.ranks, list(tokens_R) or [0.0] * before.ranks
+    node = node_size or before.ranks
     sends: Counter[int] = Counter()
     found = []
     for target, target_place, expert in changes(before, after):
 
         def cost(source: int, target: int = target) -> tuple:
             near = source != target, source // node != target // node
-            return *near, sends[source], tokens[source], source
+            return *near, sends[source], tokens_R[source], source
 
         holders = [rank for rank, held in enumerate(before.experts_of_rank) if expert in held]
         source = min(holders, key=cost)

@@ -65,7 +65,7 @@ class Affinity:
         return {"affinity": self.limit, "pairs": f"{self.pairs.name} {self.pairs.digest}"}
 
     def gather_layers(
-        self, layouts: Sequence[Layout], loads: Loads, node_size: int, rank_speed: tuple[float, ...] = ()
+        self, layouts: Sequence[Layout], loads: Loads, node_size: int, rank_speed: tuple[float, ...]
     ) -> tuple[Layout, ...]:
         """All layers of a model; those without loads or pairs stay as they are.
 

@@ -139,7 +139,7 @@ def count_pairs(topk_ids_TK: np.ndarray, experts: int) -> np.ndarray:
     return np.bincount(both_S, minlength=experts * experts).reshape(experts, experts)
 
 
-def check_pairs_of(pairs: Pairs, layers: int, experts: int, of: str, numbering: str | None = None) -> None:
+def check_pairs_of(pairs: Pairs, layers: int, experts: int, of: str, numbering: str | None) -> None:
     """Raises ConfigError where pairs and `of`, a placement or loads of so many layers and experts, do not match."""
     for name, has, wanted in (("layers", pairs.layers, layers), ("experts", pairs.experts, experts)):
         if has != wanted:

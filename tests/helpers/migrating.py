@@ -257,7 +257,7 @@ WAY = layouts(
 def plans(way: list[Layout], **options: object) -> list[Migration]:
     """A migration from each layout to the next."""
     return [
-        Migration(number, 0, before, after, route(before, after), **options)
+        Migration(number, 0, before, after, route(before, after, [0] * before.ranks), **options)
         for number, (before, after) in enumerate(pairwise(way), start=1)
     ]
 
