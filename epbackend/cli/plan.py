@@ -36,6 +36,7 @@ from epbackend.placement import planners
 from epbackend.placement.affinity import Affinity
 from epbackend.placement.formats import ReadOptions, read_placement, write
 from epbackend.placement.loads import Loads
+from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement, with_speeds
 from epbackend.placement.score import Score, score
 from epbackend.placement.visits import Visits, placement_visits
@@ -96,44 +97,59 @@ def plan(
         check_target("out", out)
     if plot:
         # Imported late: matplotlib takes longer to import than most plans take.
-        from epbackend.cli.pictures import check_plot, save_before_after
+        from epbackend.cli.pictures import check_plot
 
         check_plot(plot)
     dense = layer_numbers(dense_layers)
     recorded = with_dense(load_windows(loads), dense)
-    before = read_placement(current, ReadOptions(ranks, dense_layers=dense)) if current else None
+    asked["current"] = read_placement(current, ReadOptions(ranks, dense_layers=dense)) if current else None
     counted, gathering = load_pairs(pairs, affinity)
-    if gathering:
+    asked |= _options(extra, asked)
+    _plan(recorded, asked, counted, gathering, out, plot, as_json)
+
+
+def _plan(
+    loads: Loads,
+    asked: dict[str, Any],
+    pairs: Pairs | None,
+    affinity: Affinity | None,
+    out: Path | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Plans as `planners.plan` is `asked` to, judges the plan on the same loads, and writes and shows it."""
+    if affinity:
         warm_up_affinity()
-    if algorithm in COMPILED:
+    if asked["algorithm"] in COMPILED:
         warm_up()  # so that the seconds below are of planning, not of loading machine code
-    asked |= {"current": before, **_options(extra, asked)}
     start = time.perf_counter()
-    placement = _planned("planning", recorded, asked, gathering)
+    placement = _planned("planning", loads, asked, affinity)
     seconds = time.perf_counter() - start
 
-    reference = before or unplanned(recorded, ranks)
-    judged = score(placement, recorded, objective=objective, baseline=before)
-    result = {**judged.to_dict(), **_more(placement, recorded), "seconds": round(seconds, 4)}
+    reference = asked["current"] or unplanned(loads, placement.ranks)
+    judged = score(placement, loads, objective=asked["objective"], baseline=asked["current"])
+    result = {**judged.to_dict(), **_more(placement, loads), "seconds": round(seconds, 4)}
     visits: dict[str, Visits] = {}
-    if counted:
+    if pairs:
         # On the nodes that are asked for, whatever the placement before was made for.
-        named = {algorithm_in_words(reference): replace(reference, node_size=node_size)}
-        if gathering:
-            named["balanced"] = _planned("planning without affinity", recorded, asked)
+        named = {algorithm_in_words(reference): replace(reference, node_size=asked["node_size"])}
+        if affinity:
+            named["balanced"] = _planned("planning without affinity", loads, asked)
         named["planned"] = placement
-        visits = {name: placement_visits(each, counted) for name, each in named.items()}
+        visits = {name: placement_visits(each, pairs) for name, each in named.items()}
         result["visits"] = {name: visit_facts(each, placement.experts) for name, each in visits.items()}
     if out:
         write(placement, out, "epbackend")
         result["out"] = str(out)
     if plot:
+        from epbackend.cli.pictures import save_before_after
+
         reference = with_speeds(reference, placement.rank_speed)
-        result["plot"] = str(save_before_after(reference, placement, recorded, plot))
+        result["plot"] = str(save_before_after(reference, placement, loads, plot))
     if as_json:
         print(json.dumps(result))
     else:
-        was = score(reference, recorded, objective=objective, rank_speed=placement.rank_speed)
+        was = score(reference, loads, objective=asked["objective"], rank_speed=placement.rank_speed)
         _print(result, placement, reference, was)
         if visits:
             console.print(visits_table(visits, placement.experts))
@@ -152,7 +168,7 @@ def _options(extra: list[str] | None, asked: dict[str, Any]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise ConfigError(f"option: {text!r} must be NAME=VALUE")
-        if name in (*asked, "current", "affinity"):
+        if name in (*asked, "affinity"):
             raise ConfigError(f"option: {name} has an option of its own, --{name.replace('_', '-')}")
         if name in ("loads", "progress"):
             raise ConfigError(f"option: {name} is no option of an algorithm (loads are the argument LOADS)")
