@@ -9,43 +9,36 @@ from pathlib import Path
 from epbackend.errors import did_you_mean
 
 # LMDeploy's field -> the setting of ours that decides it.
-FIELDS_SET_BY_US = {
+_OF_BOTH_ENGINES = {
     "tp": "engine.tp",
     "attn_tp_size": "engine.tp",
     "mlp_tp_size": "engine.tp",
-    "moe_tp_size": "engine.tp",
     "dp": "engine.dp",
-    "dp_rank": "engine.dp",
     "ep": "ep_size",
-    "device_type": "device",
     "dtype": "engine.dtype",
     "session_len": "engine.session_len",
     "max_batch_size": "engine.max_batch_size",
     "max_prefill_token_num": "engine.max_prefill_token_num",
     "cache_max_entry_count": "engine.cache_max_entry_count",
+    "enable_prefix_caching": "engine.enable_prefix_caching",
+}
+FIELDS_SET_BY_US = {
+    **_OF_BOTH_ENGINES,
+    "moe_tp_size": "engine.tp",
+    "dp_rank": "engine.dp",
+    "device_type": "device",
     "num_gpu_blocks": "engine.cache_blocks",
     "block_size": "engine.block_size",
-    "enable_prefix_caching": "engine.enable_prefix_caching",
     "eager_mode": "engine.eager_mode",
     "distributed_executor_backend": "engine.executor",
 }
 TURBOMIND_FIELDS_SET_BY_US = {
-    "tp": "engine.tp",
-    "attn_tp_size": "engine.tp",
-    "mlp_tp_size": "engine.tp",
-    "dp": "engine.dp",
+    **_OF_BOTH_ENGINES,
     "attn_dp_size": "engine.dp",
     "mlp_dp_size": "engine.dp",
     "outer_dp_size": "engine.dp",
-    "ep": "ep_size",
     "device_num": "ep_size",
-    "dtype": "engine.dtype",
-    "session_len": "engine.session_len",
-    "max_batch_size": "engine.max_batch_size",
-    "max_prefill_token_num": "engine.max_prefill_token_num",
-    "cache_max_entry_count": "engine.cache_max_entry_count",
     "cache_block_seq_len": "engine.block_size",
-    "enable_prefix_caching": "engine.enable_prefix_caching",
 }
 ENGINE_CONFIGS = {
     "pytorch": ("PytorchEngineConfig", FIELDS_SET_BY_US),
