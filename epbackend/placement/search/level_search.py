@@ -121,7 +121,7 @@ LEVEL_ENOUGH = 1.001
 """Mean cost at which nothing is left to gain."""
 
 
-class Split(NamedTuple):
+class LevelSplit(NamedTuple):
     """The expert of every slot, and how each batch is split over the slots."""
 
     rank_P: np.ndarray
@@ -203,7 +203,7 @@ def _even(expert_P, first_R, slow_R, tokens_EB):
     """The state in which all batches are split evenly over replicas."""
     experts, batches = tokens_EB.shape
     ranks = first_R.size - 1
-    split = Split(
+    split = LevelSplit(
         np.empty(expert_P.size, np.int64),
         expert_P.copy(),
         np.zeros(experts, np.int64),
