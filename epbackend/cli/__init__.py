@@ -15,7 +15,6 @@ import typer
 from typer.core import TyperGroup
 
 from epbackend.cli.output import error_console, say
-from epbackend.engines import RUN_VARIABLE
 from epbackend.errors import EPError, UnavailableError
 
 COMMANDS = {
@@ -42,6 +41,8 @@ COMMANDS = {
 
 DEBUG_VARIABLE = "EPBACKEND_DEBUG"
 """Set: errors come with their traceback."""
+RUN_VARIABLE = "EPBACKEND_RUN"
+"""Set by `epbackend run`: `engines.lmdeploy.handover` spells it too, as commands that plan import no engine."""
 KEYS_VARIABLE = "EPBACKEND_API_KEY"
 """The keys of a server, for it and for those who ask it."""
 

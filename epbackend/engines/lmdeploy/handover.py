@@ -20,7 +20,6 @@ from epbackend.config.issues import ConfigIssue, config_error
 from epbackend.config.lmdeploy_fields import FIELDS_SET_BY_US
 from epbackend.config.overrides import Override, with_overrides
 from epbackend.device import get_device
-from epbackend.engines import RUN_VARIABLE
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.checkpoint import check_checkpoint
 from epbackend.engines.lmdeploy.checks import check_adapters, check_deployment
@@ -32,6 +31,8 @@ from epbackend.errors import ConfigError, UnavailableError
 if TYPE_CHECKING:
     from lmdeploy import PytorchEngineConfig
 
+SETTINGS_VARIABLE = "EPBACKEND_RUN"
+"""Holds the settings of `epbackend run` (JSON, only those that were given), for the servers of dp > 1."""
 SIZES_OF_PARTS = ("attn_tp_size", "mlp_tp_size", "moe_tp_size")
 """LMDeploy's fields that no setting of ours decides alone: they stay as the program has them."""
 
@@ -50,7 +51,7 @@ def run(command: Sequence[str], config: EPConfig) -> None:
         UnavailableError: LMDeploy is not the release whose hooks are known, or there is no such script.
     """
     kind, name, arguments = _parsed(command)
-    os.environ[RUN_VARIABLE] = config.model_dump_json(exclude_unset=True)
+    os.environ[SETTINGS_VARIABLE] = config.model_dump_json(exclude_unset=True)
     install()
     sys.argv = [name, *arguments]
     if kind == "lmdeploy":
@@ -205,7 +206,7 @@ def _at(settings: Mapping[str, Any], setting: str) -> Any:
 
 
 def _settings() -> EPConfig:
-    return EPConfig.from_json(os.environ[RUN_VARIABLE])
+    return EPConfig.from_json(os.environ[SETTINGS_VARIABLE])
 
 
 def _parsed(command: Sequence[str]) -> tuple[str, str, Sequence[str]]:
