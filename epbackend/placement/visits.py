@@ -77,19 +77,24 @@ def expected_visits(pair_EE: np.ndarray, topk: int, layout: Layout, node_size: i
     """
     from epbackend.placement.search.affinity_search import visit_moments
 
-    size = node_size or layout.ranks
-    node_R = np.arange(layout.ranks) // size
-    nodes = layout.ranks // size
+    ranks, size = layout.ranks, node_size or layout.ranks
+    node_R = np.arange(ranks) // size
+    nodes = ranks // size
     expert_P = layout.slot_to_expert_P.copy()  # numba would compile once more for a read-only array
-    held_EM = np.zeros((layout.experts, nodes), dtype=np.int64)
-    np.add.at(held_EM, (expert_P, node_R[layout.rank_of_slot_P]), 1)
+    rank_P = layout.rank_of_slot_P.copy()
+    held_ER = np.zeros((layout.experts, ranks), dtype=np.int64)
+    np.add.at(held_ER, (expert_P, rank_P), 1)
+    held_EM = held_ER.reshape(-1, nodes, size).sum(axis=2)
     first_R = layout.first_R
     tokens = max(np.trace(pair_EE) / topk, 1e-300)
-    places = (first_R, node_R), (first_R[::size].copy(), np.arange(nodes))
-    moments = (visit_moments(expert_P, *each, held_EM, pair_EE) for each in places)
-    mean_MX, twice_MX = (np.hstack(each) / tokens for each in zip(*moments, strict=True))
-    visited_MX = 1.0 - chance_of_none(mean_MX, twice_MX, topk)
-    ranks_MR, nodes_MM = visited_MX[:, : layout.ranks], visited_MX[:, layout.ranks :]
+    moments = (
+        visit_moments(expert_P, first_X, rank_P, node_R, held_ER, held_EM, pair_EE)
+        for first_X in (first_R, first_R[::size].copy())
+    )
+    mean_RX, twice_RX = (np.hstack(each) / tokens for each in zip(*moments, strict=True))
+    visited_RX = 1.0 - chance_of_none(mean_RX, twice_RX, topk)
+    visited_MX = visited_RX.reshape(nodes, size, -1).mean(axis=1)
+    ranks_MR, nodes_MM = visited_MX[:, :ranks], visited_MX[:, ranks:]
     ranks_MM = ranks_MR.reshape(nodes, nodes, size).sum(axis=2)
     return Visits(float(ranks_MR.sum(axis=1).mean()), float(nodes_MM.sum(axis=1).mean()), nodes_MM, ranks_MM)
 

@@ -85,6 +85,23 @@ def test_a_copy_on_its_own_node_spares_a_token_the_link():
     assert expected_visits(count_pairs(routes, 4), 2, copied, 1).nodes == pytest.approx(1)
 
 
+def test_an_expert_on_every_rank_is_visited_nowhere_else():
+    routes = synthetic_routes(60, 4, 2, seed=1)
+    everywhere = Layout(((0, 1, 2, 3),) * 4, 4)
+    assert visits_of_routes(routes, everywhere).ranks == 1
+    assert expected_visits(count_pairs(routes, 4), 2, everywhere).ranks == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("slots", "node_size"), [(48, 0), (64, 0), (64, 4)])
+def test_ranks_are_estimated_within_some_percent_where_copies_are_on_one_node(slots, node_size):
+    routes = synthetic_routes(4000, 32, 4, strength=0, seed=2)
+    placement = plan(loads_of(routes, 32), ranks=8, slots=slots, node_size=node_size)
+    exact = visits_of_routes(routes, placement.layers[0], node_size)
+    guessed = placement_visits(placement, pairs_of(routes, 32))
+    assert guessed.ranks == pytest.approx(exact.ranks, rel=0.02)
+    assert guessed.nodes == pytest.approx(exact.nodes, rel=0.02)
+
+
 @given(questions(), st.sampled_from((1.0, 1.02, 1.3)), st.sampled_from((None, 0.3, 0.5)))
 @settings(max_examples=60, deadline=None)
 def test_never_more_visits_and_never_worse_than_the_limit(question, limit, slow):

@@ -479,35 +479,34 @@ def gather_on_ranks(problem, expert_P, first_R, most_time):
 
 
 @entry
-def visit_moments(expert_P, first_X, node_X, held_EM, pair_EE):
-    """What the tokens of each node find at each of X places: mean_MX choices in all, and twice_MX ordered pairs.
+def visit_moments(expert_P, first_X, rank_P, node_R, held_ER, held_EM, pair_EE):
+    """What a rank's tokens find at each of X places: mean_RX choices in all, and twice_RX ordered pairs of them.
 
-    Place x, a rank or a node, has the slots first_X[x] to first_X[x + 1] - 1 and is on node_X[x]. `pair_EE` are
-    tokens that chose both experts, on the diagonal the expert.
+    Place x, a rank or a node, has the slots first_X[x] to first_X[x + 1] - 1. `held_ER` and `held_EM` are the replicas
+    of each expert on each rank and node; `pair_EE` are tokens that chose both experts, on the diagonal the expert.
     """
-    nodes, places = held_EM.shape[1], node_X.size
-    mean_MX, twice_MX = np.zeros((nodes, places)), np.zeros((nodes, places))
-    holders_E = np.zeros(len(held_EM))
-    for expert in range(len(held_EM)):
-        for node in range(nodes):
-            holders_E[expert] += held_EM[expert, node]
+    places = first_X.size - 1
+    mean_RX, twice_RX = np.zeros((node_R.size, places)), np.zeros((node_R.size, places))
     part_P = np.empty(expert_P.size)
-    for place in range(places):
-        begin, end, home = first_X[place], first_X[place + 1], node_X[place]
-        for source in range(nodes):
-            for slot in range(begin, end):
-                expert = expert_P[slot]
-                part_P[slot] = 1.0 / holders_E[expert]
-                if held_EM[expert, source] > 0:
-                    part_P[slot] = 1.0 / held_EM[expert, home] if source == home else 0.0
-                mean_MX[source, place] += part_P[slot] * pair_EE[expert, expert]
-            for slot in range(begin, end):
+    for source in range(node_R.size):
+        node = node_R[source]
+        for slot in range(expert_P.size):
+            expert, home = expert_P[slot], rank_P[slot]
+            if held_ER[expert, source] > 0:
+                part_P[slot] = 1.0 / held_ER[expert, source] if home == source else 0.0
+            elif held_EM[expert, node] > 0:
+                part_P[slot] = 1.0 / held_EM[expert, node] if node_R[home] == node else 0.0
+            else:
+                part_P[slot] = 1.0 / held_EM[expert].sum()
+        for place in range(places):
+            for slot in range(first_X[place], first_X[place + 1]):
                 if part_P[slot] == 0.0:
                     continue
                 expert = expert_P[slot]
+                mean_RX[source, place] += part_P[slot] * pair_EE[expert, expert]
                 found = 0.0
-                for other in range(begin, slot):
+                for other in range(first_X[place], slot):
                     if expert_P[other] != expert:
                         found += part_P[other] * pair_EE[expert, expert_P[other]]
-                twice_MX[source, place] += 2.0 * found * part_P[slot]
-    return mean_MX, twice_MX
+                twice_RX[source, place] += 2.0 * found * part_P[slot]
+    return mean_RX, twice_RX
