@@ -40,13 +40,14 @@ WHY_IGNORED = {
     "enable_mlapo_prefetch": "it is for MindIE's own attention",
 }
 """Settings of a model family that concern expert parallelism, and why nothing is made of them."""
+EP_SECTIONS = ("enable_dispatch_combine_v2", "eplb")
 # Keys that the functions below read in their own way.
 READ_OTHERWISE = {
     "top level": {"BackendConfig"},
     "BackendConfig": {"ModelDeployConfig", "ScheduleConfig", "multiNodesInferEnabled"},
     "ModelDeployConfig": {"ModelConfig"},
     "ModelConfig": {*SIZE_KEYS, "models", "modelWeightPath", "npuMemSize", "plugin_params"},
-    "models": {"enable_dispatch_combine_v2", "eplb", *WHY_IGNORED},
+    "models": {*EP_SECTIONS, *WHY_IGNORED},
 }
 EPLB_OF_LEVEL_2 = ("aggregate_threshold", "buffer_expert_layer_num", "num_expert_update_ready_countdown")
 GENERAL_FAMILY = "llm"
@@ -164,7 +165,9 @@ def _only_family(families: Mapping[str, Any]) -> Mapping[str, Any]:
     blocks = {name: _inner(families, name) for name in families}
     general = blocks.pop(GENERAL_FAMILY, {})
     if len(blocks) > 1:
-        blocks = {name: block for name, block in blocks.items() if any(key in block for key in EP_SETTINGS)}
+        blocks = {
+            name: block for name, block in blocks.items() if {*EP_SETTINGS, *EP_SECTIONS} & block.keys()
+        }
     if len(blocks) > 1:
         raise MindIEKeyError(
             "ModelConfig.models",

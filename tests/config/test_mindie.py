@@ -166,6 +166,20 @@ def test_settings_of_all_families_are_under_those_of_the_one():
     assert any("communication_backend is ignored: collectives are HCCL's" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    "of_ep", [{"eplb": {"level": 1, "expert_map_file": "m.json"}}, {"enable_dispatch_combine_v2": False}]
+)
+def test_of_several_families_the_one_that_sets_expert_parallelism_is_meant(of_ep):
+    content = whole(family=of_ep)
+    families = content["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]["models"]
+    families["another"] = {}
+    config, _ = load(content)
+    assert config.placement is not None or config.dispatcher_of("decode") == ("alltoall",)
+    families["another"] = {"ep_level": 2}
+    with pytest.raises(ConfigError, match="sets expert parallelism for several families"):
+        load(content)
+
+
 def test_options_of_the_command_line_go_over_the_file():
     overrides = [Override("device", "cpu", "--device"), assignment("ep_size=2"), assignment("engine.dp=1")]
     config = EPConfig.load(whole(family=ALLTOALL), overrides)

@@ -213,12 +213,13 @@ def test_layers_of_an_expert_map_are_taken_by_their_number(tmp_path):
 
 def test_numbers_that_an_expert_map_leaves_out_are_dense_layers(tmp_path):
     path = expert_map(tmp_path, [2, 3])
-    for options in (ReadOptions(), ReadOptions(dense_layers=(0, 1))):
+    for options in (ReadOptions(), ReadOptions(dense_layers=(0, 1)), ReadOptions(dense_layers=(1, 0, 1))):
         assert on_ranks(read_placement(path, options))[2:] == [[[0], [1]], [[1], [0]]]
         assert len(read_placement(path, options).layers) == 4
-    with pytest.raises(
-        ConfigError, match=r"dense_layers: \(0,\) are given, but layer_id leaves out \(0, 1\)"
-    ):
+    behind = read_placement(path, ReadOptions(dense_layers=(4,)))
+    assert behind.layers[:4] == read_placement(path).layers
+    assert len(behind.layers) == 5
+    with pytest.raises(ConfigError, match="dense_layers: 0 are given, but layer_id leaves out 0, 1"):
         read_placement(path, ReadOptions(dense_layers=(0,)))
 
 

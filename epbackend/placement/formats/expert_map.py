@@ -60,12 +60,18 @@ def _layer_numbers(described: list[dict[str, Any]]) -> list[int]:
 
 def _dense_layers(numbers: list[int], given: tuple[int, ...]) -> tuple[int, ...]:
     """The layers without experts: as given, or those that the numbers of the model's layers leave out."""
-    left_out = tuple(sorted(set(range(max(numbers) + 1)) - set(numbers)))
-    if left_out and given and left_out != given:
+    left_out = {*range(max(numbers) + 1)} - {*numbers}
+    before = {layer for layer in given if layer <= max(numbers)}
+    if left_out and before and before != left_out:
         raise ConfigError(
-            f"dense_layers: {given} are given, but layer_id leaves out {left_out}; give neither or the same"
+            f"dense_layers: {_listed(before)} are given, but layer_id leaves out {_listed(left_out)}; "
+            "give neither or the same"
         )
-    return left_out or given
+    return tuple(sorted(left_out | {*given}))
+
+
+def _listed(layers: set[int]) -> str:
+    return ", ".join(map(str, sorted(layers)))
 
 
 def _experts_of_devices(layer: dict[str, Any], field: str) -> list[list[int]]:
