@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ from epbackend.balance.cost import MODELS, USUAL, Model
 from epbackend.errors import ConfigError
 from epbackend.placement.formats import common_numbering, read_loads
 from epbackend.placement.loads import Loads
-from epbackend.placement.placement import Placement
+from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.speeds import parse_speeds
 from epbackend.placement.synthetic import synthetic_loads
 
@@ -124,8 +125,13 @@ def with_dense(loads: Loads, dense_layers: tuple[int, ...]) -> Loads:
     return loads.with_dense(dense_layers)
 
 
-def unplanned(loads: Loads, ranks: int) -> Placement:
-    """The placement without planning: experts in order, and replicas only where ranks would be empty."""
+def unplanned(loads: Loads, ranks: int, rank_slots: Sequence[int] = ()) -> Placement:
+    """The placement without planning: experts in order, and replicas only where ranks would be empty.
+
+    `rank_slots`: where ranks have room for different numbers of experts; all of it is used then.
+    """
+    if rank_slots:
+        return Placement((Layout.in_order(loads.experts, rank_slots),) * loads.layers)
     return Placement.even(loads.layers, loads.experts, ranks, max(loads.experts, ranks))
 
 

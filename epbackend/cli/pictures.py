@@ -17,8 +17,7 @@ from epbackend.errors import ConfigError
 from epbackend.files import check_target, replace_file
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
-from epbackend.placement.replica_split import expected_shares
-from epbackend.placement.score import rank_costs
+from epbackend.placement.score import Terms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,56 +113,39 @@ def save_rounds(imbalance: dict[str, list[float]], shift: int, path: Path, *, ti
     return _save(figure, path)
 
 
-def rank_loads_YR(placement: Placement, tokens_YE: np.ndarray) -> np.ndarray:
-    """Tokens of each rank in each layer over the mean of the layer (float64), where replicas share evenly.
-
-    Where ranks differ in speed it is their time, over what all would take if they ended together.
-    """
-    loads_YR = np.concatenate(
-        [
-            rank_costs(expected_shares("even", tokens_E[None], layer), layer)
-            for layer, tokens_E in zip(placement.layers, tokens_YE, strict=True)
-        ]
-    )
-    if placement.rank_speed:
-        total_Y1 = np.maximum(loads_YR.sum(axis=1, keepdims=True), np.finfo(float).tiny)
-        return loads_YR / placement.rank_speed / total_Y1 * sum(placement.rank_speed)
-    return _over_mean(loads_YR)
-
-
 def _over_mean(tokens_YX: np.ndarray) -> np.ndarray:
     """Every row over its mean; zeros stay zeros."""
     return tokens_YX / np.maximum(tokens_YX.mean(axis=1, keepdims=True), np.finfo(float).tiny)
 
 
-def save_before_after(before: Placement, after: Placement, loads: Loads, path: Path) -> Path:
+def save_before_after(before: Placement, after: Placement, loads: Loads, path: Path, terms: Terms) -> Path:
     """The load of each rank in each layer with experts, under two placements, on one scale of colours.
 
     Yellow is the mean. Colours are finest near it: else what a plan leaves would be one yellow field.
-    Several windows are shown as their mixture.
+    Colours are means over the windows, and so are the busiest ranks, each of its window.
     """
     from matplotlib.colors import FuncNorm
 
     layers = list(loads.loaded_layers)
-    tokens_YE = loads.mixture_YE()
-    loads_YR = [rank_loads_YR(each, tokens_YE)[layers] for each in (before, after)]
-    busiest = [each_YR.max(axis=1) for each_YR in loads_YR]
+    ratios_LWR = [terms.ratios_LWR(each, loads) for each in (before, after)]
+    loads_LR = [np.stack([each_WR.mean(axis=0) for each_WR in each]) for each in ratios_LWR]
+    busiest = [np.array([each_WR.max(axis=1).mean() for each_WR in each]) for each in ratios_LWR]
     # Symmetric about the mean, so that red is above it, blue below.
     furthest = max(1.05, float(np.quantile(busiest[0], 0.9)))
     norm = FuncNorm((_depth, _ratio), 1 / furthest, furthest)
 
     figure = _figure(13.3, 6.4)
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, placement, each_YR, worst_Y in zip(panels, (before, after), loads_YR, busiest, strict=True):
-        image = axes.imshow(each_YR, aspect="auto", interpolation="nearest", cmap="RdYlBu_r", norm=norm)
-        _cell_lines(axes, figure, *each_YR.shape)
-        found = f"busiest rank {_times(worst_Y.mean())} the mean, {_times(worst_Y.max())} in the worst layer"
+    for axes, placement, each_LR, worst_L in zip(panels, (before, after), loads_LR, busiest, strict=True):
+        image = axes.imshow(each_LR, aspect="auto", interpolation="nearest", cmap="RdYlBu_r", norm=norm)
+        _cell_lines(axes, figure, *each_LR.shape)
+        found = f"busiest rank {_times(worst_L.mean())} the mean, {_times(worst_L.max())} in the worst layer"
         axes.set_title(f"{_name(placement)}\n{found}", fontsize=LABEL)
         axes.set_xlabel("rank", fontsize=LABEL)
         _few_ticks(axes, layers)
     panels[0].set_ylabel("layer", fontsize=LABEL)
     _colour_bar(figure, image, panels, furthest)
-    was, now = (_times(worst_Y.mean()) for worst_Y in busiest)
+    was, now = (_times(worst_L.mean()) for worst_L in busiest)
     return _save_slide(figure, f"Busiest of {after.ranks} ranks: from {was} to {now} the mean load", path)
 
 

@@ -36,9 +36,10 @@ from epbackend.placement import planners
 from epbackend.placement.affinity import Affinity
 from epbackend.placement.formats import ReadOptions, read_placement, write
 from epbackend.placement.loads import Loads
+from epbackend.placement.objectives import parse_objective
 from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement, with_speeds
-from epbackend.placement.score import Score, score
+from epbackend.placement.score import Terms, score
 from epbackend.placement.visits import Visits, placement_visits
 from epbackend.placement.warmup import warm_up, warm_up_affinity
 
@@ -126,9 +127,20 @@ def _plan(
     placement = _planned("planning", loads, asked, affinity)
     seconds = time.perf_counter() - start
 
-    reference = asked["current"] or unplanned(loads, placement.ranks)
-    judged = score(placement, loads, objective=asked["objective"], baseline=asked["current"])
+    reference = asked["current"] or replace(
+        unplanned(loads, placement.ranks, asked["rank_slots"] or ()), node_size=placement.node_size
+    )
+    reference = with_speeds(reference, placement.rank_speed)
+    terms = Terms(Terms.of(placement).split, parse_objective(asked["objective"]))
+    was, judged = (
+        score(each, loads, split=terms.split, objective=terms.objective, baseline=asked["current"])
+        for each in (reference, placement)
+    )
     result = {**judged.to_dict(), **_more(placement, loads), "seconds": round(seconds, 4)}
+    result["imbalance_before_mean"], result["imbalance_before_worst"] = (
+        was.imbalance_mean,
+        was.imbalance_worst,
+    )
     visits: dict[str, Visits] = {}
     if pairs:
         # On the nodes that are asked for, whatever the placement before was made for.
@@ -144,13 +156,11 @@ def _plan(
     if plot:
         from epbackend.cli.pictures import save_before_after
 
-        reference = with_speeds(reference, placement.rank_speed)
-        result["plot"] = str(save_before_after(reference, placement, loads, plot))
+        result["plot"] = str(save_before_after(reference, placement, loads, plot, terms))
     if as_json:
         print(json.dumps(result))
     else:
-        was = score(reference, loads, objective=asked["objective"], rank_speed=placement.rank_speed)
-        _print(result, placement, reference, was)
+        _print(result, placement, reference, terms)
         if visits:
             console.print(visits_table(visits, placement.experts))
 
@@ -188,16 +198,17 @@ def _more(placement: Placement, loads: Loads) -> dict[str, Any]:
     }
 
 
-def _print(result: dict[str, Any], placement: Placement, before: Placement, was: Score) -> None:
-    """The result for people, beside the score of the placement before."""
+def _print(result: dict[str, Any], placement: Placement, before: Placement, terms: Terms) -> None:
+    """The result for people, beside the placement before."""
     say(console, f"{result['algorithm']}: {described(placement)}", "bold")
-    what = "time of the slowest rank" if placement.rank_speed else "busiest rank"
-    table = Table(f"{what}, over the mean", box=SIMPLE)
+    table = Table(terms.in_words(placement).removeprefix("load of the "), box=SIMPLE)
     for column in (algorithm_in_words(before), "planned", "lower bound"):
         table.add_column(column, justify="right")
-    means = (was.imbalance_mean, result["imbalance_mean"], result["lower_bound_mean"])
+    means = (result["imbalance_before_mean"], result["imbalance_mean"], result["lower_bound_mean"])
     table.add_row(f"mean of {result['layers']} layers", *(f"{mean:.4f}" for mean in means))
-    table.add_row("worst layer", f"{was.imbalance_worst:.4f}", f"{result['imbalance_worst']:.4f}")
+    table.add_row(
+        "worst layer", f"{result['imbalance_before_worst']:.4f}", f"{result['imbalance_worst']:.4f}"
+    )
     console.print(table)
     say(
         console,

@@ -19,14 +19,14 @@ from epbackend.cli.inputs import (
     with_dense,
 )
 from epbackend.cli.output import console, say
-from epbackend.cli.pictures import rank_loads_YR, save_before_after, save_traffic
+from epbackend.cli.pictures import save_before_after, save_traffic
 from epbackend.cli.visits import PairsOption, visits_table
 from epbackend.placement.formats import ReadOptions, read_placement
 from epbackend.placement.formats.pairs import read_pairs
 from epbackend.placement.loads import Loads
 from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement, with_speeds
-from epbackend.placement.score import check_loads_of
+from epbackend.placement.score import Terms, check_loads_of
 from epbackend.placement.visits import placement_visits
 
 WORST = 5
@@ -66,11 +66,12 @@ def show(
         return
     recorded = with_dense(load_windows(loads), dense)
     check_loads_of(found, recorded)
-    before = unplanned(recorded, found.ranks)
-    if found.rank_speed:
-        before = with_speeds(before, found.rank_speed)
-    console.print(_table(before, found, recorded))
-    say(console, f"heat map: {save_before_after(before, found, recorded, plot)}", "")
+    slots_R = found.layers[0].slots_R.tolist()
+    before = unplanned(recorded, found.ranks, slots_R if max(slots_R) > min(slots_R) + 1 else ())
+    before = with_speeds(replace(before, node_size=found.node_size), found.rank_speed)
+    terms = Terms.of(found)
+    console.print(_table(before, found, recorded, terms))
+    say(console, f"heat map: {save_before_after(before, found, recorded, plot, terms)}", "")
 
 
 def _show_visits(placement: Placement, pairs: Pairs, path: Path) -> None:
@@ -108,17 +109,17 @@ def _span(least: int, most: int) -> str:
     return str(least) if least == most else f"{least} to {most}"
 
 
-def _table(before: Placement, after: Placement, loads: Loads) -> Table:
-    """The busiest rank of the layers that were worst, and of all layers."""
-    layers = np.array(loads.loaded_layers)
-    tokens_YE = loads.mixture_YE()
-    was_Y, is_Y = (rank_loads_YR(each, tokens_YE)[layers].max(axis=1) for each in (before, after))
-    what = "time of the slowest" if after.rank_speed else "load of the busiest"
-    table = Table("layer", title=f"{what} rank, over the mean", title_justify="left")
+def _table(before: Placement, after: Placement, loads: Loads, terms: Terms) -> Table:
+    """The busiest rank of the layers that are worst, and of all layers; over the windows, each with its own."""
+    was_L, is_L = (
+        np.array([each_WR.max(axis=1).mean() for each_WR in terms.ratios_LWR(each, loads)])
+        for each in (before, after)
+    )
+    table = Table("layer", title=terms.in_words(after), title_justify="left")
     for name in ("experts in order", after.provenance.algorithm):
         table.add_column(name, justify="right")
-    for index in np.argsort(-is_Y, kind="stable")[:WORST]:
-        table.add_row(str(layers[index]), f"{was_Y[index]:.4f}", f"{is_Y[index]:.4f}")
+    for index in np.argsort(-is_L, kind="stable")[:WORST]:
+        table.add_row(str(loads.loaded_layers[index]), f"{was_L[index]:.4f}", f"{is_L[index]:.4f}")
     table.add_section()
-    table.add_row(f"mean of {len(layers)}", f"{was_Y.mean():.4f}", f"{is_Y.mean():.4f}", style="bold")
+    table.add_row(f"mean of {len(is_L)}", f"{was_L.mean():.4f}", f"{is_L.mean():.4f}", style="bold")
     return table

@@ -16,7 +16,7 @@ from epbackend.placement.affinity import Affinity
 from epbackend.placement.loads import Loads
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
 from epbackend.placement.pairs import Pairs, check_pairs_of
-from epbackend.placement.placement import Placement, Provenance
+from epbackend.placement.placement import Layout, Placement, Provenance
 from epbackend.placement.planners import plan, planner_names
 from epbackend.placement.planners.base import Progress, silent
 from epbackend.placement.replica_split import expected_shares
@@ -210,6 +210,8 @@ def _place(algorithm: str, loads: Loads, pairs: Pairs | None, asked: dict[str, A
         return plan(loads, algorithm="refined", affinity=Affinity(pairs), **asked)
     if algorithm != UNPLANNED:
         return plan(loads, algorithm=algorithm, **asked)
-    slots = sum(asked.get("rank_slots") or ()) or asked.get("slots")
-    even = Placement.even(loads.layers, loads.experts, asked["ranks"], slots)
-    return Placement(even.layers, asked.get("node_size", 0), Provenance(UNPLANNED))
+    if rank_slots := asked.get("rank_slots"):
+        layer = Layout.in_order(loads.experts, rank_slots)
+    else:
+        layer = Layout.even(loads.experts, asked["ranks"], asked.get("slots"))
+    return Placement((layer,) * loads.layers, asked.get("node_size", 0), Provenance(UNPLANNED))

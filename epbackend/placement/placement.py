@@ -108,6 +108,11 @@ class Layout:
         check_slots(slots, experts, ranks)
         return cls.cut(np.arange(slots) % experts, np.arange(ranks + 1) * slots // ranks, experts)
 
+    @classmethod
+    def in_order(cls, experts: int, slots_R: Sequence[int]) -> Layout:
+        """The layout without planning on ranks with these numbers of slots."""
+        return cls.cut(np.arange(sum(slots_R)) % experts, np.cumsum([0, *slots_R]), experts)
+
     @property
     def ranks(self) -> int:
         """R."""

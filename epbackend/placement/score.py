@@ -119,10 +119,20 @@ def imbalances(
     rank_speed: tuple[float, ...] = (),
 ) -> np.ndarray:
     """Largest rank cost over the mean, float64 [B], for the tokens that each slot gets in each of B batches."""
+    return ratios(shares_BP, layout, objective, rank_speed).max(axis=1)
+
+
+def ratios(
+    shares_BP: np.ndarray,
+    layout: Layout,
+    objective: Objective = TOKENS,
+    rank_speed: tuple[float, ...] = (),
+) -> np.ndarray:
+    """Rank costs over the mean, float64 [B, R]; with speeds the mean is what all would take if they ended together."""
     costs_BR = rank_costs(shares_BP, layout, objective, rank_speed)
     if not rank_speed:
-        return costs_BR.max(axis=1) / costs_BR.mean(axis=1)
-    return costs_BR.max(axis=1) / (costs_BR @ np.array(rank_speed) / sum(rank_speed))
+        return costs_BR / costs_BR.mean(axis=1, keepdims=True)
+    return costs_BR / (costs_BR @ np.array(rank_speed) / sum(rank_speed))[:, None]
 
 
 def rank_costs(
@@ -142,6 +152,37 @@ def rank_costs(
             [objective.rank_costs(s_P, layout.rank_of_slot_P, layout.ranks) for s_P in shares_BP]
         )
     return costs_BR / rank_speed if rank_speed else costs_BR
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a placement is judged by."""
+
+    split: str = "even"
+    objective: Objective = TOKENS
+
+    @classmethod
+    def of(cls, placement: Placement) -> Terms:
+        """Those that it was planned for, by its provenance; tokens, where that names a file of measured times."""
+        asked = dict(placement.provenance.options)
+        split = "nearest" if "affinity" in asked else asked.get("split", "even")
+        objective = str(asked.get("objective", TOKENS.name))
+        return cls(split, TOKENS if objective.endswith(".json") else parse_objective(objective))
+
+    def in_words(self, placement: Placement) -> str:
+        """The head of a table of imbalances under it, for people."""
+        unit = "load" if self.objective == TOKENS else self.objective.name
+        what = "time of the slowest" if placement.rank_speed else f"{unit} of the busiest"
+        return f"{what} rank, over the mean" + f", split {self.split}" * (self.split != "even")
+
+    def ratios_LWR(self, placement: Placement, loads: Loads) -> list[np.ndarray]:
+        """For each layer with loads, in each of its windows: the cost of each rank over the mean."""
+        speeds, found = placement.rank_speed, []
+        for index in loads.loaded_layers:
+            layer, tokens_WE = placement.layers[index], loads.windows_of(index)
+            shares_WP = expected_shares(self.split, tokens_WE, layer, placement.node_size, speeds)
+            found.append(ratios(shares_WP, layer, self.objective, speeds))
+        return found
 
 
 def check_loads_of(placement: Placement, loads: Loads) -> None:

@@ -9,6 +9,7 @@ from epbackend.errors import ConfigError
 from epbackend.placement.compare import score_table
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
+from epbackend.placement.score import Terms
 from epbackend.placement.synthetic import synthetic_loads
 from tests.helpers.pictures import drawn_share, size
 
@@ -28,7 +29,7 @@ TWO_RANKS = report([[[1, 2], [0, 0]], [[0, 0], [3, 9]]])
 
 
 def test_plan_heat_map_draws_both_halves(tmp_path):
-    path = pictures.save_before_after(EVEN, EVEN, LOADS, tmp_path / "new" / "plan.png")
+    path = pictures.save_before_after(EVEN, EVEN, LOADS, tmp_path / "new" / "plan.png", Terms())
     assert size(path) == (1995, 960)
     assert drawn_share(path, left=0.10, right=0.40, top=0.2, bottom=0.8) > 0.8
     assert drawn_share(path, left=0.55, right=0.85, top=0.2, bottom=0.8) > 0.8
@@ -36,7 +37,7 @@ def test_plan_heat_map_draws_both_halves(tmp_path):
 
 def test_plan_heat_map_of_equal_loads_is_not_blank(tmp_path):
     equal = Loads.of(np.full((8, 16), 100))
-    path = pictures.save_before_after(EVEN, EVEN, equal, tmp_path / "plan.png")
+    path = pictures.save_before_after(EVEN, EVEN, equal, tmp_path / "plan.png", Terms())
     assert drawn_share(path, left=0.10, right=0.40, top=0.2, bottom=0.8) > 0.8
     assert drawn_share(path, left=0.55, right=0.85, top=0.2, bottom=0.8) > 0.8
 
@@ -70,4 +71,4 @@ def test_score_table_draws_every_view(tmp_path):
 
 def test_path_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"plot: .*picture\.mp3 cannot be written: .*; name a \.png"):
-        pictures.save_before_after(EVEN, EVEN, LOADS, tmp_path / "picture.mp3")
+        pictures.save_before_after(EVEN, EVEN, LOADS, tmp_path / "picture.mp3", Terms())

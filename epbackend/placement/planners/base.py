@@ -69,11 +69,8 @@ class Planner(Protocol):
 
 def all_layers(task: Task, planned: Mapping[int, Layout]) -> tuple[Layout, ...]:
     """All layers of the model: the planned ones, and those without load as in the placement in use, or else even."""
-    experts = task.loads.experts
-    if task.slots_R:
-        even = Layout.cut(np.arange(task.slots) % experts, task.first_R(), experts)
-    else:
-        even = Layout.even(experts, task.ranks, task.slots)
+    experts, slots_R = task.loads.experts, task.slots_R
+    even = Layout.in_order(experts, slots_R) if slots_R else Layout.even(experts, task.ranks, task.slots)
     in_use = task.current
     idle = in_use.layers if in_use is not None and in_use.slots == task.slots else (even,) * task.loads.layers
     return tuple(planned.get(layer, idle[layer]) for layer in range(task.loads.layers))
