@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ def check_target(option: str, path: Path) -> None:
         raise ConfigError(
             f"{option}: {path} cannot be written; name a file, in a folder that you may write to"
         )
+
+
+def check_apart(written: Mapping[str, Path | None], read: Mapping[str, Iterable[Path]]) -> None:
+    """Raises ConfigError where an option would write over what another option writes or reads: both by their names."""
+    owners = {path.resolve(): f"is given to {name} as well" for name, paths in read.items() for path in paths}
+    for option, path in written.items():
+        if path is None or _written_as_it_is(path):
+            continue
+        if path.resolve() in owners:
+            raise ConfigError(f"{option}: {path} {owners[path.resolve()]}; name another file")
+        owners[path.resolve()] = f"is --{option} as well"
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from epbackend.cli.inputs import DenseOption, described, layer_numbers, with_dense
+from epbackend.cli.inputs import DenseOption, described, layer_numbers, refuse_other_sizes, with_dense
 from epbackend.cli.output import console, error_console, say
 from epbackend.placement.formats import LOADS, PLACEMENTS, ReadOptions, read, usage, write
 from epbackend.placement.loads import Loads
@@ -40,7 +40,9 @@ def convert(
     """Convert loads or a placement. What the other format cannot express is an error that says so."""
     dense = layer_numbers(dense_layers)
     found = read(source, source_format, ReadOptions(ranks, slots, dense))
-    if isinstance(found, Loads):
+    if isinstance(found, Placement):
+        refuse_other_sizes(found, source, ranks, slots)
+    else:
         found = with_dense(found, dense)
     if isinstance(found, Placement) and to in WITHOUT_DENSE and not dense:
         _warn_of_dense(found)

@@ -35,25 +35,40 @@ def doctor(
         Path | None, typer.Option(help="Say which dispatchers this configuration would get here.")
     ] = None,
     ep_size: Annotated[int | None, typer.Option(min=1, help="The same for so many ranks.")] = None,
-    level: Annotated[Literal["1", "2"], typer.Option(help="Their ep_level.")] = "1",
-    dp: Annotated[int, typer.Option(min=1, help="Their engine.dp.")] = 1,
-    experts: Annotated[int, typer.Option(min=1, help="Of the model.")] = 128,
-    top_k: Annotated[int, typer.Option(min=1, help="Of the model: experts of a token.")] = 8,
+    level: Annotated[
+        Literal["1", "2"] | None, typer.Option(help="Their ep_level. [default: 1]", show_default=False)
+    ] = None,
+    dp: Annotated[int | None, typer.Option(min=1, help="Their engine.dp. [default: 1]")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Of the model. [default: 128]")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Of the model: experts of a token. [default: 8]")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Report every device, dispatcher, engine and package: usable, or why not and what to install."""
-    deployment = _deployment(config, ep_size, int(level), dp)
+    asked = {"--level": level, "--dp": dp} if ep_size is None else {}
+    if config is None and ep_size is None:
+        asked |= {"--experts": experts, "--top-k": top_k}
+    if without := [option for option, value in asked.items() if value is not None]:
+        said = "a configuration says it itself" if config else "give --ep-size too"
+        raise typer.BadParameter(f"{without[0]}: is for the dispatchers of so many ranks; {said}")
+    deployment = _deployment(config, ep_size, int(level or 1), dp or 1)
+
+    def decisions() -> dict[str, dict[str, Any]]:
+        assert deployment
+        return _decisions(deployment, experts or 128, top_k or 8)
+
     if as_json:
         with json_stdout() as print_json:
             found = dict(examine())
-            print_json({**found, "choices": _decisions(deployment, experts, top_k)} if deployment else found)
+            print_json({**found, "choices": decisions()} if deployment else found)
     else:
         found = {}
         for part, finding in _announced(examine()):
             found[part] = finding
             _show(part, finding)
         if deployment:
-            _show_decisions(_decisions(deployment, experts, top_k))
+            _show_decisions(decisions())
     if not any(device["usable"] for device in found["devices"].values()):
         raise typer.Exit(1)
 
@@ -63,7 +78,10 @@ def _deployment(config: Path | None, ep_size: int | None, level: int, dp: int) -
     if config is not None and ep_size is not None:
         raise typer.BadParameter("give a configuration or --ep-size, not both")
     if config is not None:
-        return read_config(config)[0]
+        settings, remarks = read_config(config)
+        for remark in remarks:
+            say(error_console, f"warning: {remark}", "yellow")
+        return settings
     if ep_size is None:
         return None
     from epbackend.config import EPConfig  # needs pydantic, which the rest does not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -133,6 +134,13 @@ def unplanned(loads: Loads, ranks: int, rank_slots: Sequence[int] = ()) -> Place
     if rank_slots:
         return Placement((Layout.in_order(loads.experts, rank_slots),) * loads.layers)
     return Placement.even(loads.layers, loads.experts, ranks, max(loads.experts, ranks))
+
+
+def refuse_other_sizes(placement: Placement, path: Path, ranks: int | None, slots: int | None = None) -> None:
+    """Raises ConfigError for options that say of a file what the file says otherwise."""
+    for option, given, there in (("ranks", ranks, placement.ranks), ("slots", slots, placement.slots)):
+        if given not in (None, there):
+            raise ConfigError(f"{option}: {given} are given, but {path} has {there}; leave the option out")
 
 
 def slots_in_words(placement: Placement) -> str:

@@ -46,13 +46,13 @@ LEAST_PERCENT = 1e-3
 """Where the logarithmic axis ends: it has no zero."""
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, option: str = "plot") -> None:
     """Raises ConfigError where no picture could be written there, before what it shows is computed."""
     from matplotlib.figure import Figure
 
-    check_target("plot", path)
+    check_target(option, path)
     if path.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
-        raise ConfigError(f"plot: {path} is no picture's name; name a .png, .svg or .pdf")
+        raise ConfigError(f"{option}: {path} is no picture's name; name a .png, .svg or .pdf")
 
 
 def save_load(load: LoadReport, path: Path, *, title: str) -> Path:

@@ -30,7 +30,7 @@ from epbackend.cli.inputs import (
 from epbackend.cli.output import JsonOption, console, say, watching
 from epbackend.cli.visits import AffinityOption, PairsOption, load_pairs, visit_facts, visits_table
 from epbackend.errors import ConfigError
-from epbackend.files import check_target
+from epbackend.files import check_apart, check_target
 from epbackend.names import PLANNERS
 from epbackend.placement import planners
 from epbackend.placement.affinity import Affinity
@@ -101,6 +101,12 @@ def plan(
         from epbackend.cli.pictures import check_plot
 
         check_plot(plot)
+    inputs = {
+        "LOADS": map(Path, loads),
+        "--current": filter(None, [current]),
+        "--pairs": filter(None, [pairs]),
+    }
+    check_apart({"out": out, "plot": plot}, inputs)
     dense = layer_numbers(dense_layers)
     recorded = with_dense(load_windows(loads), dense)
     asked["current"] = read_placement(current, ReadOptions(ranks, dense_layers=dense)) if current else None

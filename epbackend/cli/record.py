@@ -13,7 +13,7 @@ from epbackend.cli.output import JsonOption, console, json_if
 from epbackend.cli.session import ModelArgument, running, takes_config
 from epbackend.config import EPConfig
 from epbackend.errors import ConfigError, EPError
-from epbackend.files import check_target
+from epbackend.files import check_apart, check_target
 
 
 @takes_config
@@ -91,8 +91,7 @@ def _run(
     recording = Recording.of(out, locate(model), config.ep_size)
     if pairs is not None:
         check_target("pairs", pairs)
-        if pairs.resolve() == out.resolve():
-            raise ConfigError(f"pairs: {pairs} is --out as well; name another file")
+        check_apart({"out": out, "pairs": pairs}, {})
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
     with ExitStack() as stack:
         if pairs is not None:
@@ -103,9 +102,16 @@ def _run(
             before = pipe.load()
             answers = pipe.infer(prompts, gen_config=generation, do_preprocess=False)
             load = pipe.load().since(before)
-        if failed := [answer for answer in answers if answer.finish_reason == "error"]:
-            raise EPError(f"the engine failed: {failed[0].error_message} (its log above says more)")
+        failed = [
+            f"prompt {number}, {prompt[:40]!r}: {answer.error_message}"
+            for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1)
+            if answer.finish_reason == "error"
+        ]
+        if len(failed) == len(prompts):
+            raise EPError(f"no prompt was answered; {failed[0]}")
         recording.write(load)
         if pairs is not None:
             write_pairs(counted(), pairs)
+    if failed:
+        raise EPError(f"{out}: is without {len(failed)} of {len(prompts)} prompts; {failed[0]}")
     return load

@@ -39,8 +39,10 @@ def renumber(
 ) -> None:
     """Write MODEL with its experts renumbered: the same function, and a balanced block for each rank."""
     if undo:
-        if loads or ranks or rank_speed:
-            raise ConfigError("undo: needs neither --loads nor --ranks nor --rank-speed; leave them out")
+        if loads or ranks or rank_speed or nodes != 1 or force:
+            raise ConfigError(
+                "undo: needs neither --loads nor --ranks, --nodes, --rank-speed or --force; leave them out"
+            )
         plan = renumbering.plan_undoing(model)
     else:
         if not loads or ranks is None:

@@ -218,7 +218,7 @@ def ask(
             prompt, gen_config=GenerationConfig(**generation), do_preprocess=not raw, **stoppable
         ):
             if piece.finish_reason == "error":
-                raise EPError(f"the engine failed: {piece.error_message} (its log above says more)")
+                raise EPError(f"the engine gave no answer: {piece.error_message}")
             text += piece.text
             token_ids += piece.token_ids
             if show:

@@ -15,12 +15,14 @@ from epbackend.cli.inputs import (
     described,
     layer_numbers,
     load_windows,
+    refuse_other_sizes,
     unplanned,
     with_dense,
 )
 from epbackend.cli.output import console, say
-from epbackend.cli.pictures import save_before_after, save_traffic
+from epbackend.cli.pictures import check_plot, save_before_after, save_traffic
 from epbackend.cli.visits import PairsOption, visits_table
+from epbackend.files import check_apart
 from epbackend.placement.formats import ReadOptions, read_placement
 from epbackend.placement.formats.pairs import read_pairs
 from epbackend.placement.loads import Loads
@@ -53,8 +55,14 @@ def show(
     ] = Path("out/traffic.png"),
 ) -> None:
     """Show a placement; with LOADS, the load of each rank without it and with it."""
+    check_apart({"traffic": traffic if pairs else None, "plot": plot if loads else None}, {})
     dense = layer_numbers(dense_layers)
     found = read_placement(placement, ReadOptions(ranks, dense_layers=dense))
+    refuse_other_sizes(found, placement, ranks)
+    if pairs:
+        check_plot(traffic, "traffic")
+    if loads:
+        check_plot(plot)
     say(console, f"{placement}: {described(found)}", "bold")
     say(console, _origin(found), "")
     say(console, _replicas(found), "")

@@ -22,6 +22,7 @@ from epbackend.cli.inputs import (
 )
 from epbackend.cli.output import JsonOption, console, error_console, say, watching
 from epbackend.errors import ConfigError
+from epbackend.names import SPLITS
 from epbackend.placement.speeds import checked_speeds
 from epbackend.placement.warmup import warm_up
 
@@ -35,7 +36,9 @@ def simulate(
     slots: SlotsOption = None,
     model: Annotated[
         str | None,
-        typer.Option(help=f"Whose experts: {', '.join(MODELS)}. [default: by the number of experts]"),
+        typer.Option(
+            help=f"Whose experts: {', '.join(MODELS)}. [default: by the number of experts, else priced as {USUAL}'s]"
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens that each rank brings to a step.")] = 128,
     steps: Annotated[int, typer.Option(help="Steps of a cycle.")] = STEPS,
@@ -43,7 +46,7 @@ def simulate(
         int,
         typer.Option(max=1000, help="Cycles from each window to the next, the load going over evenly."),
     ] = 1,
-    split: Annotated[str, typer.Option(help="How replicas share tokens: even, nearest or level.")] = "even",
+    split: Annotated[str, typer.Option(help=f"How replicas share tokens: {', '.join(SPLITS)}.")] = "even",
     node_size: Annotated[
         int | None,
         typer.Option(help="Ranks a node; 0: one node. [default: 8, or 0 where 8 do not divide the ranks]"),
@@ -106,7 +109,8 @@ def _of_experts(name: str | None, experts: int) -> Model:
     """
     if name is None:
         alike = (model for model in MODELS.values() if model.experts == experts)
-        return next(alike, replace(MODELS[USUAL], experts=experts))
+        unknown = replace(MODELS[USUAL], name=f"{experts} experts, priced as {USUAL}'s", experts=experts)
+        return next(alike, unknown)
     model = find_model(name)
     if model.experts != experts:
         raise ConfigError(

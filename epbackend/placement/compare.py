@@ -29,6 +29,8 @@ UNPLANNED = "unplanned"
 """The row of the layout in order, which needs no planner."""
 FOR_LEVEL = "refined+level"
 """The row of the default planner, planning for the `level` split."""
+WITHOUT_SEARCH = ("eplb", "incremental", "lplb", "omni")
+"""Planners that have no use for time to search, and would refuse it."""
 FOR_VISITS = "refined+affinity"
 """The row of the default planner where pairs are known: then changed for fewer visits, within the usual limit."""
 
@@ -204,6 +206,8 @@ def _drift(
 
 def _place(algorithm: str, loads: Loads, pairs: Pairs | None, asked: dict[str, Any]) -> Placement:
     """The placement of a row: by `plan`, or in order."""
+    if algorithm in WITHOUT_SEARCH:
+        asked = {**asked, "search_ms": 0.0}
     if algorithm == FOR_LEVEL:
         return plan(loads, algorithm="refined", split="level", **asked)
     if algorithm == FOR_VISITS and pairs is not None:

@@ -19,6 +19,7 @@ from epbackend.placement.loads import Loads
 from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement
 from epbackend.placement.planners import plan
+from epbackend.placement.score import score
 from epbackend.placement.synthetic import synthetic_loads, synthetic_routes
 from tests.helpers.patience import PATIENCE_S
 from tests.helpers.pictures import colour_share, drawn_share
@@ -66,6 +67,39 @@ def test_plan_prints_a_table_for_people(run, recorded):
     assert "worst layer" in result.stdout
 
 
+def test_plan_and_show_judge_by_what_was_planned_for(run, tmp_path, recorded):
+    """The split, the objective, and each window with its own busiest rank."""
+    drifted, out = tmp_path / "drifted.json", tmp_path / "p.json"
+    write(synthetic_loads(5, 16, tokens=10_000, dense_layers=1, seed=4), drifted, "sglang")
+    for loads, options, split, objective in (
+        ([recorded], ["--option", "split=level"], "level", "tokens"),
+        ([recorded], ["--objective", "activated:256"], "even", "activated:256"),
+        ([recorded, drifted], [], "even", "tokens"),
+    ):
+        asked = ["plan", *loads, "--ranks", 4, "--slots", 20, *options, "--out", out]
+        said = json.loads(run(*asked, "--json").stdout)
+        judged = score(read_placement(out), read_loads(loads), split=split, objective=objective)
+        assert (said["split"], said["objective"]) == (split, objective)
+        assert said["imbalance_mean"] == judged.imbalance_mean
+        assert said["imbalance_before_mean"] > said["imbalance_mean"]
+        shown = run("show", out, *loads, "--plot", tmp_path / "p.png").stdout
+        means = [line.split() for line in shown.splitlines() if "mean of 4" in line]
+        assert means[0][-2] == f"{judged.imbalance_mean:.4f}"
+        assert ("activated:256 of the busiest" in shown) == (objective != "tokens")
+
+
+def test_experts_in_order_fill_the_slots_that_ranks_have(run, tmp_path):
+    path = tmp_path / "loads.csv"
+    write(Loads.of(np.array([[5, 1, 3, 2], [1, 2, 3, 4]])), path, "csv")
+    asked = [path, "--ranks", 2, "--rank-slots", "3,1", "--json"]
+    said = json.loads(run("plan", *asked).stdout)
+    # Three of four experts on the first rank: (9 + 6) of (11 + 10) tokens, over half of each.
+    assert said["imbalance_before_mean"] == pytest.approx((9 / 5.5 + 6 / 5) / 2)
+    rows = json.loads(run("compare", *asked, "--plot", tmp_path / "c.png").stdout)["rows"]
+    unplanned = [row for row in rows if (row["algorithm"], row["split"]) == ("unplanned", "even")]
+    assert unplanned[0]["imbalance_mean"] == pytest.approx(said["imbalance_before_mean"])
+
+
 def test_plan_with_a_budget_has_uneven_layers(run, recorded):
     said = json.loads(run("plan", recorded, "--ranks", 4, "--budget", 6, "--json").stdout)
     assert said["slots"] is None
@@ -110,6 +144,22 @@ def test_option_of_one_algorithm_is_refused_by_others(run, recorded):
         (("plan", "none.json", "--ranks", 4, "--plot", "/x.mp3"), "plot: /x.mp3 is no picture's name"),
         (("compare", "none.json", "--ranks", 4, "--plot", "{recorded}"), "is no picture's name; name a .png"),
         (("simulate", "none.json", "--ranks", 4, "--plot", "{recorded}/x.png"), "x.png cannot be written"),
+        (("plan", "{recorded}", "--ranks", 4, "--out", "{recorded}"), "is given to LOADS as well"),
+        (("plan", "{recorded}", "--ranks", 4, "--out", "x.png", "--plot", "x.png"), "is --out as well"),
+        (
+            ("plan", "{recorded}", "--ranks", 4, "--algorithm", "omni", "--search-ms", 5),
+            "search_ms: omni does not search",
+        ),
+        (("plan", "{planned}", "--ranks", 4), "holds a placement, not loads"),
+        (("plan", "{map}", "--ranks", 4), "holds a placement, not loads"),
+        (("show", "{planned}", "--ranks", 3), "ranks: 3 are given, but"),
+        (
+            ("show", "{planned}", "--pairs", "x.npz", "--traffic", "x.txt"),
+            "traffic: x.txt is no picture's name",
+        ),
+        (("convert", "{planned}", "x", "--to", "sglang", "--slots", 40), "slots: 40 are given, but"),
+        (("doctor", "--level", 2), "--level: is for the dispatchers of"),
+        (("renumber", "x", "--out", "y", "--undo", "--force"), "undo: needs neither"),
         (("show", "{recorded}"), "holds loads, not a placement"),
         (("convert", "{recorded}", "x", "--to", "omni"), "error: 'omni' is no format of loads to write"),
         (
@@ -118,8 +168,11 @@ def test_option_of_one_algorithm_is_refused_by_others(run, recorded):
         ),
     ],
 )
-def test_bad_arguments_are_refused_without_a_traceback(run, recorded, arguments, message):
-    result = run(*(str(argument).format(recorded=recorded) for argument in arguments))
+def test_bad_arguments_are_refused_without_a_traceback(run, tmp_path, recorded, planned, arguments, message):
+    sglang = tmp_path / "map.json"  # which does not say how many ranks there are
+    sglang.write_text('{"physical_to_logical_map": [[0, 1]]}')
+    files = {"recorded": recorded, "planned": planned, "map": sglang}
+    result = run(*(str(argument).format(**files) for argument in arguments))
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert "Traceback" not in result.output

@@ -154,9 +154,9 @@ def _unknown(name: str, known: Iterable[str], what: str) -> ConfigError:
 
 def _read_loads(path: Path) -> tuple[Loads, int | None]:
     """The loads of a file, and the rank that recorded them, where the file says it."""
-    found, file, form = _read(path, [*LOADS.values(), *PLACEMENTS.values()], NO_OPTIONS)
-    if not isinstance(found, Loads) or not isinstance(form, LoadsFormat):
-        raise ConfigError(f"{path}: holds a placement, not loads; give a recording of the experts' tokens")
+    found, file, form = _read(path, [*LOADS.values(), *PLACEMENTS.values()], None)
+    assert isinstance(found, Loads)
+    assert isinstance(form, LoadsFormat)
     rank = form.rank(file)
     if rank is not None and (type(rank) is not int or rank < 0):
         raise ConfigError(f"{path}: rank: must be a whole number from 0")
@@ -181,20 +181,28 @@ def _ranks_added_up(recorded: list[Loads], ranks: list[int | None]) -> list[Load
 
 
 def _read(
-    path: Path, forms: Sequence[LoadsFormat | PlacementFormat], options: ReadOptions
+    path: Path, forms: Sequence[LoadsFormat | PlacementFormat], options: ReadOptions | None
 ) -> tuple[Loads | Placement, File, LoadsFormat | PlacementFormat]:
-    """What the file holds in the first format that matches, the file, and the format; errors start with the path."""
+    """What the file holds in the first format that matches, the file, and the format; errors start with the path.
+
+    `options`: None where a placement is not wanted.
+    """
     hotspots = path / mindie_hotspots.CONFIG
     # Path.is_file raises for a name that is too long.
     file = File(hotspots if os.path.isfile(hotspots) else path)
     try:
+        if inner := sorted(path.glob(f"*/{mindie_hotspots.CONFIG}")) if os.path.isdir(path) else []:
+            raise ConfigError(f"has a folder for each phase; give one of them: {inner[0].parent}")
         if file.kind == PICKLE:
             raise ConfigError("is a pickle, which may run any code: never read; save it as JSON, CSV or npy")
         form = next((form for form in forms if form.matches(file)), None)
         if form is None:
             names = dict.fromkeys(form.name for form in forms)
             raise ConfigError(f"{file.kind} of none of these formats: {', '.join(names)}")
-        found = form.read(file, options) if isinstance(form, PlacementFormat) else form.read(file)
-        return found, file, form
+        if isinstance(form, LoadsFormat):
+            return form.read(file), file, form
+        if options is None:
+            raise ConfigError("holds a placement, not loads; give a recording of the experts' tokens")
+        return form.read(file, options), file, form
     except (ConfigError, UnavailableError) as error:
         raise type(error)(f"{path}: {error}") from None

@@ -179,11 +179,11 @@ def check_answer(algorithm: str, layers: Any, task: Task) -> tuple[Layout, ...]:
 
 
 def refuse_unknown(algorithm: str, task: Task, *, options: Iterable[str], knows_budget: bool = False) -> None:
-    """For planners that balance tokens only, over ranks that are alike.
+    """For planners that balance tokens only, over ranks that are alike, and do not search.
 
     Raises:
-        ConfigError: another objective, speeds or slots of ranks, a budget unless the planner knows it, or an option
-            that it does not know.
+        ConfigError: another objective, speeds or slots of ranks, time to search, a budget unless the planner knows it,
+            or an option that it does not know.
     """
     if task.objective != TOKENS:
         raise ConfigError(
@@ -197,7 +197,14 @@ def refuse_unknown(algorithm: str, task: Task, *, options: Iterable[str], knows_
     for name, value in (("rank_speed", task.rank_speed), ("rank_slots", task.slots_R)):
         if value:
             raise ConfigError(f"{name}: {algorithm} takes all ranks to be alike; use algorithm 'refined'")
+    refuse_search(algorithm, task)
     refuse_options(algorithm, task, options)
+
+
+def refuse_search(algorithm: str, task: Task) -> None:
+    """Raises ConfigError for time to search, where the planner does not."""
+    if task.search_ms:
+        raise ConfigError(f"search_ms: {algorithm} does not search; leave it out, or use algorithm 'refined'")
 
 
 def refuse_options(algorithm: str, task: Task, known: Iterable[str]) -> None:

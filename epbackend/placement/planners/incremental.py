@@ -20,7 +20,7 @@ import numpy as np
 from epbackend.errors import ConfigError
 from epbackend.placement.options import real_number
 from epbackend.placement.placement import Layout, Placement
-from epbackend.placement.planners.base import Task, refuse_options
+from epbackend.placement.planners.base import Task, refuse_options, refuse_search
 from epbackend.placement.planners.search_inputs import SearchInputs
 
 OPTIONS = ("target", "windows")
@@ -40,6 +40,7 @@ def plan_layers(task: Task) -> tuple[Layout, ...]:
     from epbackend.placement.search.compiled import announce
     from epbackend.placement.search.layer_search import improve
 
+    refuse_search("incremental", task)
     refuse_options("incremental", task, OPTIONS)
     current = _checked_current(task)
     target = real_number("target", task.options.get("target", TARGET))
