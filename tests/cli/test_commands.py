@@ -278,6 +278,19 @@ def test_record_writes_the_loads_of_every_layer(config_file, tmp_path, prompts, 
     assert (pairs.loads_YE <= counts).all()
 
 
+@pytest.mark.slow
+def test_record_keeps_what_was_counted_where_a_prompt_cannot_be_answered(config_file, tmp_path, run_here):
+    (tmp_path / "prompts").write_text("The ship\n" + "whale " * 300 + "\n")
+    result = run_here(
+        "record", "tiny-deepseek-v3", "--config", config_file(), "--prompts", "prompts", "--out", "loads.json",
+        "--max-new-tokens", 4, "--session-len", 128, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "loads.json: is without 1 of 2 prompts; prompt 2, 'whale whale" in result.stderr
+    assert "must be smaller than the model context length (128)" in result.stderr
+    assert sum(map(sum, json.loads((tmp_path / "loads.json").read_text())["logical_count"])) > 0
+
+
 def test_calibrate_times_the_experts_of_every_rank(config_file, tmp_path, run_here):
     result = run_here(
         "calibrate", "tiny-deepseek-v3", "--config", config_file(), "--out", "speeds.json", "--tokens", "1,16",
