@@ -20,7 +20,7 @@ import epbackend
 from benchmarks.report import command_line, print_table
 from epbackend import EPConfig
 from epbackend.device import cpu_group
-from epbackend.engines.lmdeploy.checkpoint import locate
+from epbackend.engines.lmdeploy.hub import locate
 from epbackend.engines.lmdeploy.workers import mp
 
 PROMPT, SHORT, LONG = "Call me Ishmael", 10, 110

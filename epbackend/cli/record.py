@@ -83,7 +83,7 @@ def _run(
     """The load of answering the prompts, written to `out`; and their pairs to `pairs`."""
     from lmdeploy import GenerationConfig
 
-    from epbackend.engines.lmdeploy.checkpoint import locate
+    from epbackend.engines.lmdeploy.hub import locate
     from epbackend.engines.lmdeploy.load.pairs import counting_pairs
     from epbackend.engines.lmdeploy.load.recording import Recording
     from epbackend.placement.formats.pairs import write_pairs

@@ -180,7 +180,7 @@ def running(
             "serve, epbackend.pipeline, or engine.backend: pytorch"
         )
     if chat_template is not None:
-        from epbackend.engines.lmdeploy.checkpoint import locate
+        from epbackend.engines.lmdeploy.hub import locate
         from epbackend.engines.lmdeploy.server.chat_templates import chat_template_config
 
         arguments["chat_template_config"] = chat_template_config(

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from epbackend.checkpoint import expert_count, expert_width, read_model_config
 from epbackend.cli.output import console
 from epbackend.device import get_device
-from epbackend.engines.lmdeploy.checkpoint import expert_count, expert_width, read_model_config
 from epbackend.engines.lmdeploy.checks import BLOCKED_FP8, W8A8, form_of_experts
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.models import resolve

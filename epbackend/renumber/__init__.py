@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from epbackend.engines.lmdeploy.checkpoint import (
+from epbackend.checkpoint import (
     INDEX,
     SAFETENSORS,
     Header,
@@ -31,11 +31,11 @@ from epbackend.engines.lmdeploy.checkpoint import (
     dense_layers,
     expert_count,
     layer_count,
-    locate,
     read_model_config,
     safetensors_header,
     shards,
 )
+from epbackend.engines.lmdeploy.hub import locate
 from epbackend.errors import ConfigError
 from epbackend.placement.contiguous import in_blocks, plan_order
 from epbackend.placement.loads import Loads

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from epbackend.engines.lmdeploy.checkpoint import Header
+from epbackend.checkpoint import Header
 from epbackend.errors import ConfigError
 
 PIECE = 1 << 26

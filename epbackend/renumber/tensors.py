@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from epbackend.engines.lmdeploy.checkpoint import StoredTensor, listed
+from epbackend.checkpoint import StoredTensor, listed
 from epbackend.errors import ConfigError
 
 EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<rest>.+)")

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.cuda.engine import ALONE, CASES, PLUG, SHAPES, Case, race, table, write_model
 from benchmarks.cuda.report import Report
-from epbackend.engines.lmdeploy.checkpoint import check_checkpoint, safetensors_types
+from epbackend.checkpoint import check_checkpoint, safetensors_types
 
 pytestmark = pytest.mark.cpu
 FEW = (Case(2, 3, 1), Case(1, 1, 5))

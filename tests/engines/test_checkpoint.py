@@ -15,13 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.engines.lmdeploy.checkpoint import (
-    check_checkpoint,
-    dense_layers,
-    expert_count,
-    layer_count,
-    read_model_config,
-)
+from epbackend.checkpoint import check_checkpoint, dense_layers, expert_count, layer_count, read_model_config
 from epbackend.engines.lmdeploy.checks import check_deployment
 from epbackend.errors import ConfigError, UnavailableError
 from epbackend.models import TINY_MODELS, resolve

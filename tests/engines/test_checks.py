@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 import epbackend
 from epbackend import EPConfig
+from epbackend.checkpoint import expert_count
 from epbackend.device.base import Memory
 from epbackend.device.cpu import CpuDevice
 from epbackend.engines.lmdeploy import checks, lmdeploy_config, plug
 from epbackend.engines.lmdeploy.architectures import LACKING
-from epbackend.engines.lmdeploy.checkpoint import expert_count
 from epbackend.engines.lmdeploy.checks import GIB
 from epbackend.engines.lmdeploy.patches.engine import cache_blocks
 from epbackend.engines.transformers import distributed_config

@@ -3,7 +3,7 @@
 import huggingface_hub
 import pytest
 
-from epbackend.engines.lmdeploy.checkpoint import locate
+from epbackend.engines.lmdeploy.hub import locate
 from epbackend.errors import UnavailableError
 from epbackend.models import resolve
 

@@ -15,7 +15,7 @@ import requests
 from typer.testing import CliRunner
 
 from epbackend.cli import app
-from epbackend.engines.lmdeploy.checkpoint import locate
+from epbackend.engines.lmdeploy.hub import locate
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
 from epbackend.engines.lmdeploy.server import serve
 from epbackend.engines.lmdeploy.server.chat_templates import chat_template_config

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import epbackend
 from epbackend import EPConfig
-from epbackend.engines.lmdeploy.checkpoint import SAFETENSORS, layer_count
+from epbackend.checkpoint import SAFETENSORS, layer_count
 from epbackend.errors import ConfigError
 from epbackend.placement import plan
 from tests.helpers.engine_models import EXPERTS, NEW_TOKENS, TOP_K, prompts, tokenizer

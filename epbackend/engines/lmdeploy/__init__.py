@@ -30,8 +30,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from epbackend.checkpoint import check_checkpoint
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.checkpoint import check_checkpoint, locate
+from epbackend.engines.lmdeploy.hub import locate
 from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.engines.lmdeploy.processes import check_port, check_starts

@@ -20,10 +20,10 @@ from epbackend.balance.board import Board
 from epbackend.balance.decision import Policy
 from epbackend.balance.migration import Migrator
 from epbackend.balance.recording import WindowsFile
+from epbackend.checkpoint import expert_count, layer_count, read_model_config
 from epbackend.config import EPConfig
 from epbackend.config.checks import SPEEDS_NOT_SEEN
 from epbackend.device import get_device
-from epbackend.engines.lmdeploy.checkpoint import expert_count, layer_count, read_model_config
 from epbackend.engines.lmdeploy.checks import expert_bytes
 from epbackend.engines.lmdeploy.load.report import SharedStats, all_rows
 from epbackend.engines.lmdeploy.state import active

@@ -9,10 +9,7 @@ from typing import Any
 
 import torch
 
-from epbackend.config import EPConfig
-from epbackend.device import get_device
-from epbackend.engines.lmdeploy.architectures import why_not
-from epbackend.engines.lmdeploy.checkpoint import (
+from epbackend.checkpoint import (
     dense_layers,
     expert_count,
     expert_width,
@@ -20,6 +17,9 @@ from epbackend.engines.lmdeploy.checkpoint import (
     quantization,
     read_model_config,
 )
+from epbackend.config import EPConfig
+from epbackend.device import get_device
+from epbackend.engines.lmdeploy.architectures import why_not
 from epbackend.engines.lmdeploy.devices import dlinfer_package
 from epbackend.engines.lmdeploy.lmdeploy_config import block_size, executor
 from epbackend.engines.placement import finished_placement

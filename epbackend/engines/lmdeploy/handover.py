@@ -15,13 +15,13 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from epbackend.checkpoint import check_checkpoint
 from epbackend.config import EPConfig
 from epbackend.config.issues import ConfigIssue, config_error
 from epbackend.config.lmdeploy_fields import FIELDS_SET_BY_US
 from epbackend.config.overrides import Override, with_overrides
 from epbackend.device import get_device
 from epbackend.engines.lmdeploy import plug
-from epbackend.engines.lmdeploy.checkpoint import check_checkpoint
 from epbackend.engines.lmdeploy.checks import check_adapters, check_deployment
 from epbackend.engines.lmdeploy.lmdeploy_config import REFUSED_ENGINE_FIELDS, engine_config
 from epbackend.engines.lmdeploy.patches.requests import patch_loaded_server

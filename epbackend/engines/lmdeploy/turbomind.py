@@ -10,13 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from epbackend.checkpoint import check_checkpoint, expert_count, read_model_config
 from epbackend.config import EPConfig
-from epbackend.engines.lmdeploy.checkpoint import (
-    check_checkpoint,
-    expert_count,
-    locate,
-    read_model_config,
-)
+from epbackend.engines.lmdeploy.hub import locate
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.engines.lmdeploy.server.front import DRAIN_S, Front
 from epbackend.errors import ConfigError, UnavailableError

@@ -23,7 +23,7 @@ import torch
 from lmdeploy.pytorch.weight_loader.model_weight_loader import default_weight_loader
 from torch import Tensor, nn
 
-from epbackend.engines.lmdeploy.checkpoint import listed
+from epbackend.checkpoint import listed
 from epbackend.engines.lmdeploy.operators import LayerExperts
 from epbackend.errors import ConfigError
 

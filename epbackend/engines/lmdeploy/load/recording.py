@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epbackend.balance.recording import EVERY_S
-from epbackend.engines.lmdeploy.checkpoint import layer_count, read_model_config
+from epbackend.checkpoint import layer_count, read_model_config
 from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.processes import POLL_S, listens
 from epbackend.errors import ConfigError, EPError

@@ -1,4 +1,4 @@
-"""A checkpoint: where it is, what its config.json says, and whether its files are there and whole.
+"""A checkpoint: what its config.json says, and whether its files are there and whole.
 
 Reads no weight: of a safetensors file its header, which says what it holds and how long it must be. Imports no torch:
 what is wrong is said before anything starts.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -17,12 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from epbackend.errors import UnavailableError
-from epbackend.models import resolve
 
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 """The names under which the model families state their number of experts."""
-HUB_NAME = re.compile(r"[\w-]+(\.[\w-]+)*/[\w.-]+")
-"""owner/name"""
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
 TOKENIZERS = (
@@ -47,28 +43,6 @@ SHOWN = 4
 """Names that an error lists before it only counts."""
 
 
-def locate(model: str) -> str:
-    """The directory of a model: one that comes with epbackend, a path, or the name of one in the hub.
-
-    A model of the hub is downloaded, as LMDeploy does it, unless it is in the hub's cache already.
-
-    Raises:
-        UnavailableError: it could not be downloaded.
-    """
-    path = resolve(model)
-    if Path(path).exists() or not HUB_NAME.fullmatch(path):
-        return path
-    from lmdeploy.utils import get_model
-
-    try:
-        return get_model(path)
-    except Exception as error:  # whatever the hub's client raises, the reason is in its text
-        raise UnavailableError(
-            f"there is no directory {path}, and the hub did not give a model of that name: {error}; "
-            "give the path of a checkpoint"
-        ) from error
-
-
 def read_model_config(path: Path) -> dict[str, Any]:
     """The model's config.json. Raises UnavailableError where there is no such model."""
     file = path / "config.json"
@@ -87,24 +61,25 @@ def read_model_config(path: Path) -> dict[str, Any]:
     return settings
 
 
-def expert_count(settings: dict[str, Any]) -> int | None:
+def expert_count(settings: Mapping[str, Any]) -> int | None:
     """Routed experts of a model from its config.json; None for a dense model."""
-    for level in (settings, settings.get("text_config") or {}):
-        for name in EXPERT_COUNTS:
-            if level.get(name):
-                return int(level[name])
-    return None
+    count = _said(settings, *EXPERT_COUNTS)
+    return int(count) if count else None
 
 
-def layer_count(settings: dict[str, Any]) -> int | None:
+def layer_count(settings: Mapping[str, Any]) -> int | None:
     """Layers of a model, dense ones too, from its config.json; None where it does not say."""
-    for level in (settings, settings.get("text_config") or {}):
-        if level.get("num_hidden_layers"):
-            return int(level["num_hidden_layers"])
-    return None
+    count = _said(settings, "num_hidden_layers")
+    return int(count) if count else None
 
 
-def dense_layers(settings: dict[str, Any]) -> tuple[int, ...]:
+def _said(settings: Mapping[str, Any], *names: str) -> Any:
+    """What a config.json says under one of these names, at its top or of its text model; None where it says nothing."""
+    levels = (settings, settings.get("text_config") or {})
+    return next((level[name] for level in levels for name in names if level.get(name)), None)
+
+
+def dense_layers(settings: Mapping[str, Any]) -> tuple[int, ...]:
     """Layers of a model that have no experts, by what the families say in config.json; none where none does."""
     text = settings.get("text_config") or settings
     layers = range(layer_count(settings) or 0)
@@ -122,15 +97,14 @@ def dense_layers(settings: dict[str, Any]) -> tuple[int, ...]:
     )
 
 
-def expert_width(text: dict[str, Any]) -> int | None:
+def expert_width(text: Mapping[str, Any]) -> int | None:
     """The intermediate size of an expert, from a config.json or its text_config; None where it does not say."""
     return text.get("moe_intermediate_size") or text.get("intermediate_size")
 
 
-def quantization(settings: dict[str, Any]) -> dict[str, Any] | None:
+def quantization(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of a config.json; None where weights are as they were trained."""
-    of_text = settings.get("text_config") or {}
-    return settings.get("quantization_config") or of_text.get("quantization_config")
+    return _said(settings, "quantization_config")
 
 
 def check_checkpoint(path: str, *, weights: bool = True) -> None:
@@ -286,7 +260,7 @@ def _check_experts(names: Iterable[str], settings: Mapping[str, Any], path: str)
 
     Where experts are stored one by one; forms that stack them are left to LMDeploy.
     """
-    experts = expert_count(dict(settings)) or 0
+    experts = expert_count(settings) or 0
     parts: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
         layer, experts_, rest = name.rpartition(".experts.")
