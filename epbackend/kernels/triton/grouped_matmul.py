@@ -377,10 +377,9 @@ def grouped_matmul(
     *,
     gated: bool,
     dtype: torch.dtype,
-    bias_LN: Tensor | None = None,
 ) -> Tensor | Fp8Tokens:
     """One call of `GroupedMatmul`."""
-    return GroupedMatmul(experts, tile, chip, gated=gated, bias_LN=bias_LN)(rows, schedule, dtype)
+    return GroupedMatmul(experts, tile, chip, gated=gated)(rows, schedule, dtype)
 
 
 def _parts(given: Tensor | Fp8Tokens | Int8Tokens | Experts) -> tuple[Tensor, Tensor | None]:
