@@ -41,7 +41,7 @@ def peer_share(tokens: int, top_k: int, ranks: int, settings: DispatchSettings) 
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExchangePlan:
     """Which rows travel in which step: known to all ranks before the first row travels."""
 
     counts_RR: list[list[int]]
@@ -52,7 +52,7 @@ class Plan:
     @classmethod
     def of(
         cls, counts_RR: list[list[int]], tokens_R: list[int], top_k: int, settings: DispatchSettings
-    ) -> Plan:
+    ) -> ExchangePlan:
         rounds = 1
         for tokens, counts_R in zip(tokens_R, counts_RR, strict=True):
             share = peer_share(tokens, top_k, len(tokens_R), settings)
@@ -62,7 +62,7 @@ class Plan:
         return cls(counts_RR, rounds, steps)
 
     @classmethod
-    def worst(cls, tokens: int, ranks: int, top_k: int, settings: DispatchSettings) -> Plan:
+    def worst(cls, tokens: int, ranks: int, top_k: int, settings: DispatchSettings) -> ExchangePlan:
         """Every rank sends each of its `tokens` tokens to every rank."""
         return cls.of([[tokens] * ranks] * ranks, [tokens] * ranks, top_k, settings)
 
@@ -114,7 +114,7 @@ class _ExactExchange(Exchange):
         tokens_R, counts_RR = [row[0] for row in table], [row[1 : 1 + size] for row in table]
         # Rows that this rank's experts compute, in all steps.
         self._rows = sum(row[1 + size + me] for row in table)
-        self._plan = Plan.of(counts_RR, tokens_R, self._row_format.top_k, spec.settings)
+        self._plan = ExchangePlan.of(counts_RR, tokens_R, self._row_format.top_k, spec.settings)
         self.rounds = self._plan.rounds
         order_M = _by_step(wanted_RT, counts_R, self._plan.steps)[: sum(counts_RR[me])]
         tokens = max(1, len(hidden_TD))
@@ -180,7 +180,7 @@ def _wanted(slot_ids_TK: Tensor, slots: int, ranks: int) -> Tensor:
 def _by_step(wanted_RT: Tensor, counts_R: Tensor, steps: int) -> Tensor:
     """order: indices into the flat [R, T], the wanted ones first, sorted by the step in which they travel.
 
-    Of a peer's n rows the i-th travels in step ((i + 1) * steps - 1) // n, as `Plan.rows` has it.
+    Of a peer's n rows the i-th travels in step ((i + 1) * steps - 1) // n, as `ExchangePlan.rows` has it.
     """
     nth_RT = wanted_RT.cumsum(1)
     step_RT = (nth_RT * steps - 1) // counts_R.clamp(min=1)[:, None]
@@ -195,7 +195,7 @@ class _StaticExchange(Exchange):
         self._row_format = RowFormat.of(hidden_TD, slot_ids_TK, spec.settings.dispatch_dtype)
         self._bytes_TB = self._row_format.encode(spec.kernels, hidden_TD, slot_ids_TK, weights_TK)
         self._out_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format)
-        plan = Plan.worst(len(hidden_TD), spec.ranks.size, self._row_format.top_k, spec.settings)
+        plan = ExchangePlan.worst(len(hidden_TD), spec.ranks.size, self._row_format.top_k, spec.settings)
         self.rounds = plan.rounds
         steps = [plan.rows(0, 0, step) for step in range(plan.steps)]
         self._tokens = [slice(rows.start, rows.stop) for rows in steps if rows]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epbackend.dispatch.alltoall import Plan, peer_share
+from epbackend.dispatch.alltoall import ExchangePlan, peer_share
 from epbackend.dispatch.base import DispatchSettings
 from epbackend.dispatch.local_experts import expected_rows, kept_choices, row_bound
 from epbackend.errors import ConfigError
@@ -74,7 +74,7 @@ def test_steps_move_every_row_once_within_its_share(counts_RR, scale, chunks):
     settings = DispatchSettings(
         level=2, buffer_scale_factors=((0, scale),), overlap_chunks=chunks, overlap_min_tokens=10
     )
-    plan = Plan.of(counts_RR, tokens_R, 4, settings)
+    plan = ExchangePlan.of(counts_RR, tokens_R, 4, settings)
     assert plan.rounds <= max(plan.steps, 1)
     for sender, counts_R in enumerate(counts_RR):
         share = peer_share(tokens_R[sender], 4, len(tokens_R), settings)
