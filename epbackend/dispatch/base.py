@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from epbackend.device.base import Device
 from epbackend.dispatch.context import GroupContext
@@ -26,7 +27,7 @@ from epbackend.errors import ConfigError
 from epbackend.kernels import Kernels, Rows
 from epbackend.names import PHASES, DispatcherFacts, Phase
 
-__all__ = ["Batch", "DispatchSettings", "Dispatcher", "Exchange", "LayerSpec", "RankGroup"]
+__all__ = ["Batch", "DispatchSettings", "Dispatcher", "Exchange", "LayerSpec", "RankGroup", "padded"]
 
 
 @dataclass(frozen=True)
@@ -200,3 +201,9 @@ class Dispatcher(ABC):
         With `settings.static` all ranks bring equally many tokens, and until `finish` has returned nothing is read back
         from the device.
         """
+
+
+def padded(tensor_TX: Tensor, tokens: int, value: int = 0) -> Tensor:
+    """The tensor filled up to so many tokens with `value`."""
+    lacking = tokens - len(tensor_TX)
+    return pad(tensor_TX, (0, 0, 0, lacking), value=value) if lacking > 0 else tensor_TX

@@ -22,10 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
-from torch.nn.functional import pad
 
 from epbackend.device import devices
-from epbackend.dispatch.base import Batch, Dispatcher, Exchange, LayerSpec
+from epbackend.dispatch.base import Batch, Dispatcher, Exchange, LayerSpec, padded
 from epbackend.dispatch.settings import UNBOUNDED
 from epbackend.errors import ConfigError
 from epbackend.kernels.int8 import Int8Rows
@@ -244,7 +243,8 @@ class Mc2(Dispatcher):
         """
         tokens = self.spec.most_tokens
         assert tokens is not None  # else `unsupported` gave a reason
-        _check(hidden_TD, tokens, self.spec.device.chip)
+        self.check_tokens(len(hidden_TD), tokens)
+        _check(hidden_TD, self.spec.device.chip)
         group = _group(self.spec, hidden_TD.shape[1], tokens)
         return _Mc2Exchange(
             group, hidden_TD, slot_ids_TK, weights_TK, self.spec.settings.dispatch_dtype == "int8"
@@ -257,9 +257,9 @@ class _Mc2Exchange(Exchange):
     ) -> None:
         self._group, self._int8 = group, int8
         self._tokens, self._dtype = len(hidden_TD), hidden_TD.dtype
-        self._hidden_TD = _padded(hidden_TD, group.tokens)
-        self._weights_TK = _padded(weights_TK.float(), group.tokens)
-        ids_TK = _padded(slot_ids_TK.int(), group.tokens, -1)
+        self._hidden_TD = padded(hidden_TD, group.tokens)
+        self._weights_TK = padded(weights_TK.float(), group.tokens)
+        ids_TK = padded(slot_ids_TK.int(), group.tokens, -1)
         self._active_T = ids_TK[:, 0] >= 0
         # Masked tokens, too, must name experts, and different ones.
         valid_K = torch.arange(ids_TK.shape[1], dtype=torch.int32, device=ids_TK.device)
@@ -304,17 +304,12 @@ def _group(spec: LayerSpec, hidden: int, tokens: int) -> ops.FusedGroup:
     return ops.FusedGroup(communicator, ranks.rank, ranks.size, spec.slots, tokens, algorithm)
 
 
-def _check(hidden_TD: Tensor, tokens: int, chip: str | None) -> None:
+def _check(hidden_TD: Tensor, chip: str | None) -> None:
     """Check what only a call can show to be outside of the limits.
 
     Raises:
         ConfigError: something is.
     """
-    if len(hidden_TD) > tokens:
-        raise ConfigError(
-            f"dispatcher mc2: this rank has {len(hidden_TD)} tokens, and engine.max_batch_size allows {tokens}; "
-            "raise it, or set dispatcher: alltoall"
-        )
     if reason := broken_width(str(chip), hidden_TD.shape[1]):
         raise ConfigError(f"dispatcher mc2: {reason}; set dispatcher: alltoall")
     if hidden_TD.dtype not in DTYPES:
@@ -322,7 +317,3 @@ def _check(hidden_TD: Tensor, tokens: int, chip: str | None) -> None:
             f"dispatcher mc2: it takes bfloat16 and float16, not {str(hidden_TD.dtype).removeprefix('torch.')}; "
             "set engine.dtype: bfloat16, or dispatcher: alltoall"
         )
-
-
-def _padded(tensor_TX: Tensor, tokens: int, value: int = 0) -> Tensor:
-    return pad(tensor_TX, (0, 0, 0, tokens - len(tensor_TX)), value=value)

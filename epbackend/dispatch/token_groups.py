@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor
-from torch.nn.functional import pad
 
-from epbackend.dispatch.base import Batch, Dispatcher, Exchange
+from epbackend.dispatch.base import Batch, Dispatcher, Exchange, padded
 from epbackend.dispatch.collectives import Collectives
 
 
@@ -26,7 +25,7 @@ class Sliced(Dispatcher):
         mine = [tensor[first : first + width] for tensor in (hidden_TD, slot_ids_TK, weights_TK)]
         if self.spec.settings.static:
             hidden, ids, weights = mine  # shorter, or empty, on the last ranks
-            mine = [_padded(hidden, width, 0), _padded(ids, width, -1), _padded(weights, width, 0)]
+            mine = [padded(hidden, width), padded(ids, width, -1), padded(weights, width)]
         inner = self._inner.begin(*mine)
         return _SlicedExchange(inner, Collectives.among_same_tokens(self.spec), tokens, width)
 
@@ -47,10 +46,4 @@ class _SlicedExchange(Exchange):
         part_TD = self._inner.finish()
         if not self._tokens:
             return part_TD
-        return self._collectives.all_gather(_padded(part_TD, self._width, 0))[: self._tokens]
-
-
-def _padded(tensor_TX: Tensor, rows: int, value: int) -> Tensor:
-    """The tensor filled up to so many rows with `value`."""
-    lacking = rows - len(tensor_TX)
-    return pad(tensor_TX, (0, 0, 0, lacking), value=value) if lacking > 0 else tensor_TX
+        return self._collectives.all_gather(padded(part_TD, self._width))[: self._tokens]

@@ -65,7 +65,11 @@ def test_a_spec_outside_the_limits_is_refused(changes, message):
 @pytest.mark.parametrize(
     ("chip", "hidden_TD", "message"),
     [
-        ("A3", torch.empty(65, 7168).bfloat16(), "has 65 tokens, and engine.max_batch_size allows 64"),
+        (
+            "A3",
+            torch.empty(65, 7168).bfloat16(),
+            "65 tokens in a call that may have 64; raise engine.max_batch_size",
+        ),
         ("A3", torch.empty(4, 512).bfloat16(), "hidden size must be 1024 to 8192, and this model's is 512"),
         ("A2", torch.empty(4, 1000).bfloat16(), "a multiple of 32 up to 7168, and this model's is 1000"),
         ("A3", torch.empty(4, 1024), "not float32; set engine.dtype: bfloat16, or dispatcher: alltoall"),
