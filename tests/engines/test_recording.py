@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from epbackend.engines.lmdeploy import LoadReport
+from epbackend.engines.lmdeploy.load.calibration import CALIBRATE_VARIABLE, calibrating
+from epbackend.engines.lmdeploy.load.pairs import PAIRS_VARIABLE, counting_pairs
 from epbackend.engines.lmdeploy.load.recording import Recording
 from epbackend.engines.lmdeploy.processes import free_port
 from epbackend.errors import ConfigError, EPError
@@ -63,6 +66,24 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_runs(tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("before", [None, "/tmp/of-the-user"])
+@pytest.mark.parametrize(
+    ("variable", "asking"),
+    [
+        (CALIBRATE_VARIABLE, lambda: calibrating(1, (1,), 1)),
+        (PAIRS_VARIABLE, lambda: counting_pairs(1, 1, "of a test", None)),
+    ],
+    ids=["times", "pairs"],
+)
+def test_the_folder_that_workers_are_told_is_put_back(variable, asking, before, monkeypatch):
+    monkeypatch.delenv(variable, raising=False)
+    if before:
+        monkeypatch.setenv(variable, before)
+    with asking():
+        assert os.environ[variable] != before
+    assert os.environ.get(variable) == before
+
+
 def test_a_server_counts_its_requests_and_not_its_warm_up(checkpoint, start_process, tmp_path):
     model, port, path = checkpoint("qwen3-moe"), free_port(), tmp_path / "loads.json"
     settings = config({"log_level": "INFO"}, ep_size=2, ep_level=2)

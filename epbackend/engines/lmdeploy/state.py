@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from epbackend.balance.balancer import Balancer
 from epbackend.balance.migration import Migrator
 from epbackend.config import EPConfig
 from epbackend.dispatch.context import GroupContext
+from epbackend.engines.lmdeploy.environment import environment
 from epbackend.engines.lmdeploy.load.real_tokens import RealTokens
 from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, LoadReport, SharedStats, record_verdict
 from epbackend.engines.lmdeploy.load.stats_writer import StatsWriter
@@ -33,8 +35,8 @@ class PlugState:
     """The name of the config's device, which "auto" stands for."""
     placement: Placement | None = None
     patches: Patches = field(default_factory=Patches)
-    environment: dict[str, str | None] = field(default_factory=dict)
-    """The variables we set, as they were before."""
+    environment: ExitStack = field(default_factory=ExitStack)
+    """The variables that we set; closed, it puts them back."""
     stats: SharedStats | None = None
     stats_writer: StatsWriter = field(default_factory=StatsWriter)
     real_tokens: RealTokens = field(default_factory=RealTokens)
@@ -68,8 +70,7 @@ class PlugState:
             self.on_failure(self.failure)
 
     def set_environment(self, name: str, value: str) -> None:
-        self.environment.setdefault(name, os.environ.get(name))
-        os.environ[name] = value
+        self.environment.enter_context(environment({name: value}))
 
     @property
     def worker_environment(self) -> dict[str, str]:
@@ -98,11 +99,7 @@ class PlugState:
         self.context.close()
         if self.stats is not None:
             self.stats.remove()
-        for name, value in self.environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        self.environment.close()
         if self.log is not None:
             self.log.close()
 

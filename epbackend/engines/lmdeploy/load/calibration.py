@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from epbackend.balance.calibration import Calibration, active_experts, time_experts
+from epbackend.engines.lmdeploy.environment import environment
 from epbackend.errors import EPError
 from epbackend.files import replace_file
 from epbackend.moe import ExpertParallelMoE
@@ -35,11 +36,8 @@ def calibrating(ranks: int, rows_X: tuple[int, ...], rounds: int) -> Iterator[Ca
     """
     with tempfile.TemporaryDirectory(prefix="epbackend-calibrate-") as folder:
         (Path(folder) / ASKED).write_text(json.dumps([rows_X, rounds]))
-        os.environ[CALIBRATE_VARIABLE] = folder
-        try:
+        with environment({CALIBRATE_VARIABLE: folder}):
             yield lambda: _read(Path(folder), ranks, rows_X)
-        finally:
-            del os.environ[CALIBRATE_VARIABLE]
 
 
 def calibrate(layers: Mapping[int, ExpertParallelMoE], hidden_size: int, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from epbackend.engines.lmdeploy.environment import environment
 from epbackend.errors import EPError
 from epbackend.files import replace_file
 from epbackend.kernels.pair_counter import PairCounter
@@ -33,16 +34,11 @@ def counting_pairs(
         name: of the pairs.
         numbering: by whose numbers experts are counted.
     """
-    before = os.environ.get(PAIRS_VARIABLE)
-    with tempfile.TemporaryDirectory(prefix="epbackend-pairs-") as folder:
-        os.environ[PAIRS_VARIABLE] = folder
-        try:
-            yield lambda: _read(Path(folder), ranks, layers, name, numbering)
-        finally:
-            if before is None:
-                del os.environ[PAIRS_VARIABLE]
-            else:
-                os.environ[PAIRS_VARIABLE] = before
+    with (
+        tempfile.TemporaryDirectory(prefix="epbackend-pairs-") as folder,
+        environment({PAIRS_VARIABLE: folder}),
+    ):
+        yield lambda: _read(Path(folder), ranks, layers, name, numbering)
 
 
 def write_down(counters: Mapping[int, PairCounter]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from epbackend.engines.lmdeploy.environment import environment
 from epbackend.engines.lmdeploy.patching import Patch, Patches
 from epbackend.errors import ConfigError
 
@@ -118,18 +119,15 @@ class Front:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Servers that LMDeploy starts meanwhile in this process are at `root_path`, with the logs that were asked."""
-        patches, environment = Patches(), {}
+        patches, variables = Patches(), {}
         if self.ssl_certfile:
-            environment = {"SSL_KEYFILE": str(self.ssl_keyfile), "SSL_CERTFILE": str(self.ssl_certfile)}
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
-        patches.apply(self.patches())
-        try:
-            yield
-        finally:
-            patches.restore()
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+            variables = {"SSL_KEYFILE": str(self.ssl_keyfile), "SSL_CERTFILE": str(self.ssl_certfile)}
+        with environment(variables):
+            patches.apply(self.patches())
+            try:
+                yield
+            finally:
+                patches.restore()
 
     def patches(self) -> list[Patch]:
         """What is replaced while our server runs, for what clients see of it."""
