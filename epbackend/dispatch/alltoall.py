@@ -36,8 +36,7 @@ def peer_share(tokens: int, top_k: int, ranks: int, settings: DispatchSettings) 
     """
     if not settings.buffer_scale_factors:
         return None
-    scale = next((scale for length, scale in settings.buffer_scale_factors if length <= tokens), float(ranks))
-    return max(1, -(-int(tokens * top_k * scale) // ranks))
+    return max(1, -(-int(tokens * top_k * settings.buffer_scale(tokens, ranks)) // ranks))
 
 
 @dataclass(frozen=True)

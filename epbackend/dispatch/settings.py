@@ -61,6 +61,10 @@ class DispatchSettings:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, and must be above 0")
 
+    def buffer_scale(self, tokens: int, usual: float) -> float:
+        """What sizes the buffer of a rank with so many tokens; `usual` where the factors say nothing of them."""
+        return next((scale for length, scale in self.buffer_scale_factors if length <= tokens), usual)
+
     def rules_out(self, facts: DispatcherFacts, token_groups: int) -> str | None:
         """Why a dispatcher cannot serve this phase, whatever the model and the machine; None if it may.
 

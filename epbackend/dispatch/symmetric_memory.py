@@ -54,11 +54,10 @@ class ExchangeCapacity:
         >>> ExchangeCapacity.of(LayerSpec(ranks, cpu, cpu.kernels, settings, slots=32, top_k=8))
         ExchangeCapacity(tokens=128, rows=8192, bounded=True)
         """
-        settings, ranks = spec.settings, spec.ranks
         bounded = spec.most_tokens is not None
         tokens = spec.most_tokens or OPEN_TOKENS
-        usual = ranks.size if bounded else min(ranks.size, OPEN_SCALE)
-        scale = next((scale for length, scale in settings.buffer_scale_factors if length <= tokens), usual)
+        worst = spec.ranks.size
+        scale = spec.settings.buffer_scale(tokens, worst if bounded else min(worst, OPEN_SCALE))
         return cls(tokens, max(1, int(tokens * spec.top_k * scale)), bounded)
 
     def rounds_of(self, rows: int) -> int:
