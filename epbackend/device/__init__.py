@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from epbackend.device.base import Device, Memory
-from epbackend.errors import UnavailableError, unknown_name
+from epbackend.errors import unknown_name
 from epbackend.names import AUTO, DEVICES
 
 __all__ = ["Device", "Memory", "devices", "get_device"]
@@ -37,6 +37,5 @@ def get_device(name: str = AUTO) -> Device:
         return next(each for each in known.values() if not each.emulated and each.unavailable() is None)
     if name not in known:
         raise unknown_name("device", name, (AUTO, *known))
-    if reason := known[name].unavailable():
-        raise UnavailableError(f"device {name} cannot be used: {reason}")
+    known[name].check_available()
     return known[name]

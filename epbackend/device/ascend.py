@@ -9,7 +9,6 @@ from importlib.util import find_spec
 import torch
 
 from epbackend.device.base import Device, Memory
-from epbackend.errors import UnavailableError
 from epbackend.kernels import Kernels
 from epbackend.kernels.npu import ops
 from epbackend.kernels.npu.kernels import NpuKernels
@@ -24,8 +23,7 @@ class AscendDevice(Device):
 
     @property
     def kernels(self) -> Kernels:
-        if reason := self.unavailable():
-            raise UnavailableError(f"device ascend cannot be used: {reason}")
+        self.check_available()
         return NpuKernels()
 
     @cached_property

@@ -32,6 +32,11 @@ class Device(ABC):
     def unavailable(self) -> str | None:
         """Why this device cannot be used here, and what to do about it; None if it can."""
 
+    def check_available(self) -> None:
+        """Raises UnavailableError where this device cannot be used here."""
+        if reason := self.unavailable():
+            raise UnavailableError(f"device {self.name} cannot be used: {reason}")
+
     @property
     @abstractmethod
     def collective_backend(self) -> str:
@@ -82,8 +87,7 @@ class Device(ABC):
         if name not in self.kernel_sets:
             known = ", ".join(("auto", *self.kernel_sets))
             raise ConfigError(f"kernels {name!r} are unknown for device {self.name}; known are {known}")
-        if reason := self.unavailable():
-            raise UnavailableError(f"device {self.name} cannot be used: {reason}")
+        self.check_available()
         return self._kernels_named(name)
 
     def _kernels_named(self, name: str) -> Kernels:
