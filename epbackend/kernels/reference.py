@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from epbackend.kernels import ExpertWeights, Kernels, Permuted, Prepacked, fp8, int8, renormalized
+from epbackend.kernels import ExpertWeights, Kernels, Permuted, Prepacked, Rows, fp8, int8, renormalized
 from epbackend.kernels.replica_split import TorchSplits
 from epbackend.kernels.weight_formats import Matrices, SlotMemory, stacked
 
@@ -54,7 +54,28 @@ class SummedByUnpermute:
         return sums_TD.to(dtype)
 
 
-class ReferenceKernels(TorchSplits, TorchQuantization, SummedByUnpermute, SlotMemory):
+class TwoProducts:
+    """`prepare` and `expert_mlp` of `epbackend.kernels.Kernels`, by two calls of its `grouped_matmul`."""
+
+    def prepare(self, weights: ExpertWeights) -> None:
+        """Nothing follows from weights alone."""
+
+    def expert_mlp(
+        self: Kernels,
+        rows_SD: Rows,
+        counts_L: Tensor,
+        weights: ExpertWeights,
+        expected: int | None = None,
+        total_L: Tensor | None = None,
+    ) -> Tensor:
+        if total_L is not None:
+            total_L += counts_L
+        rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
+        rows_SF = (weights.activation or self.swiglu)(rows_S2F)
+        return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)
+
+
+class ReferenceKernels(TorchSplits, TorchQuantization, SummedByUnpermute, TwoProducts, SlotMemory):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
@@ -90,9 +111,6 @@ class ReferenceKernels(TorchSplits, TorchQuantization, SummedByUnpermute, SlotMe
     def prepack(self, weights_LNK: Matrices) -> Prepacked:
         return stacked(weights_LNK)
 
-    def prepare(self, weights: ExpertWeights) -> None:
-        """Nothing follows from weights alone."""
-
     def grouped_matmul(
         self, rows_SK: Tensor, packed: Prepacked, counts_L: Tensor, bias_LN: Tensor | None = None
     ) -> Tensor:
@@ -113,20 +131,6 @@ class ReferenceKernels(TorchSplits, TorchQuantization, SummedByUnpermute, SlotMe
     def swiglu(self, rows_S2F: Tensor) -> Tensor:
         gate_SF, up_SF = rows_S2F.chunk(2, dim=-1)
         return functional.silu(gate_SF).mul_(up_SF)
-
-    def expert_mlp(
-        self,
-        rows_SD: Tensor,
-        counts_L: Tensor,
-        weights: ExpertWeights,
-        expected: int | None = None,
-        total_L: Tensor | None = None,
-    ) -> Tensor:
-        if total_L is not None:
-            total_L += counts_L
-        rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
-        rows_SF = (weights.activation or self.swiglu)(rows_S2F)
-        return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)
 
 
 def buckets(slot_ids_TK: Tensor, slots: int) -> Tensor:

@@ -24,7 +24,7 @@ from epbackend.kernels import ExpertWeights, Permuted
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Rows, Int8Weights
 from epbackend.kernels.npu import ops
-from epbackend.kernels.reference import SummedByUnpermute, TorchQuantization
+from epbackend.kernels.reference import SummedByUnpermute, TorchQuantization, TwoProducts
 from epbackend.kernels.replica_split import TorchSplits
 from epbackend.kernels.weight_formats import Matrices, SlotMemory, stacked
 
@@ -108,7 +108,7 @@ NpuWeights = Tensor | Int8Weights | Tiled
 """What `prepack` stores; the plain ones are read through transposed views."""
 
 
-class NpuKernels(TorchSplits, TorchQuantization, SummedByUnpermute, SlotMemory):
+class NpuKernels(TorchSplits, TorchQuantization, SummedByUnpermute, TwoProducts, SlotMemory):
     """See `epbackend.kernels.Kernels` for what each method promises."""
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
@@ -155,9 +155,6 @@ class NpuKernels(TorchSplits, TorchQuantization, SummedByUnpermute, SlotMemory):
         ops.check_weights(packed)
         return tiled(packed) if isinstance(packed, Int8Weights) else packed
 
-    def prepare(self, weights: ExpertWeights) -> None:
-        """Nothing follows from weights alone."""
-
     def slot_memory(self, packed: NpuWeights, slot: int) -> list[Tensor]:
         if not isinstance(packed, Tiled):
             return super().slot_memory(packed, slot)
@@ -201,13 +198,11 @@ class NpuKernels(TorchSplits, TorchQuantization, SummedByUnpermute, SlotMemory):
         expected: int | None = None,
         total_L: Tensor | None = None,
     ) -> Tensor:
+        if isinstance(weights.gate_up, Tensor) or weights.activation is not None or not len(rows_SD):
+            return super().expert_mlp(rows_SD, counts_L, weights, expected, total_L)
         if total_L is not None:
             total_L += counts_L
-        if not isinstance(weights.gate_up, Tensor) and weights.activation is None and len(rows_SD):
-            return expert_mlp(rows_SD, counts_L, weights)
-        rows_S2F = self.grouped_matmul(rows_SD, weights.gate_up, counts_L, weights.gate_up_bias_L2F)
-        rows_SF = (weights.activation or self.swiglu)(rows_S2F)
-        return self.grouped_matmul(rows_SF, weights.down, counts_L, weights.down_bias_LD)
+        return expert_mlp(rows_SD, counts_L, weights)
 
 
 def _or_last(slot_ids_TK: Tensor, slots: int) -> Tensor:
