@@ -17,7 +17,7 @@ from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.errors import ConfigError
 from epbackend.kernels import fp8, int8
 from epbackend.kernels.cpu import choice
-from epbackend.kernels.cpu.choice import MANY, PRODUCTS, Choice, choose, decide
+from epbackend.kernels.cpu.choice import MANY, PRODUCTS, Method, choose, decide
 from epbackend.kernels.cpu.compiled import outputs_of_a_task
 from epbackend.kernels.cpu.kernels import CpuKernels, Packed
 from epbackend.kernels.reference import ReferenceKernels
@@ -162,12 +162,12 @@ ZEN3_FP32 = {  # 2026-11-27, the same matrix
 @pytest.mark.parametrize(
     ("us", "expected"),
     [
-        (XEON_FP32, Choice("onednn")),
-        (XEON_BF16, Choice("onednn", fewest_rows=2)),
-        (ZEN3_FP32, Choice("plain", 0, 33)),
-        ({"library": ZEN3_FP32["library"]}, Choice("plain")),
-        ({"library": {1: 1, 4: 4, 64: 9}, "compiled": {1: 2, 4: 3, 64: 8}}, Choice("plain", 3, MANY)),
-        ({"library": {1: 2, 4: 4}, "compiled": {1: 1, 4: 3}}, Choice("plain", 0, MANY)),
+        (XEON_FP32, Method("onednn")),
+        (XEON_BF16, Method("onednn", fewest_rows=2)),
+        (ZEN3_FP32, Method("plain", 0, 33)),
+        ({"library": ZEN3_FP32["library"]}, Method("plain")),
+        ({"library": {1: 1, 4: 4, 64: 9}, "compiled": {1: 2, 4: 3, 64: 8}}, Method("plain", 3, MANY)),
+        ({"library": {1: 2, 4: 4}, "compiled": {1: 1, 4: 3}}, Method("plain", 0, MANY)),
     ],
 )
 def test_decisions(us, expected):
@@ -189,11 +189,11 @@ def test_a_product_is_measured_until_turns_agree(turns, enough):
 
 def test_slots_take_their_products_by_their_rows():
     packed = CpuKernels("library").prepack(torch.randn(3, 6, 10))
-    mixed = Packed(packed.matrices_L, Choice("plain", 2, 5), packed.at_L)
+    mixed = Packed(packed.matrices_L, Method("plain", 2, 5), packed.at_L)
     rows_SK, counts_L = torch.randn(11, 10), torch.tensor([1, 4, 6])
     got, expected = (CpuKernels().grouped_matmul(rows_SK, each, counts_L) for each in (mixed, packed))
     torch.testing.assert_close(got, expected)
-    assert mixed.choice.compiled(np.array([1, 4, 6])).tolist() == [False, True, False]
+    assert mixed.method.compiled(np.array([1, 4, 6])).tolist() == [False, True, False]
 
 
 def test_a_measurement_is_made_once_and_kept(own_cache, monkeypatch):
@@ -202,7 +202,7 @@ def test_a_measurement_is_made_once_and_kept(own_cache, monkeypatch):
     ((name, entry),) = next(iter(stored.values())).items()
     assert name == f"float32, {torch.get_num_threads()} threads"
     assert set(entry["us"]) == {"library", "compiled", "onednn"}
-    assert Choice(**entry["choice"]) == found
+    assert Method(**entry["choice"]) == found
     assert choice.report()["measured"][name]["product"] == str(found)
     choose.cache_clear()
     monkeypatch.setattr(choice, "measure", None)
@@ -253,7 +253,7 @@ def test_a_product_is_forced_by_the_environment(monkeypatch):
     for name in PRODUCTS:
         monkeypatch.setenv(choice.FORCED, name)
         choose.cache_clear()
-        assert choose(torch.float32) == Choice.of("library" if name == "onednn" else name)
+        assert choose(torch.float32) == Method.of("library" if name == "onednn" else name)
     monkeypatch.setenv(choice.FORCED, "onedn")
     choose.cache_clear()
     with pytest.raises(ConfigError, match=r"EPBACKEND_CPU_PRODUCT 'onedn' is unknown, did you mean 'onednn'"):

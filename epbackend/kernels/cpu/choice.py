@@ -61,7 +61,7 @@ Microseconds = dict[str, dict[int, float]]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Method:
     """How matrices of one dtype are stored and multiplied."""
 
     layout: str
@@ -73,7 +73,7 @@ class Choice:
     """In oneDNN's layout."""
 
     @classmethod
-    def of(cls, product: str) -> Choice:
+    def of(cls, product: str) -> Method:
         """One product for all numbers of rows."""
         if product == "onednn":
             return cls("onednn")
@@ -95,8 +95,8 @@ class Choice:
 
 
 @cache
-def choose(dtype: torch.dtype, product: str = "auto") -> Choice:
-    """The choice for a dtype: by name, by the environment, from the user's table, or measured now and kept there.
+def choose(dtype: torch.dtype, product: str = "auto") -> Method:
+    """The method for a dtype: by name, by the environment, from the user's table, or measured now and kept there.
 
     A product that cannot be had for the dtype on this processor is replaced by the library's.
 
@@ -108,17 +108,17 @@ def choose(dtype: torch.dtype, product: str = "auto") -> Choice:
     if product != "auto":
         if product not in PRODUCTS:
             raise unknown_name(FORCED, product, ("auto", *PRODUCTS))
-        return Choice.of("library" if product == "onednn" and not products.onednn_takes(dtype) else product)
-    return Choice(**_kept_or_measured(dtype)["choice"])
+        return Method.of("library" if product == "onednn" and not products.onednn_takes(dtype) else product)
+    return Method(**_kept_or_measured(dtype)["choice"])
 
 
 def known() -> dict[str, Any]:
-    """What was measured on this processor with these versions: "dtype, threads" -> choice, figures and date."""
+    """What was measured on this processor with these versions: "dtype, threads" -> method, figures and date."""
     return _read(table_path()).get(_key(), {})
 
 
-def decide(us: Microseconds) -> Choice:
-    """The choice that figures speak for. Without oneDNN's, the plain layout."""
+def decide(us: Microseconds) -> Method:
+    """The method that figures speak for. Without oneDNN's, the plain layout."""
     compiled = us.get("compiled", dict.fromkeys(us["library"], inf))
     plain = {rows: min(us["library"][rows], compiled[rows]) for rows in us["library"]}
     if packed := us.get("onednn"):
@@ -126,15 +126,15 @@ def decide(us: Microseconds) -> Choice:
         if ahead > 0:
             least = min(packed[rows] for rows in packed if rows <= 4)
             fewest = next(rows for rows in packed if packed[rows] * PAYS <= least)
-            return Choice("onednn", fewest_rows=fewest)
+            return Method("onednn", fewest_rows=fewest)
     wins = [rows for rows in plain if compiled[rows] <= us["library"][rows]]
     if not wins:
-        return Choice.of("library")
+        return Method.of("library")
     # Between two numbers that were measured the border is their geometric mean; wins are taken as one range.
     counts = sorted(plain)
     below, above = counts.index(wins[0]) - 1, counts.index(wins[-1]) + 1
     first = 0 if below < 0 else isqrt(counts[below] * wins[0]) + 1
-    return Choice("plain", first, MANY if above == len(counts) else isqrt(wins[-1] * counts[above]) + 1)
+    return Method("plain", first, MANY if above == len(counts) else isqrt(wins[-1] * counts[above]) + 1)
 
 
 def measure(dtype: torch.dtype) -> Microseconds:
@@ -241,7 +241,7 @@ def report() -> dict[str, Any]:
         "onednn": [str(dtype).removeprefix("torch.") for dtype in FLOATS if products.onednn_takes(dtype)],
         "forced": forced,
         "measured": {
-            name: {"product": str(Choice(**entry["choice"])), "date": entry["date"], "us": entry["us"]}
+            name: {"product": str(Method(**entry["choice"])), "date": entry["date"], "us": entry["us"]}
             for name, entry in known().items()
         },
     }
@@ -257,7 +257,7 @@ def _read(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text())
         for entries in table.values():
             for entry in entries.values():
-                Choice(**entry["choice"])
+                Method(**entry["choice"])
         return table
     except FileNotFoundError:
         return {}

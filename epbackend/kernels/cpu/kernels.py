@@ -14,7 +14,7 @@ from torch import Tensor
 from epbackend.errors import ConfigError
 from epbackend.kernels import Permuted, Prepacked, fp8, int8, renormalized
 from epbackend.kernels.cpu import products
-from epbackend.kernels.cpu.choice import Choice, choose, compiler_trouble
+from epbackend.kernels.cpu.choice import Method, choose, compiler_trouble
 from epbackend.kernels.reference import ReferenceKernels
 from epbackend.kernels.weight_formats import Matrices, check_float, check_width, stacked
 
@@ -23,10 +23,10 @@ BLOCK_ROWS = 256
 
 @dataclass(frozen=True)
 class Packed:
-    """The matrices of L slots, in the layout of a choice: each memory of its own, so that one slot can be replaced."""
+    """The matrices of L slots, in the layout of a method: each memory of its own, so that one slot can be replaced."""
 
     matrices_L: list[Tensor]
-    choice: Choice
+    method: Method
     at_L: np.ndarray
     """Their addresses (int64), in the plain layout."""
 
@@ -51,22 +51,22 @@ class CpuKernels(ReferenceKernels):
             return stacked(weights_LNK)
         # Slots that share memory could not be replaced one by one.
         in_place = isinstance(weights_LNK, Tensor) and weights_LNK.is_contiguous()
-        choice, first = None, None
+        method, first = None, None
         packed: list[Tensor] = []
         for weight in (matrices := iter(weights_LNK)):
             if isinstance(weight, int8.Int8Matrix):
                 return stacked([weight, *matrices])
-            if first is None or choice is None:
+            if first is None or method is None:
                 check_float(weight.dtype, "cpu")
-                choice, first = choose(weight.dtype, self._product), weight
+                method, first = choose(weight.dtype, self._product), weight
             if (weight.shape, weight.dtype) != (first.shape, first.dtype):
                 raise ConfigError(
                     f"experts are matrices of one shape and dtype; the first is {list(first.shape)} in {first.dtype}, "
                     f"another {list(weight.shape)} in {weight.dtype}"
                 )
-            packed.append(_packed(weight.detach(), choice, in_place))
+            packed.append(_packed(weight.detach(), method, in_place))
         at_L = [0 if weight_NK.is_mkldnn else weight_NK.data_ptr() for weight_NK in packed]
-        return Packed(packed, choice or Choice.of("library"), np.array(at_L, np.int64))
+        return Packed(packed, method or Method.of("library"), np.array(at_L, np.int64))
 
     def slot_memory(self, packed: Prepacked, slot: int) -> list[Tensor]:
         if isinstance(packed, Packed):
@@ -74,7 +74,7 @@ class CpuKernels(ReferenceKernels):
         return super().slot_memory(packed, slot)
 
     def slot_layout(self, packed: Prepacked) -> str:
-        return packed.choice.layout if isinstance(packed, Packed) else super().slot_layout(packed)
+        return packed.method.layout if isinstance(packed, Packed) else super().slot_layout(packed)
 
     def permute(
         self,
@@ -137,8 +137,8 @@ class CpuKernels(ReferenceKernels):
         return out_SN.to(rows_SK.dtype)
 
 
-def _packed(weight_NK: Tensor, choice: Choice, in_place: bool) -> Tensor:
-    if choice.layout == "onednn":
+def _packed(weight_NK: Tensor, method: Method, in_place: bool) -> Tensor:
+    if method.layout == "onednn":
         return products.reordered(weight_NK)
     # A matrix that comes alone may be a view of memory that its owner frees.
     weight_NK = weight_NK if in_place else weight_NK.clone(memory_format=torch.contiguous_format)
@@ -148,14 +148,14 @@ def _packed(weight_NK: Tensor, choice: Choice, in_place: bool) -> Tensor:
 
 def _products(rows_SK: Tensor, packed: Packed, first_L: np.ndarray, last_L: np.ndarray) -> Tensor:
     """rows_SN, in the dtype of the rows or in float32; each slot by the product that its number of rows asks for."""
-    choice, matrices_L = packed.choice, packed.matrices_L
+    method, matrices_L = packed.method, packed.matrices_L
     outputs = matrices_L[0].shape[0]
-    if choice.layout == "onednn":
+    if method.layout == "onednn":
         out_SN = rows_SK.new_empty(len(rows_SK), outputs)
-        products.onednn(rows_SK, matrices_L, first_L, last_L, out_SN, choice.fewest_rows)
+        products.onednn(rows_SK, matrices_L, first_L, last_L, out_SN, method.fewest_rows)
         return out_SN
     # Slots by one product have their first rows there, and none by the other.
-    border_L = np.where(choice.compiled(last_L - first_L), last_L, first_L)
+    border_L = np.where(method.compiled(last_L - first_L), last_L, first_L)
     if (border_L == first_L).all():
         out_SN = rows_SK.new_empty(len(rows_SK), outputs)
     else:
