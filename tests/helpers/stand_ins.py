@@ -86,13 +86,13 @@ def _serve_echo(*arguments: Any) -> None:
         _serve_pipe(*arguments)
 
 
-def _serve_script(failed: Connection, folder: str, *arguments: Any) -> None:
+def _serve_script(failed: Connection, serving: serve.Serving) -> None:
     with mock.patch.object(serve, "_serve_once", _do_next):
-        _serve_child(failed, folder, *arguments)
+        _serve_child(failed, serving)
 
 
-def _do_next(folder: str, *_: Any) -> None:
-    script = Path(folder) / "script"
+def _do_next(serving: serve.Serving) -> None:
+    script = Path(serving.model_path) / "script"
     now, _, later = script.read_text().partition("\n")
     script.write_text(later)
     if now == "killed":

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -51,6 +51,26 @@ RESTART_AFTER_S = 1.0
 logger = logging.getLogger("epbackend")
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What a server is asked to do, by the arguments of `serve_model`."""
+
+    model_path: str
+    config: EPConfig
+    host: str
+    port: int
+    placement: Placement | None
+    recording: Recording | None
+    front: Front
+    drain_seconds: float
+    arguments: dict[str, Any]
+    """Of LMDeploy's `api_server.serve`."""
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self.host, self.port
+
+
 def serve_model(
     model_path: str,
     config: EPConfig,
@@ -81,18 +101,18 @@ def serve_model(
     if restart < 0:
         raise ConfigError(f"restart: must be how often to start again, from 0 on, not {restart}")
     kwargs = {"log_level": config.engine.log_level, **front.engine_arguments(model_path), **kwargs}
-    arguments = (model_path, config.to_json(), host, port, placement, recording, front, drain_seconds, kwargs)
+    serving = Serving(model_path, config, host, port, placement, recording, front, drain_seconds, kwargs)
     if restart:
         with signals_unwind():
-            _serve_again(arguments, restart)
+            _serve_again(serving, restart)
     else:
-        _serve_once(*arguments)
+        _serve_once(serving)
 
 
-def _serve_again(arguments: tuple[Any, ...], restarts: int) -> None:
+def _serve_again(serving: Serving, restarts: int) -> None:
     """Runs the server in a process of its own, and again whenever its engine fails or it is killed."""
     for left in range(restarts, -1, -1):
-        failure = _serve_in_child(arguments)
+        failure = _serve_in_child(serving)
         if failure is None:
             return
         if left:
@@ -101,7 +121,7 @@ def _serve_again(arguments: tuple[Any, ...], restarts: int) -> None:
     raise EngineFailedError(f"the engine failed once more after {restarts} restarts: {failure}")
 
 
-def _serve_in_child(arguments: tuple[Any, ...]) -> EngineFailedError | None:
+def _serve_in_child(serving: Serving) -> EngineFailedError | None:
     """Returns when the server has ended: what it failed of, or None where it was asked to end.
 
     Raises:
@@ -110,7 +130,7 @@ def _serve_in_child(arguments: tuple[Any, ...]) -> EngineFailedError | None:
     """
     ours, theirs = Pipe(duplex=False)
     with ours, theirs:
-        server = start_server(_serve_child, (theirs, *arguments))
+        server = start_server(_serve_child, (theirs, serving))
         try:
             server.join()
         except BaseException:  # SIGTERM or SIGINT: it drains
@@ -126,58 +146,41 @@ def _serve_in_child(arguments: tuple[Any, ...]) -> EngineFailedError | None:
     raise error or WorkerError(f"the server ended with exit code {code}; its log is above")
 
 
-def _serve_child(failed: Connection, *arguments: Any) -> None:
+def _serve_child(failed: Connection, serving: Serving) -> None:
     """The process of `_serve_in_child`, which it tells of the error that it ends by."""
     try:
-        _serve_once(*arguments)
+        _serve_once(serving)
     except EPError as error:
         failed.send(error)
         sys.exit(error.exit_code)
 
 
-def _serve_once(
-    model_path: str,
-    config_json: str,
-    host: str,
-    port: int,
-    placement: Placement | None,
-    recording: Recording | None,
-    front: Front,
-    drain_seconds: float,
-    kwargs: dict[str, Any],
-) -> None:
-    config = EPConfig.from_json(config_json)
-    guard = Guard(drain_seconds)
+def _serve_once(serving: Serving) -> None:
+    config, front = serving.config, serving.front
+    guard = Guard(serving.drain_seconds)
     try:
         with signals_unwind(), front.shown(), ShownLog(config.engine.log_level):
             if config.engine.dp == 1:
-                plug.enable(config, placement)
+                plug.enable(config, serving.placement)
                 try:
                     stats, balancer = active().stats, active().balancer
                     assert stats is not None, "it is this process that starts the engine"
-                    guard.experts = ExpertEndpoints(stats, placement, balancer).app(front.api_keys)
-                    with ExpertMetrics(stats), recording_server(recording, stats.report, [(host, port)]):
-                        _serve_engine(model_path, config, 0, host, port, guard, kwargs)
+                    guard.experts = ExpertEndpoints(stats, serving.placement, balancer).app(front.api_keys)
+                    saved = recording_server(serving.recording, stats.report, [serving.address])
+                    with ExpertMetrics(stats), saved:
+                        _serve_engine(serving, 0, guard)
                 finally:
                     plug.disable()
             else:
                 warm_splits(config)
-                _serve_balanced(model_path, config, host, port, placement, recording, front, guard, kwargs)
+                _serve_balanced(serving, guard)
     finally:
         # However the server was left: uvicorn repeats the signal by which the guard ended it.
         if guard.failure is not None:
             raise EngineFailedError(guard.failure)
 
 
-def _serve_engine(
-    model_path: str,
-    config: EPConfig,
-    dp_rank: int,
-    host: str,
-    port: int,
-    guard: Guard,
-    kwargs: dict[str, Any],
-) -> None:
+def _serve_engine(serving: Serving, dp_rank: int, guard: Guard) -> None:
     import_parsers()
     from lmdeploy.serve.openai import api_server
 
@@ -190,17 +193,17 @@ def _serve_engine(
                 guard,
                 None,
                 lambda: stats.verdict if stats else None,
-                config.timeout_s,
+                serving.config.timeout_s,
                 active().balancer,
             ),
         ):
             api_server.serve(
-                model_path,
+                serving.model_path,
                 backend="pytorch",
-                backend_config=engine_config(config, dp_rank),
-                server_name=host,
-                server_port=port,
-                **kwargs,
+                backend_config=engine_config(serving.config, dp_rank),
+                server_name=serving.host,
+                server_port=serving.port,
+                **serving.arguments,
             )
     except RuntimeError as error:
         # The engine's process ended; LMDeploy knows no more than that.
@@ -219,32 +222,35 @@ def _without_hint(api_server: ModuleType) -> Iterator[None]:
         del vars(api_server)["print"]
 
 
-def _serve_balanced(
-    model_path: str,
-    config: EPConfig,
-    host: str,
-    port: int,
-    placement: Placement | None,
-    recording: Recording | None,
-    front: Front,
-    guard: Guard,
-    kwargs: dict[str, Any],
-) -> None:
+def _serve_balanced(serving: Serving, guard: Guard) -> None:
     import uvicorn
 
     from epbackend.engines.lmdeploy.patches.server import errors_in_openai_form
     from epbackend.engines.lmdeploy.server.reverse_proxy import ReverseProxy
 
+    config, front, placement = serving.config, serving.front, serving.placement
+    arguments = dict(serving.arguments)
     # A client's order to end is heeded here: of an engine that ends, we would say that it has failed.
-    end = end_server if kwargs.pop("allow_terminate_by_client", False) else None
+    end = end_server if arguments.pop("allow_terminate_by_client", False) else None
     tls: dict[str, Any] = {}
-    if kwargs.pop("ssl", False):  # here, and not between us and the engines
+    if arguments.pop("ssl", False):  # here, and not between us and the engines
         tls = {"ssl_keyfile": os.environ["SSL_KEYFILE"], "ssl_certfile": os.environ["SSL_CERTFILE"]}
-    behind = replace(
+    hidden = replace(
         front, root_path="", access_log=False, ssl_keyfile=None, ssl_certfile=None, announcement=None
     )
-    ports = [free_port() for _ in range(config.engine.dp)]
-    addresses = [(LOOPBACK, each) for each in ports]
+    behind = [
+        replace(
+            serving,
+            host=LOOPBACK,
+            port=free_port(),
+            recording=None,
+            front=hidden,
+            drain_seconds=0.0,  # the reverse proxy has drained
+            arguments=arguments,
+        )
+        for _ in range(config.engine.dp)
+    ]
+    addresses = [each.address for each in behind]
     with ExitStack() as started:
         errors = Patches()  # its own, as for a missing key; the engines have the plug
         errors.apply([errors_in_openai_form])
@@ -253,46 +259,39 @@ def _serve_balanced(
         started.callback(stats.remove)
         balancer = balance.start(config, stats, placement)
         guard.experts = ExpertEndpoints(stats, placement, balancer).app(front.api_keys)
-        arguments = [
-            (model_path, config.to_json(), dp_rank, engine_port, placement, behind, kwargs)
-            for dp_rank, engine_port in enumerate(ports)
-        ]
         processes: list[BaseProcess] = []
         # Of engines that have failed nothing can be closed in order, and a stopped process would be waited for.
         started.callback(lambda: stop_engines(processes, at_once=guard.failure is not None))
         if balancer is not None:
             started.callback(balancer.close)
-        processes += start_engines(config, stats, _run_engine_server, arguments)
+        processes += start_engines(
+            config, stats, _run_engine_server, [(each, dp_rank) for dp_rank, each in enumerate(behind)]
+        )
         _await_engines(processes, addresses, stats)
-        engines = [f"http://{LOOPBACK}:{each}" for each in ports]
+        engines = [f"http://{each.host}:{each.port}" for each in behind]
         app = ReverseProxy(engines, ExpertMetrics(stats)).app(end, front.api_keys)
         with (
-            recording_server(recording, stats.report, addresses),
+            recording_server(serving.recording, stats.report, addresses),
             guard.in_place(),
             looking_out(guard, processes, lambda: stats.verdict, config.timeout_s, balancer),
         ):
             uvicorn.run(
-                app, host=host, port=port, log_level=os.getenv("UVICORN_LOG_LEVEL", "info").lower(), **tls
+                app,
+                host=serving.host,
+                port=serving.port,
+                log_level=os.getenv("UVICORN_LOG_LEVEL", "info").lower(),
+                **tls,
             )
 
 
-def _run_engine_server(
-    model_path: str,
-    config_json: str,
-    dp_rank: int,
-    port: int,
-    placement: Placement | None,
-    front: Front,
-    kwargs: dict[str, Any],
-) -> None:
+def _run_engine_server(serving: Serving, dp_rank: int) -> None:
     """An engine process behind the reverse proxy."""
-    config = EPConfig.from_json(config_json)
-    plug.enable(config, placement)
-    guard = Guard(drain_seconds=0.0)  # the reverse proxy has drained
+    plug.enable(serving.config, serving.placement)
+    guard = Guard(serving.drain_seconds)
     os.environ.setdefault("UVICORN_LOG_LEVEL", "warning")  # it would tell of its own port
     try:
-        with front.shown():
-            _serve_engine(model_path, config, dp_rank, LOOPBACK, port, guard, kwargs)
+        with serving.front.shown():
+            _serve_engine(serving, dp_rank, guard)
     finally:
         if guard.failure is not None:
             sys.exit(ENGINE_FAILED)
