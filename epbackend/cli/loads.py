@@ -9,7 +9,7 @@ from epbackend.cli.output import console
 from epbackend.config import EPConfig
 
 if TYPE_CHECKING:
-    from epbackend.engines.lmdeploy import LoadReport
+    from epbackend.engines.load_report import LoadReport
 
 
 def facts(config: EPConfig, load: "LoadReport") -> dict[str, Any]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
     from epbackend.balance.simulation import Simulation
-    from epbackend.engines.lmdeploy import LoadReport
+    from epbackend.engines.load_report import LoadReport
     from epbackend.placement.compare import ScoreTable
     from epbackend.placement.visits import Visits
 

@@ -23,11 +23,11 @@ from epbackend.engines.lmdeploy.load.report import (
     MAX_LAYERS,
     STATS_VARIABLE,
     STEPS,
-    LoadReport,
     SharedStats,
     rank_row,
 )
 from epbackend.engines.lmdeploy.load.stats_writer import Counters, StatsWriter
+from epbackend.engines.load_report import LoadReport
 from epbackend.errors import EPError
 from epbackend.moe import LayerStats
 from tests.helpers.forked_engines import forked_context

@@ -28,8 +28,8 @@ from epbackend.device import get_device
 from epbackend.device.cuda import CudaDevice
 from epbackend.dispatch.base import DispatchSettings, RankGroup
 from epbackend.engines.lmdeploy import plug, state
-from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.operators import building
+from epbackend.engines.load_report import LoadReport
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
 from epbackend.kernels.weight_formats import Experts

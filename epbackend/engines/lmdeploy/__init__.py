@@ -33,11 +33,11 @@ from typing import TYPE_CHECKING, Any
 from epbackend.checkpoint import check_checkpoint
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy.hub import locate
-from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.patching import check_version
 from epbackend.engines.lmdeploy.processes import check_port, check_starts
 from epbackend.engines.lmdeploy.server.front import Front
 from epbackend.engines.lmdeploy.shown_log import ShownLog
+from epbackend.engines.load_report import LoadReport
 
 if TYPE_CHECKING:
     from lmdeploy import Pipeline

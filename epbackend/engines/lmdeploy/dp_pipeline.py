@@ -17,10 +17,11 @@ from epbackend.balance.balancer import BalanceReport
 from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import balance
 from epbackend.engines.lmdeploy.balance import report_of
-from epbackend.engines.lmdeploy.load.report import LoadReport, SharedStats
+from epbackend.engines.lmdeploy.load.report import SharedStats
 from epbackend.engines.lmdeploy.processes import start_engines, stop_engines
 from epbackend.engines.lmdeploy.requests.checks import check_call
 from epbackend.engines.lmdeploy.shown_log import ShownLog
+from epbackend.engines.load_report import LoadReport
 from epbackend.engines.placement import warm_splits
 from epbackend.errors import ConfigError, EPError, WorkerError
 from epbackend.placement.placement import Placement

@@ -16,9 +16,9 @@ from epbackend.config import EPConfig
 from epbackend.engines.lmdeploy import plug
 from epbackend.engines.lmdeploy.balance import report_of
 from epbackend.engines.lmdeploy.lmdeploy_config import engine_config
-from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.requests.checks import check_call
 from epbackend.engines.lmdeploy.state import active, current
+from epbackend.engines.load_report import LoadReport
 from epbackend.errors import ConfigError, EPError
 from epbackend.placement.placement import Placement
 

@@ -13,11 +13,12 @@ from epbackend.config import EPConfig
 from epbackend.dispatch.context import GroupContext
 from epbackend.engines.lmdeploy.environment import environment
 from epbackend.engines.lmdeploy.load.real_tokens import RealTokens
-from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, LoadReport, SharedStats, record_verdict
+from epbackend.engines.lmdeploy.load.report import STATS_VARIABLE, SharedStats, record_verdict
 from epbackend.engines.lmdeploy.load.stats_writer import StatsWriter
 from epbackend.engines.lmdeploy.patching import Patches
 from epbackend.engines.lmdeploy.shown_log import ShownLog
 from epbackend.engines.lmdeploy.workers.pulse import Pulse
+from epbackend.engines.load_report import LoadReport
 from epbackend.errors import EPError, WorkerError
 from epbackend.placement.placement import Placement
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from epbackend.balance.recording import EVERY_S
 from epbackend.checkpoint import layer_count, read_model_config
-from epbackend.engines.lmdeploy.load.report import LoadReport
 from epbackend.engines.lmdeploy.processes import POLL_S, listens
+from epbackend.engines.load_report import LoadReport
 from epbackend.errors import ConfigError, EPError
 from epbackend.files import check_target, replace_file
 from epbackend.placement.formats.sglang import loads_bytes

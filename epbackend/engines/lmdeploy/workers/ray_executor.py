@@ -33,14 +33,17 @@ from epbackend.engines.lmdeploy.load.report import (
 from epbackend.engines.lmdeploy.plug import set_threads
 from epbackend.engines.lmdeploy.processes import ENGINE_VARIABLE
 from epbackend.engines.lmdeploy.state import active
-from epbackend.engines.lmdeploy.workers.process_guard import descendants, started_heed_signals
-from epbackend.engines.lmdeploy.workers.rank_watch import (
+from epbackend.engines.lmdeploy.workers.process_guard import (
     ENDED,
+    descendants,
+    process_state,
+    started_heed_signals,
+)
+from epbackend.engines.lmdeploy.workers.rank_watch import (
     LOOK_S,
     RankState,
     judge,
     look_at,
-    process_state,
 )
 from epbackend.errors import ConfigError, WorkerError
 
