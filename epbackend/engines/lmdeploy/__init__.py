@@ -10,8 +10,8 @@
 
 - `plug` enables and disables; `state` holds what is enabled.
 - `patching` and `patches` change LMDeploy and put it back.
-- `lmdeploy_config` makes LMDeploy's configuration from ours; `checkpoint` finds a model and looks at its files, and
-  `checks` refuses what cannot work, before any process is started.
+- `lmdeploy_config` makes LMDeploy's configuration from ours; `hub` finds a model, and `checks` refuses what cannot work
+  with its files (`epbackend.checkpoint`), before any process is started.
 - `operators` are our experts, `devices` gives them to each device; `weight_check` sees to it that all are loaded.
 - `workers` brings the plug into the ranks, and watches over them.
 - `load` counts what the layers do, and brings it back; `balance` lets experts move while the engine serves.

@@ -49,7 +49,7 @@ def init_routing(
     """(rows_SD, choice_of_row_S, counts_L): each token once for each choice of an expert below `active`, sorted by
     expert.
 
-    `ids_TK` is int32 and below `experts`; T > 0. S = T * K; rows and sources past the sum of the counts are garbage.
+    `ids_TK` is int32 and below `experts`; T > 0. S = T * K; rows and choices past the sum of the counts are garbage.
     """
     rows_SD, choice_of_row_S, counts_L, _ = _npu().npu_moe_init_routing_v2(
         hidden_TD,
