@@ -31,6 +31,7 @@ from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
 from epbackend.names import LEVEL_BY_NODE, LEVELLING, SPLITS
 from epbackend.placement.placement import Layout
+from epbackend.placement.replica_split import nearest_replicas
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _replicas(name: str, slot_map: SlotMap, spec: LayerSpec, movable: bool) -> E
             movable,
             by_node,
         )
-    takes_EC = slot_ids_EC >= 0 if name == "even" else _nearest(layout, ranks.source, node)
+    takes_EC = slot_ids_EC >= 0 if name == "even" else nearest_replicas(layout, ranks.source, node)
     if movable:
         room = (0, 0), (0, slot_map.most_replicas - slot_ids_EC.shape[1])
         slot_ids_EC, takes_EC = np.pad(slot_ids_EC, room, constant_values=-1), np.pad(takes_EC, room)
@@ -170,15 +171,6 @@ def _gather(spec: LayerSpec) -> Callable[[Tensor], Tensor]:
     """counts_E -> counts_GE: what the tokens of every source chose."""
     collectives = Collectives.of(spec)
     return lambda counts_E: collectives.all_gather(counts_E[None])[:: spec.ranks.token_size]
-
-
-def _nearest(layout: Layout, source: int, node: int) -> np.ndarray:
-    """takes_EC (bool): the replicas of each expert that are nearest to the source; see `placement.replica_split`."""
-    source_EC = layout.rank_of_slot_P[layout.slots_EC]
-    node = node or layout.ranks
-    distance_EC = (source_EC != source).astype(np.int64) + (source_EC // node != source // node)
-    distance_EC[layout.slots_EC < 0] = 3
-    return distance_EC == distance_EC.min(axis=1, keepdims=True)
 
 
 def _by_source(layout: Layout, ranks: RankGroup) -> Layout:

@@ -24,7 +24,13 @@ from torch import Tensor
 from epbackend.errors import EPError
 from epbackend.kernels.id_check import ExpertIdCheck, clamp_ids
 from epbackend.placement.placement import Layout
-from epbackend.placement.replica_split import STRIDE, level_by_node_shares, level_shares, own_quota
+from epbackend.placement.replica_split import (
+    STRIDE,
+    level_by_node_shares,
+    level_shares,
+    own_quota,
+    round_robin,
+)
 
 
 class Split(Protocol):
@@ -62,9 +68,7 @@ class EvenReplicas:
     @property
     def place_EC(self) -> np.ndarray:
         """int64: the place of each replica in the queue for one more; -1 where it takes none."""
-        start_E = self.offset + np.cumsum(self.takers_E > 1)
-        place_EC = (self.takes_EC.cumsum(axis=1) - 1 - start_E[:, None]) % self.takers_E[:, None]
-        return np.where(self.takes_EC, place_EC, -1)
+        return round_robin(self.takes_EC, self.offset)
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,25 +81,31 @@ def _all_round_robin(layout: Layout, offset: int) -> tuple[np.ndarray, np.ndarra
 
 @lru_cache(maxsize=1024)
 def _nearest_round_robin(layout: Layout, source_rank: int, node_size: int) -> tuple[np.ndarray, np.ndarray]:
+    return _round_robin(layout, nearest_replicas(layout, source_rank, node_size), source_rank)
+
+
+def nearest_replicas(layout: Layout, source_rank: int, node_size: int = 0) -> np.ndarray:
+    """takes_EC (bool): the replicas of each expert that `nearest_quota` gives tokens of `source_rank`."""
     rank_EC = layout.rank_of_slot_P[layout.slots_EC]
     node_ranks = node_size or layout.ranks
     elsewhere_EC = (rank_EC != source_rank).astype(np.int64)
     distance_EC = elsewhere_EC + (rank_EC // node_ranks != source_rank // node_ranks)
     distance_EC[layout.slots_EC < 0] = 3
-    return _round_robin(layout, distance_EC == distance_EC.min(axis=1, keepdims=True), source_rank)
+    return distance_EC == distance_EC.min(axis=1, keepdims=True)
+
+
+def round_robin(takes_EC: np.ndarray, offset: int) -> np.ndarray:
+    """place_EC (int64): of each replica that takes tokens in the queue for one more; -1 for the others."""
+    takers_E1 = takes_EC.sum(axis=1, keepdims=True)
+    start_E1 = offset + np.cumsum(takers_E1 > 1, axis=0)
+    return np.where(takes_EC, (takes_EC.cumsum(axis=1) - 1 - start_E1) % takers_E1, -1)
 
 
 def _round_robin(layout: Layout, takes_EC: np.ndarray, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """takers_E: how many replicas take a share of each expert. position_P: of each slot among them, or -1.
-
-    `epbackend.kernels.replica_split` has the same formula for tensors: there the counts stay on the device.
-    """
-    takers_E = takes_EC.sum(axis=1)
-    start_E = offset + np.cumsum(takers_E > 1)
-    position_EC = (np.cumsum(takes_EC, axis=1) - 1 - start_E[:, None]) % takers_E[:, None]
+    """takers_E: how many replicas take a share of each expert. position_P: of each slot among them, or -1."""
     position_P = np.full(layout.slots, -1)
-    position_P[layout.slots_EC[takes_EC]] = position_EC[takes_EC]
-    return takers_E, position_P
+    position_P[layout.slots_EC[takes_EC]] = round_robin(takes_EC, offset)[takes_EC]
+    return takes_EC.sum(axis=1), position_P
 
 
 def _shares(tokens_E: np.ndarray, layout: Layout, takers_E: np.ndarray, position_P: np.ndarray) -> np.ndarray:
