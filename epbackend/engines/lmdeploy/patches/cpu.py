@@ -79,24 +79,6 @@ def _bf16_on_the_cpu(original: Callable) -> Callable:
     return is_bf16_supported
 
 
-cpu_has_bf16 = Patch(
-    "cpu-has-bf16",
-    "lmdeploy.pytorch.config:is_bf16_supported",
-    "it says no for a device it does not know, and bfloat16 would become float16",
-    "cpu",
-    _bf16_on_the_cpu,
-    "a3ba97b0bd8a",
-)
-checks_know_bf16 = Patch(
-    "checks-know-bf16",
-    "lmdeploy.utils:is_bf16_supported",
-    "its check of the model warns of bfloat16 on a device it does not know",
-    "cpu",
-    _bf16_on_the_cpu,
-    "a3ba97b0bd8a",
-)
-
-
 @patch(
     "lmdeploy.pytorch.config:_update_torch_dtype",
     why="dtype 'auto' turns a float32 checkpoint into float16, and states of linear attention are kept in bfloat16",
@@ -229,6 +211,10 @@ def _weights_on_cpu(name: str, method: str, fingerprint: str) -> Patch:
     return Patch(name, target, "it loads through a GPU", "cpu", moved_to_cpu, fingerprint)
 
 
+def _knows_bf16(name: str, module: str, why: str) -> Patch:
+    return Patch(name, f"{module}:is_bf16_supported", why, "cpu", _bf16_on_the_cpu, "a3ba97b0bd8a")
+
+
 def _shim(name: str, replacement: Any) -> Patch:
     return Patch(
         f"torch-cuda-{name.replace('_', '-')}",
@@ -254,8 +240,16 @@ PATCHES = (
     # First: looking for the other targets imports the functions that it is about.
     lmdeploy_uncompiled,
     engine_config_accepts_cpu,
-    cpu_has_bf16,
-    checks_know_bf16,
+    _knows_bf16(
+        "cpu-has-bf16",
+        "lmdeploy.pytorch.config",
+        "it says no for a device it does not know, and bfloat16 would become float16",
+    ),
+    _knows_bf16(
+        "checks-know-bf16",
+        "lmdeploy.utils",
+        "its check of the model warns of bfloat16 on a device it does not know",
+    ),
     auto_keeps_float32,
     batch_size_of_cpu,
     torch_checked_on_cpu,

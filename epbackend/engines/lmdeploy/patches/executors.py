@@ -148,6 +148,17 @@ def server_ends_its_engine(original: Callable) -> Callable:
     return start_mp_proc
 
 
+def _ray_resource(name: str, module: str) -> Patch:
+    return Patch(
+        name,
+        f"{module}:get_device_str",
+        "it knows no Ray resource for the CPU",
+        "ray",
+        built_by(f"{_OURS}.workers.ray_executor:resource_of"),
+        "b6e6b6e0bb0c",
+    )
+
+
 PATCHES = (
     ranks_meet_in_time,
     Patch(
@@ -210,22 +221,8 @@ PATCHES = (
         "0b84707a152f",
     ),
     ray_environment,
-    Patch(
-        "ray-resource-of-executor",
-        f"{_RAY}:get_device_str",
-        "it knows no Ray resource for the CPU",
-        "ray",
-        built_by(f"{_OURS}.workers.ray_executor:resource_of"),
-        "b6e6b6e0bb0c",
-    ),
-    Patch(
-        "ray-resource-of-cluster",
-        "lmdeploy.pytorch.ray:get_device_str",
-        "it knows no Ray resource for the CPU",
-        "ray",
-        built_by(f"{_OURS}.workers.ray_executor:resource_of"),
-        "b6e6b6e0bb0c",
-    ),
+    _ray_resource("ray-resource-of-executor", _RAY),
+    _ray_resource("ray-resource-of-cluster", "lmdeploy.pytorch.ray"),
     Patch(
         "ray-cluster",
         "lmdeploy.pytorch.ray:init_ray_cluster",

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from epbackend.engines.lmdeploy.patching import Patch, built_by, patch, replaced_by
+from epbackend.engines.lmdeploy.patching import Patch, When, built_by, patch, replaced_by
 from epbackend.engines.lmdeploy.processes import LOOPBACK, free_port
 from epbackend.models import resolve
 
@@ -25,10 +25,12 @@ def _packaged_too(original: Callable) -> Callable:
     return get_model
 
 
-_WHY_PACKAGED = "it looks for the packaged models in the hub"
-packaged_models = Patch(
-    "packaged-models", "lmdeploy.pipeline:get_model", _WHY_PACKAGED, "always", _packaged_too, "01a61ee3a8d4"
-)
+def _packaged_models(name: str, module: str, when: When) -> Patch:
+    why = "it looks for the packaged models in the hub"
+    return Patch(name, f"{module}:get_model", why, when, _packaged_too, "01a61ee3a8d4")
+
+
+packaged_models = _packaged_models("packaged-models", "lmdeploy.pipeline", "always")
 
 
 @patch(
@@ -78,14 +80,7 @@ def servers_find_each_other(original: Callable) -> Callable:
 
 PATCHES = (
     packaged_models,
-    Patch(
-        "packaged-models-on-the-command-line",
-        "lmdeploy.utils:get_model",
-        _WHY_PACKAGED,
-        "run",
-        _packaged_too,
-        "01a61ee3a8d4",
-    ),
+    _packaged_models("packaged-models-on-the-command-line", "lmdeploy.utils", "run"),
     pytorch_is_the_backend,
     batch_size_is_left_open,
     Patch(
