@@ -135,52 +135,19 @@ async def _begin(request: CompletionRequest, context: Any) -> list[Choice]:
     prompts = _prompts(request.prompt)
     count = request.n or 1
     _check_counts(request, len(prompts), count)
-    vocabulary = vocabulary_size(engine.hf_cfg) or len(tokenizer)
-    processors: list[Any] = [
-        *([logit_bias(request.logit_bias, vocabulary)] if request.logit_bias else []),
-        *output_penalties(request.presence_penalty, request.frequency_penalty),
-    ]
+    processors = _logits_processors(request, vocabulary_size(engine.hf_cfg) or len(tokenizer))
     reads_only = request.max_tokens == 0 and request.max_completion_tokens is None  # with echo only
     choices: list[Choice] = []
-
-    async def prepare(prompt: str | list[int], seed: int | None, **overrides: Any) -> Any:
-        config = build_serving_generation_config(
-            request,
-            context,
-            **{
-                "stop_words": [request.stop] if isinstance(request.stop, str) else request.stop,
-                "random_seed": seed,
-                "logits_processors": processors or None,
-                "logprobs": None if request.logprobs is None else max(1, request.logprobs),
-            }
-            | overrides,
-        )
-        config.max_new_tokens = 0 if "logprob_start_len" in overrides else config.max_new_tokens or None
-        text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-        adapter = request.model if request.model != engine.model_name else None
-        session = context.create_session(request.session_id)
-        return await engine.preprocess(
-            text, session, gen_config=config, do_preprocess=False, adapter_name=adapter, input_ids=ids
-        )
-
     try:
         for prompt in prompts:
             prompt_logprobs: list[dict[int, float] | None] = []
             if request.echo and request.logprobs is not None:
-                prompt_logprobs = await _read(
-                    engine,
-                    await prepare(
-                        prompt,
-                        None,
-                        logprob_start_len=0,
-                        logits_processors=None,
-                        logprobs=max(1, request.logprobs),
-                    ),
-                )
+                prepared = await _prepare(request, context, prompt, prompt_only=True)
+                prompt_logprobs = await _read(engine, prepared)
             for _ in range(count):
                 await asyncio.sleep(0)  # others are served meanwhile: nothing below waits
                 seed = None if request.seed is None else request.seed + len(choices)
-                prepared = await prepare(prompt, seed)
+                prepared = await _prepare(request, context, prompt, seed, processors)
                 ids = list(prepared.inputs["input_ids"])
                 choices.append(
                     Choice(
@@ -197,6 +164,39 @@ async def _begin(request: CompletionRequest, context: Any) -> list[Choice]:
             context.session_manager.remove(each.session)
         raise
     return choices
+
+
+async def _prepare(
+    request: CompletionRequest,
+    context: Any,
+    prompt: str | list[int],
+    seed: int | None = None,
+    processors: list[Any] | None = None,
+    prompt_only: bool = False,
+) -> Any:
+    """A prompt as the engine takes it, in a session of its own; `prompt_only`: for its log probabilities alone."""
+    engine = context.async_engine
+    config = build_serving_generation_config(
+        request,
+        context,
+        stop_words=[request.stop] if isinstance(request.stop, str) else request.stop,
+        logprobs=None if request.logprobs is None else max(1, request.logprobs),
+        random_seed=seed,
+        logits_processors=processors,
+        **({"logprob_start_len": 0} if prompt_only else {}),
+    )
+    config.max_new_tokens = 0 if prompt_only else config.max_new_tokens or None
+    text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+    adapter = request.model if request.model != engine.model_name else None
+    session = context.create_session(request.session_id)
+    return await engine.preprocess(
+        text, session, gen_config=config, do_preprocess=False, adapter_name=adapter, input_ids=ids
+    )
+
+
+def _logits_processors(request: CompletionRequest, vocabulary: int) -> list[Any] | None:
+    bias = [logit_bias(request.logit_bias, vocabulary)] if request.logit_bias else []
+    return [*bias, *output_penalties(request.presence_penalty, request.frequency_penalty)] or None
 
 
 def _check_counts(request: CompletionRequest, prompts: int, count: int) -> None:
