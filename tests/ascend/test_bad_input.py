@@ -33,11 +33,10 @@ def _emulated(npu):
 
 def epbackend(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command as a user starts it, with these variables."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "epbackend", *arguments],
         cwd=ascend.ROOT,
-        env=inherited | {"COLUMNS": "500"} | variables,
+        env=ascend.outside() | {"COLUMNS": "500"} | variables,
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

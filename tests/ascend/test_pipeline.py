@@ -6,7 +6,6 @@ Only CANN is emulated: LMDeploy's Ascend backend, dlinfer and torch-npu are the 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +19,7 @@ pytest.importorskip("lmdeploy", reason="LMDeploy is not installed")
 
 from epbackend.models import resolve
 from epbackend.placement.placement import Layout, Placement
-from tests.helpers import ascend_pipeline, ascend_step_log, w8a8_checkpoint
+from tests.helpers import ascend, ascend_pipeline, ascend_step_log, w8a8_checkpoint
 from tests.helpers.answers import NEW_TOKENS, Answer, compare, hugging_face, rounding
 from tests.helpers.ascend import REAL, ROOT
 from tests.helpers.engines import EAGER
@@ -148,12 +147,8 @@ def demonstrated(npu: str, ranks: int, level: int) -> dict:
     """What `make demo-ascend` prints last, with these settings."""
     command = [sys.executable, "-m", "tests.helpers.ascend_demo", "--device", npu, "--tokens", "6"]
     command += ["--ranks", str(ranks), "--level", str(level)]
-    # As a user starts it, without what the emulation set in this process.
-    environment = {
-        name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"
-    }
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=10 * PATIENCE_S
+        command, cwd=ROOT, env=ascend.outside(), capture_output=True, text=True, timeout=10 * PATIENCE_S
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

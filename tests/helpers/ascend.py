@@ -30,6 +30,11 @@ def missing(platform: str) -> str | None:
     return None if platform == REAL else cann.missing()
 
 
+def outside() -> dict[str, str]:
+    """This process's environment, without what an emulation set in it: as a user has it."""
+    return {name: value for name, value in os.environ.items() if name not in (MARK, cann.AUTOLOAD)}
+
+
 def environment(chip: str, devices: int) -> dict[str, str]:
     """Variables with which Python finds emulated NPUs, torch-npu and dlinfer, as it finds real ones where those are."""
     folders = [ROOT / "tests" / "helpers" / "emulated_npu", ROOT, cann.WHEEL]

@@ -66,10 +66,7 @@ def run(
     """
     config = {"device": "ascend", "ep_size": ranks} | settings
     config["engine"] = ENGINE | settings.get("engine", {})
-    # As a user starts it, without what the emulation set in this process.
-    environment = {
-        name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"
-    }
+    environment = ascend.outside()
     if npu != ascend.REAL:
         environment |= ascend.environment(npu, ranks)
     if log is not None:

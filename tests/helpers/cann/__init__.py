@@ -23,6 +23,8 @@ from tests.helpers.cann import build
 WHEEL = Path(__file__).parents[3] / ".torch-npu"
 """Where `make test-ascend` unpacks the wheel: aside, because torch imports a torch_npu that it finds beside itself."""
 
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+"""Variable by which torch leaves torch_npu alone while it is imported itself."""
 CHIPS = {"A2": "Ascend910B1", "A3": "Ascend910_9391", "310P": "Ascend310P3"}
 """CANN's names; the last one is there to be refused."""
 OPERATORS = (
@@ -46,7 +48,7 @@ def missing() -> str | None:
 
 def start(chip: str = "A3", devices: int = 1) -> None:
     """Make `torch.npu` work in this process, on `devices` emulated NPUs. There is no way back."""
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    os.environ[AUTOLOAD] = "0"
     sys.path.append(str(WHEEL))
     load_libraries(chip, devices)
     importlib.import_module("torch_npu")
