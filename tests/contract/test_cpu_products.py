@@ -118,6 +118,24 @@ def test_matrices_of_one_tensor_are_used_in_place_and_single_ones_copied():
     assert len(set(kernels.prepack(shared_LNK).at_L)) == 2
 
 
+@pytest.mark.parametrize("form", ["float32", "int8", "fp8"])
+def test_weights_that_are_shared_with_another_process_are_found_where_they_are_then(form):
+    """Torch moves a tensor in place when it is sent to a process."""
+    weight_LNK = torch.randn(2, 128, 256)
+    given = {"float32": lambda each: each, "int8": int8.Int8Weights.of, "fp8": fp8.Fp8Blocks.of}[form](
+        weight_LNK
+    )
+    values_LNK = given if form == "float32" else given.values_LNK
+    kernels, rows_SK, counts_L = CpuKernels("compiled"), torch.randn(3, 256), torch.tensor([1, 2])
+    packed = kernels.prepack(given)
+    before_SN, at = kernels.grouped_matmul(rows_SK, packed, counts_L), values_LNK.data_ptr()
+    values_LNK.share_memory_()
+    assert values_LNK.data_ptr() != at
+    values_LNK.zero_()  # the old memory, if it is there still, holds the old values
+    assert before_SN.any()
+    assert not kernels.grouped_matmul(rows_SK, packed, counts_L).any()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 8, 64])
 def test_any_number_of_threads(threads):
     """More than there are cores too."""
@@ -189,7 +207,7 @@ def test_a_product_is_measured_until_turns_agree(turns, enough):
 
 def test_slots_take_their_products_by_their_rows():
     packed = CpuKernels("library").prepack(torch.randn(3, 6, 10))
-    mixed = Packed(packed.matrices_L, Method("plain", 2, 5), packed.at_L)
+    mixed = Packed(packed.matrices_L, Method("plain", 2, 5), packed.behind_first_L)
     rows_SK, counts_L = torch.randn(11, 10), torch.tensor([1, 4, 6])
     got, expected = (CpuKernels().grouped_matmul(rows_SK, each, counts_L) for each in (mixed, packed))
     torch.testing.assert_close(got, expected)

@@ -27,11 +27,17 @@ class Packed:
 
     matrices_L: list[Tensor]
     method: Method
-    at_L: np.ndarray
-    """Their addresses (int64), in the plain layout."""
+    behind_first_L: np.ndarray
+    """Bytes from the first one's address to each (int64), in the plain layout. Addresses themselves do not stay: torch
+    moves a tensor in place when it comes to be shared with another process, and all matrices of one tensor with it."""
 
     def __len__(self) -> int:
         return len(self.matrices_L)
+
+    @property
+    def at_L(self) -> np.ndarray:
+        """Where the matrices are now (int64), in the plain layout."""
+        return self.matrices_L[0].data_ptr() + self.behind_first_L
 
     @property
     def depth(self) -> int:
@@ -65,8 +71,10 @@ class CpuKernels(ReferenceKernels):
                     f"another {list(weight.shape)} in {weight.dtype}"
                 )
             packed.append(_packed(weight.detach(), method, in_place))
-        at_L = [0 if weight_NK.is_mkldnn else weight_NK.data_ptr() for weight_NK in packed]
-        return Packed(packed, method or Method.of("library"), np.array(at_L, np.int64))
+        at_L = np.array(
+            [0 if weight_NK.is_mkldnn else weight_NK.data_ptr() for weight_NK in packed], np.int64
+        )
+        return Packed(packed, method or Method.of("library"), at_L - at_L[:1])
 
     def slot_memory(self, packed: Prepacked, slot: int) -> list[Tensor]:
         if isinstance(packed, Packed):
