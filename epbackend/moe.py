@@ -74,13 +74,13 @@ class LayerStats:
         """Calls from Python: a replayed CUDA graph makes none."""
         self.most_passes = self.most_rounds = 0
         """Of any call."""
-        self.rows_2L = torch.zeros(2, len(local_experts), dtype=torch.int64)
+        self.rows_2L = torch.zeros(2, len(local_experts), dtype=torch.int64, device="cpu")
         """Rows of each slot in each of PHASES, on the experts' device from the first call on; replays of a CUDA graph
         count here, in the phase that was captured."""
         self._rows_of = _rows_by_phase(self.rows_2L)
         self._placed = False  # until the first call
-        self._experts_L = torch.tensor(local_experts)
-        self.credit_2E = torch.zeros(2, experts, dtype=torch.int64)
+        self._experts_L = torch.tensor(local_experts, dtype=torch.int64, device="cpu")
+        self.credit_2E = torch.zeros(2, experts, dtype=torch.int64, device="cpu")
         """Added to each expert's tokens: what slots counted for an expert that they no longer hold."""
         self.pairs: PairCounter | None = None
         """Where it is set, which experts tokens choose together is counted too."""
@@ -120,7 +120,10 @@ class LayerStats:
     def replace_experts(self, local_experts: tuple[int, ...]) -> None:
         """From now on these experts are in the slots. What was counted, for which it waits, stays with the old ones."""
         counted_2E = self.tokens_2E
-        self.local_experts, self._experts_L = local_experts, torch.tensor(local_experts)
+        self.local_experts, self._experts_L = (
+            local_experts,
+            torch.tensor(local_experts, dtype=torch.int64, device="cpu"),
+        )
         self.credit_2E = self.credit_2E + counted_2E - self.tokens_2E
 
     @property

@@ -107,3 +107,21 @@ def variable(node: ast.AST) -> str | None:
         case ast.Attribute():
             return node.attr
     return None
+
+
+MAKES_TENSORS = {"arange", "empty", "full", "ones", "rand", "randint", "randn", "tensor", "zeros"}
+
+
+def test_tensors_name_their_dtype_and_device():
+    """Else they follow torch.set_default_dtype and torch.set_default_device of whoever calls us."""
+    found = []
+    for path in (ROOT / "epbackend").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if ast.unparse(node.func.value) != "torch" or node.func.attr not in MAKES_TENSORS:
+                continue
+            named = {keyword.arg for keyword in node.keywords}
+            if None not in named and not named >= {"dtype", "device"}:  # None: **options
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert found == []

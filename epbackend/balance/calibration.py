@@ -98,14 +98,17 @@ def time_experts(
     """
     device, slots = layer.load.rows_2L.device, len(layer.load.local_experts)
     experts_A = active_experts(int(layer.slot_map.layout.slots_R.min()))
-    rows_SD = torch.randn(max(*rows_X, *experts_A), hidden_size).to(device, dtype)
+    rows_SD = torch.randn(max(*rows_X, *experts_A), hidden_size, dtype=torch.float32, device="cpu").to(
+        device, dtype
+    )
+    beginning_1 = torch.zeros(1, dtype=torch.float32, device=device)
     seconds = np.zeros((rounds + 1, len(rows_X), len(experts_A)))
     with torch.inference_mode():
         for round_, x, a in np.ndindex(seconds.shape):
             rows = max(rows_X[x], experts_A[a])
             counts_L = _spread(rows, experts_A[a], slots, first=round_).to(device)
             calls = min(max(round(SAMPLE_S / seconds[0, x, a]), 1), MOST_CALLS) if round_ else 1
-            dist.all_reduce(torch.zeros(1, device=device), group=layer.ranks.group)  # all begin together
+            dist.all_reduce(beginning_1, group=layer.ranks.group)  # all begin together
             seconds[round_, x, a] = _timed(layer, rows_SD[:rows], counts_L, calls)
     return 1e6 * np.median(seconds[1:], axis=0)  # the first round compiles, and fills caches
 

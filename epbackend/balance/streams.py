@@ -57,7 +57,7 @@ class Streams:
             RuntimeError: it was discarded, and the host has no other.
         """
         if self._module is None:
-            return [torch.empty(size, dtype=torch.uint8) for size in sizes]
+            return [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes]
         if self._host is None:
             self._host = _pinned(self._host_bytes)
         return list(self._host[: sum(sizes)].split(sizes))
@@ -112,4 +112,4 @@ class Streams:
 
 def _pinned(size: int) -> Tensor:
     """Memory of the host that a device reads and writes by itself."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)

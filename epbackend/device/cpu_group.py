@@ -404,8 +404,10 @@ def _done(targets: list[Tensor], values: list[Tensor]) -> Any:
 
 def _all_gather_text(gloo: Any, mine: str) -> list[str]:
     """The text of each rank, of at most _TEXT_BYTES."""
-    whole = torch.empty(gloo.size() * _TEXT_BYTES, dtype=torch.uint8)
-    gloo._allgather_base(whole, torch.tensor([*mine.encode().ljust(_TEXT_BYTES)], dtype=torch.uint8)).wait()
+    whole = torch.empty(gloo.size() * _TEXT_BYTES, dtype=torch.uint8, device="cpu")
+    gloo._allgather_base(
+        whole, torch.tensor([*mine.encode().ljust(_TEXT_BYTES)], dtype=torch.uint8, device="cpu")
+    ).wait()
     return [bytes(each.tolist()).decode().rstrip() for each in whole.split(_TEXT_BYTES)]
 
 

@@ -39,7 +39,7 @@ class AllGather(Dispatcher):
         mine, ranks = len(hidden_TD), self.spec.ranks.size
         if self.spec.settings.static:
             return [mine] * ranks
-        mine_1 = torch.full((1,), mine, device=hidden_TD.device)
+        mine_1 = torch.full((1,), mine, dtype=torch.int64, device=hidden_TD.device)
         return [tokens for (tokens,) in collectives.all_gather_ints(mine_1)]
 
 

@@ -179,7 +179,7 @@ def _first_unlinked(locations: Sequence[RankLocation], mine: int) -> int:
 
 def _all_gather(collectives: Collectives, row: tuple[int, ...], device: torch.device) -> list[list[int]]:
     """Every rank's row."""
-    return collectives.all_gather(torch.tensor([row], device=device)).tolist()
+    return collectives.all_gather(torch.tensor([row], dtype=torch.int64, device=device)).tolist()
 
 
 def _uuid(index: int) -> object:

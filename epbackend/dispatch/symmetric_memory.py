@@ -195,7 +195,7 @@ class SymmetricMemoryPeers(Peers):
         self._signal_pad: SymmetricTensor | None = _viewed(self.rendezvous(8 * self.size), torch.int64)
         self._barriers_1 = torch.zeros(1, dtype=torch.int64, device=device)
         # In the host's memory, so that it can be read when the GPU answers nothing any more.
-        self._timeout_report_2 = torch.zeros(2, dtype=torch.int64, pin_memory=self._on_gpu)
+        self._timeout_report_2 = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=self._on_gpu)
 
     def rendezvous(self, size: int) -> SymmetricTensor:
         if self._on_gpu and torch.cuda.is_current_stream_capturing():

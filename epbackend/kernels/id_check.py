@@ -21,7 +21,7 @@ class ExpertIdCheck:
     def __init__(self, experts: int, device: torch.device, layer: int = 0) -> None:
         self._experts, self._layer = experts, layer
         on_host = device.type in ("cpu", "meta")
-        self.found_1 = torch.full((1,), NOTHING, dtype=torch.int64, pin_memory=not on_host)
+        self.found_1 = torch.full((1,), NOTHING, dtype=torch.int64, device="cpu", pin_memory=not on_host)
         """The largest id out of range of some call, or NOTHING. Pinned, so that a kernel can write it."""
         self._largest_1 = torch.full((1,), NOTHING, dtype=torch.int64, device=device)
 

@@ -127,7 +127,7 @@ class EvenSplit:
     ) -> None:
         self._count, self._id_check = count, id_check
         self._slot_ids_EC, self._place_EC, self._takers_E1 = (
-            torch.tensor(table, device=device)
+            torch.tensor(table, dtype=torch.int64, device=device)
             for table in (replicas.slot_ids_EC, replicas.place_EC, replicas.takers_E[:, None])
         )
         self._calls = torch.zeros((), dtype=torch.int64, device=device)
@@ -159,8 +159,8 @@ class LevelSplit:
         self, count: Count, replicas: LevelReplicas, device: torch.device, id_check: ExpertIdCheck | None
     ) -> None:
         self._count, self._id_check, self._replicas = count, id_check, replicas
-        self._slot_ids_EC = torch.tensor(replicas.slot_ids_EC, device=device)
-        self._slots_EC = torch.tensor(replicas.layout.slots_EC, device=device)
+        self._slot_ids_EC = torch.tensor(replicas.slot_ids_EC, dtype=torch.int64, device=device)
+        self._slots_EC = torch.tensor(replicas.layout.slots_EC, dtype=torch.int64, device=device)
 
     def become(self, other: LevelSplit) -> None:
         self._replicas = other._replicas
@@ -205,7 +205,7 @@ def assign(ids_TK: Tensor, counts_E: Tensor, quota_EC: Tensor) -> Tensor:
     by_expert_S = ids_S.argsort(stable=True)
     sorted_S = ids_S[by_expert_S]
     first_S = (counts_E.cumsum(0) - counts_E)[sorted_S]
-    nth_S = torch.arange(len(ids_S), device=ids_S.device) - first_S
+    nth_S = torch.arange(len(ids_S), dtype=torch.int64, device=ids_S.device) - first_S
     position_S = first_S + nth_S * STRIDE % counts_E[sorted_S]
     replica_S = torch.searchsorted(quota_EC.reshape(-1).cumsum(0), position_S, right=True)
     return torch.empty_like(ids_S).scatter_(0, by_expert_S, replica_S).view(ids_TK.shape)

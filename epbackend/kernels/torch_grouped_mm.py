@@ -35,7 +35,7 @@ class GroupedMmKernels(ReferenceKernels):
         ends_L = totals_L.cumsum(0)
         counts_L = ends_L.clamp(first, last) - (ends_L - totals_L).clamp(first, last)
         order_S = bucket_S.argsort(stable=True)[first:last]
-        row_S = torch.arange(len(order_S), device=order_S.device)
+        row_S = torch.arange(len(order_S), dtype=torch.int64, device=order_S.device)
         choice_of_row_S = torch.where(row_S < counts_L.sum(), order_S, -1)
         return Permuted(hidden_TD.index_select(0, order_S // slot_ids_TK.shape[1]), counts_L, choice_of_row_S)
 
@@ -43,7 +43,7 @@ class GroupedMmKernels(ReferenceKernels):
         """Each token looks its rows up: `index_add_` would add them in a different order each time."""
         if len(rows_SD) == 0:
             return
-        row_S = torch.arange(len(choice_of_row_S), device=choice_of_row_S.device)
+        row_S = torch.arange(len(choice_of_row_S), dtype=torch.int64, device=choice_of_row_S.device)
         row_of = choice_of_row_S.new_full((weights_TK.numel() + 1,), -1)
         row_of[choice_of_row_S] = (
             row_S  # garbage, with choice -1, falls into the last place, which is cut off

@@ -146,6 +146,32 @@ def test_the_reference_computes_the_same():
     torch.testing.assert_close(build(**weights)(*call), build(kernels="reference", **weights)(*call))
 
 
+@pytest.mark.parametrize(
+    "form", [lambda each: each, Int8Weights.of, Fp8Blocks.of], ids=["float32", "int8", "fp8"]
+)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_the_defaults_of_torch_change_nothing(form, product, monkeypatch):
+    """Compiled products once wrote float32 into memory of the default dtype."""
+    monkeypatch.setenv(FORCED, product)
+    replicas = {
+        "slot_map": SlotMap.of((0, 1, 2, 3, 0, 1), 1),
+        "split": {"prefill": "level", "decode": "even"},
+    }
+    weights = form(torch.randn(6, 12, 8)), form(torch.randn(6, 8, 6))
+    call = torch.randn(5, 8), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    arguments = {"gate_up_L2FD": weights[0], "down_LDF": weights[1], **replicas}
+    expected = build(**arguments)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):  # as torch.set_default_device does
+            layer = build(**arguments)
+            for phase in LEVELS:
+                assert torch.equal(layer(*call, phase=phase), expected(*call, phase=phase))
+            assert layer.load.tokens_E.sum() == 20
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_an_unknown_phase_raises():
     with pytest.raises(ConfigError, match="phase 'encode' is unknown"):
         build()(torch.randn(1, 8), torch.zeros(1, 2, dtype=torch.int64), torch.rand(1, 2), phase="encode")

@@ -151,7 +151,7 @@ class SpreadExperts:
         """
         if not synced_gpus:
             return not this_peer_finished
-        going = torch.tensor(float(not this_peer_finished), device=device)
+        going = torch.tensor(float(not this_peer_finished), dtype=torch.float32, device=device)
         dist.all_reduce(going, group=self.ranks.group)
         return bool(going)
 
@@ -183,7 +183,7 @@ class SpreadExperts:
     def _agree(self, phase: Phase) -> None:
         """The phase of the coming step: decode where every rank decodes."""
         if self.ranks.sources > 1:
-            mine = torch.tensor([PHASES.index(phase)], device=self._empty_0D.device)
+            mine = torch.tensor([PHASES.index(phase)], dtype=torch.int64, device=self._empty_0D.device)
             number = self.layers[0].layer
             asked = Collectives(self.ranks.group, self.config.timeout_s, number, self._context)
             phase = "prefill" if [PHASES.index("prefill")] in asked.all_gather_ints(mine) else "decode"

@@ -141,7 +141,8 @@ def measure(dtype: torch.dtype) -> Microseconds:
     """The fastest turn of each product, with matrices that come from memory."""
     slots = BYTES // (OUTPUTS * INPUTS * dtype.itemsize)
     generator = torch.Generator().manual_seed(0)  # whoever packs experts keeps the state of torch's own
-    matrices_L = [torch.randn(OUTPUTS, INPUTS, generator=generator).to(dtype) for _ in range(slots)]
+    drawn: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    matrices_L = [torch.randn(OUTPUTS, INPUTS, **drawn).to(dtype) for _ in range(slots)]
     for matrix_NK in matrices_L:
         products.use_huge_pages(matrix_NK.data_ptr(), matrix_NK.nbytes)
     at_L = np.array([matrix_NK.data_ptr() for matrix_NK in matrices_L])
@@ -161,7 +162,7 @@ def measure(dtype: torch.dtype) -> Microseconds:
         turns: dict[str, list[float]] = {name: [] for name in ways}
         while not settled(turns.values()):
             for name, way in ways.items():
-                rows_SK = torch.randn(slots * rows, INPUTS, generator=generator).to(dtype)
+                rows_SK = torch.randn(slots * rows, INPUTS, **drawn).to(dtype)
                 out_SN = rows_SK.new_empty(len(rows_SK), OUTPUTS)
                 start = time.perf_counter()
                 way(rows_SK, last_L - rows, last_L, out_SN)

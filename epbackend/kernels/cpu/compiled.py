@@ -486,12 +486,12 @@ def grouped_product(
             each output [L, N, 1]; None for others.
     """
     threads = torch.get_num_threads()
-    sums_SN = torch.empty(len(rows_SK), outputs)
+    sums_SN = torch.empty(len(rows_SK), outputs, dtype=torch.float32, device="cpu")
     # Threads draw no tasks of the others, which are most of them where few rows come.
     busy_X = np.flatnonzero(last_L > first_L)
     widens = dtype in (torch.bfloat16, torch.float16) and (last_L - first_L).max(initial=0) >= MANY_ROWS
     buffer_rows = BLOCK_N if widens or dtype == torch.float8_e4m3fn else 0
-    buffers = torch.empty(threads * buffer_rows, rows_SK.shape[1])
+    buffers = torch.empty(threads * buffer_rows, rows_SK.shape[1], dtype=torch.float32, device="cpu")
     call = np.zeros(1, CALL)
     call["rows"], call["inputs"] = rows_SK.shape
     call["rows_at"], call["sums_at"], call["outputs"] = rows_SK.data_ptr(), sums_SN.data_ptr(), outputs

@@ -113,7 +113,7 @@ class NpuKernels(TorchSplits, TorchQuantization, SummedByUnpermute, TwoProducts,
 
     def count(self, slot_ids_TK: Tensor, slots: int) -> Tensor:
         """By comparison: torch.bincount would wait for the device to learn the largest id."""
-        slots_L = torch.arange(slots, device=slot_ids_TK.device)
+        slots_L = torch.arange(slots, dtype=torch.int64, device=slot_ids_TK.device)
         return (slot_ids_TK.reshape(-1, 1) == slots_L).sum(0)
 
     def permute(
@@ -129,7 +129,7 @@ class NpuKernels(TorchSplits, TorchQuantization, SummedByUnpermute, TwoProducts,
         if window or not len(hidden_TD):
             return _permute_window(hidden_TD, ids_TK, slots, window or (0, 0))
         rows_SD, choice_of_row_S, counts_L = ops.init_routing(hidden_TD, ids_TK, slots + 1, active=slots)
-        valid_S = torch.arange(len(rows_SD), device=rows_SD.device) < counts_L.sum()
+        valid_S = torch.arange(len(rows_SD), dtype=torch.int64, device=rows_SD.device) < counts_L.sum()
         return Permuted(rows_SD, counts_L, choice_of_row_S.long().masked_fill(~valid_S, -1))
 
     def unpermute(self, rows_SD: Tensor, choice_of_row_S: Tensor, weights_TK: Tensor, out_TD: Tensor) -> None:
@@ -215,7 +215,7 @@ def _permute_window(hidden_TD: Tensor, ids_TK: Tensor, slots: int, window: tuple
     first, last = window
     ids_S = ids_TK.reshape(-1)
     order_S = ids_S.float().argsort(stable=True)[first:last]  # NPUs leave integers to their CPU
-    ends_L = (ids_S.unsqueeze(1) <= torch.arange(slots, device=ids_S.device)).sum(0)
+    ends_L = (ids_S.unsqueeze(1) <= torch.arange(slots, dtype=torch.int64, device=ids_S.device)).sum(0)
     counts_L = ends_L.clamp(first, last).diff(prepend=ends_L.new_full((1,), first))
     choice_of_row_S = order_S.masked_fill(ids_S[order_S] == slots, -1)
     return Permuted(hidden_TD.index_select(0, order_S // ids_TK.shape[1]), counts_L, choice_of_row_S)

@@ -133,7 +133,7 @@ class EvenSplit:
         self._id_check = id_check
         self._experts, self._most = replicas.slot_ids_EC.shape
         self._tables = {
-            "slot_ids_EC": torch.tensor(replicas.slot_ids_EC, device=device),
+            "slot_ids_EC": torch.tensor(replicas.slot_ids_EC, dtype=torch.int64, device=device),
             "place_EC": torch.tensor(replicas.place_EC, dtype=torch.int32, device=device),
             "takers_E": torch.tensor(replicas.takers_E, dtype=torch.int32, device=device),
             "calls_2": torch.zeros(2, dtype=torch.int64, device=device),

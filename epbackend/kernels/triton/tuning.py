@@ -111,11 +111,14 @@ def random_experts(weight_format: str, slots: int, columns: int, depth: int, dev
         return torch.randn(slots, columns, depth, device=device, dtype=torch.bfloat16) / depth**0.5
     if weight_format == "int8":
         values = torch.randint(-127, 128, (slots, columns, depth), device=device, dtype=torch.int8)
-        return Int8Weights(values, torch.full((slots, columns), 1 / (73 * depth**0.5), device=device))
+        return Int8Weights(
+            values, torch.full((slots, columns), 1 / (73 * depth**0.5), dtype=torch.float32, device=device)
+        )
     values = torch.empty(slots, columns, depth, dtype=FP8, device=device)
     for slot in range(slots):
-        values[slot] = torch.randn(columns, depth, device=device).to(FP8)
-    scales = torch.rand(slots, columns // BLOCK, depth // BLOCK, device=device) / depth**0.5
+        values[slot] = torch.randn(columns, depth, dtype=torch.float32, device=device).to(FP8)
+    scales = torch.rand(slots, columns // BLOCK, depth // BLOCK, dtype=torch.float32, device=device)
+    scales /= depth**0.5
     return Fp8Blocks(values, scales)
 
 
@@ -175,12 +178,16 @@ class TuningCase:
         packed = experts.weights(self.weight_format, device)[0 if self.gated else 1]
         if self.weight_format == "half" and self.gated:
             tokens = max(1, product.rows // experts.top_k)
-            ids_TK = torch.rand(tokens, product.slots, device=device).topk(experts.top_k).indices
+            ids_TK = (
+                torch.rand(tokens, product.slots, dtype=torch.float32, device=device)
+                .topk(experts.top_k)
+                .indices
+            )
             counts_L = torch.empty(product.slots, dtype=torch.int64, device=device)  # the sort counts
             hidden_TD = torch.randn(tokens, product.depth, dtype=torch.bfloat16, device=device)
             return Data(hidden_TD, packed, counts_L, ids_TK)
         rows_SK = torch.randn(product.rows, product.depth, dtype=torch.bfloat16, device=device)
-        slot_S = torch.randint(product.slots, (product.rows,), device=device)
+        slot_S = torch.randint(product.slots, (product.rows,), dtype=torch.int64, device=device)
         counts_L = torch.zeros(product.slots, dtype=torch.int64, device=device)
         counts_L.scatter_add_(0, slot_S, torch.ones_like(slot_S))
         schedule = row_tiles(counts_L, product.rows, 128)

@@ -186,8 +186,13 @@ def _latent_prefill_beside_cache(
     """
     from dlinfer import ops
 
-    requests_T = torch.arange(len(counts_R)).repeat_interleave(counts_R)
-    places_T = torch.arange(len(requests_T)) - (counts_R.cumsum(0) - counts_R)[requests_T]
+    requests_T = torch.arange(len(counts_R), dtype=torch.int64, device=counts_R.device).repeat_interleave(
+        counts_R
+    )
+    places_T = (
+        torch.arange(len(requests_T), dtype=torch.int64, device=counts_R.device)
+        - (counts_R.cumsum(0) - counts_R)[requests_T]
+    )
     seen_T = (lengths_R - counts_R)[requests_T] + places_T + 1
     return ops.paged_decode_attention(
         query_TND,

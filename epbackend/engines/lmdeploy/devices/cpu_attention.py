@@ -39,7 +39,7 @@ class DecodeGroup:
 
     def mask_BS(self, width: int, window: int | None) -> Tensor:
         """True where the query may see the key at that position of its padded cache."""
-        position = torch.arange(width)
+        position = torch.arange(width, dtype=torch.int64, device="cpu")
         visible_BS = position < self.length_B[:, None]
         return visible_BS if window is None else visible_BS & (position >= self.length_B[:, None] - window)
 
@@ -174,7 +174,9 @@ class PagedAttention(AttentionImpl[AttentionPlan]):
         keys_GSD = _with_nothing(keys_SGD[None])[0].transpose(0, 1)
         values_GSD = _with_nothing(values_SGD[None])[0].transpose(0, 1)
         parts = []
-        for rows in torch.arange(new).split(max(1, SINK_MASK // (self.num_heads * length))):
+        for rows in torch.arange(new, dtype=torch.int64, device="cpu").split(
+            max(1, SINK_MASK // (self.num_heads * length))
+        ):
             attended_HTD = scaled_dot_product_attention(
                 query_THD[rows].transpose(0, 1)[None],
                 keys_GSD[None],
@@ -192,9 +194,13 @@ def plan_attention(context: Any) -> AttentionPlan:
     block = context.kv_caches[0][0].shape[1]
     pages = context.block_offsets.long()
     new_B, length_B = context.q_seqlens.long(), context.kv_seqlens.long()
-    sequence_T = torch.repeat_interleave(torch.arange(len(new_B)), new_B)
+    sequence_T = torch.repeat_interleave(torch.arange(len(new_B), dtype=torch.int64, device="cpu"), new_B)
     start_B = torch.cumsum(new_B, 0) - new_B
-    position_T = torch.arange(len(sequence_T)) - start_B[sequence_T] + (length_B - new_B)[sequence_T]
+    position_T = (
+        torch.arange(len(sequence_T), dtype=torch.int64, device="cpu")
+        - start_B[sequence_T]
+        + (length_B - new_B)[sequence_T]
+    )
 
     alone = (new_B > 1).nonzero().flatten().tolist()
     lengths, news, starts = length_B.tolist(), new_B.tolist(), start_B.tolist()
@@ -262,7 +268,8 @@ def _read(
 
 def _causal_mask(new: int, length: int, window: int | None) -> Tensor:
     """True where the query (one of the last `new` positions) may see the key: [new, length]."""
-    distance = torch.arange(length - new, length)[:, None] - torch.arange(length)[None]
+    position = torch.arange(length, dtype=torch.int64, device="cpu")
+    distance = position[length - new :, None] - position[None]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 

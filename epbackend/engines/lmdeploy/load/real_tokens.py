@@ -41,7 +41,7 @@ class RealTokens:
     def expect(self, most: int, device: torch.device) -> None:
         """Static calls with up to so many rows will come; to be called before the first of them."""
         if self._place_M1 is None or len(self._place_M1) < most:
-            self._place_M1 = torch.arange(most, device=device)[:, None]
+            self._place_M1 = torch.arange(most, dtype=torch.int64, device=device)[:, None]
             self._padding_M1 = torch.zeros(most, 1, dtype=torch.bool, device=device)
 
     def are_in(self, step: Any) -> bool:

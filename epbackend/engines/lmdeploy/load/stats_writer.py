@@ -65,7 +65,7 @@ class Counters:
         """Lines that are allocated."""
         shape = LINES, self.width
         # Only into pinned memory does a device copy while the host goes on.
-        on_host: Any = {"dtype": torch.int64, "pin_memory": device.type != "cpu"}
+        on_host: Any = {"dtype": torch.int64, "device": "cpu", "pin_memory": device.type != "cpu"}
         # Models are loaded in inference mode, whose tensors could not be changed outside of it.
         with torch.inference_mode(False):
             self._rows_NW = torch.zeros(shape, dtype=torch.int64, device=device)

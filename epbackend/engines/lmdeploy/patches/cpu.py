@@ -121,7 +121,7 @@ def batch_size_of_cpu(original: Callable) -> Callable:
 def torch_checked_on_cpu(original: type) -> Callable:
     class Checker(original):
         def check(self) -> None:
-            torch.ones(1).add(1)
+            torch.ones(1, dtype=torch.float32, device="cpu").add(1)
 
     return Checker
 
