@@ -67,6 +67,7 @@ class ExpertWork:
 class LayerStats:
     """What one layer has done on this rank so far."""
 
+    @torch.inference_mode(False)  # whose tensors could not be changed outside of it
     def __init__(self, local_experts: tuple[int, ...], experts: int) -> None:
         self.local_experts = local_experts
         """The expert in each of the rank's slots."""
@@ -98,8 +99,8 @@ class LayerStats:
     def rows_on(self, device: torch.device, phase: str) -> Tensor:
         """That phase's part of `rows_2L`, [L], for kernels that add a batch's counts in place, as graphs need it."""
         if not self._placed:
-            self.rows_2L, self._placed = self.rows_2L.to(device), True
-            self._rows_of = _rows_by_phase(self.rows_2L)
+            with torch.inference_mode(False):
+                self.count_in(self.rows_2L.to(device))
         return self._rows_of[phase]
 
     def add_call(self, passes: int, rounds: int) -> None:

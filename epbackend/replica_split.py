@@ -117,8 +117,12 @@ class TokenSplit:
         """
         return (self._split or self.prepare(topk_ids_TK.device))(topk_ids_TK)
 
+    @torch.inference_mode(False)
     def prepare(self, device: torch.device) -> Split:
-        """Make the tables there now, which the first call would make. It holds no collective."""
+        """Make the tables there now, which the first call would make. It holds no collective.
+
+        Tensors that are made in inference mode could not be changed outside of it, where another call may be.
+        """
         self._split = self._on(device)
         return self._split
 

@@ -6,6 +6,7 @@ import gc
 import re
 import sys
 import weakref
+from contextlib import nullcontext
 from dataclasses import fields
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -149,10 +150,10 @@ def test_the_reference_computes_the_same():
 @pytest.mark.parametrize(
     "form", [lambda each: each, Int8Weights.of, Fp8Blocks.of], ids=["float32", "int8", "fp8"]
 )
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_the_defaults_of_torch_change_nothing(form, product, monkeypatch):
+@pytest.mark.parametrize("way", PRODUCTS)
+def test_the_defaults_of_torch_change_nothing(form, way, monkeypatch):
     """Compiled products once wrote float32 into memory of the default dtype."""
-    monkeypatch.setenv(FORCED, product)
+    monkeypatch.setenv(FORCED, way)
     replicas = {
         "slot_map": SlotMap.of((0, 1, 2, 3, 0, 1), 1),
         "split": {"prefill": "level", "decode": "even"},
@@ -170,6 +171,26 @@ def test_the_defaults_of_torch_change_nothing(form, product, monkeypatch):
             assert layer.load.tokens_E.sum() == 20
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+MODES = {"inference": torch.inference_mode, "plain": nullcontext}
+
+
+@pytest.mark.parametrize("made", MODES)
+@pytest.mark.parametrize("first", MODES)
+def test_calls_may_be_inside_inference_mode_and_outside_of_it(made, first):
+    """State that is born in inference mode could not be changed outside of it."""
+    draw = torch.randn(6, 12, 8), torch.randn(6, 8, 6)
+    call = torch.randn(5, 8), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    wrong = call[0], torch.full((5, 2), 99), call[2]
+    with MODES[made]():
+        layer = build(gate_up_L2FD=draw[0], down_LDF=draw[1], slot_map=SlotMap.of((0, 1, 2, 3, 0, 1), 1))
+    for mode in (first, "plain", "inference", "plain"):
+        with MODES[mode]():
+            layer(*call)
+            with pytest.raises(ConfigError, match="chose expert 99"):
+                layer(*wrong)
+    assert layer.load.tokens_E.sum() == 40
 
 
 def test_an_unknown_phase_raises():
