@@ -6,6 +6,7 @@ Nothing here imports torch, for the configuration reads it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from epbackend.errors import ConfigError
 from epbackend.names import AUTO, DispatcherFacts, dispatcher_names
@@ -52,14 +53,18 @@ class DispatchSettings:
             raise ConfigError(f"dispatcher: {', '.join(names)}; write {AUTO} alone, or names alone")
         lengths = [length for length, _ in self.buffer_scale_factors]
         if lengths != sorted(set(lengths), reverse=True) or any(
-            scale <= 0 for _, scale in self.buffer_scale_factors
+            not 0 < scale < inf for _, scale in self.buffer_scale_factors
         ):
             raise ConfigError(
-                f"buffer_scale_factors {self.buffer_scale_factors}: lengths must descend and scales be above 0"
+                f"buffer_scale_factors {self.buffer_scale_factors}: lengths must descend, "
+                "and scales be above 0 and finite"
             )
-        for name in ("overlap_chunks", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, and must be above 0")
+        for name, least in (("cutoff_min_tokens", 1), ("overlap_chunks", 1), ("overlap_min_tokens", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value!r}, and must be a whole number from {least} on")
+        if not 0 < self.timeout_s < inf:
+            raise ConfigError(f"timeout_s is {self.timeout_s}, and must be above 0 and finite")
 
     def buffer_scale(self, tokens: int, usual: float) -> float:
         """What sizes the buffer of a rank with so many tokens; `usual` where the factors say nothing of them."""

@@ -63,7 +63,12 @@ def test_the_next_is_taken_only_where_it_is_named():
         ({"dispatcher": "auto, alltoall"}, "dispatcher: auto, alltoall; write auto alone, or names alone"),
         ({"buffer_scale_factors": ((0, 2.0), (64, 0.5))}, "lengths must descend"),
         ({"buffer_scale_factors": ((64, 0.0),)}, "scales be above 0"),
-        ({"overlap_chunks": 0}, "overlap_chunks is 0, and must be above 0"),
+        ({"overlap_chunks": 0}, "overlap_chunks is 0, and must be a whole number from 1 on"),
+        ({"overlap_chunks": 2.5}, "overlap_chunks is 2.5, and must be a whole number"),
+        ({"cutoff_min_tokens": 0.5}, "cutoff_min_tokens is 0.5, and must be a whole number"),
+        ({"overlap_min_tokens": -1}, "overlap_min_tokens is -1, and must be a whole number from 0 on"),
+        ({"buffer_scale_factors": ((0, float("inf")),)}, "scales be above 0 and finite"),
+        ({"timeout_s": float("inf")}, "timeout_s is inf, and must be above 0 and finite"),
         ({"timeout_s": -1.0}, "timeout_s is -1.0, and must be above 0"),
     ],
 )
