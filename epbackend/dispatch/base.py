@@ -64,13 +64,27 @@ class RankGroup:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, token_group: dist.ProcessGroup | None = None) -> RankGroup:
-        """The place of the calling rank in torch process groups that are already set up."""
+        """The place of the calling rank in torch process groups that are already set up.
+
+        Raises:
+            ConfigError: the ranks of `token_group` are no source.
+        """
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if token_group is None:
             return cls(group, rank, size)
-        return cls(
-            group, rank, size, token_group, dist.get_rank(token_group), dist.get_world_size(token_group)
-        )
+        token_rank, token_size = dist.get_rank(token_group), dist.get_world_size(token_group)
+        members = dist.get_process_group_ranks(group)
+        places = [
+            members.index(each) if each in members else None
+            for each in dist.get_process_group_ranks(token_group)
+        ]
+        first = rank - token_rank
+        if size % token_size or first % token_size or places != [*range(first, first + token_size)]:
+            raise ConfigError(
+                f"token_group: its ranks have the places {places} in `group`, which has {size}; ranks that hold the "
+                f"same tokens follow each other there, and every {token_size} are such a group"
+            )
+        return cls(group, rank, size, token_group, token_rank, token_size)
 
 
 @dataclass(frozen=True)
