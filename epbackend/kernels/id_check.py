@@ -43,6 +43,8 @@ class ExpertIdCheck:
         if ids_TK.is_cpu and _all_exist(ids_TK, self._experts):
             return ids_TK.long()
         clamped_TK = clamp_ids(ids_TK, self._experts)
+        if ids_TK.is_cpu:
+            self._largest_1.fill_(NOTHING)  # what earlier calls had was raised at once
         if ids_TK.numel():
             outside_TK = ids_TK.long().masked_fill(clamped_TK == ids_TK, NOTHING)
             torch.maximum(self._largest_1, outside_TK.amax(), out=self._largest_1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -9,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -147,6 +149,38 @@ def test_an_id_of_no_expert_raises_where_ids_are_checked(name):
     with pytest.raises(ConfigError, match="layer 0: a token chose expert 5, and the experts are 0 to 1;"):
         TokenSplit(name, slot_map, spec(0, 2, 2))(ids)
     assert int(TokenSplit(name, slot_map, spec(0, 2, 2), check_ids=False)(ids).max()) < 4
+
+
+@pytest.mark.parametrize("name", on_arrays.SPLITS)
+def test_an_id_of_no_expert_is_that_of_the_call(name):
+    split = TokenSplit(name, SlotMap.of((0, 1, 0, 1), 2), spec(0, 2, 2))
+    for wrong in (99, 70, -3):
+        with pytest.raises(ConfigError, match=f"a token chose expert {wrong}, and"):
+            split(torch.tensor([[0, wrong]]))
+        split(torch.tensor([[0, 1]]))
+
+
+def token_groups(groups) -> list[str]:
+    """What this rank of four is told of groups of ranks that hold the same tokens."""
+    rank, said = groups[1].rank, []
+    for parts in ([[0, 2], [1, 3]], [[0], [1, 2], [3]], [[0, 1, 2], [3]], [[0, 1], [2, 3]]):
+        mine = [dist.new_group(part) for part in parts]
+        here = next(at for at, part in enumerate(parts) if rank in part)
+        try:
+            place = RankGroup.of(groups[1].group, mine[here])
+            said.append(f"source {place.source} of {place.sources}")
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+def test_ranks_with_the_same_tokens_follow_each_other(ranks):
+    """Others would get answers to the tokens of their neighbours."""
+    apart, across, uneven, right = zip(*ranks.run(4, token_groups), strict=True)
+    assert [re.search(r"places (\[.*?\])", said)[1] for said in apart] == ["[0, 2]", "[1, 3]"] * 2
+    assert re.search(r"token_group: its ranks have the places \[1, 2\] in `group`, which has 4", across[1])
+    assert "[0, 1, 2]" in uneven[0]
+    assert right == ("source 0 of 2", "source 0 of 2", "source 1 of 2", "source 1 of 2")
 
 
 def test_numba_is_imported_for_level_only():
