@@ -36,7 +36,7 @@ from epbackend.dispatch.context import GroupContext
 from epbackend.errors import ConfigError, EPError
 from epbackend.kernels import ExpertWeights, Rows, renormalized
 from epbackend.kernels.pair_counter import PairCounter
-from epbackend.kernels.weight_formats import Matrices, sides
+from epbackend.kernels.weight_formats import FLOATS, Matrices, sides
 from epbackend.names import PHASES
 from epbackend.replica_split import SlotMap, TokenSplit
 
@@ -250,6 +250,9 @@ class ExpertParallelMoE:
             down_bias_LD=down_bias_LD,
             activation=activation,
         )
+        dtype = self._weights.dtype
+        self._takes = FLOATS if dtype is None else (dtype,)
+        """The dtypes that tokens may have."""
         self._kernels.prepare(self._weights)
         self.load = LayerStats(slot_map.local_experts(ranks.rank), slot_map.experts)
         """What this rank has done so far."""
@@ -265,6 +268,7 @@ class ExpertParallelMoE:
     ) -> Tensor:
         """out_TD, in the dtype of `hidden_TD`, for this rank's T tokens (T = 0 too).
 
+        `hidden_TD` has the dtype of the experts; where these are quantized, bfloat16, float16 or float32.
         `topk_ids_TK` are logical experts. All ranks make the call together and name the same phase. Rows for which
         `padding_T1` (bool) is true are no tokens: no expert computes or counts them, and what is returned for them
         means nothing. `mc2` wants them after all tokens. They are found on the device, so that a replayed CUDA graph
@@ -272,16 +276,16 @@ class ExpertParallelMoE:
 
         Raises:
             CollectiveError: a rank does not take part in time.
-            ConfigError: the shapes do not fit each other or `top_k`, or an id is of no expert. Such an id is found on a
-                CPU at once, on other devices in a later call that is not replayed from a graph, since none waits for
-                the device.
+            ConfigError: shapes or dtypes do not fit each other, `top_k` or the experts, or an id is of no expert. Such
+                an id is found on a CPU at once, on other devices in a later call that is not replayed from a graph,
+                since none waits for the device.
             EPError: the layer is closed, or its context is and the call needs something of it.
         """
         if self._closed:
             raise EPError(f"MoE layer {self.layer} is closed: make another one")
         if phase not in PHASES:
             raise ConfigError(f"phase {phase!r} is unknown; it is one of {', '.join(PHASES)}")
-        _check_call(hidden_TD, topk_ids_TK, topk_weights_TK, self.top_k)
+        _check_call(hidden_TD, topk_ids_TK, topk_weights_TK, padding_T1, self.top_k, self._takes)
         if self.load.pairs is not None:
             self.load.pairs.add(topk_ids_TK, padding_T1)
         dispatcher = self._dispatchers[phase]
@@ -409,11 +413,19 @@ def _check_fit(gate_up: tuple[int, int] | None, down: tuple[int, int] | None, *,
         )
 
 
-def _check_call(hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, top_k: int) -> None:
-    """Check the shapes of a call's tensors.
+def _check_call(
+    hidden_TD: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    padding_T1: Tensor | None,
+    top_k: int,
+    takes: tuple[torch.dtype, ...],
+) -> None:
+    """Check the shapes and dtypes of a call's tensors, before the other ranks wait for this one.
 
     Raises:
-        ConfigError: they do not fit each other or `top_k`, or the ids are no integers.
+        ConfigError: they do not fit each other or `top_k`, the experts take tokens of other dtypes, or the ids are no
+            integers.
     """
     chosen = (len(hidden_TD), top_k)
     if hidden_TD.ndim != 2 or topk_ids_TK.shape != chosen or topk_weights_TK.shape != chosen:
@@ -423,6 +435,16 @@ def _check_call(hidden_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor,
         )
     if topk_ids_TK.dtype not in (torch.int32, torch.int64):
         raise ConfigError(f"topk_ids_TK are {topk_ids_TK.dtype}; ids of experts are int32 or int64")
+    if hidden_TD.dtype not in takes:
+        raise ConfigError(
+            f"hidden_TD is {hidden_TD.dtype}, but the experts take {' or '.join(map(str, takes))}; convert it, or load "
+            "the experts in its dtype"
+        )
+    if padding_T1 is not None and (padding_T1.dtype != torch.bool or padding_T1.shape != (len(hidden_TD), 1)):
+        raise ConfigError(
+            f"padding_T1 is {padding_T1.dtype} of the shape {list(padding_T1.shape)}, and must be torch.bool of "
+            f"{[len(hidden_TD), 1]}"
+        )
 
 
 def _check_bias(name: str, bias_LN: Tensor | None, slots: int, matrix: tuple[int, int] | None) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from epbackend.errors import ConfigError
 from epbackend.kernels.id_check import ExpertIdCheck
 from epbackend.kernels.replica_split import EvenReplicas, LevelReplicas, Split
 from epbackend.kernels.weight_formats import Matrices
@@ -37,6 +38,8 @@ cpu          `cpu.kernels.Packed`, one matrix a slot, plain or in oneDNN's layou
 triton       as in the reference
 grouped_mm   one tensor [L, N, K]
 ascend       one tensor [L, N, K], `Int8Weights`, or `npu.kernels.Tiled` (int8 in CANN's FRACTAL_NZ)
+
+What is not quantized has a `dtype`, which rows must have.
 """
 
 
@@ -70,6 +73,20 @@ class ExpertWeights:
     down_bias_LD: Tensor | None = None
     activation: Callable[[Tensor], Tensor] | None = None
     """rows_S2F -> rows_SF; None: swiglu."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the rows which they are multiplied with; None: of any floats, as all matrices are quantized.
+
+        Raises:
+            ConfigError: the two matrices want different ones.
+        """
+        found = [each.dtype for each in (self.gate_up, self.down) if getattr(each, "dtype", None) is not None]
+        if len({*found}) > 1:
+            raise ConfigError(
+                f"gate_up_L2FD is {found[0]} and down_LDF {found[1]}; the matrices of experts are of one dtype"
+            )
+        return found[0] if found else None
 
 
 class Kernels(Protocol):

@@ -19,6 +19,7 @@ from epbackend.errors import ConfigError, UnavailableError
 from epbackend.kernels.cpu.choice import FORCED, PRODUCTS
 from epbackend.kernels.fp8 import Fp8Blocks
 from epbackend.kernels.int8 import Int8Weights
+from epbackend.kernels.weight_formats import FLOATS
 from epbackend.moe import ExpertParallelMoE
 from epbackend.replica_split import SlotMap
 from tests.helpers.ranks import forking
@@ -73,6 +74,10 @@ def build(**changes) -> ExpertParallelMoE:
             {"gate_up_bias_L2F": torch.zeros(3, 12)},
             r"gate_up_bias_L2F has .* \[3, 12\], and must have \[4, 12\]",
         ),
+        (
+            {"down_LDF": torch.randn(4, 8, 6).bfloat16()},
+            "gate_up_L2FD is torch.float32 and down_LDF torch.bfloat16; the matrices .* one dtype",
+        ),
         ({"down_bias_LD": torch.zeros(4, 6)}, r"down_bias_LD has .* \[4, 6\], and must have \[4, 8\]"),
     ],
 )
@@ -98,6 +103,13 @@ def test_tokens_of_another_width_are_refused(product, width, monkeypatch):
         ({"topk_ids_TK": torch.zeros(5, 3, dtype=torch.int64)}, r"\[5, 3\]"),
         ({"topk_weights_TK": torch.rand(5, 1)}, r"\[5, 1\]"),
         ({"topk_ids_TK": torch.zeros(5, 2)}, "topk_ids_TK are torch.float32"),
+        (
+            {"hidden_TD": torch.randn(5, 8).bfloat16()},
+            "hidden_TD is torch.bfloat16, but the experts take torch.float32; convert it",
+        ),
+        ({"padding_T1": torch.zeros(5, dtype=torch.bool)}, r"torch.bool of the shape \[5\], and must be"),
+        ({"padding_T1": torch.zeros(1, 1, dtype=torch.bool)}, r"must be torch.bool of \[5, 1\]"),
+        ({"padding_T1": torch.zeros(5, 1)}, "padding_T1 is torch.float32 of"),
     ],
 )
 def test_a_call_that_does_not_fit_raises(changes, message):
@@ -108,6 +120,18 @@ def test_a_call_that_does_not_fit_raises(changes, message):
     }
     with pytest.raises(ConfigError, match=message):
         build()(**call | changes)
+
+
+@pytest.mark.parametrize("form", [Int8Weights.of, Fp8Blocks.of], ids=["int8", "fp8"])
+def test_quantized_experts_take_tokens_of_any_floats(form):
+    layer = build(gate_up_L2FD=form(torch.randn(4, 12, 8)), down_LDF=form(torch.randn(4, 8, 6)))
+    ids, weights = torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    for dtype in FLOATS:
+        assert layer(torch.randn(5, 8).to(dtype), ids, weights).dtype == dtype
+    with pytest.raises(
+        ConfigError, match=r"hidden_TD is torch.float64, but the experts take torch.bfloat16 or"
+    ):
+        layer(torch.randn(5, 8).double(), ids, weights)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,10 @@ class Packed:
         return self.matrices_L[0].data_ptr() + self.behind_first_L
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        return self.matrices_L[0].dtype if self.matrices_L else None
+
+    @property
     def depth(self) -> int:
         """K of the matrices."""
         return self.matrices_L[0].shape[1]
