@@ -257,7 +257,6 @@ class ExpertParallelMoE:
         self.load = LayerStats(slot_map.local_experts(ranks.rank), slot_map.experts)
         """What this rank has done so far."""
 
-    @torch.no_grad()
     def __call__(
         self,
         hidden_TD: Tensor,
@@ -281,6 +280,22 @@ class ExpertParallelMoE:
                 since none waits for the device.
             EPError: the layer is closed, or its context is and the call needs something of it.
         """
+        if torch.compiler.is_compiling():
+            # Nothing here can be traced. Disabled only now, for that imports torch's compiler, which takes seconds.
+            return torch.compiler.disable(self._call)(
+                hidden_TD, topk_ids_TK, topk_weights_TK, phase, padding_T1
+            )
+        return self._call(hidden_TD, topk_ids_TK, topk_weights_TK, phase, padding_T1)
+
+    @torch.no_grad()
+    def _call(
+        self,
+        hidden_TD: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        phase: str,
+        padding_T1: Tensor | None,
+    ) -> Tensor:
         if self._closed:
             raise EPError(f"MoE layer {self.layer} is closed: make another one")
         if phase not in PHASES:

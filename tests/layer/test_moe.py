@@ -197,6 +197,15 @@ def test_the_defaults_of_torch_change_nothing(form, way, monkeypatch):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("what", ["around", "layer"])
+def test_code_with_the_layer_may_be_compiled(what):
+    """What the layer calls cannot be traced: the graph breaks there."""
+    layer, call = build(), (torch.randn(5, 8), torch.randint(0, 4, (5, 2)), torch.rand(5, 2))
+    function = {"around": lambda hidden, *chosen: layer(hidden, *chosen) + 1, "layer": layer}[what]
+    expected = function(*call)
+    assert torch.equal(torch.compile(function, backend="eager")(*call), expected)
+
+
 MODES = {"inference": torch.inference_mode, "plain": nullcontext}
 
 
