@@ -89,6 +89,11 @@ def test_a_rank_goes_on_until_the_others_of_its_group_have_their_answers(ranks, 
         assert answers == [each if new[rank] else [] for each, new in zip(wanted, rounds, strict=True)]
 
 
+def test_a_rank_that_waits_for_the_others_answers_waits_for_timeout_s(ranks, saved):
+    said, _ = ranks.run(2, models.told_late, str(saved("mixtral")), 3.0)
+    assert re.search(r"all_gather of MoE layer 0 failed after .* \(timeout_s 3\): .*rank 1", said)
+
+
 def test_ranks_with_one_batch_are_told_that_none_can_join_only(saved):
     asked = distributed_config(EPConfig.load({"device": "cpu"}))
     model = AutoModelForCausalLM.from_pretrained(saved("mixtral"), distributed_config=asked)

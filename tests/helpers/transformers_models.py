@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -14,7 +15,7 @@ from epbackend.config import EPConfig
 from epbackend.dispatch.base import RankGroup
 from epbackend.engines.load_report import LoadReport
 from epbackend.engines.transformers import distributed_config, spread_experts
-from epbackend.errors import EPError
+from epbackend.errors import CollectiveError, EPError
 
 VOCABULARY, EXPERTS, TOP_K, LAYERS = 64, 8, 3, 3
 COMMON: dict[str, Any] = {
@@ -176,3 +177,21 @@ def quiet() -> None:
     """No bars and no hints among the tests' output."""
     disable_progress_bar()
     set_verbosity_error()
+
+
+def told_late(groups: dict[int, RankGroup], path: str, timeout_s: float) -> str:
+    """On one of two ranks: what the first is told when it asks whether one goes on, and the second does not answer."""
+    quiet()
+    own = dist.new_group([0, 1])  # no other test's, for it breaks
+    config = EPConfig.load({"device": "cpu", "ep_size": 2, "engine": {"dp": 2}, "timeout_s": timeout_s})
+    asked = distributed_config(config, own)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, distributed_config=asked)
+    experts, said = spread_experts(model), ""
+    if groups[1].rank == 0:
+        try:
+            experts.any_unfinished(False, True, torch.device("cpu"))
+        except CollectiveError as error:
+            said = str(error)
+    dist.barrier(groups[1].group)
+    experts.close()
+    return said

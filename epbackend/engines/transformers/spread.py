@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from epbackend.config import EPConfig
@@ -147,13 +146,14 @@ class SpreadExperts:
     def any_unfinished(self, this_peer_finished: bool, synced_gpus: bool, device: torch.device) -> bool:
         """Whether a rank goes on: what `generate` asks before each token, among our ranks.
 
-        In place of transformers' `_has_unfinished_sequences`, which asks all processes there are.
+        In place of transformers' `_has_unfinished_sequences`, which asks all processes there are, and waits for longer.
+
+        Raises:
+            CollectiveError: a rank does not answer in time.
         """
         if not synced_gpus:
             return not this_peer_finished
-        going = torch.tensor(float(not this_peer_finished), dtype=torch.float32, device=device)
-        dist.all_reduce(going, group=self.ranks.group)
-        return bool(going)
+        return 1 in self._told_by_all(int(not this_peer_finished), device)
 
     def load(self) -> LoadReport:
         """What the experts of every rank did so far; all ranks ask together, and get the same."""
@@ -183,11 +183,16 @@ class SpreadExperts:
     def _agree(self, phase: Phase) -> None:
         """The phase of the coming step: decode where every rank decodes."""
         if self.ranks.sources > 1:
-            mine = torch.tensor([PHASES.index(phase)], dtype=torch.int64, device=self._empty_0D.device)
-            number = self.layers[0].layer
-            asked = Collectives(self.ranks.group, self.config.timeout_s, number, self._context)
-            phase = "prefill" if [PHASES.index("prefill")] in asked.all_gather_ints(mine) else "decode"
+            said = self._told_by_all(PHASES.index(phase), self._empty_0D.device)
+            phase = "prefill" if PHASES.index("prefill") in said else "decode"
         self._phase = phase
+
+    def _told_by_all(self, number: int, device: torch.device) -> list[int]:
+        """The numbers of all ranks. Raises CollectiveError where one does not answer in time."""
+        mine_1 = torch.tensor([number], dtype=torch.int64, device=device)
+        layer, timeout_s = self.layers[0].layer, self.config.timeout_s
+        asked = Collectives(self.ranks.group, timeout_s, layer, self._context).all_gather_ints(mine_1)
+        return [each for (each,) in asked]
 
     def _end_step(self, *_: Any) -> None:
         self._counts.end_step()
