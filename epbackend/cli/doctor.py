@@ -53,22 +53,18 @@ def doctor(
         said = "a configuration says it itself" if config else "give --ep-size too"
         raise typer.BadParameter(f"{without[0]}: is for the dispatchers of so many ranks; {said}")
     deployment = _deployment(config, ep_size, int(level or 1), dp or 1)
-
-    def decisions() -> dict[str, dict[str, Any]]:
-        assert deployment
-        return _decisions(deployment, experts or 128, top_k or 8)
-
+    experts, top_k = experts or 128, top_k or 8
     if as_json:
         with json_stdout() as print_json:
             found = dict(examine())
-            print_json({**found, "choices": decisions()} if deployment else found)
+            print_json({**found, "choices": _decisions(deployment, experts, top_k)} if deployment else found)
     else:
         found = {}
         for part, finding in _announced(examine()):
             found[part] = finding
             _show(part, finding)
         if deployment:
-            _show_decisions(decisions())
+            _show_decisions(_decisions(deployment, experts, top_k))
     if not any(device["usable"] for device in found["devices"].values()):
         raise typer.Exit(1)
 

@@ -143,10 +143,7 @@ def _plan(
         for each in (reference, placement)
     )
     result = {**judged.to_dict(), **_more(placement, loads), "seconds": round(seconds, 4)}
-    result["imbalance_before_mean"], result["imbalance_before_worst"] = (
-        was.imbalance_mean,
-        was.imbalance_worst,
-    )
+    result |= {f"imbalance_before_{of}": getattr(was, f"imbalance_{of}") for of in ("mean", "worst")}
     visits: dict[str, Visits] = {}
     if pairs:
         # On the nodes that are asked for, whatever the placement before was made for.
