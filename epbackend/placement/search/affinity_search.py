@@ -487,7 +487,7 @@ def visit_moments(expert_P, first_X, rank_P, node_R, held_ER, held_EM, pair_EE):
     """
     places = first_X.size - 1
     mean_RX, twice_RX = np.zeros((node_R.size, places)), np.zeros((node_R.size, places))
-    part_P = np.empty(expert_P.size)
+    part_P, holders_E = np.empty(expert_P.size), held_EM.sum(axis=1)
     for source in range(node_R.size):
         node = node_R[source]
         for slot in range(expert_P.size):
@@ -497,7 +497,7 @@ def visit_moments(expert_P, first_X, rank_P, node_R, held_ER, held_EM, pair_EE):
             elif held_EM[expert, node] > 0:
                 part_P[slot] = 1.0 / held_EM[expert, node] if node_R[home] == node else 0.0
             else:
-                part_P[slot] = 1.0 / held_EM[expert].sum()
+                part_P[slot] = 1.0 / holders_E[expert]
         for place in range(places):
             for slot in range(first_X[place], first_X[place + 1]):
                 if part_P[slot] == 0.0:
