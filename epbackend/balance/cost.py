@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from epbackend.errors import ConfigError, unknown_name
+from epbackend.errors import ConfigError, unknown_name, whole_number
 from epbackend.placement.objectives import activated
-from epbackend.placement.options import whole_number
 from epbackend.placement.placement import Layout
 from epbackend.placement.replica_split import expected_shares
 

@@ -17,11 +17,10 @@ import numpy as np
 
 from epbackend.balance.cost import H100
 from epbackend.balance.forecast import WAYS, Forecast
-from epbackend.errors import ConfigError, unknown_name
+from epbackend.errors import ConfigError, real_number, unknown_name, whole_number
 from epbackend.names import SPLITS
 from epbackend.placement.loads import Loads
 from epbackend.placement.objectives import Objective, parse_objective
-from epbackend.placement.options import real_number, whole_number
 from epbackend.placement.placement import Layout, Placement, Provenance, with_speeds
 from epbackend.placement.planners.base import Task
 from epbackend.placement.planners.incremental import with_experts

@@ -23,9 +23,8 @@ import numpy as np
 
 from epbackend.balance.cost import CostModel, moved_experts
 from epbackend.balance.decision import Policy, Rebalancer
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, whole_number
 from epbackend.placement.loads import Loads
-from epbackend.placement.options import whole_number
 from epbackend.placement.placement import Placement
 from epbackend.placement.planners import plan
 from epbackend.placement.planners.base import Progress, silent

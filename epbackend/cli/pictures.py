@@ -17,7 +17,7 @@ from epbackend.errors import ConfigError
 from epbackend.files import check_target, replace_file
 from epbackend.placement.loads import Loads
 from epbackend.placement.placement import Placement
-from epbackend.placement.score import Terms
+from epbackend.placement.score import Terms, mean_busiest_Y
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,25 +127,25 @@ def save_before_after(before: Placement, after: Placement, loads: Loads, path: P
     from matplotlib.colors import FuncNorm
 
     layers = list(loads.loaded_layers)
-    ratios_LWR = [terms.ratios_LWR(each, loads) for each in (before, after)]
-    loads_LR = [np.stack([each_WR.mean(axis=0) for each_WR in each]) for each in ratios_LWR]
-    busiest = [np.array([each_WR.max(axis=1).mean() for each_WR in each]) for each in ratios_LWR]
+    ratios_YWR = [terms.ratios_YWR(each, loads) for each in (before, after)]
+    loads_YR = [np.stack([each_WR.mean(axis=0) for each_WR in each]) for each in ratios_YWR]
+    busiest = [mean_busiest_Y(each) for each in ratios_YWR]
     # Symmetric about the mean, so that red is above it, blue below.
     furthest = max(1.05, float(np.quantile(busiest[0], 0.9)))
     norm = FuncNorm((_depth, _ratio), 1 / furthest, furthest)
 
     figure = _figure(13.3, 6.4)
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, placement, each_LR, worst_L in zip(panels, (before, after), loads_LR, busiest, strict=True):
-        image = axes.imshow(each_LR, aspect="auto", interpolation="nearest", cmap="RdYlBu_r", norm=norm)
-        _cell_lines(axes, figure, *each_LR.shape)
-        found = f"busiest rank {_times(worst_L.mean())} the mean, {_times(worst_L.max())} in the worst layer"
+    for axes, placement, each_YR, worst_Y in zip(panels, (before, after), loads_YR, busiest, strict=True):
+        image = axes.imshow(each_YR, aspect="auto", interpolation="nearest", cmap="RdYlBu_r", norm=norm)
+        _cell_lines(axes, figure, *each_YR.shape)
+        found = f"busiest rank {_times(worst_Y.mean())} the mean, {_times(worst_Y.max())} in the worst layer"
         axes.set_title(f"{_name(placement)}\n{found}", fontsize=LABEL)
         axes.set_xlabel("rank", fontsize=LABEL)
         _few_ticks(axes, layers)
     panels[0].set_ylabel("layer", fontsize=LABEL)
     _colour_bar(figure, image, panels, furthest)
-    was, now = (_times(worst_L.mean()) for worst_L in busiest)
+    was, now = (_times(worst_Y.mean()) for worst_Y in busiest)
     return _save_slide(figure, f"Busiest of {after.ranks} ranks: from {was} to {now} the mean load", path)
 
 

@@ -34,6 +34,7 @@ def record(
 ) -> None:
     """Answer prompts, and write down how many tokens each expert of each layer got."""
     texts = read_prompts(prompts)
+    check_apart({"out": out, "pairs": pairs}, {"--prompts": [prompts]})
     with json_if(as_json) as print_json:
         load = _run(model, settings, texts, out, max_new_tokens, pairs)
         if print_json:
@@ -91,7 +92,6 @@ def _run(
     recording = Recording.of(out, locate(model), config.ep_size)
     if pairs is not None:
         check_target("pairs", pairs)
-        check_apart({"out": out, "pairs": pairs}, {})
     generation = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
     with ExitStack() as stack:
         if pairs is not None:

@@ -26,9 +26,10 @@ from epbackend.files import check_apart
 from epbackend.placement.formats import ReadOptions, read_placement
 from epbackend.placement.formats.pairs import read_pairs
 from epbackend.placement.loads import Loads
+from epbackend.placement.objectives import TOKENS
 from epbackend.placement.pairs import Pairs
 from epbackend.placement.placement import Placement, with_speeds
-from epbackend.placement.score import Terms, check_loads_of
+from epbackend.placement.score import Terms, check_loads_of, mean_busiest_Y
 from epbackend.placement.visits import placement_visits
 
 WORST = 5
@@ -78,6 +79,12 @@ def show(
     before = unplanned(recorded, found.ranks, slots_R if max(slots_R) > min(slots_R) + 1 else ())
     before = with_speeds(replace(before, node_size=found.node_size), found.rank_speed)
     terms = Terms.of(found)
+    if (planned_for := dict(found.provenance.options).get("objective", TOKENS.name)) != terms.objective.name:
+        say(
+            console,
+            f"judged by tokens: {planned_for}, which it was planned for, is not in the file",
+            "yellow",
+        )
     console.print(_table(before, found, recorded, terms))
     say(console, f"heat map: {save_before_after(before, found, recorded, plot, terms)}", "")
 
@@ -119,15 +126,12 @@ def _span(least: int, most: int) -> str:
 
 def _table(before: Placement, after: Placement, loads: Loads, terms: Terms) -> Table:
     """The busiest rank of the layers that are worst, and of all layers; over the windows, each with its own."""
-    was_L, is_L = (
-        np.array([each_WR.max(axis=1).mean() for each_WR in terms.ratios_LWR(each, loads)])
-        for each in (before, after)
-    )
+    was_Y, is_Y = (mean_busiest_Y(terms.ratios_YWR(each, loads)) for each in (before, after))
     table = Table("layer", title=terms.in_words(after), title_justify="left")
     for name in ("experts in order", after.provenance.algorithm):
         table.add_column(name, justify="right")
-    for index in np.argsort(-is_L, kind="stable")[:WORST]:
-        table.add_row(str(loads.loaded_layers[index]), f"{was_L[index]:.4f}", f"{is_L[index]:.4f}")
+    for index in np.argsort(-is_Y, kind="stable")[:WORST]:
+        table.add_row(str(loads.loaded_layers[index]), f"{was_Y[index]:.4f}", f"{is_Y[index]:.4f}")
     table.add_section()
-    table.add_row(f"mean of {len(is_L)}", f"{was_L.mean():.4f}", f"{is_L.mean():.4f}", style="bold")
+    table.add_row(f"mean of {len(is_Y)}", f"{was_Y.mean():.4f}", f"{is_Y.mean():.4f}", style="bold")
     return table

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, whole_number
 from epbackend.placement.loads import Loads
-from epbackend.placement.options import whole_number
 from epbackend.placement.placement import Layout, Placement, Provenance, check_ranks
 from epbackend.placement.planners import plan
 from epbackend.placement.planners.base import Progress, silent

@@ -175,14 +175,19 @@ class Terms:
         what = "time of the slowest" if placement.rank_speed else f"{unit} of the busiest"
         return f"{what} rank, over the mean" + f", split {self.split}" * (self.split != "even")
 
-    def ratios_LWR(self, placement: Placement, loads: Loads) -> list[np.ndarray]:
-        """For each layer with loads, in each of its windows: the cost of each rank over the mean."""
+    def ratios_YWR(self, placement: Placement, loads: Loads) -> list[np.ndarray]:
+        """For each of the Y layers with loads, [W, R]: the cost of each rank over the mean in each window."""
         speeds, found = placement.rank_speed, []
         for index in loads.loaded_layers:
             layer, tokens_WE = placement.layers[index], loads.windows_of(index)
             shares_WP = expected_shares(self.split, tokens_WE, layer, placement.node_size, speeds)
             found.append(ratios(shares_WP, layer, self.objective, speeds))
         return found
+
+
+def mean_busiest_Y(ratios_YWR: list[np.ndarray]) -> np.ndarray:
+    """The busiest rank of each layer over the mean, float64 [Y]: each window has its own, and they count alike."""
+    return np.array([each_WR.max(axis=1).mean() for each_WR in ratios_YWR])
 
 
 def check_loads_of(placement: Placement, loads: Loads) -> None:

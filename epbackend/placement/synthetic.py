@@ -8,9 +8,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, real_number, whole_number
 from epbackend.placement.loads import Loads
-from epbackend.placement.options import real_number, whole_number
 
 # Loads
 #

@@ -379,6 +379,7 @@ def test_lines_of_prompts_may_begin_as_they_like(tmp_path):
         ("folder", "pairs: folder cannot be written"),
         ("prompts/pairs.npz", "pairs: prompts/pairs.npz cannot be written"),
         ("./loads.json", "pairs: loads.json is --out as well"),
+        ("prompts", "pairs: prompts is given to --prompts as well"),
     ],
 )
 def test_record_refuses_pairs_that_would_be_lost_before_it_starts(

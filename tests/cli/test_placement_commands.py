@@ -88,6 +88,14 @@ def test_plan_and_show_judge_by_what_was_planned_for(run, tmp_path, recorded):
         assert ("activated:256 of the busiest" in shown) == (objective != "tokens")
 
 
+def test_show_says_where_measured_times_are_not_at_hand(run, tmp_path, recorded):
+    times, out = tmp_path / "times.json", tmp_path / "p.json"
+    times.write_text(json.dumps({"tokens": [0, 9], "experts": [0, 9], "microseconds": [[0, 1], [2, 3]]}))
+    assert run("plan", recorded, "--ranks", 4, "--objective", times, "--out", out).exit_code == 0
+    shown = run("show", out, recorded, "--plot", tmp_path / "p.png").stdout
+    assert "judged by tokens: times.json, which it was planned for, is not in the file" in shown
+
+
 def test_experts_in_order_fill_the_slots_that_ranks_have(run, tmp_path):
     path = tmp_path / "loads.csv"
     write(Loads.of(np.array([[5, 1, 3, 2], [1, 2, 3, 4]])), path, "csv")

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from epbackend import __version__
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, real_number, whole_number
 from epbackend.names import PLANNERS
 from epbackend.placement.affinity import Affinity
 from epbackend.placement.loads import NUMBERING, Loads
 from epbackend.placement.objectives import TOKENS, Objective, parse_objective
-from epbackend.placement.options import real_number, whole_number
 from epbackend.placement.placement import Placement, Provenance
 from epbackend.placement.planners.base import (
     Progress,

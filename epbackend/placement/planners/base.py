@@ -14,10 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from epbackend.errors import ConfigError, did_you_mean
+from epbackend.errors import ConfigError, did_you_mean, whole_number
 from epbackend.placement.loads import Loads
 from epbackend.placement.objectives import TOKENS, Objective
-from epbackend.placement.options import whole_number
 from epbackend.placement.placement import Layout, Placement, check_ranks, check_slots
 
 Progress = Callable[[int, int], None]

@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from epbackend.errors import ConfigError
-from epbackend.placement.options import whole_number
+from epbackend.errors import ConfigError, whole_number
 from epbackend.placement.placement import Layout
 from epbackend.placement.planners.base import Task, all_layers, check_even, refuse_unknown
 

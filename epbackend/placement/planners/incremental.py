@@ -17,8 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from epbackend.errors import ConfigError
-from epbackend.placement.options import real_number
+from epbackend.errors import ConfigError, real_number
 from epbackend.placement.placement import Layout, Placement
 from epbackend.placement.planners.base import Task, refuse_options, refuse_search
 from epbackend.placement.planners.search_inputs import SearchInputs

@@ -15,9 +15,8 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, whole_number
 from epbackend.placement.budget import first_slots, share_out
-from epbackend.placement.options import whole_number
 from epbackend.placement.placement import Layout
 from epbackend.placement.planners.base import Task, all_layers, refuse_unknown
 

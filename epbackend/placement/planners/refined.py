@@ -30,10 +30,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from epbackend.errors import ConfigError
+from epbackend.errors import ConfigError, whole_number
 from epbackend.placement.budget import first_slots, share_out
 from epbackend.placement.objectives import TOKENS
-from epbackend.placement.options import whole_number
 from epbackend.placement.placement import Layout
 from epbackend.placement.planners import level
 from epbackend.placement.planners.base import Task, all_layers, refuse_options

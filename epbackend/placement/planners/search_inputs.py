@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from epbackend.errors import ConfigError
-from epbackend.placement.options import real_number
+from epbackend.errors import ConfigError, real_number
 from epbackend.placement.planners.base import Task
 
 if TYPE_CHECKING:
